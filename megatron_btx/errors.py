@@ -1,0 +1,25 @@
+"""The one exception that a user is meant to see."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """Something the user can put right: printed without a traceback, exit code 2.
+
+    Args:
+        where: the file, key or option that is wrong (``recipe.yaml: finetune.layout``).
+        what: what is wrong with it.
+        fix: what to do about it.
+    """
+
+    def __init__(self, where: str, what: str, fix: str = "") -> None:
+        self.where, self.what, self.fix = where, what, fix
+        super().__init__(f"{where}: {what}" + (f"\n  fix: {fix}" if fix else ""))
+
+
+class UserErrors(UserError):
+    """Several of them at once, so that a user mends a recipe in one go."""
+
+    def __init__(self, errors: list[UserError]) -> None:
+        self.errors = errors
+        Exception.__init__(self, "\n".join(str(error) for error in errors))

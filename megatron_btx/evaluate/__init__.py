@@ -1,0 +1,1 @@
+"""Held-out loss, routing and the checks of an export."""

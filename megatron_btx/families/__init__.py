@@ -1,0 +1,1 @@
+"""Model families: how a Hugging Face checkpoint and a Megatron one correspond."""

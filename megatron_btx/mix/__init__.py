@@ -1,0 +1,1 @@
+"""The paper's mixes, each a page that returns a plan."""

@@ -1,0 +1,1 @@
+"""What a run is: one YAML file, read, checked and planned without torch."""

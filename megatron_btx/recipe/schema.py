@@ -1,0 +1,255 @@
+"""What a run is: frozen dataclasses, one per block of the recipe's YAML.
+
+Field names that Megatron-Core has are Megatron-Core's (``num_moe_experts``, ``moe_router_topk``,
+``tensor_model_parallel_size``). Defaults are the paper's where the paper states a value
+(arXiv 2403.07816, section 4.1 and appendix), Llama-2's where the paper points there.
+This module imports no torch: a recipe is read, checked and planned on a login node.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Precision = Literal["fp32", "bf16"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Model:
+    """The shape of the dense seed: a Llama (RMSNorm, SwiGLU, rotary positions, no biases)."""
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    num_attention_heads: int
+    num_query_groups: int | None = None
+    """Key/value heads (grouped-query attention); ``None``: as many as ``num_attention_heads``."""
+    kv_channels: int | None = None
+    """Width of a head; ``None``: ``hidden_size / num_attention_heads``."""
+    seq_length: int = 4096
+    rotary_base: float = 10000.0
+    layernorm_epsilon: float = 1e-5
+    untie_embeddings_and_output_weights: bool = True
+    init_method_std: float = 0.02
+    make_vocab_size_divisible_by: int = 128
+    """The vocabulary is padded to a multiple of this, and of nothing else: a checkpoint's shapes
+    never depend on the layout that wrote it. Tensor parallelism must divide the padded size."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Tokenizer:
+    """SentencePiece (trained by the recipe or given) or a Hugging Face tokenizer."""
+
+    type: Literal["sentencepiece", "huggingface"] = "sentencepiece"
+    path: str | None = None
+    """A ``.model`` file or a Hugging Face directory. ``None``: train SentencePiece on the seed's
+    data, or take the tokenizer that comes with ``seed.from``."""
+    vocab_size: int = 32000
+    """Pieces to train; with a given ``path`` the tokenizer's own size counts."""
+    train_bytes: int = 20_000_000
+    """At most this much text, taken evenly from the seed's domains, trains the tokenizer."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Domain:
+    """One body of text: JSONL files or directories of them, or a corpus every machine has."""
+
+    train: tuple[str, ...] = ()
+    valid: tuple[str, ...] = ()
+    text_key: str = "text"
+    builtin: Literal["general", "code", "math", "prose"] | None = None
+    """Text found on this machine (megatron_btx/data/builtin.py) instead of files."""
+    builtin_bytes: int = 6_000_000
+    """At most this much built-in training text."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """How a job's ranks divide a model, in Megatron's terms. World size = TP x PP x CP x DP."""
+
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    context_parallel_size: int = 1
+    data_parallel_size: int = 1
+    expert_model_parallel_size: int = 1
+    expert_tensor_parallel_size: int | None = None
+    """``None``: as ``tensor_model_parallel_size``, Megatron's own default."""
+    sequence_parallel: bool | None = None
+    """``None``: on where tensor parallelism meets experts (Megatron requires it there)."""
+    num_threads: int = 1
+    """CPU threads a rank. Fixed in the recipe: bit-for-bit resume depends on it."""
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the job."""
+        return (
+            self.tensor_model_parallel_size
+            * self.pipeline_model_parallel_size
+            * self.context_parallel_size
+            * self.data_parallel_size
+        )
+
+    @property
+    def etp(self) -> int:
+        """Expert tensor parallel size with its default resolved."""
+        return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MegatronOptions:
+    """Fields handed unchanged to Megatron's own dataclasses; every key is checked against them."""
+
+    transformer: dict[str, Any] = field(default_factory=dict)
+    """``TransformerConfig`` (with ``ModelParallelConfig``): recompute_granularity, ..."""
+    ddp: dict[str, Any] = field(default_factory=dict)
+    """``DistributedDataParallelConfig``: overlap_grad_reduce, bucket_size, ..."""
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    """``OptimizerConfig``: adam_eps, overlap_param_gather, ..."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Training:
+    """One training stage. Optimiser settings default to the paper's (section 4.1): AdamW, weight
+    decay 0.1, peak learning rate 1e-4, 100 warm-up steps, cosine decay to a tenth; betas, epsilon
+    and clipping are Llama-2's (arXiv 2307.09288, section 2.2), which the paper refers to."""
+
+    tokens: int = 0
+    """Training tokens; rounded up to whole steps of ``global_batch_size * seq_length``."""
+    data: dict[str, float] = field(default_factory=dict)
+    """Domain -> sampling weight (normalised)."""
+    global_batch_size: int = 1024
+    """Sequences a step, over all ranks."""
+    micro_batch_size: int = 1
+    """Sequences a rank runs at once."""
+    lr: float = 1e-4
+    min_lr: float | None = None
+    """``None``: a tenth of ``lr``."""
+    lr_warmup_iters: int = 100
+    lr_decay_style: Literal["cosine", "linear", "constant", "inverse-square-root"] = "cosine"
+    weight_decay: float = 0.1
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-5
+    clip_grad: float = 1.0
+    precision: Precision = "bf16"
+    use_distributed_optimizer: bool = False
+    layout: Layout = Layout()
+    save_interval: int = 1000
+    """Steps between checkpoints; the last step is always saved."""
+    keep_checkpoints: int = 2
+    """Whole checkpoints kept for resuming; the final one is kept for the stages that follow."""
+    eval_interval: int = 1000
+    """Steps between held-out evaluations during training; 0: only at the end."""
+    eval_tokens: int = 65_536
+    """Held-out tokens a domain for those, at most."""
+    check_replicas_interval: int = 100
+    """Steps between hashes of replicated parameters across ranks; 0: never."""
+    megatron: MegatronOptions = MegatronOptions()
+    from_: str | None = None
+    """A Megatron ``torch_dist`` directory (with its manifest) to take instead of training.
+    Written ``from:`` in the YAML."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Routing:
+    """The routing function g and its balance loss (sections 3.2, 3.3 and 4.3.1)."""
+
+    type: Literal["topk", "switch", "sample_top1", "soft"] = "topk"
+    moe_router_topk: int = 2
+    """k of ``topk``; the other types fix it (switch and sample_top1: 1; soft: all experts)."""
+    balance_loss_coeff: float = 0.01
+    """alpha of L_LB = alpha N sum_i u_i p_i (section 3.3), in every layer."""
+    moe_expert_capacity_factor: float = 1.5
+    """``switch`` only (section 3.3): tokens over capacity are dropped."""
+    temperature_min: float = 0.5
+    temperature_rate: float = 1e-4
+    """``sample_top1``: tau = max(temperature_min, exp(-temperature_rate * step))."""
+    first_layer_soft: bool = True
+    """``sample_top1``: the first layer routes softly (section 3.3)."""
+    greedy: bool = False
+    """``sample_top1`` at inference: the argmax instead of a seeded draw."""
+    moe_router_load_balancing_type: Literal["none", "aux_loss", "seq_aux_loss"] = "none"
+    """Megatron's own balance losses, beside the paper's."""
+    moe_aux_loss_coeff: float = 0.0
+    moe_z_loss_coeff: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Mix:
+    """How the dense models become one MoE (section 3.2)."""
+
+    include_seed: bool = True
+    """The untouched seed is one more expert, the generalist (section 4.1.1). It comes last."""
+    average: Literal["uniform"] | dict[str, float] = "uniform"
+    """Weights of the average of all that is not a feed-forward layer: uniform as in the paper, or
+    by model name (``seed`` and the domains), normalised."""
+    router_init: Literal["normal", "zeros", "uniform"] = "normal"
+    """The paper does not give one; normal with Megatron's ``init_method_std`` by default."""
+    router_init_std: float = 0.02
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Evaluate:
+    """Held-out loss of every system on every domain."""
+
+    tokens: int = 262_144
+    """Held-out tokens a domain, at most; whole sequences."""
+    micro_batch_size: int = 16
+    layout: Layout = Layout()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Export:
+    """The finished MoE as a Hugging Face directory."""
+
+    format: Literal["hf", "none"] = "hf"
+    check: bool = True
+    """Compare the loss with ``transformers`` where it is installed."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WandB:
+    """Weights & Biases; the JSONL metrics are written either way."""
+
+    mode: Literal["disabled", "offline", "online"] = "offline"
+    project: str = "megatron-btx"
+    entity: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """One Branch-Train-MiX run, from text to a table."""
+
+    name: str
+    run_dir: str = "runs/{name}"
+    """Everything the run writes; ``{name}`` is the recipe's."""
+    random_seed: int = 1234
+    system: Literal["btx"] = "btx"
+    model: Model
+    tokenizer: Tokenizer = Tokenizer()
+    domains: dict[str, Domain]
+    """Every body of text by name; the order is the order of the table's columns."""
+    seed: Training
+    experts: dict[str, Training]
+    """One stage per domain, trained independently from the seed (sections 3.1, 4.1.1)."""
+    mix: Mix = Mix()
+    routing: Routing = Routing()
+    finetune: Training
+    dense: Training | None = None
+    """The data-matched dense baseline (section 4.1.2); ``None`` leaves it out. Its ``tokens`` and
+    ``data`` are derived: the experts' data first, then the finetune mixture."""
+    evaluate: Evaluate = Evaluate()
+    export: Export = Export()
+    wandb: WandB = WandB()
+    max_parallel_jobs: int | None = None
+    """Independent stages run side by side on this machine; ``None``: as many as its cores hold."""
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """The models that are mixed, in the order of the MoE's experts."""
+        return (*self.experts, "seed") if self.mix.include_seed else tuple(self.experts)
+
+    @property
+    def num_moe_experts(self) -> int:
+        """N of the paper."""
+        return len(self.model_names)

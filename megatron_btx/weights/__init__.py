@@ -1,0 +1,1 @@
+"""Checkpoints as named tensors, and everything done to them as a plan."""
