@@ -1,0 +1,249 @@
+"""YAML -> the frozen dataclasses of schema.py, and back.
+
+The reader follows the types of the schema, so a new field needs no line here. It collects every
+problem before it raises, each with file, line, key and fix.
+
+Three conveniences, all resolved on reading (``dump`` writes the result out in full):
+
+- ``training:`` at the top gives defaults that every stage inherits key by key; the blocks inside
+  (``layout``, ``megatron``) merge, a mixture (``data``) is one value and replaces.
+- ``base: other.yaml`` starts from another recipe, key by key in the same way.
+- Counts may be written ``4_000_000``, ``4e6``, ``4M`` or ``80B``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from megatron_btx.errors import UserError, UserErrors
+from megatron_btx.recipe.schema import Domain, Recipe, Tokenizer, Training
+from megatron_btx.recipe.tree import Node, parse_tree, read_tree
+from megatron_btx.recipe.words import describe, guess, nearest, number, options, show, yaml_name
+
+_BAD: Any = object()  # stands for a value whose error has been noted
+
+_PATH_FIELDS = {(Domain, "train"), (Domain, "valid"), (Tokenizer, "path"), (Training, "from_")}
+"""Resolved against the directory of the file in which they are written."""
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """The recipe in a YAML file.
+
+    Raises:
+        UserErrors: everything that is wrong with it, at once.
+    """
+    path = Path(path)
+    return _build(_with_bases(read_tree(path), ()))
+
+
+def parse_recipe(text: str, path: str | Path = "recipe.yaml") -> Recipe:
+    """The recipe in a YAML text; ``path`` is what errors name and relative paths start from."""
+    return _build(_with_bases(parse_tree(text, Path(path)), ()))
+
+
+def dump(recipe: Recipe) -> str:
+    """The recipe as YAML with every default resolved; ``parse_recipe(dump(r)) == r``."""
+    return yaml.safe_dump(_plain(recipe), sort_keys=False, allow_unicode=True, width=100)
+
+
+def digest(part: Any) -> str:
+    """Content hash (sha256, hex) of a dataclass, or of plain values around some.
+
+    Equal content gives an equal hash on every machine. The order of a mapping counts: the order of
+    ``experts`` is the order of the MoE's experts.
+    """
+    text = json.dumps(_plain(part), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {
+            yaml_name(field.name): _plain(getattr(value, field.name))
+            for field in dataclasses.fields(value)
+        }
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _with_bases(tree: Node, seen: tuple[Path, ...]) -> list[Node]:
+    """The tree behind those it starts from: a later one wins key by key."""
+    base = tree.value.get("base")
+    if base is None:
+        return [tree]
+    if not isinstance(base.value, str):
+        raise UserError(base.where, f"is {base.kind}, not a path", "base: other.yaml")
+    seen = (*seen, tree.file.resolve())
+    path = tree.file.parent / base.value
+    if path.resolve() in seen:
+        raise UserError(base.where, f"{base.value} starts from this recipe", "remove one `base:`")
+    return [*_with_bases(read_tree(path), seen), tree]
+
+
+def _build(layers: list[Node]) -> Recipe:
+    builder = _Builder(layers)
+    recipe = builder.instance(Recipe, layers, "", extra=("training", "base"))
+    if recipe is not _BAD:
+        recipe = _derive(recipe)
+    if builder.errors:
+        raise UserErrors(list({str(error): error for error in builder.errors}.values()))
+    return recipe
+
+
+def _derive(recipe: Recipe) -> Recipe:
+    """Fill in what follows from the rest: the run's directory, an expert's own domain."""
+    experts = {
+        name: expert
+        if expert.data or name not in recipe.domains
+        else dataclasses.replace(expert, data={name: 1.0})
+        for name, expert in recipe.experts.items()
+    }
+    run_dir = recipe.run_dir.replace("{name}", recipe.name)
+    return dataclasses.replace(recipe, experts=experts, run_dir=run_dir)
+
+
+class _Builder:
+    """Builds values of a type from layers of nodes, the last one winning; collects errors."""
+
+    def __init__(self, roots: list[Node]) -> None:
+        self.errors: list[UserError] = []
+        self.marks: dict[str, Node] = {}
+        """Where each resolved key (``seed.lr``) was written (line of ``training.lr``)."""
+        self.defaults = [root.value["training"] for root in roots if "training" in root.value]
+
+    def error(self, where: str, what: str, fix: str) -> Any:
+        self.errors.append(UserError(where, what, fix))
+        return _BAD
+
+    def instance(self, cls: type, layers: list[Node], key: str, extra: tuple[str, ...] = ()) -> Any:
+        """A dataclass from mappings; ``_BAD`` if a field without default could not be had."""
+        hints = typing.get_type_hints(cls)
+        fields = {yaml_name(field.name): field for field in dataclasses.fields(cls)}
+        for layer in layers:
+            for name, node in layer.value.items():
+                if name not in fields and name not in extra:
+                    self.error(node.where, "is not a key of a recipe", nearest(name, fields, key))
+        values: dict[str, Any] = {}
+        missing = False
+        for name, field in fields.items():
+            given = [layer.value[name] for layer in layers if name in layer.value]
+            dotted = f"{key}.{name}".lstrip(".")
+            required = (
+                field.default is dataclasses.MISSING
+                and field.default_factory is dataclasses.MISSING
+            )
+            if not given:
+                if required:
+                    where = Node(None, layers[-1].file, layers[-1].line, dotted).where
+                    self.error(
+                        where, "is missing", f"add `{name}:` ({describe(hints[field.name])})"
+                    )
+                    missing = True
+                continue
+            value = self.value(hints[field.name], given, dotted)
+            if value is _BAD:
+                missing |= required
+                continue
+            if (cls, field.name) in _PATH_FIELDS:
+                value = _resolve(value, given[-1].file.parent)
+            values[field.name] = value
+        return _BAD if missing else cls(**values)
+
+    def value(self, hint: Any, layers: list[Node], key: str) -> Any:
+        """A value of type ``hint``; ``_BAD`` after noting an error."""
+        last = layers[-1]
+        self.marks[key] = last
+        nulls = [i for i, layer in enumerate(layers) if layer.value is None]
+        if nulls:  # an empty key forgets what the layers below say
+            layers = layers[nulls[-1] + 1 :]
+        if last.value is None and type(None) in options(hint):
+            return None
+        kinds = [kind for kind in options(hint) if kind is not type(None)]
+        if dataclasses.is_dataclass(kinds[0]):
+            return self._block(kinds[0], layers, key)
+        is_mapping = [option for option in kinds if typing.get_origin(option) is dict]
+        if is_mapping and (isinstance(last.value, dict) or last.value is None or len(kinds) == 1):
+            return self._mapping(is_mapping[0], last, layers, key)
+        scalars = [option for option in kinds if option not in is_mapping]
+        return self._scalar(scalars[0], last, describe(hint))
+
+    def _block(self, cls: Any, layers: list[Node], key: str) -> Any:
+        if cls is Training:
+            layers = [*(node for node in self.defaults if node.value is not None), *layers]
+        wrong = [layer for layer in layers if not isinstance(layer.value, dict)]
+        if wrong:
+            names = ", ".join(yaml_name(field.name) for field in dataclasses.fields(cls)[:4])
+            return self.error(
+                wrong[0].where,
+                f"is {wrong[0].kind}, not a block",
+                f"give keys under it: {names}, ...",
+            )
+        if not layers:  # an empty block, nothing to inherit
+            layers = [dataclasses.replace(self.marks[key], value={})]
+        return self.instance(cls, layers, key)
+
+    def _mapping(self, hint: Any, last: Node, layers: list[Node], key: str) -> Any:
+        item = typing.get_args(hint)[1]
+        if last.value is not None and not isinstance(last.value, dict):
+            return self.error(
+                last.where, f"is {last.kind}, not a mapping", "write `name: value` lines"
+            )
+        merged: dict[str, list[Node]] = {}
+        # A mixture is one value: half of one under half of another would be neither.
+        for layer in layers if item is not float else layers[-1:]:
+            for name, node in layer.value.items() if isinstance(layer.value, dict) else ():
+                merged.setdefault(name, []).append(node)
+        values: dict[str, Any] = {}
+        for name, nodes in merged.items():
+            if item is Any:
+                self.marks[f"{key}.{name}"] = nodes[-1]
+                values[name] = nodes[-1].plain()
+            else:
+                values[name] = self.value(item, nodes, f"{key}.{name}")
+        return _BAD if any(value is _BAD for value in values.values()) else values
+
+    def _scalar(self, hint: Any, node: Node, wanted: str) -> Any:
+        value = node.value
+        if typing.get_origin(hint) is Literal:
+            choices = typing.get_args(hint)
+            if value in choices and not isinstance(value, bool):
+                return value
+            return self.error(
+                node.where, f"is {show(value)}", f"choose {wanted}" + guess(value, choices)
+            )
+        if typing.get_origin(hint) is tuple:
+            items = value if isinstance(value, list) else [node]
+            parts = [self._scalar(typing.get_args(hint)[0], item, "text") for item in items]
+            return _BAD if any(part is _BAD for part in parts) else tuple(parts)
+        amount = number(value) if hint in (int, float) else None
+        if hint is int and amount is not None and amount == int(amount):
+            return int(amount)
+        if hint is float and amount is not None:
+            return float(amount)
+        if hint is bool and isinstance(value, bool):
+            return value
+        if hint is str and isinstance(value, str):
+            return value
+        fix = f"give {wanted}"
+        if hint is str and value is not None and not isinstance(value, (dict, list)):
+            fix = "put it in quotes if text is meant"
+        return self.error(node.where, f"is {show(value)}, not {wanted}", fix)
+
+
+def _resolve(value: Any, directory: Path) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_resolve(item, directory) for item in value)
+    if value is None:
+        return None
+    return os.path.abspath(directory / Path(value).expanduser())

@@ -1,0 +1,111 @@
+"""How types, values and near misses are called in an error, and how numbers may be written."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import types
+import typing
+from difflib import get_close_matches
+from typing import Any, Literal
+
+from megatron_btx.recipe.schema import Recipe
+
+_SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+
+
+def yaml_name(field_name: str) -> str:
+    """The key of a field: ``from_`` is written ``from``, a keyword of Python."""
+    return field_name.rstrip("_")
+
+
+def options(hint: Any) -> tuple[Any, ...]:
+    """The members of a union type, or the type itself."""
+    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return typing.get_args(hint) if is_union else (hint,)
+
+
+def number(value: Any) -> int | float | None:
+    """A finite number from YAML's own numbers, ``1e-4`` (text for YAML 1.1), ``4M`` and ``80B``."""
+    if isinstance(value, str):
+        match = re.fullmatch(r"([+-]?[\d_]*\.?\d+(?:[eE][+-]?\d+)?)\s*([KMBT]?)", value.strip())
+        if match is None:
+            return None
+        digits = match[1].replace("_", "")
+        if not match[2]:
+            value = float(digits)
+        else:  # by decimal text, so that 1.1B is 1_100_000_000 and not a neighbour
+            exponent = len(str(_SUFFIXES[match[2]])) - 1
+            value = float(digits if "e" in digits.lower() else f"{digits}e{exponent}")
+            if "e" in digits.lower():
+                value *= _SUFFIXES[match[2]]
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return None
+    return value
+
+
+def describe(hint: Any) -> str:
+    """A type in a user's words."""
+    words: list[str] = []
+    for option in options(hint):
+        if option is type(None):
+            continue
+        if typing.get_origin(option) is Literal:
+            words.append(", ".join(typing.get_args(option)))
+        elif typing.get_origin(option) is tuple:
+            words.append("text or a list of texts")
+        elif typing.get_origin(option) is dict:
+            words.append("a mapping")
+        elif dataclasses.is_dataclass(option):
+            words.append("a block of keys")
+        else:
+            words.append(
+                {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[
+                    option
+                ]
+            )
+    *rest, end = " | ".join(words).rsplit(", ", 1)
+    return f"{rest[0]} or {end}" if rest else end
+
+
+def show(value: Any) -> str:
+    """A value as an error quotes it."""
+    if value is None:
+        return "empty"
+    if isinstance(value, (dict, list)):
+        return "a mapping" if isinstance(value, dict) else "a list"
+    return {True: "true", False: "false"}[value] if isinstance(value, bool) else repr(value)
+
+
+def guess(value: Any, choices: typing.Iterable[Any]) -> str:
+    """``; did you mean ...?`` where one of the choices is near, else nothing."""
+    near = get_close_matches(str(value).lower(), [str(choice) for choice in choices], n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def nearest(name: str, fields: typing.Iterable[str], key: str) -> str:
+    """What an unknown key may have meant: a key of another block, else the nearest name."""
+    here = list(fields)
+    homes = [home for home in _homes(Recipe, "") if home.rsplit(".", 1)[-1] == name]
+    if homes:
+        return "it belongs in " + " or ".join(f"`{home}`" for home in homes[:3])
+    near = get_close_matches(name, here, n=1)
+    if near:
+        return f"did you mean `{near[0]}`?"
+    return f"the keys {'of ' + key if key else 'here'} are: {', '.join(here)}"
+
+
+def _homes(cls: Any, key: str) -> list[str]:
+    """Every dotted key of the schema, names of a mapping's entries written ``*``."""
+    homes: list[str] = []
+    for name, hint in typing.get_type_hints(cls).items():
+        dotted = f"{key}.{yaml_name(name)}".lstrip(".")
+        homes.append(dotted)
+        for option in options(hint):
+            if dataclasses.is_dataclass(option):
+                homes += _homes(option, dotted)
+            elif typing.get_origin(option) is dict:
+                item = typing.get_args(option)[1]
+                homes += _homes(item, f"{dotted}.*") if dataclasses.is_dataclass(item) else []
+    return homes
