@@ -1,0 +1,311 @@
+"""Megatron's TopKRouter with the paper's routing functions and balance loss.
+
+It takes the place of ``TopKRouter`` in a layer specification; the recipe's ``Routing`` comes with
+it, and ``transformer_fields`` are what Megatron's configuration must say beside it:
+
+    MoESubmodules(experts=..., router=functools.partial(BTXRouter, routing=routing, random_seed=1))
+    TransformerConfig(..., **transformer_fields(routing, num_experts))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
+from megatron.core.transformer.moe.moe_utils import (
+    MoEAuxLossAutoScaler,
+    router_gating_linear,
+    save_to_aux_losses_tracker,
+)
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.distributed import all_gather_into_tensor
+
+from megatron_btx.engine import noise, routing
+from megatron_btx.engine.routing import Routes
+from megatron_btx.errors import UserError, UserErrors
+from megatron_btx.recipe.schema import Routing
+
+BALANCE_LOSS = "btx_balance_loss"
+"""The paper's loss in Megatron's tracker of auxiliary losses, divided by alpha."""
+
+
+def transformer_fields(routing: Routing, num_experts: int) -> dict[str, Any]:
+    """What ``TransformerConfig`` must say for this routing function.
+
+    Raises:
+        UserError: ``topk`` with a k that cannot be.
+    """
+    k = {"topk": routing.moe_router_topk, "soft": num_experts}.get(routing.type, 1)
+    if routing.type == "topk" and not 2 <= k <= num_experts:
+        raise UserError(
+            "routing.moe_router_topk",
+            f"{k} of {num_experts} experts"
+            + (
+                ": SoftMax(TopK) of one logit is always 1 and teaches the router nothing" * (k == 1)
+            ),
+            f"choose 2 to {num_experts}, or `type: switch` or `sample_top1` for one expert a token",
+        )
+    # With a capacity factor the dispatcher counts the routed tokens instead of expecting k of
+    # each. Switch drops some; Sample Top-1 runs all experts in a soft first layer. Megatron never
+    # drops by it: this router does.
+    counted = {"switch": routing.moe_expert_capacity_factor, "sample_top1": float(num_experts)}
+    return {
+        "num_moe_experts": num_experts,
+        "moe_router_topk": k,
+        "moe_router_pre_softmax": k == 1,  # demanded by Megatron; nothing of ours reads it
+        "moe_router_dtype": "fp32",
+        "moe_router_load_balancing_type": routing.moe_router_load_balancing_type,
+        "moe_aux_loss_coeff": routing.moe_aux_loss_coeff,
+        "moe_z_loss_coeff": routing.moe_z_loss_coeff,
+        "moe_expert_capacity_factor": counted.get(routing.type),
+    }
+
+
+# Options of Megatron's router that this one would not follow, with the values it can.
+_SUPPORTED: dict[str, tuple[Any, ...]] = {
+    "moe_router_dtype": ("fp32", "fp64"),
+    "moe_router_load_balancing_type": ("none", "aux_loss", "seq_aux_loss"),
+    "moe_router_score_function": ("softmax",),
+    "moe_router_topk_scaling_factor": (None,),
+    "moe_router_num_groups": (None,),
+    "moe_router_group_topk": (None,),
+    "moe_router_enable_expert_bias": (False,),
+    "moe_router_force_load_balancing": (False,),
+    "moe_router_fusion": (False,),
+    "moe_enable_routing_replay": (False,),
+    "moe_pad_expert_input_to_capacity": (False,),
+    "moe_token_dispatcher_type": ("alltoall", "allgather"),
+}
+
+
+class BTXRouter(TopKRouter):
+    """Routes each token by the recipe's routing function g (sections 3.2 and 3.3).
+
+    ``forward`` takes hidden states [s, b, H] (s: this rank's slice of the sequence) and returns
+    gates and routing map, both [s * b, N]; logits and gates are fp32. In training, the balance
+    losses ride on the gates. Noise needs ``noise.set_routing_context`` before a forward pass.
+
+    Args:
+        config: with ``transformer_fields(routing, num_experts)`` in it.
+        pg_collection: Megatron's process groups.
+        routing: the recipe's.
+        random_seed: keys the noise of Sample Top-1.
+
+    Raises:
+        UserErrors: the configuration asks for what this router does not do.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        pg_collection: ProcessGroupCollection | None = None,
+        *,
+        routing: Routing,
+        random_seed: int = 0,
+    ) -> None:
+        _check(config, routing)
+        super().__init__(config, pg_collection)
+        self.recipe = routing
+        self.random_seed = random_seed
+        self.function: str = routing.type
+        self.noise_key = 0
+        self.forced_expert: int | None = None
+        self.load: Tensor | None = None  # [2, N] while collect_load() is on
+
+    def set_layer_number(self, layer_number: int) -> None:
+        """Layers are counted from 1 over the whole model; Sample Top-1's first routes softly."""
+        super().set_layer_number(layer_number)
+        self.noise_key = noise.layer_key(self.random_seed, layer_number)
+        if self.recipe.type == "sample_top1" and self.recipe.first_layer_soft and layer_number == 1:
+            self.function, self.topk = "soft", self.num_experts
+
+    def gating(self, input: Tensor) -> Tensor:
+        """Logits ``W x`` [s, b, N]. Upstream's would move weights to a GPU first."""
+        dtype = torch.float64 if self.config.moe_router_dtype == "fp64" else torch.float32
+        return router_gating_linear(input, self.weight, self.bias, dtype)
+
+    def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> Routes:
+        """Gates and routing map [s * b, N] of logits [s, b, N]."""
+        assert padding_mask is None, "batches are whole sequences: nothing is padded"
+        length, batch, num_experts = logits.shape
+        logits = logits.view(-1, num_experts)
+        if self.forced_expert is not None:
+            return routing.forced(logits, self.forced_expert, self.topk)
+        logits = self.apply_z_loss(logits)
+        gates, routing_map = self._routes(logits, length)
+        if self.training and torch.is_grad_enabled():
+            gates = self._attach_balance_losses(gates, routing_map, logits, length, batch)
+        if self.function == "switch":
+            routing_map = self._drop(routing_map, length)
+            gates = gates * routing_map
+        if self.load is not None:
+            self.load += torch.stack([routing_map.sum(0), gates.detach().sum(0)])
+        return gates, routing_map
+
+    def _routes(self, logits: Tensor, length: int) -> Routes:
+        if self.function == "topk":
+            return routing.topk(logits, self.topk)
+        if self.function == "switch":
+            return routing.switch(logits)
+        if self.function == "soft":
+            return routing.soft(logits)
+        if not self.training and self.recipe.greedy:
+            return routing.draw_top1(logits, noise=None)
+        context = noise.routing_context()
+        positions = self._positions(length, logits.device)
+        drawn = noise.gumbel(self.noise_key, context, positions, self.num_experts)
+        drawn = drawn.view_as(logits).to(logits.dtype)
+        if not self.training:
+            return routing.draw_top1(logits, drawn)
+        tau = routing.temperature(
+            context.step, self.recipe.temperature_min, self.recipe.temperature_rate
+        )
+        return routing.sample_top1(logits, drawn, tau.to(logits))
+
+    def _attach_balance_losses(
+        self, gates: Tensor, routing_map: Tensor, logits: Tensor, length: int, batch: int
+    ) -> Tensor:
+        """The paper's loss, then Megatron's own, on the routes before any is dropped (a loss that
+        saw only what an expert's capacity left it would not see the expert overflow)."""
+        probabilities = routing.softmax(logits)
+        if self.recipe.balance_loss_coeff:
+            gates = self._attach_paper_loss(gates, probabilities)
+        if self.is_aux_loss_enabled():
+            gates = self._apply_aux_loss(gates, probabilities, routing_map)
+            gates = self._apply_seq_aux_loss(gates, probabilities, routing_map, length, batch)
+        return gates
+
+    def _attach_paper_loss(self, gates: Tensor, probabilities: Tensor) -> Tensor:
+        """Means over the micro-batch's tokens of the whole TP x CP group. Every rank there has the
+        same loss and takes its own tokens' part of the gradient; Megatron adds those up."""
+        alpha, tokens = self.recipe.balance_loss_coeff, len(gates) * self.tp_cp_group.size()
+        sums = torch.stack([gates.sum(0), probabilities.sum(0)])
+        u, p = reduce_from_tensor_model_parallel_region(sums, self.tp_cp_group) / tokens
+        loss = routing.balance_loss(u, p, alpha)
+        save_to_aux_losses_tracker(
+            BALANCE_LOSS,
+            loss / alpha,
+            self.layer_number,
+            self.config.num_layers,
+            avg_group=self.tp_dp_cp_group,  # equal over TP and CP already: average, not sum
+        )
+        # With a loss per token Megatron divides all gradients by the tokens of the global batch.
+        return MoEAuxLossAutoScaler.apply(
+            gates, loss * tokens if self.calculate_per_token_loss else loss
+        )
+
+    def _drop(self, routing_map: Tensor, length: int) -> Tensor:
+        """Switch's capacity over the tokens of the whole TP x CP group, first come first served in
+        the order position, then sequence. A rank's tokens are a run of positions, under context
+        parallelism two; the counts of all earlier runs say where its own begin in the queue."""
+        group, runs = self.tp_cp_group, 1 if self.cp_group.size() == 1 else 2
+        limit = routing.capacity(
+            len(routing_map) * group.size(),
+            self.num_experts,
+            self.recipe.moe_expert_capacity_factor,
+        )
+        queues = routing_map.view(runs, -1, self.num_experts)
+        starts = self._positions(length, routing_map.device).view(runs, -1)[:, :1]
+        mine = torch.cat([starts, queues.sum(1)], dim=1)  # [runs, 1 + N]
+        every = mine
+        if group.size() > 1:
+            every = mine.new_empty(group.size() * runs, mine.shape[1])
+            all_gather_into_tensor(every, mine, group=group)
+        earlier = every[:, 0] < starts  # [runs, all runs]
+        before = (earlier.unsqueeze(2) * every[:, 1:]).sum(1)
+        return routing.within_capacity(queues, before, limit).view_as(routing_map)
+
+    def _positions(self, length: int, device: torch.device) -> Tensor:
+        tp, cp = self.tp_group, self.cp_group
+        return routing.token_positions(
+            length, tp=(tp.rank(), tp.size()), cp=(cp.rank(), cp.size())
+        ).to(device)
+
+
+def _check(config: TransformerConfig, routing: Routing) -> None:
+    wrong = [
+        UserError(
+            f"megatron.transformer.{name}",
+            f"{getattr(config, name)!r} is not supported by BTXRouter",
+            f"use {' or '.join(map(repr, values))}",
+        )
+        for name, values in _SUPPORTED.items()
+        if getattr(config, name) not in values
+    ]
+    fields = transformer_fields(routing, config.num_moe_experts)
+    wrong += [
+        UserError(
+            f"megatron.transformer.{name}",
+            f"{getattr(config, name)!r} does not go with routing type {routing.type!r}",
+            f"use {fields[name]!r}: build TransformerConfig with transformer_fields()",
+        )
+        for name in ("moe_router_topk", "moe_expert_capacity_factor")
+        if getattr(config, name) != fields[name]
+    ]
+    if config.tensor_model_parallel_size > 1 and not config.sequence_parallel:
+        wrong.append(
+            UserError(
+                "layout.sequence_parallel",
+                "experts under tensor parallelism need it: else every rank routes the same tokens",
+                "set sequence_parallel: true",
+            )
+        )
+    if wrong:
+        raise UserErrors(wrong)
+
+
+def routers(model: torch.nn.Module | Iterable[torch.nn.Module]) -> list[BTXRouter]:
+    """The routers of a model, or of the chunks of it that this rank holds."""
+    chunks = [model] if isinstance(model, torch.nn.Module) else model
+    return [m for chunk in chunks for m in chunk.modules() if isinstance(m, BTXRouter)]
+
+
+@contextmanager
+def forced_routing(
+    model: torch.nn.Module | Iterable[torch.nn.Module], expert: int
+) -> Iterator[None]:
+    """Within it every token goes to one expert (0 to N - 1) with weight 1, in every layer."""
+    found = routers(model)
+    for router in found:
+        assert 0 <= expert < router.num_experts, f"no expert {expert} of {router.num_experts}"
+        router.forced_expert = expert
+    try:
+        yield
+    finally:
+        for router in found:
+            router.forced_expert = None
+
+
+@dataclass(frozen=True)
+class Load:
+    """What the experts were given, float64 [layers, N]: rows of other pipeline stages are 0, so
+    that the sum over all ranks is the whole model's. Dropped tokens do not count."""
+
+    tokens: Tensor
+    gates: Tensor
+    """Sums of gate weights; over ``tokens`` they are an expert's mean weight."""
+
+
+@contextmanager
+def collect_load(model: torch.nn.Module | Iterable[torch.nn.Module]) -> Iterator[Load]:
+    """Add up, within it, the tokens and gate weights that each layer's experts are given."""
+    found = routers(model)
+    assert found, "no BTXRouter in this model"
+    config, device = found[0].config, found[0].weight.device
+    totals = torch.zeros(
+        2, config.num_layers, config.num_moe_experts, dtype=torch.float64, device=device
+    )
+    for router in found:
+        router.load = totals[:, router.layer_number - 1]
+    try:
+        yield Load(tokens=totals[0], gates=totals[1])
+    finally:
+        for router in found:
+            router.load = None
