@@ -24,6 +24,7 @@ from typing import Any, Literal
 import yaml
 
 from megatron_btx.errors import UserError, UserErrors
+from megatron_btx.recipe import check, count
 from megatron_btx.recipe.schema import Domain, Recipe, Tokenizer, Training
 from megatron_btx.recipe.tree import Node, parse_tree, read_tree
 from megatron_btx.recipe.words import describe, guess, nearest, number, options, show, yaml_name
@@ -96,8 +97,10 @@ def _build(layers: list[Node]) -> Recipe:
     recipe = builder.instance(Recipe, layers, "", extra=("training", "base"))
     if recipe is not _BAD:
         recipe = _derive(recipe)
-    if builder.errors:
-        raise UserErrors(list({str(error): error for error in builder.errors}.values()))
+        builder.check(recipe)
+        if not builder.errors:
+            recipe = builder.match_dense(recipe)
+    builder.raise_errors()
     return recipe
 
 
@@ -117,14 +120,53 @@ class _Builder:
     """Builds values of a type from layers of nodes, the last one winning; collects errors."""
 
     def __init__(self, roots: list[Node]) -> None:
-        self.errors: list[UserError] = []
+        self.errors: list[tuple[Node, UserError]] = []
+        self.root = roots[-1]
         self.marks: dict[str, Node] = {}
         """Where each resolved key (``seed.lr``) was written (line of ``training.lr``)."""
         self.defaults = [root.value["training"] for root in roots if "training" in root.value]
 
-    def error(self, where: str, what: str, fix: str) -> Any:
-        self.errors.append(UserError(where, what, fix))
+    def error(self, node: Node, what: str, fix: str) -> Any:
+        self.errors.append((node, UserError(node.where, what, fix)))
         return _BAD
+
+    def raise_errors(self) -> None:
+        """All of them, each once, in the order of the file."""
+        ordered = sorted(self.errors, key=lambda pair: (str(pair[0].file), pair[0].line))
+        if ordered:
+            raise UserErrors(list({str(error): error for _, error in ordered}.values()))
+
+    def check(self, recipe: Recipe) -> None:
+        """Note what check.py finds, except in blocks that have an error of their own already: what
+        it found there may be about the default that stands in for the mistaken value."""
+        broken = {node.key.split(".")[0] for node, _ in self.errors}
+        for key, what, fix in check.problems(recipe):
+            near, node = key, self.marks.get(key)
+            while node is None and near:
+                near = near.rpartition(".")[0]
+                node = self.marks.get(near) if near else self.root
+            assert node is not None
+            written = node.key + key.removeprefix(near)
+            if not broken & {written.split(".")[0], key.split(".")[0]}:
+                self.error(Node(None, node.file, node.line, written), what, fix)
+
+    def match_dense(self, recipe: Recipe) -> Recipe:
+        """Give the dense baseline the tokens of all it is compared with. Its mixtures are those of
+        ``count.dense_phases``; what ``training:`` says about either is not meant for it."""
+        if recipe.dense is None:
+            return recipe
+        tokens = count.dense_tokens(recipe)
+        for name, right in (
+            ("tokens", recipe.dense.tokens == tokens),
+            ("data", not recipe.dense.data),
+        ):
+            node = self.marks.get(f"dense.{name}")
+            if node is not None and node.key.startswith("dense") and not right:
+                what = "is derived: the experts' data and then the finetuning's, token by token"
+                self.error(node, what, "remove it")
+        return dataclasses.replace(
+            recipe, dense=dataclasses.replace(recipe.dense, tokens=tokens, data={})
+        )
 
     def instance(self, cls: type, layers: list[Node], key: str, extra: tuple[str, ...] = ()) -> Any:
         """A dataclass from mappings; ``_BAD`` if a field without default could not be had."""
@@ -133,7 +175,7 @@ class _Builder:
         for layer in layers:
             for name, node in layer.value.items():
                 if name not in fields and name not in extra:
-                    self.error(node.where, "is not a key of a recipe", nearest(name, fields, key))
+                    self.error(node, "is not a key of a recipe", nearest(name, fields, key))
         values: dict[str, Any] = {}
         missing = False
         for name, field in fields.items():
@@ -145,7 +187,7 @@ class _Builder:
             )
             if not given:
                 if required:
-                    where = Node(None, layers[-1].file, layers[-1].line, dotted).where
+                    where = Node(None, layers[-1].file, layers[-1].line, dotted)
                     self.error(
                         where, "is missing", f"add `{name}:` ({describe(hints[field.name])})"
                     )
@@ -185,7 +227,7 @@ class _Builder:
         if wrong:
             names = ", ".join(yaml_name(field.name) for field in dataclasses.fields(cls)[:4])
             return self.error(
-                wrong[0].where,
+                wrong[0],
                 f"is {wrong[0].kind}, not a block",
                 f"give keys under it: {names}, ...",
             )
@@ -196,9 +238,7 @@ class _Builder:
     def _mapping(self, hint: Any, last: Node, layers: list[Node], key: str) -> Any:
         item = typing.get_args(hint)[1]
         if last.value is not None and not isinstance(last.value, dict):
-            return self.error(
-                last.where, f"is {last.kind}, not a mapping", "write `name: value` lines"
-            )
+            return self.error(last, f"is {last.kind}, not a mapping", "write `name: value` lines")
         merged: dict[str, list[Node]] = {}
         # A mixture is one value: half of one under half of another would be neither.
         for layer in layers if item is not float else layers[-1:]:
@@ -219,9 +259,7 @@ class _Builder:
             choices = typing.get_args(hint)
             if value in choices and not isinstance(value, bool):
                 return value
-            return self.error(
-                node.where, f"is {show(value)}", f"choose {wanted}" + guess(value, choices)
-            )
+            return self.error(node, f"is {show(value)}", f"choose {wanted}" + guess(value, choices))
         if typing.get_origin(hint) is tuple:
             items = value if isinstance(value, list) else [node]
             parts = [self._scalar(typing.get_args(hint)[0], item, "text") for item in items]
@@ -238,7 +276,7 @@ class _Builder:
         fix = f"give {wanted}"
         if hint is str and value is not None and not isinstance(value, (dict, list)):
             fix = "put it in quotes if text is meant"
-        return self.error(node.where, f"is {show(value)}, not {wanted}", fix)
+        return self.error(node, f"is {show(value)}, not {wanted}", fix)
 
 
 def _resolve(value: Any, directory: Path) -> Any:

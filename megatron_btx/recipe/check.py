@@ -1,0 +1,373 @@
+"""What no single field can tell: every check for which two facts must be known together.
+
+``problems`` looks at the recipe alone and needs no machine, so that a plan works on a login node;
+``files`` looks at the disk; ``refuse_on_gloo`` and ``refuse_context_parallel`` are asked by the
+engine, which knows the machine.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from megatron_btx.errors import UserError, UserErrors
+from megatron_btx.recipe import count, layouts, upstream
+from megatron_btx.recipe.layouts import Problem
+from megatron_btx.recipe.schema import (
+    Domain,
+    Evaluate,
+    Layout,
+    Mix,
+    Model,
+    Recipe,
+    Routing,
+    Tokenizer,
+    Training,
+)
+
+RESERVED = ("seed", "dense", "btx", "mean", "finetune")
+"""Names of systems and columns of the final table, so no names of domains or experts."""
+
+_SIZES: dict[type, tuple[str, ...]] = {
+    Model: (
+        "num_layers",
+        "hidden_size",
+        "ffn_hidden_size",
+        "num_attention_heads",
+        "num_query_groups",
+        "kv_channels",
+        "seq_length",
+        "make_vocab_size_divisible_by",
+    ),
+    Tokenizer: ("vocab_size", "train_bytes"),
+    Domain: ("builtin_bytes",),
+    Layout: (
+        "tensor_model_parallel_size",
+        "pipeline_model_parallel_size",
+        "context_parallel_size",
+        "data_parallel_size",
+        "expert_model_parallel_size",
+        "expert_tensor_parallel_size",
+        "num_threads",
+    ),
+    Training: (
+        "global_batch_size",
+        "micro_batch_size",
+        "save_interval",
+        "keep_checkpoints",
+        "eval_tokens",
+    ),
+    Routing: ("moe_router_topk",),
+    Evaluate: ("tokens", "micro_batch_size"),
+    Recipe: ("max_parallel_jobs",),
+}
+"""Counts that are at least 1."""
+
+_INF = float("inf")
+_RANGES: dict[type, dict[str, tuple[float, float]]] = {
+    Model: {
+        "rotary_base": (1, _INF),
+        "layernorm_epsilon": (1e-12, 0.01),
+        "init_method_std": (0, 10),
+    },
+    Training: {
+        "tokens": (0, _INF),
+        "lr": (1e-12, 10),
+        "min_lr": (0, 10),
+        "lr_warmup_iters": (0, _INF),
+        "weight_decay": (0, 100),
+        "adam_beta1": (0, 0.999999),
+        "adam_beta2": (0, 0.9999999),
+        "adam_eps": (1e-20, 1),
+        "clip_grad": (0, _INF),
+        "eval_interval": (0, _INF),
+        "check_replicas_interval": (0, _INF),
+    },
+    Routing: {
+        "balance_loss_coeff": (0, 1000),
+        "moe_expert_capacity_factor": (0.01, _INF),
+        "temperature_min": (1e-6, _INF),
+        "temperature_rate": (0, _INF),
+        "moe_aux_loss_coeff": (0, 1000),
+        "moe_z_loss_coeff": (0, 1000),
+    },
+    Mix: {"router_init_std": (0, 100)},
+    Recipe: {"random_seed": (0, 2**31 - 1)},
+}
+"""Lowest and highest value; ``None`` is always allowed."""
+
+
+def problems(recipe: Recipe) -> list[Problem]:
+    """Everything wrong with a recipe whose fields have the right types."""
+    found = list(
+        _ranges(recipe, "", {cls: dict.fromkeys(s, (1, _INF)) for cls, s in _SIZES.items()})
+    )
+    if found:  # a size of zero would only divide by zero below
+        return found
+    found += _ranges(recipe, "", _RANGES)
+    found += _names(recipe)
+    found += _model(recipe.model)
+    found += _tokenizer(recipe)
+    found += _routing(recipe)
+    for key, stage in stages(recipe).items():
+        found += _stage(recipe, key, stage)
+    found += layouts.problems(recipe, "evaluate.layout", recipe.evaluate.layout, moe=True)
+    if recipe.evaluate.tokens < recipe.model.seq_length:
+        found.append(Problem("evaluate.tokens", *_too_few(recipe.evaluate.tokens, recipe.model)))
+    return found
+
+
+def stages(recipe: Recipe) -> dict[str, Training]:
+    """The training stages by dotted key, in the order in which they run."""
+    found = {"seed": recipe.seed}
+    found |= {f"experts.{name}": expert for name, expert in recipe.experts.items()}
+    found["finetune"] = recipe.finetune
+    if recipe.dense is not None:
+        found["dense"] = recipe.dense
+    return found
+
+
+def files(recipe: Recipe) -> None:
+    """That every file and directory the recipe names is there and not empty.
+
+    Raises:
+        UserErrors: all that are missing. What is *in* a data file is read by `prepare`.
+    """
+    missing: list[UserError] = []
+
+    def look(key: str, name: str, *, directory: bool = False) -> None:
+        path = Path(name)
+        if not path.exists():
+            missing.append(UserError(key, f"{path} does not exist", "correct the path"))
+        elif directory and not path.is_dir():
+            missing.append(UserError(key, f"{path} is a file", "give the checkpoint's directory"))
+        elif path.is_dir() and not any(path.iterdir()):
+            missing.append(UserError(key, f"{path} is an empty directory", "put the files there"))
+        elif path.is_file() and path.stat().st_size == 0:
+            missing.append(UserError(key, f"{path} is empty", "give a file with text in it"))
+
+    for name, domain in recipe.domains.items():
+        for part, paths in (("train", domain.train), ("valid", domain.valid)):
+            for path in paths:
+                look(f"domains.{name}.{part}", path)
+    if recipe.tokenizer.path is not None:
+        look("tokenizer.path", recipe.tokenizer.path)
+    for key, stage in stages(recipe).items():
+        if stage.from_ is not None:
+            look(f"{key}.from", stage.from_, directory=True)
+    if missing:
+        raise UserErrors(missing)
+
+
+def refuse_on_gloo(layout: Layout, key: str = "layout") -> None:
+    """Refuse expert parallelism together with expert tensor parallelism where gloo runs.
+
+    Megatron gathers the experts' tokens over the expert tensor group in unequal sizes, and gloo's
+    ``all_gather`` wants equal ones («invalid tensor size»).
+
+    Raises:
+        UserError: the layout is such a one.
+    """
+    if layout.expert_model_parallel_size > 1 and layout.etp > 1:
+        raise UserError(
+            f"{key}.expert_tensor_parallel_size",
+            f"EP {layout.expert_model_parallel_size} together with ETP {layout.etp} needs CUDA: "
+            "gloo cannot gather the unequal numbers of tokens",
+            "set it to 1 on this machine",
+        )
+
+
+def refuse_context_parallel(layout: Layout, key: str = "layout") -> None:
+    """Refuse context parallelism on a machine without Transformer Engine, whose attention it is.
+
+    Raises:
+        UserError: the layout asks for it.
+    """
+    if layout.context_parallel_size > 1:
+        raise UserError(
+            f"{key}.context_parallel_size",
+            "context parallelism needs Transformer Engine, which is not installed here",
+            "install megatron-btx[te] on a machine with CUDA, or set it to 1",
+        )
+
+
+def _ranges(
+    value: Any, key: str, table: Mapping[type, Mapping[str, tuple[float, float]]]
+) -> Iterator[Problem]:
+    limits = table.get(type(value), {})
+    for field in fields(value):
+        item = getattr(value, field.name)
+        dotted = f"{key}.{field.name.rstrip('_')}".lstrip(".")
+        if field.name in limits and item is not None:
+            low, high = limits[field.name]
+            if not low <= item <= high:
+                wanted = f"at least {low:g}" if high == _INF else f"{low:g} to {high:.10g}"
+                yield Problem(dotted, f"is {item}, out of range", f"give {wanted}")
+        entries = {dotted: item}
+        if isinstance(item, dict):
+            entries = {f"{dotted}.{name}": entry for name, entry in item.items()}
+        for name, entry in entries.items():
+            if is_dataclass(entry):
+                yield from _ranges(entry, name, table)
+
+
+def _names(recipe: Recipe) -> Iterator[Problem]:
+    pattern = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+    rule = "use letters, digits, `_`, `-` and `.`"
+    if not pattern.fullmatch(recipe.name):
+        yield Problem("name", f"{recipe.name!r} cannot name a directory", rule)
+    for key, names in (("domains", recipe.domains), ("experts", recipe.experts)):
+        if not names:
+            yield Problem(key, "is empty", f"name at least one of the {key}")
+        for name in names:
+            if not pattern.fullmatch(name):
+                yield Problem(f"{key}.{name}", f"{name!r} cannot name a directory", rule)
+            elif name in RESERVED:
+                yield Problem(
+                    f"{key}.{name}",
+                    f"{name} has a meaning of its own in the final table",
+                    "choose another name"
+                    + ("; the seed is an expert by `mix.include_seed`" if name == "seed" else ""),
+                )
+    for name, domain in recipe.domains.items():
+        if bool(domain.train) == (domain.builtin is not None):
+            what = "has both files and built-in text" if domain.train else "has no text"
+            yield Problem(f"domains.{name}", what, "give either `train:` or `builtin:`")
+
+
+def _model(model: Model) -> Iterator[Problem]:
+    heads, groups = model.num_attention_heads, count.query_groups(model)
+    if model.kv_channels is None and model.hidden_size % heads:
+        yield Problem(
+            "model.hidden_size",
+            f"{model.hidden_size} is not divisible by num_attention_heads ({heads})",
+            "change one of them, or give kv_channels",
+        )
+    elif count.kv_channels(model) % 2:
+        yield Problem(
+            "model.kv_channels",
+            f"{count.kv_channels(model)} channels a head is odd, and rotary positions need pairs",
+            "choose an even width",
+        )
+    if heads % groups:
+        yield Problem(
+            "model.num_query_groups",
+            f"{groups} does not divide num_attention_heads ({heads})",
+            f"choose one of {', '.join(str(n) for n in _divisors(heads))}",
+        )
+
+
+def _tokenizer(recipe: Recipe) -> Iterator[Problem]:
+    tokenizer = recipe.tokenizer
+    if tokenizer.type == "huggingface" and tokenizer.path is None and recipe.seed.from_ is None:
+        yield Problem(
+            "tokenizer.path",
+            "is missing: a Hugging Face tokenizer is taken, not trained",
+            "give its directory, or use type: sentencepiece",
+        )
+
+
+def _routing(recipe: Recipe) -> Iterator[Problem]:
+    routing, experts = recipe.routing, recipe.num_moe_experts
+    k = routing.moe_router_topk
+    if routing.type == "topk" and k > experts:
+        yield Problem(
+            "routing.moe_router_topk",
+            f"top-{k} of {experts} experts ({', '.join(recipe.model_names)})",
+            f"choose at most {experts}",
+        )
+    elif routing.type == "topk" and k == 1:
+        yield Problem(
+            "routing.moe_router_topk",
+            "the softmax over one selected logit is always 1, so the router would never learn",
+            "use type: switch or type: sample_top1 for one expert a token (section 3.3)",
+        )
+    if routing.moe_aux_loss_coeff and routing.moe_router_load_balancing_type == "none":
+        yield Problem(
+            "routing.moe_aux_loss_coeff",
+            "has no effect while moe_router_load_balancing_type is none",
+            "choose aux_loss or seq_aux_loss, or remove it",
+        )
+    renormalised = routing.type in ("topk", "soft") or (
+        routing.type == "sample_top1" and routing.greedy and not routing.first_layer_soft
+    )
+    if recipe.export.format == "hf" and not renormalised:
+        yield Problem(
+            "export.format",
+            f"a Hugging Face Mixtral cannot compute {routing.type} routing: its weights always sum "
+            "to 1 over the same number of experts in every layer",
+            "set `export: {format: none}`",
+        )
+    average = recipe.mix.average
+    if isinstance(average, dict):
+        yield from _weights("mix.average", average, recipe.model_names, "model")
+        for name in set(recipe.model_names) - set(average):
+            yield Problem(
+                "mix.average", f"gives {name} no weight", f"add `{name}:` (0 is a weight)"
+            )
+
+
+def _stage(recipe: Recipe, key: str, stage: Training) -> Iterator[Problem]:
+    moe = key == "finetune"
+    model, layout = recipe.model, stage.layout
+    if key == "seed" and not stage.tokens and stage.from_ is None:
+        yield Problem("seed.tokens", "there is nothing to branch from", "give tokens or `from:`")
+    trains = stage.tokens > 0 and stage.from_ is None
+    if key != "dense":
+        if stage.data:
+            yield from _weights(f"{key}.data", stage.data, recipe.domains, "domain")
+        elif trains:
+            name = key.removeprefix("experts.")
+            hint = _near(name, recipe.domains) if key.startswith("experts.") else ""
+            yield Problem(
+                f"{key}.data", "is missing: which domains?", f"add `data: {{domain: weight}}`{hint}"
+            )
+    yield from layouts.problems(recipe, f"{key}.layout", layout, moe=moe)
+    batch = stage.micro_batch_size * layout.data_parallel_size
+    if stage.global_batch_size % batch:
+        yield Problem(
+            f"{key}.global_batch_size",
+            f"{stage.global_batch_size} is not divisible by micro_batch_size x data_parallel_size "
+            f"({stage.micro_batch_size} x {layout.data_parallel_size})",
+            f"use a multiple of {batch}",
+        )
+    if stage.min_lr is not None and stage.min_lr > stage.lr:
+        yield Problem(f"{key}.min_lr", f"{stage.min_lr} is above lr ({stage.lr})", "lower it")
+    if stage.eval_tokens < model.seq_length:
+        yield Problem(f"{key}.eval_tokens", *_too_few(stage.eval_tokens, model))
+    for block in upstream.SOURCES:
+        for name, value in getattr(stage.megatron, block).items():
+            wrong = upstream.problem(block, name, value)
+            if wrong is not None:
+                yield Problem(f"{key}.megatron.{block}.{name}", *wrong)
+
+
+def _weights(key: str, weights: dict[str, float], names: Any, kind: str) -> Iterator[Problem]:
+    for name, weight in weights.items():
+        if name not in names:
+            known = ", ".join(names)
+            yield Problem(
+                f"{key}.{name}", f"there is no {kind} {name}", f"known: {known}{_near(name, names)}"
+            )
+        elif weight < 0:
+            yield Problem(f"{key}.{name}", f"the weight {weight} is negative", "give 0 or more")
+    if weights and not any(weight > 0 for weight in weights.values()):
+        yield Problem(key, "every weight is zero", "give at least one a positive weight")
+
+
+def _near(name: str, names: Any) -> str:
+    near = get_close_matches(name, list(names), n=1)
+    return f"; did you mean `{near[0]}`?" if near else ""
+
+
+def _too_few(tokens: int, model: Model) -> tuple[str, str]:
+    what = f"{tokens} tokens are less than one sequence ({model.seq_length})"
+    return what, f"give at least {model.seq_length}"
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0]

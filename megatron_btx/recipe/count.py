@@ -1,0 +1,184 @@
+"""What a recipe costs, as pure arithmetic: parameters, FLOPs, steps and tokens.
+
+Conventions, the same everywhere in the project:
+
+- A parameter count includes the padded vocabulary, the norms and the routers: it equals the sum of
+  ``numel`` over the built Megatron model. ``total_true_vocab`` leaves the padding out.
+- *Active* parameters are those that one token meets: all that is no expert, and the experts its
+  router picks. The embedding counts (as in the paper's 6.7B / 11.1B / 19.7B, Table 4).
+- FLOPs are *model* FLOPs: two per multiply-add of every matrix product that the forward pass needs,
+  three times that for a training step. Recomputation, the embedding's lookup, norms, softmaxes and
+  rotary positions are left out. The output layer counts, with the padded vocabulary. Attention
+  counts the full S x S products although half is masked: 12 L (heads d) S a token for training
+  (PaLM, arXiv 2204.02311, appendix B).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from megatron_btx.recipe.architecture import Architecture
+from megatron_btx.recipe.schema import Model, Recipe, Training
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parameters:
+    """Parameters of one model by what they are, over all layers."""
+
+    embedding: int
+    output: int
+    """The output layer; 0 where it is tied to the embedding."""
+    attention: int
+    norms: int
+    ffn: int
+    """All feed-forward weights: every expert's."""
+    ffn_active: int
+    router: int
+    vocab_padding: int
+    """How many of ``embedding`` and ``output`` belong to no token."""
+
+    @property
+    def total(self) -> int:
+        """As built, padding included."""
+        return self.embedding + self.output + self.attention + self.norms + self.ffn + self.router
+
+    @property
+    def active(self) -> int:
+        """Those one token meets."""
+        return self.total - self.ffn + self.ffn_active
+
+    @property
+    def total_true_vocab(self) -> int:
+        """Without the padding of the vocabulary."""
+        return self.total - self.vocab_padding
+
+
+def kv_channels(model: Model) -> int:
+    """Width of a head, d."""
+    return model.kv_channels or model.hidden_size // model.num_attention_heads
+
+
+def query_groups(model: Model) -> int:
+    """Key/value heads, g."""
+    return model.num_query_groups or model.num_attention_heads
+
+
+def experts_run(architecture: Architecture) -> int:
+    """Experts (feed-forward layers) a token runs through, summed over the layers.
+
+    ``sample_top1`` runs all of them in the first layer where that one routes softly (section 3.3);
+    the paper's 6.7B for it leaves that out.
+    """
+    layers, routing = architecture.model.num_layers, architecture.routing
+    if routing is None:
+        return layers
+    first = sends(architecture)
+    if routing.type == "sample_top1" and routing.first_layer_soft:
+        first = len(architecture.experts)
+    return first + (layers - 1) * sends(architecture)
+
+
+def sends(architecture: Architecture) -> int:
+    """Experts one token is sent to in an ordinary layer."""
+    routing = architecture.routing
+    if routing is None or routing.type in ("switch", "sample_top1"):
+        return 1
+    return routing.moe_router_topk if routing.type == "topk" else len(architecture.experts)
+
+
+def attention_parameters(model: Model) -> int:
+    """Of one layer: qkv [(heads + 2 g) d, H] and the projection [H, heads d]."""
+    heads, groups, d = model.num_attention_heads, query_groups(model), kv_channels(model)
+    return model.hidden_size * d * (heads + 2 * groups) + model.hidden_size * d * heads
+
+
+def ffn_parameters(model: Model) -> int:
+    """Of one feed-forward layer or one expert: gate and up [2F, H], down [H, F]."""
+    return 3 * model.hidden_size * model.ffn_hidden_size
+
+
+def parameters(architecture: Architecture) -> Parameters:
+    """Parameters of a dense model or of a mixture, by kind."""
+    model, experts = architecture.model, len(architecture.experts)
+    h, layers = model.hidden_size, model.num_layers
+    padded = architecture.padded_vocab_size
+    matrices = 2 if model.untie_embeddings_and_output_weights else 1
+    ffn = ffn_parameters(model)
+    return Parameters(
+        embedding=padded * h,
+        output=padded * h * (matrices - 1),
+        attention=layers * attention_parameters(model),
+        norms=(2 * layers + 1) * h,
+        ffn=layers * ffn * (experts or 1),
+        ffn_active=ffn * experts_run(architecture),
+        router=layers * experts * h,
+        vocab_padding=(padded - architecture.vocab_size) * h * matrices,
+    )
+
+
+def forward_flops_per_token(architecture: Architecture) -> int:
+    """FLOPs of the forward pass for one token of a full sequence; also those of inference.
+
+    ``2 (attention + active ffn + router + V_padded H) + 4 L (heads d) S``: the scores QK^T and the
+    weighted sum of V are each ``2 (heads d) S`` a token and layer.
+    """
+    model, counted = architecture.model, parameters(architecture)
+    head = architecture.padded_vocab_size * model.hidden_size  # also where it is tied
+    matrices = counted.attention + counted.ffn_active + counted.router + head
+    width = model.num_attention_heads * kv_channels(model)
+    return 2 * matrices + 4 * model.num_layers * width * model.seq_length
+
+
+def training_flops_per_token(architecture: Architecture) -> int:
+    """Forward and backward: the backward pass has two products for each of the forward's."""
+    return 3 * forward_flops_per_token(architecture)
+
+
+def steps(training: Training, model: Model) -> int:
+    """Optimizer steps of a stage: its tokens rounded up to whole global batches."""
+    return math.ceil(training.tokens / (training.global_batch_size * model.seq_length))
+
+
+def trained_tokens(training: Training, model: Model) -> int:
+    """The tokens of those steps."""
+    return steps(training, model) * training.global_batch_size * model.seq_length
+
+
+def mixture(data: dict[str, float]) -> dict[str, float]:
+    """Sampling weights that sum to one; domains of weight zero are left out."""
+    total = math.fsum(data.values())
+    return {name: weight / total for name, weight in data.items() if weight > 0}
+
+
+def dense_phases(recipe: Recipe) -> list[tuple[int, dict[str, float]]]:
+    """Tokens and normalised mixture of the dense baseline's two phases, in order.
+
+    Data-matched (section 4.1.2): first all that the experts saw, each expert's mixture by its
+    share of the tokens, then what the finetuning sees. The tokens are those really trained on,
+    whole steps included. A phase without tokens is left out.
+    """
+    union: dict[str, float] = {}
+    expert_tokens = 0
+    for expert in recipe.experts.values():
+        tokens = trained_tokens(expert, recipe.model)
+        expert_tokens += tokens
+        for name, weight in mixture(expert.data).items() if tokens else ():
+            union[name] = union.get(name, 0.0) + tokens * weight
+    finetune_tokens = trained_tokens(recipe.finetune, recipe.model)
+    phases = []
+    if expert_tokens:
+        phases.append((expert_tokens, mixture(union)))
+    if finetune_tokens:
+        phases.append((finetune_tokens, mixture(recipe.finetune.data)))
+    return phases
+
+
+def dense_tokens(recipe: Recipe) -> int:
+    """All tokens of the dense baseline: experts plus finetune."""
+    return sum(tokens for tokens, _ in dense_phases(recipe))
+
+
+def dense_architecture(recipe: Recipe) -> Architecture:
+    """The seed's, with the vocabulary that the recipe states."""
+    return Architecture(model=recipe.model, vocab_size=recipe.tokenizer.vocab_size)

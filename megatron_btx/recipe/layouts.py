@@ -1,0 +1,132 @@
+"""Which layouts divide a model, and which of those Megatron computes rightly."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from megatron_btx.recipe import count
+from megatron_btx.recipe.schema import Layout, Recipe
+
+
+class Problem(NamedTuple):
+    """One thing that is wrong, by the dotted key of the resolved recipe (``seed.lr``)."""
+
+    key: str
+    what: str
+    fix: str
+
+
+def sequence_parallel(layout: Layout, *, moe: bool) -> bool:
+    """The layout's ``sequence_parallel`` resolved: on where tensor parallelism meets experts."""
+    if layout.sequence_parallel is None:
+        return moe and layout.tensor_model_parallel_size > 1
+    return layout.sequence_parallel
+
+
+def problems(recipe: Recipe, key: str, layout: Layout, *, moe: bool) -> Iterator[Problem]:
+    """Everything wrong with running the recipe's model under ``layout``."""
+    yield from _divides(recipe, key, layout, moe=moe)
+    yield from _sequence(recipe, key, layout, moe=moe)
+    yield from _experts(recipe, key, layout, moe=moe)
+
+
+def _divides(recipe: Recipe, key: str, layout: Layout, *, moe: bool) -> Iterator[Problem]:
+    model = recipe.model
+    tp, pp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
+    heads, groups = model.num_attention_heads, count.query_groups(model)
+    padded = count.dense_architecture(recipe).padded_vocab_size
+    qkv = (heads + 2 * groups) * count.kv_channels(model)
+    tp_key = f"{key}.tensor_model_parallel_size"
+    lower = "lower it, or change the model"
+    if heads % tp:
+        yield Problem(tp_key, f"{tp} does not divide model.num_attention_heads ({heads})", lower)
+    elif groups % tp and tp % groups:
+        # Megatron shares a key/value head between ranks where there are fewer than ranks.
+        yield Problem(
+            tp_key,
+            f"{tp} neither divides model.num_query_groups ({groups}) nor is a multiple of it",
+            lower,
+        )
+    elif qkv % tp:
+        yield Problem(
+            tp_key, f"{tp} does not divide the width of query, key and value ({qkv})", lower
+        )
+    ffn_tp = layout.etp if moe else tp
+    ffn_key = f"{key}.expert_tensor_parallel_size" if moe else tp_key
+    if model.ffn_hidden_size % ffn_tp:
+        yield Problem(
+            ffn_key,
+            f"{ffn_tp} does not divide model.ffn_hidden_size ({model.ffn_hidden_size})",
+            lower,
+        )
+    if padded % tp:
+        yield Problem(
+            tp_key,
+            f"{tp} does not divide the padded vocabulary ({padded})",
+            f"make model.make_vocab_size_divisible_by a multiple of {tp}",
+        )
+    if model.num_layers % pp:
+        yield Problem(
+            f"{key}.pipeline_model_parallel_size",
+            f"{pp} does not divide model.num_layers ({model.num_layers})",
+            "lower it, or change the model",
+        )
+
+
+def _sequence(recipe: Recipe, key: str, layout: Layout, *, moe: bool) -> Iterator[Problem]:
+    seq = recipe.model.seq_length
+    tp, cp = layout.tensor_model_parallel_size, layout.context_parallel_size
+    if layout.sequence_parallel and tp == 1:
+        yield Problem(
+            f"{key}.sequence_parallel",
+            "is on without tensor parallelism, over whose ranks it works",
+            "remove it, or raise tensor_model_parallel_size",
+        )
+    if layout.sequence_parallel is False and moe and tp > 1:
+        yield Problem(
+            f"{key}.sequence_parallel",
+            "is off, but Megatron trains experts under tensor parallelism only with it",
+            "remove it",
+        )
+    pieces = cp * (2 if cp > 1 else 1) * (tp if sequence_parallel(layout, moe=moe) else 1)
+    if seq % pieces:
+        name = "context_parallel_size" if cp > 1 else "tensor_model_parallel_size"
+        yield Problem(
+            f"{key}.{name}",
+            f"model.seq_length ({seq}) is not divisible into {pieces} pieces",
+            f"use a seq_length that is a multiple of {pieces}",
+        )
+
+
+def _experts(recipe: Recipe, key: str, layout: Layout, *, moe: bool) -> Iterator[Problem]:
+    tp, pp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
+    ep, etp, world = layout.expert_model_parallel_size, layout.etp, layout.world_size
+    ep_key = f"{key}.expert_model_parallel_size"
+    if not moe:
+        if ep > 1:
+            yield Problem(
+                ep_key, f"{ep}, but this stage trains a dense model", "set it for finetune only"
+            )
+        return
+    if recipe.num_moe_experts % ep:
+        yield Problem(
+            ep_key,
+            f"{ep} does not divide the {recipe.num_moe_experts} experts "
+            f"({', '.join(recipe.model_names)})",
+            "choose a divisor",
+        )
+    if world % (etp * ep * pp):
+        yield Problem(
+            ep_key,
+            f"EP x ETP x PP ({ep} x {etp} x {pp}) does not divide the world size ({world} = TP x "
+            "PP x CP x DP)",
+            "raise data_parallel_size or lower expert_model_parallel_size",
+        )
+    if ep == 1 and etp != tp:
+        yield Problem(
+            f"{key}.expert_tensor_parallel_size",
+            f"{etp} with TP {tp} and EP 1: Megatron would reduce the experts' gradients over the "
+            "wrong ranks, and their replicas would drift apart silently",
+            f"use {tp} (leave it out), or expert parallelism (expert_model_parallel_size > 1)",
+        )
