@@ -1,0 +1,83 @@
+"""What identifies the content of the files a recipe names, cheaply enough to ask at every start.
+
+A file counts by its size and a hash: of all of it up to 16 MiB, of sixteen evenly spaced pieces of
+1 MiB above that, so that asking about terabytes of text takes seconds. A memo beside the run
+remembers the hash of every file whose size and time of change are as they were.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+_PIECE = 1 << 20
+_PIECES = 16
+
+
+class Memo:
+    """Hashes of files by path, valid while size and modification time (ns) stand."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = path
+        self._known: dict[str, list[int | str]] = {}
+        self._changed = False
+        if path is not None and path.is_file():
+            try:
+                known = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError:
+                known = None  # a memo is only a memo: anything unreadable is asked again
+            self._known = known if isinstance(known, dict) else {}
+
+    def file(self, path: Path) -> str:
+        """Hash (hex) of a file's size and content."""
+        status = path.stat()
+        entry = self._known.get(str(path))
+        if entry is not None and entry[:2] == [status.st_size, status.st_mtime_ns]:
+            return str(entry[2])
+        value = _hash(path, status.st_size)
+        self._known[str(path)] = [status.st_size, status.st_mtime_ns, value]
+        self._changed = True
+        return value
+
+    def paths(self, paths: Sequence[str]) -> list[list[str]]:
+        """``[name, hash]`` of every file in ``paths``, directories walked; names are relative to
+        what was given, so that moving a corpus changes nothing. A missing file has hash ``""``:
+        to complain about it is the recipe check's business."""
+        found = []
+        for given in map(Path, paths):
+            if given.is_dir():
+                files = sorted(item for item in given.rglob("*") if _counts(item, given))
+                found += [[str(item.relative_to(given)), self.file(item)] for item in files]
+            else:
+                found.append([given.name, self.file(given) if given.is_file() else ""])
+        return found
+
+    def save(self) -> None:
+        """Write the memo, if it has a place and anything new to say."""
+        if self.path is None or not self._changed:
+            return
+        temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}")
+        temporary.write_text(json.dumps(self._known), encoding="utf-8")
+        os.replace(temporary, self.path)
+        self._changed = False
+
+
+def _counts(item: Path, root: Path) -> bool:
+    hidden = any(part.startswith(".") for part in item.relative_to(root).parts)
+    return item.is_file() and not hidden
+
+
+def _hash(path: Path, size: int) -> str:
+    digest = hashlib.sha256(f"{size}:".encode())
+    with path.open("rb") as file:
+        if size <= _PIECE * _PIECES:
+            for block in iter(lambda: file.read(_PIECE), b""):
+                digest.update(block)
+        else:
+            for piece in range(_PIECES):
+                file.seek(piece * (size - _PIECE) // (_PIECES - 1))
+                digest.update(file.read(_PIECE))
+    return digest.hexdigest()

@@ -1,0 +1,246 @@
+"""A recipe's stages and what each one waits for. Data, and free of torch.
+
+One graph holds Branch-Train-MiX and its special cases (the paper's abstract): a system is the tuple
+of kinds that take part, and a need that takes no part falls away. Without ``finetune`` (which
+includes the mix) what is left is Branch-Train-Merge; experts of zero tokens are linked to the seed,
+which makes the mix sparse upcycling; with neither it is the dense baseline.
+
+Every stage has a key: the hash of its own part of the recipe, of the text it reads and of the keys
+of the models it starts from. A stage is done when ``done.json`` in its directory holds this key.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_btx.errors import UserError
+from megatron_btx.pipeline.fingerprint import Memo
+from megatron_btx.recipe.load import digest
+from megatron_btx.recipe.schema import Layout, Recipe, Training
+
+NEEDS: dict[str, tuple[str, ...]] = {
+    "prepare": (),
+    "seed": ("prepare",),
+    "expert": ("prepare", "seed"),
+    "finetune": ("prepare", "seed", "expert"),
+    "dense": ("prepare", "seed"),
+    "evaluate": ("prepare", "seed", "expert", "finetune", "dense"),
+    "export": ("finetune",),
+    "report": ("prepare", "seed", "expert", "finetune", "dense", "evaluate", "export"),
+}
+"""What each kind of stage waits for; ``expert`` stands for every one of them."""
+
+SYSTEMS: dict[str, tuple[str, ...]] = {
+    "btx": tuple(NEEDS),
+}
+"""The kinds that take part in each ``system:`` of a recipe."""
+
+TRAINED = ("seed", "expert", "finetune", "dense")
+"""Kinds that train a model; so does ``import``, which takes a finished one in a stage's place."""
+
+_EXECUTION = frozenset(
+    [
+        "layout",
+        "save_interval",
+        "keep_checkpoints",
+        "eval_interval",
+        "eval_tokens",
+        "check_replicas_interval",
+        "data",
+        "from_",
+    ]
+)
+"""Fields of ``Training`` outside its key. The layout is how, not what: a run moved to other
+machines goes on from its checkpoints and repeats nothing. ``data`` and ``from`` enter by content.
+"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stage:
+    """One job: some ranks that make one model or one table, and say so when they are done."""
+
+    name: str
+    """``seed``, ``expert:math``, ..."""
+    kind: str
+    """A key of ``NEEDS``, or ``import`` where a checkpoint is taken instead of trained."""
+    needs: tuple[str, ...] = ()
+    """Names of the stages that must be done before."""
+    world_size: int = 1
+    num_threads: int = 1
+    """CPU threads a rank."""
+    key: str = ""
+
+    @property
+    def directory(self) -> str:
+        """Name of its directory in the run's."""
+        return self.name.replace(":", "-")
+
+    @property
+    def cores(self) -> int:
+        """CPU cores that it fills."""
+        return self.world_size * self.num_threads
+
+
+def build(recipe: Recipe, memo: Memo | None = None) -> tuple[Stage, ...]:
+    """The stages of a recipe, each after all that it needs.
+
+    Reads the files that the recipe names (fingerprint.py), writes nothing.
+    """
+    keys = _Keys(recipe, memo or Memo())
+    stages: dict[str, Stage] = {}
+    for kind in SYSTEMS[recipe.system]:
+        for name in _names(recipe, kind):
+            stage = _stage(recipe, kind, name, tuple(stages.values()))
+            stages[stage.name] = dataclasses.replace(stage, key=keys.stage(stage, stages))
+    return tuple(stages.values())
+
+
+def until(stages: Iterable[Stage], name: str) -> tuple[Stage, ...]:
+    """Stage ``name`` and all that it waits for."""
+    by_name = {stage.name: stage for stage in stages}
+    if name not in by_name:
+        raise UserError("--until", f"there is no stage {name}", "choose " + ", ".join(by_name))
+    wanted = {name}
+    for stage in reversed(by_name.values()):
+        if stage.name in wanted:
+            wanted.update(stage.needs)
+    return tuple(stage for stage in by_name.values() if stage.name in wanted)
+
+
+def find(stages: Iterable[Stage], name: str) -> Stage:
+    """The stage of that name."""
+    by_name = {stage.name: stage for stage in stages}
+    if name not in by_name:
+        raise UserError(name, "is not a stage of this recipe", "choose " + ", ".join(by_name))
+    return by_name[name]
+
+
+def training(recipe: Recipe, name: str) -> Training:
+    """The block of the recipe that describes training stage ``name``."""
+    if name.startswith("expert:"):
+        return recipe.experts[name.removeprefix("expert:")]
+    block = {"seed": recipe.seed, "finetune": recipe.finetune, "dense": recipe.dense}[name]
+    if block is None:
+        raise UserError(name, "has no block in this recipe", f"add `{name}:`")
+    return block
+
+
+def imported(recipe: Recipe, name: str) -> str | None:
+    """Where the model of stage ``name`` is taken from instead of being trained: a checkpoint
+    directory, the name of another stage (an expert of zero tokens is the seed), or nowhere."""
+    block = training(recipe, name)
+    if block.from_ is not None:
+        return block.from_
+    return "seed" if name.startswith("expert:") and block.tokens == 0 else None
+
+
+def _names(recipe: Recipe, kind: str) -> Iterator[str]:
+    if kind == "expert":
+        yield from (f"expert:{domain}" for domain in recipe.experts)
+    elif kind == "dense":
+        yield from ["dense"] if recipe.dense is not None else []
+    elif kind == "export":
+        yield from ["export"] if recipe.export.format != "none" else []
+    else:
+        yield kind
+
+
+def _stage(recipe: Recipe, kind: str, name: str, before: tuple[Stage, ...]) -> Stage:
+    """The stage without its key."""
+    needs = tuple(stage.name for stage in before if stage.name.partition(":")[0] in NEEDS[kind])
+    source = imported(recipe, name) if kind in TRAINED else None
+    if source is not None:
+        return Stage(name=name, kind="import", needs=("seed",) if source == "seed" else ())
+    if kind == "finetune" and not recipe.mix.include_seed:
+        needs = tuple(need for need in needs if need != "seed")
+    layout = recipe.evaluate.layout if kind == "evaluate" else Layout()
+    if kind in TRAINED:
+        layout = training(recipe, name).layout
+    elif kind == "export":  # one rank with the whole of the evaluation's cores
+        cores = recipe.evaluate.layout
+        layout = Layout(num_threads=cores.world_size * cores.num_threads)
+    return Stage(
+        name=name,
+        kind=kind,
+        needs=needs,
+        world_size=layout.world_size,
+        num_threads=layout.num_threads,
+    )
+
+
+class _Keys:
+    """Content hashes. A model's key holds the text of the domains it reads, not the key of
+    ``prepare``: otherwise one more document about mathematics would retrain the seed."""
+
+    def __init__(self, recipe: Recipe, memo: Memo) -> None:
+        self.recipe, self.memo = recipe, memo
+        self._text = {
+            name: digest([domain_part(domain), memo.paths(domain.train), memo.paths(domain.valid)])
+            for name, domain in recipe.domains.items()
+        }
+        self._tokenizer = digest(self._tokenizer_part())
+
+    def _tokenizer_part(self) -> list[Any]:
+        recipe = self.recipe
+        if recipe.tokenizer.path is not None:
+            return [recipe.tokenizer.type, self.memo.paths([recipe.tokenizer.path])]
+        if recipe.seed.from_ is not None:  # it comes along with the seed
+            return [self.source(recipe.seed.from_)]
+        return [recipe.tokenizer, recipe.random_seed, self._mixture(recipe.seed.data, False)]
+
+    def _mixture(self, data: dict[str, float], tokenized: bool = True) -> list[Any]:
+        """Weights and content of the domains that are read."""
+        rows = [[name, weight, self._text.get(name)] for name, weight in data.items() if weight]
+        return [self._tokenizer, rows] if tokenized else rows
+
+    def source(self, directory: str) -> list[Any]:
+        """What identifies a checkpoint that is taken as it is."""
+        return ["from", self.memo.paths([str(Path(directory))])]
+
+    def stage(self, stage: Stage, before: dict[str, Stage]) -> str:
+        models = [[need, before[need].key] for need in stage.needs if need != "prepare"]
+        part = [stage.name, self.recipe.random_seed, self._own(stage), models]
+        return digest(part)
+
+    def _own(self, stage: Stage) -> Any:
+        recipe = self.recipe
+        if stage.kind == "prepare":
+            return [list(self._text.items()), self._tokenizer]
+        if stage.kind == "import":
+            source = imported(recipe, stage.name)
+            assert source is not None
+            return [recipe.model, "seed" if source == "seed" else self.source(source)]
+        if stage.kind == "evaluate":
+            return [recipe.evaluate.tokens, self._tokenizer, list(self._text.items())]
+        if stage.kind == "export":
+            return recipe.export
+        if stage.kind == "report":
+            return None
+        block = training(recipe, stage.name)
+        own = [recipe.model, self._training(block, moe=stage.kind == "finetune")]
+        if stage.kind == "finetune":
+            own += [recipe.mix, recipe.routing]
+        if stage.kind == "dense":  # trains on what the others were trained on
+            others = [*recipe.experts.values(), recipe.finetune]
+            own += [[o.tokens, o.global_batch_size, self._mixture(o.data)] for o in others]
+        return own
+
+    def _training(self, block: Training, moe: bool) -> list[Any]:
+        fields = {
+            field.name: getattr(block, field.name)
+            for field in dataclasses.fields(block)
+            if field.name not in _EXECUTION
+        }
+        if not moe:  # how a batch is cut matters only to what is counted over a micro-batch:
+            del fields["micro_batch_size"]  # the balance loss and Switch's capacity
+        return [fields, self._mixture(block.data)]
+
+
+def domain_part(domain: Any) -> dict[str, Any]:
+    """A domain's part of a key: everything but where its files lie."""
+    fields = {f.name: getattr(domain, f.name) for f in dataclasses.fields(domain)}
+    return {name: value for name, value in fields.items() if name not in ("train", "valid")}

@@ -1,0 +1,315 @@
+"""Runs a recipe's stages on this machine, as many side by side as it holds. Imports no torch."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_btx.errors import UserError
+from megatron_btx.pipeline import guard, state
+from megatron_btx.pipeline.graph import Stage
+from megatron_btx.pipeline.job import Job, Setting
+from megatron_btx.pipeline.view import View
+
+WORKER = (sys.executable, "-m", "megatron_btx.pipeline.worker")
+GRACE = 600.0
+"""Seconds that a stopped stage gets to save; a second Ctrl-C ends the wait."""
+
+EXIT_INTERRUPTED = 130
+
+
+@dataclass(kw_only=True)
+class Outcome:
+    """How a run ended."""
+
+    code: int = 0
+    """0 done, 130 stopped, 2 a mistake of the user's, 1 a crash."""
+    finished: list[str] = field(default_factory=list)
+    """Stages that were finished by this run."""
+    stopped: list[str] = field(default_factory=list)
+    """Stages that were stopped on the way and go on next time."""
+    problem: str = ""
+    """What failed, with the end of its log; empty if nothing did."""
+
+
+def run(
+    stages: tuple[Stage, ...],
+    run_dir: Path,
+    recipe_text: str,
+    *,
+    view: View,
+    max_parallel: int | None = None,
+    worker: tuple[str, ...] = WORKER,
+    inline: Mapping[str, Callable[[], object]] | None = None,
+    grace: float = GRACE,
+) -> Outcome:
+    """Run what is left of ``stages``.
+
+    Args:
+        stages: as ``graph.build`` gives them, each after all that it needs.
+        run_dir: where everything is written; made if missing.
+        recipe_text: the resolved recipe, kept as ``recipe.yaml``; the ranks read this copy, so that
+            an edit of the original during the run changes nothing.
+        max_parallel: at most this many stages at once; by default what the cores hold.
+        inline: kinds that are a function of this process instead of ranks.
+
+    Raises:
+        UserError: another run holds the directory.
+    """
+    with contextlib.ExitStack() as stack:
+        undo = stack.enter_context(_Undo(run_dir))
+        token = uuid.uuid4().hex
+        scratch = Path(tempfile.mkdtemp(prefix="btx-"))
+        stack.callback(shutil.rmtree, scratch, ignore_errors=True)
+        # Before the lock: the watcher must not share it.
+        stack.enter_context(guard.watcher(token, scratch))
+        stack.enter_context(state.run_lock(run_dir))
+        undo.arm()
+        _write_recipe(run_dir, recipe_text)
+        setting = Setting(
+            recipe=run_dir / "recipe.yaml",
+            run_dir=run_dir,
+            worker=worker,
+            token=token,
+            scratch=scratch,
+        )
+        signals = stack.enter_context(_Signals())
+        stack.enter_context(view)
+        runner = _Runner(stages, setting, view, signals, inline or {}, max_parallel, grace)
+        try:
+            outcome = runner.run()
+        except UserError:
+            undo.wanted = not runner.outcome.finished
+            raise
+        undo.wanted = outcome.code == 2 and not outcome.finished
+        return outcome
+
+
+class _Runner:
+    """The loop: start what can start, see what has ended, pass on a wish to stop."""
+
+    def __init__(
+        self,
+        stages: tuple[Stage, ...],
+        setting: Setting,
+        view: View,
+        signals: _Signals,
+        inline: Mapping[str, Callable[[], object]],
+        max_parallel: int | None,
+        grace: float,
+    ) -> None:
+        self.stages, self.setting, self.view, self.signals = stages, setting, view, signals
+        self.inline, self.grace = inline, grace
+        self.max_parallel = max_parallel or len(stages)
+        self.cores, self.gpus = cores(), gpus()
+        self.waiting = list(state.left(setting.run_dir, stages))
+        self.jobs: list[Job] = []
+        self.outcome = Outcome()
+
+    def run(self) -> Outcome:
+        try:
+            while self.jobs or (self.waiting and not self._ending):
+                for job in list(self.jobs):
+                    self._look_at(job)
+                if self._ending:
+                    self._wind_up()
+                elif not self._start_next():
+                    time.sleep(0.1)
+                    self.view.update(self.jobs)
+        finally:  # an error of ours must not leave ranks behind
+            for job in self.jobs:
+                job.kill()
+        if self.signals.count and not self.outcome.problem:
+            self.outcome.code = EXIT_INTERRUPTED
+        return self.outcome
+
+    @property
+    def _ending(self) -> bool:
+        return bool(self.signals.count or self.outcome.code)
+
+    def _wind_up(self) -> None:
+        for job in self.jobs:
+            if not job.stopping:
+                self.view.note(f"{job.stage.name}: saving (Ctrl-C again: stop at once)")
+            job.stop(self.grace)
+            if self.signals.count > 1:
+                job.kill()
+        time.sleep(0.1)
+        self.view.update(self.jobs)
+
+    def _start_next(self) -> bool:
+        """Start the first waiting stage whose needs are done and for which there is room."""
+        unfinished = {stage.name for stage in self.waiting} | {j.stage.name for j in self.jobs}
+        for stage in self.waiting:
+            if unfinished.intersection(stage.needs):
+                continue
+            if stage.kind in self.inline:
+                self.waiting.remove(stage)
+                self._call(stage)
+                return True
+            if self._room(stage):
+                self.waiting.remove(stage)
+                self._start(stage)
+                return True
+        return False
+
+    def _room(self, stage: Stage) -> bool:
+        if not self.jobs:
+            return True  # one that is too large for this machine still runs, alone
+        if len(self.jobs) >= self.max_parallel:
+            return False
+        if self.gpus and stage.world_size > len(self._free_gpus()):
+            return False
+        return sum(job.stage.cores for job in self.jobs) + stage.cores <= self.cores
+
+    def _free_gpus(self) -> list[int]:
+        taken = {gpu for job in self.jobs for gpu in job.gpus}
+        return [gpu for gpu in self.gpus if gpu not in taken]
+
+    def _start(self, stage: Stage) -> None:
+        run_dir = self.setting.run_dir
+        aside = state.claim(run_dir, stage)
+        if aside is not None:
+            self.view.note(
+                f"{stage.name}: its part of the recipe has changed; the former one is kept in "
+                f"{aside} (delete it if it is not wanted)"
+            )
+        if state.done(run_dir, stage) is not None:
+            self.view.note(f"{stage.name}: taken back from {run_dir / 'old'}")
+            self.outcome.finished.append(stage.name)
+            return
+        state.wait_until_idle(run_dir / stage.directory)
+        job = Job(stage, self.setting, self._free_gpus()[: stage.world_size])
+        self.jobs.append(job)
+        self.view.begin(job)
+
+    def _call(self, stage: Stage) -> None:
+        run_dir = self.setting.run_dir
+        state.claim(run_dir, stage)
+        directory = run_dir / stage.directory
+        state.begin(directory, state.next_attempt(directory), 1)
+        self.inline[stage.kind]()
+        state.finish(directory, stage, {})
+        self.outcome.finished.append(stage.name)
+
+    def _look_at(self, job: Job) -> None:
+        verdict = job.poll()
+        if verdict is None:
+            return
+        self.jobs.remove(job)
+        if verdict == "stopped" and not (self.signals.count or self.outcome.code):
+            self.outcome.code = EXIT_INTERRUPTED  # somebody asked its ranks, not us
+        self.view.end(job, verdict)
+        if verdict == "done":
+            self.outcome.finished.append(job.stage.name)
+        elif verdict == "stopped":
+            self.outcome.stopped.append(job.stage.name)
+        elif not self.outcome.problem:
+            message, user = job.message()
+            self.outcome.code = 2 if user else 1
+            self.outcome.problem = message if user else _report(job, message)
+
+
+def _report(job: Job, message: str) -> str:
+    lines = "\n".join(f"  | {line}" for line in job.last_lines())
+    return (
+        f"{job.stage.name} failed (attempt {job.attempt}): {message}\n"
+        f"the end of {job.log}:\n{lines}"
+    )
+
+
+class _Signals:
+    """Counts the wishes to stop (Ctrl-C, SIGTERM, a closed terminal) instead of dying of them."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._former: dict[int, object] = {}
+
+    def __enter__(self) -> _Signals:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            self._former[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+
+    def _note(self, number: int, frame: object) -> None:
+        self.count += 1
+
+
+class _Undo:
+    """A run that fails by a mistake in its input before anything is finished has changed nothing:
+    what it made is removed, the recipe kept beside it is the former one."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.wanted = False
+        self.run_dir = run_dir
+        self._made: list[Path] = []
+        self._entries: set[Path] | None = None
+        self._recipe: bytes | None = None
+
+    def __enter__(self) -> _Undo:
+        path = self.run_dir
+        while not path.exists():
+            self._made.append(path)
+            path = path.parent
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        return self
+
+    def arm(self) -> None:
+        """Note what is there. Only once the directory is locked: what appears in it before that
+        may be another run's."""
+        self._entries = set() if self._made else set(self.run_dir.iterdir())
+        recipe = self.run_dir / "recipe.yaml"
+        self._recipe = recipe.read_bytes() if recipe.exists() else None
+
+    def __exit__(self, *_: object) -> None:
+        if self.wanted and self._entries is not None:
+            if self._recipe is not None:
+                (self.run_dir / "recipe.yaml").write_bytes(self._recipe)
+            for entry in set(self.run_dir.iterdir()) - self._entries:
+                if entry.is_dir() and not entry.is_symlink():
+                    shutil.rmtree(entry)
+                else:
+                    entry.unlink()
+        for path in self._made:  # those that are empty
+            with contextlib.suppress(OSError):
+                path.rmdir()
+
+
+def _write_recipe(run_dir: Path, text: str) -> None:
+    temporary = run_dir / f".recipe.yaml.{os.getpid()}"
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, run_dir / "recipe.yaml")
+
+
+def cores() -> int:
+    """CPU cores this process may use, a container's limit included."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        return max(1, min(count or 1, int(quota) // int(period)))
+    return count or 1
+
+
+def gpus() -> list[int]:
+    """Numbers of the GPUs this process may use, without asking CUDA."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [int(part) for part in visible.split(",") if part.strip().isdigit()]
+    return sorted(_devices())
+
+
+def _devices() -> Iterator[int]:
+    for entry in Path("/dev").glob("nvidia[0-9]*"):
+        yield int(entry.name.removeprefix("nvidia"))

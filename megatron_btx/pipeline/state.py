@@ -1,0 +1,233 @@
+"""What of a run is done and what is left, read from its directory alone. Imports no torch.
+
+<run_dir>/lock              held (flock) by the ``btx run`` at work; the kernel lets go of it
+                            when the process ends, however it ends
+<run_dir>/<stage>/lock      held, shared, by every process of the stage's ranks
+<run_dir>/<stage>/stage.json    {"key": ...}: what the directory's content is being made for
+<run_dir>/<stage>/attempts.jsonl    one line a start
+<run_dir>/<stage>/done.json     the stage is finished, for the key in it
+<run_dir>/<stage>/stopped.json  it was stopped and has saved
+<run_dir>/<stage>/error.json    why it failed
+<run_dir>/old/<stage>-<key>/    what was made for another recipe, kept and brought back if asked
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from megatron_btx.errors import UserError
+from megatron_btx.pipeline.graph import Stage
+from megatron_btx.versions import code_revision, versions
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write a file that appears under its name only when it is whole and on the disk."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump(content, file, indent=1)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file; ``None`` where there is no whole one."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def done(run_dir: Path, stage: Stage) -> dict[str, Any] | None:
+    """The stage's ``done.json`` if it is finished for the key that the recipe asks for."""
+    record = read_json(run_dir / stage.directory / "done.json")
+    return record if record is not None and record.get("key") == stage.key else None
+
+
+def left(run_dir: Path, stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
+    """The stages that are not done. One behind an unfinished one is not done either, unless its
+    own key, which holds the other's, says that it was made from the very same thing."""
+    return tuple(stage for stage in stages if done(run_dir, stage) is None)
+
+
+def claim(run_dir: Path, stage: Stage) -> Path | None:
+    """Make the stage's directory the one for ``stage.key``, ready for an attempt.
+
+    What was made for another key is kept under ``old/`` and comes back when the recipe asks for it
+    again. ``prepare`` stays where it is: it keeps by itself what has not changed.
+
+    Returns:
+        Where the former content went, if there was any.
+    """
+    directory = run_dir / stage.directory
+    former = (read_json(directory / "stage.json") or {}).get("key")
+    moved = None
+    if former not in (None, stage.key):
+        if stage.kind == "prepare":
+            (directory / "done.json").unlink(missing_ok=True)
+        else:
+            moved = _unused(_shelf(run_dir, stage.directory, str(former)))
+            moved.parent.mkdir(exist_ok=True)
+            os.rename(directory, moved)
+            shelved = _shelf(run_dir, stage.directory, stage.key)
+            if shelved.is_dir():
+                os.rename(shelved, directory)
+    (directory / "log").mkdir(parents=True, exist_ok=True)
+    if former != stage.key:
+        write_json(directory / "stage.json", {"name": stage.name, "key": stage.key})
+    return moved
+
+
+def _shelf(run_dir: Path, directory: str, key: str) -> Path:
+    return run_dir / "old" / f"{directory}-{key[:12]}"
+
+
+def _unused(path: Path) -> Path:
+    number, candidate = 1, path
+    while candidate.exists():
+        number += 1
+        candidate = path.with_name(f"{path.name}.{number}")
+    return candidate
+
+
+def next_attempt(directory: Path) -> int:
+    """Number of the coming attempt of a stage, from 1."""
+    names = [item.name for item in (directory / "log").glob("attempt-*.log")]
+    numbers = [int(match[1]) for name in names if (match := re.match(r"attempt-(\d+)\.log", name))]
+    return max(numbers, default=0) + 1
+
+
+def begin(directory: Path, attempt: int, world_size: int) -> None:
+    """Note the start of an attempt and forget how the last one ended."""
+    for name in ("stopped.json", "error.json", "progress.json"):
+        (directory / name).unlink(missing_ok=True)
+    line = {"attempt": attempt, "time": time.time(), "world_size": world_size}
+    with (directory / "attempts.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def seconds(directory: Path) -> float:
+    """Wall-clock seconds spent on a stage over all its attempts; one that was killed counts until
+    the last line of its log or metrics."""
+    spent = 0.0
+    attempts = _lines(directory / "attempts.jsonl")
+    for index, line in enumerate(attempts):
+        last = index == len(attempts) - 1
+        ended = time.time() if last else _changed(directory / "log" / _log(line["attempt"]))
+        spent += max(0.0, ended - line["time"])
+    return spent
+
+
+def log_file(directory: Path, attempt: int) -> Path:
+    """Where all ranks of an attempt write."""
+    return directory / "log" / _log(attempt)
+
+
+def finish(directory: Path, stage: Stage, outputs: dict[str, Any]) -> None:
+    """Write ``done.json``: from here on the stage is not run again."""
+    record = {
+        "key": stage.key,
+        "name": stage.name,
+        "kind": stage.kind,
+        "seconds": round(seconds(directory), 3),
+        "attempts": len(_lines(directory / "attempts.jsonl")),
+        "world_size": stage.world_size,
+        "num_threads": stage.num_threads,
+        "finished": time.time(),
+        "versions": versions(),
+        "code_revision": code_revision(),
+        "outputs": outputs,
+    }
+    write_json(directory / "done.json", record)
+    (directory / "progress.json").unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def run_lock(run_dir: Path) -> Iterator[None]:
+    """The run directory for this process alone.
+
+    Raises:
+        UserError: another process has it; names the process.
+    """
+    with (run_dir / "lock").open("a+", encoding="utf-8") as file:
+        if not _flock(file, fcntl.LOCK_EX):
+            file.seek(0)
+            raise UserError(
+                str(run_dir),
+                f"another btx is at work in it ({file.read().strip() or 'unknown process'})",
+                "wait for it or stop it; another recipe needs another `name:` or `run_dir:`",
+            )
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {os.uname().nodename}")
+        file.flush()
+        yield
+
+
+@contextlib.contextmanager
+def stage_lock(directory: Path) -> Iterator[None]:
+    """For a rank and whatever it forks: says as long as one of them lives that the stage is busy.
+    A fork shares the lock, so that a checkpoint writer outliving its rank still counts."""
+    with (directory / "lock").open("a") as file:
+        if not _flock(file, fcntl.LOCK_SH):
+            raise UserError(str(directory), "is being written by another run", "stop that one")
+        yield
+
+
+def wait_until_idle(directory: Path, timeout: float = 20.0) -> None:
+    """Wait for what a killed run may have left behind for a moment.
+
+    Raises:
+        UserError: it does not go away.
+    """
+    deadline = time.monotonic() + timeout
+    with (directory / "lock").open("a") as file:
+        while not _flock(file, fcntl.LOCK_EX):
+            if time.monotonic() > deadline:
+                raise UserError(
+                    str(directory),
+                    "processes of another run are still at work in it",
+                    f"see who holds it with: fuser -v {directory / 'lock'}",
+                )
+            time.sleep(0.1)
+
+
+def _flock(file: IO[str], kind: int) -> bool:
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            return False
+        raise
+    return True
+
+
+def _log(attempt: int) -> str:
+    return f"attempt-{attempt}.log"
+
+
+def _changed(path: Path) -> float:
+    return path.stat().st_mtime if path.exists() else 0.0
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(ValueError):  # the last line of a killed process
+            lines.append(json.loads(text))
+    return lines

@@ -1,0 +1,223 @@
+"""What a person sees while stages run: a bar each on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from megatron_btx.pipeline import state
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from megatron_btx.pipeline.job import Job, Verdict
+
+_WORDS = {"done": "done", "stopped": "stopped", "failed": "failed"}
+
+
+@dataclass(slots=True)
+class Standing:
+    """How far a stage is, read from what it writes."""
+
+    directory: Path
+    done: float = 0.0
+    total: float = 0.0
+    loss: float | None = None
+    tokens_per_second: float | None = None
+    text: str = ""
+    _offset: int = 0
+    _times: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=30))
+
+    def read(self) -> Standing:
+        """Take in what is new; cheap enough to be called ten times a second."""
+        path = self.directory / "metrics.jsonl"
+        with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+            size = file.seek(0, 2)
+            if size < self._offset:  # a resumed run cut off the steps that it repeats
+                self._offset = 0
+                self._times.clear()
+            file.seek(self._offset)
+            new = file.read()
+            whole = new[: new.rfind(b"\n") + 1]
+            self._offset += len(whole)
+            for line in whole.splitlines():
+                with contextlib.suppress(ValueError):
+                    self._take(json.loads(line))
+        progress = state.read_json(self.directory / "progress.json")
+        if progress is not None:
+            self.done, self.total = float(progress["done"]), float(progress["total"])
+            self.text = str(progress.get("text", ""))
+        return self
+
+    def _take(self, record: dict[str, Any]) -> None:
+        kind = record.get("kind")
+        if kind == "start":
+            self.total = float(record.get("total_steps", 0))
+            self._times.clear()  # the pause before a resume is nobody's speed
+        elif kind == "train":
+            self.done, self.loss = float(record["step"]), record.get("loss")
+            self.tokens_per_second = record.get("tokens_per_second")
+            if "time" in record:
+                self._times.append((float(record["step"]), float(record["time"])))
+
+    @property
+    def seconds_left(self) -> float | None:
+        """From the pace of the last steps."""
+        if len(self._times) < 2 or not self.total:
+            return None
+        (first, began), (last, ended) = self._times[0], self._times[-1]
+        return (self.total - self.done) * (ended - began) / (last - first) if last > first else None
+
+    @property
+    def words(self) -> str:
+        """``step 12/400  loss 3.214  10.1k tokens/s  1:05 left``."""
+        if self.text:
+            return self.text
+        if not self.total:
+            return "starting"
+        parts = [f"step {self.done:.0f}/{self.total:.0f}"]
+        if self.loss is not None:
+            parts.append(f"loss {self.loss:.3f}")
+        if self.tokens_per_second:
+            parts.append(f"{amount(self.tokens_per_second)} tokens/s")
+        if self.seconds_left is not None:
+            parts.append(f"{clock(self.seconds_left)} left")
+        return "  ".join(parts)
+
+
+class View:
+    """Plain lines: when a stage starts and ends, and every ``interval`` seconds between."""
+
+    def __init__(self, stream: IO[str] | None = None, interval: float = 20.0) -> None:
+        self.stream = stream or sys.stderr
+        self.interval = interval
+        self._standing: dict[str, Standing] = {}
+        self._said: dict[str, float] = {}
+
+    def __enter__(self) -> View:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    def begin(self, job: Job) -> None:
+        """A stage has started."""
+        name = job.stage.name
+        self._standing[name] = Standing(job.directory)
+        self._said[name] = time.monotonic()
+        attempt = f", attempt {job.attempt}" if job.attempt > 1 else ""
+        ranks = f"{job.stage.world_size} rank{'s' * (job.stage.world_size > 1)}"
+        self.note(f"{name}: started ({ranks}{attempt})")
+
+    def update(self, jobs: Sequence[Job]) -> None:
+        """Time has passed."""
+        for job in jobs:
+            if time.monotonic() - self._said[job.stage.name] >= self.interval:
+                self._said[job.stage.name] = time.monotonic()
+                self.note(f"{job.stage.name}: {self._standing[job.stage.name].read().words}")
+
+    def end(self, job: Job, verdict: Verdict) -> None:
+        """A stage has ended."""
+        self.note(f"{job.stage.name}: {_WORDS[verdict]} after {clock(job.seconds)}")
+
+    def note(self, text: str) -> None:
+        """Say something."""
+        with contextlib.suppress(BrokenPipeError):
+            self.stream.write(f"{time.strftime('%H:%M:%S')} {text}\n")
+            self.stream.flush()
+
+
+class Bars(View):
+    """A bar for every running stage, kept at the foot of the terminal."""
+
+    def __init__(self, stream: IO[str] | None = None) -> None:
+        super().__init__(stream)
+        self._bars: Progress | None = None
+        self._rows: dict[str, Any] = {}
+        self._next = 0.0
+
+    def __enter__(self) -> Bars:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+        # auto_refresh would start a thread, and ranks are forked from this process.
+        self._bars = Progress(
+            SpinnerColumn(),
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=28),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[words]}", markup=False),
+            console=Console(file=self.stream, highlight=False),
+            auto_refresh=False,
+            transient=False,
+        )
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._bars is not None
+        self._bars.stop()
+
+    def begin(self, job: Job) -> None:
+        """A stage has started."""
+        assert self._bars is not None
+        name = job.stage.name
+        self._standing[name] = Standing(job.directory)
+        self._rows[name] = self._bars.add_task(name, total=None, words="starting")
+
+    def update(self, jobs: Sequence[Job]) -> None:
+        """Time has passed."""
+        assert self._bars is not None
+        if time.monotonic() < self._next:
+            return
+        self._next = time.monotonic() + 0.25
+        for job in jobs:
+            seen = self._standing[job.stage.name].read()
+            row = self._rows[job.stage.name]
+            total = seen.total or None
+            self._bars.update(row, completed=seen.done, total=total, words=seen.words)
+        self._bars.refresh()
+
+    def end(self, job: Job, verdict: Verdict) -> None:
+        """A stage has ended."""
+        assert self._bars is not None
+        row = self._rows.pop(job.stage.name)
+        seen = self._standing.pop(job.stage.name).read()
+        self._bars.remove_task(row)
+        loss = f", loss {seen.loss:.3f}" if seen.loss is not None else ""
+        sign = {"done": "[green]✓", "stopped": "[yellow]■", "failed": "[red]✗"}[verdict]
+        words = f"{job.stage.name} {_WORDS[verdict]} in {clock(job.seconds)}{loss}"
+        self._bars.console.print(f"{sign}[/] {words}")
+
+    def note(self, text: str) -> None:
+        """Say something above the bars."""
+        assert self._bars is not None
+        self._bars.console.print(text, markup=False)
+
+
+def view(stream: IO[str] | None = None) -> View:
+    """Bars where ``stream`` (by default the standard error) is a terminal, else plain lines."""
+    stream = stream or sys.stderr
+    return Bars(stream) if stream.isatty() else View(stream)
+
+
+def clock(seconds: float) -> str:
+    """``0:07``, ``12:30``, ``3:05:10``."""
+    minutes, second = divmod(round(max(0.0, seconds)), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
+
+
+def amount(number: float) -> str:
+    """``950``, ``12.3k``, ``4.56M``, ``533B``: three digits that matter."""
+    for limit, sign in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= limit:
+            return f"{number / limit:.3g}{sign}"
+    return f"{number:.3g}"

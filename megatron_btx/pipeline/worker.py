@@ -1,0 +1,205 @@
+"""One rank of one stage: ``python -m megatron_btx.pipeline.worker RECIPE STAGE``.
+
+The same under the local runner and under ``srun``: what a rank needs to know is in its environment
+(``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, or Slurm's names for them). How a stage ended is decided
+by the file it leaves (``done.json``, ``stopped.json``, ``error.json``), never by an exit code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from megatron_btx.errors import UserError
+from megatron_btx.pipeline import adopt, graph, guard, state
+from megatron_btx.pipeline.graph import Stage
+from megatron_btx.recipe.load import load_recipe
+from megatron_btx.recipe.schema import Recipe
+
+EXIT_STOPPED = 75
+"""Exit code of a rank that was stopped and has saved (``EX_TEMPFAIL``); for people and logs."""
+
+_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+_SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+_ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+
+
+class Progress:
+    """Writes how far a stage is to ``progress.json``, a few times a second at most."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._next = path, 0.0
+
+    def __call__(self, done: float, total: float, text: str = "") -> None:
+        """``done`` of ``total`` units; ``text`` says what is being done."""
+        now = time.monotonic()
+        if now >= self._next or done >= total:
+            self._next = now + 0.2
+            temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+            record = {"done": float(done), "total": float(total), "text": text}
+            temporary.write_text(json.dumps(record), encoding="utf-8")
+            os.replace(temporary, self.path)
+
+
+def _prepare(recipe: Recipe, stage: Stage, run_dir: Path) -> Any:
+    from megatron_btx.data.prepare import prepare
+
+    directory = run_dir / stage.directory
+    return prepare(recipe, directory, Progress(directory / "progress.json"))
+
+
+def _train(recipe: Recipe, stage: Stage, run_dir: Path) -> Any:
+    from megatron_btx.train.stage import run
+
+    return run(recipe, stage.name, run_dir)
+
+
+def _evaluate(recipe: Recipe, stage: Stage, run_dir: Path) -> Any:
+    from megatron_btx.evaluate.stage import run
+
+    return run(recipe, run_dir)
+
+
+def _export(recipe: Recipe, stage: Stage, run_dir: Path) -> Any:
+    from megatron_btx.evaluate.export import run
+
+    return run(recipe, run_dir)
+
+
+def _import(recipe: Recipe, stage: Stage, run_dir: Path) -> Any:
+    return adopt.link(recipe, stage.name, run_dir)
+
+
+KINDS: dict[str, Callable[[Recipe, Stage, Path], Any]] = {
+    "prepare": _prepare,
+    "import": _import,
+    "seed": _train,
+    "expert": _train,
+    "finetune": _train,
+    "dense": _train,
+    "evaluate": _evaluate,
+    "export": _export,
+}
+"""What a rank runs for each kind of stage. It returns what goes into ``done.json`` as ``outputs``
+(a mapping, or nothing). ``report`` is the command line's: it needs no ranks."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one rank; the exit code is 0 (done), 75 (stopped and saved), 2 (the user's mistake) or
+    1 (a crash)."""
+    guard.die_with_parent()
+    recipe_path, stage_name = sys.argv[1:] if arguments is None else arguments
+    try:
+        recipe = load_recipe(recipe_path)
+        return run_rank(recipe, graph.find(graph.build(recipe), stage_name), Path(recipe.run_dir))
+    except UserError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+
+
+def run_rank(recipe: Recipe, stage: Stage, run_dir: Path) -> int:
+    """One rank of ``stage``, its place read from the environment."""
+    if "BTX_STAGE_KEY" in os.environ:  # files may have changed since the run began: it decides
+        stage = dataclasses.replace(stage, key=os.environ["BTX_STAGE_KEY"])
+    rank = _place(stage)
+    if state.done(run_dir, stage) is not None:
+        return 0
+    directory = run_dir / stage.directory
+    if "BTX_ATTEMPT" not in os.environ:  # started by srun or by hand, not by the local runner
+        _begin_unaided(recipe, stage, run_dir, rank)
+    with state.stage_lock(directory):
+        try:
+            outputs = KINDS[stage.kind](recipe, stage, run_dir)
+        except Exception as error:
+            return _failed(directory, rank, error)
+        if (directory / "stopped.json").exists():
+            return EXIT_STOPPED
+        if rank == 0:
+            state.finish(directory, stage, dict(outputs or {}))
+    return 0
+
+
+def _place(stage: Stage) -> int:
+    """Complete the environment of a rank; its number."""
+    for name, slurm in _SLURM.items():
+        if name not in os.environ:
+            in_slurm = "RANK" not in os.environ and "SLURM_PROCID" in os.environ
+            os.environ[name] = os.environ.get(slurm, _ALONE[name]) if in_slurm else _ALONE[name]
+    world_size = int(os.environ["WORLD_SIZE"])
+    if world_size != stage.world_size:
+        raise UserError(
+            stage.name,
+            f"its layout has {stage.world_size} rank(s), {world_size} were started",
+            "start as many tasks as `btx plan` says, or use `btx run`",
+        )
+    for name in _THREADS:
+        os.environ[name] = str(stage.num_threads)
+    return int(os.environ["RANK"])
+
+
+def _begin_unaided(recipe: Recipe, stage: Stage, run_dir: Path, rank: int) -> None:
+    """What the local runner does before it starts the ranks, done by the first of them."""
+    directory = run_dir / stage.directory
+    if rank != 0:
+        deadline = time.monotonic() + 120
+        while (state.read_json(directory / "stage.json") or {}).get("key") != stage.key:
+            if time.monotonic() > deadline:
+                raise UserError(str(directory), "rank 0 has not made it", "look at rank 0's log")
+            time.sleep(0.2)
+        return
+    waiting = [need for need in graph.build(recipe) if need.name in stage.needs]
+    missing = [need.name for need in state.left(run_dir, tuple(waiting))]
+    if missing:
+        raise UserError(stage.name, f"needs {', '.join(missing)} first", "run those, or `btx run`")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    state.claim(run_dir, stage)
+    attempt = state.next_attempt(directory)
+    os.environ["BTX_ATTEMPT"] = str(attempt)
+    state.log_file(directory, attempt).touch()
+    state.begin(directory, attempt, stage.world_size)
+
+
+def _failed(directory: Path, rank: int, error: Exception) -> int:
+    """Leave ``error.json`` unless another rank was first, and the traceback in the log."""
+    if _no_space(error):
+        error = UserError(str(directory), "no space left on its disk", "free some and run again")
+    user = isinstance(error, UserError)
+    text = str(error) if user else f"{type(error).__name__}: {error}"
+    record = {"kind": "user" if user else "crash", "rank": rank, "message": text}
+    if not (directory / "error.json").exists():
+        try:
+            state.write_json(directory / "error.json", record)
+        except OSError as problem:
+            sys.stderr.write(f"{directory / 'error.json'}: {problem}\n")
+    if user:
+        sys.stderr.write(f"{text}\n")
+    else:
+        traceback.print_exception(error)
+    return 2 if user else 1
+
+
+def _no_space(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+if __name__ == "__main__":
+    code = main()
+    if code not in (0, EXIT_STOPPED):
+        # The other ranks may be waiting in a collective: leave at once, without the clean-up that
+        # would wait for them too.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
