@@ -1,1 +1,5 @@
-"""The paper's mixes, each a page that returns a plan."""
+"""The paper's mixes: each is a page that returns a plan."""
+
+from megatron_btx.mix.btx import RouterInit, btx
+
+__all__ = ["RouterInit", "btx"]

@@ -1,0 +1,60 @@
+"""What models must share before any of their weights can be put together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+
+from megatron_btx.errors import UserError
+from megatron_btx.recipe.schema import Model
+from megatron_btx.weights.names import groups, head_dim
+from megatron_btx.weights.plan import Checkpoint
+
+# Averaging weights is meaningless across these, and a RoPE base that differs goes unnoticed: the
+# mix still trains, only worse. The rest of Model says how a model was trained or stored.
+_FREE = {"seq_length", "init_method_std", "make_vocab_size_divisible_by"}
+
+
+def disagreements(models: Sequence[Checkpoint]) -> list[UserError]:
+    """Everything in which the models differ and must not: shape, positions, norms, tokenizer."""
+    first, *others = models
+    errors = []
+    labels = [model.label for model in models]
+    for label in sorted({label for label in labels if labels.count(label) > 1}):
+        errors.append(UserError(label, "given twice", "give each model a name of its own"))
+    for model in models:
+        if model.architecture.experts:
+            errors.append(UserError(_where(model), "already an MoE", "give dense models"))
+    for other in others:
+        for what, mine, theirs in _differences(first, other):
+            errors.append(
+                UserError(
+                    _where(other),
+                    f"{what} is {theirs}, that of {first.label} is {mine}",
+                    "mix models that were branched from one seed",
+                )
+            )
+    return errors
+
+
+def _differences(one: Checkpoint, other: Checkpoint) -> list[tuple[str, object, object]]:
+    pairs = [
+        ("groups", groups(one.architecture.model), groups(other.architecture.model)),
+        ("head_dim", head_dim(one.architecture.model), head_dim(other.architecture.model)),
+        ("vocab_size", one.architecture.vocab_size, other.architecture.vocab_size),
+        ("tokenizer sha256", _tokenizer(one), _tokenizer(other)),
+    ]
+    same = _FREE | {"num_query_groups", "kv_channels"}
+    for field in fields(Model):
+        if field.name not in same:
+            mine = getattr(one.architecture.model, field.name)
+            pairs.append((field.name, mine, getattr(other.architecture.model, field.name)))
+    return [pair for pair in pairs if pair[1] != pair[2] and None not in pair]
+
+
+def _tokenizer(model: Checkpoint) -> object:
+    return (model.manifest.get("tokenizer") or {}).get("sha256")
+
+
+def _where(model: Checkpoint) -> str:
+    return f"{model.label} ({model.path})" if model.path else model.label

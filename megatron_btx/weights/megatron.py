@@ -1,0 +1,176 @@
+"""How Megatron stores canonical tensors, in both directions.
+
+Reading: stored names (stacked over layers or not, experts stacked or numbered, fc1 whole or as its
+halves ``_w`` and ``_v``, the vocabulary padded) become canonical expressions over the stored ones.
+Writing: any stored name becomes an expression over the canonical ones. Both are a few small
+functions from names to names that know nothing of ranks.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from megatron_btx.errors import UserError, UserErrors
+from megatron_btx.recipe.architecture import Architecture
+from megatron_btx.weights.box import Shape
+from megatron_btx.weights.expression import Cat, Expression, Fill, item, rows, stack
+from megatron_btx.weights.manifest import MANIFEST, read_manifest
+from megatron_btx.weights.names import (
+    DENSE_NORM,
+    EMBEDDING,
+    HEAD,
+    MOE_NORM,
+    QKV_NORM,
+    canonical_tensors,
+)
+from megatron_btx.weights.plan import Checkpoint, Ignore, mismatches, unmatched
+from megatron_btx.weights.source import View, take_all
+from megatron_btx.weights.torch_dist import TorchDistSource
+
+IGNORED = (
+    Ignore(r"(chained_\d+\.)?optimizer\..*", "optimiser state: fresh after a mix"),
+    Ignore(r"opt_param_scheduler.*", "schedule of a training run"),
+    Ignore(r"rng_state.*", "random state of a training run"),
+    Ignore(r"rerun_state_machine_state.*", "state of a training run"),
+    Ignore(r"(.*\.)?_extra_state(/.*)?", "Transformer Engine's scaling state"),
+    Ignore(r".*rotary_pos_emb\.inv_freq", "derived from the RoPE base"),
+)
+"""Stored things that are not weights. All else must be used."""
+
+# Megatron's local spec and Transformer Engine's put the same two norms under different names; the
+# one before the FFN has one canonical name in a dense model and another in an MoE.
+_NORMS = {
+    "input_layernorm.weight": (QKV_NORM, QKV_NORM),
+    QKV_NORM: (QKV_NORM, QKV_NORM),
+    MOE_NORM: (DENSE_NORM, MOE_NORM),
+    DENSE_NORM: (DENSE_NORM, MOE_NORM),
+}
+_STACKED_LAYERS = re.compile(r"(decoder\.layers\.)(\D.*)")
+_NUMBERED_LAYER = re.compile(r"(decoder\.layers\.\d+\.)(.*)")
+_STACKED_EXPERTS = re.compile(r"(.*\.mlp\.experts\.)experts\.(\D.*)")
+_NUMBERED_EXPERT = re.compile(r"(.*\.mlp\.experts\.)experts\.(\d+\..*)")
+_HALF = re.compile(r"(.*\.linear_fc1\.weight)_([wv])")
+
+Named = Mapping[str, Expression]
+
+
+def open_megatron(path: Path | str, label: str) -> Checkpoint:
+    """A ``torch_dist`` directory with our manifest, seen under canonical names.
+
+    Raises:
+        UserErrors: everything by which the directory differs from its manifest, at once.
+    """
+    path = Path(path)
+    source = TorchDistSource(path)
+    architecture, manifest = read_manifest(path)
+    weights = set(unmatched([*source.tensors, *source.objects], IGNORED))
+    stored = {name: take for name, take in take_all(label, source).items() if name in weights}
+    named = canonical(stored, architecture)
+    errors = mismatches(
+        named,
+        canonical_tensors(architecture),
+        str(path),
+        "give a checkpoint of the model that its " + MANIFEST + " describes",
+    )
+    for name in sorted(weights & set(source.objects)):
+        errors.append(UserError(str(path), f"holds {name}, which is no tensor"))
+    if errors:
+        raise UserErrors(errors)
+    return Checkpoint(label, path, architecture, View(source, named), manifest)
+
+
+def canonical(stored: Named, architecture: Architecture) -> dict[str, Expression]:
+    """Canonical expressions over stored ones, in the architecture's order."""
+    named = _join_halves(_number_experts(_number_layers(stored)))
+    named = {_norm_name(name, moe=bool(architecture.experts)): e for name, e in named.items()}
+    for name in {EMBEDDING, HEAD} & named.keys():
+        if named[name].shape[0] > architecture.vocab_size:
+            named[name] = rows(named[name], 0, architecture.vocab_size)
+    order = {name: at for at, name in enumerate(canonical_tensors(architecture))}
+    return dict(sorted(named.items(), key=lambda entry: order.get(entry[0], len(order))))
+
+
+def _number_layers(stored: Named) -> dict[str, Expression]:
+    """``decoder.layers.X [L, ...]`` -> ``decoder.layers.{i}.X [...]``."""
+    named = {}
+    for name, expression in stored.items():
+        match = _STACKED_LAYERS.fullmatch(name)
+        if match is None:
+            named[name] = expression
+            continue
+        for layer in range(expression.shape[0]):
+            named[f"{match[1]}{layer}.{match[2]}"] = item(expression, layer)
+    return named
+
+
+def _number_experts(stored: Named) -> dict[str, Expression]:
+    """``mlp.experts.experts.X [E, ...]`` and ``mlp.experts.experts.{e}.X`` ->
+    ``mlp.experts.{e}.X``."""
+    named = {}
+    for name, expression in stored.items():
+        stacked, numbered = _STACKED_EXPERTS.fullmatch(name), _NUMBERED_EXPERT.fullmatch(name)
+        if numbered:
+            named[f"{numbered[1]}{numbered[2]}"] = expression
+        elif stacked:
+            for expert in range(expression.shape[0]):
+                named[f"{stacked[1]}{expert}.{stacked[2]}"] = item(expression, expert)
+        else:
+            named[name] = expression
+    return named
+
+
+def _join_halves(stored: Named) -> dict[str, Expression]:
+    """``linear_fc1.weight_w`` (gate) and ``_v`` (up) -> ``linear_fc1.weight``."""
+    named = {}
+    for name, expression in stored.items():
+        match = _HALF.fullmatch(name)
+        if match is None or f"{match[1]}_v" not in stored or f"{match[1]}_w" not in stored:
+            named[name] = expression
+        elif match[2] == "w":
+            named[match[1]] = Cat((expression, stored[f"{match[1]}_v"]), 0)
+    return named
+
+
+def _norm_name(name: str, *, moe: bool) -> str:
+    match = _NUMBERED_LAYER.fullmatch(name)
+    if match is None or match[2] not in _NORMS:
+        return name
+    return f"{match[1]}{_NORMS[match[2]][moe]}"
+
+
+def stored(name: str, shape: Shape, named: Named) -> Expression:
+    """What Megatron stores as ``name``, over canonical tensors: the inverse of :func:`canonical`.
+
+    Args:
+        name: layers and experts stacked or numbered, fc1 whole or ``_w`` / ``_v``.
+        shape: its global shape; the rows of vocabulary padding are zeros.
+        named: the canonical tensors of the model.
+
+    Raises:
+        KeyError: a canonical tensor that it needs and the model lacks.
+    """
+    if name in named:
+        found = named[name]
+        if name in (EMBEDDING, HEAD) and shape[0] > found.shape[0]:
+            padding = Fill(0.0, (shape[0] - found.shape[0], *found.shape[1:]), found.dtype)
+            found = Cat((found, padding), 0)
+        return found
+    if layers := _STACKED_LAYERS.fullmatch(name):
+        return stack(
+            [stored(f"{layers[1]}{i}.{layers[2]}", shape[1:], named) for i in range(shape[0])]
+        )
+    if half := _HALF.fullmatch(name):
+        ffn = shape[0]
+        fc1 = stored(half[1], (2 * ffn, *shape[1:]), named)
+        return rows(fc1, 0, ffn) if half[2] == "w" else rows(fc1, ffn, 2 * ffn)
+    if numbered := _NUMBERED_EXPERT.fullmatch(name):
+        return named[f"{numbered[1]}{numbered[2]}"]
+    if experts := _STACKED_EXPERTS.fullmatch(name):
+        return stack([named[f"{experts[1]}{e}.{experts[2]}"] for e in range(shape[0])])
+    for moe in (True, False):
+        alias = _norm_name(name, moe=moe)
+        if alias in named:
+            return named[alias]
+    raise KeyError(name)

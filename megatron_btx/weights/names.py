@@ -1,0 +1,66 @@
+"""The canonical names and shapes of a model's tensors.
+
+Canonical names are Megatron's (Transformer Engine's, where Megatron's two specs differ) with every
+layer and expert numbered and nothing stacked, padded or split. Whatever a checkpoint stores, it is
+seen under these names; whatever a plan builds, it builds these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megatron_btx.recipe.architecture import Architecture
+from megatron_btx.recipe.schema import Model
+from megatron_btx.weights.box import Shape
+
+EMBEDDING = "embedding.word_embeddings.weight"
+HEAD = "output_layer.weight"
+FINAL_NORM = "decoder.final_layernorm.weight"
+QKV_NORM = "self_attention.linear_qkv.layer_norm_weight"
+QKV = "self_attention.linear_qkv.weight"
+PROJ = "self_attention.linear_proj.weight"
+DENSE_NORM = "mlp.linear_fc1.layer_norm_weight"
+MOE_NORM = "pre_mlp_layernorm.weight"
+ROUTER = "mlp.router.weight"
+
+
+def canonical_tensors(architecture: Architecture) -> dict[str, Shape]:
+    """Canonical name -> global shape, in the order of the forward pass."""
+    model, vocabulary = architecture.model, architecture.vocab_size
+    shapes: dict[str, Shape] = {EMBEDDING: (vocabulary, model.hidden_size)}
+    for layer in range(model.num_layers):
+        for name, shape in _layer(architecture):
+            shapes[f"decoder.layers.{layer}.{name}"] = shape
+    shapes[FINAL_NORM] = (model.hidden_size,)
+    if model.untie_embeddings_and_output_weights:
+        shapes[HEAD] = (vocabulary, model.hidden_size)
+    return shapes
+
+
+def _layer(architecture: Architecture) -> Iterator[tuple[str, Shape]]:
+    model, experts = architecture.model, len(architecture.experts)
+    hidden, ffn, dim = model.hidden_size, model.ffn_hidden_size, head_dim(model)
+    heads = model.num_attention_heads
+    yield QKV_NORM, (hidden,)
+    yield QKV, ((heads + 2 * groups(model)) * dim, hidden)
+    yield PROJ, (hidden, heads * dim)
+    if not experts:
+        yield DENSE_NORM, (hidden,)
+        yield "mlp.linear_fc1.weight", (2 * ffn, hidden)
+        yield "mlp.linear_fc2.weight", (hidden, ffn)
+        return
+    yield MOE_NORM, (hidden,)
+    yield ROUTER, (experts, hidden)
+    for expert in range(experts):
+        yield f"mlp.experts.{expert}.linear_fc1.weight", (2 * ffn, hidden)
+        yield f"mlp.experts.{expert}.linear_fc2.weight", (hidden, ffn)
+
+
+def groups(model: Model) -> int:
+    """Key/value heads."""
+    return model.num_query_groups or model.num_attention_heads
+
+
+def head_dim(model: Model) -> int:
+    """Width of a head."""
+    return model.kv_channels or model.hidden_size // model.num_attention_heads

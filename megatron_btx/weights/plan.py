@@ -1,0 +1,167 @@
+"""A plan: what every target tensor is made of, and what becomes of every source tensor."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from megatron_btx.errors import UserError, UserErrors
+from megatron_btx.recipe.architecture import Architecture
+from megatron_btx.weights.box import Box, Shape, whole
+from megatron_btx.weights.expression import Expression, Take, nbytes, takes
+from megatron_btx.weights.source import Source, take_all
+
+
+@dataclass(frozen=True)
+class Ignore:
+    """Stored things that a plan leaves out on purpose: a full match of their names, and why."""
+
+    pattern: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model at rest, opened: a source under canonical names, and what the model is."""
+
+    label: str
+    """Its name in expressions, plans and errors."""
+    path: Path | None
+    architecture: Architecture
+    source: Source
+    manifest: Mapping[str, Any] = field(default_factory=dict)
+    """What its directory says of itself, as read."""
+
+    @property
+    def tensors(self) -> dict[str, Expression]:
+        """Its tensors by canonical name."""
+        return take_all(self.label, self.source)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every target tensor's expression, complete on both sides or refused.
+
+    Args:
+        architecture: the model that is built.
+        targets: name -> expression, in the order in which they are made.
+        sources: label -> source, for the takes in the expressions.
+        expected: the names and shapes that ``targets`` must have.
+        ignored: source tensors that need not be used.
+
+    Raises:
+        UserErrors: every target missing, unexpected or of another shape and every source tensor
+            neither used nor ignored, all at once.
+    """
+
+    architecture: Architecture
+    targets: Mapping[str, Expression]
+    sources: Mapping[str, Source]
+    expected: Mapping[str, Shape]
+    ignored: tuple[Ignore, ...] = ()
+
+    def __post_init__(self) -> None:
+        errors = mismatches(self.targets, self.expected, "the plan's result")
+        used = {take for target in self.targets.values() for take in takes(target)}
+        for label, source in self.sources.items():
+            there = take_all(label, source)
+            unused = [name for name, take in there.items() if take not in used]
+            errors += [
+                UserError(label, f"tensor {name} is used by nothing in the result")
+                for name in unmatched(unused, self.ignored)
+            ]
+        absent = {take for take in used if not _holds(self.sources, take)}
+        errors += [
+            UserError(take.source, f"has no tensor {take.name} {take.shape} {take.dtype}")
+            for take in sorted(absent, key=str)
+        ]
+        if errors:
+            raise UserErrors(errors)
+
+    def read(self, source: str, name: str, box: Box) -> Tensor:
+        """What expressions are evaluated with."""
+        return self.sources[source].read(name, box)
+
+    def evaluate(self, name: str, box: Box | None = None) -> Tensor:
+        """One target, or a box of it. The result may lie in mapped pages: never write to it."""
+        target = self.targets[name]
+        return target.evaluate(whole(target.shape) if box is None else box, self.read)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the result's tensors."""
+        return sum(nbytes(target) for target in self.targets.values())
+
+    @property
+    def bytes_read(self) -> dict[str, int]:
+        """Bytes that each source has handed out so far."""
+        return {label: source.bytes_read for label, source in self.sources.items()}
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 over every name and expression: equal plans over equal sources, equal results."""
+        digest = hashlib.sha256()
+        for name, target in sorted(self.targets.items()):
+            digest.update(f"{name} = {target!r}\n".encode())
+        return digest.hexdigest()
+
+    def describe(self) -> str:
+        """The plan for people: one line per kind of tensor, layers taken together."""
+        kinds: Counter[tuple[str, str, str]] = Counter()
+        sizes: Counter[tuple[str, str, str]] = Counter()
+        for name, target in self.targets.items():
+            dtype = str(target.dtype).removeprefix("torch.")
+            kind = (_any_layer(name), _any_layer(str(target)), dtype)
+            kinds[kind] += 1
+            sizes[kind] += nbytes(target)
+        lines = [
+            f"{name}\n    = {made_of}\n    {count} x {dtype}, {sizes[name, made_of, dtype]:,} bytes"
+            for (name, made_of, dtype), count in kinds.items()
+        ]
+        parameters = sum(prod(target.shape) for target in self.targets.values())
+        reads = sum(nbytes(take) for target in self.targets.values() for take in takes(target))
+        lines += [
+            f"{len(self.targets)} tensors, {parameters:,} parameters",
+            f"{reads:,} bytes read, {self.nbytes:,} bytes written",
+            f"plan {self.hash[:16]}",
+        ]
+        return "\n".join(lines)
+
+
+def unmatched(names: Iterable[str], ignored: Sequence[Ignore]) -> list[str]:
+    """The names that no declared ignore matches."""
+    patterns = [re.compile(ignore.pattern) for ignore in ignored]
+    return [name for name in names if not any(p.fullmatch(name) for p in patterns)]
+
+
+def mismatches(
+    found: Mapping[str, Expression], expected: Mapping[str, Shape], where: str, fix: str = ""
+) -> list[UserError]:
+    """Every tensor that is missing, unexpected or of another shape."""
+    errors = [
+        UserError(where, f"tensor {name} is missing", fix) for name in expected if name not in found
+    ]
+    for name, expression in found.items():
+        if name not in expected:
+            errors.append(UserError(where, f"tensor {name} is unexpected", fix))
+        elif expression.shape != expected[name]:
+            what = f"tensor {name} has shape {expression.shape}, not {expected[name]}"
+            errors.append(UserError(where, what, fix))
+    return errors
+
+
+def _holds(sources: Mapping[str, Source], take: Take) -> bool:
+    source = sources.get(take.source)
+    return source is not None and source.tensors.get(take.name) == (take.shape, take.dtype)
+
+
+def _any_layer(text: str) -> str:
+    return re.sub(r"(layers\.)\d+", r"\1*", text)

@@ -1,0 +1,161 @@
+"""Safetensors files: one file, or a directory of shards with or without an index.
+
+The format is a little-endian length, a JSON header of that length (name -> dtype, shape, byte
+range) and the tensors' bytes; nothing in it can run code.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_btx.errors import UserError, UserErrors
+from megatron_btx.weights.box import Box, Shape, extent
+from megatron_btx.weights.mapped import read_box
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+_MAX_HEADER = 100 << 20
+"""The format's own limit."""
+
+
+@dataclass(frozen=True)
+class _Stored:
+    path: Path
+    offset: int
+    dtype: torch.dtype
+    shape: Shape
+    strides: Shape
+
+
+class SafetensorsSource:
+    """The tensors of a ``.safetensors`` file or of every one in a directory.
+
+    Raises:
+        UserErrors: a shard missing, truncated or corrupt, a tensor of an index that no file holds
+            (or twice); all of them at once.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self._stored: dict[str, _Stored] = {}
+        self._bytes_read = 0
+        errors: list[UserError] = []
+        for file in _files(self.path):
+            try:
+                found = _header(file)
+            except UserError as error:
+                errors.append(error)
+                continue
+            for name in sorted(found.keys() & self._stored.keys()):
+                errors.append(UserError(str(file), f"tensor {name} is in two files"))
+            self._stored.update(found)
+        if not errors:
+            errors = _missing(self.path, self._stored)
+        if errors:
+            raise UserErrors(errors)
+
+    @property
+    def tensors(self) -> Mapping[str, tuple[Shape, torch.dtype]]:
+        """Shapes and dtypes by name."""
+        return {name: (stored.shape, stored.dtype) for name, stored in self._stored.items()}
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of tensor data handed out so far."""
+        return self._bytes_read
+
+    def read(self, name: str, box: Box) -> Tensor:
+        """A view of the file's pages."""
+        stored = self._stored[name]
+        self._bytes_read += prod(extent(box)) * stored.dtype.itemsize
+        return read_box(stored.path, stored.offset, stored.dtype, stored.strides, box)
+
+
+def read_index(directory: Path) -> dict[str, Any] | None:
+    """``model.safetensors.index.json`` of a directory, where there is one."""
+    path = directory / "model.safetensors.index.json"
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(str(path), f"not JSON: {error}", "copy the directory again") from error
+
+
+def _files(path: Path) -> list[Path]:
+    """The files to read: those of the index, else every one there is."""
+    if path.is_file():
+        return [path]
+    index = read_index(path) if path.is_dir() else None
+    if index is not None:
+        return [path / name for name in sorted(set(index["weight_map"].values()))]
+    found = sorted(path.glob("*.safetensors"))
+    if found:
+        return found
+    pickles = sorted([*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")])
+    if pickles:
+        raise UserError(
+            str(pickles[0]),
+            "a pickle, which can run any code when it is read",
+            "convert it: AutoModelForCausalLM.from_pretrained(DIR)"
+            ".save_pretrained(NEW, safe_serialization=True)",
+        )
+    raise UserError(str(path), "no .safetensors file here", "give a Hugging Face model directory")
+
+
+def _header(path: Path) -> dict[str, _Stored]:
+    """Parse and check one file's header against the file's size."""
+    fix = "copy or download the file again"
+    if not path.is_file():
+        raise UserError(str(path), "missing", fix)
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, _MAX_HEADER):
+            raise UserError(str(path), "truncated, or not a safetensors file", fix)
+        raw = file.read(length)
+    try:
+        header = json.loads(raw)
+        header.pop("__metadata__", None)
+        found, end = {}, 0
+        for name, entry in header.items():
+            shape = tuple(int(size) for size in entry["shape"])
+            start, stop = entry["data_offsets"]
+            if entry["dtype"] not in DTYPES:
+                what = f"tensor {name} has dtype {entry['dtype']}, not one of {', '.join(DTYPES)}"
+                raise UserError(str(path), what, "quantised weights are not supported")
+            dtype = DTYPES[entry["dtype"]]
+            if not 0 <= start <= stop or stop - start != prod(shape) * dtype.itemsize:
+                raise ValueError(f"tensor {name}: {stop - start} bytes for shape {shape}")
+            strides = tuple(prod(shape[axis + 1 :]) for axis in range(len(shape)))
+            found[name] = _Stored(path, 8 + length + start, dtype, shape, strides)
+            end = max(end, stop)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(str(path), f"corrupt header: {error}", fix) from error
+    if 8 + length + end > size:
+        what = f"truncated: {size} bytes of {8 + length + end}"
+        raise UserError(str(path), what, fix)
+    return found
+
+
+def _missing(path: Path, stored: Mapping[str, _Stored]) -> list[UserError]:
+    index = read_index(path) if path.is_dir() else None
+    if index is None:
+        return []
+    absent = sorted(set(index["weight_map"]) - set(stored))
+    return [
+        UserError(str(path), f"tensor {name} of the index is in no file", "copy the files again")
+        for name in absent
+    ]
