@@ -1,0 +1,98 @@
+"""Attention without Transformer Engine: torch's fused kernel behind Megatron's interface.
+
+Megatron's own fallback builds the S x S matrix of every head; ``scaled_dot_product_attention`` does
+not, on a CPU nor on a GPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+# Shapes: S sequence, B micro-batch, N query heads here, G key/value heads here, D width of a head.
+
+
+class ScaledDotProductAttention(MegatronModule):
+    """Causal self-attention core, for ``SelfAttentionSubmodules(core_attention=...)``.
+
+    Args:
+        config: Megatron's; grouped queries (``num_query_groups``) are understood.
+        softmax_scale: multiplies the scores; ``None``: ``1 / sqrt(D)``.
+
+    Raises:
+        ValueError: what this kernel does not compute is asked for.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+    ) -> None:
+        super().__init__(config)
+        dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        for name, asked in {
+            "context parallelism": config.context_parallel_size > 1,
+            "attention dropout": dropout > 0,
+            "query-key layer scaling": config.apply_query_key_layer_scaling,
+            "a softmax offset": config.softmax_type != "vanilla",
+            "a sliding window": config.window_size is not None,
+            "a mask other than the causal one": attn_mask_type is not AttnMaskType.causal,
+        }.items():
+            if asked:
+                raise ValueError(f"{name} needs Transformer Engine's attention")
+        self.softmax_scale = softmax_scale
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: Any = None,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            query: [S, B, N, D], rotated.
+            key: [S, B, G, D], rotated; G divides N.
+            value: [S, B, G, D].
+            attention_mask: ignored, the mask is causal.
+
+        Returns:
+            [S, B, N * D], in the dtype of ``query``.
+        """
+        if attention_bias is not None or packed_seq_params is not None:
+            raise ValueError("attention bias and packed sequences need Transformer Engine")
+        groups = query.shape[2] // key.shape[2]
+        context_BNSD = scaled_dot_product_attention(
+            query.permute(1, 2, 0, 3),
+            _heads_first(key, groups),
+            _heads_first(value, groups),
+            is_causal=True,
+            scale=self.softmax_scale,
+        )
+        return context_BNSD.permute(2, 0, 1, 3).flatten(2)
+
+
+def _heads_first(x_SBGD: Tensor, repeats: int) -> Tensor:
+    """[S, B, G, D] -> [B, N, S, D]; the repeats of a head are a view, as is the transposition."""
+    seq, batch, heads, width = x_SBGD.shape
+    x_BGSD = x_SBGD.permute(1, 2, 0, 3)
+    if repeats == 1:
+        return x_BGSD
+    expanded = x_BGSD.unsqueeze(2).expand(batch, heads, repeats, seq, width)
+    return expanded.reshape(batch, heads * repeats, seq, width)

@@ -1,0 +1,236 @@
+"""Checkpoints: Megatron's ``torch_dist`` format plus a manifest, found only when whole.
+
+A checkpoint is written into a directory of another name and renamed when every rank's part is on
+disk; what bears the name ``step_00000123`` can be loaded, however the writer died.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_btx.engine.distributed import is_first_rank
+from megatron_btx.engine.model import unwrap
+from megatron_btx.errors import UserError
+from megatron_btx.recipe.architecture import Architecture
+
+logger = logging.getLogger(__name__)
+
+FORMAT = "megatron_btx/1"
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingState:
+    """All that a resumed run needs. The position in the data is the step: samples are a function
+    of it."""
+
+    model: torch.nn.Module
+    optimizer: MegatronOptimizer | None = None
+    schedule: OptimizerParamScheduler | None = None
+
+    def sharded(self, is_loading: bool) -> dict[str, Any]:
+        """Megatron's sharded state dict of it, as saved and as asked for when loading."""
+        metadata = _metadata()
+        model_part = model_sharded_state_dict(self.model)
+        state: dict[str, Any] = {"model": model_part}
+        if self.optimizer is not None:
+            assert self.schedule is not None
+            state["optimizer"] = self.optimizer.sharded_state_dict(
+                model_part, is_loading=is_loading, metadata=metadata
+            )
+            state["opt_param_scheduler"] = self.schedule.state_dict()
+            state["rng_state"] = _rng_state()
+        return state
+
+
+def _metadata() -> dict[str, Any]:
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_fully_reshardable_mem_efficient": False,
+        "chained_optim_avoid_prefix": True,
+        "singleton_local_shards": False,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+
+
+def model_sharded_state_dict(model: torch.nn.Module) -> dict[str, Any]:
+    """The model's shards under their global names; ``_extra_state`` (Transformer Engine's, tied to
+    a layout) left out."""
+    sharded = unwrap(model).sharded_state_dict(metadata=_metadata())
+    return {key: value for key, value in sharded.items() if not key.endswith("._extra_state")}
+
+
+def _rng_state() -> ShardedObject:
+    """This rank's generators. Nothing we train draws from them (no dropout); a user's
+    ``megatron:`` options may."""
+    states = {
+        "torch": torch.get_rng_state(),
+        "tracker": tensor_parallel.get_cuda_rng_tracker().get_states(),
+    }
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return ShardedObject("rng_state", states, (dist.get_world_size(),), (dist.get_rank(),))
+
+
+def save(directory: Path, state: TrainingState, manifest: dict[str, Any]) -> None:
+    """Write a whole checkpoint, or nothing under its name. Every rank calls it.
+
+    Args:
+        directory: the final name; its parent exists.
+        state: what to write; without an optimizer, the model alone.
+        manifest: see ``manifest_of``; written last.
+
+    Raises:
+        UserError: the disk is full or the directory cannot be written.
+    """
+    partial = directory.with_name(directory.name + ".partial")
+    with _disk_errors(directory):
+        if is_first_rank():
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        dist.barrier()
+        # Two writers a rank would fork two processes a rank; one is enough for one disk.
+        strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
+        dist_checkpointing.save(
+            state.sharded(is_loading=False), str(partial), strategy, content_metadata=_saved_form()
+        )
+        dist.barrier()
+        if is_first_rank():
+            write_json(partial / MANIFEST, manifest)
+            shutil.rmtree(directory, ignore_errors=True)
+            os.rename(partial, directory)
+            sync_directory(directory.parent)
+        dist.barrier()
+
+
+def _saved_form() -> dict[str, Any]:
+    return {key: value for key, value in _metadata().items() if key != "dp_cp_group"}
+
+
+def load(directory: Path, state: TrainingState) -> None:
+    """Fill the state from a whole checkpoint, under any layout. Every rank calls it.
+
+    Raises:
+        UserError: the checkpoint is missing, damaged or of another shape.
+    """
+    read_manifest(directory)
+    sharded = state.sharded(is_loading=True)
+    rng = sharded.pop("rng_state", None)
+    if rng is not None and _same_world(directory):
+        sharded["rng_state"] = rng
+    try:
+        loaded = dist_checkpointing.load(sharded, str(directory))
+    except (OSError, EOFError, ValueError, KeyError, RuntimeError) as error:
+        raise UserError(
+            str(directory),
+            f"cannot be loaded: {str(error).splitlines()[0][:300]}",
+            "the checkpoint is damaged or of another shape; take another one",
+        ) from error
+    except dist_checkpointing.core.CheckpointingException as error:
+        raise UserError(
+            str(directory),
+            f"cannot be loaded: {str(error).splitlines()[0][:300]}",
+            "the checkpoint is damaged or of another shape; take another one",
+        ) from error
+    unwrap(state.model).load_state_dict(loaded["model"], strict=False)
+    if state.optimizer is not None:
+        assert state.schedule is not None
+        state.optimizer.load_state_dict(loaded["optimizer"])
+        state.schedule.load_state_dict(loaded["opt_param_scheduler"])
+        if "rng_state" in loaded:
+            _restore_rng(loaded["rng_state"])
+
+
+def _same_world(directory: Path) -> bool:
+    return read_manifest(directory)["layout"].get("world_size") == dist.get_world_size()
+
+
+def _restore_rng(states: dict[str, Any]) -> None:
+    torch.set_rng_state(states["torch"])
+    tensor_parallel.get_cuda_rng_tracker().set_states(states["tracker"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def manifest_of(architecture: Architecture, **entries: Any) -> dict[str, Any]:
+    """A manifest: the architecture plus the entries that the caller knows (``precision``,
+    ``step``, ``consumed_samples``, ``tokens``, ``tokenizer``, ``layout``, ``lineage``, ...)."""
+    return {"format": FORMAT, **architecture.to_json(), **entries}
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest of a whole checkpoint.
+
+    Raises:
+        UserError: there is no checkpoint of ours, or its manifest is damaged.
+    """
+    path = Path(directory) / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(
+            str(directory),
+            "is not a checkpoint: there is no manifest.json",
+            "name a step_XXXXXXXX directory",
+        ) from None
+    except ValueError as error:
+        raise UserError(str(path), f"is damaged: {error}", "take another checkpoint") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise UserError(str(path), f"is not of the format {FORMAT}", "take another checkpoint")
+    return manifest
+
+
+def step_directory(checkpoints: Path, step: int) -> Path:
+    """Where a step's checkpoint lies."""
+    return checkpoints / f"step_{step:08d}"
+
+
+def latest(checkpoints: Path) -> Path | None:
+    """The last whole checkpoint of a stage, or ``None``."""
+    found = sorted(checkpoints.glob("step_????????")) if checkpoints.is_dir() else []
+    return found[-1] if found else None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file atomically and durably."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1, sort_keys=True)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def sync_directory(directory: Path) -> None:
+    """Make renames in a directory durable."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _disk_errors(directory: Path) -> Any:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            str(directory), f"cannot be written: {error.strerror or error}", "free some space"
+        ) from error

@@ -1,0 +1,228 @@
+"""The CPU as a platform: what stands in for CUDA, line by line, so that Megatron-Core 0.16.1 trains
+on gloo ranks with the same code that runs on GPUs.
+
+Three tables say everything that is replaced and why. ``install()`` applies them once, explicitly,
+before a model is built; where CUDA is present it does nothing. A row whose upstream symbol no
+longer exists, or no longer contains what is replaced, fails loudly: that is how an upgrade of
+Megatron-Core is noticed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+_DEVICE = torch.device("cpu")
+
+# All of Megatron that we use, imported while torch.compile is out of the way.
+_IMPORTED = (
+    "megatron.core",
+    "megatron.core.models.gpt",
+    "megatron.core.optimizer",
+    "megatron.core.pipeline_parallel",
+    "megatron.core.transformer.moe.moe_layer",
+    "megatron.core.dist_checkpointing.strategies.torch",
+)
+
+# (module, function, literal, replacement). A literal is a constant in the function's code.
+# `device="cuda"` would fail to allocate; `tensor.type()` of a CPU tensor lacks the `cuda.`.
+_LITERALS: tuple[tuple[str, str, dict[str, str]], ...] = tuple(
+    (f"megatron.core.{module}", function, dict(zip(replaced[::2], replaced[1::2], strict=True)))
+    for module, function, *replaced in (
+        ("optimizer.optimizer", "MixedPrecisionOptimizer.__init__", "cuda", "cpu"),
+        ("optimizer.optimizer", "FP32Optimizer.__init__", "cuda", "cpu"),
+        (
+            "optimizer.optimizer",
+            "Float16OptimizerWithFloat16Params.__init__",
+            *("torch.cuda.HalfTensor", "torch.HalfTensor"),
+            *("torch.cuda.BFloat16Tensor", "torch.BFloat16Tensor"),
+            *("torch.cuda.FloatTensor", "torch.FloatTensor"),
+        ),
+        (
+            "optimizer.distrib_optimizer",
+            "DistributedOptimizer._build_model_and_main_param_groups",
+            *("torch.cuda.HalfTensor", "torch.HalfTensor"),
+            *("torch.cuda.BFloat16Tensor", "torch.BFloat16Tensor"),
+            *("torch.cuda.FloatTensor", "torch.FloatTensor"),
+        ),
+        (
+            "optimizer.distrib_optimizer",
+            "DistributedOptimizer.__init__",
+            *("torch.cuda.HalfTensor", "torch.HalfTensor"),
+            *("torch.cuda.BFloat16Tensor", "torch.BFloat16Tensor"),
+        ),
+        ("optimizer.clip_grads", "get_grad_norm_fp32", "cuda", "cpu"),
+        (
+            "optimizer.clip_grads",
+            "clip_grad_by_total_norm_fp32",
+            *("cuda", "cpu", "torch.cuda.FloatTensor", "torch.FloatTensor"),
+        ),
+        ("optimizer.clip_grads", "count_zeros_fp32", "cuda", "cpu"),
+        ("pipeline_parallel.schedules", "forward_backward_no_pipelining", "cuda", "cpu"),
+        (
+            "pipeline_parallel.schedules",
+            "forward_backward_pipelining_with_interleaving",
+            *("cuda", "cpu"),
+        ),
+        (
+            "pipeline_parallel.schedules",
+            "forward_backward_pipelining_without_interleaving",
+            *("cuda", "cpu"),
+        ),
+        ("utils", "local_multi_tensor_l2_norm", "cuda", "cpu"),
+        ("transformer.moe.moe_utils", "track_moe_metrics", "cuda", "cpu"),
+        ("dist_checkpointing.strategies.state_dict_saver", "verify_global_md_reuse", "cuda", "cpu"),
+    )
+)
+
+
+class _Stream:
+    """A CUDA stream on a machine where everything already runs in order."""
+
+    def __init__(self, *_args: Any, **_kwargs: Any) -> None: ...
+
+    def wait_stream(self, _other: object) -> None: ...
+
+    def synchronize(self) -> None: ...
+
+    def record_event(self) -> _Stream:
+        """An event is waited for as a stream is: by doing nothing."""
+        return self
+
+
+_ONLY_STREAM = _Stream()
+
+
+@contextlib.contextmanager
+def _stream(_stream: object) -> Iterator[None]:
+    yield
+
+
+# What Megatron asks of torch.cuda, and what a machine without CUDA answers.
+#   current_device             `device=` of many allocations
+#   Stream, stream, ...        side streams of DDP and of the MoE dispatcher: here is one, in order
+#   *_rng_state, manual_seed   the CPU's generator is the device's generator
+# No function appears twice: torch.compile's tables map each to one name.
+_TORCH_CUDA: dict[str, Any] = {
+    "current_device": lambda: _DEVICE,
+    "set_device": lambda *_: None,
+    "synchronize": lambda *_: None,
+    "empty_cache": lambda: None,
+    "Stream": _Stream,
+    "current_stream": lambda *_: _ONLY_STREAM,
+    "default_stream": lambda *_: _ONLY_STREAM,
+    "stream": _stream,
+    "manual_seed": lambda seed: torch.manual_seed(seed),
+    "get_rng_state": lambda *_, **__: torch.get_rng_state(),
+    "set_rng_state": lambda state, *_, **__: torch.set_rng_state(state),
+}
+
+
+def _cpu_rng_state(device: object = None, clone: bool = False, graph_safe: bool = False) -> Any:
+    """For ``tensor_parallel.random._get_cuda_rng_state``: CUDA graphs do not exist here."""
+    return torch.get_rng_state()
+
+
+def _set_cpu_rng_state(state: torch.Tensor, device: int = -1, graph_safe: bool = False) -> None:
+    """For ``tensor_parallel.random._set_cuda_rng_state``, which reaches for CUDA's generators."""
+    torch.set_rng_state(state)
+
+
+def _move_to_cpu(
+    tensor: Any, as_numpy: bool = False, record_stream: bool = False
+) -> torch.Tensor | Any:
+    """For ``moe_utils.maybe_move_tensor_to_cpu``: upstream honours ``as_numpy`` only for a tensor
+    that is on a GPU, and ``all_to_all_single`` refuses tensors as split sizes."""
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+
+# (module, name, replacement, every other module that has imported the name)
+_FUNCTIONS: tuple[tuple[str, str, Callable[..., Any], tuple[str, ...]], ...] = (
+    ("megatron.core.tensor_parallel.random", "_get_cuda_rng_state", _cpu_rng_state, ()),
+    ("megatron.core.tensor_parallel.random", "_set_cuda_rng_state", _set_cpu_rng_state, ()),
+    (
+        "megatron.core.transformer.moe.moe_utils",
+        "maybe_move_tensor_to_cpu",
+        _move_to_cpu,
+        ("megatron.core.transformer.moe.token_dispatcher",),
+    ),
+)
+
+
+@functools.cache
+def install() -> bool:
+    """Let Megatron-Core run on this machine's CPU. Call it before anything else of Megatron.
+
+    Returns:
+        True where the stand-ins are in place, False where CUDA is present and none is needed.
+
+    Raises:
+        LookupError: an upstream symbol that a row names has changed.
+    """
+    if torch.cuda.is_available():
+        return False
+    with _without_compile():
+        for module_name in _IMPORTED:
+            importlib.import_module(module_name)
+    for name, stand_in in _TORCH_CUDA.items():
+        setattr(torch.cuda, name, stand_in)
+    for module_name, path, literals in _LITERALS:
+        _replace_literals(_lookup(module_name, path), literals, f"{module_name}.{path}")
+    for module_name, name, stand_in, importers in _FUNCTIONS:
+        for target in (module_name, *importers):
+            module = importlib.import_module(target)
+            if not hasattr(module, name):
+                raise LookupError(f"{target}.{name} is gone from this Megatron-Core")
+            setattr(module, name, stand_in)
+    return True
+
+
+@contextlib.contextmanager
+def _without_compile() -> Iterator[None]:
+    """Megatron decorates small functions with torch.compile at import: on a CPU that costs seconds
+    of every start and needs a C++ compiler, so its imports see a decorator that does nothing."""
+    compile_ = torch.compile
+    torch.compile = lambda model=None, **_: model  # type: ignore[assignment]
+    try:
+        yield
+        importlib.import_module("megatron.core.jit").disable_jit_fuser()
+    finally:
+        torch.compile = compile_
+
+
+def _lookup(module_name: str, path: str) -> types.FunctionType:
+    """The plain function behind ``module.path`` (a decorated one is unwrapped)."""
+    found: Any = importlib.import_module(module_name)
+    for part in path.split("."):
+        found = getattr(found, part, None)
+    if found is None:
+        raise LookupError(f"{module_name}.{path} is gone from this Megatron-Core")
+    found = getattr(found, "__func__", found)  # a classmethod
+    while hasattr(found, "__wrapped__"):
+        found = found.__wrapped__
+    return found
+
+
+def _replace_literals(function: types.FunctionType, literals: dict[str, str], where: str) -> None:
+    """Replace string constants in a function's code, those in tuples and inner functions too."""
+    missing = set(literals)
+
+    def replaced(constant: Any) -> Any:
+        if isinstance(constant, str) and constant in literals:
+            missing.discard(constant)
+            return literals[constant]
+        if isinstance(constant, tuple):
+            return tuple(replaced(item) for item in constant)
+        if isinstance(constant, types.CodeType):
+            return constant.replace(co_consts=tuple(replaced(c) for c in constant.co_consts))
+        return constant
+
+    function.__code__ = replaced(function.__code__)
+    if missing:
+        raise LookupError(f"{where} no longer contains {sorted(missing)}")

@@ -1,0 +1,80 @@
+"""Process groups from a recipe's layout."""
+
+from __future__ import annotations
+
+import datetime
+import os
+
+import torch
+import torch.distributed as dist
+
+from megatron_btx.engine import cpu, kernels, repairs
+from megatron_btx.errors import UserError
+from megatron_btx.recipe.schema import Layout
+
+
+def initialize(layout: Layout, random_seed: int) -> None:
+    """Join the job's ranks and lay Megatron's process groups over them.
+
+    The rendezvous is ``BTX_INIT_METHOD`` where a launcher of ours sets it (a file, so that no port
+    is raced for), else torch's environment variables. Calling it again lays new groups over the
+    same ranks.
+
+    Args:
+        layout: how the ranks divide the model; ``layout.world_size`` ranks must have been started.
+        random_seed: seeds Megatron's RNG tracker (dropout, nothing else of ours).
+
+    Raises:
+        UserError: the number of ranks does not fit the layout, or the layout cannot run here.
+    """
+    cpu.install()
+    repairs.install(kernels.detect())
+    from megatron.core import parallel_state, tensor_parallel
+
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != layout.world_size:
+        raise UserError(
+            "layout",
+            f"TP x PP x CP x DP is {layout.world_size} ranks, but {started} were started",
+            "start as many ranks as the layout has, or change the layout",
+        )
+    cuda = torch.cuda.is_available()
+    if not cuda and layout.etp > 1 and layout.expert_model_parallel_size > 1:
+        raise UserError(
+            "layout",
+            "expert tensor parallelism together with expert parallelism gathers unequal sizes, "
+            "which gloo (the CPU's communication library) cannot",
+            "set expert_tensor_parallel_size: 1, or use GPUs",
+        )
+    if not dist.is_initialized():
+        if cuda:
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        else:
+            torch.set_num_threads(layout.num_threads)
+        dist.init_process_group(
+            "nccl" if cuda else "gloo",
+            init_method=os.environ.get("BTX_INIT_METHOD", "env://"),
+            rank=int(os.environ.get("RANK", "0")),
+            world_size=started,
+            timeout=datetime.timedelta(minutes=30),
+        )
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tensor_model_parallel_size,
+        pipeline_model_parallel_size=layout.pipeline_model_parallel_size,
+        context_parallel_size=layout.context_parallel_size,
+        expert_model_parallel_size=layout.expert_model_parallel_size,
+        expert_tensor_parallel_size=layout.etp,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(random_seed, force_reset_rng=True)
+
+
+def is_first_rank() -> bool:
+    """Whether this rank writes what one rank writes (logs, manifests)."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def shutdown() -> None:
+    """Leave the job's process groups, where they exist."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

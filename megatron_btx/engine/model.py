@@ -1,0 +1,187 @@
+"""Megatron's GPTModel from an architecture, a layout and a precision."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.nn.functional import silu
+
+from megatron_btx.engine import kernels
+from megatron_btx.engine.router import transformer_fields
+from megatron_btx.engine.spec import block_spec
+from megatron_btx.errors import UserError
+from megatron_btx.recipe.architecture import Architecture
+from megatron_btx.recipe.schema import Layout, MegatronOptions, Precision
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def transformer_config(
+    architecture: Architecture,
+    layout: Layout,
+    precision: Precision,
+    options: MegatronOptions = MegatronOptions(),
+) -> TransformerConfig:
+    """Megatron's configuration of this model under this layout.
+
+    Raises:
+        UserError: Megatron refuses the combination.
+    """
+    model, platform = architecture.model, kernels.detect()
+    is_moe = architecture.routing is not None
+    sequence_parallel = layout.sequence_parallel
+    if sequence_parallel is None:
+        sequence_parallel = is_moe and layout.tensor_model_parallel_size > 1
+    fields: dict[str, Any] = {
+        "num_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "ffn_hidden_size": model.ffn_hidden_size,
+        "num_attention_heads": model.num_attention_heads,
+        "num_query_groups": model.num_query_groups or model.num_attention_heads,
+        "kv_channels": model.kv_channels,
+        "layernorm_epsilon": model.layernorm_epsilon,
+        "normalization": "RMSNorm",
+        "gated_linear_unit": True,
+        "activation_func": silu,
+        "add_bias_linear": False,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+        "tensor_model_parallel_size": layout.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": layout.pipeline_model_parallel_size,
+        "context_parallel_size": layout.context_parallel_size,
+        "expert_model_parallel_size": layout.expert_model_parallel_size,
+        "expert_tensor_parallel_size": layout.etp,
+        "sequence_parallel": sequence_parallel,
+        "params_dtype": DTYPES[precision],
+        "pipeline_dtype": DTYPES[precision],
+        "bf16": precision == "bf16",
+        # Weights come from a plan (a checkpoint, a mix, named draws), never from Megatron's
+        # generators, whose numbers depend on the layout. Not by perform_initialization=False:
+        # that also leaves weights unmarked as tensor-parallel, and the gradient norm then takes
+        # all but the first rank's for replicas.
+        "init_method": _leave_unset,
+        "output_layer_init_method": _leave_unset,
+        "embedding_init_method": _leave_unset,
+        "gradient_accumulation_fusion": platform.gradient_accumulation_fusion,
+        "bias_activation_fusion": False,
+        "masked_softmax_fusion": False,
+        "bias_dropout_fusion": platform.cuda,
+        "persist_layer_norm": platform.use_transformer_engine,
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_router_dtype": "fp32",
+    }
+    if is_moe:
+        assert architecture.routing is not None
+        fields |= {"moe_ffn_hidden_size": model.ffn_hidden_size, "moe_grouped_gemm": True}
+        fields |= transformer_fields(architecture.routing, len(architecture.experts))
+    try:
+        return TransformerConfig(**(fields | options.transformer))
+    except (ValueError, AssertionError) as refusal:
+        raise UserError(
+            "megatron.transformer", f"Megatron-Core refuses this combination: {refusal}"
+        ) from refusal
+
+
+def _leave_unset(_weight: Tensor) -> None: ...
+
+
+def build_model(
+    architecture: Architecture,
+    layout: Layout,
+    precision: Precision,
+    *,
+    random_seed: int = 0,
+    options: MegatronOptions = MegatronOptions(),
+) -> GPTModel | Float16Module:
+    """This rank's part of the model, its weights not yet set.
+
+    Args:
+        architecture: shapes and experts.
+        layout: the job's; ``distributed.initialize(layout, ...)`` has been called.
+        precision: dtype of weights and activations (bf16: wrapped in Megatron's Float16Module).
+        random_seed: seeds the routing's noise.
+        options: the recipe's ``megatron:`` block.
+    """
+    config = transformer_config(architecture, layout, precision, options)
+    model = GPTModel(
+        config=config,
+        transformer_layer_spec=block_spec(config, architecture.routing, random_seed),
+        vocab_size=architecture.padded_vocab_size,
+        max_sequence_length=architecture.model.seq_length,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        share_embeddings_and_output_weights=(
+            not architecture.model.untie_embeddings_and_output_weights
+        ),
+        position_embedding_type="rope",
+        rotary_base=architecture.model.rotary_base,
+    )
+    _mask_padding(model, architecture)
+    model.to(torch.cuda.current_device())
+    return Float16Module(config, model) if precision == "bf16" else model
+
+
+def _mask_padding(model: GPTModel, architecture: Architecture) -> None:
+    """Keep the rows that pad the vocabulary out of the softmax, in training and evaluation: an
+    exported model, which does not have them, then computes the same loss."""
+    if not model.post_process or architecture.padded_vocab_size == architecture.vocab_size:
+        return
+    tp = parallel_state.get_tensor_model_parallel_world_size()
+    shard = architecture.padded_vocab_size // tp
+    first = parallel_state.get_tensor_model_parallel_rank() * shard
+    real = max(0, min(shard, architecture.vocab_size - first))
+
+    def mask(_module: torch.nn.Module, _args: Any, output: tuple[Tensor, Any]) -> Any:
+        logits, bias = output
+        if real < shard:
+            logits[..., real:] = torch.finfo(logits.dtype).min
+        return logits, bias
+
+    model.output_layer.register_forward_hook(mask)
+
+
+def wrap_ddp(
+    model: GPTModel | Float16Module,
+    *,
+    use_distributed_optimizer: bool,
+    options: MegatronOptions = MegatronOptions(),
+) -> DistributedDataParallel:
+    """Megatron's gradient buffers around the model; gradients accumulate in fp32.
+
+    The schedules' hooks (``no_sync_func``, ``finalize_model_grads_func``, ...) are set on the
+    model's configuration, where Megatron's pipeline schedules look for them.
+    """
+    config: TransformerConfig = model.config
+    ddp_fields: dict[str, Any] = {
+        "grad_reduce_in_fp32": True,
+        "use_distributed_optimizer": use_distributed_optimizer,
+        "overlap_grad_reduce": False,
+        "check_for_nan_in_grad": False,
+    }
+    ddp_config = DistributedDataParallelConfig(**(ddp_fields | options.ddp))
+    ddp = DistributedDataParallel(config, ddp_config, model)
+    config.finalize_model_grads_func = finalize_model_grads
+    if ddp_config.overlap_grad_reduce:
+        config.no_sync_func = ddp.no_sync
+        config.grad_sync_func = ddp.start_grad_sync
+    if ddp_config.overlap_param_gather:
+        config.param_sync_func = ddp.start_param_sync
+    return ddp
+
+
+def unwrap(model: torch.nn.Module) -> GPTModel:
+    """The GPTModel inside Megatron's wrappers."""
+    while not isinstance(model, GPTModel):
+        model = model.module
+    return model

@@ -1,0 +1,62 @@
+"""RMSNorm without Transformer Engine, and allowed under sequence parallelism."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+
+class RMSNorm(torch.nn.Module):
+    """``x / sqrt(mean(x^2) + eps) * weight`` (arXiv 1910.07467, equation 4), statistics in fp32.
+
+    Megatron's own ``WrappedTorchNorm`` refuses sequence parallelism, which its MoE layers require
+    with tensor parallelism. A norm under it sees a slice of the sequence only; marking the weight
+    ``sequence_parallel`` makes ``finalize_model_grads`` add the slices' gradients up.
+
+    Args:
+        config: ``sequence_parallel`` and ``params_dtype`` are read.
+        hidden_size: width of the last dimension.
+        eps: added to the mean square.
+    """
+
+    def __init__(
+        self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(
+            torch.ones(hidden_size, dtype=config.params_dtype, device=torch.cuda.current_device())
+        )
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension of ``x`` [..., H]; shape and dtype are kept."""
+        return _RMSNorm.apply(x, self.weight, self.eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """The normalisation and its gradient in few passes over memory: on a CPU, autograd's own chain
+    of small operations takes longer than the matrix products of a small model."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """Keep ``x`` and one reciprocal root a row."""
+        x32 = x.float()
+        rrms = torch.linalg.vecdot(x32, x32).div_(x.shape[-1]).add_(eps).rsqrt_().unsqueeze(-1)
+        ctx.save_for_backward(x, weight, rrms)
+        return (x32 * rrms).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        """With n = x * rrms: dx = rrms * (g w - n mean(g w n)), dw = sum g n."""
+        x, weight, rrms = ctx.saved_tensors
+        grad32 = grad_output.float()
+        normed = x.float() * rrms
+        grad_weight = (grad32 * normed).flatten(0, -2).sum(0)
+        grad_normed = grad32 * weight
+        projection = torch.linalg.vecdot(grad_normed, normed).div_(x.shape[-1]).unsqueeze(-1)
+        grad_x = grad_normed.sub_(normed.mul_(projection)).mul_(rrms)
+        return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None

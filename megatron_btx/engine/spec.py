@@ -1,0 +1,113 @@
+"""The layer specification: which module computes which part of a transformer layer.
+
+One page for both worlds. With Transformer Engine it is Megatron's own specification with our
+router in it; without, Megatron's layers with torch's kernels.
+"""
+
+from __future__ import annotations
+
+import functools
+
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import (
+    TransformerBlockSubmodules,
+    get_num_layers_to_build,
+)
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+from megatron_btx.engine import kernels
+from megatron_btx.engine.attention import ScaledDotProductAttention
+from megatron_btx.engine.experts import GroupedExperts
+from megatron_btx.engine.norm import RMSNorm
+from megatron_btx.engine.router import BTXRouter
+from megatron_btx.recipe.schema import Routing
+
+# One name for a norm, whichever kernels ran: Transformer Engine fuses a norm into the linear layer
+# behind it and stores it there. An MoE layer has no such linear layer, so its pre-FFN norm keeps
+# the name of its own.
+_INPUT_NORM = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+_PRE_MLP_NORM = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
+
+
+def block_spec(
+    config: TransformerConfig, routing: Routing | None = None, random_seed: int = 0
+) -> ModuleSpec | TransformerBlockSubmodules:
+    """This pipeline stage's layers, for ``GPTModel(transformer_layer_spec=...)``; arguments as
+    ``layer_spec``'s."""
+    layer = layer_spec(routing, random_seed)
+    if kernels.detect().layers == "transformer_engine":
+        return layer
+    # Spelled out for the sake of the final norm: given one layer, Megatron takes its own norm,
+    # which refuses sequence parallelism.
+    return TransformerBlockSubmodules(
+        layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm
+    )
+
+
+def layer_spec(
+    routing: Routing | None = None,
+    random_seed: int = 0,
+    platform: kernels.Platform | None = None,
+) -> ModuleSpec:
+    """One transformer layer: dense without ``routing``, an MoE layer with it.
+
+    Args:
+        routing: the recipe's routing function; ``None`` for the dense models.
+        random_seed: seeds the routing's noise (``sample_top1``).
+        platform: ``None``: this machine's.
+    """
+    platform = platform or kernels.detect()
+    if platform.layers == "transformer_engine":
+        spec = get_gpt_layer_with_transformer_engine_spec(
+            num_experts=None if routing is None else 1, moe_grouped_gemm=routing is not None
+        )
+        if routing is not None:
+            spec.submodules.mlp = _moe(routing, random_seed, spec.submodules.mlp.submodules.experts)
+        return spec
+    dense = ModuleSpec(
+        module=MLP,
+        submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
+    )
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            input_layernorm=RMSNorm,
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=ColumnParallelLinear,
+                    core_attention=ScaledDotProductAttention,
+                    linear_proj=RowParallelLinear,
+                    q_layernorm=IdentityOp,
+                    k_layernorm=IdentityOp,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            pre_mlp_layernorm=RMSNorm,
+            mlp=dense if routing is None else _moe(routing, random_seed, GroupedExperts),
+            mlp_bda=get_bias_dropout_add,
+            sharded_state_dict_keys_map=(
+                {**_INPUT_NORM, **_PRE_MLP_NORM} if routing is None else _INPUT_NORM
+            ),
+        ),
+    )
+
+
+def _moe(routing: Routing, random_seed: int, experts: ModuleSpec | type) -> ModuleSpec:
+    return ModuleSpec(
+        module=MoELayer,
+        submodules=MoESubmodules(
+            experts=experts,
+            router=functools.partial(BTXRouter, routing=routing, random_seed=random_seed),
+        ),
+    )

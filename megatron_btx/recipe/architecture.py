@@ -1,0 +1,66 @@
+"""What a checkpoint's weights are: the facts that decide names and shapes, and nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from megatron_btx.recipe.schema import Model, Recipe, Routing
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Architecture:
+    """A dense model, or the MoE that was mixed from such models. Written into every manifest."""
+
+    model: Model
+    vocab_size: int
+    """The tokenizer's size; the stored matrices have ``padded_vocab_size`` rows."""
+    experts: tuple[str, ...] = ()
+    """Names of the experts in their order; empty for a dense model."""
+    routing: Routing | None = None
+
+    @property
+    def num_moe_experts(self) -> int | None:
+        """As Megatron's field: ``None`` for a dense model."""
+        return len(self.experts) or None
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """``vocab_size`` rounded up; it never depends on a layout."""
+        multiple = self.model.make_vocab_size_divisible_by
+        return -(-self.vocab_size // multiple) * multiple
+
+    def to_json(self) -> dict[str, Any]:
+        """The manifest's entries (contract: ``model``, ``vocab_size``, ``moe``)."""
+        moe = None
+        if self.routing is not None:
+            moe = {
+                "num_moe_experts": len(self.experts),
+                "experts": list(self.experts),
+                "routing": asdict(self.routing),
+            }
+        return {
+            "model": asdict(self.model),
+            "vocab_size": self.vocab_size,
+            "padded_vocab_size": self.padded_vocab_size,
+            "moe": moe,
+        }
+
+    @classmethod
+    def from_json(cls, entries: dict[str, Any]) -> Architecture:
+        """The inverse of ``to_json``; other entries of a manifest are ignored.
+
+        Raises:
+            KeyError, TypeError: an entry is missing or of another form.
+        """
+        moe = entries["moe"]
+        return cls(
+            model=Model(**entries["model"]),
+            vocab_size=entries["vocab_size"],
+            experts=tuple(moe["experts"]) if moe else (),
+            routing=Routing(**moe["routing"]) if moe else None,
+        )
+
+    def mixed(self, recipe: Recipe) -> Architecture:
+        """The MoE that this recipe makes of models of this (dense) architecture."""
+        return replace(self, experts=recipe.model_names, routing=recipe.routing)

@@ -1,0 +1,107 @@
+"""One optimizer step, through Megatron's own schedules."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from torch import Tensor
+
+from megatron_btx.engine.noise import set_routing_context
+
+Batch = dict[str, Tensor]
+"""``tokens``, ``labels``, ``loss_mask``, ``position_ids`` [B, S]; ``samples`` [B], their ids."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepResult:
+    """What one step did; the same on every rank."""
+
+    loss: float
+    """Mean over the global batch, nats per token."""
+    grad_norm: float
+    """L2 norm of the whole gradient before clipping."""
+    found_nan: bool
+
+
+def forward_step(
+    batches: Iterator[Batch], model: torch.nn.Module, *, step: int
+) -> tuple[Tensor, Any]:
+    """Megatron's ``forward_step_func``: one micro-batch through this rank's part of the model."""
+    batch = next(batches)
+    set_routing_context(step, batch["samples"])
+    output = model(
+        batch["tokens"], batch["position_ids"], attention_mask=None, labels=batch["labels"]
+    )
+    return output, functools.partial(mean_loss, batch["loss_mask"])
+
+
+def mean_loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Mean over a micro-batch's unmasked tokens; nats per token.
+
+    What is logged is a copy: Megatron divides the loss in place by the number of micro-batches.
+    """
+    mask = loss_mask.view(-1).float()
+    loss = (losses.float().view(-1) * mask).sum() / mask.sum()
+    return loss, {"loss": loss.clone().detach()}
+
+
+def train_step(
+    model: DistributedDataParallel,
+    optimizer: MegatronOptimizer,
+    schedule: OptimizerParamScheduler | None,
+    batches: Iterator[Batch],
+    *,
+    step: int,
+    num_microbatches: int,
+    micro_batch_size: int,
+    seq_length: int,
+) -> StepResult:
+    """Forward and backward of every micro-batch, then the update.
+
+    Args:
+        batches: at least ``num_microbatches`` micro-batches for this data-parallel rank, the same
+            on every tensor- and pipeline-parallel rank.
+        step: counts from 0; keys the routing's noise and temperature.
+    """
+    model.zero_grad_buffer()
+    optimizer.zero_grad()
+    forwards = get_forward_backward_func()(
+        forward_step_func=functools.partial(forward_step, step=step),
+        data_iterator=batches,
+        model=[model],
+        num_microbatches=num_microbatches,
+        seq_length=seq_length,
+        micro_batch_size=micro_batch_size,
+        forward_only=False,
+    )
+    loss = global_mean([forward["loss"] for forward in forwards])
+    updated, grad_norm, _ = optimizer.step()
+    if schedule is not None:
+        schedule.step(increment=1)
+    return StepResult(loss=loss, grad_norm=float(grad_norm or 0.0), found_nan=not updated)
+
+
+def global_mean(micro_losses: list[Tensor]) -> float:
+    """Mean over micro-batches and data-parallel ranks, known to every rank afterwards.
+
+    Only the last pipeline stage has losses; the others pass an empty list.
+    """
+    total = torch.zeros(1, device=torch.cuda.current_device())
+    if micro_losses:
+        total += torch.stack([loss.float() for loss in micro_losses]).mean()
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    dist.all_reduce(total, group=group)
+    total /= group.size()
+    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
+        dist.all_reduce(total, group=parallel_state.get_pipeline_model_parallel_group())
+    return total.item()

@@ -1,0 +1,236 @@
+"""The layout harness: train the same model from the same weights on the same samples under a layout,
+and bring back every parameter, gradient and replica under its global name.
+
+Weights come from an independent generator keyed by the global name, so nothing of ours decides
+what "the same model" means.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_btx.recipe.architecture import Architecture
+from megatron_btx.recipe.schema import Layout, MegatronOptions, Model, Routing, Training
+
+DENSE = Architecture(
+    model=Model(
+        num_layers=4,
+        hidden_size=32,
+        ffn_hidden_size=48,
+        num_attention_heads=4,
+        num_query_groups=2,
+        seq_length=16,
+        make_vocab_size_divisible_by=64,
+    ),
+    vocab_size=120,  # padded to 128: the padding's rows take part in every comparison
+)
+MOE = replace(
+    DENSE, experts=("a", "b", "c", "d"), routing=Routing(type="topk", balance_loss_coeff=0.02)
+)
+
+Pieces = list[tuple[str, tuple[int, ...], tuple[int, ...], np.ndarray]]
+"""(global name, global shape, offset, values) of a rank's shards."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training run: 5 optimizer steps of 2 micro-batches."""
+
+    architecture: Architecture = DENSE
+    layout: Layout = Layout()
+    precision: str = "fp32"
+    use_distributed_optimizer: bool = False
+    megatron: MegatronOptions = field(default_factory=MegatronOptions)
+    steps: int = 5
+    global_batch_size: int = 8
+    micro_batch_size: int = 1
+    random_seed: int = 7
+
+
+@dataclass
+class Trained:
+    """What a rank saw."""
+
+    losses: list[float]
+    grad_norms: list[float]
+    first_gradients: Pieces
+    weights: Pieces
+
+
+def train(case: Case) -> Trained:
+    """Run on every rank of a case; the ranks' environment is set."""
+    from megatron_btx.engine import distributed
+    from megatron_btx.engine.model import build_model, wrap_ddp
+    from megatron_btx.engine.optimizer import build_optimizer, build_schedule
+    from megatron_btx.train.step import train_step
+
+    distributed.initialize(case.layout, case.random_seed)
+    training = Training(
+        lr=1e-3,
+        lr_warmup_iters=2,
+        precision=case.precision,  # type: ignore[arg-type]
+        use_distributed_optimizer=case.use_distributed_optimizer,
+        layout=case.layout,
+        megatron=case.megatron,
+    )
+    model = build_model(
+        case.architecture,
+        case.layout,
+        training.precision,
+        random_seed=case.random_seed,
+        options=case.megatron,
+    )
+    set_weights(model)
+    ddp = wrap_ddp(
+        model, use_distributed_optimizer=case.use_distributed_optimizer, options=case.megatron
+    )
+    optimizer = build_optimizer(ddp, training)
+    schedule = build_schedule(optimizer, training, case.steps)
+    losses, norms, first = [], [], []
+    for step in range(case.steps):
+        micro = list(microbatches(case, step))
+        if step == 0:
+            first = gradients(ddp, micro, case)
+        result = train_step(
+            ddp,
+            optimizer,
+            schedule,
+            iter(micro),
+            step=step,
+            num_microbatches=len(micro),
+            micro_batch_size=case.micro_batch_size,
+            seq_length=case.architecture.model.seq_length,
+        )
+        losses.append(result.loss)
+        norms.append(result.grad_norm)
+    return Trained(losses, norms, first, pieces(ddp, lambda param: param))
+
+
+def gradients(ddp: Any, micro: list[Any], case: Case) -> Pieces:
+    """The reduced gradient of the first step, parameter by parameter, without an update."""
+    import functools
+
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    from megatron_btx.train.step import forward_step
+
+    ddp.zero_grad_buffer()
+    get_forward_backward_func()(
+        forward_step_func=functools.partial(forward_step, step=0),
+        data_iterator=iter(micro),
+        model=[ddp],
+        num_microbatches=len(micro),
+        seq_length=case.architecture.model.seq_length,
+        micro_batch_size=case.micro_batch_size,
+        forward_only=False,
+    )
+    return [] if case.use_distributed_optimizer else pieces(ddp, lambda p: p.main_grad)
+
+
+def microbatches(case: Case, step: int) -> Iterator[dict[str, torch.Tensor]]:
+    """This data-parallel rank's micro-batches of a step, cut from one global batch."""
+    from megatron.core import parallel_state
+
+    model = case.architecture.model
+    generator = torch.Generator().manual_seed(1000 + step)
+    shape = (case.global_batch_size, model.seq_length + 1)
+    uniform = torch.rand(shape, generator=generator)
+    tokens = (uniform**4 * case.architecture.vocab_size).long()  # skewed: there is much to learn
+    dp, mbs = parallel_state.get_data_parallel_world_size(), case.micro_batch_size
+    for first in range(parallel_state.get_data_parallel_rank() * mbs, len(tokens), dp * mbs):
+        rows = tokens[first : first + mbs]
+        yield {
+            "tokens": rows[:, :-1].contiguous(),
+            "labels": rows[:, 1:].contiguous(),
+            "loss_mask": torch.ones(mbs, model.seq_length),
+            "position_ids": torch.arange(model.seq_length).expand(mbs, -1).contiguous(),
+            "samples": torch.arange(first, first + mbs) + step * case.global_batch_size,
+        }
+
+
+def named_tensor(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """The global tensor of a name: norms near one, everything else small and random."""
+    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little")
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return 1 + 0.1 * values if "norm" in name else values * (0.5 if "router" in name else 0.1)
+
+
+def set_weights(model: torch.nn.Module) -> None:
+    """Give every local shard its slice of the global tensor of its name."""
+    with torch.no_grad():
+        for name, shape, offset, local in shards(model, lambda param: param):
+            whole = named_tensor(name, shape)
+            cut = tuple(
+                slice(o, o + n) for o, n in zip(offset, local_shape(local, shape), strict=True)
+            )
+            local.copy_(whole[cut].reshape(local.shape))
+
+
+def local_shape(local: torch.Tensor, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """A shard's shape with the axes that stacking put in front."""
+    return (1,) * (len(shape) - local.dim()) + tuple(local.shape)
+
+
+def shards(model: torch.nn.Module, value: Any) -> Iterator[tuple[str, tuple, tuple, torch.Tensor]]:
+    """(name, global shape, offset, local view of ``value(param)``) of every parameter here."""
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
+
+    from megatron_btx.engine.checkpoint import model_sharded_state_dict
+
+    while hasattr(model, "module") and not hasattr(model, "decoder"):
+        model = model.module
+    parameters = {id(p): p for p in model.parameters()}
+    for entry in model_sharded_state_dict(model).values():
+        if isinstance(entry, ShardedTensor):
+            entry.data = value(parameters[id(entry.data)])
+            found = [entry]
+        elif isinstance(entry, ShardedTensorFactory):
+            found = entry.build_fn(
+                entry.key, value(parameters[id(entry.data)]), entry.replica_id, None
+            )
+        else:
+            continue
+        for shard in found:
+            yield shard.key, tuple(shard.global_shape), tuple(shard.global_offset), shard.data
+
+
+def pieces(model: torch.nn.Module, value: Any) -> Pieces:
+    """``shards`` as plain arrays that can leave the process."""
+    return [
+        (
+            name,
+            shape,
+            offset,
+            local.detach().float().numpy().reshape(local_shape(local, shape)).copy(),
+        )
+        for name, shape, offset, local in shards(model, value)
+    ]
+
+
+def assemble(ranks: list[Pieces]) -> dict[str, np.ndarray]:
+    """Global tensors from all ranks' pieces.
+
+    Raises:
+        AssertionError: two ranks hold different bits for the same place (a replica drifted), or
+            some place is held by none.
+    """
+    whole: dict[str, np.ndarray] = {}
+    seen: dict[str, np.ndarray] = {}
+    for name, shape, offset, values in itertools.chain.from_iterable(ranks):
+        whole.setdefault(name, np.zeros(shape, np.float32))
+        seen.setdefault(name, np.zeros(shape, bool))
+        cut = tuple(slice(o, o + n) for o, n in zip(offset, values.shape, strict=True))
+        known = seen[name][cut]
+        assert np.array_equal(whole[name][cut][known], values[known]), f"{name}: replicas differ"
+        whole[name][cut] = values
+        seen[name][cut] = True
+    for name, places in seen.items():
+        assert places.all(), f"{name}: some of it is on no rank"
+    return whole

@@ -1,0 +1,97 @@
+"""Every layout trains as one rank does: losses, every gradient, every weight, every replica.
+
+Tolerances. fp32: a gradient is a sum over tokens and features whose order depends on the layout;
+both sides carry rounding of about 1e-7 of the largest term a reduction, so gradients agree to 2e-5
+of the tensor's largest entry. Adam divides by the root of a running square: where a gradient is
+itself rounding noise its update may go either way, so a weight may differ by a few per cent of the
+learning rate (1e-3) a step, and tensors are compared by their relative L2 distance. bf16 has 8 bits: 2^-8
+of relative error an operation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from megatron_btx.recipe.schema import Layout
+from tests.engine.harness import DENSE, MOE, Case, Trained, assemble, train
+from tests.ranks import Ranks
+
+TP2 = Layout(tensor_model_parallel_size=2)
+PP2 = Layout(pipeline_model_parallel_size=2)
+DP2 = Layout(data_parallel_size=2)
+EP2 = Layout(data_parallel_size=2, expert_model_parallel_size=2)
+EP4 = Layout(data_parallel_size=4, expert_model_parallel_size=4)
+TP2_ETP2 = Layout(tensor_model_parallel_size=2, expert_tensor_parallel_size=2)
+TP2_EP2 = Layout(
+    tensor_model_parallel_size=2, expert_model_parallel_size=2, expert_tensor_parallel_size=1
+)
+TP2_PP2_EP2 = replace(TP2_EP2, pipeline_model_parallel_size=2)
+TP2_DP2_EP2 = replace(TP2_EP2, data_parallel_size=2)
+
+CASES = {
+    "dense-tp2": Case(DENSE, TP2),
+    "dense-tp2-sp": Case(DENSE, replace(TP2, sequence_parallel=True)),
+    "dense-pp2": Case(DENSE, PP2),
+    "dense-dp2": Case(DENSE, DP2),
+    "dense-dp2-distopt": Case(DENSE, DP2, use_distributed_optimizer=True),
+    "moe-pp2": Case(MOE, PP2),
+    "moe-dp2": Case(MOE, DP2),
+    "moe-ep2": Case(MOE, EP2),
+    "moe-ep2-distopt": Case(MOE, EP2, use_distributed_optimizer=True),
+    "moe-ep4": Case(MOE, EP4),
+    "moe-tp2-etp2": Case(MOE, TP2_ETP2),
+    "moe-tp2-ep2": Case(MOE, TP2_EP2),
+    "moe-tp2-dp2-ep2": Case(MOE, TP2_DP2_EP2),
+    "moe-tp2-dp2-ep2-distopt": Case(MOE, TP2_DP2_EP2, use_distributed_optimizer=True),
+    "moe-tp2-pp2-ep2": Case(MOE, TP2_PP2_EP2),
+    "bf16-dense-tp2": Case(DENSE, TP2, "bf16"),
+    "bf16-dense-dp2-distopt": Case(DENSE, DP2, "bf16", use_distributed_optimizer=True),
+    "bf16-moe-ep2": Case(MOE, EP2, "bf16"),
+    "bf16-moe-tp2-pp2-ep2": Case(MOE, TP2_PP2_EP2, "bf16"),
+}
+LOSS = {"fp32": 1e-5, "bf16": 3e-2}
+GRADIENT = {"fp32": 2e-5, "bf16": 6e-2}
+WEIGHT = {"fp32": 2e-3, "bf16": 6e-2}
+
+_references: dict[tuple[object, ...], Trained] = {}
+
+
+def reference(ranks: Ranks, case: Case) -> Trained:
+    """The same case on one rank, run once a session."""
+    alone = replace(case, layout=Layout(), use_distributed_optimizer=False)
+    key = (alone.architecture, alone.precision)
+    if key not in _references:
+        _references[key] = ranks.run(train, 1, alone)[0]
+    return _references[key]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_as_one_rank(name: str, ranks: Ranks) -> None:
+    case = CASES[name]
+    alone = reference(ranks, case)
+    together = ranks.run(train, case.layout.world_size, case)
+
+    assert alone.losses[-1] < alone.losses[0], "five steps should have learned something"
+    for rank in together:
+        np.testing.assert_allclose(rank.losses, alone.losses, atol=LOSS[case.precision], rtol=0)
+        np.testing.assert_allclose(
+            rank.grad_norms, alone.grad_norms, rtol=10 * GRADIENT[case.precision]
+        )
+    if not case.use_distributed_optimizer:  # which leaves each rank a shard of the gradient
+        expected = assemble([alone.first_gradients])
+        found = assemble([rank.first_gradients for rank in together])
+        assert found.keys() == expected.keys()
+        for key, gradient in expected.items():
+            scale = np.abs(gradient).max()
+            assert scale > 0, f"{key}: the reference has no gradient"
+            np.testing.assert_allclose(
+                found[key], gradient, rtol=0, atol=GRADIENT[case.precision] * scale, err_msg=key
+            )
+    expected = assemble([alone.weights])
+    found = assemble([rank.weights for rank in together])
+    for key, weight in expected.items():
+        distance = np.linalg.norm(found[key] - weight) / np.linalg.norm(weight)
+        assert distance < WEIGHT[case.precision], f"{key}: {distance}"

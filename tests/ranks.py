@@ -1,0 +1,124 @@
+"""A pool of gloo ranks kept for the whole test session.
+
+Importing torch and Megatron costs seconds; the pool pays it once. Every case lays fresh process
+groups over as many of the ranks as it needs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import multiprocessing
+import os
+import signal
+import tempfile
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+_PR_SET_PDEATHSIG = 1
+_context = multiprocessing.get_context("spawn")
+
+
+class RankError(AssertionError):
+    """A case failed on a rank; carries that rank's traceback."""
+
+
+class Ranks:
+    """Up to ``most`` processes, started when first needed."""
+
+    def __init__(self, most: int = 4) -> None:
+        self.most = most
+        self._workers: list[tuple[Any, Connection]] = []
+        self._cases = itertools.count()
+        self._folder = tempfile.TemporaryDirectory()
+
+    def run(
+        self, function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120
+    ) -> list[Any]:
+        """Call ``function(*args)`` on ranks 0..world_size-1; their results in order of rank.
+
+        ``function`` is a module's, so that it can be found by name in the ranks. It runs with
+        torch.distributed's environment set and nothing initialised.
+
+        Raises:
+            RankError: it raised on some rank, or did not end in time.
+        """
+        assert world_size <= self.most
+        self._start(world_size)
+        environment = {
+            "WORLD_SIZE": str(world_size),
+            "BTX_INIT_METHOD": f"file://{self._folder.name}/case-{next(self._cases)}",
+        }
+        chosen = self._workers[:world_size]
+        for rank, (_, pipe) in enumerate(chosen):
+            pipe.send((function, args, {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}))
+        results, failures = [], []
+        for rank, (_, pipe) in enumerate(chosen):
+            # After one failure the others may wait for the failed rank for ever.
+            if not pipe.poll(timeout if not failures else 5):
+                failures.append(f"rank {rank} did not end in time")
+                continue
+            try:
+                good, value = pipe.recv()
+            except EOFError:
+                failures.append(f"rank {rank} died")
+                continue
+            if good:
+                results.append(value)
+            else:
+                failures.append(f"rank {rank}:\n{value}")
+        if failures:
+            self.close()
+            raise RankError("\n".join(failures))
+        return results
+
+    def _start(self, count: int) -> None:
+        while len(self._workers) < count:
+            ours, theirs = _context.Pipe()
+            process = _context.Process(target=_serve, args=(theirs, os.getpid()), daemon=False)
+            process.start()
+            theirs.close()
+            self._workers.append((process, ours))
+
+    def close(self) -> None:
+        """End every process."""
+        for process, pipe in self._workers:
+            pipe.close()
+            process.kill()
+            process.join()
+        self._workers.clear()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def _serve(pipe: Connection, parent: int) -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        return
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    from megatron_btx.engine import cpu
+
+    cpu.install()
+    while True:
+        try:
+            function, args, environment = pipe.recv()
+        except EOFError:
+            return
+        os.environ.update(environment)
+        try:
+            answer = (True, function(*args))
+        except BaseException:
+            answer = (False, traceback.format_exc())
+        if dist.is_initialized():
+            from megatron.core import parallel_state
+
+            parallel_state.destroy_model_parallel()
+            dist.destroy_process_group()
+        pipe.send(answer)
