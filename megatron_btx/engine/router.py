@@ -159,6 +159,11 @@ class BTXRouter(TopKRouter):
         if not self.training and self.recipe.greedy:
             return routing.draw_top1(logits, noise=None)
         context = noise.routing_context()
+        if len(context.sequences) * length != len(logits):
+            raise RuntimeError(
+                f"set_routing_context was told of {len(context.sequences)} sequences, but the "
+                f"batch holds {len(logits) // length}"
+            )
         positions = self._positions(length, logits.device)
         drawn = noise.gumbel(self.noise_key, context, positions, self.num_experts)
         drawn = drawn.view_as(logits).to(logits.dtype)
