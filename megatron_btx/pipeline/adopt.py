@@ -1,18 +1,21 @@
 """Stages whose model is taken as it is: ``seed: {from: DIR}``, and experts of zero tokens.
 
 The checkpoint is checked and linked where the stage would have left its own, so that nothing behind
-it can tell the difference. Imports no torch.
+it can tell the difference.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from pathlib import Path
 from typing import Any
 
 from megatron_btx.errors import UserError
-from megatron_btx.pipeline import graph, state
+from megatron_btx.pipeline import graph
+from megatron_btx.recipe import count
+from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.schema import Model, Recipe
 
 _FREE = frozenset({"seq_length", "init_method_std"})
@@ -28,7 +31,7 @@ def check(recipe: Recipe, name: str) -> None:
     source = graph.imported(recipe, name)
     assert source is not None
     if source != "seed":
-        _read(recipe, f"{name.replace(':', '.')}.from", Path(source))
+        _read(recipe, _key(name), Path(source))
 
 
 def link(recipe: Recipe, name: str, run_dir: Path) -> dict[str, Any]:
@@ -40,7 +43,8 @@ def link(recipe: Recipe, name: str, run_dir: Path) -> dict[str, Any]:
     source = graph.imported(recipe, name)
     assert source is not None
     origin = run_dir / "seed" if source == "seed" else Path(source)
-    directory, manifest = _read(recipe, f"{name.replace(':', '.')}.from", origin)
+    directory, manifest = _read(recipe, _key(name), origin)
+    _whole(directory)
     checkpoints = run_dir / name.replace(":", "-") / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
     target = checkpoints / f"step_{int(manifest['step']):08d}"
@@ -63,25 +67,30 @@ def newest_checkpoint(path: Path) -> Path:
     return path
 
 
+def _key(name: str) -> str:
+    """The recipe's key: ``experts.math.from``."""
+    return name.replace("expert:", "experts.") + ".from"
+
+
+def _whole(directory: Path) -> None:
+    """That every byte the checkpoint speaks of is there: it is opened, nothing is read."""
+    from megatron_btx.weights.megatron import open_megatron  # imports torch: ranks only
+
+    open_megatron(directory, "checkpoint")
+
+
 def _read(recipe: Recipe, where: str, path: Path) -> tuple[Path, dict[str, Any]]:
     if not path.is_dir():
         raise UserError(where, f"{path} is not a directory", "give a checkpoint's directory")
     directory = newest_checkpoint(path)
-    manifest = state.read_json(directory / "manifest.json")
-    if manifest is None:
-        raise UserError(
-            where,
-            f"{directory} has no readable manifest.json",
-            "give a step_XXXXXXXX directory written by this project, or convert with tools/convert",
-        )
-    payload = [item for item in directory.glob("*.distcp") if item.stat().st_size > 0]
-    if not payload or not (directory / ".metadata").is_file():
+    architecture, manifest = _manifest(where, directory)
+    if not (directory / ".metadata").is_file():
         raise UserError(where, f"{directory} is not whole", "copy the checkpoint again")
     if manifest.get("moe") is not None:
         raise UserError(where, f"{directory} is a mixture of experts", "give a dense checkpoint")
     different = [
         f"{field}: {theirs} there, {ours} here"
-        for field, theirs, ours in _differences(manifest.get("model") or {}, recipe.model)
+        for field, theirs, ours in _differences(architecture.model, recipe.model)
     ]
     if different:
         raise UserError(
@@ -92,9 +101,22 @@ def _read(recipe: Recipe, where: str, path: Path) -> tuple[Path, dict[str, Any]]
     return directory, manifest
 
 
-def _differences(theirs: dict[str, Any], model: Model) -> list[tuple[str, Any, Any]]:
-    ours = _resolved(dataclasses.asdict(model))
-    theirs = _resolved({**ours, **theirs})
+def _manifest(where: str, directory: Path) -> tuple[Architecture, dict[str, Any]]:
+    """As ``weights.manifest.read_manifest``, without the torch that comes with that room."""
+    fix = "give a step_XXXXXXXX directory written by btx"
+    try:
+        manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
+        return Architecture.from_json(manifest), manifest
+    except FileNotFoundError:
+        raise UserError(where, f"{directory} has no manifest.json", fix) from None
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            where, f"{directory / 'manifest.json'} is damaged: {error!r}", fix
+        ) from None
+
+
+def _differences(checkpoint: Model, model: Model) -> list[tuple[str, Any, Any]]:
+    theirs, ours = _resolved(checkpoint), _resolved(model)
     return [
         (name, theirs[name], ours[name])
         for name in ours
@@ -102,9 +124,7 @@ def _differences(theirs: dict[str, Any], model: Model) -> list[tuple[str, Any, A
     ]
 
 
-def _resolved(model: dict[str, Any]) -> dict[str, Any]:
+def _resolved(model: Model) -> dict[str, Any]:
     """With the two defaults that follow from other fields filled in."""
-    heads = model["num_attention_heads"]
-    groups = model.get("num_query_groups") or heads
-    width = model.get("kv_channels") or model["hidden_size"] // heads
-    return {**model, "num_query_groups": groups, "kv_channels": width}
+    groups, width = count.query_groups(model), count.kv_channels(model)
+    return {**dataclasses.asdict(model), "num_query_groups": groups, "kv_channels": width}

@@ -19,6 +19,7 @@ from typing import Any
 
 from megatron_btx.errors import UserError
 from megatron_btx.pipeline.fingerprint import Memo
+from megatron_btx.recipe import count
 from megatron_btx.recipe.load import digest
 from megatron_btx.recipe.schema import Layout, Recipe, Training
 
@@ -73,6 +74,8 @@ class Stage:
     num_threads: int = 1
     """CPU threads a rank."""
     key: str = ""
+    work: float = 0.0
+    """Estimated training FLOPs a core: what should be started first (local.py)."""
 
     @property
     def directory(self) -> str:
@@ -157,9 +160,11 @@ def _stage(recipe: Recipe, kind: str, name: str, before: tuple[Stage, ...]) -> S
         return Stage(name=name, kind="import", needs=("seed",) if source == "seed" else ())
     if kind == "finetune" and not recipe.mix.include_seed:
         needs = tuple(need for need in needs if need != "seed")
+    work = 0.0
     layout = recipe.evaluate.layout if kind == "evaluate" else Layout()
     if kind in TRAINED:
         layout = training(recipe, name).layout
+        work = _flops(recipe, name) / (layout.world_size * layout.num_threads)
     elif kind == "export":  # one rank with the whole of the evaluation's cores
         cores = recipe.evaluate.layout
         layout = Layout(num_threads=cores.world_size * cores.num_threads)
@@ -169,7 +174,19 @@ def _stage(recipe: Recipe, kind: str, name: str, before: tuple[Stage, ...]) -> S
         needs=needs,
         world_size=layout.world_size,
         num_threads=layout.num_threads,
+        work=work,
     )
+
+
+def _flops(recipe: Recipe, name: str) -> float:
+    """Training FLOPs of a stage, with the vocabulary that the recipe asks for."""
+    architecture = count.dense_architecture(recipe)
+    if name == "finetune":
+        architecture = dataclasses.replace(
+            architecture, experts=recipe.model_names, routing=recipe.routing
+        )
+    tokens = count.trained_tokens(training(recipe, name), recipe.model)
+    return float(tokens * count.training_flops_per_token(architecture))
 
 
 class _Keys:

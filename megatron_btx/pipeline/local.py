@@ -48,7 +48,7 @@ def run(
     *,
     view: View,
     max_parallel: int | None = None,
-    worker: tuple[str, ...] = WORKER,
+    worker: tuple[str, ...] | None = None,
     inline: Mapping[str, Callable[[], object]] | None = None,
     grace: float = GRACE,
 ) -> Outcome:
@@ -60,7 +60,9 @@ def run(
         recipe_text: the resolved recipe, kept as ``recipe.yaml``; the ranks read this copy, so that
             an edit of the original during the run changes nothing.
         max_parallel: at most this many stages at once; by default what the cores hold.
+        worker: command of a rank; ``WORKER`` by default.
         inline: kinds that are a function of this process instead of ranks.
+        grace: seconds that a stopped stage gets to save.
 
     Raises:
         UserError: another run holds the directory.
@@ -78,7 +80,7 @@ def run(
         setting = Setting(
             recipe=run_dir / "recipe.yaml",
             run_dir=run_dir,
-            worker=worker,
+            worker=worker or WORKER,
             token=token,
             scratch=scratch,
         )
@@ -92,6 +94,18 @@ def run(
             raise
         undo.wanted = outcome.code == 2 and not outcome.finished
         return outcome
+
+
+def in_order(stages: tuple[Stage, ...]) -> list[Stage]:
+    """The order in which stages that can start are started: checkpoints that are taken first (they
+    are soon looked at, and may be wrong), then whatever has the most work before it until the end
+    of the run. So a long baseline beside short experts begins with the first of them, instead of
+    keeping everything waiting after the last."""
+    behind: dict[str, float] = {}
+    for stage in reversed(stages):
+        after = [behind[other.name] for other in stages if stage.name in other.needs]
+        behind[stage.name] = stage.work + max(after, default=0.0)
+    return sorted(stages, key=lambda stage: (stage.kind != "import", -behind[stage.name]))
 
 
 class _Runner:
@@ -111,7 +125,8 @@ class _Runner:
         self.inline, self.grace = inline, grace
         self.max_parallel = max_parallel or len(stages)
         self.cores, self.gpus = cores(), gpus()
-        self.waiting = list(state.left(setting.run_dir, stages))
+        left = state.left(setting.run_dir, stages)
+        self.waiting = in_order(left)
         self.jobs: list[Job] = []
         self.outcome = Outcome()
 

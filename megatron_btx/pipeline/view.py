@@ -52,8 +52,8 @@ class Standing:
                     self._take(json.loads(line))
         progress = state.read_json(self.directory / "progress.json")
         if progress is not None:
-            self.done, self.total = float(progress["done"]), float(progress["total"])
-            self.text = str(progress.get("text", ""))
+            self.done, self.total = float(progress["done"]), 1.0
+            self.text = f"{progress['what']} {self.done:.0%}"
         return self
 
     def _take(self, record: dict[str, Any]) -> None:

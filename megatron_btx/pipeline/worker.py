@@ -38,14 +38,13 @@ class Progress:
     def __init__(self, path: Path) -> None:
         self.path, self._next = path, 0.0
 
-    def __call__(self, done: float, total: float, text: str = "") -> None:
-        """``done`` of ``total`` units; ``text`` says what is being done."""
+    def __call__(self, what: str, done: float) -> None:
+        """``what`` is being done, and how much of it is, from 0 to 1."""
         now = time.monotonic()
-        if now >= self._next or done >= total:
+        if now >= self._next or done >= 1:
             self._next = now + 0.2
             temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-            record = {"done": float(done), "total": float(total), "text": text}
-            temporary.write_text(json.dumps(record), encoding="utf-8")
+            temporary.write_text(json.dumps({"what": what, "done": done}), encoding="utf-8")
             os.replace(temporary, self.path)
 
 
@@ -194,12 +193,16 @@ def _no_space(error: BaseException | None) -> bool:
     return False
 
 
-if __name__ == "__main__":
-    code = main()
+def leave(code: int) -> None:
+    """End the process at once after a failure: other ranks may be waiting in a collective, and the
+    usual clean-up would wait for them."""
     if code not in (0, EXIT_STOPPED):
-        # The other ranks may be waiting in a collective: leave at once, without the clean-up that
-        # would wait for them too.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-    sys.exit(code)
+
+
+if __name__ == "__main__":
+    exit_code = main()
+    leave(exit_code)
+    sys.exit(exit_code)

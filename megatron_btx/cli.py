@@ -1,0 +1,275 @@
+"""The command line, ``btx``. Imports no torch, and each command only what it needs: asked a second
+time, a finished run answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from megatron_btx import __version__
+from megatron_btx.errors import UserError
+from megatron_btx.pipeline import graph, state
+from megatron_btx.pipeline.fingerprint import Memo
+from megatron_btx.pipeline.graph import Stage
+from megatron_btx.recipe import check
+from megatron_btx.recipe.load import dump, load_recipe
+from megatron_btx.recipe.schema import Recipe
+
+EXIT_USER, EXIT_INTERRUPTED, EXIT_PIPE = 2, 130, 141
+
+_EPILOG = """examples:
+  btx plan examples/demo/recipe.yaml           what it will train, and what that costs
+  btx run examples/demo/recipe.yaml            do it; after an interruption, go on
+  btx report examples/demo/recipe.yaml         the final table, and the page anew
+
+exit codes: 0 done, 1 a crash, 2 a mistake in the input, 130 interrupted (run again to go on)"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; its exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        code = options.run(options)
+        sys.stdout.flush()
+        return code
+    except UserError as error:
+        sys.stderr.write(f"{_red('error')}: {error}\n")
+        return EXIT_USER
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # ... | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_PIPE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="btx",
+        description="Branch-Train-MiX on Megatron-Core: from one recipe to a mixture of experts.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"megatron-btx {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_run(commands)
+    if find_spec("megatron_btx.recipe.plan"):
+        plan = import_module("megatron_btx.recipe.plan")
+        plan.add_parser(commands)
+    _add_report(commands)
+    _add_stage(commands)
+    return parser
+
+
+def _add(commands: Any, name: str, help_text: str, epilog: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=help_text,
+        description=help_text[0].upper() + help_text[1:] + ".",
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("recipe", metavar="RECIPE", help="the recipe (YAML)")
+    return parser
+
+
+def _add_run(commands: Any) -> None:
+    parser = _add(
+        commands,
+        "run",
+        "run all stages of a recipe on this machine, or what is left of them",
+        "examples:\n"
+        "  btx run examples/demo/recipe.yaml\n"
+        "  btx run recipe.yaml --dry-run              what is done and what is left\n"
+        "  btx run recipe.yaml --until expert:math    this expert and what it needs\n"
+        "  btx run recipe.yaml --json > outcome.json\n\n"
+        "Ctrl-C lets the running stages save; the same command goes on from there.",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the stages, do nothing")
+    parser.add_argument("--until", metavar="STAGE", help="stop after STAGE and what it needs")
+    parser.add_argument("--json", action="store_true", help="print the outcome as JSON")
+    parser.set_defaults(run=_run)
+
+
+def _add_report(commands: Any) -> None:
+    parser = _add(
+        commands,
+        "report",
+        "print the final table of a run and write its page anew",
+        "examples:\n"
+        "  btx report examples/demo/recipe.yaml\n"
+        "  btx report recipe.yaml --json | python -m json.tool\n\n"
+        "While a run is still on its way, the page shows what there is.",
+    )
+    parser.add_argument("--json", action="store_true", help="print results.json instead")
+    parser.set_defaults(run=_report)
+
+
+def _add_stage(commands: Any) -> None:
+    parser = _add(
+        commands,
+        "stage",
+        "be one rank of one stage, for batch scripts",
+        "examples:\n"
+        "  srun btx stage recipe.yaml expert:math     one task a rank\n"
+        "  btx stage recipe.yaml export               a stage of one rank\n\n"
+        "RANK, WORLD_SIZE and LOCAL_RANK, or Slurm's names for them, say which rank it is.",
+    )
+    parser.add_argument("stage", metavar="STAGE", help="seed, expert:math, finetune, ...")
+    parser.set_defaults(run=_stage)
+
+
+def _run(options: argparse.Namespace) -> int:
+    recipe, run_dir, stages = _open(options.recipe)
+    if options.until is not None:
+        stages = graph.until(stages, options.until)
+    left = state.left(run_dir, stages)
+    if options.dry_run:
+        _print_stages(recipe, run_dir, stages, options.json)
+        return 0
+    code, problem = 0, ""
+    if left:
+        code, problem = _run_left(options, recipe, run_dir, stages)
+    elif not options.json:
+        many = "stage is" if len(stages) == 1 else f"{len(stages)} stages are"
+        sys.stdout.write(f"{recipe.name}: all {many} done ({run_dir})\n")
+    if options.json:
+        _print_stages(recipe, run_dir, stages, True, code=code, problem=problem)
+    elif code == 0:
+        _print_results(run_dir)
+    if problem:
+        sys.stderr.write(f"{_red('error')}: {problem}\n")
+    return code
+
+
+def _run_left(
+    options: argparse.Namespace, recipe: Recipe, run_dir: Path, stages: tuple[Stage, ...]
+) -> tuple[int, str]:
+    """Run what is left; the exit code, and what went wrong."""
+    from megatron_btx.pipeline import adopt, local
+    from megatron_btx.pipeline.view import view
+    from megatron_btx.report import page
+
+    check.files(recipe)
+    for stage in state.left(run_dir, stages):
+        if stage.kind == "import":
+            adopt.check(recipe, stage.name)
+    absolute = dataclasses.replace(recipe, run_dir=str(run_dir.absolute()))
+    outcome = local.run(
+        stages,
+        run_dir,
+        dump(absolute),
+        view=view(),
+        max_parallel=recipe.max_parallel_jobs,
+        inline={"report": lambda: page.write(recipe, run_dir)},
+    )
+    if run_dir.is_dir() and outcome.finished:
+        memo = Memo(run_dir / "fingerprints.json")
+        graph.build(recipe, memo)
+        memo.save()
+    if outcome.code == local.EXIT_INTERRUPTED:
+        again = f"btx run {options.recipe}"
+        sys.stderr.write(f"stopped; run again to go on: {again}\n")
+    return outcome.code, outcome.problem
+
+
+def _report(options: argparse.Namespace) -> int:
+    from megatron_btx.report import page
+
+    recipe, run_dir, _ = _open(options.recipe)
+    if not run_dir.is_dir():
+        raise UserError(str(run_dir), "nothing has been run", f"btx run {options.recipe}")
+    written = page.write(recipe, run_dir)
+    results = state.read_json(run_dir / "results.json")
+    if options.json:
+        sys.stdout.write(json.dumps(results, indent=1) + "\n")
+        return 0
+    _print_results(run_dir)
+    if results is None:
+        sys.stdout.write(f"no results yet; what there is: {written}\n")
+    return 0
+
+
+def _stage(options: argparse.Namespace) -> int:
+    recipe, run_dir, stages = _open(options.recipe)
+    stage = graph.find(stages, options.stage)
+    if stage.kind == "report":
+        from megatron_btx.report import page
+
+        page.write(recipe, run_dir)
+        return 0
+    from megatron_btx.pipeline import worker
+
+    code = worker.run_rank(recipe, stage, run_dir)
+    worker.leave(code)
+    return code
+
+
+def _open(path: str) -> tuple[Recipe, Path, tuple[Stage, ...]]:
+    recipe = load_recipe(path)
+    run_dir = Path(recipe.run_dir)
+    return recipe, run_dir, graph.build(recipe, Memo(run_dir / "fingerprints.json"))
+
+
+def _print_results(run_dir: Path) -> None:
+    """The table of systems and where the page is, as far as they are there."""
+    results = state.read_json(run_dir / "results.json")
+    if results is not None:
+        from megatron_btx.report import table
+
+        table.show(results, sys.stdout)
+    if (run_dir / "report.html").exists():
+        sys.stdout.write(f"page: {run_dir / 'report.html'}\n")
+
+
+def _print_stages(
+    recipe: Recipe,
+    run_dir: Path,
+    stages: tuple[Stage, ...],
+    as_json: bool,
+    *,
+    code: int = 0,
+    problem: str = "",
+) -> None:
+    rows = []
+    for stage in stages:
+        record = state.done(run_dir, stage)
+        stopped = (run_dir / stage.directory / "stopped.json").exists()
+        standing = "done" if record else "stopped" if stopped else "left"
+        spent = record.get("seconds") if record else None
+        rows.append({**dataclasses.asdict(stage), "state": standing, "seconds": spent})
+    if as_json:
+        outcome = {
+            "recipe": recipe.name,
+            "run_dir": str(run_dir),
+            "code": code,
+            "problem": problem,
+            "stages": rows,
+            "results": state.read_json(run_dir / "results.json"),
+        }
+        sys.stdout.write(json.dumps(outcome, indent=1) + "\n")
+        return
+    width = max(len(stage.name) for stage in stages)
+    for stage, row in zip(stages, rows, strict=True):
+        size = f"{stage.world_size} x {stage.num_threads}"
+        after = f"after {', '.join(stage.needs)}" if stage.needs else ""
+        taken = " (taken from a checkpoint)" if stage.kind == "import" else ""
+        line = f"{stage.name:<{width}}  {row['state']:<7}  {size:>7}  {after}{taken}"
+        sys.stdout.write(line.rstrip() + "\n")
+    sys.stdout.write(f"ranks x threads; everything goes to {run_dir}\n")
+
+
+def _red(text: str) -> str:
+    colour = sys.stderr.isatty() and "NO_COLOR" not in os.environ
+    return f"\x1b[1;31m{text}\x1b[0m" if colour else text
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,157 @@
+"""The final table: held-out loss of every system on every domain."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import IO, Any
+
+Results = Mapping[str, Any]
+"""The content of ``results.json``."""
+
+TITLES = {"seed": "seed", "dense": "dense baseline", "btx": "Branch-Train-MiX"}
+"""How systems are called; an expert is «math expert»."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One system."""
+
+    name: str
+    title: str
+    loss: Mapping[str, float]
+    """Nats per token by column."""
+    train_tokens: float | None
+    train_flops: float | None
+    params_total: float | None
+    params_active: float | None
+
+
+def title(name: str) -> str:
+    """A system's name for people."""
+    if name.startswith("expert:"):
+        return f"{name.removeprefix('expert:')} expert"
+    return TITLES.get(name, name)
+
+
+def rows(results: Results) -> list[Row]:
+    """The systems in the order of the file."""
+    return [
+        Row(
+            name=name,
+            title=title(name),
+            loss=system["loss"],
+            train_tokens=system.get("train_tokens"),
+            train_flops=system.get("train_flops"),
+            params_total=system.get("params_total"),
+            params_active=system.get("params_active"),
+        )
+        for name, system in results["systems"].items()
+    ]
+
+
+def columns(results: Results) -> list[str]:
+    """The domains, and ``mean`` last."""
+    names = [name for row in rows(results) for name in row.loss]
+    return [*dict.fromkeys(name for name in names if name != "mean"), "mean"]
+
+
+def best(results: Results) -> dict[str, set[str]]:
+    """Column -> the systems with the lowest loss in it, to the three digits that are printed."""
+    found = {}
+    for column in columns(results):
+        losses = {
+            row.name: round(row.loss[column], 3) for row in rows(results) if column in row.loss
+        }
+        found[column] = {name for name, loss in losses.items() if loss == min(losses.values())}
+    return found
+
+
+def verdict(results: Results) -> str:
+    """BTX against the dense baseline in words, whichever is ahead; empty if either is missing."""
+    systems = results["systems"]
+    if "btx" not in systems or "dense" not in systems:
+        return ""
+    btx, dense = systems["btx"]["loss"], systems["dense"]["loss"]
+    gap = btx["mean"] - dense["mean"]
+    names = [name for name in columns(results) if name != "mean" and name in dense]
+    ahead = [name for name in names if btx[name] < dense[name]]
+    if abs(gap) < 0.0005:
+        text = "Branch-Train-MiX and the dense baseline have the same mean held-out loss"
+    elif gap < 0:
+        text = (
+            f"Branch-Train-MiX is ahead of the dense baseline: its mean held-out loss is "
+            f"{-gap:.3f} nats per token lower"
+        )
+    else:
+        text = (
+            f"The dense baseline is ahead of Branch-Train-MiX: its mean held-out loss is "
+            f"{gap:.3f} nats per token lower"
+        )
+    where = ", ".join(ahead) if ahead else "no domain"
+    if len(ahead) == len(names) and len(names) > 1:
+        where = "every domain"
+    text += f". Branch-Train-MiX has the lower loss on {where}."
+    return text + _cost(systems["btx"], systems["dense"])
+
+
+def _cost(btx: Mapping[str, Any], dense: Mapping[str, Any]) -> str:
+    """At what expense."""
+    if not btx.get("train_flops") or not dense.get("train_flops"):
+        return ""
+    ratio = btx["train_flops"] / dense["train_flops"]
+    return f" It took {ratio:.2f} times the training compute of the dense baseline."
+
+
+def show(results: Results, stream: IO[str] | None = None) -> None:
+    """Print the table: with colours on a terminal, as plain text elsewhere."""
+    stream = stream or sys.stdout
+    if stream.isatty():
+        _rich(results, stream)
+    else:
+        stream.write(plain(results))
+    if verdict(results):
+        stream.write(verdict(results) + "\n")
+
+
+def plain(results: Results) -> str:
+    """The table as aligned text; ``*`` marks the best of a column."""
+    names, marks = columns(results), best(results)
+    table = [["held-out loss (nats/token)", *names]]
+    for row in rows(results):
+        cells = [
+            f"{row.loss[name]:.3f}{'*' if row.name in marks[name] else ' '}"
+            if name in row.loss
+            else "- "
+            for name in names
+        ]
+        table.append([row.title, *cells])
+    table[0][1:] = [f"{name} " for name in names]
+    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
+    lines = []
+    for first, *others in table:
+        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
+        lines.append("  ".join([first.ljust(widths[0]), *cells]))
+    return "\n".join(line.rstrip() for line in lines) + "\n* best of its column\n"
+
+
+def _rich(results: Results, stream: IO[str]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    marks = best(results)
+    table = Table(title="Held-out loss, nats per token", box=box.SIMPLE_HEAD, title_justify="left")
+    table.add_column("system")
+    for name in columns(results):
+        table.add_column(name, justify="right", header_style="bold" if name == "mean" else "")
+    for row in rows(results):
+        cells = []
+        for name in columns(results):
+            text = f"{row.loss[name]:.3f}" if name in row.loss else "-"
+            good = row.name in marks[name]
+            cells.append(f"[bold green]{text}*[/]" if good else f"{text} ")
+        table.add_row(f"[bold]{row.title}[/]" if row.name == "btx" else row.title, *cells)
+    table.caption = "* best of its column"
+    Console(file=stream, highlight=False).print(table)
