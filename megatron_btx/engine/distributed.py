@@ -30,6 +30,7 @@ def initialize(layout: Layout, random_seed: int) -> None:
     cpu.install()
     repairs.install(kernels.detect())
     from megatron.core import parallel_state, tensor_parallel
+    from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != layout.world_size:
@@ -59,6 +60,8 @@ def initialize(layout: Layout, random_seed: int) -> None:
             timeout=datetime.timedelta(minutes=30),
         )
     parallel_state.destroy_model_parallel()
+    # It remembers the groups and the number of layers of the model before.
+    get_moe_layer_wise_logging_tracker().clear()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor_model_parallel_size,
         pipeline_model_parallel_size=layout.pipeline_model_parallel_size,

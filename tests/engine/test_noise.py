@@ -59,6 +59,15 @@ def test_noise_does_not_see_slices_batches_or_order() -> None:
     assert torch.equal(gumbel([10, 11, 12], [3, 14, 0]), whole[[3, 14, 0]])
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_noise_does_not_see_the_device() -> None:
+    positions, key = torch.arange(512), noise.layer_key(1, 2)
+    here = noise.gumbel(key, context(5, 10, 2**40), positions, 8)
+    there = noise.gumbel(key, context(5, 10, 2**40), positions.cuda(), 8).cpu()
+    # The bits are equal; the logarithms are each device's own, to an ulp or two.
+    torch.testing.assert_close(there, here, rtol=1e-14, atol=1e-14)
+
+
 def test_every_key_counts() -> None:
     base = gumbel([10, 11], list(range(64)))
     others = {

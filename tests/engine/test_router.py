@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_btx.recipe.schema import Layout, Routing
+from megatron_btx.recipe.schema import Layout, MegatronOptions, Routing
+from tests.engine.harness import MOE, Case, train
 from tests.engine.test_routing import paper_balance, paper_sample, paper_soft, paper_topk
 from tests.ranks import Ranks
 
@@ -81,7 +82,6 @@ def train_once(layout: Layout, routing: Routing, recompute: bool = False) -> dic
     from megatron_btx.engine.noise import set_routing_context
 
     router, mine = build(layout, routing)
-    moe_utils.get_moe_layer_wise_logging_tracker().clear()
     moe_utils.MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
     set_routing_context(20, torch.tensor(SEQUENCES))
     x = mine(HIDDEN_STATES).requires_grad_()
@@ -247,7 +247,6 @@ def logged_over_data_parallel() -> tuple[float, float]:
 
     router, _ = build(Layout(data_parallel_size=2), ROUTINGS["topk"])
     rank = torch.distributed.get_rank()
-    moe_utils.get_moe_layer_wise_logging_tracker().clear()
     for microbatch in (0, 1):
         router(draw(2 * rank + microbatch, LENGTH, BATCH, HIDDEN))
     values = moe_utils.get_moe_layer_wise_logging_tracker()["btx_balance_loss"]["values"]
@@ -393,6 +392,31 @@ def moe_layers(name: str) -> None:
 @pytest.mark.parametrize("name", ["topk", "switch", "sample_top1", "soft"])
 def test_layers_forced_routing_and_load(ranks: Ranks, name: str) -> None:
     ranks.run(moe_layers, 1, name)
+
+
+@pytest.mark.parametrize("name", ["switch", "sample_top1", "soft"])
+def test_whole_models_train_as_on_one_rank(ranks: Ranks, name: str) -> None:
+    """TP x PP x EP with full recomputation, two sequences a micro-batch: 1F1B runs later
+    micro-batches between a layer's forward pass and its recomputation."""
+    architecture = dataclasses.replace(MOE, routing=ROUTINGS[name])
+    alone = Case(architecture, steps=3, micro_batch_size=2)
+    recompute = {
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    }
+    layout = Layout(
+        tensor_model_parallel_size=2,
+        pipeline_model_parallel_size=2,
+        expert_model_parallel_size=2,
+        expert_tensor_parallel_size=1,
+    )
+    together = dataclasses.replace(
+        alone, layout=layout, megatron=MegatronOptions(transformer=recompute)
+    )
+    expected, found = ranks.run(train, 1, alone)[0], ranks.run(train, 4, together)[0]
+    assert found.losses == pytest.approx(expected.losses, abs=1e-5)
+    assert found.grad_norms == pytest.approx(expected.grad_norms, rel=1e-4)
 
 
 def refusals() -> list[str]:
