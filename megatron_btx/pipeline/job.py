@@ -99,15 +99,16 @@ class Job:
         """How the attempt ended; ``None`` while it runs. A rank that fails takes the others with
         it: they would wait for it in a collective."""
         codes = [rank.poll() for rank in self.ranks]
+        if any(code not in (None, 0, state.EXIT_STOPPED) for code in codes):
+            self._failed_at = self._failed_at or time.monotonic()
         if None not in codes:
             guard.kill_marked(self.mark, grace=2.0)
             return self._verdict()
-        if any(code not in (None, 0) for code in codes):
-            now = time.monotonic()
-            self._failed_at = self._failed_at or now
-            if now - self._failed_at > 2 * _PATIENCE:
+        if self._failed_at is not None:
+            waited = time.monotonic() - self._failed_at
+            if waited > 2 * _PATIENCE:
                 self.kill()
-            elif now - self._failed_at > _PATIENCE:
+            elif waited > _PATIENCE:
                 self._send(signal.SIGTERM)
         return None
 
@@ -151,6 +152,8 @@ class Job:
     def _verdict(self) -> Verdict:
         if state.done(self._run_dir, self.stage) is not None:
             return "done"
+        if self._failed_at is not None and not self.stopping:
+            return "failed"  # though a rank may have saved when it was told to go
         if self.stopping or (self.directory / "stopped.json").exists():
             return "stopped"
         return "failed"

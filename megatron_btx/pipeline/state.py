@@ -28,6 +28,9 @@ from megatron_btx.errors import UserError
 from megatron_btx.pipeline.graph import Stage
 from megatron_btx.versions import code_revision, versions
 
+EXIT_STOPPED = 75
+"""Exit code of a rank that was stopped and has saved (``EX_TEMPFAIL``)."""
+
 
 def write_json(path: Path, content: Any) -> None:
     """Write a file that appears under its name only when it is whole and on the disk."""
@@ -174,7 +177,10 @@ def run_lock(run_dir: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {os.uname().nodename}")
         file.flush()
-        yield
+        try:
+            yield
+        finally:
+            file.truncate(0)
 
 
 @contextlib.contextmanager

@@ -24,9 +24,6 @@ from megatron_btx.pipeline.graph import Stage
 from megatron_btx.recipe.load import load_recipe
 from megatron_btx.recipe.schema import Recipe
 
-EXIT_STOPPED = 75
-"""Exit code of a rank that was stopped and has saved (``EX_TEMPFAIL``); for people and logs."""
-
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
 _ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
@@ -120,7 +117,7 @@ def run_rank(recipe: Recipe, stage: Stage, run_dir: Path) -> int:
         except Exception as error:
             return _failed(directory, rank, error)
         if (directory / "stopped.json").exists():
-            return EXIT_STOPPED
+            return state.EXIT_STOPPED
         if rank == 0:
             state.finish(directory, stage, dict(outputs or {}))
     return 0
@@ -196,7 +193,7 @@ def _no_space(error: BaseException | None) -> bool:
 def leave(code: int) -> None:
     """End the process at once after a failure: other ranks may be waiting in a collective, and the
     usual clean-up would wait for them."""
-    if code not in (0, EXIT_STOPPED):
+    if code not in (0, state.EXIT_STOPPED):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

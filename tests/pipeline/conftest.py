@@ -1,0 +1,89 @@
+"""A run of fake stages: the whole command line in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ROOT / "examples" / "tiny" / "recipe.yaml"
+
+
+class Run:
+    """``btx run`` on the tiny recipe, its ranks fake; ``wish`` says how they behave."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.run_dir = directory / "run"
+        self.recipe = directory / "recipe.yaml"
+        self.recipe.write_text(f"base: {TINY}\nrun_dir: {self.run_dir}\n")
+        self.started: list[subprocess.Popen[str]] = []
+
+    def start(self, *options: str, wish: dict[str, Any] | None = None) -> subprocess.Popen[str]:
+        environment = {
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "BTX_FAKE": json.dumps(wish or {}),
+            "BTX_TEST_RUN": str(self.directory),  # by which the tests know their processes
+        }
+        command = [sys.executable, "-m", "tests.pipeline.fake_btx", "run", str(self.recipe)]
+        process = subprocess.Popen(
+            [*command, *options],
+            cwd=self.directory,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.started.append(process)
+        return process
+
+    def __call__(self, *options: str, wish: dict[str, Any] | None = None) -> tuple[int, str, str]:
+        process = self.start(*options, wish=wish)
+        output, errors = process.communicate(timeout=60)
+        return process.returncode, output, errors
+
+    def processes(self) -> list[psutil.Process]:
+        """Everything alive that descends from this test's runs, wherever it hangs now."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get("BTX_TEST_RUN") == str(self.directory):
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return [p for p in found if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+    def wait(self, condition: Callable[[], bool], timeout: float = 20) -> None:
+        deadline = time.monotonic() + timeout
+        while not condition():
+            assert time.monotonic() < deadline, "it did not come about"
+            time.sleep(0.02)
+
+    def steps(self, stage: str) -> list[int]:
+        """Steps in a stage's metrics so far."""
+        path = self.run_dir / stage / "metrics.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        records = [json.loads(line) for line in lines if line.endswith("}")]
+        return [record["step"] for record in records if record["kind"] == "train"]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Run]:
+    """One recipe and its runs; nothing of them is left running."""
+    runs = Run(tmp_path)
+    yield runs
+    for process in runs.started:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+    runs.wait(lambda: not runs.processes(), 5)

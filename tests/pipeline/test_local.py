@@ -1,0 +1,200 @@
+"""The local runner, with real processes: what it leaves behind, whatever happens to it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.pipeline.conftest import Run
+
+ALL = "prepare seed expert:code expert:math expert:prose finetune dense evaluate export report"
+
+
+def _attempts(path: Path) -> int:
+    return len(list((path / "log").glob("attempt-*.log")))
+
+
+def _tree(path: Path) -> dict[str, bytes]:
+    files = [item for item in sorted(path.rglob("*")) if item.is_file()]
+    return {str(item.relative_to(path)): item.read_bytes() for item in files}
+
+
+def test_all_stages_once_and_then_all_is_done(run: Run) -> None:
+    code, output, errors = run("--json")
+    outcome = json.loads(output)
+    assert (code, outcome["code"]) == (0, 0), errors
+    assert [stage["name"] for stage in outcome["stages"]] == ALL.split()
+    assert {stage["state"] for stage in outcome["stages"]} == {"done"}
+    before = _tree(run.run_dir)
+    began = time.monotonic()
+    code, output, errors = run()
+    assert code == 0
+    assert "all 10 stages are done" in output
+    assert time.monotonic() - began < 2  # what issue and README promise, the start of Python too
+    assert _tree(run.run_dir) == before
+
+
+def test_independent_stages_share_the_cores(run: Run) -> None:
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("one core")
+    process = run.start(wish={f"expert:{n}": {"seconds": 3} for n in ("code", "math", "prose")})
+    alive = [run.run_dir / f"expert-{name}" for name in ("code", "math", "prose")]
+    run.wait(lambda: sum((path / "metrics.jsonl").exists() for path in alive) >= 2)
+    ranks = [p for p in run.processes() if "tests.pipeline.fake_worker" in p.cmdline()]
+    assert len(ranks) >= 2
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=30)
+
+
+def test_until_a_stage_and_then_the_rest(run: Run) -> None:
+    code, _, errors = run("--until", "expert:math")
+    assert code == 0
+    done = {path.parent.name for path in run.run_dir.glob("*/done.json")}
+    assert done == {"prepare", "seed", "expert-math"}
+    code, output, errors = run("--until", "export")
+    assert code == 0
+    assert _attempts(run.run_dir / "seed") == 1
+    assert not (run.run_dir / "dense").exists()
+    assert run("--until", "mix")[0] == 2
+
+
+def test_kill_9_leaves_no_process_and_the_next_run_goes_on(run: Run) -> None:
+    process = run.start(wish={"seed": {"seconds": 20, "child": True}})
+    run.wait(lambda: len(run.steps("seed")) >= 2)
+    assert any(p.name() == "sleep" for p in run.processes())  # a grandchild in its own session
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    run.wait(lambda: not run.processes(), 5)
+    reached = max(run.steps("seed"))
+    code, _, errors = run("--until", "seed")
+    assert code == 0, errors
+    assert "attempt 2" in errors
+    assert run.steps("seed")[-1] == 20
+    assert min(run.steps("seed")[reached:]) >= reached  # went on, did not begin anew
+    assert _attempts(run.run_dir / "seed") == 2
+
+
+def test_a_rank_killed_with_its_watcher_still_leaves_nothing(run: Run) -> None:
+    """The kernel's own net: run and watcher both die, the ranks go with them."""
+    process = run.start(wish={"seed": {"seconds": 20}})
+    run.wait(lambda: len(run.steps("seed")) >= 1)
+    for other in run.processes():
+        if "tests.pipeline.fake_worker" not in other.cmdline():
+            other.kill()
+    process.wait()
+    run.wait(lambda: not run.processes(), 5)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_lets_the_ranks_save(run: Run, number: int) -> None:
+    process = run.start(wish={"seed": {"seconds": 20, "child": True}})
+    run.wait(lambda: len(run.steps("seed")) >= 2)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert "run again to go on: btx run" in errors
+    assert (run.run_dir / "seed" / "stopped.json").exists()
+    assert not (run.run_dir / "seed" / "done.json").exists()
+    assert not run.processes()
+    code, _, errors = run("--until", "seed")
+    assert code == 0
+    assert run.steps("seed") == list(range(1, 21))
+    assert not (run.run_dir / "seed" / "stopped.json").exists()
+
+
+def test_a_second_ctrl_c_does_not_wait(run: Run) -> None:
+    process = run.start(wish={"seed": {"seconds": 60, "deaf": True}})
+    run.wait(lambda: len(run.steps("seed")) >= 1)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    assert process.poll() is None
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert time.monotonic() - began < 5
+    assert not run.processes()
+
+
+def test_a_crash_shows_the_log_and_stops_the_others_politely(run: Run) -> None:
+    wish = {
+        "expert:code": {"fail": "crash"},
+        "expert:math": {"seconds": 20},
+        "expert:prose": {"seconds": 20},
+        "dense": {"seconds": 20},
+    }
+    code, _, errors = run(wish=wish)
+    assert code == 1
+    assert "expert:code failed (attempt 1): RuntimeError: a crash, as asked" in errors
+    assert "Traceback" in errors
+    assert str(run.run_dir / "expert-code" / "log" / "attempt-1.log") in errors
+    assert (run.run_dir / "dense" / "stopped.json").exists()
+    code, _, errors = run("--until", "expert:code")
+    assert code == 0
+    assert _attempts(run.run_dir / "expert-code") == 2
+
+
+def test_one_failing_rank_takes_the_stage_with_it(run: Run) -> None:
+    wish = {"finetune": {"fail": "crash", "seconds": 60}}  # rank 1 of 2; rank 0 would go on
+    began = time.monotonic()
+    code, _, errors = run("--until", "finetune", wish=wish)
+    assert code == 1
+    assert "finetune failed" in errors
+    assert time.monotonic() - began < 30
+
+
+def test_ranks_that_say_nothing(run: Run) -> None:
+    code, _, errors = run("--until", "prepare", wish={"prepare": {"fail": "exit"}})
+    assert code == 1
+    assert "rank 0 ended with exit code 3" in errors
+
+
+def test_a_mistake_in_the_input_leaves_nothing_behind(run: Run) -> None:
+    before = _tree(run.directory)
+    code, output, errors = run(wish={"prepare": {"fail": "user"}})
+    assert code == 2
+    assert "error: corpus.jsonl: line 3: is not an object with `text`\n  fix: mend it" in errors
+    assert "Traceback" not in errors
+    assert output == ""
+    assert _tree(run.directory) == before
+    assert not run.run_dir.exists()
+
+
+def test_a_mistake_later_keeps_what_is_done(run: Run) -> None:
+    assert run("--until", "seed")[0] == 0
+    before = _tree(run.run_dir)
+    code, _, _ = run("--until", "expert:code", wish={"expert:code": {"fail": "user"}})
+    assert code == 2
+    assert _tree(run.run_dir) == before
+
+
+def test_two_runs_of_one_recipe(run: Run) -> None:
+    first = run.start(wish={"seed": {"seconds": 20}})
+    run.wait(lambda: len(run.steps("seed")) >= 1)
+    code, _, errors = run()
+    assert code == 2
+    assert f"another btx is at work in it (process {first.pid} on " in errors
+    first.send_signal(signal.SIGINT)
+    first.communicate(timeout=20)
+    assert run("--until", "seed")[0] == 0
+
+
+def test_a_changed_recipe_keeps_the_former_stage_and_takes_it_back(run: Run) -> None:
+    assert run("--until", "expert:math")[0] == 0
+    former = run.recipe.read_text()
+    seed = (run.run_dir / "seed" / "done.json").read_bytes()
+    run.recipe.write_text(former + "experts:\n  math: {lr: 5e-4}\n")
+    code, _, errors = run("--until", "expert:math")
+    assert code == 0, errors
+    assert "its part of the recipe has changed" in errors
+    assert (run.run_dir / "seed" / "done.json").read_bytes() == seed
+    run.recipe.write_text(former)
+    code, _, errors = run("--until", "expert:math")
+    assert code == 0
+    assert "taken back" in errors
+    assert _attempts(run.run_dir / "expert-math") == 1
