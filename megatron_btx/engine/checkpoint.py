@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,11 +28,9 @@ from megatron_btx.engine.distributed import is_first_rank
 from megatron_btx.engine.model import unwrap
 from megatron_btx.errors import UserError
 from megatron_btx.recipe.architecture import Architecture
+from megatron_btx.weights.manifest import FORMAT, MANIFEST, read_manifest
 
 logger = logging.getLogger(__name__)
-
-FORMAT = "megatron_btx/1"
-MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +60,8 @@ class TrainingState:
 def _metadata() -> dict[str, Any]:
     return {
         "distrib_optim_sharding_type": "fully_reshardable",
-        "distrib_optim_fully_reshardable_mem_efficient": False,
+        # Gathered through gloo where there is no NCCL; what is stored is the same.
+        "distrib_optim_fully_reshardable_mem_efficient": not torch.cuda.is_available(),
         "chained_optim_avoid_prefix": True,
         "singleton_local_shards": False,
         "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
@@ -87,13 +87,19 @@ def _rng_state() -> ShardedObject:
     return ShardedObject("rng_state", states, (dist.get_world_size(),), (dist.get_rank(),))
 
 
-def save(directory: Path, state: TrainingState, manifest: dict[str, Any]) -> None:
+def save(
+    directory: Path,
+    state: TrainingState,
+    manifest: dict[str, Any],
+    add_files: Callable[[Path], None] | None = None,
+) -> None:
     """Write a whole checkpoint, or nothing under its name. Every rank calls it.
 
     Args:
         directory: the final name; its parent exists.
         state: what to write; without an optimizer, the model alone.
         manifest: see ``manifest_of``; written last.
+        add_files: puts more files into the directory before it gets its name (the tokenizer).
 
     Raises:
         UserError: the disk is full or the directory cannot be written.
@@ -111,6 +117,8 @@ def save(directory: Path, state: TrainingState, manifest: dict[str, Any]) -> Non
         )
         dist.barrier()
         if is_first_rank():
+            if add_files is not None:
+                add_files(partial)
             write_json(partial / MANIFEST, manifest)
             shutil.rmtree(directory, ignore_errors=True)
             os.rename(partial, directory)
@@ -157,7 +165,8 @@ def load(directory: Path, state: TrainingState) -> None:
 
 
 def _same_world(directory: Path) -> bool:
-    return read_manifest(directory)["layout"].get("world_size") == dist.get_world_size()
+    _, manifest = read_manifest(directory)
+    return manifest["layout"].get("world_size") == dist.get_world_size()
 
 
 def _restore_rng(states: dict[str, Any]) -> None:
@@ -171,28 +180,6 @@ def manifest_of(architecture: Architecture, **entries: Any) -> dict[str, Any]:
     """A manifest: the architecture plus the entries that the caller knows (``precision``,
     ``step``, ``consumed_samples``, ``tokens``, ``tokenizer``, ``layout``, ``lineage``, ...)."""
     return {"format": FORMAT, **architecture.to_json(), **entries}
-
-
-def read_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest of a whole checkpoint.
-
-    Raises:
-        UserError: there is no checkpoint of ours, or its manifest is damaged.
-    """
-    path = Path(directory) / MANIFEST
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(
-            str(directory),
-            "is not a checkpoint: there is no manifest.json",
-            "name a step_XXXXXXXX directory",
-        ) from None
-    except ValueError as error:
-        raise UserError(str(path), f"is damaged: {error}", "take another checkpoint") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise UserError(str(path), f"is not of the format {FORMAT}", "take another checkpoint")
-    return manifest
 
 
 def step_directory(checkpoints: Path, step: int) -> Path:
@@ -227,7 +214,7 @@ def sync_directory(directory: Path) -> None:
 
 
 @contextlib.contextmanager
-def _disk_errors(directory: Path) -> Any:
+def _disk_errors(directory: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:

@@ -1,0 +1,43 @@
+"""The balance losses of the step just done, for the log."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.transformer.moe.moe_utils import (
+    clear_aux_losses_tracker,
+    get_moe_layer_wise_logging_tracker,
+)
+from torch import Tensor
+
+from megatron_btx.engine.router import BALANCE_LOSS
+
+_LOGGED_AS = {BALANCE_LOSS: "balance_loss", "z_loss": "router_z_loss"}
+
+
+def pop_balance_loss(num_microbatches: int) -> dict[str, float]:
+    """Every auxiliary loss in Megatron's tracker, divided by its coefficient: mean over layers,
+    micro-batches and ranks. Empties the tracker. Every rank calls it; empty for a dense model.
+
+    Megatron's own reduction averages by an operation that gloo does not have.
+    """
+    tracker = get_moe_layer_wise_logging_tracker()
+    losses = {}
+    for name, entry in tracker.items():
+        values: Tensor = entry["values"].clone()
+        dist.all_reduce(values, group=parallel_state.get_pipeline_model_parallel_group())
+        if entry.get("reduce_group") is not None:
+            dist.all_reduce(values, group=entry["reduce_group"])
+        values = _mean_over(values, entry.get("avg_group"))
+        if not entry.get("reduce_group_has_dp", False):
+            values = _mean_over(values, parallel_state.get_data_parallel_group())
+        losses[_LOGGED_AS.get(name, name)] = values.mean().item() / num_microbatches
+    clear_aux_losses_tracker()
+    return losses
+
+
+def _mean_over(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    if group is None or group.size() == 1:
+        return values
+    dist.all_reduce(values, group=group)
+    return values / group.size()

@@ -1,0 +1,118 @@
+"""What listens to training: metrics, held-out evaluation, replica checks, checkpoints.
+
+Their order is their meaning: an evaluation is logged before the checkpoint that follows it, so that
+a run going on from a checkpoint has logged all up to it.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from megatron_btx.engine import checkpoint
+from megatron_btx.engine.checkpoint import TrainingState
+from megatron_btx.engine.distributed import is_first_rank
+from megatron_btx.evaluate.heldout import evaluate
+from megatron_btx.recipe.schema import Training
+from megatron_btx.train import replicas
+from megatron_btx.train.loop import Callback, Run
+from megatron_btx.train.metrics import MetricsLog
+from megatron_btx.train.step import Batch
+from megatron_btx.train.tracking import Tracker
+
+
+class Log(Callback):
+    """``metrics.jsonl`` and W&B; the first rank writes."""
+
+    def __init__(self, path: Path, tracker: Tracker, resumed_step: int) -> None:
+        self.metrics, self.tracker = MetricsLog(path, resumed_step), tracker
+
+    def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
+        """One record to both."""
+        self.tracker.log(self.metrics.write(kind, step, **values))
+
+    def after_step(self, run: Run, record: dict[str, Any]) -> None:
+        """Log the step."""
+        self.write("train", run.step, record)
+
+    def at_end(self, run: Run) -> None:
+        """Close both."""
+        self.metrics.close()
+        self.tracker.close()
+
+
+class HeldOutLoss(Callback):
+    """The loss of every domain, and an MoE's load, every so many steps and at the last one."""
+
+    def __init__(
+        self, domains: Mapping[str, Sequence[Batch]], training: Training, log: Log | None
+    ) -> None:
+        self.domains, self.training, self.log = domains, training, log
+
+    def after_step(self, run: Run, record: dict[str, Any]) -> None:
+        """Evaluate where it is time to."""
+        interval = self.training.eval_interval
+        if run.step == run.total_steps or (interval and run.step % interval == 0):
+            result = evaluate(
+                run.model, self.domains, micro_batch_size=run.micro_batch_size, step=run.step
+            )
+            if self.log is not None:
+                values = {key: value for key, value in asdict(result).items() if value is not None}
+                self.log.write("eval", run.step, values)
+
+
+class CheckReplicas(Callback):
+    """Stop a run whose replicated parameters drift apart, before it is saved."""
+
+    def __init__(self, training: Training) -> None:
+        self.interval = training.check_replicas_interval
+
+    def after_step(self, run: Run, record: dict[str, Any]) -> None:
+        """Compare, where it is time to."""
+        due = run.step == run.total_steps or run.stopped or run.step % self.interval == 0
+        if self.interval and due:
+            replicas.check(run.model, run.step)
+
+
+class Checkpoints(Callback):
+    """A whole checkpoint every so many steps, when stopped, and at the end.
+
+    The last one is what later stages start from: weights only, since an optimizer is fresh in every
+    stage.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        training: Training,
+        manifest: Callable[[Run], dict[str, Any]],
+        add_tokenizer: Callable[[Path], None],
+    ) -> None:
+        self.directory, self.training = directory, training
+        self.manifest, self.add_tokenizer = manifest, add_tokenizer
+
+    def after_step(self, run: Run, record: dict[str, Any]) -> None:
+        """Save where it is time to, then drop what is older than the recipe keeps."""
+        last = run.step == run.total_steps
+        if not (last or run.stopped or run.step % self.training.save_interval == 0):
+            return
+        state = (
+            TrainingState(model=run.model)
+            if last
+            else TrainingState(model=run.model, optimizer=run.optimizer, schedule=run.schedule)
+        )
+        target = checkpoint.step_directory(self.directory, run.step)
+        manifest = {**self.manifest(run), "has_optimizer": not last}
+        checkpoint.save(target, state, manifest, self.add_tokenizer)
+        if is_first_rank():
+            self._prune(1 if last else self.training.keep_checkpoints)
+
+    def _prune(self, keep: int) -> None:
+        for old in sorted(self.directory.glob("step_????????"))[:-keep]:
+            # Renamed first: a half-deleted checkpoint must not bear its name.
+            doomed = old.with_name(old.name + ".old")
+            old.rename(doomed)
+            shutil.rmtree(doomed)

@@ -1,0 +1,97 @@
+"""The loop: sequencing and nothing else. What listens to it is a callback."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_btx.engine.balance import pop_balance_loss
+from megatron_btx.train.signals import StopRequest
+from megatron_btx.train.step import Batch, train_step
+
+
+@dataclass(kw_only=True)
+class Run:
+    """One training stage in progress."""
+
+    model: DistributedDataParallel
+    optimizer: MegatronOptimizer
+    schedule: OptimizerParamScheduler
+    batches: Callable[[int], Iterator[Batch]]
+    """Step (from 0) -> this rank's micro-batches of it."""
+    total_steps: int
+    num_microbatches: int
+    micro_batch_size: int
+    global_batch_size: int
+    seq_length: int
+    step: int = 0
+    """Optimizer steps done."""
+    stopped: bool = False
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Over all ranks."""
+        return self.global_batch_size * self.seq_length
+
+
+class Callback:
+    """What may happen around a step; each hook runs on every rank, in the order of the list."""
+
+    def after_step(self, run: Run, record: dict[str, Any]) -> None:
+        """Step ``run.step`` has been done; ``record`` is what is known of it."""
+
+    def at_end(self, run: Run) -> None:
+        """The last step has been done, or the run was stopped."""
+
+
+class NotFinite(RuntimeError):
+    """The loss or the gradient is NaN or infinite."""
+
+
+def train(run: Run, callbacks: Sequence[Callback], stop: StopRequest) -> None:
+    """Train until the last step, or until the ranks agree to stop.
+
+    Raises:
+        NotFinite: training has diverged; nothing of that step is saved.
+    """
+    while run.step < run.total_steps and not run.stopped:
+        started = time.perf_counter()
+        learning_rate = run.optimizer.param_groups[0]["lr"]
+        result = train_step(
+            run.model,
+            run.optimizer,
+            run.schedule,
+            run.batches(run.step),
+            step=run.step,
+            num_microbatches=run.num_microbatches,
+            micro_batch_size=run.micro_batch_size,
+            seq_length=run.seq_length,
+        )
+        run.step += 1
+        if not torch.isfinite(torch.tensor([result.loss, result.grad_norm])).all():
+            raise NotFinite(
+                f"step {run.step}: loss {result.loss}, gradient norm {result.grad_norm}; "
+                "lower the learning rate, or go back to an earlier checkpoint"
+            )
+        record = {
+            "tokens": run.step * run.tokens_per_step,
+            "loss": result.loss,
+            "lr": learning_rate,
+            "grad_norm": result.grad_norm,
+            **pop_balance_loss(run.num_microbatches),
+            "tokens_per_second": run.tokens_per_step / (time.perf_counter() - started),
+        }
+        run.stopped = stop.agreed() and run.step < run.total_steps
+        for callback in callbacks:
+            callback.after_step(run, record)
+    for callback in callbacks:
+        callback.at_end(run)
+    dist.barrier()

@@ -1,0 +1,228 @@
+"""One training stage on this rank: seed, an expert, the mixed model's finetuning, or the dense
+baseline. They differ in where their weights come from and in what they read."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from megatron_btx.data.mixture import held_out, stage_stream
+from megatron_btx.data.tokenizer import load_tokenizer
+from megatron_btx.engine import distributed
+from megatron_btx.engine.checkpoint import (
+    TrainingState,
+    latest,
+    load,
+    manifest_of,
+    write_json,
+)
+from megatron_btx.engine.initializer import btx_plan, initialize
+from megatron_btx.engine.model import DTYPES, build_model, wrap_ddp
+from megatron_btx.engine.optimizer import build_optimizer, build_schedule
+from megatron_btx.mix.copy import copy
+from megatron_btx.mix.fresh import fresh
+from megatron_btx.recipe import count
+from megatron_btx.recipe.architecture import Architecture
+from megatron_btx.recipe.schema import Recipe, Training
+from megatron_btx.recipe.stages import directory as stage_directory
+from megatron_btx.recipe.stages import training as stage_training
+from megatron_btx.train import signals
+from megatron_btx.train.callbacks import Callback, Checkpoints, CheckReplicas, HeldOutLoss, Log
+from megatron_btx.train.loop import Run, train
+from megatron_btx.train.tracking import Tracker
+from megatron_btx.versions import code_revision, versions
+from megatron_btx.weights.manifest import read_manifest
+from megatron_btx.weights.megatron import open_megatron
+from megatron_btx.weights.plan import Plan
+
+
+def run(recipe: Recipe, name: str, run_dir: Path) -> dict[str, Any]:
+    """Run stage ``name`` on this rank, or go on with it; the environment says which rank it is.
+
+    Returns:
+        ``{"checkpoint": the last one, relative to ``run_dir``, "step": ...}``. Of a run that was
+        asked to stop, ``stopped.json`` in the stage's directory says the same.
+
+    Raises:
+        UserError: what it needs is missing, damaged or does not fit.
+    """
+    training = stage_training(recipe, name)
+    distributed.initialize(training.layout, recipe.random_seed)
+    with signals.listening() as stop:
+        progress, callbacks = _begin(recipe, name, training, run_dir)
+        train(progress, callbacks, stop)
+    directory = stage_directory(run_dir, name)
+    outcome = {"checkpoint": f"{directory.name}/checkpoints/step_{progress.step:08d}"}
+    outcome |= {"step": progress.step}
+    if progress.stopped and distributed.is_first_rank():
+        write_json(directory / "stopped.json", outcome)
+    distributed.shutdown()
+    return outcome
+
+
+def _begin(
+    recipe: Recipe, name: str, training: Training, run_dir: Path
+) -> tuple[Run, list[Callback]]:
+    """Model, optimizer, schedule and data of the stage, where its last checkpoint left them."""
+    directory = stage_directory(run_dir, name)
+    checkpoints = directory / "checkpoints"
+    steps = count.steps(training, recipe.model)
+    resumed, manifest = latest(checkpoints), None
+    if resumed is not None:
+        architecture, manifest = read_manifest(resumed)
+        plan = None
+    else:
+        plan = starting_point(recipe, name, training, run_dir)
+        architecture = plan.architecture
+
+    model = build_model(
+        architecture,
+        training.layout,
+        training.precision,
+        random_seed=recipe.random_seed,
+        options=training.megatron,
+    )
+    if plan is not None:
+        initialize(model, plan)
+    ddp = wrap_ddp(
+        model,
+        use_distributed_optimizer=training.use_distributed_optimizer,
+        options=training.megatron,
+    )
+    optimizer = build_optimizer(ddp, training)
+    schedule = build_schedule(optimizer, training, steps)
+    if resumed is not None and manifest is not None:
+        whole = manifest["has_optimizer"]
+        load(
+            resumed,
+            TrainingState(model=ddp, optimizer=optimizer, schedule=schedule)
+            if whole
+            else TrainingState(model=ddp),
+        )
+    stream = stage_stream(recipe, name, run_dir)
+    progress = Run(
+        model=ddp,
+        optimizer=optimizer,
+        schedule=schedule,
+        batches=stream.batches,
+        total_steps=steps,
+        num_microbatches=stream.num_microbatches,
+        micro_batch_size=training.micro_batch_size,
+        global_batch_size=training.global_batch_size,
+        seq_length=recipe.model.seq_length,
+        step=manifest["step"] if manifest else 0,
+    )
+    lineage = manifest["lineage"] if manifest else _lineage(recipe, name, plan)
+    return progress, _callbacks(recipe, name, training, run_dir, progress, architecture, lineage)
+
+
+def starting_point(recipe: Recipe, name: str, training: Training, run_dir: Path) -> Plan:
+    """The plan of the weights that a stage begins with: fresh draws for the seed, the seed for
+    experts and the dense baseline, the mix for the finetuning."""
+    dtype = DTYPES[training.precision]
+    if name == "seed":
+        tokenizer = load_tokenizer(run_dir / "prepare" / "tokenizer")
+        architecture = Architecture(model=recipe.model, vocab_size=tokenizer.vocab_size)
+        return fresh(architecture, seed=recipe.random_seed, dtype=dtype)
+    if name == "finetune":
+        sources = (_stage_of(model) for model in recipe.model_names)
+        return btx_plan(
+            zip(recipe.model_names, (final_checkpoint(run_dir, s) for s in sources), strict=True),
+            mix=recipe.mix,
+            routing=recipe.routing,
+            precision=training.precision,
+            random_seed=recipe.random_seed,
+        )
+    return copy(open_megatron(final_checkpoint(run_dir, "seed"), "seed"), dtype=dtype)
+
+
+def _stage_of(model: str) -> str:
+    return model if model == "seed" else f"expert:{model}"
+
+
+def final_checkpoint(run_dir: Path, name: str) -> Path:
+    """The checkpoint that a finished stage left.
+
+    Raises:
+        UserError: it left none.
+    """
+    from megatron_btx.errors import UserError
+
+    found = latest(stage_directory(run_dir, name) / "checkpoints")
+    if found is None:
+        raise UserError(name, f"has left no checkpoint in {run_dir}", "run that stage first")
+    return found
+
+
+def _lineage(recipe: Recipe, name: str, plan: Plan | None) -> dict[str, Any]:
+    """Where a model comes from: stage, plan, sources, seeds and code."""
+    assert plan is not None
+    return {
+        "recipe": recipe.name,
+        "stage": name,
+        "random_seed": recipe.random_seed,
+        "plan": plan.hash,
+        "made_of": plan.describe().splitlines(),
+        "sources": {label: str(source) for label, source in plan.sources.items()},
+        "optimizer_state": "fresh",
+        "versions": versions(),
+        "code_revision": code_revision(),
+    }
+
+
+def _callbacks(
+    recipe: Recipe,
+    name: str,
+    training: Training,
+    run_dir: Path,
+    progress: Run,
+    architecture: Architecture,
+    lineage: dict[str, Any],
+) -> list[Callback]:
+    directory = stage_directory(run_dir, name)
+    tokenizer_directory = run_dir / "prepare" / "tokenizer"
+    tokenizer = load_tokenizer(tokenizer_directory)
+    log = None
+    if distributed.is_first_rank():
+        log = Log(
+            directory / "metrics.jsonl",
+            Tracker(recipe, name, directory, {"recipe": recipe.name, **asdict(training)}),
+            progress.step,
+        )
+        log.write(
+            "start",
+            progress.step,
+            {
+                "total_steps": progress.total_steps,
+                "tokens_per_step": progress.tokens_per_step,
+                "world_size": training.layout.world_size,
+            },
+        )
+
+    def manifest(run: Run) -> dict[str, Any]:
+        return manifest_of(
+            architecture,
+            precision=training.precision,
+            step=run.step,
+            consumed_samples=run.step * run.global_batch_size,
+            tokens=run.step * run.tokens_per_step,
+            tokenizer=tokenizer.describe(),
+            layout={**asdict(training.layout), "world_size": training.layout.world_size},
+            lineage=lineage,
+        )
+
+    evaluation = held_out(recipe, run_dir, tokens=training.eval_tokens)
+    listeners: list[Callback] = [] if log is None else [log]
+    return [
+        *listeners,
+        HeldOutLoss(evaluation, training, log),
+        CheckReplicas(training),
+        Checkpoints(
+            directory / "checkpoints",
+            training,
+            manifest,
+            lambda target: shutil.copytree(tokenizer_directory, target / "tokenizer") and None,
+        ),
+    ]

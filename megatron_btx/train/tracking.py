@@ -1,0 +1,117 @@
+"""Weights & Biases: one group a recipe, one run a stage, the same run across resumes."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shlex
+from pathlib import Path
+from typing import Any
+
+from megatron_btx.recipe.schema import Recipe, WandB
+
+logger = logging.getLogger(__name__)
+
+
+class Tracker:
+    """Mirrors the metrics to W&B; does nothing where it is disabled.
+
+    Nothing that W&B lacks or does stops a run: without the package, a key or the network it says so
+    and the metrics stay in ``metrics.jsonl`` and, where possible, in offline files.
+
+    Args:
+        recipe: its name is the group.
+        stage: name of the stage, e.g. ``expert:math``; also the run's.
+        directory: the stage's; offline files go to its ``wandb/``.
+        config: shown beside the run.
+    """
+
+    def __init__(self, recipe: Recipe, stage: str, directory: Path, config: dict[str, Any]) -> None:
+        self._run = None
+        if recipe.wandb.mode == "disabled":
+            return
+        try:
+            import wandb
+        except ImportError:
+            logger.warning("wandb is not installed: metrics are in %s only", directory)
+            return
+        settings = wandb.Settings(
+            console="off", silent=True, x_disable_stats=True, init_timeout=60, disable_git=True
+        )
+        arguments: dict[str, Any] = {
+            "project": recipe.wandb.project,
+            "entity": recipe.wandb.entity,
+            "group": recipe.name,
+            "job_type": stage.partition(":")[0],
+            "name": stage,
+            # The same for every attempt, so that offline pieces sync into one run.
+            "id": _run_id(recipe, stage, directory),
+            "resume": "allow",
+            "dir": str(directory),
+            "config": config,
+            "settings": settings,
+        }
+        mode = _mode(recipe.wandb)
+        try:
+            self._run = wandb.init(mode=mode, **arguments)
+        except (wandb.errors.Error, OSError) as error:
+            logger.warning("W&B cannot be reached (%s): logging offline", error)
+            self._run = wandb.init(mode="offline", **arguments)
+
+    def log(self, record: dict[str, Any]) -> None:
+        """One record of ``metrics.jsonl``, nested mappings and lists flattened into names."""
+        if self._run is not None and record["kind"] != "start":
+            values = {k: v for k, v in record.items() if k not in ("kind", "step", "time")}
+            self._run.log(dict(_flat(record["kind"], values)), step=record["step"])
+
+    def close(self) -> None:
+        """Finish the run's files."""
+        if self._run is not None:
+            self._run.finish()
+
+
+def sync_command(run_dir: Path) -> str:
+    """The shell command that uploads what was logged offline, pieces of a run into one."""
+    return f"wandb sync --append {shlex.quote(str(run_dir))}/*/wandb/offline-run-*"
+
+
+def _mode(wandb: WandB) -> str:
+    if wandb.mode == "online" and not _has_key():
+        logger.warning("W&B has no API key (wandb login, or WANDB_API_KEY): logging offline")
+        return "offline"
+    return wandb.mode
+
+
+def _has_key() -> bool:
+    """Whether a key is configured; the key itself is not looked at."""
+    return bool(os.environ.get("WANDB_API_KEY")) or _netrc()
+
+
+def _netrc() -> bool:
+    path = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
+    try:
+        return "wandb" in path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+
+
+def _run_id(recipe: Recipe, stage: str, directory: Path) -> str:
+    """Kept in a file once drawn, so that a run that is started anew elsewhere is another run."""
+    path = directory / "wandb_run_id"
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except FileNotFoundError:
+        digest = hashlib.sha256(f"{recipe.name}/{stage}/{os.urandom(8).hex()}".encode())
+        path.write_text(digest.hexdigest()[:12], encoding="utf-8")
+        return path.read_text(encoding="utf-8")
+
+
+def _flat(prefix: str, value: Any) -> list[tuple[str, Any]]:
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list):
+        items = ((str(index), item) for index, item in enumerate(value))  # type: ignore[assignment]
+    else:
+        return [(prefix, value)]
+    return [pair for key, item in items for pair in _flat(f"{prefix}/{key}", item)]

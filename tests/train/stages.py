@@ -1,0 +1,102 @@
+"""A training stage on random tokens, for the ranks of the pool: the loop and its callbacks without
+recipe and data."""
+
+from __future__ import annotations
+
+import functools
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_btx.recipe.schema import Training
+from tests.engine.harness import Case, Pieces, microbatches, pieces, set_weights
+
+
+def run(
+    case: Case,
+    directory: str,
+    total_steps: int,
+    *,
+    stop_at: int | None = None,
+    break_replica_at: int | None = None,
+) -> tuple[list[dict[str, Any]], Pieces]:
+    """Train (or go on) in ``directory``; the metrics and this rank's weights.
+
+    ``stop_at``: rank 0 sends itself SIGTERM during that step.
+    """
+    from megatron_btx.engine import distributed
+    from megatron_btx.engine.checkpoint import TrainingState, latest, load, manifest_of
+    from megatron_btx.engine.model import build_model, wrap_ddp
+    from megatron_btx.engine.optimizer import build_optimizer, build_schedule
+    from megatron_btx.recipe.schema import Recipe, WandB
+    from megatron_btx.train import signals
+    from megatron_btx.train.callbacks import Checkpoints, CheckReplicas, Log
+    from megatron_btx.train.loop import Run, train
+    from megatron_btx.train.metrics import read
+    from megatron_btx.train.tracking import Tracker
+    from megatron_btx.weights.manifest import read_manifest
+
+    where = Path(directory)
+    distributed.initialize(case.layout, case.random_seed)
+    training = Training(
+        lr=1e-3,
+        lr_warmup_iters=2,
+        precision=case.precision,  # type: ignore[arg-type]
+        use_distributed_optimizer=case.use_distributed_optimizer,
+        save_interval=2,
+        check_replicas_interval=1,
+        layout=case.layout,
+    )
+    model = build_model(
+        case.architecture, case.layout, training.precision, random_seed=case.random_seed
+    )
+    set_weights(model)
+    ddp = wrap_ddp(model, use_distributed_optimizer=case.use_distributed_optimizer)
+    optimizer = build_optimizer(ddp, training)
+    schedule = build_schedule(optimizer, training, total_steps)
+    step, resumed = 0, latest(where / "checkpoints")
+    if resumed is not None:
+        manifest = read_manifest(resumed)[1]
+        step = manifest["step"]
+        state = TrainingState(model=ddp)
+        if manifest["has_optimizer"]:
+            state = TrainingState(model=ddp, optimizer=optimizer, schedule=schedule)
+        load(resumed, state)
+
+    def batches(number: int) -> Any:
+        if number + 1 == stop_at and distributed.is_first_rank():
+            os.kill(os.getpid(), signal.SIGTERM)
+        if number + 1 == break_replica_at and distributed.is_first_rank():
+            with torch.no_grad():
+                next(p for p in model.parameters() if p.dim() == 1).add_(1e-3)
+        return microbatches(case, number)
+
+    progress = Run(
+        model=ddp,
+        optimizer=optimizer,
+        schedule=schedule,
+        batches=batches,
+        total_steps=total_steps,
+        num_microbatches=len(list(microbatches(case, 0))),
+        micro_batch_size=case.micro_batch_size,
+        global_batch_size=case.global_batch_size,
+        seq_length=case.architecture.model.seq_length,
+        step=step,
+    )
+    off = Recipe.__new__(Recipe)
+    object.__setattr__(off, "wandb", WandB(mode="disabled"))
+    log = []
+    if distributed.is_first_rank():
+        log = [Log(where / "metrics.jsonl", Tracker(off, "x", where, {}), step)]
+    saved = functools.partial(manifest_of, case.architecture, layout={"world_size": 0}, lineage={})
+    callbacks = [
+        *log,
+        CheckReplicas(training),
+        Checkpoints(where / "checkpoints", training, lambda r: saved(step=r.step), lambda _: None),
+    ]
+    with signals.listening() as stop:
+        train(progress, callbacks, stop)
+    return read(where / "metrics.jsonl"), pieces(ddp, lambda parameter: parameter)
