@@ -1,0 +1,213 @@
+"""The built-in corpora: code, prose, mathematics and a broad mix, with nothing to download.
+
+Every source file has one role, drawn from its name and the seed: training or held-out text of the
+domain itself, or training or held-out text of the ``general`` mix that the seed model reads. So
+held-out documents are split off by file, and the experts' documents are none of the seed's. What
+training text still shares with any held-out text, a run of 13 words, is cut (:mod:`.overlap`).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+from megatron_btx.data import Progress, builtin_math, builtin_text, no_progress
+from megatron_btx.data.overlap import HeldOut
+from megatron_btx.data.processes import run_side_by_side
+from megatron_btx.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+NAMES = ("general", "code", "math", "prose")
+VALID_BYTES = 450_000
+"""At most this much held-out text a corpus; a tenth of the training text if that is less."""
+_ROLES = {"valid": 0.07, "general/valid": 0.05, "general/train": 0.27, "train": 0.61}
+_GENERAL = {"library": 0.18, "packages": 0.17, "prose": 0.35, "math": 0.3}
+"""What the broad mix is made of, by bytes. Code from packages is seen by the seed alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Corpus:
+    """What was written of one built-in corpus; sizes in bytes of UTF-8."""
+
+    train_documents: int
+    train_bytes: int
+    valid_documents: int
+    valid_bytes: int
+
+
+def write_builtin(
+    directory: str | Path,
+    sizes: Mapping[str, int],
+    *,
+    seed: int,
+    progress: Progress = no_progress,
+) -> dict[str, Corpus]:
+    """Write ``directory/<name>/{train,valid}.jsonl`` for each name of ``sizes``.
+
+    Args:
+        directory: where the corpora go.
+        sizes: at most so many bytes of training text for each of :data:`NAMES`. Less is written
+            where the machine has less.
+        seed: names the split and the problems; the same seed on the same machine gives the same
+            bytes.
+        progress: told how far it is.
+
+    Raises:
+        UserError: a name is not one of :data:`NAMES`, or this Python comes without any text.
+    """
+    for name in sizes:
+        if name not in NAMES:
+            raise UserError(f"domains: builtin: {name}", "is no built-in corpus",
+                            f"use one of {', '.join(NAMES)}")  # fmt: skip
+    library = _Library(seed)
+    valid = {
+        name: list(_take(library.documents(name, "valid"), min(VALID_BYTES, max(size // 10, 1))))
+        for name, size in sizes.items()
+    }
+    held_out = HeldOut(chain.from_iterable(valid.values()))
+
+    def write(name: str, watch: Callable[[int], None]) -> tuple[int, int]:
+        texts = library.branch().documents(name, "train")
+        cleaned = chain.from_iterable(map(held_out.clean, texts))
+        return write_jsonl(Path(directory, name, "train.jsonl"), _take(cleaned, sizes[name], watch))
+
+    trains = run_side_by_side(write, list(sizes), sum(sizes.values()), progress, "built-in text")
+    written = {}
+    for name, train in trains.items():
+        held = write_jsonl(Path(directory, name, "valid.jsonl"), valid[name])
+        if not train[0] or not held[0]:
+            raise UserError(
+                f"domains: builtin: {name}",
+                "this Python comes without the text of which it is made",
+                "use a Python with the sources of its standard library, or give files instead",
+            )
+        written[name] = Corpus(*train, *held)
+        logger.info("built-in %s: %s", name, written[name])
+    return written
+
+
+def write_jsonl(path: Path, documents: Iterable[str]) -> tuple[int, int]:
+    """Write ``documents`` to ``path``, whole or not at all; returns (documents, bytes of text)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    count = size = 0
+    try:
+        with temporary.open("w", encoding="utf-8") as out:
+            for document in documents:
+                out.write(json.dumps({"text": document}, ensure_ascii=False) + "\n")
+                count += 1
+                size += len(document.encode())
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return count, size
+
+
+def _take(
+    documents: Iterable[str], size: int, watch: Callable[[int], None] = lambda taken: None
+) -> Iterator[str]:
+    """Documents up to ``size`` bytes; one that is too long for what is left is passed over."""
+    left, misses = size, 0
+    for document in documents:
+        length = len(document.encode())
+        if length <= left:
+            yield document
+            left -= length
+            watch(length)
+        elif (misses := misses + 1) > 50 or left < 200:
+            return
+
+
+class _Library:
+    """The documents of every corpus and split, in an order drawn from the seed."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._prose = builtin_text.Prose()
+        self._listed: dict[str, list[builtin_text.Source]] = {}
+
+    def branch(self) -> _Library:
+        """A copy that has met the same paragraphs, and meets the next ones for itself.
+
+        So that each corpus is the same whether they are made one by one or side by side.
+        """
+        other = _Library(self._seed)
+        other._prose = self._prose.copy()
+        other._listed = self._listed
+        return other
+
+    def documents(self, name: str, split: str) -> Iterator[str]:
+        """The documents of corpus ``name``: endless for math, what there is for the others."""
+        if name != "general":
+            return self._of_kind(name, split)
+        role = f"general/{split}"
+        streams = {
+            "library": self._of_kind("code", role),
+            "packages": self._package_code(role),
+            "prose": self._of_kind("prose", role),
+            "math": self._of_kind("math", role),
+        }
+        return _in_proportion(streams, _GENERAL)
+
+    def _of_kind(self, kind: str, role: str) -> Iterator[str]:
+        if kind == "math":
+            return builtin_math.problems(f"{self._seed}/math/{role}")
+        return self._code(role) if kind == "code" else self._english(role)
+
+    def _code(self, role: str) -> Iterator[str]:
+        modules = self._sources("stdlib", builtin_text.stdlib_sources, role)
+        yield from filter(None, (builtin_text.code(source.read()) for source in modules))
+        # Python's own test suite, where it is installed, is second best.
+        tests = self._sources("tests", lambda: builtin_text.stdlib_sources(tests=True), role)
+        yield from filter(None, (builtin_text.code(source.read()) for source in tests))
+
+    def _package_code(self, role: str) -> Iterator[str]:
+        for source in self._sources("packages", builtin_text.package_sources, role):
+            if text := builtin_text.code_without_docstrings(source.read()):
+                yield text
+
+    def _english(self, role: str) -> Iterator[str]:
+        for name, text in builtin_text.documentation():
+            place = builtin_text.Source(name, Path()).order(self._seed)
+            if _role(place) == role and (prose := self._prose.of_texts([text])):
+                yield prose
+        for source in self._sources("packages", builtin_text.package_sources, role):
+            if prose := self._prose.of_module(source.read()):
+                yield prose
+
+    def _sources(
+        self, name: str, find: Callable[[], list[builtin_text.Source]], role: str
+    ) -> Iterator[builtin_text.Source]:
+        if name not in self._listed:
+            self._listed[name] = sorted(find(), key=lambda source: source.order(self._seed))
+        return (s for s in self._listed[name] if _role(s.order(self._seed)) == role)
+
+
+def _role(order: int) -> str:
+    at = order / 2**64
+    for role, share in _ROLES.items():
+        at -= share
+        if at < 0:
+            return role
+    return "train"
+
+
+def _in_proportion(streams: dict[str, Iterator[str]], shares: Mapping[str, float]) -> Iterator[str]:
+    """Documents so that the bytes of each stream keep to its share while it lasts."""
+    taken = dict.fromkeys(streams, 0)
+    while taken.keys() - {"math"}:  # which never ends, and alone is no mix
+        name = min(taken, key=lambda n: taken[n] / shares[n])
+        document = next(streams[name], None)
+        if document is None:
+            del taken[name]
+        else:
+            taken[name] += len(document.encode())
+            yield document

@@ -1,0 +1,104 @@
+"""No run of 13 words in both training and held-out text: found by hashing, cut from training.
+
+Thirteen words is the usual measure of contamination (arXiv 2005.14165, appendix C). A "word" is
+taken in two ways, both in lower case, and neither may be shared: what stands between white space,
+and what stands between anything that is no letter, digit or underscore.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+RUN = 13
+"""Words."""
+_WORDS = (re.compile(r"\S+"), re.compile(r"\w+"))
+_FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no word's contribution is shifted out
+_MIN_PIECE = 200
+"""Characters; shorter remains of a cut document are dropped."""
+
+
+class HeldOut:
+    """The 13-word runs of held-out text, by 64-bit hash, and the cuts they ask of other text.
+
+    A collision of hashes can only cut a little too much, never too little.
+    """
+
+    def __init__(self, documents: Iterable[str]) -> None:
+        self._ids: tuple[dict[str, int], ...] = ({}, {})
+        grams: tuple[list[np.ndarray], ...] = ([], [])
+        for text in documents:
+            lower = text.lower()
+            for kind in range(2):
+                grams[kind].append(_hashes(self._intern(kind, _WORDS[kind].findall(lower))))
+        self._grams = [np.unique(np.concatenate([np.empty(0, np.uint64), *g])) for g in grams]
+
+    def _intern(self, kind: int, words: list[str]) -> np.ndarray:
+        ids = self._ids[kind]
+        return np.array([ids.setdefault(word, len(ids) + 1) for word in words], dtype=np.uint64)
+
+    def clean(self, text: str) -> Iterator[str]:
+        """The pieces of ``text`` that share no run with the held-out text: whole lines are cut.
+
+        Yields ``text`` itself where there is nothing to cut.
+        """
+        lower = text.lower()
+        shared: list[tuple[int, int]] = []
+        for kind in range(2):
+            ids = self._ids[kind]
+            # A word that held-out text never used is 0: no run of it can be shared.
+            found = np.array(
+                [ids.get(word, 0) for word in _WORDS[kind].findall(lower)], dtype=np.uint64
+            )
+            hits = _starts_in(found, self._grams[kind])
+            if hits.size:
+                spans = [match.span() for match in _WORDS[kind].finditer(lower)]
+                shared += [(spans[i][0], spans[i + RUN - 1][1]) for i in hits.tolist()]
+        if not shared:
+            yield text
+            return
+        if len(lower) != len(text):  # a few letters change length in lower case: offsets are off
+            return
+        yield from _pieces(text, shared)
+
+    def shares(self, text: str) -> bool:
+        """Whether ``text`` shares a run with the held-out text."""
+        return list(self.clean(text)) != [text]
+
+
+def _hashes(ids: np.ndarray) -> np.ndarray:
+    """Hashes of all runs of ``RUN`` consecutive ``ids``, uint64 [len(ids) - RUN + 1]."""
+    count = len(ids) - RUN + 1
+    if count <= 0:
+        return np.empty(0, np.uint64)
+    total = np.zeros(count, np.uint64)
+    for j in range(RUN):
+        total = total * _FACTOR + ids[j : j + count]  # wraps around, as meant
+    # A polynomial in small numbers leaves high bits plain; mixing makes chance hits improbable.
+    total ^= total >> np.uint64(29)
+    return total * _FACTOR
+
+
+def _starts_in(ids: np.ndarray, grams: np.ndarray) -> np.ndarray:
+    hashes = _hashes(ids)
+    if not hashes.size or not grams.size:
+        return np.empty(0, np.int64)
+    unknown = np.concatenate([[0], np.cumsum(ids == 0)])
+    known = np.flatnonzero(unknown[RUN:] == unknown[:-RUN])  # runs of known words only
+    if not known.size:
+        return known
+    places = np.searchsorted(grams, hashes[known])
+    return known[grams[np.minimum(places, grams.size - 1)] == hashes[known]]
+
+
+def _pieces(text: str, shared: list[tuple[int, int]]) -> Iterator[str]:
+    at = 0
+    for begin, end in [*sorted(shared), (len(text), len(text))]:
+        line_begin = text.rfind("\n", 0, begin) + 1 if begin < len(text) else begin
+        piece = text[at:line_begin].strip("\n")
+        if len(piece) >= _MIN_PIECE:
+            yield piece + "\n"
+        line_end = text.find("\n", end)
+        at = max(at, len(text) if line_end < 0 else line_end + 1)
