@@ -193,6 +193,18 @@ def latest(checkpoints: Path) -> Path | None:
     return found[-1] if found else None
 
 
+def final_checkpoint(stage_directory: Path) -> Path:
+    """The checkpoint that a finished stage left.
+
+    Raises:
+        UserError: it left none.
+    """
+    found = latest(stage_directory / "checkpoints")
+    if found is None:
+        raise UserError(str(stage_directory), "has no checkpoint", "run that stage first")
+    return found
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file atomically and durably."""
     partial = path.with_name(path.name + ".partial")

@@ -13,6 +13,7 @@ from megatron_btx.data.tokenizer import load_tokenizer
 from megatron_btx.engine import distributed
 from megatron_btx.engine.checkpoint import (
     TrainingState,
+    final_checkpoint,
     latest,
     load,
     manifest_of,
@@ -129,31 +130,17 @@ def starting_point(recipe: Recipe, name: str, training: Training, run_dir: Path)
     if name == "finetune":
         sources = (_stage_of(model) for model in recipe.model_names)
         return btx_plan(
-            zip(recipe.model_names, (final_checkpoint(run_dir, s) for s in sources), strict=True),
+            zip(recipe.model_names, (final_checkpoint(stage_directory(run_dir, s)) for s in sources), strict=True),
             mix=recipe.mix,
             routing=recipe.routing,
             precision=training.precision,
             random_seed=recipe.random_seed,
         )
-    return copy(open_megatron(final_checkpoint(run_dir, "seed"), "seed"), dtype=dtype)
+    return copy(open_megatron(final_checkpoint(stage_directory(run_dir, "seed")), "seed"), dtype=dtype)
 
 
 def _stage_of(model: str) -> str:
     return model if model == "seed" else f"expert:{model}"
-
-
-def final_checkpoint(run_dir: Path, name: str) -> Path:
-    """The checkpoint that a finished stage left.
-
-    Raises:
-        UserError: it left none.
-    """
-    from megatron_btx.errors import UserError
-
-    found = latest(stage_directory(run_dir, name) / "checkpoints")
-    if found is None:
-        raise UserError(name, f"has left no checkpoint in {run_dir}", "run that stage first")
-    return found
 
 
 def _lineage(recipe: Recipe, name: str, plan: Plan | None) -> dict[str, Any]:

@@ -1,0 +1,42 @@
+# make demo   a whole Branch-Train-MiX run on this machine, in a virtual environment of its own
+# make test   the test suite
+# make check  ruff and mypy
+
+SHELL := /bin/bash
+VENV ?= .venv
+BIN := $(VENV)/bin
+DEMO := examples/demo/recipe.yaml
+
+.PHONY: help demo test check format clean
+
+help:
+	@sed -n 's/^# make /make /p' Makefile
+
+demo: $(VENV)/.installed
+	$(BIN)/btx run $(DEMO)
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(VENV)/bin/python:
+	@tools/make_venv.sh $(VENV)
+
+$(VENV)/.installed: setup.py constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[hf]'
+	@touch $@
+
+$(VENV)/.installed-dev: setup.py constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[hf,dev]'
+	@touch $@ $(VENV)/.installed
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
