@@ -164,7 +164,7 @@ def _stage(recipe: Recipe, kind: str, name: str, before: tuple[Stage, ...]) -> S
     layout = recipe.evaluate.layout if kind == "evaluate" else Layout()
     if kind in TRAINED:
         layout = training(recipe, name).layout
-        work = _flops(recipe, name) / (layout.world_size * layout.num_threads)
+        work = training_flops(recipe, name) / (layout.world_size * layout.num_threads)
     elif kind == "export":  # one rank with the whole of the evaluation's cores
         cores = recipe.evaluate.layout
         layout = Layout(num_threads=cores.world_size * cores.num_threads)
@@ -178,8 +178,8 @@ def _stage(recipe: Recipe, kind: str, name: str, before: tuple[Stage, ...]) -> S
     )
 
 
-def _flops(recipe: Recipe, name: str) -> float:
-    """Training FLOPs of a stage, with the vocabulary that the recipe asks for."""
+def training_flops(recipe: Recipe, name: str) -> float:
+    """Training FLOPs of stage ``name`` (recipe/count.py), with the recipe's vocabulary."""
     architecture = count.dense_architecture(recipe)
     if name == "finetune":
         architecture = dataclasses.replace(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 import time
 from collections import deque
@@ -32,6 +33,7 @@ class Standing:
     loss: float | None = None
     tokens_per_second: float | None = None
     text: str = ""
+    _inode: int = 0
     _offset: int = 0
     _times: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=30))
 
@@ -39,9 +41,9 @@ class Standing:
         """Take in what is new; cheap enough to be called ten times a second."""
         path = self.directory / "metrics.jsonl"
         with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
-            size = file.seek(0, 2)
-            if size < self._offset:  # a resumed run cut off the steps that it repeats
-                self._offset = 0
+            status = os.fstat(file.fileno())
+            if status.st_ino != self._inode or status.st_size < self._offset:
+                self._inode, self._offset = status.st_ino, 0  # cut to the steps that stand
                 self._times.clear()
             file.seek(self._offset)
             new = file.read()

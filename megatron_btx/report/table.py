@@ -101,7 +101,10 @@ def _cost(btx: Mapping[str, Any], dense: Mapping[str, Any]) -> str:
     if not btx.get("train_flops") or not dense.get("train_flops"):
         return ""
     ratio = btx["train_flops"] / dense["train_flops"]
-    return f" It took {ratio:.2f} times the training compute of the dense baseline."
+    same = btx.get("train_tokens") == dense.get("train_tokens") is not None
+    return f" It took {ratio:.2f} times the dense baseline's training compute" + (
+        ", on the same number of tokens." if same else "."
+    )
 
 
 def show(results: Results, stream: IO[str] | None = None) -> None:

@@ -1,0 +1,129 @@
+"""What a run has left on the disk, read into one value for the page. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_btx.pipeline import graph, state
+from megatron_btx.pipeline.graph import Stage
+from megatron_btx.recipe.schema import Recipe
+from megatron_btx.train import metrics
+
+Matrix = list[list[float]]
+"""``[layer][expert]``."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageFacts:
+    """One stage as it went."""
+
+    stage: Stage
+    done: Mapping[str, Any] | None
+    """Its ``done.json``, if it is finished for this recipe."""
+    total_steps: int = 0
+    train: Sequence[Mapping[str, Any]] = field(default_factory=list)
+    """Records of ``metrics.jsonl``, one a step."""
+    evals: Sequence[Mapping[str, Any]] = field(default_factory=list)
+    flops: float = 0.0
+    """Training FLOPs so far."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on so far."""
+        return int(self.train[-1].get("tokens", 0)) if self.train else 0
+
+    @property
+    def steps(self) -> int:
+        """Steps trained so far."""
+        return int(self.train[-1]["step"]) if self.train else 0
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Median over the steps."""
+        speeds = sorted(r["tokens_per_second"] for r in self.train if r.get("tokens_per_second"))
+        return float(speeds[len(speeds) // 2]) if speeds else None
+
+    def tokens_at(self, step: int) -> float:
+        """Tokens after ``step`` steps."""
+        return self.tokens * step / self.steps if self.steps else 0.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Routing:
+    """The router's last measured work on held-out text."""
+
+    step: int
+    experts: list[str]
+    load: dict[str, Matrix]
+    """Domain -> share of the tokens' choices, rows sum to one."""
+    gate: dict[str, Matrix]
+    """Domain -> mean gate weight."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Facts:
+    """All of a run."""
+
+    recipe: Recipe
+    run_dir: Path
+    results: Mapping[str, Any] | None
+    stages: list[StageFacts]
+    routing: Routing | None
+
+    @property
+    def by_name(self) -> dict[str, StageFacts]:
+        """Stages by their names."""
+        return {facts.stage.name: facts for facts in self.stages}
+
+
+def gather(recipe: Recipe, run_dir: Path) -> Facts:
+    """Read a run, finished or not."""
+    stages = [_stage(recipe, run_dir, stage) for stage in graph.build(recipe)]
+    results = state.read_json(run_dir / "results.json")
+    return Facts(
+        recipe=recipe,
+        run_dir=run_dir,
+        results=results,
+        stages=stages,
+        routing=_routing(recipe, stages),
+    )
+
+
+def _stage(recipe: Recipe, run_dir: Path, stage: Stage) -> StageFacts:
+    records = metrics.read(run_dir / stage.directory / "metrics.jsonl")
+    train = [record for record in records if record.get("kind") == "train"]
+    starts = [record for record in records if record.get("kind") == "start"]
+    total = int(starts[-1].get("total_steps", 0)) if starts else 0
+    done = state.done(run_dir, stage)
+    return StageFacts(
+        stage=stage,
+        done=done,
+        total_steps=total,
+        train=train,
+        evals=[record for record in records if record.get("kind") == "eval"],
+        flops=_flops(recipe, stage, done, train[-1]["step"] / total if train and total else 0.0),
+    )
+
+
+def _flops(recipe: Recipe, stage: Stage, done: Mapping[str, Any] | None, share: float) -> float:
+    """What the stage itself has counted, else the recipe's arithmetic for what is trained."""
+    if stage.kind not in graph.TRAINED:
+        return 0.0
+    counted = (done or {}).get("outputs", {}).get("train_flops")
+    return float(counted) if counted else graph.training_flops(recipe, stage.name) * share
+
+
+def _routing(recipe: Recipe, stages: list[StageFacts]) -> Routing | None:
+    for facts in reversed(stages):
+        for record in reversed(facts.evals):
+            if record.get("load"):
+                return Routing(
+                    step=int(record["step"]),
+                    experts=list(recipe.model_names),
+                    load=dict(record["load"]),
+                    gate=dict(record.get("gate") or {}),
+                )
+    return None
