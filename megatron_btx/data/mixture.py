@@ -107,7 +107,9 @@ def stage_stream(recipe: Recipe, name: str, run_dir: Path) -> Stream:
     cache = directory(run_dir, name) / "index"
     if name != "dense":
         with _whole(cache):
-            return Stream(parts=[_dataset(recipe, name, run_dir, cache)], order=None, training=settings)
+            return Stream(
+                parts=[_dataset(recipe, name, run_dir, cache)], order=None, training=settings
+            )
     experts = [f"expert:{domain}" for domain, block in recipe.experts.items() if block.tokens]
     with _whole(cache):
         parts = [_dataset(recipe, part, run_dir, cache) for part in (*experts, "finetune")]
