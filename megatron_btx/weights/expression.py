@@ -25,7 +25,6 @@ from megatron_btx.weights.box import (
     Shape,
     contiguous,
     extent,
-    intersection,
     position,
     runs,
     shifted,
@@ -360,23 +359,49 @@ Expression = Take | Slice | Cat | Reshape | WeightedSum | Cast | Draw | Fill
 
 
 def rows(of: Expression, start: int, stop: int, dim: int = 0) -> Expression:
-    """``of[start:stop]`` along ``dim``."""
-    box = whole(of.shape)
-    if (start, stop) == box[dim]:
-        return of
-    if intersection(box, (*box[:dim], (start, stop), *box[dim + 1 :])) is None:
+    """``of[start:stop]`` along ``dim``, in its simplest form."""
+    size = of.shape[dim]
+    if not 0 <= start < stop <= size:
         raise ValueError(f"{start}:{stop} is outside dimension {dim} of {of.shape}")
+    if stop - start == size:
+        return of
+    match of:
+        case WeightedSum():
+            return replace(of, parts=tuple(rows(part, start, stop, dim) for part in of.parts))
+        case Cast():
+            return replace(of, of=rows(of.of, start, stop, dim))
+        case Cat() if of.dim == dim:
+            offset = 0
+            for part in of.parts:
+                if offset <= start and stop <= offset + part.shape[dim]:
+                    return rows(part, start - offset, stop - offset, dim)
+                offset += part.shape[dim]
+    box = whole(of.shape)
     return Slice(of, (*box[:dim], (start, stop), *box[dim + 1 :]))
+
+
+def reshape(of: Expression, shape: Shape) -> Expression:
+    """``of`` viewed as ``shape``, in its simplest form."""
+    if of.shape == shape:
+        return of
+    match of:
+        case Reshape():
+            return reshape(of.of, shape)
+        case WeightedSum():
+            return replace(of, parts=tuple(reshape(part, shape) for part in of.parts))
+        case Cast():
+            return replace(of, of=reshape(of.of, shape))
+    return Reshape(of, shape)
 
 
 def item(of: Expression, index: int) -> Expression:
     """``of[index]``: one element along the first dimension, which disappears."""
-    return Reshape(rows(of, index, index + 1), of.shape[1:])
+    return reshape(rows(of, index, index + 1), of.shape[1:])
 
 
 def stack(parts: Sequence[Expression]) -> Expression:
     """Expressions of one shape along a new first dimension."""
-    return Cat(tuple(Reshape(part, (1, *part.shape)) for part in parts), 0)
+    return Cat(tuple(reshape(part, (1, *part.shape)) for part in parts), 0)
 
 
 def mean(

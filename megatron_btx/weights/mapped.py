@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import warnings
+from collections.abc import Iterable
 from functools import cache
 from math import prod
 from pathlib import Path
@@ -43,6 +44,12 @@ def read_box(path: Path, offset: int, dtype: torch.dtype, strides: Shape, box: B
         (*shape, dtype.itemsize), (*(stride * dtype.itemsize for stride in strides), 1)
     )
     return raw.clone(memory_format=torch.contiguous_format).view(dtype).reshape(shape)
+
+
+def stamp_of(paths: Iterable[Path]) -> str:
+    """Names, sizes and times of files: changes when one of them is written again."""
+    stats = [(path, path.stat()) for path in sorted(paths)]
+    return "; ".join(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}" for path, stat in stats)
 
 
 def _map(path: Path, begin: int, length: int, *, populate: bool) -> Tensor:

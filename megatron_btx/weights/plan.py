@@ -113,6 +113,12 @@ class Plan:
             digest.update(f"{name} = {target!r}\n".encode())
         return digest.hexdigest()
 
+    @property
+    def identity(self) -> str:
+        """The plan and its sources as they are now: what an interrupted run is recognised by."""
+        stamps = (f"{label}: {source.stamp}" for label, source in sorted(self.sources.items()))
+        return hashlib.sha256("\n".join((self.hash, *stamps)).encode()).hexdigest()
+
     def describe(self) -> str:
         """The plan for people: one line per kind of tensor, layers taken together."""
         kinds: Counter[tuple[str, str, str]] = Counter()

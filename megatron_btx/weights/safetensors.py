@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.weights.box import Box, Shape, extent
-from megatron_btx.weights.mapped import read_box
+from megatron_btx.weights.mapped import read_box, stamp_of
 
 DTYPES = {
     "F64": torch.float64,
@@ -75,6 +75,11 @@ class SafetensorsSource:
     def bytes_read(self) -> int:
         """Bytes of tensor data handed out so far."""
         return self._bytes_read
+
+    @property
+    def stamp(self) -> str:
+        """Names, sizes and times of the files."""
+        return stamp_of({stored.path for stored in self._stored.values()})
 
     def read(self, name: str, box: Box) -> Tensor:
         """A view of the file's pages."""

@@ -27,6 +27,10 @@ class Source(Protocol):
     def bytes_read(self) -> int:
         """Bytes of tensor data handed out so far."""
 
+    @property
+    def stamp(self) -> str:
+        """Changes when what is stored changes; what an interrupted run is recognised by."""
+
 
 class MemorySource:
     """Tensors that are already in memory."""
@@ -44,6 +48,11 @@ class MemorySource:
     def bytes_read(self) -> int:
         """Bytes of tensor data handed out so far."""
         return self._bytes_read
+
+    @property
+    def stamp(self) -> str:
+        """Of this object: memory does not outlive a run."""
+        return f"memory {id(self)}"
 
     def read(self, name: str, box: Box) -> Tensor:
         """A view of the tensor."""
@@ -73,6 +82,11 @@ class View:
     def bytes_read(self) -> int:
         """Bytes read from what lies below."""
         return self.of.bytes_read
+
+    @property
+    def stamp(self) -> str:
+        """That of what lies below."""
+        return self.of.stamp
 
     def read(self, name: str, box: Box) -> Tensor:
         """The box of the expression, evaluated over what lies below."""

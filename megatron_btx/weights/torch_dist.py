@@ -24,7 +24,7 @@ from torch import Tensor
 from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.weights import pickles
 from megatron_btx.weights.box import Box, Shape, extent, intersection, shifted, slices
-from megatron_btx.weights.mapped import read_box
+from megatron_btx.weights.mapped import read_box, stamp_of
 
 _AGAIN = "copy the checkpoint again, or take an earlier step"
 
@@ -105,6 +105,12 @@ class TorchDistSource:
     def bytes_read(self) -> int:
         """Bytes of tensor data handed out so far."""
         return self._bytes_read
+
+    @property
+    def stamp(self) -> str:
+        """Names, sizes and times of the files."""
+        chunks = [chunk for stored in self._stored.values() for chunk in stored.chunks]
+        return stamp_of({self.path / ".metadata", *(chunk.path for chunk in chunks)})
 
     def read(self, name: str, box: Box) -> Tensor:
         """The elements of ``box``: mapped where one chunk holds them, else gathered."""

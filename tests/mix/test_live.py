@@ -57,7 +57,7 @@ def test_bf16_is_rounded_once(ranks, sources):
 
 def test_tied_embeddings(ranks, sources, tmp_path):
     ranks.run(save_dense, 2, tmp_path / "tied", "tied", TP2, "bf16", False, True)
-    results = ranks.run(mix_live, 2, {"a": tmp_path / "tied", "b": tmp_path / "tied"}, PP2, "bf16")
+    results = ranks.run(mix_live, 2, {"a": tmp_path / "tied", "b": tmp_path / "tied"}, TP2, "bf16")
     mixed = assemble([result[0] for result in results])
     assert "output_layer.weight" not in mixed
     embedding = named_tensor("tied/embedding.word_embeddings.weight", (128, 32)).bfloat16().float()

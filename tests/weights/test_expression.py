@@ -253,7 +253,7 @@ def test_boxes_partition(data):
 def test_expressions_print_and_hash():
     a, b = leaf((4, 2), 0), leaf((4, 2), 1)
     made = rows(mean([a, b], torch.bfloat16, [1, 3]), 1, 3)
-    assert str(made) == "(memory:0/4x2 + 3*memory:1/4x2)/4[1:3, :]"
+    assert str(made) == "(memory:0/4x2[1:3, :] + 3*memory:1/4x2[1:3, :])/4"
     assert made == rows(mean([a, b], torch.bfloat16, [1, 3]), 1, 3)
     assert hash(made) != hash(rows(mean([b, a], torch.bfloat16, [1, 3]), 1, 3))
     assert str(item(a, 2)) == "memory:0/4x2[2:3, :].view(2)"

@@ -1,0 +1,81 @@
+"""A finished model as a self-contained Hugging Face directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from megatron_btx.errors import UserError
+from megatron_btx.families.hf import family_of, to_hf
+from megatron_btx.weights.directory import as_json
+from megatron_btx.weights.megatron import open_megatron
+from megatron_btx.weights.plan import Plan
+from megatron_btx.weights.write_safetensors import SHARD, write_safetensors
+
+
+def export_hf(
+    checkpoint: Path | str,
+    out: Path | str,
+    *,
+    dtype: torch.dtype | None = None,
+    bos_token_id: int | None = None,
+    eos_token_id: int | None = None,
+    shard: int = SHARD,
+) -> None:
+    """Write a Megatron checkpoint of ours as a Hugging Face directory.
+
+    A dense model becomes a Llama, an MoE a Mixtral. Tokenizer files are the caller's to add.
+
+    Args:
+        checkpoint: a ``step_XXXXXXXX`` directory.
+        out: the new directory; appears when it is whole.
+        dtype: of the weights; ``None``: as they are stored.
+        bos_token_id: the tokenizer's, for generation.
+        eos_token_id: likewise.
+        shard: bytes a safetensors file.
+
+    Raises:
+        UserError: the checkpoint is damaged, its routing is none that Mixtral computes, or ``out``
+            cannot be written.
+    """
+    model = open_megatron(checkpoint, "model")
+    tensors = model.tensors
+    plan = Plan(
+        architecture=model.architecture,
+        targets={n: t if dtype is None else t.to(dtype) for n, t in tensors.items()},
+        sources={model.label: model.source},
+        expected={name: tensor.shape for name, tensor in tensors.items()},
+    )
+    write_hf(plan, Path(out), bos_token_id=bos_token_id, eos_token_id=eos_token_id, shard=shard)
+
+
+def write_hf(
+    plan: Plan,
+    out: Path,
+    *,
+    bos_token_id: int | None = None,
+    eos_token_id: int | None = None,
+    shard: int = SHARD,
+    slab: int | None = None,
+) -> None:
+    """Write any plan over canonical names as a Hugging Face directory: see :func:`export_hf`."""
+    dtypes = {target.dtype for target in plan.targets.values()}
+    if len(dtypes) != 1:
+        what = f"tensors of several dtypes: {', '.join(sorted(map(str, dtypes)))}"
+        raise UserError(str(out), what, "give the dtype of the result")
+    dtype = str(dtypes.pop()).removeprefix("torch.")
+    tokens = {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id}
+    tokens = {key: value for key, value in tokens.items() if value is not None}
+    config = family_of(plan.architecture).write_config(plan.architecture, dtype) | tokens
+    files = {
+        "config.json": config,
+        "generation_config.json": {"_from_model_config": True, **tokens},
+    }
+    write_safetensors(
+        to_hf(plan),
+        out,
+        files=lambda: {name: as_json(content) for name, content in files.items()},
+        shard=shard,
+        slab=slab,
+    )

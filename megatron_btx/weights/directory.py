@@ -1,0 +1,124 @@
+"""Directories that appear whole or not at all, and go on where they were interrupted.
+
+Everything is written below ``NAME.partial``: each piece under a name of its own until it is on
+disk, then renamed. Running the same plan again finds the finished pieces and makes the others; the
+directory gets its own name last.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from megatron_btx.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_IDENTITY = ".btx-identity"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One large file of the directory."""
+
+    name: str
+    nbytes: int
+    """About how many bytes it will have: for the check of free space."""
+    write: Callable[[BinaryIO], None]
+
+
+def write_directory(
+    out: Path,
+    *,
+    identity: str,
+    pieces: Sequence[Piece],
+    files: Callable[[], Mapping[str, bytes]],
+) -> None:
+    """Write ``out``.
+
+    Args:
+        out: must not exist; its parent must.
+        identity: of what is written; an interrupted run of another identity is discarded.
+        pieces: the large files, each resumable as a whole.
+        files: the small ones, asked for when all pieces are there.
+
+    Raises:
+        UserError: ``out`` exists, cannot be written, or does not fit the disk. Nothing is left.
+    """
+    if out.exists():
+        raise UserError(str(out), "exists already", "remove it, or give another name")
+    partial = out.with_name(out.name + ".partial")
+    try:
+        if _read(partial / _IDENTITY) != identity:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            _write_small(partial / _IDENTITY, identity.encode())
+        missing = [piece for piece in pieces if not (partial / piece.name).exists()]
+        if len(missing) < len(pieces):
+            logger.info("%s: going on after %d pieces", out, len(pieces) - len(missing))
+        _check_space(partial, sum(piece.nbytes for piece in missing))
+        for piece in missing:
+            _write_piece(partial / piece.name, piece.write)
+        for name, content in files().items():
+            _write_small(partial / name, content)
+        (partial / _IDENTITY).unlink()
+        sync_directory(partial)
+        os.rename(partial, out)
+        sync_directory(out.parent)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        what = f"cannot be written: {error.strerror or error}"
+        raise UserError(str(out), what, "free some space or give another directory") from error
+    except UserError:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def as_json(value: Any) -> bytes:
+    """JSON as people read it."""
+    return (json.dumps(value, indent=2) + "\n").encode()
+
+
+def sync_directory(directory: Path) -> None:
+    """Make the renames in a directory durable."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _write_piece(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    unfinished = path.with_name(path.name + ".unfinished")
+    with unfinished.open("wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)
+
+
+def _write_small(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _check_space(directory: Path, needed: int) -> None:
+    free = shutil.disk_usage(directory).free
+    if needed > free:
+        what = f"needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
+        raise UserError(str(directory.parent), what, "free some space or give another directory")
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
