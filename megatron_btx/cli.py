@@ -32,6 +32,10 @@ _EPILOG = """examples:
 
 exit codes: 0 done, 1 a crash, 2 a mistake in the input, 130 interrupted (run again to go on)"""
 
+_PLAN_EPILOG = """examples:
+  btx plan examples/paper_7b/recipe.yaml
+  btx plan recipe.yaml --json | python -m json.tool"""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; its exit code."""
@@ -61,8 +65,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_run(commands)
     if find_spec("megatron_btx.recipe.plan"):
-        plan = import_module("megatron_btx.recipe.plan")
-        plan.add_parser(commands)
+        planning = import_module("megatron_btx.recipe.plan").add_parser(commands)
+        planning.epilog = _PLAN_EPILOG
+        planning.formatter_class = argparse.RawDescriptionHelpFormatter
     _add_report(commands)
     _add_stage(commands)
     return parser

@@ -22,6 +22,7 @@ from megatron_btx.pipeline.fingerprint import Memo
 from megatron_btx.recipe import count
 from megatron_btx.recipe.load import digest
 from megatron_btx.recipe.schema import Layout, Recipe, Training
+from megatron_btx.recipe.stages import training
 
 NEEDS: dict[str, tuple[str, ...]] = {
     "prepare": (),
@@ -120,16 +121,6 @@ def find(stages: Iterable[Stage], name: str) -> Stage:
     if name not in by_name:
         raise UserError(name, "is not a stage of this recipe", "choose " + ", ".join(by_name))
     return by_name[name]
-
-
-def training(recipe: Recipe, name: str) -> Training:
-    """The block of the recipe that describes training stage ``name``."""
-    if name.startswith("expert:"):
-        return recipe.experts[name.removeprefix("expert:")]
-    block = {"seed": recipe.seed, "finetune": recipe.finetune, "dense": recipe.dense}[name]
-    if block is None:
-        raise UserError(name, "has no block in this recipe", f"add `{name}:`")
-    return block
 
 
 def imported(recipe: Recipe, name: str) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from megatron_btx.report import table
 from megatron_btx.report.facts import Facts, Matrix, Routing, StageFacts
@@ -108,7 +108,7 @@ def compute(facts: Facts) -> str | None:
         if name in spent
     ]
     lines = []
-    for name, stage, start in _courses(facts):
+    for name, stage, start in _courses(facts, spent):
         if name in spent:
             points = _course(stage, start / scale, spent[name] / scale)
             if name != "btx" and "seed" in spent:
@@ -138,7 +138,7 @@ def _style(facts: Facts, name: str) -> str:
     return {"btx": "btx-line", "dense": "dense-line", "seed": "seed-line"}.get(name, "train")
 
 
-def _courses(facts: Facts) -> list[tuple[str, StageFacts, float]]:
+def _courses(facts: Facts, spent: Mapping[str, float]) -> list[tuple[str, StageFacts, float]]:
     """``(system, its last stage, FLOPs after the seed that were spent before that stage)``."""
     stages = facts.by_name
     experts = [stage for name, stage in stages.items() if name.startswith("expert:")]
@@ -146,7 +146,9 @@ def _courses(facts: Facts) -> list[tuple[str, StageFacts, float]]:
     if "dense" in stages:
         found.append(("dense", stages["dense"], 0.0))
     if "finetune" in stages:
-        found.append(("btx", stages["finetune"], sum(stage.flops for stage in experts)))
+        found.append(
+            ("btx", stages["finetune"], sum(spent.get(e.stage.name, 0.0) for e in experts))
+        )
     return found
 
 

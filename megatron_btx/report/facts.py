@@ -55,7 +55,6 @@ class StageFacts:
 class Routing:
     """The router's last measured work on held-out text."""
 
-    step: int
     experts: list[str]
     load: dict[str, Matrix]
     """Domain -> share of the tokens' choices, rows sum to one."""
@@ -88,7 +87,7 @@ def gather(recipe: Recipe, run_dir: Path) -> Facts:
         run_dir=run_dir,
         results=results,
         stages=stages,
-        routing=_routing(recipe, stages),
+        routing=_routing(recipe, stages, results),
     )
 
 
@@ -116,12 +115,21 @@ def _flops(recipe: Recipe, stage: Stage, done: Mapping[str, Any] | None, share: 
     return float(counted) if counted else graph.training_flops(recipe, stage.name) * share
 
 
-def _routing(recipe: Recipe, stages: list[StageFacts]) -> Routing | None:
+def _routing(
+    recipe: Recipe, stages: list[StageFacts], results: Mapping[str, Any] | None
+) -> Routing | None:
+    """As the final evaluation measured it; before that, as the last one during training did."""
+    for system in (results or {"systems": {}})["systems"].values():
+        if system.get("load"):
+            return Routing(
+                experts=list(system.get("experts") or recipe.model_names),
+                load=dict(system["load"]),
+                gate=dict(system.get("gate") or {}),
+            )
     for facts in reversed(stages):
         for record in reversed(facts.evals):
             if record.get("load"):
                 return Routing(
-                    step=int(record["step"]),
                     experts=list(recipe.model_names),
                     load=dict(record["load"]),
                     gate=dict(record.get("gate") or {}),

@@ -16,6 +16,8 @@ from megatron_btx.report import charts, table
 from megatron_btx.report.facts import Facts, StageFacts, gather
 from megatron_btx.report.style import sheet
 
+_COUNTED = ("documents", "tokens")
+
 
 def write(recipe: Recipe, run_dir: Path) -> Path:
     """Write ``report.html`` from what the run has left so far; returns its path."""
@@ -37,6 +39,7 @@ def render(facts: Facts) -> str:
         _losses(facts),
         _routing(facts),
         _stages(facts),
+        _data(facts),
         _lineage(facts),
     ]
     return (
@@ -162,7 +165,34 @@ def _stages(facts: Facts) -> str:
     head += "".join(_cell("th", name) for name in names)
     made = [stage for stage in facts.stages if stage.stage.kind != "report"]
     body = "".join(f"<tr>{_stage_cells(stage)}</tr>" for stage in made)
-    return f"<h2>Stages</h2>{_table(head, body)}"
+    return f"<h2>Stages</h2>{_table(head, body)}{_export(facts)}"
+
+
+def _export(facts: Facts) -> str:
+    """What the comparison of the exported model with ``transformers`` said."""
+    stage = facts.by_name.get("export")
+    loss = ((stage.done if stage else None) or {}).get("outputs", {}).get("loss")
+    if not loss:
+        return ""
+    return (
+        f'<p class="note">The mixture, exported as a Hugging Face model, has a loss of '
+        f"{loss['transformers']:.6f} in transformers and {loss['megatron']:.6f} here: a difference "
+        f"of {abs(loss['difference']):.1e} nats per token.</p>"
+    )
+
+
+def _data(facts: Facts) -> str:
+    prepare = facts.by_name["prepare"].done
+    domains = (prepare or {}).get("outputs", {}).get("domains")
+    if not domains:
+        return ""
+    names = ("documents", "tokens", "held-out documents", "held-out tokens")
+    head = "".join(_cell("th", name) for name in ("domain", *names))
+    body = ""
+    for name, parts in domains.items():
+        numbers = [parts[part][what] for part in ("train", "valid") for what in _COUNTED]
+        body += f"<tr>{_cell('th', name)}{''.join(_cell('td', f'{n:,}') for n in numbers)}</tr>"
+    return f"<h2>Data</h2>{_table(head, body)}"
 
 
 def _stage_cells(facts: StageFacts) -> str:

@@ -25,7 +25,8 @@ h1{font-size:1.9rem;line-height:1.2;margin:0 0 .3rem;letter-spacing:-.02em}
 h2{font-size:1.3rem;margin:3rem 0 .4rem;letter-spacing:-.01em}
 h3{font-size:.95rem;margin:0 0 .35rem;font-weight:600}
 p{max-width:46rem;margin:.4rem 0 1rem}.soft,figcaption,.note{color:var(--soft)}
-.note{font-size:.9rem}.verdict{font-size:1.12rem;max-width:46rem;margin:.6rem 0 1.4rem}
+.note{font-size:.9rem;margin:1.2rem 0 .5rem}
+.verdict{font-size:1.12rem;max-width:46rem;margin:.6rem 0 1.4rem}
 .card{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:16px 18px}
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:12px;
 margin:1.4rem 0}
@@ -40,7 +41,7 @@ tbody tr:last-child td,tbody tr:last-child th{border-bottom:0}
 tbody th{font-weight:500}tr.btx th,tr.btx td{font-weight:650}
 td.best{background:var(--good);border-radius:4px}td.best::after{content:" ★";font-size:.75em}
 td:not(.best).score::after{content:" ★";font-size:.75em;visibility:hidden}
-td.left{text-align:left}td.mean,th.mean{border-left:1px solid var(--line)}
+th.left,td.left{text-align:left}td.mean,th.mean{border-left:1px solid var(--line)}
 .panels{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,310px),1fr));gap:14px}
 .panels.small{grid-template-columns:repeat(auto-fill,minmax(min(100%,235px),1fr))}
 figure{margin:0}figcaption{font-size:.88rem;margin-top:.5rem;max-width:46rem}

@@ -46,6 +46,11 @@ def make_run(directory: Path, upto: int = 99) -> tuple[Recipe, Path]:
             records = _records(recipe, stage.name, chance)
             text = "".join(json.dumps(record) + "\n" for record in records)
             (path / "metrics.jsonl").write_text(text)
+        if stage.kind == "prepare":
+            part = {"documents": 2345, "tokens": 3_456_789}
+            outputs["domains"] = {name: {"train": part, "valid": part} for name in DOMAINS}
+        if stage.kind == "export":
+            outputs["loss"] = {"transformers": 2.5951234, "megatron": 2.5951231, "difference": 3e-7}
         state.finish(path, stage, outputs)
         done = json.loads((path / "done.json").read_text())
         done |= {

@@ -1,0 +1,180 @@
+"""The stage graph: what waits for what, and what a change repeats."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from megatron_btx.errors import UserError
+from megatron_btx.pipeline import graph, local
+from megatron_btx.pipeline.fingerprint import Memo
+from megatron_btx.recipe.load import load_recipe
+from megatron_btx.recipe.schema import Recipe
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+PAST_SEED = {"expert:code", "expert:math", "expert:prose", "finetune", "dense"}
+LAST = {"evaluate", "export", "report"}
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    """Four domains of files of one's own."""
+    lines = []
+    for name in ("general", "code", "math", "prose"):
+        for part in ("train", "valid"):
+            (tmp_path / f"{name}-{part}.jsonl").write_text(json.dumps({"text": f"{name} {part}"}))
+        lines.append(f"  {name}: {{builtin: null, train: {name}-train.jsonl, ")
+        lines[-1] += f"valid: {name}-valid.jsonl}}"
+    text = f"base: {EXAMPLES}/tiny/recipe.yaml\ndomains:\n" + "\n".join(lines) + "\n"
+    (tmp_path / "recipe.yaml").write_text(text)
+    return load_recipe(tmp_path / "recipe.yaml")
+
+
+def _keys(recipe: Recipe) -> dict[str, str]:
+    return {stage.name: stage.key for stage in graph.build(recipe)}
+
+
+def _changed(before: dict[str, str], after: dict[str, str]) -> set[str]:
+    return {name for name in before if before[name] != after.get(name)}
+
+
+def _with(recipe: Recipe, **stages: dict[str, object]) -> Recipe:
+    """``seed={"lr": 1}``, ``math={...}`` for the expert, ``wandb={...}``."""
+    for name, fields in stages.items():
+        if name in recipe.experts:
+            part = dataclasses.replace(recipe.experts[name], **fields)  # type: ignore[arg-type]
+            recipe = dataclasses.replace(recipe, experts={**recipe.experts, name: part})
+        else:
+            part = dataclasses.replace(getattr(recipe, name), **fields)
+            recipe = dataclasses.replace(recipe, **{name: part})  # type: ignore[arg-type]
+    return recipe
+
+
+def test_the_graph_of_branch_train_mix(recipe: Recipe) -> None:
+    stages = {stage.name: stage for stage in graph.build(recipe)}
+    assert set(stages["expert:math"].needs) == {"prepare", "seed"}
+    assert set(stages["finetune"].needs) == {"prepare", "seed", *PAST_SEED - {"finetune", "dense"}}
+    assert set(stages["dense"].needs) == {"prepare", "seed"}
+    assert set(stages["evaluate"].needs) == {"prepare", "seed", *PAST_SEED}
+    assert stages["export"].needs == ("finetune",)
+    assert set(stages["report"].needs) == set(stages) - {"report"}
+    assert stages["finetune"].world_size == recipe.finetune.layout.world_size == 2
+    names = list(stages)
+    assert all(names.index(n) < names.index(s.name) for s in stages.values() for n in s.needs)
+
+
+def test_its_special_cases(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaving out mix and finetune is Branch-Train-Merge; with no experts, the dense baseline."""
+    kinds = graph.SYSTEMS["btx"]
+    merge = tuple(kind for kind in kinds if kind not in ("finetune", "export"))
+    monkeypatch.setitem(graph.SYSTEMS, "btx", merge)
+    evaluate = graph.find(graph.build(recipe), "evaluate")
+    assert set(evaluate.needs) == {"prepare", "seed", *PAST_SEED - {"finetune"}}
+    monkeypatch.setitem(graph.SYSTEMS, "btx", ("prepare", "seed", "dense", "evaluate"))
+    assert graph.build(recipe)[-1].needs == ("prepare", "seed", "dense")
+
+
+def test_experts_without_tokens_are_the_seed(recipe: Recipe) -> None:
+    stage = graph.find(graph.build(_with(recipe, math={"tokens": 0})), "expert:math")
+    assert (stage.kind, stage.needs) == ("import", ("seed",))
+
+
+def test_optional_stages(recipe: Recipe) -> None:
+    without = dataclasses.replace(_with(recipe, export={"format": "none"}), dense=None)
+    names = {stage.name for stage in graph.build(without)}
+    assert names == set(_keys(recipe)) - {"dense", "export"}
+
+
+@pytest.mark.parametrize(
+    ("change", "repeated"),
+    [
+        (lambda r: _with(r, seed={"lr": 7e-4}), {"seed"} | PAST_SEED | LAST),
+        (lambda r: _with(r, math={"lr": 7e-4}), {"expert:math", "finetune"} | LAST),
+        (lambda r: _with(r, math={"tokens": 999}), {"expert:math", "finetune", "dense"} | LAST),
+        (lambda r: _with(r, finetune={"lr": 7e-4}), {"finetune"} | LAST),
+        (lambda r: _with(r, finetune={"micro_batch_size": 2}), {"finetune"} | LAST),
+        (lambda r: _with(r, seed={"micro_batch_size": 2}), set()),
+        (lambda r: _with(r, routing={"balance_loss_coeff": 0.0}), {"finetune"} | LAST),
+        (lambda r: _with(r, mix={"router_init": "zeros"}), {"finetune"} | LAST),
+        (lambda r: _with(r, dense={"lr": 7e-4}), {"dense", "evaluate", "report"}),
+        (lambda r: _with(r, evaluate={"tokens": 4096}), {"evaluate", "report"}),
+        (lambda r: _with(r, export={"check": False}), {"export", "report"}),
+        (lambda r: _with(r, wandb={"mode": "disabled"}), set()),
+        (lambda r: dataclasses.replace(r, max_parallel_jobs=1, name="other", run_dir="x"), set()),
+        (lambda r: _with(r, seed={"save_interval": 3, "keep_checkpoints": 9}), set()),
+        (
+            lambda r: _with(r, seed={"layout": dataclasses.replace(r.seed.layout, num_threads=2)}),
+            set(),
+        ),
+        (lambda r: dataclasses.replace(r, random_seed=5), {"seed"} | PAST_SEED | LAST),
+    ],
+)
+def test_a_change_repeats_what_follows_from_it_and_nothing_else(
+    recipe: Recipe, change: Callable[[Recipe], Recipe], repeated: set[str]
+) -> None:
+    assert _changed(_keys(recipe), _keys(change(recipe))) - {"prepare"} == repeated
+
+
+def test_one_domains_data(recipe: Recipe, tmp_path: Path) -> None:
+    """What the seed, its tokenizer and the other experts do not read leaves them as they are."""
+    recipe = _with(recipe, seed={"data": {"general": 1.0}})
+    before = _keys(recipe)
+    (tmp_path / "math-train.jsonl").write_text(json.dumps({"text": "another"}))
+    expected = {"prepare", "expert:math", "finetune", "dense"} | LAST
+    assert _changed(before, _keys(recipe)) == expected
+
+
+def test_a_touched_or_moved_file_is_the_same(recipe: Recipe, tmp_path: Path) -> None:
+    before = _keys(recipe)
+    for path in tmp_path.glob("*.jsonl"):
+        os.utime(path, (1, 1))
+    assert _keys(recipe) == before
+
+
+def test_the_memo_sees_every_change(tmp_path: Path) -> None:
+    file, place = tmp_path / "a.jsonl", tmp_path / "memo.json"
+    file.write_text("one")
+    memo = Memo(place)
+    first = memo.file(file)
+    memo.save()
+    assert Memo(place).file(file) == first
+    file.write_text("two")
+    os.utime(file, (1, 1))
+    assert Memo(place).file(file) != first
+    place.write_text("{")
+    assert Memo(place).file(file) == Memo().file(file)
+
+
+def test_a_large_file_is_sampled_at_both_ends(tmp_path: Path) -> None:
+    file = tmp_path / "large.jsonl"
+    with file.open("wb") as stream:
+        stream.truncate(40 << 20)
+    first = Memo().file(file)
+    for place in (0, (40 << 20) - 1):
+        with file.open("r+b") as stream:
+            stream.seek(place)
+            stream.write(b"x")
+        second = Memo().file(file)
+        assert second != first
+        first = second
+
+
+def test_the_longest_way_starts_first(recipe: Recipe) -> None:
+    names = [stage.name for stage in local.in_order(graph.build(recipe))]
+    assert names.index("dense") < names.index("expert:math") < names.index("finetune")
+
+
+def test_unknown_stage(recipe: Recipe) -> None:
+    with pytest.raises(UserError, match="choose prepare, seed, expert:code"):
+        graph.until(graph.build(recipe), "mix")
+
+
+def test_the_papers_seed_is_taken_not_trained() -> None:
+    stages = graph.build(load_recipe(EXAMPLES / "paper_7b" / "recipe.yaml"))
+    seed = graph.find(stages, "seed")
+    assert (seed.kind, seed.needs, seed.world_size) == ("import", (), 1)

@@ -1,0 +1,102 @@
+"""What a person sees of a running stage."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_btx.pipeline.view import Standing, amount, clock
+from tests.pipeline.conftest import ROOT, Run
+
+
+def _write(path: Path, records: list[dict[str, object]]) -> None:
+    path.with_name("new").write_text("".join(json.dumps(record) + "\n" for record in records))
+    os.replace(path.with_name("new"), path)
+
+
+def _steps(first: int, last: int) -> list[dict[str, object]]:
+    return [
+        {"kind": "train", "step": s, "loss": 3.0, "tokens_per_second": 12345.6, "time": 100.0 + s}
+        for s in range(first, last + 1)
+    ]
+
+
+def test_standing_follows_the_metrics(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    standing = Standing(tmp_path)
+    assert standing.read().words == "starting"
+    start = {"kind": "start", "step": 0, "total_steps": 100}
+    _write(file, [start, *_steps(1, 40)])
+    assert standing.read().words == "step 40/100  loss 3.000  12.3k tokens/s  1:00 left"
+    with file.open("a") as stream:
+        stream.write(json.dumps(_steps(41, 41)[0])[:20])
+    assert standing.read().done == 40  # a line that is being written
+    _write(file, [start, *_steps(1, 30), {**start, "step": 30}, *_steps(31, 33)])
+    assert standing.read().done == 33  # resumed: the file was cut and replaced
+
+
+def test_standing_of_what_has_no_steps(tmp_path: Path) -> None:
+    (tmp_path / "progress.json").write_text(json.dumps({"what": "tokenizing math", "done": 0.25}))
+    assert Standing(tmp_path).read().words == "tokenizing math 25%"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(-1, "0:00"), (7.4, "0:07"), (750, "12:30"), (11110, "3:05:10")]
+)
+def test_clock(seconds: float, text: str) -> None:
+    assert clock(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(0, "0"), (950, "950"), (12345, "12.3k"), (533e9, "533B")]
+)
+def test_amount(number: float, text: str) -> None:
+    assert amount(number) == text
+
+
+def test_bars_on_a_terminal(run: Run) -> None:
+    """The whole command under a real terminal: bars while it runs, one line for what is done."""
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "tests.pipeline.fake_btx", "run", str(run.recipe)]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "TERM": "xterm-256color",
+        "COLUMNS": "120",
+        "BTX_FAKE": json.dumps({"seed": {"seconds": 1.5}}),
+        "BTX_TEST_RUN": str(run.directory),
+    }
+    process = subprocess.Popen(
+        [*command, "--until", "seed"],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env=environment,
+        cwd=run.directory,
+    )
+    os.close(theirs)
+    seen, deadline = b"", time.monotonic() + 30
+    while time.monotonic() < deadline:
+        if select.select([ours], [], [], 0.2)[0]:
+            try:
+                seen += os.read(ours, 65536)
+            except OSError:  # the terminal's other side is closed
+                break
+    os.close(ours)
+    if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=20) == 0
+    text = seen.decode()
+    assert "━" in text
+    assert "/20  loss" in text
+    assert "seed done in 0:0" in text
+    assert "loss 0.200" in text  # the last step's

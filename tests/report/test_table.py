@@ -1,0 +1,92 @@
+"""The final table on a terminal and elsewhere."""
+
+from __future__ import annotations
+
+import copy
+import io
+from typing import Any
+
+import pytest
+
+from megatron_btx.pipeline.state import read_json
+from megatron_btx.report import table
+from megatron_btx.report.svg import spread, thin, ticks
+from tests.report.made import make_run
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    found = read_json(make_run(tmp_path_factory.mktemp("made"))[1] / "results.json")
+    assert found is not None
+    return found
+
+
+def test_plain_text(results: dict[str, Any]) -> None:
+    stream = io.StringIO()
+    table.show(results, stream)
+    lines = stream.getvalue().splitlines()
+    assert lines[0].split()[-5:] == ["general", "code", "math", "prose", "mean"]
+    assert lines[1].split() == ["seed", "3.410", "2.630", "1.520", "3.640", "2.800"]
+    assert lines[2].split() == ["code", "expert", "3.620", "2.310*", "1.830", "3.970", "2.933"]
+    assert lines[6].split()[1:] == ["3.330*", "2.360", "1.250", "3.440", "2.595*"]
+    assert "\x1b" not in stream.getvalue()
+
+
+def test_colours_on_a_terminal(results: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    stream = Terminal()
+    table.show(results, stream)
+    assert "\x1b[" in stream.getvalue()
+    assert "2.310*" in stream.getvalue()
+
+
+def test_equal_losses_are_both_the_best(results: dict[str, Any]) -> None:
+    results = copy.deepcopy(results)
+    results["systems"]["dense"]["loss"]["mean"] = results["systems"]["btx"]["loss"]["mean"] + 1e-5
+    assert table.best(results)["mean"] == {"btx", "dense"}
+
+
+@pytest.mark.parametrize(
+    ("gap", "words"),
+    [
+        (-0.02, "Branch-Train-MiX is ahead of the dense baseline: its mean held-out loss is 0.020"),
+        (0.02, "The dense baseline is ahead of Branch-Train-MiX: its mean held-out loss is 0.020"),
+        (0.0, "Branch-Train-MiX and the dense baseline have the same mean held-out loss"),
+    ],
+)
+def test_the_verdict_goes_either_way(results: dict[str, Any], gap: float, words: str) -> None:
+    results = copy.deepcopy(results)
+    systems = results["systems"]
+    systems["btx"]["loss"] = {k: v + gap for k, v in systems["dense"]["loss"].items()}
+    verdict = table.verdict(results)
+    assert verdict.startswith(words)
+    assert ("every domain" in verdict) == (gap < 0)
+    assert ("no domain" in verdict) == (gap >= 0)
+    del systems["dense"]
+    assert table.verdict(results) == ""
+
+
+def test_ticks_are_round_and_inside() -> None:
+    assert ticks(0, 3, 5) == [0, 1, 2, 3]
+    assert ticks(2.513, 3.13, 5) == [2.6, 2.8, 3.0]
+    assert ticks(5, 5, 5) == [5]
+
+
+def test_labels_keep_their_distance() -> None:
+    places = spread([10, 11, 12, 90], 15, 0, 100)
+    assert all(b - a >= 15 - 1e-3 for a, b in zip(places, places[1:], strict=False))
+    assert min(places) >= 0
+    assert max(places) <= 100
+
+
+def test_thinning_keeps_the_course_and_the_end() -> None:
+    points = [(float(x), 3.0 + 1 / (x + 1)) for x in range(10_000)]
+    kept = thin(points, 100)
+    assert len(kept) == 100
+    assert kept[-1][0] == 9999
+    assert thin(points[:50], 100) == points[:50]

@@ -1,0 +1,117 @@
+"""``btx`` as a user meets it: help, errors, exit codes, pipes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_btx import __version__, cli
+from tests.report.made import make_run
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ROOT / "examples" / "tiny" / "recipe.yaml"
+
+
+def _btx(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "megatron_btx.cli", *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+@pytest.mark.parametrize("command", ["run", "plan", "report", "stage"])
+def test_every_command_shows_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main([command, "--help"])
+    assert ended.value.code == 0
+    assert f"btx {command} " in capsys.readouterr().out.partition("example")[2]
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["--version"])
+    assert capsys.readouterr().out.strip() == f"megatron-btx {__version__}"
+
+
+def test_dry_run_prints_the_graph_and_changes_nothing(tmp_path: Path) -> None:
+    done = _btx("run", TINY, "--dry-run", cwd=tmp_path)
+    assert done.returncode == 0
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines[:4]] == [
+        "prepare",
+        "seed",
+        "expert:code",
+        "expert:math",
+    ]
+    assert "after prepare, seed" in lines[2]
+    assert list(tmp_path.iterdir()) == []
+    stages = json.loads(_btx("run", TINY, "--dry-run", "--json", cwd=tmp_path).stdout)["stages"]
+    assert {stage["state"] for stage in stages} == {"left"}
+
+
+@pytest.mark.parametrize(
+    ("recipe", "arguments", "words"),
+    [
+        (None, ["run"], "recipe.yaml"),
+        ("model: {num_layers: 2", ["run"], "recipe.yaml"),
+        (f"base: {TINY}\nsed: {{}}\n", ["run"], "seed"),
+        (f"base: {TINY}\nsed: {{}}\n", ["report"], "seed"),
+        (f"base: {TINY}\n", ["report"], "nothing has been run"),
+        (f"base: {TINY}\n", ["run", "--until", "mix"], "there is no stage mix"),
+        (f"base: {TINY}\n", ["stage", "mix"], "is not a stage of this recipe"),
+        (f"base: {TINY}\n", ["stage", "seed"], "needs prepare first"),
+        (f"base: {TINY}\n", ["stage", "finetune"], "2 rank(s), 1 were started"),
+        (f"base: {TINY}\nseed: {{from: nowhere}}\n", ["run"], "nowhere does not exist"),
+        (
+            f"base: {TINY}\ndomains: {{math: {{builtin: null, train: no.jsonl, valid: x.jsonl}}}}",
+            ["run"],
+            "no.jsonl does not exist",
+        ),
+    ],
+)
+def test_a_mistake_is_one_clear_error_and_leaves_nothing(
+    tmp_path: Path, recipe: str | None, arguments: list[str], words: str
+) -> None:
+    if recipe is not None:
+        (tmp_path / "recipe.yaml").write_text(recipe)
+    before = sorted(tmp_path.rglob("*"))
+    done = _btx(arguments[0], "recipe.yaml", *arguments[1:], cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_report_prints_the_table_and_writes_the_page(tmp_path: Path) -> None:
+    _, run_dir = make_run(tmp_path)
+    done = _btx("report", "recipe.yaml", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "Branch-Train-MiX is ahead of the dense baseline" in done.stdout
+    assert (run_dir / "report.html").stat().st_size > 50_000
+    table = json.loads(_btx("report", "recipe.yaml", "--json", cwd=tmp_path).stdout)
+    assert set(table["systems"]) >= {"seed", "dense", "btx"}
+
+
+def test_a_closed_pipe_is_no_crash(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    command = f"{sys.executable} -m megatron_btx.cli report recipe.yaml --json"
+    line = f"set -o pipefail; {command} | true"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        ["bash", "-c", line],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode in (0, 141)
+    assert done.stderr == ""

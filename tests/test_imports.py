@@ -1,0 +1,74 @@
+"""Imports go one way, and what answers at once imports no torch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import megatron_btx
+
+PACKAGE = Path(megatron_btx.__file__).parent
+ORDER = "errors versions recipe weights families mix engine data evaluate train pipeline report cli"
+ROOMS = ORDER.split(" ")
+"""Each may import itself and those before it."""
+
+TORCH_FREE = (
+    "cli",
+    "pipeline.adopt",
+    "pipeline.graph",
+    "pipeline.local",
+    "pipeline.state",
+    "pipeline.worker",
+    "recipe.check",
+    "recipe.load",
+    "report.page",
+    "report.table",
+    "versions",
+)
+
+
+def _room(module: str) -> str:
+    """``megatron_btx.recipe.load`` -> ``recipe``; the package itself is nobody's room."""
+    return module.split(".")[1] if "." in module else ""
+
+
+def _imports(path: Path) -> list[tuple[int, str]]:
+    """Line and name of every import of the package's own modules, those inside functions too."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [(node.lineno, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}:{node.lineno}: a relative import"
+            module = node.module or ""
+            names = [f"{module}.{alias.name}" for alias in node.names]
+            found += [(node.lineno, name if module == "megatron_btx" else module) for name in names]
+    return [(line, name) for line, name in found if name.split(".")[0] == "megatron_btx"]
+
+
+def test_imports_go_one_way() -> None:
+    wrong = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        room = path.relative_to(PACKAGE).with_suffix("").parts[0]
+        if room == "__init__":
+            continue
+        assert room in ROOMS, f"{path}: no room of the order above"
+        for line, name in _imports(path):
+            other = _room(name)
+            if other in ROOMS and ROOMS.index(other) > ROOMS.index(room):
+                wrong.append(f"{path.relative_to(PACKAGE)}:{line} imports {name}")
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("module", TORCH_FREE)
+def test_what_answers_at_once_imports_neither_torch_nor_rich(module: str) -> None:
+    code = (
+        f"import sys, megatron_btx.{module}\n"
+        "heavy = {'torch', 'numpy', 'rich', 'wandb', 'megatron'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
