@@ -8,12 +8,12 @@ paragraph of English sentences taken out.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import re
 import sysconfig
 import textwrap
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from importlib.machinery import ModuleSpec, PathFinder
 from pathlib import Path
 
 PACKAGES = (
@@ -63,7 +63,7 @@ def package_sources() -> list[Source]:
     """Modules of those :data:`PACKAGES` that are installed, without their tests."""
     sources: list[Source] = []
     for package in PACKAGES:
-        spec = importlib.util.find_spec(package)
+        spec = _find(package)
         if spec is None or not spec.submodule_search_locations:
             continue
         root = Path(next(iter(spec.submodule_search_locations)))
@@ -72,6 +72,12 @@ def package_sources() -> list[Source]:
             if not _TESTS & set(parts):
                 sources.append(Source("/".join((package, *parts)), path))
     return sources
+
+
+def _find(package: str) -> ModuleSpec | None:
+    """Where a package is. Not by importlib.util.find_spec: asked for pip, a hook of setuptools goes
+    back to the standard library's distutils, and torch cannot be imported any more."""
+    return PathFinder.find_spec(package)
 
 
 def _python_files(root: Path) -> Iterator[Path]:
@@ -145,7 +151,7 @@ def documentation() -> Iterator[tuple[str, str]]:
             yield f"pydoc/{name}", text
     except ImportError:  # some distributions leave it out
         pass
-    site = importlib.util.find_spec("numpy")
+    site = _find("numpy")
     if site is None or site.origin is None:
         return
     for metadata in sorted(Path(site.origin).parents[1].glob("*.dist-info/METADATA")):

@@ -162,7 +162,7 @@ def _dataset(recipe: Recipe, name: str, run_dir: Path, cache: Path) -> Any:
 
 
 def _prefix(run_dir: Path, domain: str, split: str) -> Path:
-    prefix = run_dir / "prepare" / domain / split
+    prefix = run_dir / "prepare" / "data" / domain / split
     if not prefix.with_name(split + ".idx").exists():
         raise UserError(f"domains.{domain}", f"{prefix}.idx is missing", "run stage prepare first")
     return prefix

@@ -134,7 +134,7 @@ class HuggingFace(Tokenizer):
         """``directory`` holds tokenizer.json and tokenizer_config.json.
 
         Raises:
-            UserError: a file is missing or damaged, there is no end token, or the library is absent.
+            UserError: a file is missing or damaged, there is no end token, or no library.
         """
         try:
             import tokenizers

@@ -98,12 +98,12 @@ def _merges(pieces: sentencepiece.SentencePieceProcessor) -> list[list[str]]:
 def _add_dummy_prefix(model: bytes) -> bool:
     """Whether a space goes in front of a text; refuses what cannot be expressed exactly."""
     try:
-        from sentencepiece import sentencepiece_model_pb2
+        from sentencepiece import sentencepiece_model_pb2 as schema
     except ImportError as error:
         raise UserError(
             "export", "reading a SentencePiece model needs protobuf", "pip install protobuf"
         ) from error
-    proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+    proto = schema.ModelProto.FromString(model)  # type: ignore[attr-defined]  # made at run time
     trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
     wrong = [
         text

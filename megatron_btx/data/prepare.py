@@ -1,0 +1,291 @@
+"""The ``prepare`` stage: text to token files.
+
+    prepare/corpus/<name>/{train,valid}.jsonl      built-in text, where a domain asks for it
+    prepare/tokenizer/
+    prepare/data/<domain>/{train,valid}.{bin,idx,json}
+    prepare/data.json                              what there is of each domain
+
+Every piece carries a hash of what it was made from and is kept as long as that holds, so a stage
+that was killed goes on where it was, and one changed domain costs only itself.
+
+A domain whose recipe names no ``valid`` files is split: one document in fifty is held out, chosen by
+the hash of its text, so that the same text never is on both sides.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from megatron_btx.data import Progress, no_progress
+from megatron_btx.data.builtin import write_builtin
+from megatron_btx.data.documents import find_files, read_documents
+from megatron_btx.data.tokenizer import (
+    Tokenizer,
+    check_vocabulary,
+    load_tokenizer,
+    read_tokenizer,
+    train_tokenizer,
+)
+from megatron_btx.errors import UserError, UserErrors
+from megatron_btx.recipe.schema import Domain, Recipe
+
+logger = logging.getLogger(__name__)
+
+SPLITS = ("train", "valid")
+_HELD_OUT = 50
+"""One document in so many is held out where no ``valid`` files are given."""
+
+
+def prepare(
+    recipe: Recipe, out_dir: str | Path, progress: Progress = no_progress
+) -> dict[str, Any]:
+    """Make tokenizer and token files of every domain in ``out_dir``.
+
+    Returns:
+        ``{"tokenizer": {...}, "domains": {name: {"train": {...}, "valid": {...}}}}`` with
+        documents, tokens, bytes, sha256 and sources of each; also written to ``data.json``.
+
+    Raises:
+        UserError: text or tokenizer is missing or unusable; the message names file and line.
+    """
+    out_dir = Path(out_dir)
+    sources = _find(recipe)
+    _write_corpora(recipe, out_dir / "corpus", progress)
+    texts = {name: _Text(name, domain, sources[name], out_dir) for name, domain in
+             recipe.domains.items()}  # fmt: skip
+    tokenizer = _tokenizer(recipe, texts, out_dir / "tokenizer", progress)
+    domains = _index(texts, tokenizer, out_dir / "data", progress)
+    for name, splits in domains.items():
+        for split, piece in splits.items():
+            if piece["tokens"] <= recipe.model.seq_length:
+                raise UserError(
+                    f"domains.{name}.{split}",
+                    f"holds {piece['tokens']} tokens, less than one sequence and a token "
+                    f"({recipe.model.seq_length} + 1)",
+                    "give it more text, or lower model.seq_length",
+                )
+    described = {**tokenizer.describe(), "vocab_size": tokenizer.vocab_size}
+    summary = {"tokenizer": described, "domains": domains}
+    _write_json(out_dir / "data.json", summary)
+    return summary
+
+
+def prefix(run_dir: str | Path, domain: str, split: str) -> Path:
+    """Where the token files of a domain are, without ``.bin`` and ``.idx``."""
+    return Path(run_dir) / "prepare" / "data" / domain / split
+
+
+class _Text:
+    """The documents of one domain."""
+
+    def __init__(
+        self, name: str, domain: Domain, files: dict[str, list[Path]], out_dir: Path
+    ) -> None:
+        self.name, self.domain, self.files = name, domain, files
+        if domain.builtin is not None:
+            corpus = out_dir / "corpus" / domain.builtin
+            self.files = {split: [corpus / f"{split}.jsonl"] for split in SPLITS}
+        self.is_split = not self.files["valid"]
+
+    def documents(self, split: str) -> Iterator[str]:
+        key = "text" if self.domain.builtin is not None else self.domain.text_key
+        if not self.is_split:
+            return read_documents(self.files[split], key)
+        held_out = split == "valid"
+        documents = read_documents(self.files["train"], key)
+        return (text for text in documents if (_hash(text) % _HELD_OUT == 0) is held_out)
+
+    def size(self) -> int:
+        """Bytes of the training files; what compression hides is guessed."""
+        return sum(f.stat().st_size * (4 if f.suffix == ".gz" else 1) for f in self.files["train"])
+
+    def key(self, split: str) -> str:
+        """What the text depends on: files by name, size and time; built-in text by content."""
+        files = self.files["train" if self.is_split else split]
+        if self.domain.builtin is not None:
+            return _digest([_sha256(file) for file in files])
+        stats = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+        return _digest([stats, self.domain.text_key, self.is_split, split])
+
+
+def _find(recipe: Recipe) -> dict[str, dict[str, list[Path]]]:
+    """The files of every domain; everything that is missing is reported at once."""
+    found: dict[str, dict[str, list[Path]]] = {}
+    errors: list[UserError] = []
+    for name, domain in recipe.domains.items():
+        found[name] = {}
+        for split, paths in (("train", domain.train), ("valid", domain.valid)):
+            try:
+                found[name][split] = find_files(paths, where=f"domains.{name}.{split}")
+            except UserError as error:
+                errors.append(error)
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        raise UserErrors(errors)
+    return found
+
+
+def _write_corpora(recipe: Recipe, directory: Path, progress: Progress) -> None:
+    sizes: dict[str, int] = {}
+    for domain in recipe.domains.values():
+        if domain.builtin is not None:
+            sizes[domain.builtin] = max(sizes.get(domain.builtin, 0), domain.builtin_bytes)
+    if not sizes:
+        return
+    # All of them together: what is held out of one is kept out of every other.
+    made, key = directory / "made.json", _digest([sizes, recipe.random_seed])
+    if _read_json(made).get("key") == key:
+        return
+    made.unlink(missing_ok=True)
+    corpora = write_builtin(directory, sizes, seed=recipe.random_seed, progress=progress)
+    _write_json(made, {"key": key, **{name: asdict(corpus) for name, corpus in corpora.items()}})
+
+
+def _tokenizer(
+    recipe: Recipe, texts: dict[str, _Text], directory: Path, progress: Progress
+) -> Tokenizer:
+    wanted, seed = recipe.tokenizer, recipe.seed.from_
+    given: Tokenizer | None = None
+    if wanted.path is not None:
+        given = read_tokenizer(wanted.path, wanted.type, where="tokenizer.path")
+    if seed is not None:
+        given = _seeds_tokenizer(Path(seed), given)
+    if given is not None:
+        key = given.sha256
+    else:
+        readers = {name: texts[name] for name in recipe.seed.data or texts}
+        key = _digest([wanted.vocab_size, wanted.train_bytes, sorted(readers),
+                       [readers[name].key("train") for name in sorted(readers)]])  # fmt: skip
+    if _read_json(directory / "made.json").get("key") == key:
+        return load_tokenizer(directory)
+    progress("tokenizer", 0.0)
+    tokenizer = given or train_tokenizer(
+        _sample(readers, wanted.train_bytes), wanted.vocab_size, where="tokenizer.vocab_size"
+    )
+    temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    tokenizer.save(temporary)
+    _write_json(temporary / "made.json", {"key": key})
+    shutil.rmtree(directory, ignore_errors=True)
+    os.replace(temporary, directory)
+    progress("tokenizer", 1.0)
+    return load_tokenizer(directory)
+
+
+def _seeds_tokenizer(seed: Path, given: Tokenizer | None) -> Tokenizer:
+    """The tokenizer that lies beside the seed's weights, or the one given, if it fits them."""
+    steps = sorted(seed.glob("step_????????")) or sorted(seed.glob("checkpoints/step_????????"))
+    checkpoint = steps[-1] if steps else seed
+    theirs = None
+    if (checkpoint / "tokenizer").is_dir():
+        theirs = load_tokenizer(checkpoint / "tokenizer")
+    tokenizer = given or theirs
+    if tokenizer is None:
+        raise UserError(
+            "seed.from",
+            f"{checkpoint} comes without its tokenizer/",
+            "give the tokenizer it was trained with as tokenizer.path",
+        )
+    if theirs is not None and tokenizer.sha256 != theirs.sha256:
+        raise UserError(
+            "tokenizer.path",
+            "is not the tokenizer that the seed was trained with (seed.from)",
+            "leave tokenizer.path out: the seed's own is taken",
+        )
+    size = _read_json(checkpoint / "manifest.json").get("vocab_size")
+    if size is not None:
+        check_vocabulary(tokenizer, size, where="tokenizer.path")
+    return tokenizer
+
+
+def _sample(texts: dict[str, _Text], size: int) -> Iterator[str]:
+    """About ``size`` bytes of training text, the same from each domain, spread over its files."""
+    quota = size // len(texts)
+    for text in texts.values():
+        share = min(1.0, 1.1 * quota / max(text.size(), 1))
+        left = quota
+        for document in text.documents("train"):
+            if share < 1 and _hash(document) % 1000 >= 1000 * share:
+                continue
+            yield document
+            left -= len(document.encode())
+            if left <= 0:
+                break
+
+
+def _index(
+    texts: dict[str, _Text], tokenizer: Tokenizer, directory: Path, progress: Progress
+) -> dict[str, dict[str, Any]]:
+    total = sum(text.size() for text in texts.values()) or 1
+    done = 0
+
+    def watched(documents: Iterable[str]) -> Iterator[str]:
+        nonlocal done
+        for document in documents:
+            done += len(document)
+            progress("tokens", min(done / total, 0.99))
+            yield document
+
+    result: dict[str, dict[str, Any]] = {}
+    for name, text in texts.items():
+        result[name] = {}
+        for split in SPLITS:
+            result[name][split] = _piece(text, split, tokenizer, directory / name, watched)
+    progress("tokens", 1.0)
+    return result
+
+
+def _piece(
+    text: _Text, split: str, tokenizer: Tokenizer, directory: Path, watched: Any
+) -> dict[str, Any]:
+    from megatron_btx.data.indexed import read_piece, write_indexed
+
+    key = _digest([text.key(split), tokenizer.sha256])
+    piece = read_piece(directory / split, key)
+    if piece is None:
+        documents = watched(text.documents(split))
+        piece = write_indexed(directory / split, documents, tokenizer, key=key)
+        logger.info("%s %s: %s", text.name, split, piece)
+    builtin = text.domain.builtin
+    files = [str(file) for file in text.files["train" if text.is_split else split]]
+    return {**asdict(piece), "sources": [f"builtin: {builtin}"] if builtin else files}
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def _digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
