@@ -1,0 +1,205 @@
+"""Bytes: what a rank holds while it trains, and what a checkpoint takes on disk.
+
+Two totals: what is *allocated*, which is what a GPU reports, and what is *resident* on a CPU, where
+the runtime and what the C library does not give back come on top. The formulae follow the modules of megatron_btx/engine (``scaled_dot_product_attention``, grouped
+experts, gradients accumulated in fp32) and were read off the tensors that autograd keeps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_btx.recipe import count
+from megatron_btx.recipe.architecture import Architecture
+from megatron_btx.recipe.layouts import sequence_parallel
+from megatron_btx.recipe.schema import Layout, Training
+
+RUNTIME = 350_000_000
+"""Resident size of a CPU rank that has imported torch and Megatron-Core and joined its process
+groups, before it builds a model. A GPU's context is outside of what its allocator reports."""
+
+SLACK = {"dense": 0.55, "moe": 0.75}
+"""What glibc's allocator keeps on top on a CPU, as a share of the activations: their blocks come
+back in another order than the next step asks for them. Measured, hidden 64 to 512, fp32 and bf16."""
+
+_ELEMENT = {"fp32": 4, "bf16": 2}
+_ITEM = 2400
+"""Bytes that one tensor shard costs in a ``torch_dist`` directory beside its data: the header of
+its zip container and its entry in ``.metadata``."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Memory:
+    """Peak bytes of one rank, the one that needs most."""
+
+    weights: int
+    gradients: int
+    """Megatron's buffer, fp32 whatever the precision."""
+    optimizer: int
+    """Both moments and, for bf16, the master weights: fp32."""
+    activations: int
+    """What the layers keep for the backward pass, of all micro-batches in flight."""
+    transient: int
+    """The most that comes on top: the loss's softmax, the logits' gradient and the output layer's,
+    or later the layers that are recomputed."""
+    slack: int
+    """Held by a CPU's allocator, see ``SLACK``."""
+
+    @property
+    def allocated(self) -> int:
+        """On a GPU: the peak of ``torch.cuda.max_memory_allocated``."""
+        state = self.weights + self.gradients + self.optimizer
+        return state + self.activations + self.transient
+
+    @property
+    def resident(self) -> int:
+        """On a CPU: the process's peak resident set."""
+        return self.allocated + RUNTIME + self.slack
+
+
+def rank_parameters(architecture: Architecture, layout: Layout, stage: int) -> tuple[int, int]:
+    """Parameters on a rank of one pipeline stage: (all but the experts, the experts)."""
+    model, experts = architecture.model, len(architecture.experts)
+    tp, pp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
+    h, ffn = model.hidden_size, count.ffn_parameters(model)
+    layer = count.attention_parameters(model) // tp + 2 * h + experts * h
+    expert_layer = experts // layout.expert_model_parallel_size * ffn // layout.etp
+    if not experts:
+        layer += ffn // tp
+    matrix = architecture.padded_vocab_size * h // tp
+    dense = layer * model.num_layers // pp
+    is_first, is_last = stage == 0, stage == pp - 1
+    if is_first:
+        dense += matrix
+    if is_last:
+        dense += h
+    if is_last and (model.untie_embeddings_and_output_weights or not is_first):
+        dense += matrix
+    return dense, expert_layer * model.num_layers // pp
+
+
+def layer_activations(architecture: Architecture, training: Training) -> tuple[int, int]:
+    """Bytes that one layer keeps for the backward pass of one micro-batch: (attention, FFN).
+
+    With T tokens, N heads of d channels, elements of e bytes: attention keeps its input, its
+    normalised input, q, k, v and the output, 2 T H + 4 T N d (6 T N d without grouped queries: v is
+    then a view into the joint q, k and v, which stays); a dense FFN its input and normalised
+    input, [gate; up], silu(gate), their product and the gated input of the second matrix,
+    2 T H + 5 T F; an MoE 2 T H and, for k T tokens sent to experts, k T (H + 5 F). Tensor
+    parallelism divides N d and F, sequence parallelism T H as well. Balanced experts are assumed.
+    """
+    model, layout = architecture.model, training.layout
+    tp, element = layout.tensor_model_parallel_size, _ELEMENT[training.precision]
+    is_moe = architecture.routing is not None
+    tokens = _tokens(architecture, training)
+    split = tp if sequence_parallel(layout, moe=is_moe) else 1
+    rows = tokens * model.hidden_size // split
+    heads = tokens * model.num_attention_heads * count.kv_channels(model) // tp
+    grouped = count.query_groups(model) < model.num_attention_heads
+    attention = 2 * rows + (4 if grouped else 6) * heads
+    if is_moe:
+        runs = count.experts_run(architecture) / model.num_layers * tokens / split * layout.etp
+        ffn = 2 * rows + int(runs * (model.hidden_size + 5 * model.ffn_hidden_size / layout.etp))
+    else:
+        ffn = 2 * rows + 5 * tokens * model.ffn_hidden_size // tp
+    return attention * element, ffn * element
+
+
+def training_memory(architecture: Architecture, training: Training) -> Memory:
+    """Peak memory of the pipeline stage that needs most, under the stage's own layout."""
+    stages = range(training.layout.pipeline_model_parallel_size)
+    return max(
+        (_stage(architecture, training, i) for i in stages), key=lambda memory: memory.allocated
+    )
+
+
+def _stage(architecture: Architecture, training: Training, stage: int) -> Memory:
+    model, layout = architecture.model, training.layout
+    tp, pp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
+    element = _ELEMENT[training.precision]
+    dense, experts = rank_parameters(architecture, layout, stage)
+    state = 8 if training.precision == "fp32" else 12
+    optimizer = state * (dense + experts)
+    if training.use_distributed_optimizer:
+        dense_ranks = layout.data_parallel_size * layout.context_parallel_size
+        expert_ranks = layout.world_size // (layout.etp * layout.expert_model_parallel_size * pp)
+        optimizer = state * (-(-dense // dense_ranks) - (-experts // max(1, expert_ranks)))
+    tokens = _tokens(architecture, training)
+    rows = tokens * model.hidden_size * element
+    micro_batches = training.global_batch_size // (
+        training.micro_batch_size * layout.data_parallel_size
+    )
+    in_flight = min(pp - stage, max(1, micro_batches))
+    kept, transient = _layers(architecture, training)
+    activations = in_flight * (kept + (rows if stage == 0 else 0))
+    if stage == pp - 1:
+        vocabulary = architecture.padded_vocab_size // tp
+        activations += 2 * rows
+        softmax = 4 * tokens * vocabulary  # fp32 whatever the precision
+        loss = softmax + element * (tokens + model.hidden_size) * vocabulary
+        transient = max(transient, loss)
+    return Memory(
+        weights=element * (dense + experts),
+        gradients=4 * (dense + experts),
+        optimizer=optimizer,
+        activations=activations,
+        transient=transient,
+        slack=int(SLACK["moe" if architecture.routing else "dense"] * activations),
+    )
+
+
+def _layers(architecture: Architecture, training: Training) -> tuple[int, int]:
+    """(kept by all layers of a pipeline stage for one micro-batch, brought back by recomputation
+    at any one time)."""
+    options, layout = training.megatron.transformer, training.layout
+    layers = architecture.model.num_layers // layout.pipeline_model_parallel_size
+    attention, ffn = layer_activations(architecture, training)
+    whole = attention + ffn
+    is_moe = architecture.routing is not None
+    split = layout.tensor_model_parallel_size if sequence_parallel(layout, moe=is_moe) else 1
+    rows = _tokens(architecture, training) * architecture.model.hidden_size // split
+    rows *= _ELEMENT[training.precision]
+    granularity = options.get("recompute_granularity")
+    if granularity == "full":
+        chunk = min(layers, options.get("recompute_num_layers") or 1)
+        if options.get("recompute_method") == "block":  # only the first `chunk` layers
+            return chunk * rows + (layers - chunk) * whole, whole
+        return -(-layers // chunk) * rows, chunk * whole
+    if granularity == "selective" and {"mlp", "moe"} & set(options.get("recompute_modules") or ()):
+        return layers * (attention + 2 * rows), ffn
+    return layers * whole, 0
+
+
+def _tokens(architecture: Architecture, training: Training) -> int:
+    """Tokens of a micro-batch on one rank."""
+    seq = architecture.model.seq_length // training.layout.context_parallel_size
+    return seq * training.micro_batch_size
+
+
+def checkpoint_bytes(
+    architecture: Architecture, training: Training, *, has_optimizer: bool = True
+) -> int:
+    """Disk of one ``torch_dist`` checkpoint: the model in its precision; with the optimizer, both
+    moments in fp32 and the fp32 weights where bf16 or the distributed optimizer has them apart."""
+    masters = training.precision == "bf16" or training.use_distributed_optimizer
+    states = (3 if masters else 2) if has_optimizer else 0
+    parameters = count.parameters(architecture).total
+    return parameters * (_ELEMENT[training.precision] + 4 * states) + _ITEM * _shards(
+        architecture, training.layout
+    ) * (1 + states)
+
+
+def _shards(architecture: Architecture, layout: Layout) -> int:
+    """Shards of all parameters over all ranks, replicas once."""
+    tp, ep, etp = (
+        layout.tensor_model_parallel_size,
+        layout.expert_model_parallel_size,
+        layout.etp,
+    )
+    whole, split = 2, 2 * tp  # norms; qkv and projection
+    if architecture.routing is None:
+        split += 3 * tp  # fc1 is stored as its two halves
+    else:
+        whole, split = whole + 1, split + 3 * ep * etp
+    matrices = 2 if architecture.model.untie_embeddings_and_output_weights else 1
+    return architecture.model.num_layers * (whole + split) + matrices * tp + 1

@@ -1,0 +1,214 @@
+"""``btx plan``: what every stage of a recipe will cost, before anything runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_btx.recipe import check, count, memory
+from megatron_btx.recipe.load import load_recipe
+from megatron_btx.recipe.schema import Recipe, Training
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StagePlan:
+    """One training stage in numbers. A stage taken ``from:`` a checkpoint trains nothing."""
+
+    name: str
+    """As in a run directory: ``seed``, ``expert:math``, ``finetune``, ``dense``."""
+    taken_from: str | None
+    params_total: int
+    params_active: int
+    vocab_padding: int
+    """Parameters among ``params_total`` that pad the vocabulary."""
+    tokens: int
+    steps: int
+    flops_per_token: int
+    train_flops: int
+    inference_flops_per_token: int
+    ranks: int
+    memory_per_rank: memory.Memory
+    checkpoint_bytes: int
+    disk_bytes: int
+    """The stage's checkpoints when it is done."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """A recipe's stages, and the whole of Branch-Train-MiX without its baseline and its seed."""
+
+    recipe: str
+    stages: tuple[StagePlan, ...]
+    btx_tokens: int
+    """What made the system after the seed: experts and finetuning."""
+    btx_flops: int
+    total_flops: int
+    total_disk_bytes: int
+
+
+def plan(recipe: Recipe) -> Plan:
+    """The numbers of a recipe; pure arithmetic."""
+    stages = tuple(_stage(recipe, key, stage) for key, stage in check.stages(recipe).items())
+    btx = [stage for stage in stages if stage.name == "finetune" or ":" in stage.name]
+    return Plan(
+        recipe=recipe.name,
+        stages=stages,
+        btx_tokens=sum(stage.tokens for stage in btx),
+        btx_flops=sum(stage.train_flops for stage in btx),
+        total_flops=sum(stage.train_flops for stage in stages),
+        total_disk_bytes=sum(stage.disk_bytes for stage in stages),
+    )
+
+
+def _stage(recipe: Recipe, key: str, stage: Training) -> StagePlan:
+    architecture = count.dense_architecture(recipe)
+    if key == "finetune":
+        architecture = architecture.mixed(recipe)
+    parameters = count.parameters(architecture)
+    steps = count.steps(stage, recipe.model) if stage.from_ is None else 0
+    tokens = steps * stage.global_batch_size * recipe.model.seq_length
+    flops = count.training_flops_per_token(architecture)
+    checkpoint = memory.checkpoint_bytes(architecture, stage)
+    saved = min(stage.keep_checkpoints, -(-steps // stage.save_interval))
+    return StagePlan(
+        name=key.replace("experts.", "expert:", 1),
+        taken_from=stage.from_,
+        params_total=parameters.total,
+        params_active=parameters.active,
+        vocab_padding=parameters.vocab_padding,
+        tokens=tokens,
+        steps=steps,
+        flops_per_token=flops,
+        train_flops=flops * tokens,
+        inference_flops_per_token=count.forward_flops_per_token(architecture),
+        ranks=stage.layout.world_size,
+        memory_per_rank=memory.training_memory(architecture, stage),
+        checkpoint_bytes=checkpoint,
+        disk_bytes=checkpoint * saved,
+    )
+
+
+_COLUMNS = (
+    *("stage", "params", "active", "tokens", "steps", "FLOPs", "ranks"),
+    *("GPU memory", "CPU memory", "disk"),
+)
+
+
+def rows(plan: Plan) -> list[tuple[str, ...]]:
+    """The table's cells, a row a stage and one of totals."""
+    table = [
+        (
+            stage.name,
+            human(stage.params_total),
+            human(stage.params_active),
+            human(stage.tokens) if stage.steps else "-",
+            f"{stage.steps:,}" if stage.steps else "-",
+            f"{stage.train_flops:.2e}" if stage.steps else "-",
+            str(stage.ranks) if stage.steps else "-",
+            human(stage.memory_per_rank.allocated, "B") if stage.steps else "-",
+            human(stage.memory_per_rank.resident, "B") if stage.steps else "-",
+            human(stage.disk_bytes, "B") if stage.steps else "-",
+        )
+        for stage in plan.stages
+    ]
+    total = f"{plan.total_flops:.2e}"
+    disk = human(plan.total_disk_bytes, "B")
+    return [*table, ("all stages", "", "", "", "", total, "", "", "", disk)]
+
+
+def render(plan: Plan) -> str:
+    """The plan as plain text."""
+    table = [_COLUMNS, *rows(plan)]
+    widths = [max(len(row[i]) for row in table) for i in range(len(_COLUMNS))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in table
+    ]
+    lines.insert(1, "-" * len(lines[0]))
+    lines.insert(len(lines) - 1, "-" * len(lines[0]))
+    return "\n".join([f"Plan of {plan.recipe}", "", *lines, "", *notes(plan)])
+
+
+def notes(plan: Plan) -> list[str]:
+    """The lines under the table."""
+    lines = [
+        f"Branch-Train-MiX after the seed (experts and finetune): {human(plan.btx_tokens)} tokens, "
+        f"{plan.btx_flops:.2e} FLOPs.",
+        "Memory is a rank's peak: allocated on a GPU, or resident on a CPU. Disk: the checkpoints.",
+    ]
+    for stage in plan.stages:
+        if stage.taken_from is not None:
+            lines.append(f"{stage.name} is taken from {stage.taken_from}.")
+    padding = plan.stages[0].vocab_padding
+    if padding:
+        lines.append(f"Of each model's parameters {human(padding)} pad the vocabulary.")
+    return lines
+
+
+def human(number: float, unit: str = "") -> str:
+    """Three significant digits or one decimal: ``6.7B``, ``533.0B``, ``1.3MB`` (powers of 1000)."""
+    for factor, suffix in ((1e12, "T"), (1e9, "G" if unit else "B"), (1e6, "M"), (1e3, "k")):
+        if number >= factor:
+            return f"{number / factor:.1f}{suffix}{unit}"
+    return f"{number:.0f}{unit}"
+
+
+def as_json(plan: Plan) -> str:
+    """The plan for other programs; numbers unrounded."""
+    content: dict[str, Any] = asdict(plan)
+    for entry, stage in zip(content["stages"], plan.stages, strict=True):
+        used = stage.memory_per_rank
+        entry["memory_per_rank"] |= {"allocated": used.allocated, "resident": used.resident}
+    return json.dumps(content, indent=1)
+
+
+def add_parser(subparsers: Any) -> argparse.ArgumentParser:
+    """Add ``plan`` to the command line."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "plan", help="what a recipe will cost: parameters, tokens, FLOPs, memory, disk"
+    )
+    parser.add_argument("recipe", type=Path, help="a recipe's YAML file")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the plan; exit code 0.
+
+    Raises:
+        UserErrors: the recipe is wrong.
+    """
+    made = plan(load_recipe(args.recipe))
+    if args.json:
+        sys.stdout.write(as_json(made) + "\n")
+    elif sys.stdout.isatty():
+        _print_table(made)
+    else:
+        sys.stdout.write(render(made) + "\n")
+    return 0
+
+
+def _print_table(plan: Plan) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"Plan of {plan.recipe}")
+    for i, column in enumerate(_COLUMNS):
+        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
+    *stages, total = rows(plan)
+    for row in stages:
+        table.add_row(*row)
+    table.add_section()
+    table.add_row(*total)
+    console = Console()
+    console.print(table)
+    for line in notes(plan):
+        console.print(line, soft_wrap=True)
