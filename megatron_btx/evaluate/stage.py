@@ -104,9 +104,7 @@ def evaluate_checkpoint(
 ) -> tuple[Architecture, HeldOut]:
     """Load a checkpoint under the evaluation's layout and evaluate it."""
     source = open_megatron(checkpoint, "model")
-    model = build_model(
-        source.architecture, settings.layout, precision, random_seed=random_seed
-    )
+    model = build_model(source.architecture, settings.layout, precision, random_seed=random_seed)
     initialize(model, copy(source, dtype=DTYPES[precision]))
     with torch.no_grad():
         result = evaluate(model, domains, micro_batch_size=settings.micro_batch_size)

@@ -130,13 +130,19 @@ def starting_point(recipe: Recipe, name: str, training: Training, run_dir: Path)
     if name == "finetune":
         sources = (_stage_of(model) for model in recipe.model_names)
         return btx_plan(
-            zip(recipe.model_names, (final_checkpoint(stage_directory(run_dir, s)) for s in sources), strict=True),
+            zip(
+                recipe.model_names,
+                (final_checkpoint(stage_directory(run_dir, s)) for s in sources),
+                strict=True,
+            ),
             mix=recipe.mix,
             routing=recipe.routing,
             precision=training.precision,
             random_seed=recipe.random_seed,
         )
-    return copy(open_megatron(final_checkpoint(stage_directory(run_dir, "seed")), "seed"), dtype=dtype)
+    return copy(
+        open_megatron(final_checkpoint(stage_directory(run_dir, "seed")), "seed"), dtype=dtype
+    )
 
 
 def _stage_of(model: str) -> str:
