@@ -7,54 +7,67 @@ that Megatron's shuffles depend on are those of the whole stage.
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
+from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-from megatron.core.datasets.indexed_dataset import IndexedDataset
-from torch import Tensor
 
+from megatron_btx.data.heldout import HeldOutText, Sample
+from megatron_btx.data.indexed import Piece, read_piece
+from megatron_btx.data.interleave import Interleaved
+from megatron_btx.data.prepare import prefix
 from megatron_btx.data.tokenizer import load_tokenizer
 from megatron_btx.errors import UserError
 from megatron_btx.recipe import count
 from megatron_btx.recipe.schema import Recipe, Training
 from megatron_btx.recipe.stages import directory, training
 
-Sample = dict[str, Tensor]
-"""``tokens``, ``labels``, ``position_ids`` int64 [S] and ``loss_mask`` float32 [S]."""
+__all__ = ["HeldOutText", "Phase", "Sample", "Stream", "held_out", "stage_stream"]
 
 
-class _TokenizerFacts:
-    """What Megatron's datasets ask of a tokenizer."""
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """One mixture from its first sample to its last, as one stage reads it.
 
-    def __init__(self, tokenizer: Any) -> None:
-        self.eod = tokenizer.eos_id
-        self.vocab_size = tokenizer.vocab_size
-        self.unique_identifiers = {"sha256": tokenizer.sha256}
+    Another stage that reads it again builds it from the same numbers and so gets the same samples.
+    """
+
+    name: str
+    """Of the stage; its shuffles are seeded by this and the recipe's seed."""
+    samples: int
+    """Of the whole stage. Megatron's order depends on it."""
+    domains: tuple[int, ...]
+    """Place in the recipe's list of domains of each part of the mixture."""
+    dataset: Any
+    """Megatron's ``BlendedDataset``, or ``GPTDataset`` where there is one domain."""
+
+    def __getitem__(self, index: int) -> Sample:
+        """Sample ``index``, with its domain's place in the recipe under ``domains``, int64 []."""
+        sample = self.dataset[index]
+        sample["domains"] = torch.tensor(self.domains[int(sample.pop("dataset_id", 0))])
+        return sample
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stream:
-    """All samples of one training stage in their order, and this rank's part of each step.
+    """All samples of one training stage in their order, and this rank's part of each step."""
 
-    Args:
-        parts: the datasets that are read.
-        order: for every global index (which part, which sample of it), int32 [n, 2]; ``None``:
-            ``parts[0]`` from its beginning.
-        training: batch sizes.
-    """
-
-    parts: Sequence[Any]
-    order: np.ndarray | None
+    groups: Sequence[Sequence[Phase]]
+    """Read one after the other; the phases of a group are interleaved in proportion."""
     training: Training
+    """Batch sizes and layout."""
 
     @property
     def num_microbatches(self) -> int:
@@ -62,35 +75,51 @@ class Stream:
         size = self.training.micro_batch_size * self.training.layout.data_parallel_size
         return self.training.global_batch_size // size
 
-    def sample(self, index: int) -> Sample:
-        """The sample at a global index; behind the last one it begins anew (a last step that the
-        tokens do not fill)."""
-        if self.order is None:
-            return self.parts[0][index % len(self.parts[0])]
-        part, inner = self.order[index % len(self.order)]
-        return self.parts[part][int(inner)]
+    def __len__(self) -> int:
+        """Samples of all phases."""
+        return sum(phase.samples for group in self.groups for phase in group)
 
-    def batches(self, step: int) -> Iterator[Sample]:
+    def locate(self, first: int, number: int) -> list[tuple[Phase, int]]:
+        """Phase and sample within it of ``number`` consecutive global indices.
+
+        Behind the end, in a last step that the tokens do not fill, the last group begins anew.
+        """
+        found: list[tuple[Phase, int]] = []
+        begin = 0
+        for place, group in enumerate(self.groups):
+            order = Interleaved([phase.samples for phase in group])
+            last = place == len(self.groups) - 1
+            while number and (first < begin + len(order) or last):
+                inside = (first - begin) % len(order)
+                here = min(number, len(order) - inside)
+                which, index = order.locate(inside, here)
+                found += [(group[w], int(i)) for w, i in zip(which, index, strict=True)]
+                first, number = first + here, number - here
+            begin += len(order)
+        return found
+
+    def batches(self, step: int, data_parallel_rank: int | None = None) -> Iterator[Sample]:
         """This data-parallel rank's micro-batches of a step (from 0), as Megatron's pretraining
         sampler deals them out: consecutive blocks of micro_batch_size, rank by rank.
 
         Yields:
-            A batch [B, S] with ``samples`` [B]: global indices, int64.
+            On this rank's device ``tokens``, ``labels``, ``position_ids`` int64 [B, S],
+            ``loss_mask`` float32 [B, S], ``samples`` (global indices) and ``domains`` int64 [B].
         """
         size, dp = self.training.micro_batch_size, self.training.layout.data_parallel_size
-        rank = parallel_state.get_data_parallel_rank()
-        device = torch.cuda.current_device()
+        rank = data_parallel_rank
+        if rank is None:
+            rank = parallel_state.get_data_parallel_rank()
         for micro in range(self.num_microbatches):
             first = step * self.training.global_batch_size + (micro * dp + rank) * size
-            yield stack([self.sample(first + row) for row in range(size)], first, device)
+            yield _stack([phase[index] for phase, index in self.locate(first, size)], first)
 
 
-def stack(samples: Sequence[Sample], first: int, device: Any) -> Sample:
-    """Samples at consecutive global indices as one batch on a device."""
-    keys = ("tokens", "labels", "loss_mask", "position_ids")
-    batch = {key: torch.stack([sample[key] for sample in samples]).to(device) for key in keys}
-    batch["samples"] = torch.arange(first, first + len(samples), device=device)
-    return batch
+def _stack(samples: Sequence[Sample], first: int) -> Sample:
+    device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+    batch = {key: torch.stack([sample[key] for sample in samples]) for key in samples[0]}
+    batch["samples"] = torch.arange(first, first + len(samples))
+    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
 
 
 def stage_stream(recipe: Recipe, name: str, run_dir: Path) -> Stream:
@@ -103,37 +132,15 @@ def stage_stream(recipe: Recipe, name: str, run_dir: Path) -> Stream:
     Raises:
         UserError: the stage's text is missing.
     """
-    settings = training(recipe, name)
-    cache = directory(run_dir, name) / "index"
-    if name != "dense":
-        with _whole(cache):
-            return Stream(
-                parts=[_dataset(recipe, name, run_dir, cache)], order=None, training=settings
-            )
-    experts = [f"expert:{domain}" for domain, block in recipe.experts.items() if block.tokens]
-    with _whole(cache):
-        parts = [_dataset(recipe, part, run_dir, cache) for part in (*experts, "finetune")]
-    sizes = [_samples(recipe, part) for part in (*experts, "finetune")]
-    return Stream(parts=parts, order=matched_order(sizes[:-1], sizes[-1]), training=settings)
-
-
-def matched_order(experts: Sequence[int], finetune: int) -> np.ndarray:
-    """The dense baseline's order, int32 [sum, 2]: all of the experts' samples, those of every expert
-    evenly spread over the first phase, then the finetuning's.
-
-    Args:
-        experts: samples of each expert.
-        finetune: samples of the finetuning, the last part.
-    """
-    first = [_column(part, size) for part, size in enumerate(experts)]
-    when = [(np.arange(size) + 0.5) / max(size, 1) for size in experts]
-    places = np.concatenate(first or [_column(0, 0)])
-    spread = np.argsort(np.concatenate(when or [np.zeros(0)]), kind="stable")
-    return np.concatenate([places[spread], _column(len(experts), finetune)])
-
-
-def _column(part: int, size: int) -> np.ndarray:
-    return np.stack([np.full(size, part), np.arange(size)], axis=1).astype(np.int32)
+    index = directory(run_dir, name) / "index"
+    names = [[name]]
+    if name == "dense":
+        names = [[f"expert:{domain}" for domain in recipe.experts], ["finetune"]]
+    groups = [
+        [_phase(recipe, part, run_dir, index) for part in group if _samples(recipe, part)]
+        for group in names
+    ]
+    return Stream(groups=[group for group in groups if group], training=training(recipe, name))
 
 
 def _samples(recipe: Recipe, name: str) -> int:
@@ -141,93 +148,98 @@ def _samples(recipe: Recipe, name: str) -> int:
     return count.steps(block, recipe.model) * block.global_batch_size
 
 
-def _dataset(recipe: Recipe, name: str, run_dir: Path, cache: Path) -> Any:
-    """Megatron's blended dataset of a stage's mixture, as long as the stage."""
+def _phase(recipe: Recipe, name: str, run_dir: Path, index: Path) -> Phase:
     mixture = count.mixture(training(recipe, name).data)
-    prefixes = [str(_prefix(run_dir, domain, "train")) for domain in mixture]
-    config = GPTDatasetConfig(
-        random_seed=recipe.random_seed,
-        sequence_length=recipe.model.seq_length,
-        blend=(prefixes, list(mixture.values())),
-        split="100,0,0",
-        path_to_cache=str(cache),
-        tokenizer=_TokenizerFacts(load_tokenizer(run_dir / "prepare" / "tokenizer")),
-        reset_position_ids=False,
-        reset_attention_mask=False,
-        eod_mask_loss=False,
-        create_attention_mask=False,
+    pieces = {domain: _piece(run_dir, domain, "train") for domain in mixture}
+    dataset = _build(
+        index,
+        prefixes={str(prefix(run_dir, domain, "train")): mixture[domain] for domain in mixture},
+        contents=[piece.sha256 for piece in pieces.values()],
+        samples=_samples(recipe, name),
+        seed=_seed(recipe.random_seed, name),
+        seq_length=recipe.model.seq_length,
+        facts=_Facts(load_tokenizer(run_dir / "prepare" / "tokenizer")),
     )
-    sizes = [_samples(recipe, name), 0, 0]
-    return BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()[0]
+    names = list(recipe.domains)
+    domains = tuple(names.index(domain) for domain in mixture)
+    return Phase(name=name, samples=_samples(recipe, name), domains=domains, dataset=dataset)
 
 
-def _prefix(run_dir: Path, domain: str, split: str) -> Path:
-    prefix = run_dir / "prepare" / "data" / domain / split
-    if not prefix.with_name(split + ".idx").exists():
-        raise UserError(f"domains.{domain}", f"{prefix}.idx is missing", "run stage prepare first")
-    return prefix
+class _Facts:
+    """What Megatron's datasets ask of a tokenizer. It names no padding: there is none to mask."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.eod = tokenizer.eos_id
+        self.vocab_size = tokenizer.vocab_size
+        self.unique_identifiers = {"sha256": tokenizer.sha256}
 
 
-class _whole:
-    """A cache directory that is used again only if it was finished: Megatron writes its index files
-    under their final names."""
+def _build(
+    index: Path,
+    *,
+    prefixes: Mapping[str, float],
+    contents: Sequence[str],
+    samples: int,
+    seed: int,
+    seq_length: int,
+    facts: _Facts,
+) -> BlendedDataset | GPTDataset:
+    """Megatron's dataset of ``samples`` samples of a mixture, its indices cached below ``index``.
 
-    def __init__(self, cache: Path) -> None:
-        self.cache, self.mark = cache, cache / "whole"
-
-    def __enter__(self) -> None:
-        if self._first() and not self.mark.exists():
-            shutil.rmtree(self.cache, ignore_errors=True)
-            self.cache.mkdir(parents=True)
-        if dist.is_initialized():
-            dist.barrier()
-
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        if kind is None and self._first():
-            self.mark.touch()
-
-    @staticmethod
-    def _first() -> bool:
-        return not dist.is_initialized() or dist.get_rank() == 0
-
-
-class HeldOutText(Sequence[Sample]):
-    """A domain's held-out text as whole sequences, one after the other, read as they are asked for.
-
-    Args:
-        prefix: of its .bin and .idx files.
-        seq_length: S.
-        tokens: at most this many.
+    Megatron writes index files under their final names and later trusts whatever bears them. So
+    they are built in a directory that gets its name when all of them are there; ``contents`` (the
+    text's hashes) are part of that name.
     """
+    key = [list(prefixes.items()), list(contents), samples, seed, seq_length]
+    cache = index / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
+    with _one_rank_at_least():
+        first = dist.get_rank() == 0
+        building = [str(cache) if cache.is_dir() else f"{cache}.{os.getpid()}.tmp"]
+        dist.broadcast_object_list(building, src=0)  # the first rank decides for all
+        path = Path(building[0])
+        if first and path != cache:
+            for left_over in index.glob(f"{cache.name}.*.tmp"):
+                shutil.rmtree(left_over, ignore_errors=True)
+            path.mkdir(parents=True)
+        config = GPTDatasetConfig(
+            random_seed=seed,
+            sequence_length=seq_length,
+            blend_per_split=[(list(prefixes), list(prefixes.values())), None, None],
+            path_to_cache=str(path),
+            tokenizer=facts,
+            reset_position_ids=False,
+            reset_attention_mask=False,
+            eod_mask_loss=False,
+            create_attention_mask=False,
+        )
+        sizes = [samples, 0, 0]
+        dataset = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: True, config).build()[0]
+        dist.barrier()
+        if first and path != cache:
+            os.replace(path, cache)  # what the ranks have mapped stays mapped
+    return dataset
 
-    def __init__(self, prefix: Path, seq_length: int, tokens: int) -> None:
-        documents = IndexedDataset(str(prefix))
-        most = min(tokens // seq_length, (int(documents.sequence_lengths.sum()) - 1) // seq_length)
-        pieces, length = [], 0
-        for index in range(len(documents)):
-            if length > most * seq_length:
-                break
-            pieces.append(np.asarray(documents[index], dtype=np.int64))
-            length += len(pieces[-1])
-        self.seq_length, self._length = seq_length, max(0, most)
-        self._text = torch.from_numpy(np.concatenate(pieces)) if pieces else torch.zeros(0).long()
 
-    def __len__(self) -> int:
-        return self._length
-
-    def __getitem__(self, index: Any) -> Any:
-        if not 0 <= index < self._length:
-            raise IndexError(index)
-        first = index * self.seq_length
-        return {
-            "tokens": self._text[first : first + self.seq_length],
-            "labels": self._text[first + 1 : first + self.seq_length + 1],
-            "loss_mask": torch.ones(self.seq_length),
-            "position_ids": torch.arange(self.seq_length),
-        }
+@contextmanager
+def _one_rank_at_least() -> Iterator[None]:
+    """Megatron's BlendedDataset asks for the rank even where there are no ranks: lend it one."""
+    if dist.is_initialized():
+        yield
+        return
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
-def held_out(recipe: Recipe, run_dir: Path, tokens: int) -> Mapping[str, HeldOutText]:
+def _seed(random_seed: int, name: str) -> int:
+    """One of its own for each stage: two experts that read some general text read other parts of
+    it. NumPy takes 32 bits."""
+    return int.from_bytes(hashlib.sha256(f"{random_seed}/data/{name}".encode()).digest()[:4], "big")
+
+
+def held_out(recipe: Recipe, run_dir: Path, tokens: int) -> dict[str, HeldOutText]:
     """Every domain's held-out text, at most ``tokens`` each, in the recipe's order.
 
     Raises:
@@ -235,12 +247,24 @@ def held_out(recipe: Recipe, run_dir: Path, tokens: int) -> Mapping[str, HeldOut
     """
     found = {}
     for domain in recipe.domains:
-        text = HeldOutText(_prefix(run_dir, domain, "valid"), recipe.model.seq_length, tokens)
+        _piece(run_dir, domain, "valid")
+        where = prefix(run_dir, domain, "valid")
+        found[domain] = text = HeldOutText(where, recipe.model.seq_length, tokens)
         if not len(text):
             raise UserError(
                 f"domains.{domain}.valid",
                 f"holds less than one sequence of {recipe.model.seq_length} tokens",
                 "give it more text",
             )
-        found[domain] = text
     return found
+
+
+def _piece(run_dir: Path, domain: str, split: str) -> Piece:
+    piece = read_piece(prefix(run_dir, domain, split))
+    if piece is None:
+        raise UserError(
+            f"domains.{domain}",
+            f"{prefix(run_dir, domain, split)}.bin and .idx are not there, or not whole",
+            "run stage prepare first",
+        )
+    return piece

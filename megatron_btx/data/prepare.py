@@ -8,8 +8,8 @@
 Every piece carries a hash of what it was made from and is kept as long as that holds, so a stage
 that was killed goes on where it was, and one changed domain costs only itself.
 
-A domain whose recipe names no ``valid`` files is split: one document in fifty is held out, chosen by
-the hash of its text, so that the same text never is on both sides.
+A domain whose recipe names no ``valid`` files is split: one document in fifty is held out, chosen
+by the hash of its text, so that the same text never is on both sides.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,43 @@ def prepare(
     return summary
 
 
+def check(recipe: Recipe, *, most: int = 256_000_000) -> None:
+    """Read users' text before anything is written: every file, and of each up to ``most`` bytes.
+
+    Also the tokenizer that the recipe names. Imports no torch, writes nothing.
+
+    Raises:
+        UserErrors: all that is wrong, with file and line.
+    """
+    errors: list[UserError] = []
+    if recipe.tokenizer.path is not None:
+        with _collected(errors):
+            read_tokenizer(recipe.tokenizer.path, recipe.tokenizer.type, where="tokenizer.path")
+    for name, domain in recipe.domains.items():
+        for split, paths in (("train", domain.train), ("valid", domain.valid)):
+            with _collected(errors):
+                for file in find_files(paths, where=f"domains.{name}.{split}"):
+                    with _collected(errors):
+                        _read_through(file, domain.text_key, most)
+    if errors:
+        raise UserErrors(errors)
+
+
+@contextmanager
+def _collected(errors: list[UserError]) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        errors.append(error)
+
+
+def _read_through(file: Path, text_key: str, most: int) -> None:
+    for document in read_documents([file], text_key):
+        most -= len(document)
+        if most < 0:
+            return
+
+
 def prefix(run_dir: str | Path, domain: str, split: str) -> Path:
     """Where the token files of a domain are, without ``.bin`` and ``.idx``."""
     return Path(run_dir) / "prepare" / "data" / domain / split
@@ -123,12 +161,8 @@ def _find(recipe: Recipe) -> dict[str, dict[str, list[Path]]]:
     for name, domain in recipe.domains.items():
         found[name] = {}
         for split, paths in (("train", domain.train), ("valid", domain.valid)):
-            try:
+            with _collected(errors):
                 found[name][split] = find_files(paths, where=f"domains.{name}.{split}")
-            except UserError as error:
-                errors.append(error)
-    if len(errors) == 1:
-        raise errors[0]
     if errors:
         raise UserErrors(errors)
     return found

@@ -1,0 +1,55 @@
+"""A domain's held-out text as whole sequences, the same in every evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from torch import Tensor
+
+Sample = dict[str, Tensor]
+"""``tokens``, ``labels``, ``position_ids`` int64 [S] and ``loss_mask`` float32 [S]."""
+
+
+class HeldOutText(Sequence[Sample]):
+    """Whole sequences of the documents one behind the other, read as they are asked for.
+
+    If there are more than asked for, those that are taken lie at even distances: a file's first
+    documents may be of one kind.
+
+    Args:
+        prefix: of its .bin and .idx files.
+        seq_length: S.
+        tokens: at most this many.
+    """
+
+    def __init__(self, prefix: Path, seq_length: int, tokens: int) -> None:
+        self._documents = IndexedDataset(str(prefix))
+        length = int(self._documents.sequence_lengths.sum(dtype=np.int64))
+        self._whole = max(0, (length - 1) // seq_length)  # a last token is only a label
+        self._length = min(tokens // seq_length, self._whole)
+        self.seq_length = seq_length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: Any) -> Any:
+        """Sequence ``index``."""
+        if not 0 <= index < self._length:
+            raise IndexError(index)
+        dtype = self._documents.index.dtype
+        first = index * self._whole // self._length * self.seq_length
+        ids = self._documents.bin_reader.read(
+            dtype=dtype, count=self.seq_length + 1, offset=first * np.dtype(dtype).itemsize
+        )
+        text = torch.from_numpy(ids.astype(np.int64))
+        return {
+            "tokens": text[:-1],
+            "labels": text[1:],
+            "loss_mask": torch.ones(self.seq_length),
+            "position_ids": torch.arange(self.seq_length),
+        }
