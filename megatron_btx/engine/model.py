@@ -25,13 +25,14 @@ from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.schema import Layout, MegatronOptions, Precision
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+NO_OPTIONS = MegatronOptions()
 
 
 def transformer_config(
     architecture: Architecture,
     layout: Layout,
     precision: Precision,
-    options: MegatronOptions = MegatronOptions(),
+    options: MegatronOptions = NO_OPTIONS,
 ) -> TransformerConfig:
     """Megatron's configuration of this model under this layout.
 
@@ -102,7 +103,7 @@ def build_model(
     precision: Precision,
     *,
     random_seed: int = 0,
-    options: MegatronOptions = MegatronOptions(),
+    options: MegatronOptions = NO_OPTIONS,
 ) -> GPTModel | Float16Module:
     """This rank's part of the model, its weights not yet set.
 
@@ -155,7 +156,7 @@ def wrap_ddp(
     model: GPTModel | Float16Module,
     *,
     use_distributed_optimizer: bool,
-    options: MegatronOptions = MegatronOptions(),
+    options: MegatronOptions = NO_OPTIONS,
 ) -> DistributedDataParallel:
     """Megatron's gradient buffers around the model; gradients accumulate in fp32.
 
@@ -182,6 +183,7 @@ def wrap_ddp(
 
 def unwrap(model: torch.nn.Module) -> GPTModel:
     """The GPTModel inside Megatron's wrappers."""
-    while not isinstance(model, GPTModel):
-        model = model.module
-    return model
+    inner: Any = model
+    while not isinstance(inner, GPTModel):
+        inner = inner.module
+    return inner

@@ -112,7 +112,7 @@ def _all_layers(model: torch.nn.Module) -> bool:
 
 
 def _batches(sequences: Sequence[Batch], size: int, count: int) -> Iterator[Batch]:
-    """This data-parallel rank's micro-batches; sequence ids are their places in the held-out set."""
+    """This data-parallel rank's micro-batches; a sequence's id is its place in the held-out set."""
     dp = parallel_state.get_data_parallel_world_size()
     rank = parallel_state.get_data_parallel_rank()
     for index in range(count):

@@ -1,4 +1,4 @@
-"""The training stages of a recipe by name: ``seed``, ``expert:<domain>``, ``finetune``, ``dense``."""
+"""Training stages of a recipe by name: ``seed``, ``expert:<domain>``, ``finetune``, ``dense``."""
 
 from __future__ import annotations
 

@@ -3,7 +3,6 @@ baseline. They differ in where their weights come from and in what they read."""
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -55,8 +54,8 @@ def run(recipe: Recipe, name: str, run_dir: Path) -> dict[str, Any]:
         progress, callbacks = _begin(recipe, name, training, run_dir)
         train(progress, callbacks, stop)
     directory = stage_directory(run_dir, name)
-    outcome = {"checkpoint": f"{directory.name}/checkpoints/step_{progress.step:08d}"}
-    outcome |= {"step": progress.step}
+    last = f"{directory.name}/checkpoints/step_{progress.step:08d}"
+    outcome = {"checkpoint": last, "step": progress.step}
     if progress.stopped and distributed.is_first_rank():
         write_json(directory / "stopped.json", outcome)
     distributed.shutdown()
@@ -128,25 +127,17 @@ def starting_point(recipe: Recipe, name: str, training: Training, run_dir: Path)
         architecture = Architecture(model=recipe.model, vocab_size=tokenizer.vocab_size)
         return fresh(architecture, seed=recipe.random_seed, dtype=dtype)
     if name == "finetune":
-        sources = (_stage_of(model) for model in recipe.model_names)
+        stages = ("seed" if model == "seed" else f"expert:{model}" for model in recipe.model_names)
+        models = [final_checkpoint(stage_directory(run_dir, stage)) for stage in stages]
         return btx_plan(
-            zip(
-                recipe.model_names,
-                (final_checkpoint(stage_directory(run_dir, s)) for s in sources),
-                strict=True,
-            ),
+            zip(recipe.model_names, models, strict=True),
             mix=recipe.mix,
             routing=recipe.routing,
             precision=training.precision,
             random_seed=recipe.random_seed,
         )
-    return copy(
-        open_megatron(final_checkpoint(stage_directory(run_dir, "seed")), "seed"), dtype=dtype
-    )
-
-
-def _stage_of(model: str) -> str:
-    return model if model == "seed" else f"expert:{model}"
+    seed = final_checkpoint(stage_directory(run_dir, "seed"))
+    return copy(open_megatron(seed, "seed"), dtype=dtype)
 
 
 def _lineage(recipe: Recipe, name: str, plan: Plan | None) -> dict[str, Any]:
@@ -175,8 +166,7 @@ def _callbacks(
     lineage: dict[str, Any],
 ) -> list[Callback]:
     directory = stage_directory(run_dir, name)
-    tokenizer_directory = run_dir / "prepare" / "tokenizer"
-    tokenizer = load_tokenizer(tokenizer_directory)
+    tokenizer = load_tokenizer(run_dir / "prepare" / "tokenizer")
     log = None
     if distributed.is_first_rank():
         log = Log(
@@ -216,6 +206,6 @@ def _callbacks(
             directory / "checkpoints",
             training,
             manifest,
-            lambda target: shutil.copytree(tokenizer_directory, target / "tokenizer") and None,
+            lambda target: tokenizer.save(target / "tokenizer"),
         ),
     ]

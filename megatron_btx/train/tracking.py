@@ -7,7 +7,7 @@ import logging
 import os
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megatron_btx.recipe.schema import Recipe, WandB
 
@@ -76,7 +76,7 @@ def sync_command(run_dir: Path) -> str:
     return f"wandb sync --append {shlex.quote(str(run_dir))}/*/wandb/offline-run-*"
 
 
-def _mode(wandb: WandB) -> str:
+def _mode(wandb: WandB) -> Literal["disabled", "offline", "online"]:
     if wandb.mode == "online" and not _has_key():
         logger.warning("W&B has no API key (wandb login, or WANDB_API_KEY): logging offline")
         return "offline"
