@@ -1,0 +1,163 @@
+"""``btx run`` as a user runs it: the whole tiny recipe, run again, and killed over and over."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from megatron_btx.train.metrics import read
+
+ROOT = Path(__file__).parent.parent
+TINY = ROOT / "examples" / "tiny" / "recipe.yaml"
+STAGES = ("seed", "expert-code", "expert-math", "expert-prose", "dense", "finetune")
+
+
+def start(directory: Path, *options: str) -> subprocess.Popen[str]:
+    """``btx run`` on the tiny recipe, writing under ``directory``."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "megatron_btx.cli", "run", str(TINY), *options],
+        cwd=directory,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def finish(process: subprocess.Popen[str], timeout: float = 300) -> str:
+    """Its output, once it has ended well."""
+    output, _ = process.communicate(timeout=timeout)
+    assert process.returncode == 0, output
+    return output
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One undisturbed run of the tiny recipe, shared by all tests; its run directory."""
+    directory = tmp_path_factory.mktemp("whole")
+    finish(start(directory))
+    return directory / "runs" / "tiny"
+
+
+def losses(run_dir: Path) -> dict[str, list[tuple[int, float, float]]]:
+    """Every training step of every stage, as logged."""
+    return {
+        stage: [
+            (record["step"], record["loss"], record["grad_norm"])
+            for record in read(run_dir / stage / "metrics.jsonl")
+            if record["kind"] == "train"
+        ]
+        for stage in STAGES
+    }
+
+
+def results(run_dir: Path) -> dict[str, Any]:
+    """The table of the run."""
+    return json.loads((run_dir / "results.json").read_text())
+
+
+def test_the_whole_path(whole: Path) -> None:
+    table = results(whole)["systems"]
+    assert set(table) == {"seed", "expert:code", "expert:math", "expert:prose", "dense", "btx"}
+    for name, row in table.items():
+        domains = [loss for domain, loss in row["loss"].items() if domain != "mean"]
+        assert set(row["loss"]) == {"general", "code", "math", "prose", "mean"}, name
+        assert row["loss"]["mean"] == pytest.approx(sum(domains) / len(domains))
+        assert 0 < row["loss"]["mean"] < 6.24, "no better than chance: ln 512"
+    assert table["dense"]["train_tokens"] == table["btx"]["train_tokens"]
+    assert table["btx"]["params_total"] > table["btx"]["params_active"] > 0
+    assert table["btx"]["params_total"] > table["dense"]["params_total"]
+    # The exported Mixtral has been compared by its loss in transformers.
+    export = json.loads((whole / "export" / "done.json").read_text())
+    assert export["outputs"]["loss"]["difference"] < 1e-4
+    assert (whole / "report.html").stat().st_size > 10_000
+
+
+def test_every_step_is_logged_once(whole: Path) -> None:
+    for stage, rows in losses(whole).items():
+        assert [step for step, *_ in rows] == list(range(1, len(rows) + 1)), stage
+
+
+def test_again_all_is_done_at_once(whole: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file()}
+    started = time.monotonic()
+    process = start(whole.parent.parent)
+    output = finish(process)
+    assert time.monotonic() - started < 10, "2 s on an idle machine: imports no torch"
+    assert "done" in output
+    after = {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file()}
+    assert {p for p in before if before[p] != after.get(p)} <= {whole / "lock"}
+
+
+def test_killed_twenty_times(whole: Path, tmp_path: Path) -> None:
+    """kill -9 at seeded random moments, saves included; what comes out is the undisturbed run."""
+    moments = random.Random(20240312)
+    for _ in range(20):
+        process = start(tmp_path)
+        time.sleep(moments.uniform(1.0, 9.0))
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        assert not orphans(tmp_path), "a process outlived the run"
+        if (tmp_path / "runs" / "tiny" / "report.html").exists():
+            break
+    finish(start(tmp_path))
+    assert losses(tmp_path / "runs" / "tiny") == losses(whole)
+    assert results(tmp_path / "runs" / "tiny") == results(whole)
+
+
+def orphans(directory: Path, patience: float = 10) -> list[psutil.Process]:
+    """Processes at work in a directory, once those that are being ended have had their time."""
+    deadline = time.monotonic() + patience
+    while True:
+        found = [p for p in psutil.process_iter() if _works_in(p, directory)]
+        if not found or time.monotonic() > deadline:
+            return found
+        time.sleep(0.1)
+
+
+def _works_in(process: psutil.Process, directory: Path) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE and process.cwd().startswith(str(directory))
+    except psutil.Error:
+        return False
+
+
+def test_ctrl_c_saves_and_goes_on(whole: Path, tmp_path: Path) -> None:
+    process = start(tmp_path)
+    log = tmp_path / "runs" / "tiny" / "seed" / "metrics.jsonl"
+    wait_for(lambda: log.exists() and len(read(log)) > 3, process)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert "again" in output
+    assert not orphans(tmp_path)
+    stopped = json.loads((log.parent / "stopped.json").read_text())
+    assert (log.parent / "checkpoints" / f"step_{stopped['step']:08d}" / "manifest.json").exists()
+    finish(start(tmp_path, "--until", "seed"))
+    resumed = [r for r in read(log) if r["kind"] == "train"]
+    assert [(r["step"], r["loss"], r["grad_norm"]) for r in resumed] == losses(whole)["seed"]
+
+
+def wait_for(condition: Any, process: subprocess.Popen[str], timeout: float = 90) -> None:
+    """Until a condition holds; fails where the process ends before."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_the_resolved_recipe_is_kept(whole: Path) -> None:
+    kept = yaml.safe_load((whole / "recipe.yaml").read_text())
+    assert kept["model"]["hidden_size"] == 32
