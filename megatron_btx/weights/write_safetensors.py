@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from megatron_btx.weights.directory import Piece, as_json, write_directory
-from megatron_btx.weights.execute import stream
+from megatron_btx.weights.execute import SLAB, stream
 from megatron_btx.weights.expression import nbytes
 from megatron_btx.weights.plan import Plan
 from megatron_btx.weights.safetensors import DTYPES
@@ -26,7 +26,7 @@ def write_safetensors(
     *,
     files: Callable[[], Mapping[str, bytes]] = dict,
     shard: int = SHARD,
-    slab: int | None = None,
+    slab: int = SLAB,
 ) -> None:
     """Write a plan's targets as ``model*.safetensors`` into a new directory.
 
@@ -77,7 +77,7 @@ def _groups(plan: Plan, shard: int) -> list[list[str]]:
     return groups
 
 
-def _write(plan: Plan, names: list[str], slab: int | None, file: BinaryIO) -> None:
+def _write(plan: Plan, names: list[str], slab: int, file: BinaryIO) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name in names:
@@ -93,5 +93,5 @@ def _write(plan: Plan, names: list[str], slab: int | None, file: BinaryIO) -> No
     raw += b" " * (-len(raw) % 8)
     file.write(len(raw).to_bytes(8, "little") + raw)
     for name in names:
-        for data in stream(plan, name, *([slab] if slab else [])):
+        for data in stream(plan, plan.targets[name], slab):
             file.write(data)
