@@ -1,8 +1,9 @@
 """Bytes: what a rank holds while it trains, and what a checkpoint takes on disk.
 
 Two totals: what is *allocated*, which is what a GPU reports, and what is *resident* on a CPU, where
-the runtime and what the C library does not give back come on top. The formulae follow the modules of megatron_btx/engine (``scaled_dot_product_attention``, grouped
-experts, gradients accumulated in fp32) and were read off the tensors that autograd keeps.
+the runtime and what the C library does not give back come on top. The formulae follow the modules
+of megatron_btx/engine (``scaled_dot_product_attention``, grouped experts, gradients accumulated in
+fp32) and were read off the tensors that autograd keeps.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ groups, before it builds a model. A GPU's context is outside of what its allocat
 
 SLACK = {"dense": 0.55, "moe": 0.75}
 """What glibc's allocator keeps on top on a CPU, as a share of the activations: their blocks come
-back in another order than the next step asks for them. Measured, hidden 64 to 512, fp32 and bf16."""
+back in another order than the next step asks for them. Measured at hidden 64 and 512, fp32, bf16.
+With ``MALLOC_MMAP_THRESHOLD_=1000000`` it is nothing, and small models are slower."""
 
 _ELEMENT = {"fp32": 4, "bf16": 2}
 _ITEM = 2400

@@ -23,7 +23,7 @@ SOURCES = {
 }
 """Block of ``megatron:`` -> file under megatron/core and class, bases first."""
 
-_OWNED = {
+OWNED = {
     "transformer": {
         **{
             name: f"model.{name}"
@@ -173,8 +173,8 @@ def problem(block: str, key: str, value: Any) -> tuple[str, str] | None:
             "cannot be checked: megatron-core is not installed",
             "pip install megatron-core==0.16.1",
         )
-    if key in _OWNED[block]:
-        home = _OWNED[block][key]
+    if key in OWNED[block]:
+        home = OWNED[block][key]
         return "is the recipe's to set", f"set `{home}` instead"
     if key not in known:
         near = get_close_matches(key, known, n=1)

@@ -49,24 +49,18 @@ def describe(hint: Any) -> str:
     """A type in a user's words."""
     words: list[str] = []
     for option in options(hint):
-        if option is type(None):
-            continue
         if typing.get_origin(option) is Literal:
-            words.append(", ".join(typing.get_args(option)))
+            words += typing.get_args(option)
         elif typing.get_origin(option) is tuple:
             words.append("text or a list of texts")
         elif typing.get_origin(option) is dict:
             words.append("a mapping")
         elif dataclasses.is_dataclass(option):
             words.append("a block of keys")
-        else:
-            words.append(
-                {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[
-                    option
-                ]
-            )
-    *rest, end = " | ".join(words).rsplit(", ", 1)
-    return f"{rest[0]} or {end}" if rest else end
+        elif option is not type(None):
+            names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+            words.append(names[option])
+    return " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))
 
 
 def show(value: Any) -> str:

@@ -1,0 +1,75 @@
+"""What is asked of a machine and its disk, beside the recipe itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_btx.errors import UserError, UserErrors
+from megatron_btx.recipe import check, upstream
+from megatron_btx.recipe.load import parse_recipe
+from megatron_btx.recipe.schema import Layout
+
+
+def test_files(good: str, tmp_path: Path) -> None:
+    recipe = parse_recipe(good.replace("dense: {}", "tokenizer_: 1").replace("tokenizer_: 1", ""))
+    with pytest.raises(UserErrors, match=r"domains\.math\.train: .*does not exist"):
+        check.files(recipe)
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "math.jsonl").write_text("")
+    (data / "held.jsonl").write_text('{"text": "a"}\n')
+    recipe = parse_recipe(good, tmp_path / "recipe.yaml")
+    with pytest.raises(UserErrors) as caught:
+        check.files(recipe)
+    assert [error.where for error in caught.value.errors] == ["domains.math.train"]
+    assert "is empty" in str(caught.value)
+    (data / "math.jsonl").write_text('{"text": "a"}\n')
+    check.files(recipe)
+
+
+def test_gloo_and_transformer_engine() -> None:
+    right = Layout(tensor_model_parallel_size=2, expert_model_parallel_size=2)
+    check.refuse_on_gloo(Layout(expert_model_parallel_size=4))
+    check.refuse_context_parallel(right)
+    with pytest.raises(UserError, match="gloo"):
+        check.refuse_on_gloo(right)
+    with pytest.raises(UserError, match="Transformer Engine"):
+        check.refuse_context_parallel(Layout(context_parallel_size=2))
+
+
+@pytest.mark.parametrize("block", upstream.SOURCES)
+def test_fields_are_those_of_the_imported_classes(block: str) -> None:
+    """The parsed source against the classes themselves."""
+    import dataclasses
+
+    from megatron.core.distributed import DistributedDataParallelConfig
+    from megatron.core.optimizer import OptimizerConfig
+    from megatron.core.transformer import TransformerConfig
+
+    classes = {
+        "transformer": TransformerConfig,
+        "ddp": DistributedDataParallelConfig,
+        "optimizer": OptimizerConfig,
+    }
+    found = upstream.fields(block)
+    assert found is not None
+    names = {field.name for field in dataclasses.fields(classes[block])}
+    assert set(found) == {name for name in names if not name.startswith("_")}
+    assert set(upstream.OWNED[block]) <= names
+
+
+def test_values_of_megatrons_fields() -> None:
+    def fine(block: str, key: str, value: object) -> bool:
+        return upstream.problem(block, key, value) is None
+
+    assert fine("transformer", "recompute_granularity", "full")
+    assert fine("transformer", "recompute_granularity", None)
+    assert not fine("transformer", "recompute_granularity", "half")
+    assert fine("transformer", "recompute_modules", ["mlp"])
+    assert not fine("transformer", "recompute_modules", "mlp")
+    assert fine("ddp", "overlap_grad_reduce", True)
+    assert not fine("ddp", "overlap_grad_reduce", 1)
+    assert fine("ddp", "bucket_size", 1000)
+    assert not fine("ddp", "bucket_size", True)

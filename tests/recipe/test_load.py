@@ -1,0 +1,262 @@
+"""Reading recipes: values, inheritance, and every way to get one wrong."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_btx.errors import UserError, UserErrors
+from megatron_btx.recipe.load import digest, dump, load_recipe, parse_recipe
+from megatron_btx.recipe.schema import Layout, Training
+
+
+def test_values(good: str, tmp_path: Path) -> None:
+    recipe = parse_recipe(good, tmp_path / "recipe.yaml")
+    assert recipe.run_dir == "runs/small"
+    assert recipe.seed.tokens == 4_000_000
+    assert recipe.experts["math"].tokens == 2_000_000
+    assert recipe.seed.lr == 1e-3
+    assert recipe.domains["math"].train == (str(tmp_path / "data/math.jsonl"),)
+    assert recipe.domains["math"].valid == (str(tmp_path / "data/held.jsonl"),)
+    assert recipe.experts["code"].data == {"code": 1.0}
+    assert recipe.model_names == ("code", "math", "seed")
+
+
+def test_training_is_inherited_key_by_key(good: str) -> None:
+    recipe = parse_recipe(good)
+    assert recipe.dense is not None
+    assert recipe.seed.layout == Layout(num_threads=2)
+    assert recipe.experts["math"].layout == Layout(num_threads=2, data_parallel_size=2)
+    assert recipe.finetune.global_batch_size == 9
+    assert recipe.finetune.lr == recipe.dense.lr == 1e-3
+    assert recipe.seed.adam_beta2 == Training().adam_beta2
+
+
+def test_dense_tokens_are_those_of_experts_and_finetune(good: str) -> None:
+    recipe = parse_recipe(good)
+    assert recipe.dense is not None
+    step, finetune_step = 8 * 64, 9 * 64
+    experts = -(-1_000_000 // step) + -(-2_000_000 // step)
+    assert recipe.dense.tokens == experts * step + -(-1_000_000 // finetune_step) * finetune_step
+
+
+def test_round_trip(good: str) -> None:
+    recipe = parse_recipe(good)
+    again = parse_recipe(dump(recipe), "/elsewhere/recipe.yaml")
+    assert again == recipe
+    assert digest(again) == digest(recipe)
+
+
+def test_digest_is_of_the_content(good: str) -> None:
+    recipe = parse_recipe(good)
+    other = parse_recipe(good.replace("tokens: 2e6", "tokens: 2_000_000"))
+    changed = parse_recipe(good.replace("tokens: 2e6", "tokens: 3e6"))
+    assert digest(recipe.experts["math"]) == digest(other.experts["math"])
+    assert digest(recipe.experts["math"]) != digest(changed.experts["math"])
+    assert digest(recipe.experts["code"]) == digest(changed.experts["code"])
+    assert digest({"a": 1, "b": 2}) != digest({"b": 2, "a": 1})
+
+
+def test_base(good: str, tmp_path: Path) -> None:
+    (tmp_path / "up").mkdir()
+    (tmp_path / "up" / "base.yaml").write_text(good)
+    child = tmp_path / "child.yaml"
+    child.write_text(
+        "base: up/base.yaml\nname: child\nexperts: {math: {tokens: 5M}}\n"
+        "seed: {data: {code: 1}}\ndense: null\ntraining: {layout: {num_threads: 1}}\n"
+    )
+    recipe = load_recipe(child)
+    assert recipe.name == "child"
+    assert recipe.dense is None
+    assert list(recipe.experts) == ["code", "math"]
+    assert recipe.experts["math"].tokens == 5_000_000
+    assert recipe.experts["math"].layout.data_parallel_size == 2
+    assert recipe.experts["math"].layout.num_threads == 1
+    assert recipe.seed.data == {"code": 1.0}, "a mixture is one value"
+    assert recipe.domains["math"].train == (str(tmp_path / "up/data/math.jsonl"),)
+
+
+def test_base_that_starts_from_itself(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("base: b.yaml\n")
+    (tmp_path / "b.yaml").write_text("base: a.yaml\n")
+    with pytest.raises(UserError, match="starts from this recipe"):
+        load_recipe(tmp_path / "a.yaml")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "no such file"),
+        (b"", "empty"),
+        (b"- a\n- b\n", "a list"),
+        (b"name: x\n  model: y\n", "2: is not YAML"),
+        (b"name: \xff\xfe\n", "not UTF-8"),
+        (b"name: a\nname: b\n", "2: name: stands here and in line 1"),
+        (b"name: a\non: b\n", 'write "on" in quotes'),
+        (b"name: &a [*a]\n", "contains itself"),
+    ],
+)
+def test_no_recipe_at_all(tmp_path: Path, content: bytes | None, words: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        load_recipe(path)
+    assert words in str(caught.value)
+    assert str(path) in str(caught.value)
+
+
+# What is replaced in the good recipe, by what; the key and the words that the error must have.
+BAD = [
+    ("hidden_size: 32", "hiden_size: 32", "model.hiden_size", "did you mean `hidden_size`"),
+    ("hidden_size: 32", "num_layer: 2", "model.hidden_size", "is missing"),
+    ("  lr: 1e-3", "  learning_rate: 1e-3", "training.learning_rate", "not a key"),
+    ("  lr: 1e-3", "  lr: fast", "training.lr", "not a number"),
+    ("  lr: 1e-3", "  lr: -1", "training.lr", "out of range"),
+    ("  lr: 1e-3", "  min_lr: 1", "training.min_lr", "above lr"),
+    ("  lr: 1e-3", "  hidden_size: 3", "training.hidden_size", "belongs in `model.hidden_size`"),
+    ("  lr: 1e-3", "  precision: fp16", "training.precision", "choose fp32 or bf16"),
+    ("  lr: 1e-3", "  tokens: 4X", "training.tokens", "a whole number"),
+    ("  lr: 1e-3", "  use_distributed_optimizer: 1", "training.use_distributed", "true or false"),
+    ("layout: {num_threads: 2}", "layout: 3", "training.layout", "not a block"),
+    ("  lr: 1e-3", "  layout: {}", "training.layout", "stands here"),
+    ("num_layers: 4", "num_layers: 0", "model.num_layers", "at least 1"),
+    ("num_layers: 4", "num_layers: true", "model.num_layers", "is true"),
+    ("num_layers: 4", "num_layers: [1, 2]", "model.num_layers", "a list"),
+    ("num_query_groups: 2", "num_query_groups: 3", "model.num_query_groups", "1, 2, 4"),
+    ("hidden_size: 32", "hidden_size: 33", "model.hidden_size", "not divisible"),
+    ("builtin: code", "builtin: cod", "domains.code.builtin", "did you mean code?"),
+    ("{builtin: code}", "{}", "domains.code", "has no text"),
+    ("  code: {builtin: code}", "  mean: {builtin: code}", "domains.mean", "choose another name"),
+    ("  code: {builtin: code}", "  a/b: {builtin: code}", "domains.a/b", "cannot name"),
+    ("{code: 0.5,", "{cod: 0.5,", "seed.data.cod", "did you mean `code`"),
+    ("{code: 0.5, math: 0.5}", "{code: 0, math: 0}", "seed.data", "every weight is zero"),
+    ("{code: 0.5,", "{code: -1,", "seed.data.code", "negative"),
+    ("seed: {tokens: 4M,", "seed: {", "seed.tokens", "nothing to branch from"),
+    ("  math: {tokens: 2e6", "  mth: {tokens: 2e6", "experts.mth.data", "did you mean `math`"),
+    ("experts:\n  code:", "experts:\n  seed:", "experts.seed", "include_seed"),
+    ("moe_router_topk: 2", "moe_router_topk: 4", "routing.moe_router_topk", "at most 3"),
+    ("moe_router_topk: 2", "moe_router_topk: 1", "routing.moe_router_topk", "never learn"),
+    ("type: topk", "type: switch", "export.format", "format: none"),
+    ("global_batch_size: 9", "global_batch_size: 8", "finetune.global_batch_size", "multiple of 3"),
+    ("dense: {}", "dense: {tokens: 5}", "dense.tokens", "is derived"),
+    ("dense: {}", "dense: {data: {code: 1}}", "dense.data", "is derived"),
+    ("dense: {}", "evaluate: {tokens: 5}", "evaluate.tokens", "one sequence"),
+    ("dense: {}", "mix: {average: {code: 1, math: 1}}", "mix.average", "gives seed no weight"),
+    ("dense: {}", "mix: {average: {cod: 1}}", "mix.average.cod", "did you mean `code`"),
+    ("dense: {}", "mix: {average: even}", "mix.average", "uniform or a mapping"),
+    ("dense: {}", "tokenizers: {}", "tokenizers", "did you mean `tokenizer`"),
+    ("tokenizer: {", "tokenizer: {type: huggingface, ", "tokenizer.path", "is missing"),
+    # Layouts.
+    ("num_threads: 2", "tensor_model_parallel_size: 3", "tensor_model_parallel_size", "heads (4)"),
+    ("num_threads: 2", "pipeline_model_parallel_size: 3", "pipeline_model", "num_layers (4)"),
+    ("num_threads: 2", "expert_model_parallel_size: 3", "training.layout.expert", "dense model"),
+    ("size: 3}", "size: 3, expert_model_parallel_size: 2}", "finetune.layout.expert", "3 experts"),
+    (
+        "{data_parallel_size: 3}",
+        "{tensor_model_parallel_size: 2, data_parallel_size: 3, expert_tensor_parallel_size: 1}",
+        "finetune.layout.expert_tensor_parallel_size",
+        "drift apart",
+    ),
+    (
+        "{data_parallel_size: 3}",
+        "{data_parallel_size: 1, expert_model_parallel_size: 3}",
+        "finetune.layout.expert_model_parallel_size",
+        "does not divide the world size (1",
+    ),
+    (
+        "{data_parallel_size: 3}",
+        "{data_parallel_size: 3, sequence_parallel: true}",
+        "finetune.layout.sequence_parallel",
+        "without tensor parallelism",
+    ),
+    (
+        "{data_parallel_size: 3}",
+        "{data_parallel_size: 3, tensor_model_parallel_size: 2, sequence_parallel: false}",
+        "finetune.layout.sequence_parallel",
+        "only with it",
+    ),
+    ("seq_length: 64", "seq_length: 63", "layout.tensor_model", "multiple of 2"),
+    ("vocab_size: 512", "vocab_size: 515", "tensor_model", "padded vocabulary"),
+    ("ffn_hidden_size: 64", "ffn_hidden_size: 63", "tensor_model", "ffn_hidden_size (63)"),
+    # Megatron's own fields.
+    (
+        "  lr: 1e-3",
+        "  megatron: {transformer: {recompute_granularty: full}}",
+        "training.megatron.transformer.recompute_granularty",
+        "did you mean `recompute_granularity`",
+    ),
+    (
+        "  lr: 1e-3",
+        "  megatron: {transformer: {hidden_size: 5}}",
+        "training.megatron.transformer.hidden_size",
+        "`model.hidden_size`",
+    ),
+    ("  lr: 1e-3", "  megatron: {ddp: {bucket_size: x}}", "ddp.bucket_size", "Optional[int]"),
+    ("  lr: 1e-3", "  megatron: {optimizer: {lr: 1}}", "optimizer.lr", "set `lr`"),
+    ("  lr: 1e-3", "  megatron: {optimizer: {fn: 1}}", "optimizer.fn", "not a field"),
+    ("  lr: 1e-3", "  megatron: {optim: {lr: 1}}", "megatron.optim", "did you mean `optimizer`"),
+    (
+        "  lr: 1e-3",
+        "  megatron: {transformer: {normalization: LayerNorm}}",
+        "transformer.normalization",
+        "remove it",
+    ),
+    ("  lr: 1e-3", "  megatron: {transformer: {init_method: x}}", "init_method", "YAML cannot"),
+]
+
+# Some only matter under tensor parallelism.
+TP2 = {"seq_length: 63", "vocab_size: 515", "ffn_hidden_size: 63"}
+
+
+@pytest.mark.parametrize(("old", "new", "key", "words"), BAD, ids=[row[1][:60] for row in BAD])
+def test_bad_recipes(good: str, old: str, new: str, key: str, words: str) -> None:
+    text = good.replace(old, new, 1)
+    assert text != good
+    if new in TP2:
+        text = text.replace("{num_threads: 2}", "{tensor_model_parallel_size: 2}")
+        text = text.replace("  seq_length", "  make_vocab_size_divisible_by: 5\n  seq_length")
+    with pytest.raises(UserError) as caught:
+        parse_recipe(text, "recipe.yaml")
+    errors = caught.value.errors if isinstance(caught.value, UserErrors) else [caught.value]
+    matching = [
+        error for error in errors if error.where.startswith("recipe.yaml:") and key in error.where
+    ]
+    assert any(words in str(error) for error in matching), str(caught.value)
+    for error in errors:
+        assert error.fix, f"no fix: {error}"
+
+
+def test_the_line_is_that_of_the_mistake(good: str) -> None:
+    with pytest.raises(UserErrors) as caught:
+        parse_recipe(good.replace("builtin: code", "builtin: cod"), "here.yaml")
+    line = good.splitlines().index("  code: {builtin: code}") + 1
+    assert caught.value.errors[0].where == f"here.yaml:{line}: domains.code.builtin"
+
+
+def test_all_problems_at_once_and_each_once(good: str) -> None:
+    text = good.replace("hidden_size: 32", "hidden_size: 33")
+    text = text.replace("{code: 0.5,", "{cod: 0.5,").replace("  lr: 1e-3", "  lrr: 3")
+    with pytest.raises(UserErrors) as caught:
+        parse_recipe(text)
+    places = [error.where.rpartition(": ")[2] for error in caught.value.errors]
+    assert places == ["model.hidden_size", "training.lrr", "seed.data.cod"]
+
+
+def test_experts_without_tokens_are_sparse_upcycling(good: str) -> None:
+    text = good.replace("tokens: 1_000_000", "tokens: 0").replace("tokens: 2e6", "tokens: 0")
+    recipe = parse_recipe(text)
+    assert [expert.tokens for expert in recipe.experts.values()] == [0, 0]
+
+
+def test_the_room_loads_no_torch() -> None:
+    code = (
+        "import sys; from megatron_btx.recipe import check, count, layouts, load, memory, plan; "
+        "from megatron_btx.recipe import upstream; assert upstream.fields('transformer'); "
+        "print(sorted({'torch', 'numpy', 'megatron.core'} & set(sys.modules)))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"

@@ -1,0 +1,75 @@
+"""Every recipe in examples/ parses and plans; the paper's own run has the paper's figures."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_btx.recipe import plan
+from megatron_btx.recipe.load import dump, load_recipe, parse_recipe
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+RECIPES = sorted(EXAMPLES.rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.parent.name)
+def test_examples_parse_plan_and_round_trip(path: Path) -> None:
+    recipe = load_recipe(path)
+    assert parse_recipe(dump(recipe)) == recipe
+    made = plan.plan(recipe)
+    text = plan.render(made)
+    for stage in made.stages:
+        assert stage.name in text
+        assert stage.memory_per_rank.allocated < stage.memory_per_rank.resident
+    assert json.loads(plan.as_json(made))["recipe"] == recipe.name
+
+
+def test_the_papers_run() -> None:
+    """Section 4.1.1 and tables 3 and 4."""
+    path = EXAMPLES / "paper_7b" / "recipe.yaml"
+    made = plan.plan(load_recipe(path))
+    stages = {stage.name: stage for stage in made.stages}
+    table = plan.render(made).split("\n\n")[1]
+    lines = {line.split()[0]: line.split() for line in table.splitlines()}
+    assert lines["finetune"][1:4] == ["19.7B", "11.1B", "80.0B"]
+    assert lines["seed"][1:3] == ["6.7B", "6.7B"]
+    assert lines["expert:math"][3:5] == ["201.3B", "48,000"]
+    assert lines["expert:code"][3:5] == ["209.7B", "50,000"]
+    assert lines["expert:wikipedia"][3] == "42.0B"
+    assert lines["dense"][3] == "533.0B"
+    assert "533.0B tokens" in plan.render(made)
+    assert stages["dense"].tokens == made.btx_tokens
+    assert stages["seed"].train_flops == 0
+    assert {stage.ranks for stage in made.stages if stage.steps} == {128}
+    text = path.read_text()
+    for routing, active in (("switch", "6.7B"), ("soft", "19.7B")):
+        changed = text.replace("type: topk", f"type: {routing}") + "export: {format: none}\n"
+        other = plan.plan(parse_recipe(changed, path))
+        row = next(line for line in plan.render(other).splitlines() if "finetune " in line)
+        assert row.split()[2] == active
+
+
+def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    plan.add_parser(parser.add_subparsers())
+    args = parser.parse_args(["plan", str(EXAMPLES / "tiny" / "recipe.yaml"), "--json"])
+    assert args.run(args) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert [stage["name"] for stage in printed["stages"]] == [
+        *("seed", "expert:code", "expert:math", "expert:prose", "finetune", "dense")
+    ]
+
+
+def test_planning_loads_no_torch() -> None:
+    code = (
+        "import sys; from megatron_btx.recipe import plan, load; "
+        f"plan.render(plan.plan(load.load_recipe({str(RECIPES[0])!r}))); "
+        "print(sorted({'torch', 'numpy', 'megatron.core'} & set(sys.modules)))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
