@@ -197,18 +197,24 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print_table(plan: Plan) -> None:
+    from rich import box
     from rich.console import Console
+    from rich.measure import Measurement
     from rich.table import Table
 
-    table = Table(title=f"Plan of {plan.recipe}")
+    table = Table(title=f"Plan of {plan.recipe}", box=box.SIMPLE_HEAD, pad_edge=False)
     for i, column in enumerate(_COLUMNS):
-        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
+        title = column.replace(" ", "\n")
+        table.add_column(title, justify="left" if i == 0 else "right", no_wrap=True)
     *stages, total = rows(plan)
     for row in stages:
         table.add_row(*row)
     table.add_section()
     table.add_row(*total)
-    console = Console()
+    console = Console(highlight=False, markup=False)
+    # A number cut off to fit a narrow terminal would be a wrong number.
+    wide = Console(width=1000)
+    console.width = max(console.width, Measurement.get(wide, wide.options, table).maximum)
     console.print(table)
     for line in notes(plan):
         console.print(line, soft_wrap=True)

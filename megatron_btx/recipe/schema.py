@@ -104,7 +104,7 @@ class MegatronOptions:
     ddp: dict[str, Any] = field(default_factory=dict)
     """``DistributedDataParallelConfig``: overlap_grad_reduce, bucket_size, ..."""
     optimizer: dict[str, Any] = field(default_factory=dict)
-    """``OptimizerConfig``: adam_eps, overlap_param_gather, ..."""
+    """``OptimizerConfig``: overlap_param_gather, log_num_zeros_in_grad, ..."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
