@@ -9,8 +9,6 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ from megatron_btx.errors import UserError
 from megatron_btx.pipeline import graph, state
 from megatron_btx.pipeline.fingerprint import Memo
 from megatron_btx.pipeline.graph import Stage
-from megatron_btx.recipe import check
+from megatron_btx.recipe import check, plan
 from megatron_btx.recipe.load import dump, load_recipe
 from megatron_btx.recipe.schema import Recipe
 
@@ -64,10 +62,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"megatron-btx {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_run(commands)
-    if find_spec("megatron_btx.recipe.plan"):
-        planning = import_module("megatron_btx.recipe.plan").add_parser(commands)
-        planning.epilog = _PLAN_EPILOG
-        planning.formatter_class = argparse.RawDescriptionHelpFormatter
+    planning = plan.add_parser(commands)
+    planning.epilog = _PLAN_EPILOG
+    planning.formatter_class = argparse.RawDescriptionHelpFormatter
     _add_report(commands)
     _add_stage(commands)
     return parser

@@ -36,7 +36,15 @@ def title(name: str) -> str:
 
 
 def rows(results: Results) -> list[Row]:
-    """The systems in the order of the file."""
+    """The systems: the seed, the experts, whatever else there is, the dense baseline, BTX."""
+    experts = [f"expert:{name}" for name in columns(results)]
+    first, last = ["seed", *experts], ["dense", "btx"]
+
+    def place(name: str) -> int:
+        if name in first:
+            return first.index(name)
+        return len(first) + (1 + last.index(name) if name in last else 0)
+
     return [
         Row(
             name=name,
@@ -47,13 +55,15 @@ def rows(results: Results) -> list[Row]:
             params_total=system.get("params_total"),
             params_active=system.get("params_active"),
         )
-        for name, system in results["systems"].items()
+        for name, system in sorted(results["systems"].items(), key=lambda item: place(item[0]))
     ]
 
 
 def columns(results: Results) -> list[str]:
-    """The domains, and ``mean`` last."""
-    names = [name for row in rows(results) for name in row.loss]
+    """The domains, in the recipe's order where the file gives it, and ``mean`` last."""
+    names = list(results.get("domains", ()))
+    for system in results["systems"].values():
+        names += system["loss"]
     return [*dict.fromkeys(name for name in names if name != "mean"), "mean"]
 
 
