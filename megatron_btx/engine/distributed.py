@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from megatron_btx.engine import cpu, kernels, repairs
 from megatron_btx.errors import UserError
+from megatron_btx.recipe import check
 from megatron_btx.recipe.schema import Layout
 
 
@@ -40,13 +41,10 @@ def initialize(layout: Layout, random_seed: int) -> None:
             "start as many ranks as the layout has, or change the layout",
         )
     cuda = torch.cuda.is_available()
-    if not cuda and layout.etp > 1 and layout.expert_model_parallel_size > 1:
-        raise UserError(
-            "layout",
-            "expert tensor parallelism together with expert parallelism gathers unequal sizes, "
-            "which gloo (the CPU's communication library) cannot",
-            "set expert_tensor_parallel_size: 1, or use GPUs",
-        )
+    if not cuda:
+        check.refuse_on_gloo(layout)
+    if not kernels.detect().use_transformer_engine:
+        check.refuse_context_parallel(layout)
     if not dist.is_initialized():
         if cuda:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
