@@ -9,6 +9,7 @@ import torch
 from megatron_btx.errors import UserError
 from megatron_btx.families.hf import family_of, to_hf
 from megatron_btx.weights.directory import as_json
+from megatron_btx.weights.execute import SLAB
 from megatron_btx.weights.megatron import open_megatron
 from megatron_btx.weights.plan import Plan
 from megatron_btx.weights.write_safetensors import SHARD, write_safetensors
@@ -57,7 +58,7 @@ def write_hf(
     bos_token_id: int | None = None,
     eos_token_id: int | None = None,
     shard: int = SHARD,
-    slab: int | None = None,
+    slab: int = SLAB,
 ) -> None:
     """Write any plan over canonical names as a Hugging Face directory: see :func:`export_hf`."""
     dtypes = {target.dtype for target in plan.targets.values()}

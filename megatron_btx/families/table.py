@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_btx.recipe.architecture import Architecture
+from megatron_btx.recipe.count import kv_channels, query_groups
 from megatron_btx.recipe.schema import Model
-from megatron_btx.weights.expression import Cat, Expression, reshape, rows
-from megatron_btx.weights.names import groups, head_dim
+from megatron_btx.weights.build import reshape, rows
+from megatron_btx.weights.expression import Cat, Expression
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,8 @@ class Interleave:
 
 def qkv(model: Model) -> Interleave:
     """Megatron's fused attention input: for every key/value head its query heads, it, its value."""
-    queries = model.num_attention_heads // groups(model)
-    return Interleave(groups(model), tuple(n * head_dim(model) for n in (queries, 1, 1)))
+    queries = model.num_attention_heads // query_groups(model)
+    return Interleave(query_groups(model), tuple(n * kv_channels(model) for n in (queries, 1, 1)))
 
 
 def gate_up(model: Model) -> Interleave:

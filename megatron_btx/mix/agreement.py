@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import fields
 
 from megatron_btx.errors import UserError
+from megatron_btx.recipe.count import kv_channels, query_groups
 from megatron_btx.recipe.schema import Model
-from megatron_btx.weights.names import groups, head_dim
 from megatron_btx.weights.plan import Checkpoint
 
 # Averaging weights is meaningless across these, and a RoPE base that differs goes unnoticed: the
@@ -26,21 +26,26 @@ def disagreements(models: Sequence[Checkpoint]) -> list[UserError]:
         if model.architecture.experts:
             errors.append(UserError(_where(model), "already an MoE", "give dense models"))
     for other in others:
-        for what, mine, theirs in _differences(first, other):
-            errors.append(
-                UserError(
-                    _where(other),
-                    f"{what} is {theirs}, that of {first.label} is {mine}",
-                    "mix models that were branched from one seed",
-                )
-            )
+        errors += differences(first, other)
     return errors
 
 
-def _differences(one: Checkpoint, other: Checkpoint) -> list[tuple[str, object, object]]:
+def differences(one: Checkpoint, other: Checkpoint) -> list[UserError]:
+    """Everything in which a second model differs from a first and must not."""
+    return [
+        UserError(
+            _where(other),
+            f"{what} is {theirs}, that of {one.label} is {mine}",
+            "mix models that were branched from one seed",
+        )
+        for what, mine, theirs in _differing(one, other)
+    ]
+
+
+def _differing(one: Checkpoint, other: Checkpoint) -> list[tuple[str, object, object]]:
     pairs = [
-        ("groups", groups(one.architecture.model), groups(other.architecture.model)),
-        ("head_dim", head_dim(one.architecture.model), head_dim(other.architecture.model)),
+        ("groups", query_groups(one.architecture.model), query_groups(other.architecture.model)),
+        ("head_dim", kv_channels(one.architecture.model), kv_channels(other.architecture.model)),
         ("vocab_size", one.architecture.vocab_size, other.architecture.vocab_size),
         ("tokenizer sha256", _tokenizer(one), _tokenizer(other)),
     ]

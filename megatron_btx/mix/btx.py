@@ -7,33 +7,19 @@ parameters are averaged, and one linear router per layer is born.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 
 import torch
 
 from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.mix.agreement import disagreements
+from megatron_btx.mix.average import Averaging
+from megatron_btx.mix.parts import moe_targets
+from megatron_btx.mix.router import NORMAL, RouterInit
 from megatron_btx.recipe.schema import Routing
-from megatron_btx.weights.expression import Draw, Expression, Fill, mean
-from megatron_btx.weights.names import DENSE_NORM, MOE_NORM, ROUTER, canonical_tensors
+from megatron_btx.weights.expression import Expression, Product
+from megatron_btx.weights.names import DENSE_NORM, MOE_NORM, canonical_tensors
 from megatron_btx.weights.plan import Checkpoint, Plan
-
-
-@dataclass(frozen=True)
-class RouterInit:
-    """How the routers W_l are born. The paper does not say; its upcycling baseline is random."""
-
-    kind: Literal["normal", "zeros", "uniform"] = "normal"
-    scale: float = 0.02
-    """Standard deviation, or half the width of the uniform interval."""
-    seed: int = 0
-
-    def draw(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Expression:
-        """The router ``name``: a function of seed and name alone."""
-        if self.kind == "zeros":
-            return Fill(0.0, shape, dtype)
-        return Draw(self.kind, self.scale, self.seed, name, shape, dtype)
 
 
 def btx(
@@ -41,8 +27,9 @@ def btx(
     *,
     routing: Routing,
     dtype: torch.dtype,
-    router: RouterInit = RouterInit(),
-    average: Mapping[str, float] | None = None,
+    router: RouterInit = NORMAL,
+    average: Mapping[str, float] | Averaging | None = None,
+    fold_norms: bool = False,
 ) -> Plan:
     """The plan of the MoE whose expert i is the FFN of model i.
 
@@ -51,39 +38,54 @@ def btx(
         routing: how the MoE will route; kept with its architecture.
         dtype: of the result; averages are rounded to it once, from fp64.
         router: how the router of each layer is drawn.
-        average: weights of the average by model label, normalised here; ``None``: uniform, as in
+        average: how all else is averaged, or weights by model label; ``None``: uniformly, as in
             the paper.
+        fold_norms: scale each expert's gate and up matrices by its own pre-FFN norm gain over the
+            averaged one. RMSNorm's gain multiplies just before them, so each expert then sees the
+            input it was trained on, to rounding.
 
     Raises:
-        UserErrors: everything in which the models differ but must not.
+        UserErrors: everything in which the models differ but must not; a gain of zero to fold by.
     """
-    errors = disagreements(models)
-    labels = [model.label for model in models]
-    if average is not None and set(average) != set(labels):
-        what = f"averages {', '.join(average)}, mixes {', '.join(labels)}"
-        errors.append(UserError("mix.average", what, "give each model of the mix one weight"))
+    averaging = average if isinstance(average, Averaging) else Averaging(average)
+    errors = disagreements(models) + averaging.errors(models)
     if errors:
         raise UserErrors(errors)
-    weights = None if average is None else [average[label] for label in labels]
+    labels = tuple(model.label for model in models)
+    architecture = replace(models[0].architecture, experts=labels, routing=routing)
+    tensors = [model.tensors for model in models]
 
-    dense = models[0].architecture
-    architecture = replace(dense, experts=tuple(labels), routing=routing)
-    sources = [model.tensors for model in models]
-    expected = canonical_tensors(architecture)
-    targets: dict[str, Expression] = {}
-    for name, shape in expected.items():
-        layer, _, rest = name.partition(".mlp.experts.")
-        if rest:
-            expert, _, weight = rest.partition(".")
-            targets[name] = sources[int(expert)][f"{layer}.mlp.{weight}"].to(dtype)
-        elif name.endswith(ROUTER):
-            targets[name] = router.draw(name, shape, dtype)
-        else:
-            own = name.replace(MOE_NORM, DENSE_NORM)
-            targets[name] = mean([source[own] for source in sources], dtype, weights)
-    return Plan(
+    def rest(name: str) -> Expression:
+        return averaging.of(name, models, dtype)
+
+    def ffn(name: str, expert: int) -> Expression:
+        own = tensors[expert][name]
+        if not fold_norms or name.endswith("linear_fc2.weight"):
+            return own.to(dtype)
+        gain = name.replace("mlp.linear_fc1.weight", DENSE_NORM)
+        return Product((own, tensors[expert][gain]), (rest(gain),), dtype)
+
+    plan = Plan(
         architecture=architecture,
-        targets=targets,
+        targets=moe_targets(
+            architecture,
+            ffn=ffn,
+            router=lambda name, shape: router.draw(name, shape, dtype),
+            rest=rest,
+        ),
         sources={model.label: model.source for model in models},
-        expected=expected,
+        expected=canonical_tensors(architecture),
     )
+    if fold_norms:
+        _refuse_zero_gains(plan)
+    return plan
+
+
+def _refuse_zero_gains(plan: Plan) -> None:
+    errors = []
+    for name in plan.targets:
+        if name.endswith(MOE_NORM) and not bool(plan.evaluate(name).all()):
+            what = "an averaged gain is zero, so nothing can be divided by it"
+            errors.append(UserError(name, what, "mix without fold_norms"))
+    if errors:
+        raise UserErrors(errors)

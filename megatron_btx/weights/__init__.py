@@ -4,6 +4,7 @@ A source answers "give me this box of that tensor"; an expression says what a te
 plan gives every target its expression and accounts for every source tensor; a sink takes boxes.
 """
 
+from megatron_btx.weights.build import item, mean, rows, scaled, stack
 from megatron_btx.weights.expression import (
     Cast,
     Cat,
@@ -14,11 +15,6 @@ from megatron_btx.weights.expression import (
     Slice,
     Take,
     WeightedSum,
-    item,
-    mean,
-    rows,
-    scaled,
-    stack,
 )
 from megatron_btx.weights.megatron import open_megatron
 from megatron_btx.weights.names import canonical_tensors

@@ -2,7 +2,7 @@
 
 An expression knows its shape and dtype without touching a tensor, can be printed, compared and
 hashed, and evaluates any box of itself by reading only the boxes of the sources that it needs.
-There are eight; everything else (:func:`stack`, :func:`mean`, :func:`scaled`, ...) is made of them.
+There are nine; everything else (``build.stack``, ``mean``, ``scaled``, ...) is made of them.
 
 Rounding: averages accumulate in fp64 and are rounded once, to the dtype asked for.
 Randomness: a value depends on (seed, name, position) alone, never on the box it is read through.
@@ -11,7 +11,7 @@ Randomness: a value depends on (seed, name, position) alone, never on the box it
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
@@ -30,7 +30,6 @@ from megatron_btx.weights.box import (
     shifted,
     slabs,
     slices,
-    whole,
 )
 
 Read = Callable[[str, str, Box], Tensor]
@@ -254,6 +253,53 @@ class WeightedSum:
 
 
 @dataclass(frozen=True)
+class Product:
+    """``parts[0] * parts[1] * ... / divisors[0] / ...`` element by element, in fp64, rounded once.
+
+    Parts and divisors after the first may lack leading dimensions: a vector scales columns.
+    """
+
+    factors: tuple[Expression, ...]
+    divisors: tuple[Expression, ...]
+    dtype: torch.dtype
+
+    def __post_init__(self) -> None:
+        for part in self.parts:
+            if part.shape != self.shape[len(self.shape) - len(part.shape) :]:
+                raise ValueError(f"cannot multiply {self.shape} and {part.shape}")
+
+    @property
+    def parts(self) -> tuple[Expression, ...]:
+        """What it is made of."""
+        return self.factors + self.divisors
+
+    @property
+    def shape(self) -> Shape:
+        """That of the first factor."""
+        return self.factors[0].shape
+
+    def evaluate(self, box: Box, read: Read) -> Tensor:
+        """Block by block, as sums are."""
+        out = torch.empty(extent(box), dtype=self.dtype)
+        for block in slabs(box, _BLOCK):
+            total = torch.ones(extent(block), dtype=torch.float64)
+            for part in self.factors:
+                total.mul_(part.evaluate(block[len(block) - len(part.shape) :], read).double())
+            for part in self.divisors:
+                total.div_(part.evaluate(block[len(block) - len(part.shape) :], read).double())
+            out[slices(block, box)] = total
+        return out
+
+    def to(self, dtype: torch.dtype) -> Expression:
+        """The same product, rounded once to ``dtype`` instead."""
+        return replace(self, dtype=dtype)
+
+    def __str__(self) -> str:
+        text = " * ".join(map(str, self.factors))
+        return f"({text})" + "".join(f"/{part}" for part in self.divisors)
+
+
+@dataclass(frozen=True)
 class Cast:
     """Another expression rounded to ``dtype``."""
 
@@ -284,13 +330,14 @@ class Cast:
 
 @dataclass(frozen=True)
 class Draw:
-    """Random numbers: normal(0, scale) or uniform(-scale, scale).
+    """Random numbers: normal(0, scale), uniform(-scale, scale), or one with probability ``scale``
+    and zero else (``keep``).
 
     One Philox generator per fixed block of elements in row-major order, keyed by seed, name and
     block: whoever draws any slice of it, on whatever machine and layout, draws the same numbers.
     """
 
-    kind: Literal["normal", "uniform"]
+    kind: Literal["normal", "uniform", "keep"]
     scale: float
     seed: int
     name: str
@@ -311,7 +358,7 @@ class Draw:
         flat = torch.from_numpy(numpy.concatenate(blocks))
         strides = tuple(prod(self.shape[axis + 1 :]) for axis in range(len(self.shape)))
         at = start - first * _DRAW_BLOCK
-        return (flat.as_strided(extent(box), strides, at) * self.scale).to(self.dtype)
+        return flat.as_strided(extent(box), strides, at).to(self.dtype)
 
     def _block(self, block: int) -> numpy.ndarray:
         key = hashlib.sha256(f"{self.seed}/{self.name}/{block}".encode()).digest()
@@ -319,8 +366,10 @@ class Draw:
             numpy.random.Philox(key=int.from_bytes(key[:16], "little"))
         )
         if self.kind == "normal":
-            return generator.standard_normal(_DRAW_BLOCK)
-        return generator.random(_DRAW_BLOCK) * 2 - 1
+            return generator.standard_normal(_DRAW_BLOCK) * self.scale
+        if self.kind == "uniform":
+            return (generator.random(_DRAW_BLOCK) * 2 - 1) * self.scale
+        return (generator.random(_DRAW_BLOCK) < self.scale).astype(numpy.float64)
 
     def to(self, dtype: torch.dtype) -> Expression:
         """The same draw, rounded once to ``dtype`` instead."""
@@ -355,80 +404,7 @@ class Fill:
         return f"{self.value:g}"
 
 
-Expression = Take | Slice | Cat | Reshape | WeightedSum | Cast | Draw | Fill
-
-
-def rows(of: Expression, start: int, stop: int, dim: int = 0) -> Expression:
-    """``of[start:stop]`` along ``dim``, in its simplest form."""
-    size = of.shape[dim]
-    if not 0 <= start < stop <= size:
-        raise ValueError(f"{start}:{stop} is outside dimension {dim} of {of.shape}")
-    if stop - start == size:
-        return of
-    match of:
-        case WeightedSum():
-            return replace(of, parts=tuple(rows(part, start, stop, dim) for part in of.parts))
-        case Cast():
-            return replace(of, of=rows(of.of, start, stop, dim))
-        case Cat() if of.dim == dim:
-            offset = 0
-            for part in of.parts:
-                if offset <= start and stop <= offset + part.shape[dim]:
-                    return rows(part, start - offset, stop - offset, dim)
-                offset += part.shape[dim]
-    box = whole(of.shape)
-    return Slice(of, (*box[:dim], (start, stop), *box[dim + 1 :]))
-
-
-def reshape(of: Expression, shape: Shape) -> Expression:
-    """``of`` viewed as ``shape``, in its simplest form."""
-    if of.shape == shape:
-        return of
-    match of:
-        case Reshape():
-            return reshape(of.of, shape)
-        case WeightedSum():
-            return replace(of, parts=tuple(reshape(part, shape) for part in of.parts))
-        case Cast():
-            return replace(of, of=reshape(of.of, shape))
-    return Reshape(of, shape)
-
-
-def item(of: Expression, index: int) -> Expression:
-    """``of[index]``: one element along the first dimension, which disappears."""
-    return reshape(rows(of, index, index + 1), of.shape[1:])
-
-
-def stack(parts: Sequence[Expression]) -> Expression:
-    """Expressions of one shape along a new first dimension."""
-    return Cat(tuple(reshape(part, (1, *part.shape)) for part in parts), 0)
-
-
-def mean(
-    parts: Sequence[Expression], dtype: torch.dtype, weights: Sequence[float] | None = None
-) -> Expression:
-    """The average: uniform, or by ``weights`` that need not sum to one."""
-    if weights is None:
-        weights = [1.0] * len(parts)
-    return WeightedSum(tuple(parts), tuple(map(float, weights)), float(sum(weights)), dtype)
-
-
-def scaled(of: Expression, factor: float) -> Expression:
-    """``factor * of`` in the dtype of ``of``."""
-    return WeightedSum((of,), (float(factor),), 1.0, of.dtype)
-
-
-def takes(of: Expression) -> Iterator[Take]:
-    """Every tensor of a source that an expression reads."""
-    if isinstance(of, Take):
-        yield of
-    for part in of.parts:
-        yield from takes(part)
-
-
-def nbytes(of: Expression) -> int:
-    """Bytes of the whole result."""
-    return prod(of.shape) * of.dtype.itemsize
+Expression = Take | Slice | Cat | Reshape | WeightedSum | Product | Cast | Draw | Fill
 
 
 def _without(shape: Shape, dim: int) -> Shape:

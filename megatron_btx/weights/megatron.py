@@ -15,7 +15,8 @@ from pathlib import Path
 from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.weights.box import Shape
-from megatron_btx.weights.expression import Cat, Expression, Fill, item, rows, stack
+from megatron_btx.weights.build import item, rows, stack
+from megatron_btx.weights.expression import Cat, Expression, Fill
 from megatron_btx.weights.manifest import MANIFEST, read_manifest
 from megatron_btx.weights.names import (
     DENSE_NORM,

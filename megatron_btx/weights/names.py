@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_btx.recipe.architecture import Architecture
-from megatron_btx.recipe.schema import Model
+from megatron_btx.recipe.count import kv_channels, query_groups
 from megatron_btx.weights.box import Shape
 
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -39,10 +39,10 @@ def canonical_tensors(architecture: Architecture) -> dict[str, Shape]:
 
 def _layer(architecture: Architecture) -> Iterator[tuple[str, Shape]]:
     model, experts = architecture.model, len(architecture.experts)
-    hidden, ffn, dim = model.hidden_size, model.ffn_hidden_size, head_dim(model)
+    hidden, ffn, dim = model.hidden_size, model.ffn_hidden_size, kv_channels(model)
     heads = model.num_attention_heads
     yield QKV_NORM, (hidden,)
-    yield QKV, ((heads + 2 * groups(model)) * dim, hidden)
+    yield QKV, ((heads + 2 * query_groups(model)) * dim, hidden)
     yield PROJ, (hidden, heads * dim)
     if not experts:
         yield DENSE_NORM, (hidden,)
@@ -54,13 +54,3 @@ def _layer(architecture: Architecture) -> Iterator[tuple[str, Shape]]:
     for expert in range(experts):
         yield f"mlp.experts.{expert}.linear_fc1.weight", (2 * ffn, hidden)
         yield f"mlp.experts.{expert}.linear_fc2.weight", (hidden, ffn)
-
-
-def groups(model: Model) -> int:
-    """Key/value heads."""
-    return model.num_query_groups or model.num_attention_heads
-
-
-def head_dim(model: Model) -> int:
-    """Width of a head."""
-    return model.kv_channels or model.hidden_size // model.num_attention_heads

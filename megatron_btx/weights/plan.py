@@ -16,7 +16,8 @@ from torch import Tensor
 from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.weights.box import Box, Shape, whole
-from megatron_btx.weights.expression import Expression, Take, nbytes, takes
+from megatron_btx.weights.build import nbytes, takes
+from megatron_btx.weights.expression import Expression, Take
 from megatron_btx.weights.source import Source, take_all
 
 
@@ -55,7 +56,7 @@ class Plan:
         targets: name -> expression, in the order in which they are made.
         sources: label -> source, for the takes in the expressions.
         expected: the names and shapes that ``targets`` must have.
-        ignored: source tensors that need not be used.
+        ignored: by label, the source tensors that need not be used.
 
     Raises:
         UserErrors: every target missing, unexpected or of another shape and every source tensor
@@ -66,7 +67,7 @@ class Plan:
     targets: Mapping[str, Expression]
     sources: Mapping[str, Source]
     expected: Mapping[str, Shape]
-    ignored: tuple[Ignore, ...] = ()
+    ignored: Mapping[str, tuple[Ignore, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         errors = mismatches(self.targets, self.expected, "the plan's result")
@@ -76,7 +77,7 @@ class Plan:
             unused = [name for name, take in there.items() if take not in used]
             errors += [
                 UserError(label, f"tensor {name} is used by nothing in the result")
-                for name in unmatched(unused, self.ignored)
+                for name in unmatched(unused, self.ignored.get(label, ()))
             ]
         absent = {take for take in used if not _holds(self.sources, take)}
         errors += [

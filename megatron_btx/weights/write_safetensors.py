@@ -8,9 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from megatron_btx.weights.build import nbytes
 from megatron_btx.weights.directory import Piece, as_json, write_directory
 from megatron_btx.weights.execute import SLAB, stream
-from megatron_btx.weights.expression import nbytes
 from megatron_btx.weights.plan import Plan
 from megatron_btx.weights.safetensors import DTYPES
 

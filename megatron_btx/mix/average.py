@@ -1,0 +1,107 @@
+"""Averages: what BTX does with all that is no expert, and a mix of its own (a dense result)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megatron_btx.errors import UserError, UserErrors
+from megatron_btx.mix.agreement import disagreements
+from megatron_btx.weights.build import mean
+from megatron_btx.weights.expression import Draw, Expression, Product, WeightedSum
+from megatron_btx.weights.names import canonical_tensors
+from megatron_btx.weights.plan import Checkpoint, Plan
+
+
+@dataclass(frozen=True)
+class Dare:
+    """Drop and rescale (DARE, arXiv 2311.03099) what each model learned since the seed.
+
+    MergeME (arXiv 2502.00997, table 1) found it better than the plain mean for what BTX averages.
+    """
+
+    seed_model: str
+    """Label of the model from which the others were branched."""
+    drop: float = 0.9
+    """Share of the differences that is dropped; the rest is divided by ``1 - drop``."""
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Averaging:
+    """How tensors are averaged: uniformly (the paper, section 3.2), by weights, with DARE."""
+
+    weights: Mapping[str, float] | None = None
+    """By model label, normalised; ``None``: uniform."""
+    dare: Dare | None = None
+
+    def of(self, name: str, models: Sequence[Checkpoint], dtype: torch.dtype) -> Expression:
+        """The average of the tensor ``name``, accumulated in fp64, rounded once."""
+        labels = [model.label for model in models]
+        weights = [1.0 if self.weights is None else self.weights[label] for label in labels]
+        parts = [model.tensors[name] for model in models]
+        if self.dare is None:
+            return mean(parts, dtype, weights)
+        return self._dare(name, labels, parts, weights, dtype)
+
+    def _dare(
+        self,
+        name: str,
+        labels: Sequence[str],
+        parts: Sequence[Expression],
+        weights: Sequence[float],
+        dtype: torch.dtype,
+    ) -> Expression:
+        """``seed + sum_i w_i keep_i (x_i - seed) / (1 - drop) / sum_i w_i``."""
+        assert self.dare is not None
+        kept = 1.0 - self.dare.drop
+        base = parts[labels.index(self.dare.seed_model)]
+        terms, factors = [base], [kept * sum(weights)]
+        for label, part, weight in zip(labels, parts, weights, strict=True):
+            if label == self.dare.seed_model:
+                continue
+            draw = Draw("keep", kept, self.dare.seed, f"{label}/{name}", part.shape, torch.float64)
+            terms += [Product((x, draw), (), torch.float64) for x in (part, base)]
+            factors += [weight, -weight]
+        return WeightedSum(tuple(terms), tuple(factors), kept * sum(weights), dtype)
+
+    def errors(self, models: Sequence[Checkpoint]) -> list[UserError]:
+        """What does not fit the models."""
+        labels = [model.label for model in models]
+        found = []
+        if self.weights is not None and set(self.weights) != set(labels):
+            what = f"weights for {', '.join(self.weights)}; the mix is of {', '.join(labels)}"
+            found.append(UserError("mix.average", what, "give each model of the mix one weight"))
+        if self.weights is not None and not sum(self.weights.values()) > 0:
+            found.append(UserError("mix.average", "the weights do not sum to a positive number"))
+        if self.dare is not None and self.dare.seed_model not in labels:
+            what = f"there is no model {self.dare.seed_model} to compare with"
+            found.append(UserError("mix.dare", what, "name the seed, and mix it too"))
+        return found
+
+
+UNIFORM = Averaging()
+"""The paper's."""
+
+
+def average(
+    models: Sequence[Checkpoint], *, dtype: torch.dtype, averaging: Averaging = UNIFORM
+) -> Plan:
+    """The plan of a dense model whose every tensor is the average of the models'.
+
+    Raises:
+        UserErrors: everything in which the models differ but must not.
+    """
+    errors = disagreements(models) + averaging.errors(models)
+    if errors:
+        raise UserErrors(errors)
+    architecture = models[0].architecture
+    expected = canonical_tensors(architecture)
+    return Plan(
+        architecture=architecture,
+        targets={name: averaging.of(name, models, dtype) for name in expected},
+        sources={model.label: model.source for model in models},
+        expected=expected,
+    )

@@ -1,0 +1,285 @@
+"""Each mix against what it must compute: plain float64 feed-forward layers, and plain loops."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from megatron_btx.errors import UserError
+from megatron_btx.mix import (
+    Averaging,
+    Dare,
+    RouterInit,
+    append,
+    average,
+    blend,
+    btx,
+    copy,
+    drop,
+    split,
+    upcycle,
+)
+from megatron_btx.recipe.schema import Routing
+from megatron_btx.weights import Checkpoint, MemorySource
+from megatron_btx.weights.source import read_whole
+from tests.weights.models import DENSE, dense
+
+TOP2 = Routing(type="topk", moe_router_topk=2)
+F64 = torch.float64
+LAYER = "decoder.layers.2."
+X = torch.randn(11, 32, generator=torch.Generator().manual_seed(3), dtype=F64)
+
+
+def tensor(model, name: str) -> torch.Tensor:
+    if isinstance(model, Checkpoint):
+        return read_whole(model.source, name).double()
+    return model.evaluate(name).double()
+
+
+def ffn(fc1: torch.Tensor, fc2: torch.Tensor, x: torch.Tensor = X) -> torch.Tensor:
+    gate, up = (x @ fc1.T).chunk(2, -1)
+    return (torch.nn.functional.silu(gate) * up) @ fc2.T
+
+
+def dense_ffn(model, x: torch.Tensor = X) -> torch.Tensor:
+    return ffn(*(tensor(model, f"{LAYER}mlp.linear_fc{i}.weight") for i in (1, 2)), x)
+
+
+def expert(plan, index: int, x: torch.Tensor = X) -> torch.Tensor:
+    name = f"{LAYER}mlp.experts.{index}.linear_fc{{}}.weight"
+    return ffn(tensor(plan, name.format(1)), tensor(plan, name.format(2)), x)
+
+
+def moe(plan, gates: torch.Tensor) -> torch.Tensor:
+    """Gates [tokens, experts]."""
+    count = len(plan.architecture.experts)
+    return sum(gates[:, [e]] * expert(plan, e) for e in range(count))
+
+
+def gates_of(plan, k: int) -> torch.Tensor:
+    """SoftMax(TopK(W x)): section 3.2."""
+    logits = X @ tensor(plan, f"{LAYER}mlp.router.weight").T
+    values, chosen = logits.topk(k)
+    return torch.zeros_like(logits).scatter(1, chosen, values.softmax(-1))
+
+
+def memory(plan, label: str) -> Checkpoint:
+    """A plan's result as a checkpoint."""
+    tensors = {name: plan.evaluate(name) for name in plan.targets}
+    return Checkpoint(label, None, plan.architecture, MemorySource(tensors))
+
+
+def test_btx_of_one_model_is_that_model_under_any_gates():
+    models = [replace(dense("a", 1), label=label) for label in "abc"]
+    plan = btx(models, routing=TOP2, dtype=F64)
+    gates = torch.rand(11, 3, dtype=F64).softmax(-1)
+    torch.testing.assert_close(moe(plan, gates), dense_ffn(models[0]), rtol=1e-12, atol=1e-12)
+    rest = [n for n in plan.targets if ".experts." not in n and "router" not in n]
+    for name in rest:
+        own = name.replace("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight")
+        assert torch.equal(tensor(plan, name), tensor(models[0], own))
+
+
+def test_forced_routing_is_that_models_ffn():
+    models = [dense(label, i) for i, label in enumerate("abc")]
+    plan = btx(models, routing=TOP2, dtype=torch.float32)
+    for index, model in enumerate(models):
+        assert torch.equal(expert(plan, index), dense_ffn(model))
+
+
+def test_average_by_weights():
+    models = [dense(label, i) for i, label in enumerate("abc")]
+    name = f"{LAYER}self_attention.linear_qkv.weight"
+    weights = {"a": 1.0, "b": 2.0, "c": 5.0}
+    got = btx(models, routing=TOP2, dtype=F64, average=weights).evaluate(name)
+    want = sum(w * tensor(m, name) for w, m in zip((1, 2, 5), models, strict=True)) / 8
+    torch.testing.assert_close(got, want, rtol=1e-15, atol=1e-15)
+    flat = average(models, dtype=F64, averaging=Averaging(weights))
+    assert torch.equal(flat.evaluate(name), got)
+    assert flat.architecture == DENSE
+    with pytest.raises(UserError, match="give each model of the mix one weight"):
+        btx(models, routing=TOP2, dtype=F64, average={"a": 1.0, "z": 1.0})
+
+
+def test_the_average_of_copies_is_the_model():
+    models = [replace(dense("a", 1), label=label) for label in "abc"]
+    plan = average(models, dtype=torch.float32)
+    for name in plan.targets:
+        assert torch.equal(plan.evaluate(name), read_whole(models[0].source, name))
+
+
+def test_dare_keeps_a_share_of_the_differences():
+    """Expectation: the mean. Every kept difference counts ``1 / (1 - drop)`` times."""
+    models = [dense(label, i) for i, label in enumerate(["seed", "b"])]
+    name = "embedding.word_embeddings.weight"
+    averaging = Averaging(dare=Dare("seed", drop=0.75, seed=9))
+    got = average(models, dtype=F64, averaging=averaging).evaluate(name)
+    base, other = (tensor(model, name) for model in models)
+    share = (got - base) / (other - base)
+    assert set(share.mul(1e6).round().div(1e6).unique().tolist()) == {0.0, 2.0}
+    assert abs((share > 1).double().mean() - 0.25) < 0.03
+    none = average(models, dtype=F64, averaging=Averaging(dare=Dare("seed", drop=0.0)))
+    torch.testing.assert_close(none.evaluate(name), (base + other) / 2, rtol=1e-12, atol=1e-12)
+    with pytest.raises(UserError, match="no model x"):
+        average(models, dtype=F64, averaging=Averaging(dare=Dare("x")))
+
+
+def test_folded_norms_give_each_expert_its_own_input():
+    models = [dense(label, i) for i, label in enumerate("abc")]
+    plan = btx(models, routing=TOP2, dtype=F64, fold_norms=True)
+    gain = tensor(plan, f"{LAYER}pre_mlp_layernorm.weight")
+    for index, model in enumerate(models):
+        own = tensor(model, f"{LAYER}mlp.linear_fc1.layer_norm_weight")
+        got, want = expert(plan, index, X * gain), dense_ffn(model, X * own)
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+    zero = MemorySource(
+        {
+            name: torch.zeros(shape) if "layer_norm" in name else torch.ones(shape)
+            for name, (shape, _) in models[0].source.tensors.items()
+        }
+    )
+    dead = [replace(models[0], label=label, source=zero) for label in "ab"]
+    with pytest.raises(UserError, match="a averaged gain is zero|averaged gain is zero"):
+        btx(dead, routing=TOP2, dtype=F64, fold_norms=True)
+
+
+def test_upcycled_experts_are_copies():
+    model = dense("a", 1)
+    plan = upcycle(model, copies=3, routing=TOP2, dtype=torch.float32)
+    for index in range(3):
+        assert torch.equal(expert(plan, index), dense_ffn(model))
+    noisy = upcycle(model, copies=2, routing=TOP2, dtype=F64, noise=0.01)
+    name = f"{LAYER}mlp.experts.{{}}.linear_fc1.weight"
+    noises = [
+        tensor(noisy, name.format(e)) - tensor(model, f"{LAYER}mlp.linear_fc1.weight")
+        for e in range(2)
+    ]
+    assert not torch.equal(*noises)
+    for noise in noises:
+        assert abs(noise.std() - 0.01) < 0.001
+
+
+@pytest.mark.parametrize("taken", [1, 2, 3])
+def test_granular_upcycling_equals_the_dense_model_at_step_0(taken):
+    """Virtual groups: top-k of G rows a copy takes whole copies; the down matrix times G."""
+    model, chunks = dense("a", 1), 4
+    routing = Routing(type="topk", moe_router_topk=taken * chunks)
+    plan = upcycle(
+        model, copies=3, chunks=chunks, routing=routing, dtype=F64, router=RouterInit(scale=0.5)
+    )
+    assert plan.architecture.model.ffn_hidden_size == 12
+    got = moe(plan, gates_of(plan, taken * chunks))
+    torch.testing.assert_close(got, dense_ffn(model), rtol=1e-11, atol=1e-11)
+    cube = upcycle(model, copies=3, chunks=chunks, routing=routing, dtype=F64, scale="cube_root")
+    bare = upcycle(model, copies=3, chunks=chunks, routing=routing, dtype=F64, scale="none")
+    name = f"{LAYER}mlp.experts.5.linear_fc1.weight"
+    factor = (3 * 16 / (taken * 4)) ** (1 / 3)
+    torch.testing.assert_close(tensor(cube, name), tensor(bare, name) * factor)
+
+
+def test_chunks_of_a_split_sum_to_the_ffn():
+    models = [dense(label, i) for i, label in enumerate("ab")]
+    plan = split(models, chunks=3, routing=TOP2, dtype=F64)
+    assert plan.architecture.experts == ("a.0", "a.1", "a.2", "b.0", "b.1", "b.2")
+    for index, model in enumerate(models):
+        gates = torch.zeros(11, 6, dtype=F64)
+        gates[:, 3 * index : 3 * index + 3] = 1 / 3
+        torch.testing.assert_close(moe(plan, gates), dense_ffn(model), rtol=1e-11, atol=1e-11)
+    bare = split(models, chunks=3, routing=TOP2, dtype=F64, scale="none")
+    name = f"{LAYER}mlp.experts.4.linear_fc2.weight"
+    want = tensor(models[1], f"{LAYER}mlp.linear_fc2.weight")[:, 16:32]
+    assert torch.equal(tensor(bare, name), want)
+    with pytest.raises(UserError, match="does not divide into 5 chunks"):
+        split(models, chunks=5, routing=TOP2, dtype=F64)
+
+
+def test_blended_experts():
+    models = [replace(dense("a", 1), label=label) for label in "abc"]
+    plan = blend(models, routing=Routing(type="soft"), dtype=F64)
+    gates = torch.full((11, 3), 1 / 3, dtype=F64)
+    torch.testing.assert_close(moe(plan, gates), dense_ffn(models[0]), rtol=1e-11, atol=1e-11)
+    models = [dense(label, i) for i, label in enumerate("abc")]
+    plan = blend(models, routing=TOP2, dtype=F64)
+    got = tensor(plan, f"{LAYER}mlp.experts.1.linear_fc1.weight")
+    rows = [tensor(m, f"{LAYER}mlp.linear_fc1.weight") for m in models]
+    want = torch.cat([r[16:32] for r in rows] + [r[48 + 16 : 48 + 32] for r in rows])
+    assert torch.equal(got, want)
+    total = moe(plan, torch.ones(11, 3, dtype=F64))
+    torch.testing.assert_close(total, sum(dense_ffn(m) for m in models), rtol=1e-11, atol=1e-11)
+
+
+def test_append_then_drop_is_the_moe_again():
+    models = [dense(label, i) for i, label in enumerate("abcd")]
+    first = memory(btx(models[:3], routing=TOP2, dtype=torch.float32), "moe")
+    longer = append(first, models[3], dtype=torch.float32)
+    assert longer.architecture.experts == ("a", "b", "c", "d")
+    assert torch.equal(expert(longer, 3), dense_ffn(models[3]))
+    router = tensor(longer, f"{LAYER}mlp.router.weight")
+    assert torch.equal(router[:3], tensor(first, f"{LAYER}mlp.router.weight"))
+    assert 0.01 < router[3].std() < 0.03
+    again = drop(memory(longer, "longer"), "d", dtype=torch.float32)
+    assert again.architecture == first.architecture
+    for name in again.targets:
+        assert torch.equal(again.evaluate(name), read_whole(first.source, name)), name
+    without_b = drop(first, "b", dtype=torch.float32)
+    assert torch.equal(expert(without_b, 1), dense_ffn(models[2]))
+    for wrong, found in (
+        (lambda: drop(first, "z", dtype=F64), "its experts are a, b, c"),
+        (lambda: drop(memory(without_b, "m"), "a", dtype=F64), "1 experts would be left"),
+        (lambda: append(models[0], models[1], dtype=F64), "give an MoE"),
+        (lambda: append(first, models[1], dtype=F64), "has an expert b already"),
+    ):
+        with pytest.raises(UserError, match=found):
+            wrong()
+
+
+def test_models_that_differ_are_refused_all_at_once():
+    other = replace(DENSE, model=replace(DENSE.model, rotary_base=1e6, layernorm_epsilon=1e-6))
+    models = [
+        dense("a", 1),
+        dense("b", 2, architecture=other),
+        replace(dense("c", 3), manifest={"tokenizer": {"sha256": "1"}}),
+        replace(dense("a", 4), manifest={"tokenizer": {"sha256": "2"}}),
+    ]
+    with pytest.raises(UserError) as caught:
+        btx(models, routing=TOP2, dtype=F64)
+    text = str(caught.value)
+    for found in ("rotary_base is 1000000.0", "layernorm_epsilon is 1e-06", "a: given twice"):
+        assert found in text
+    copied = memory(btx(models[:1], routing=TOP2, dtype=F64), "moe")
+    with pytest.raises(UserError, match="already an MoE"):
+        btx([copied], routing=TOP2, dtype=F64)
+
+
+def test_a_copy_is_the_model():
+    model = dense("a", 1)
+    plan = copy(model, dtype=torch.bfloat16)
+    for name in plan.targets:
+        want = read_whole(model.source, name).bfloat16()
+        assert torch.equal(plan.evaluate(name), want)
+
+
+def test_plans_account_for_both_sides():
+    from megatron_btx.weights import Plan
+
+    model = dense("a", 1)
+    good = copy(model, dtype=torch.float32)
+    name = f"{LAYER}mlp.linear_fc2.weight"
+    targets = dict(good.targets)
+    targets["stray"] = targets.pop(name)
+    del targets["decoder.final_layernorm.weight"]
+    with pytest.raises(UserError) as caught:
+        Plan(good.architecture, targets, good.sources, good.expected)
+    text = str(caught.value)
+    for found in (
+        f"{name} is missing",
+        "stray is unexpected",
+        "decoder.final_layernorm.weight is used by nothing",
+    ):
+        assert found in text
+    assert good.hash == copy(dense("a", 2), dtype=torch.float32).hash
+    assert good.hash != copy(model, dtype=torch.bfloat16).hash
+    described = btx([model, dense("b", 2)], routing=TOP2, dtype=torch.float32).describe()
+    assert "mlp.experts.1.linear_fc2.weight\n    = b:decoder.layers.*.mlp.linear_fc2" in described
