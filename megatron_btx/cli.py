@@ -144,7 +144,7 @@ def _run(options: argparse.Namespace) -> int:
         sys.stdout.write(f"{recipe.name}: all {many} done ({run_dir})\n")
     if options.json:
         _print_stages(recipe, run_dir, stages, True, code=code, problem=problem)
-    elif code == 0:
+    elif code == 0 and any(stage.kind == "evaluate" for stage in stages):
         _print_results(run_dir)
     if problem:
         sys.stderr.write(f"{_red('error')}: {problem}\n")

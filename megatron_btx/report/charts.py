@@ -124,6 +124,7 @@ def compute(facts: Facts) -> str | None:
         name="Mean held-out loss of every system against its training compute",
         width=560,
         height=340,
+        left=60,
         right=150,
     )
     for line in lines:
@@ -168,11 +169,17 @@ def routing(facts: Facts, routing: Routing) -> list[tuple[str, list[tuple[str, s
         top = max((v for matrix in measured.values() for row in matrix for v in row), default=0.0)
         pictures = [
             (domain, _heat(matrix, routing.experts, top, f"{label} on {domain}"))
-            for domain, matrix in measured.items()
+            for domain, matrix in _ordered(facts, measured)
         ]
         if pictures:
             groups.append((label, pictures))
     return groups
+
+
+def _ordered(facts: Facts, measured: Mapping[str, Matrix]) -> list[tuple[str, Matrix]]:
+    """By domain, in the recipe's order."""
+    domains = list(facts.recipe.domains)
+    return sorted(measured.items(), key=lambda item: (domains + [item[0]]).index(item[0]))
 
 
 def _heat(matrix: Matrix, experts: Sequence[str], top: float, name: str) -> str:

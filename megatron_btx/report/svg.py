@@ -48,12 +48,13 @@ class Axes:
     """What the picture shows, for those who cannot see it."""
     width: int = 320
     height: int = 220
+    left: int = 46
     right: int = 12
     """Room beside the axes, for labels of points."""
     x_format: Callable[[float], str] = lambda value: f"{value:g}"
     parts: list[str] = field(default_factory=list)
 
-    left, top, bottom = 44, 10, 38
+    top, bottom = 10, 38
 
     def x(self, value: float) -> float:
         """Pixel of a value on the x axis."""
