@@ -32,6 +32,7 @@ class Run:
         environment = {
             **os.environ,
             "PYTHONPATH": str(ROOT),
+            "TMPDIR": str(self.directory),
             "BTX_FAKE": json.dumps(wish or {}),
             "BTX_TEST_RUN": str(self.directory),  # by which the tests know their processes
         }
