@@ -25,7 +25,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_btx.engine.distributed import is_first_rank
-from megatron_btx.engine.model import unwrap
+from megatron_btx.engine.model import gather_parameters, unwrap
 from megatron_btx.errors import UserError
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.weights.manifest import FORMAT, MANIFEST, read_manifest
@@ -69,8 +69,9 @@ def _metadata() -> dict[str, Any]:
 
 
 def model_sharded_state_dict(model: torch.nn.Module) -> dict[str, Any]:
-    """The model's shards under their global names; ``_extra_state`` (Transformer Engine's, tied to
-    a layout) left out."""
+    """The model's shards under their global names, whole; ``_extra_state`` (Transformer Engine's,
+    tied to a layout) left out. Every rank calls it."""
+    gather_parameters(model)
     sharded = unwrap(model).sharded_state_dict(metadata=_metadata())
     return {key: value for key, value in sharded.items() if not key.endswith("._extra_state")}
 

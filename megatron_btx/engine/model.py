@@ -181,6 +181,14 @@ def wrap_ddp(
     return ddp
 
 
+def gather_parameters(model: torch.nn.Module) -> None:
+    """Make every parameter whole on this rank before something other than training looks at it:
+    with ``overlap_param_gather`` that only happens as the next forward pass goes along."""
+    if isinstance(model, DistributedDataParallel) and model.ddp_config.overlap_param_gather:
+        model.disable_forward_pre_hook(param_sync=True)
+        model.enable_forward_pre_hook()
+
+
 def unwrap(model: torch.nn.Module) -> GPTModel:
     """The GPTModel inside Megatron's wrappers."""
     inner: Any = model

@@ -14,7 +14,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_btx.engine.model import unwrap
+from megatron_btx.engine.model import gather_parameters, unwrap
 from megatron_btx.engine.noise import set_routing_context
 from megatron_btx.engine.router import collect_load, routers
 from megatron_btx.errors import UserError
@@ -49,6 +49,7 @@ def evaluate(
         micro_batch_size: sequences a rank runs at once.
         step: keys the noise of sampled routing.
     """
+    gather_parameters(model)
     loss, load, gate = {}, {}, {}
     moe = bool(_all_layers(model))
     for name, sequences in domains.items():

@@ -184,8 +184,6 @@ def shards(model: torch.nn.Module, value: Any) -> Iterator[tuple[str, tuple, tup
 
     from megatron_btx.engine.checkpoint import model_sharded_state_dict
 
-    while hasattr(model, "module") and not hasattr(model, "decoder"):
-        model = model.module
     parameters = {id(p): p for p in model.parameters()}
     for entry in model_sharded_state_dict(model).values():
         if isinstance(entry, ShardedTensor):

@@ -4,8 +4,8 @@ Tolerances. fp32: a gradient is a sum over tokens and features whose order depen
 both sides carry rounding of about 1e-7 of the largest term a reduction, so gradients agree to 2e-5
 of the tensor's largest entry. Adam divides by the root of a running square: where a gradient is
 itself rounding noise its update may go either way, so a weight may differ by a few per cent of the
-learning rate (1e-3) a step, and tensors are compared by their relative L2 distance. bf16 has 8 bits: 2^-8
-of relative error an operation.
+learning rate (1e-3) a step, and tensors are compared by their relative L2 distance. bf16 has 8
+bits: 2^-8 of relative error an operation.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from megatron_btx.recipe.schema import Layout
+from megatron_btx.recipe.schema import Layout, MegatronOptions
 from tests.engine.harness import DENSE, MOE, Case, Trained, assemble, train
 from tests.ranks import Ranks
 
@@ -30,6 +30,18 @@ TP2_EP2 = Layout(
 )
 TP2_PP2_EP2 = replace(TP2_EP2, pipeline_model_parallel_size=2)
 TP2_DP2_EP2 = replace(TP2_EP2, data_parallel_size=2)
+
+RECOMPUTE = MegatronOptions(
+    transformer={
+        "recompute_granularity": "full",
+        "recompute_method": "uniform",
+        "recompute_num_layers": 1,
+    }
+)
+OVERLAP = MegatronOptions(
+    ddp={"overlap_grad_reduce": True, "overlap_param_gather": True},
+    optimizer={"overlap_param_gather": True},
+)
 
 CASES = {
     "dense-tp2": Case(DENSE, TP2),
@@ -47,6 +59,8 @@ CASES = {
     "moe-tp2-dp2-ep2": Case(MOE, TP2_DP2_EP2),
     "moe-tp2-dp2-ep2-distopt": Case(MOE, TP2_DP2_EP2, use_distributed_optimizer=True),
     "moe-tp2-pp2-ep2": Case(MOE, TP2_PP2_EP2),
+    "moe-tp2-pp2-ep2-recompute": Case(MOE, TP2_PP2_EP2, megatron=RECOMPUTE),
+    "moe-ep2-overlap-distopt": Case(MOE, EP2, use_distributed_optimizer=True, megatron=OVERLAP),
     "bf16-dense-tp2": Case(DENSE, TP2, "bf16"),
     "bf16-dense-dp2-distopt": Case(DENSE, DP2, "bf16", use_distributed_optimizer=True),
     "bf16-moe-ep2": Case(MOE, EP2, "bf16"),
@@ -61,7 +75,7 @@ _references: dict[tuple[object, ...], Trained] = {}
 
 def reference(ranks: Ranks, case: Case) -> Trained:
     """The same case on one rank, run once a session."""
-    alone = replace(case, layout=Layout(), use_distributed_optimizer=False)
+    alone = Case(case.architecture, precision=case.precision)
     key = (alone.architecture, alone.precision)
     if key not in _references:
         _references[key] = ranks.run(train, 1, alone)[0]
