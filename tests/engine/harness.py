@@ -1,4 +1,4 @@
-"""The layout harness: train the same model from the same weights on the same samples under a layout,
+"""The layout harness: train one model from the same weights on the same samples under a layout,
 and bring back every parameter, gradient and replica under its global name.
 
 Weights come from an independent generator keyed by the global name, so nothing of ours decides
