@@ -12,7 +12,7 @@ import pytest
 import megatron_btx
 
 PACKAGE = Path(megatron_btx.__file__).parent
-ORDER = "errors versions recipe weights families mix engine data evaluate train pipeline report cli"
+ORDER = "errors files versions recipe weights families mix engine data evaluate train pipeline report cli"
 ROOMS = ORDER.split(" ")
 """Each may import itself and those before it."""
 

@@ -7,7 +7,6 @@ disk; what bears the name ``step_00000123`` can be loaded, however the writer di
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import shutil
@@ -27,6 +26,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_btx.engine.distributed import is_first_rank
 from megatron_btx.engine.model import gather_parameters, unwrap
 from megatron_btx.errors import UserError
+from megatron_btx.files import sync_directory, write_json
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.weights.manifest import FORMAT, MANIFEST, read_manifest
 
@@ -204,26 +204,6 @@ def final_checkpoint(stage_directory: Path) -> Path:
     if found is None:
         raise UserError(str(stage_directory), "has no checkpoint", "run that stage first")
     return found
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file atomically and durably."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1, sort_keys=True)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
-def sync_directory(directory: Path) -> None:
-    """Make renames in a directory durable."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextlib.contextmanager

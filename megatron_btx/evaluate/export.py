@@ -13,10 +13,11 @@ import torch
 from megatron_btx.data.mixture import HeldOutText, held_out
 from megatron_btx.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_btx.engine import distributed
-from megatron_btx.engine.checkpoint import final_checkpoint, sync_directory
+from megatron_btx.engine.checkpoint import final_checkpoint
 from megatron_btx.errors import UserError
 from megatron_btx.evaluate.stage import evaluate_checkpoint
 from megatron_btx.families.export import export_hf
+from megatron_btx.files import sync_directory
 from megatron_btx.recipe.schema import Recipe
 from megatron_btx.recipe.stages import directory
 

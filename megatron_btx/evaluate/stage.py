@@ -11,10 +11,11 @@ import torch
 
 from megatron_btx.data.mixture import HeldOutText, held_out
 from megatron_btx.engine import distributed
-from megatron_btx.engine.checkpoint import final_checkpoint, write_json
+from megatron_btx.engine.checkpoint import final_checkpoint
 from megatron_btx.engine.initializer import initialize
 from megatron_btx.engine.model import DTYPES, build_model
 from megatron_btx.evaluate.heldout import HeldOut, evaluate
+from megatron_btx.files import write_json
 from megatron_btx.mix.copy import copy
 from megatron_btx.recipe import count
 from megatron_btx.recipe.architecture import Architecture

@@ -25,34 +25,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatron_btx.errors import UserError
+from megatron_btx.files import read_json, write_json
 from megatron_btx.pipeline.graph import Stage
 from megatron_btx.versions import code_revision, versions
 
 EXIT_STOPPED = 75
 """Exit code of a rank that was stopped and has saved (``EX_TEMPFAIL``)."""
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write a file that appears under its name only when it is whole and on the disk."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(content, file, indent=1)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a JSON file; ``None`` where there is no whole one."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
 
 
 def done(run_dir: Path, stage: Stage) -> dict[str, Any] | None:

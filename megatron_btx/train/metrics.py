@@ -8,6 +8,8 @@ import time
 from pathlib import Path
 from typing import Any, TextIO
 
+from megatron_btx.files import written
+
 
 class MetricsLog:
     """One JSON object a line: ``{"kind": "train" | "eval" | "start", "step": ..., ...}``.
@@ -26,12 +28,8 @@ class MetricsLog:
             for record in read(path)
             if record["kind"] == "start" or record["step"] <= resumed_step
         ]
-        partial = path.with_name(path.name + ".partial")
-        with partial.open("w", encoding="utf-8") as file:
+        with written(path) as file:
             file.writelines(_line(record) for record in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
         self._file: TextIO = path.open("a", encoding="utf-8")
 
     def write(self, kind: str, step: int, **values: Any) -> dict[str, Any]:

@@ -16,11 +16,11 @@ from megatron_btx.engine.checkpoint import (
     latest,
     load,
     manifest_of,
-    write_json,
 )
 from megatron_btx.engine.initializer import btx_plan, initialize
 from megatron_btx.engine.model import DTYPES, build_model, wrap_ddp
 from megatron_btx.engine.optimizer import build_optimizer, build_schedule
+from megatron_btx.files import write_json
 from megatron_btx.mix.copy import copy
 from megatron_btx.mix.fresh import fresh
 from megatron_btx.recipe import count
