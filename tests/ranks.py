@@ -6,6 +6,7 @@ groups over as many of the ranks as it needs.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import itertools
 import multiprocessing
@@ -16,6 +17,8 @@ import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
+
+import psutil
 
 _PR_SET_PDEATHSIG = 1
 _context = multiprocessing.get_context("spawn")
@@ -86,7 +89,10 @@ class Ranks:
         """End every process."""
         for process, pipe in self._workers:
             pipe.close()
-            process.kill()
+            # With what it started: Megatron's checkpoint writer keeps a manager process.
+            for doomed in [*psutil.Process(process.pid).children(recursive=True), process]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    doomed.kill()
             process.join()
         self._workers.clear()
 
