@@ -89,10 +89,11 @@ class Ranks:
         """End every process."""
         for process, pipe in self._workers:
             pipe.close()
-            # With what it started: Megatron's checkpoint writer keeps a manager process.
-            for doomed in [*psutil.Process(process.pid).children(recursive=True), process]:
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    doomed.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):  # it may have died of its case
+                # With what it started: Megatron's checkpoint writer keeps a manager process.
+                for child in psutil.Process(process.pid).children(recursive=True):
+                    child.kill()
+            process.kill()
             process.join()
         self._workers.clear()
 
