@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from megatron_btx.engine import dispatch
+
 _DEVICE = torch.device("cpu")
 
 # All of Megatron that we use, imported while torch.compile is out of the way.
@@ -142,6 +144,9 @@ def _move_to_cpu(
     return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
+# The dispatchers' own functions add rows up by scattering, and copy chunks that are in order.
+_DISPATCHER = "megatron.core.transformer.moe.token_dispatcher"
+
 # (module, name, replacement, every other module that has imported the name)
 _FUNCTIONS: tuple[tuple[str, str, Callable[..., Any], tuple[str, ...]], ...] = (
     ("megatron.core.tensor_parallel.random", "_get_cuda_rng_state", _cpu_rng_state, ()),
@@ -150,8 +155,11 @@ _FUNCTIONS: tuple[tuple[str, str, Callable[..., Any], tuple[str, ...]], ...] = (
         "megatron.core.transformer.moe.moe_utils",
         "maybe_move_tensor_to_cpu",
         _move_to_cpu,
-        ("megatron.core.transformer.moe.token_dispatcher",),
+        (_DISPATCHER,),
     ),
+    (_DISPATCHER, "permute", dispatch.permute, ()),
+    (_DISPATCHER, "unpermute", dispatch.unpermute, ()),
+    (_DISPATCHER, "sort_chunks_by_idxs", dispatch.sort_chunks_by_idxs, ()),
 )
 
 

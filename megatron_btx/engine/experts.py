@@ -17,7 +17,9 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
-from torch.nn.functional import grouped_mm, silu
+from torch.nn.functional import grouped_mm
+
+from megatron_btx.engine.swiglu import swiglu
 
 # Shapes: T tokens that reached this rank, E experts here, H hidden, F width of an expert here.
 
@@ -41,11 +43,13 @@ class GroupedExperts(MegatronModule):
     ) -> None:
         super().__init__(config=config)
         assert pg_collection is not None
-        assert config.gated_linear_unit and not config.add_bias_linear
+        assert config.gated_linear_unit
+        assert not config.add_bias_linear
         self.num_local_experts = num_local_experts
         self.ep_group = pg_collection.ep
         self.tp_group = pg_collection.expt_tp
         self.dp_group = pg_collection.expt_dp
+        self.fuse = config.gradient_accumulation_fusion
         hidden = config.hidden_size
         width = config.moe_ffn_hidden_size // self.tp_group.size()
         self.linear_fc1 = _ExpertWeights((num_local_experts, 2 * width, hidden), 1, config)
@@ -72,12 +76,9 @@ class GroupedExperts(MegatronModule):
         """
         x_TH = permuted_local_hidden_states
         ends = tokens_per_expert.cumsum(0).to(device=x_TH.device, dtype=torch.int32)
-        fc1_EHF = self.linear_fc1.weight.transpose(1, 2)
-        fc2_EFH = self.linear_fc2.weight.transpose(1, 2)
-        gate_up_TF = _GroupedMM.apply(x_TH, fc1_EHF, ends)
-        gate_TF, up_TF = gate_up_TF.chunk(2, dim=-1)
-        inner_TF = silu(gate_TF) * up_TF * permuted_probs.unsqueeze(-1).to(x_TH.dtype)
-        return _GroupedMM.apply(inner_TF, fc2_EFH, ends), None
+        gate_up_TF = _GroupedLinear.apply(x_TH, self.linear_fc1.weight, ends, self.fuse)
+        inner_TF = swiglu(gate_up_TF, permuted_probs)
+        return _GroupedLinear.apply(inner_TF, self.linear_fc2.weight, ends, self.fuse), None
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
@@ -156,23 +157,43 @@ class _ExpertWeights(torch.nn.Module):
         config.init_method(self.weight)
 
 
-class _GroupedMM(torch.autograd.Function):
-    """``grouped_mm`` over ragged rows, with its gradients as grouped products too.
+class _GroupedLinear(torch.autograd.Function):
+    """``x_e W_e^T`` for every expert's rows: ``x`` [T, K], ``weights`` [E, M, K], ``ends`` [E]
+    (int32, where each expert's rows end). The gradients are grouped products too.
 
-    ``x`` is [T, K], ``weights`` [E, K, M], ``ends`` [E] (int32, where each expert's rows end).
-    Written out because the built-in backward refuses the strided gradients that autograd hands it.
+    Written out because the built-in backward refuses the strided gradients that autograd hands it,
+    and because with ``fuse`` the weights' gradient goes straight into Megatron's buffer.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weights: Tensor, ends: Tensor, fuse: bool) -> Tensor:
         ctx.save_for_backward(x, weights, ends)
-        return grouped_mm(x, weights, offs=ends)
+        # The parameter itself: a saved one comes back as another object, without `main_grad`.
+        ctx.parameter = weights if fuse and hasattr(weights, "main_grad") else None
+        return grouped_mm(x, weights.transpose(1, 2), offs=ends)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
         x, weights, ends = ctx.saved_tensors
         grad = grad.contiguous()
-        grad_x = grouped_mm(grad, weights.transpose(1, 2), offs=ends)
-        # [M, T] @ [T, K] per expert = gradient of the [M, K] parameter; handed back transposed.
-        grad_weights = grouped_mm(grad.t(), x, offs=ends).transpose(1, 2)
-        return grad_x, grad_weights, None
+        grad_x = grouped_mm(grad, weights, offs=ends)
+        if ctx.parameter is None:
+            return grad_x, grouped_mm(grad.t(), x, offs=ends), None, None
+        return grad_x, _accumulate(ctx.parameter, grad, x, ends), None, None
+
+
+def _accumulate(weights: Any, grad: Tensor, x: Tensor, ends: Tensor) -> Tensor:
+    """Add ``grad_e^T x_e`` to every expert's part of ``weights.main_grad``.
+
+    Returns:
+        Memory that nothing reads, where autograd expects a gradient: Megatron's hook drops it.
+    """
+    if grad.device.type == "cpu" and grad.dtype == weights.main_grad.dtype:
+        first = 0
+        for expert, last in enumerate(ends.tolist()):
+            weights.main_grad[expert].addmm_(grad[first:last].t(), x[first:last])
+            first = last
+    else:
+        weights.main_grad.add_(grouped_mm(grad.t(), x, offs=ends))
+    weights.grad_added_to_main_grad = True
+    return torch.empty_like(weights)

@@ -46,12 +46,6 @@ class Platform:
             return "transformer_engine"
         return "apex" if self.cuda and self.apex else "torch"
 
-    @property
-    def gradient_accumulation_fusion(self) -> bool:
-        """Weight gradients accumulated inside the matrix product: needs Apex's CUDA extension (or
-        Transformer Engine's layers)."""
-        return self.cuda and (self.transformer_engine or self.apex)
-
 
 @functools.cache
 def detect() -> Platform:

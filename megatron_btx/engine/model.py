@@ -74,8 +74,13 @@ def transformer_config(
         "init_method": _leave_unset,
         "output_layer_init_method": _leave_unset,
         "embedding_init_method": _leave_unset,
-        "gradient_accumulation_fusion": platform.gradient_accumulation_fusion,
-        "bias_activation_fusion": False,
+        "gradient_accumulation_fusion": True,  # everywhere: repairs.py
+        "bias_activation_fusion": not platform.use_transformer_engine,  # rotary.py, swiglu.py and
+        "cross_entropy_loss_fusion": not platform.use_transformer_engine,  # cross_entropy.py do it
+        "fused_single_qkv_rope": not platform.use_transformer_engine
+        and (model.num_query_groups or model.num_attention_heads)
+        % layout.tensor_model_parallel_size
+        == 0,
         "masked_softmax_fusion": False,
         "bias_dropout_fusion": platform.cuda,
         "persist_layer_norm": platform.use_transformer_engine,

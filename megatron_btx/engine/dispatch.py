@@ -1,0 +1,125 @@
+"""Moving tokens to their experts and back on a CPU: gathers instead of scattered additions.
+
+These stand for the functions of the same names in ``megatron.core.transformer.moe.moe_utils``, as
+its token dispatchers call them. Both directions, and both gradients, read rows in the order they
+write them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+# Shapes: T tokens, N experts, P rows of tokens sorted by expert, H hidden.
+
+
+def permute(
+    tokens: Tensor,
+    routing_map: Tensor,
+    probs: Tensor | None = None,
+    num_out_tokens: int | Tensor | None = None,
+    fused: bool = False,
+    drop_and_pad: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Rows of tokens sorted by expert, and within an expert by token.
+
+    Args:
+        tokens: [T, H].
+        routing_map: [T, N], bool.
+        probs: [T, N], the gates.
+        num_out_tokens, fused, drop_and_pad: Megatron's; P is counted, and the recipe pads nothing.
+
+    Returns:
+        [P, H]; the rows' gates [P] or ``None``; the rows' tokens [P].
+    """
+    assert not fused
+    assert not drop_and_pad
+    # One search of the map gives rows and gates alike.
+    pairs = routing_map.t().flatten().nonzero().squeeze(1)
+    rows = pairs % len(tokens)
+    gates = None if probs is None else probs.t().flatten().index_select(0, pairs)
+    return _Gather.apply(tokens, rows, routing_map), gates, rows
+
+
+def unpermute(
+    permuted_tokens: Tensor,
+    sorted_indices: Tensor,
+    restore_shape: torch.Size,
+    probs: Tensor | None = None,
+    routing_map: Tensor | None = None,
+    fused: bool = False,
+    drop_and_pad: bool = False,
+) -> Tensor:
+    """The sum of every token's rows, [T, H]: the experts have applied the gates already.
+
+    Args:
+        permuted_tokens: [P, H], as ``permute`` sorted them.
+        sorted_indices: [P], the rows' tokens.
+        restore_shape: (T, H).
+        routing_map: [T, N], the one that sorted them.
+    """
+    assert probs is None, "the experts apply the gates"
+    assert routing_map is not None
+    assert not fused
+    assert not drop_and_pad
+    return _SumRows.apply(permuted_tokens, sorted_indices, routing_map)
+
+
+def sort_chunks_by_idxs(
+    input: Tensor,
+    split_sizes: Tensor,
+    sorted_idxs: Tensor,
+    probs: Tensor | None = None,
+    fused: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Chunks of rows in another order; what is in order already is not copied."""
+    assert not fused
+    order = sorted_idxs.tolist()
+    if order == list(range(len(order))):
+        return input, probs
+    sizes = split_sizes.tolist()
+
+    def sort(x: Tensor) -> Tensor:
+        chunks = x.split(sizes)
+        return torch.cat([chunks[which] for which in order])
+
+    return sort(input), None if probs is None else sort(probs)
+
+
+class _Gather(torch.autograd.Function):
+    """Row p of the output is token ``rows[p]``."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, rows: Tensor, routing_map: Tensor) -> Tensor:
+        ctx.save_for_backward(routing_map)
+        return tokens.index_select(0, rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return _sum_rows(grad, *ctx.saved_tensors), None, None
+
+
+class _SumRows(torch.autograd.Function):
+    """The transpose of ``_Gather``."""
+
+    @staticmethod
+    def forward(ctx: Any, permuted: Tensor, rows: Tensor, routing_map: Tensor) -> Tensor:
+        ctx.save_for_backward(rows)
+        return _sum_rows(permuted, routing_map)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        return grad.index_select(0, *ctx.saved_tensors), None, None
+
+
+def _sum_rows(permuted: Tensor, routing_map: Tensor) -> Tensor:
+    """[P, H] -> [T, H]; a token's rows add up in the order of its experts."""
+    # Where the row of (token, expert) lies: the routed pairs before it, counted expert by expert.
+    places = routing_map.t().flatten().cumsum(0).view(routing_map.shape[::-1]).t()
+    mine = places.masked_select(routing_map).sub_(1)
+    counts = routing_map.sum(1)
+    starts = counts.cumsum(0).sub_(counts)
+    return embedding_bag(mine, permuted.contiguous(), starts, mode="sum")
