@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ import torch
 from megatron_btx.errors import UserError
 from megatron_btx.families.hf import family_of, to_hf
 from megatron_btx.weights.directory import as_json
-from megatron_btx.weights.execute import SLAB
+from megatron_btx.weights.execute import ONE_BY_ONE, Execution
 from megatron_btx.weights.megatron import open_megatron
 from megatron_btx.weights.plan import Plan
 from megatron_btx.weights.write_safetensors import SHARD, write_safetensors
@@ -58,9 +59,20 @@ def write_hf(
     bos_token_id: int | None = None,
     eos_token_id: int | None = None,
     shard: int = SHARD,
-    slab: int = SLAB,
+    execution: Execution = ONE_BY_ONE,
+    files: Callable[[], Mapping[str, bytes]] = dict,
 ) -> None:
-    """Write any plan over canonical names as a Hugging Face directory: see :func:`export_hf`."""
+    """Write any plan over canonical names as a Hugging Face directory: see :func:`export_hf`.
+
+    Args:
+        plan: over canonical names, of one dtype.
+        out: the new directory.
+        bos_token_id: the tokenizer's, for generation.
+        eos_token_id: likewise.
+        shard: bytes a safetensors file.
+        execution: how; no bit of the result depends on it.
+        files: more small files, asked for at the end.
+    """
     dtypes = {target.dtype for target in plan.targets.values()}
     if len(dtypes) != 1:
         what = f"tensors of several dtypes: {', '.join(sorted(map(str, dtypes)))}"
@@ -69,14 +81,14 @@ def write_hf(
     tokens = {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id}
     tokens = {key: value for key, value in tokens.items() if value is not None}
     config = family_of(plan.architecture).write_config(plan.architecture, dtype) | tokens
-    files = {
+    own = {
         "config.json": config,
         "generation_config.json": {"_from_model_config": True, **tokens},
     }
     write_safetensors(
         to_hf(plan),
         out,
-        files=lambda: {name: as_json(content) for name, content in files.items()},
+        files=lambda: {name: as_json(value) for name, value in own.items()} | dict(files()),
         shard=shard,
-        slab=slab,
+        execution=execution,
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.count import kv_channels, query_groups
@@ -27,6 +28,8 @@ class Interleave:
 
     def join(self, parts: Sequence[Expression]) -> Expression:
         """``[groups * size, ...]`` of each part -> ``[groups * sum(sizes), ...]``."""
+        if self.groups == 1:
+            return Cat(tuple(parts), 0)
         rest = parts[0].shape[1:]
         grouped = tuple(
             reshape(part, (self.groups, size, *rest))
@@ -36,14 +39,16 @@ class Interleave:
 
     def split(self, whole: Expression) -> list[Expression]:
         """The parts of what :meth:`join` joined."""
+        ends = list(accumulate(self.sizes))
+        cuts = [(end - size, end) for size, end in zip(self.sizes, ends, strict=True)]
+        if self.groups == 1:
+            return [rows(whole, start, end) for start, end in cuts]
         rest = whole.shape[1:]
-        grouped = reshape(whole, (self.groups, sum(self.sizes), *rest))
-        parts, start = [], 0
-        for size in self.sizes:
-            part = rows(grouped, start, start + size, 1)
-            parts.append(reshape(part, (self.groups * size, *rest)))
-            start += size
-        return parts
+        grouped = reshape(whole, (self.groups, ends[-1], *rest))
+        return [
+            reshape(rows(grouped, start, end, 1), (self.groups * (end - start), *rest))
+            for start, end in cuts
+        ]
 
 
 def qkv(model: Model) -> Interleave:

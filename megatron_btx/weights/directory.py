@@ -12,11 +12,12 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from megatron_btx.errors import UserError
+from megatron_btx.errors import UserError, UserErrors
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +39,7 @@ def write_directory(
     *,
     identity: str,
     pieces: Sequence[Piece],
+    workers: int = 1,
     files: Callable[[], Mapping[str, bytes]],
 ) -> None:
     """Write ``out``.
@@ -46,6 +48,7 @@ def write_directory(
         out: must not exist; its parent must.
         identity: of what is written; an interrupted run of another identity is discarded.
         pieces: the large files, each resumable as a whole.
+        workers: how many of them are written side by side.
         files: the small ones, asked for when all pieces are there.
 
     Raises:
@@ -63,8 +66,17 @@ def write_directory(
         if len(missing) < len(pieces):
             logger.info("%s: going on after %d pieces", out, len(pieces) - len(missing))
         _check_space(partial, sum(piece.nbytes for piece in missing))
-        for piece in missing:
-            _write_piece(partial / piece.name, piece.write)
+        errors: list[UserError] = []
+        with ThreadPoolExecutor(workers) as pool:
+            jobs = [pool.submit(_write_piece, partial / p.name, p.write) for p in missing]
+            try:
+                for job in jobs:
+                    errors += job.result()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+        if errors:
+            raise UserErrors(list({str(error): error for error in errors}.values()))
         for name, content in files().items():
             _write_small(partial / name, content)
         (partial / _IDENTITY).unlink()
@@ -94,13 +106,18 @@ def sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
-def _write_piece(path: Path, write: Callable[[BinaryIO], None]) -> None:
+def _write_piece(path: Path, write: Callable[[BinaryIO], None]) -> list[UserError]:
+    """One piece; what is wrong with it, so that the others' errors can be told too."""
     unfinished = path.with_name(path.name + ".unfinished")
     with unfinished.open("wb") as file:
-        write(file)
+        try:
+            write(file)
+        except UserErrors as found:
+            return found.errors
         file.flush()
         os.fsync(file.fileno())
     os.replace(unfinished, path)
+    return []
 
 
 def _write_small(path: Path, content: bytes) -> None:

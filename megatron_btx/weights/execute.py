@@ -1,37 +1,78 @@
-"""The executor: expressions as bytes, in bounded memory."""
+"""The executor: expressions as bytes, in bounded memory; what is not finite is found on the way."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from megatron_btx.errors import UserError
 from megatron_btx.weights.box import Box, slabs, whole
+from megatron_btx.weights.build import takes
 from megatron_btx.weights.expression import Expression
 from megatron_btx.weights.plan import Plan
 
 SLAB = 32 << 20
-"""Bytes of a target that are made at a time, unless a caller asks otherwise."""
 
 
-@torch.no_grad()
-def stream(
-    plan: Plan, target: Expression, slab: int = SLAB, box: Box | None = None
-) -> Iterator[memoryview]:
-    """The bytes of ``target``, or of a box of it, in row-major order, ``slab`` at a time.
+@dataclass(frozen=True)
+class Execution:
+    """How a plan is carried out. Nothing here changes a bit of the result.
 
     Args:
-        plan: whose sources the expression reads.
-        target: what to make.
-        slab: bytes made at a time.
-        box: ``None``: the whole.
+        slab: bytes of a target made at a time.
+        workers: files written side by side.
+        advance: called with the number of bytes just written, from any worker.
     """
-    elements = max(1, slab // target.dtype.itemsize)
-    for part in slabs(whole(target.shape) if box is None else box, elements):
-        yield as_bytes(target.evaluate(part, plan.read))
+
+    slab: int = SLAB
+    workers: int = 1
+    advance: Callable[[int], None] = lambda _count: None
+
+    @torch.no_grad()
+    def stream(
+        self, plan: Plan, target: Expression, errors: list[UserError], box: Box | None = None
+    ) -> Iterator[memoryview]:
+        """The bytes of ``target``, or of a box of it, in row-major order, a slab at a time.
+
+        Where something was NaN or infinite, ``errors`` gets which of the sources are to blame.
+        """
+        elements = max(1, self.slab // target.dtype.itemsize)
+        finite = True
+        for part in slabs(whole(target.shape) if box is None else box, elements):
+            values = target.evaluate(part, plan.read)
+            finite = finite and all_finite(values)
+            data = as_bytes(values)
+            yield data
+            self.advance(len(data))
+        if not finite:
+            errors += _not_finite(plan, target, elements)
+
+
+ONE_BY_ONE = Execution()
+"""One file after the other, with nobody watching."""
+
+
+def all_finite(values: Tensor) -> bool:
+    """Whether no element is NaN or infinite. A sum shows it at a fraction of the cost of looking
+    at each, except that it may overflow by itself; then each is looked at."""
+    return bool(values.sum(dtype=torch.float32).isfinite()) or bool(values.isfinite().all())
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
     """A tensor's bytes, little-endian, uncopied where it is contiguous."""
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def _not_finite(plan: Plan, target: Expression, elements: int) -> list[UserError]:
+    """Which of the source tensors that a target is made of are to blame."""
+    fix = "train on, or mix, another checkpoint of it"
+    errors = []
+    for take in dict.fromkeys(takes(target)):
+        parts = slabs(whole(take.shape), elements)
+        if not all(all_finite(take.evaluate(part, plan.read)) for part in parts):
+            errors.append(UserError(take.source, f"tensor {take.name} holds NaN or infinity", fix))
+    what = f"{target} overflows {str(target.dtype).removeprefix('torch.')}"
+    return errors or [UserError("the plan's result", what, "choose a wider dtype")]

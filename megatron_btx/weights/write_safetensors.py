@@ -8,9 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.weights.build import nbytes
 from megatron_btx.weights.directory import Piece, as_json, write_directory
-from megatron_btx.weights.execute import SLAB, stream
+from megatron_btx.weights.execute import ONE_BY_ONE, Execution
 from megatron_btx.weights.plan import Plan
 from megatron_btx.weights.safetensors import DTYPES
 
@@ -26,7 +27,7 @@ def write_safetensors(
     *,
     files: Callable[[], Mapping[str, bytes]] = dict,
     shard: int = SHARD,
-    slab: int = SLAB,
+    execution: Execution = ONE_BY_ONE,
 ) -> None:
     """Write a plan's targets as ``model*.safetensors`` into a new directory.
 
@@ -35,7 +36,7 @@ def write_safetensors(
         out: the directory; appears when it is whole.
         files: what else goes into it, asked for at the end (config.json, ...).
         shard: bytes a file.
-        slab: bytes of a tensor made at a time.
+        execution: how; no bit of the result depends on it.
 
     Raises:
         UserError: see :func:`write_directory`.
@@ -46,7 +47,11 @@ def write_safetensors(
     else:
         names = [f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors" for i in range(len(groups))]
     pieces = [
-        Piece(name, sum(nbytes(plan.targets[t]) for t in group), partial(_write, plan, group, slab))
+        Piece(
+            name,
+            sum(nbytes(plan.targets[t]) for t in group),
+            partial(_write, plan, group, execution),
+        )
         for name, group in zip(names, groups, strict=True)
     ]
     index: dict[str, Any] = {
@@ -57,6 +62,7 @@ def write_safetensors(
         out,
         identity=f"safetensors {shard} {plan.identity}",
         pieces=pieces,
+        workers=execution.workers,
         files=lambda: {
             **({"model.safetensors.index.json": as_json(index)} if len(groups) > 1 else {}),
             **files(),
@@ -77,7 +83,7 @@ def _groups(plan: Plan, shard: int) -> list[list[str]]:
     return groups
 
 
-def _write(plan: Plan, names: list[str], slab: int, file: BinaryIO) -> None:
+def _write(plan: Plan, names: list[str], execution: Execution, file: BinaryIO) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name in names:
@@ -92,6 +98,9 @@ def _write(plan: Plan, names: list[str], slab: int, file: BinaryIO) -> None:
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
     file.write(len(raw).to_bytes(8, "little") + raw)
+    errors: list[UserError] = []
     for name in names:
-        for data in stream(plan, plan.targets[name], slab):
+        for data in execution.stream(plan, plan.targets[name], errors):
             file.write(data)
+    if errors:
+        raise UserErrors(errors)

@@ -27,10 +27,11 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.weights.archive import ALIGN, Archive
 from megatron_btx.weights.box import Box, Shape, extent, slabs, whole
 from megatron_btx.weights.directory import Piece, as_json, write_directory
-from megatron_btx.weights.execute import SLAB, stream
+from megatron_btx.weights.execute import ONE_BY_ONE, Execution
 from megatron_btx.weights.expression import Expression
 from megatron_btx.weights.megatron import stored
 from megatron_btx.weights.names import EMBEDDING, HEAD
@@ -85,7 +86,7 @@ def write_torch_dist(
     *,
     files: Callable[[], Mapping[str, bytes]] = dict,
     shard: int = SHARD,
-    slab: int = SLAB,
+    execution: Execution = ONE_BY_ONE,
 ) -> None:
     """Write a plan over canonical names as a ``torch_dist`` directory.
 
@@ -94,19 +95,22 @@ def write_torch_dist(
         out: the directory; appears when it is whole.
         files: what else goes into it, asked for at the end (``manifest.json``).
         shard: bytes a file; a larger tensor is cut into several chunks.
-        slab: bytes of a tensor made at a time.
+        execution: how; no bit of the result depends on it.
 
     Raises:
         UserError: see :func:`write_directory`.
     """
     layout = list(_files(plan, shard))
-    pieces = [Piece(file.name, file.nbytes, partial(_write, plan, file, slab)) for file in layout]
+    pieces = [
+        Piece(file.name, file.nbytes, partial(_write, plan, file, execution)) for file in layout
+    ]
     backends = {"sharded_backend": "torch_dist", "common_backend": "torch"}
     versions = {"sharded_backend_version": 1, "common_backend_version": 1}
     write_directory(
         out,
         identity=f"torch_dist {shard} {plan.identity}",
         pieces=pieces,
+        workers=execution.workers,
         files=lambda: {
             ".metadata": pickle.dumps(_metadata(layout)),
             "common.pt": _common(),
@@ -151,10 +155,13 @@ def _chunks(plan: Plan, shard: int) -> Iterator[_Chunk]:
             yield _Chunk(key, (*stacked, *target.shape), index, target, box)
 
 
-def _write(plan: Plan, file: _File, slab: int, out: BinaryIO) -> None:
+def _write(plan: Plan, file: _File, execution: Execution, out: BinaryIO) -> None:
+    errors: list[UserError] = []
     for chunk, offset in zip(file.chunks, file.offsets, strict=True):
         out.write(b"\0" * (offset - out.tell()))
-        chunk.archive.write(out, stream(plan, chunk.made_of, slab, chunk.box))
+        chunk.archive.write(out, execution.stream(plan, chunk.made_of, errors, chunk.box))
+    if errors:
+        raise UserErrors(errors)
 
 
 def _metadata(layout: Sequence[_File]) -> Metadata:

@@ -56,7 +56,8 @@ def mix_live(sources: dict[str, Path], layout: Layout, precision: Any) -> tuple[
     from megatron_btx.engine import distributed
     from megatron_btx.engine.checkpoint import model_sharded_state_dict
     from megatron_btx.engine.model import build_model
-    from megatron_btx.mix import RouterInit, btx
+    from megatron_btx.mix.btx import btx
+    from megatron_btx.mix.router import RouterInit
     from megatron_btx.weights import load_into_sharded, open_megatron
 
     distributed.initialize(layout, 0)

@@ -8,19 +8,13 @@ import pytest
 import torch
 
 from megatron_btx.errors import UserError
-from megatron_btx.mix import (
-    Averaging,
-    Dare,
-    RouterInit,
-    append,
-    average,
-    blend,
-    btx,
-    copy,
-    drop,
-    split,
-    upcycle,
-)
+from megatron_btx.mix.average import Averaging, Dare, average
+from megatron_btx.mix.btx import btx
+from megatron_btx.mix.copy import copy
+from megatron_btx.mix.extend import append, drop
+from megatron_btx.mix.router import RouterInit
+from megatron_btx.mix.split import blend, split
+from megatron_btx.mix.upcycle import upcycle
 from megatron_btx.recipe.schema import Routing
 from megatron_btx.weights import Checkpoint, MemorySource
 from megatron_btx.weights.source import read_whole

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import torch
 
-from megatron_btx.mix import RouterInit, btx
+from megatron_btx.mix.btx import btx
+from megatron_btx.mix.router import RouterInit
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.schema import Model, Routing
 from megatron_btx.weights import Checkpoint, MemorySource, Plan, canonical_tensors

@@ -25,3 +25,25 @@ def load_through_megatron(directory: Path, layout: Layout, precision: Any) -> Pi
             parameter.fill_(float("nan"))
     checkpoint.load(directory, checkpoint.TrainingState(model=model))
     return pieces(model, lambda parameter: parameter)
+
+
+def save_as(directory: Path, layout: Layout, form: dict[str, Any]) -> None:
+    """A dense model, saved in one of Megatron's other forms."""
+    import json
+
+    from megatron.core import dist_checkpointing, parallel_state
+
+    from megatron_btx.engine import checkpoint, distributed
+    from megatron_btx.engine.model import build_model
+    from tests.engine.harness import DENSE, set_weights
+
+    distributed.initialize(layout, 0)
+    model = build_model(DENSE, layout, "fp32")
+    set_weights(model)
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    sharded = model.sharded_state_dict(metadata={**form, "dp_cp_group": group})
+    directory.mkdir(exist_ok=True)
+    torch.distributed.barrier()
+    dist_checkpointing.save(sharded, str(directory))
+    manifest = checkpoint.manifest_of(DENSE, precision="fp32", layout={})
+    (directory / "manifest.json").write_text(json.dumps(manifest))

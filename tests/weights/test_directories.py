@@ -21,6 +21,7 @@ from megatron_btx.families.export import write_hf
 from megatron_btx.mix.copy import copy
 from megatron_btx.weights import TorchDistSource, open_megatron
 from megatron_btx.weights.directory import Piece, write_directory
+from megatron_btx.weights.execute import Execution
 from megatron_btx.weights.source import read_whole
 from megatron_btx.weights.write_safetensors import write_safetensors
 from megatron_btx.weights.write_torch_dist import write_torch_dist
@@ -51,7 +52,9 @@ def tree_hash(directory: Path) -> str:
 def test_a_written_torch_dist_directory_is_the_plan(tmp_path, dtype):
     plan = moe_plan(dtype)
     out = tmp_path / "out"
-    write_torch_dist(plan, out, files=lambda: manifest(plan), shard=50_000, slab=1000)
+    write_torch_dist(
+        plan, out, files=lambda: manifest(plan), shard=50_000, execution=Execution(slab=1000)
+    )
     assert len(list(out.glob("*.distcp"))) > 3
     again = open_megatron(out, "again")
     assert again.architecture == plan.architecture
@@ -66,7 +69,7 @@ def test_a_written_torch_dist_directory_is_the_plan(tmp_path, dtype):
 def test_each_archive_is_what_torch_loads(tmp_path):
     """torch.load and zipfile, which check what we wrote by their own code."""
     plan = moe_plan(torch.bfloat16)
-    write_torch_dist(plan, tmp_path / "out", shard=10_000, slab=333)
+    write_torch_dist(plan, tmp_path / "out", shard=10_000, execution=Execution(slab=333))
     source = TorchDistSource(tmp_path / "out")
     for stored in source._stored.values():
         whole = torch.empty(stored.shape, dtype=stored.dtype)
@@ -101,7 +104,7 @@ def test_the_same_bytes_whatever_the_slab(tmp_path):
     plan = moe_plan(torch.bfloat16)
     hashes = set()
     for slab in (64, 1000, 1 << 20):
-        write_safetensors(plan, tmp_path / f"{slab}", slab=slab)
+        write_safetensors(plan, tmp_path / f"{slab}", execution=Execution(slab=slab, workers=2))
         hashes.add(tree_hash(tmp_path / f"{slab}"))
     assert len(hashes) == 1
     tensors = load_file(tmp_path / "64" / "model.safetensors")

@@ -1,0 +1,295 @@
+"""``btx mix`` as it is used: directories in, a directory out, or one clear error."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+import yaml
+
+from megatron_btx.errors import UserError
+from megatron_btx.families import open_hf
+from megatron_btx.families.export import write_hf
+from megatron_btx.mix import command
+from megatron_btx.mix.copy import copy
+from megatron_btx.weights import open_megatron
+from megatron_btx.weights.source import read_whole
+from megatron_btx.weights.write_torch_dist import write_torch_dist
+from tests.weights.models import DENSE, dense
+from tests.weights.test_directories import manifest, tree_hash
+
+LABELS = ("code", "math", "prose", "seed")
+
+
+def btx(*words: str) -> tuple[int, str]:
+    """Run ``btx mix ...``; exit code and output."""
+    parser = argparse.ArgumentParser()
+    command.add_parser(parser.add_subparsers(required=True))
+    options = parser.parse_args([str(word) for word in words])
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        code = options.run(options)
+    return code, out.getvalue()
+
+
+def save(model, path, form: str, dtype=torch.bfloat16) -> None:
+    plan = copy(model, dtype=dtype)
+    if form == "hf":
+        write_hf(plan, path)
+    else:
+        write_torch_dist(plan, path, files=lambda: manifest(plan), shard=50_000)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    root = tmp_path_factory.mktemp("sources")
+    for seed, label in enumerate(LABELS):
+        for form in ("hf", "megatron"):
+            (root / form).mkdir(exist_ok=True)
+            save(dense(label, seed), root / form / label, form)
+    return root
+
+
+def named(sources, form: str = "hf") -> list[str]:
+    return [f"{label}={sources / form / label}" for label in LABELS]
+
+
+@pytest.mark.parametrize("out_form", ["hf", "megatron"])
+@pytest.mark.parametrize("in_form", ["hf", "megatron"])
+def test_from_and_to_both_formats(sources, tmp_path, in_form, out_form):
+    out = tmp_path / "out"
+    code, text = btx(
+        "mix", "--sources", *named(sources, in_form), "--out", out, "--format", out_form
+    )
+    assert code == 0
+    assert "GB/s" in text
+    result = open_hf(out, "out") if out_form == "hf" else open_megatron(out, "out")
+    assert result.architecture.experts == LABELS
+    name = "decoder.layers.1.self_attention.linear_qkv.weight"
+    want = sum(read_whole(dense(label, i).source, name).bfloat16().double()
+               for i, label in enumerate(LABELS)) / 4  # fmt: skip
+    assert torch.equal(read_whole(result.source, name), want.bfloat16())
+    expert = read_whole(result.source, "decoder.layers.3.mlp.experts.2.linear_fc1.weight")
+    own = read_whole(dense("prose", 2).source, "decoder.layers.3.mlp.linear_fc1.weight")
+    assert torch.equal(expert, own.bfloat16())
+    assert btx("verify", out)[0] == 0
+    lineage = json.loads((out / "mix.json").read_text())
+    assert [source["name"] for source in lineage["sources"]] == list(LABELS)
+    for source in lineage["sources"]:
+        path = sources / in_form / source["name"]
+        big = [file for file in source["sha256"] if file.endswith((".safetensors", ".distcp"))]
+        assert len(big) == (1 if in_form == "hf" else len(list(path.glob("*.distcp"))))
+        for file in big:
+            digest = hashlib.sha256((path / file).read_bytes()).hexdigest()
+            assert source["sha256"][file] == digest
+
+
+def test_every_source_format_gives_the_same_result(sources, tmp_path):
+    weights = []
+    for at, form in enumerate(("hf", "megatron")):
+        out = tmp_path / form
+        memory = ["--workers", "1"] if at else []
+        btx("mix", "--sources", *named(sources, form), "--out", out, *memory)
+        weights.append((out / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--method", "average"],
+        ["--method", "average", "--average", "code=1", "math=2", "prose=3", "seed=4"],
+        ["--average", "code=1", "math=2", "prose=3", "seed=4", "--router-init", "uniform"],
+        ["--router-init", "zeros", "--dtype", "fp32"],
+    ],
+)
+def test_verify_agrees_and_finds_a_changed_bit(sources, tmp_path, words):
+    out = tmp_path / "out"
+    btx("mix", "--sources", *named(sources), "--out", out, *words)
+    assert btx("verify", out)[0] == 0
+    path = out / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(bytes(data))
+    code, text = btx("verify", out)
+    assert code == 1
+    assert text.count("differs: ") == 1
+
+
+def test_other_methods(sources, tmp_path):
+    one = named(sources)[:1]
+    btx("mix", "--method", "upcycle", "--copies", 3, "--sources", *one, "--out", tmp_path / "up")
+    assert btx("verify", tmp_path / "up")[0] == 0
+    assert len(open_hf(tmp_path / "up", "up").architecture.experts) == 3
+    two = named(sources)[:2]
+    btx("mix", "--method", "split", "--chunks", 2, "--sources", *two, "--out", tmp_path / "split")
+    assert len(open_hf(tmp_path / "split", "s").architecture.experts) == 4
+    moe = f"moe={tmp_path / 'up'}"
+    add = ["--method", "append", "--sources", moe, named(sources)[1], "--out", tmp_path / "more"]
+    btx("mix", *add)
+    more = open_hf(tmp_path / "more", "more")
+    assert more.architecture.experts == ("code.0", "code.1", "code.2", "math")
+    less = ["--sources", f"m={tmp_path / 'more'}", "--expert", "math", "--out", tmp_path / "less"]
+    btx("mix", "--method", "drop", *less)
+    assert tree_hash(tmp_path / "less") != ""
+    with pytest.raises(UserError, match="no second implementation"):
+        btx("verify", tmp_path / "split")
+
+
+def test_a_dry_run_prints_and_writes_nothing(sources, tmp_path):
+    out = tmp_path / "out"
+    _, text = btx("mix", "--sources", *named(sources), "--out", out, "--dry-run")
+    assert (
+        "experts.2.w1.weight\n    = prose:decoder.layers.*.mlp.linear_fc1.weight[0:48, :]" in text
+    )
+    assert "q_proj.weight\n    = (code:" in text
+    for found in ("parameters", "active a token", "bytes read", "GiB free", "plan "):
+        assert found in text
+    assert not list(tmp_path.iterdir())
+
+
+def test_options_from_a_file(sources, tmp_path):
+    config = tmp_path / "mix.yaml"
+    config.write_text(
+        yaml.safe_dump({"sources": named(sources), "method": "average", "dtype": "fp32"})
+    )
+    btx("mix", "--config", config, "--out", tmp_path / "out", "--dtype", "bf16")
+    assert (
+        open_hf(tmp_path / "out", "out").source.tensors["output_layer.weight"][1] is torch.bfloat16
+    )
+    config.write_text("method: mix\ncopies: many\nfoo: 1\n")
+    with pytest.raises(UserError) as caught:
+        btx("mix", "--config", config, "--out", tmp_path / "x")
+    for found in ("'mix' is no one of btx", "'many' is no int", "unknown option foo"):
+        assert found in str(caught.value)
+
+
+def test_how_far_models_have_drifted(sources, tmp_path):
+    near = dense("code", 0)
+    tensors = {n: read_whole(near.source, n) for n in near.tensors}
+    from megatron_btx.weights import MemorySource
+
+    moved = {n: t * 1.25 if "linear_fc" in n and "norm" not in n else t for n, t in tensors.items()}
+    save(near, tmp_path / "seed", "hf", torch.float32)
+    save(replace(near, source=MemorySource(moved)), tmp_path / "math", "hf", torch.float32)
+    words = ["--sources", tmp_path / "seed", tmp_path / "math", "--out", tmp_path / "drift"]
+    _, text = btx("mix", "--report", *words)
+    assert "seed - math" in text
+    rows = json.loads((tmp_path / "drift" / "drift.json").read_text())
+    assert len(rows) == 3 + 3 * DENSE.model.num_layers
+    for row in rows:
+        want = 0.25 if row["group"] == "ffn" else 0.0
+        assert abs(row["relative_l2"] - want) < 1e-6
+        assert abs(row["cosine"] - 1) < 1e-9
+    assert (tmp_path / "drift" / "drift.svg").read_text().startswith("<svg")
+
+
+def test_nan_and_infinity_are_found_by_name(sources, tmp_path):
+    bad = dense("math", 1)
+    tensors = {n: read_whole(bad.source, n).clone() for n in bad.tensors}
+    tensors["decoder.layers.1.mlp.linear_fc2.weight"][3, 4] = float("nan")
+    tensors["output_layer.weight"][0, 0] = float("inf")
+    from megatron_btx.weights import MemorySource
+
+    save_raw = replace(bad, source=MemorySource(tensors))
+    with pytest.raises(UserError, match="holds NaN or infinity"):
+        save(save_raw, tmp_path / "never", "hf")
+    from safetensors.torch import load_file, save_file
+
+    save(bad, tmp_path / "bad", "hf")
+    path = tmp_path / "bad" / "model.safetensors"
+    stored = load_file(path)
+    stored["model.layers.1.mlp.down_proj.weight"][3, 4] = float("nan")
+    stored["lm_head.weight"][0, 0] = float("inf")
+    save_file(stored, path)
+    with pytest.raises(UserError) as caught:
+        btx(
+            "mix",
+            "--sources",
+            named(sources)[0],
+            f"math={tmp_path / 'bad'}",
+            "--out",
+            tmp_path / "o",
+        )
+    text = str(caught.value)
+    assert "math: tensor decoder.layers.1.mlp.linear_fc2.weight holds NaN" in text
+    assert "math: tensor output_layer.weight holds NaN or infinity" in text
+    assert "code:" not in text
+    assert sorted(os.listdir(tmp_path)) == ["bad"]
+
+
+def test_what_is_wrong_with_every_source_is_told_at_once(sources, tmp_path):
+    (tmp_path / "empty").mkdir()
+    before = tree_hash(tmp_path)
+    with pytest.raises(UserError) as caught:
+        btx("mix", "--sources", tmp_path / "empty", tmp_path / "none", "--out", tmp_path / "out")
+    assert str(caught.value).count("not a checkpoint") == 2
+    cases = [
+        (["--sources", named(sources)[0], named(sources)[0]], "given twice"),
+        (["--sources", *named(sources), "--average", "code"], "NAME=WEIGHT"),
+        (["--sources", *named(sources), "--dare", "0.5", "--seed-model", "z"], "no model z"),
+        (["--method", "upcycle", "--sources", *named(sources)], "takes 1 source"),
+        (["--method", "blend", "--sources", *named(sources)[:2], "--memory", "1MiB"], "too little"),
+        (["--sources", *named(sources), "--memory", "much"], "no size"),
+        (["--sources", sources / "hf"], "not a checkpoint"),
+    ]
+    for words, found in cases:
+        with pytest.raises(UserError, match=found):
+            btx("mix", *words, "--out", tmp_path / "out")
+    with pytest.raises(UserError, match="missing"):
+        btx("mix", "--out", tmp_path / "out")
+    assert tree_hash(tmp_path) == before
+
+
+def test_the_command_loads_no_torch():
+    code = "import sys, megatron_btx.mix.command; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+RUN = """
+import sys, argparse
+from megatron_btx.mix import command
+parser = argparse.ArgumentParser()
+command.add_parser(parser.add_subparsers(required=True))
+options = parser.parse_args(sys.argv[1:])
+sys.exit(options.run(options))
+"""
+
+
+def test_killed_anywhere_it_goes_on_and_ends_with_the_same_bytes(tmp_path):
+    """kill -9 while pieces are written; the sources are large enough for several."""
+    big = replace(DENSE, model=replace(DENSE.model, hidden_size=512, ffn_hidden_size=2048))
+    big = replace(big, vocab_size=2000)
+    for seed, label in enumerate("ab"):
+        save(dense(label, seed, architecture=big), tmp_path / label, "hf")
+    words = [sys.executable, "-c", RUN, "mix", "--sources", tmp_path / "a", tmp_path / "b"]
+    words += ["--shard", "4MB"]
+    btx(*words[3:], "--out", tmp_path / "once")
+    kills = 0
+    for files in (1, 6, 100):
+        process = subprocess.Popen([*words, "--out", tmp_path / "out"])
+        partial = tmp_path / "out.partial"
+        while process.poll() is None:
+            if partial.exists() and len(list(partial.glob("*.safetensors"))) >= files:
+                os.kill(process.pid, signal.SIGKILL)
+                process.wait()
+                kills += 1
+            time.sleep(0.001)
+    assert kills >= 2
+    assert process.returncode == 0
+    lineage = [json.loads((tmp_path / d / "mix.json").read_text()) for d in ("out", "once")]
+    for one, directory in zip(lineage, ("out", "once"), strict=True):
+        one.pop("code")  # whoever edits the package meanwhile
+        (tmp_path / directory / "mix.json").unlink()
+    assert lineage[0] == lineage[1]
+    assert tree_hash(tmp_path / "out") == tree_hash(tmp_path / "once")
