@@ -1,0 +1,73 @@
+"""What is used on which machine, for every combination of what may be installed."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_btx.engine.kernels import Platform, detect
+
+TE, APEX, TORCH = "transformer_engine", "apex", "torch"
+USED = {  # (CUDA, Transformer Engine, Apex): (layers, optimizer)
+    (False, False, False): (TORCH, TORCH),
+    (False, False, True): (TORCH, TORCH),
+    (False, True, False): (TORCH, TORCH),
+    (False, True, True): (TORCH, TORCH),
+    (True, False, False): (TORCH, TORCH),
+    (True, False, True): (TORCH, APEX),
+    (True, True, False): (TE, TE),
+    (True, True, True): (TE, TE),
+}
+
+
+def test_every_combination() -> None:
+    assert set(USED) == set(itertools.product((False, True), repeat=3))
+    for (cuda, transformer_engine, apex), expected in USED.items():
+        platform = Platform(cuda=cuda, transformer_engine=transformer_engine, apex=apex)
+        assert (platform.layers, platform.optimizer) == expected, platform
+
+
+def test_this_machine_trains_with_torch_where_it_has_no_gpu() -> None:
+    if not detect().cuda:
+        assert (detect().layers, detect().optimizer) == (TORCH, TORCH)
+
+
+def test_layers_without_transformer_engine_are_the_same_with_and_without_cuda() -> None:
+    from megatron_btx.engine.attention import ScaledDotProductAttention
+    from megatron_btx.engine.experts import GroupedExperts
+    from megatron_btx.engine.norm import RMSNorm
+    from megatron_btx.engine.spec import layer_spec
+    from megatron_btx.recipe.schema import Routing
+
+    for cuda, apex in itertools.product((False, True), repeat=2):
+        platform = Platform(cuda=cuda, transformer_engine=False, apex=apex)
+        layer = layer_spec(Routing(), platform=platform).submodules
+        assert layer.input_layernorm is RMSNorm
+        assert layer.self_attention.submodules.core_attention is ScaledDotProductAttention
+        assert layer.mlp.submodules.experts is GroupedExperts
+
+
+@pytest.mark.parametrize(
+    "modules", [("__init__",), ("__init__", "optimizers")], ids=["bare", "with optimizers"]
+)
+def test_a_foreign_apex_is_warned_of_and_ignored(tmp_path: Path, modules: tuple[str, ...]) -> None:
+    (tmp_path / "apex").mkdir()
+    for module in modules:
+        (tmp_path / "apex" / f"{module}.py").write_text("")
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    code = "from megatron_btx.engine.kernels import detect; print(detect().apex)"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert done.stdout.strip() == "False"
+    assert "not NVIDIA's Apex" in done.stderr
