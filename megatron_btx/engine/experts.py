@@ -175,7 +175,8 @@ class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
         x, weights, ends = ctx.saved_tensors
-        grad = grad.contiguous()
+        # Without a single row grouped_mm rejects the strides.
+        grad = grad.contiguous() if len(x) else grad.new_empty(grad.shape)
         grad_x = grouped_mm(grad, weights, offs=ends)
         if ctx.parameter is None:
             return grad_x, grouped_mm(grad.t(), x, offs=ends), None, None
