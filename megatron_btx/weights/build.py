@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from math import prod
 
@@ -13,6 +13,7 @@ from megatron_btx.weights.expression import (
     Cast,
     Cat,
     Expression,
+    Product,
     Reshape,
     Slice,
     Take,
@@ -78,6 +79,31 @@ def mean(
 def scaled(of: Expression, factor: float) -> Expression:
     """``factor * of`` in the dtype of ``of``."""
     return WeightedSum((of,), (float(factor),), 1.0, of.dtype)
+
+
+def rebuilt(of: Expression, leaf: Callable[[Take], Expression]) -> Expression:
+    """``of`` with every take replaced, in its simplest form again."""
+    match of:
+        case Take():
+            return leaf(of)
+        case Slice():
+            made = rebuilt(of.of, leaf)
+            for dim, (start, stop) in enumerate(of.box):
+                made = rows(made, start, stop, dim)
+            return made
+        case Reshape():
+            return reshape(rebuilt(of.of, leaf), of.shape)
+        case Cast():
+            return replace(of, of=rebuilt(of.of, leaf))
+        case Cat() | WeightedSum():
+            return replace(of, parts=tuple(rebuilt(part, leaf) for part in of.parts))
+        case Product():
+            return replace(
+                of,
+                factors=tuple(rebuilt(part, leaf) for part in of.factors),
+                divisors=tuple(rebuilt(part, leaf) for part in of.divisors),
+            )
+    return of
 
 
 def takes(of: Expression) -> Iterator[Take]:

@@ -11,7 +11,7 @@ Randomness: a value depends on (seed, name, position) alone, never on the box it
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
@@ -35,8 +35,12 @@ from megatron_btx.weights.box import (
 Read = Callable[[str, str, Box], Tensor]
 """(source, tensor name, box) -> the box's elements; the result is never written to."""
 
-_BLOCK = 1 << 20
-"""Elements summed at a time: an fp64 accumulator of 8 MiB."""
+_BLOCK = 1 << 22
+"""Elements of each part that are read at a time."""
+
+_CACHED = 1 << 16
+"""Elements that are computed at a time: an fp64 accumulator that stays in a core's cache is three
+times as fast as one that does not."""
 
 _DRAW_BLOCK = 1 << 16
 """Elements drawn by one generator. Part of the definition of every draw: never change it."""
@@ -230,15 +234,14 @@ class WeightedSum:
 
     def evaluate(self, box: Box, read: Read) -> Tensor:
         """Block by block, so that the fp64 accumulator stays small."""
-        out = torch.empty(extent(box), dtype=self.dtype)
-        for block in slabs(box, _BLOCK):
-            total = torch.zeros(extent(block), dtype=torch.float64)
-            for part, weight in zip(self.parts, self.weights, strict=True):
-                total.add_(part.evaluate(block, read).to(torch.float64), alpha=weight)
-            if self.divisor != 1:
-                total.div_(self.divisor)
-            out[slices(block, box)] = total
-        return out
+
+        def weighted(values: list[Tensor]) -> Tensor:
+            total = torch.zeros(values[0].shape, dtype=torch.float64)
+            for value, weight in zip(values, self.weights, strict=True):
+                total.add_(value.double(), alpha=weight)
+            return total.div_(self.divisor)
+
+        return _by_block(weighted, self.parts, box, read, self.dtype)
 
     def to(self, dtype: torch.dtype) -> Expression:
         """The same sum, rounded once to ``dtype`` instead."""
@@ -280,15 +283,16 @@ class Product:
 
     def evaluate(self, box: Box, read: Read) -> Tensor:
         """Block by block, as sums are."""
-        out = torch.empty(extent(box), dtype=self.dtype)
-        for block in slabs(box, _BLOCK):
-            total = torch.ones(extent(block), dtype=torch.float64)
-            for part in self.factors:
-                total.mul_(part.evaluate(block[len(block) - len(part.shape) :], read).double())
-            for part in self.divisors:
-                total.div_(part.evaluate(block[len(block) - len(part.shape) :], read).double())
-            out[slices(block, box)] = total
-        return out
+
+        def multiplied(values: list[Tensor]) -> Tensor:
+            total = values[0].double()
+            for value in values[1 : len(self.factors)]:
+                total = total * value.double()
+            for value in values[len(self.factors) :]:
+                total = total / value.double()
+            return total
+
+        return _by_block(multiplied, self.parts, box, read, self.dtype)
 
     def to(self, dtype: torch.dtype) -> Expression:
         """The same product, rounded once to ``dtype`` instead."""
@@ -405,6 +409,28 @@ class Fill:
 
 
 Expression = Take | Slice | Cat | Reshape | WeightedSum | Product | Cast | Draw | Fill
+
+
+def _by_block(
+    compute: Callable[[list[Tensor]], Tensor],
+    parts: Sequence[Expression],
+    box: Box,
+    read: Read,
+    dtype: torch.dtype,
+) -> Tensor:
+    """``compute`` of the parts' values, a cacheful of elements at a time, rounded to ``dtype``."""
+    out = torch.empty(extent(box), dtype=dtype)
+    flat, at = out.view(-1), 0
+    for block in slabs(box, _BLOCK):
+        size, values = extent(block), []
+        for part in parts:
+            value = part.evaluate(block[len(block) - len(part.shape) :], read)
+            values.append(value.expand(size).reshape(-1))
+        for start in range(0, prod(size), _CACHED):
+            piece = compute([value[start : start + _CACHED] for value in values])
+            flat[at : at + len(piece)] = piece
+            at += len(piece)
+    return out
 
 
 def _without(shape: Shape, dim: int) -> Shape:

@@ -16,9 +16,9 @@ from torch import Tensor
 from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.weights.box import Box, Shape, whole
-from megatron_btx.weights.build import nbytes, takes
+from megatron_btx.weights.build import nbytes, rebuilt, takes
 from megatron_btx.weights.expression import Expression, Take
-from megatron_btx.weights.source import Source, take_all
+from megatron_btx.weights.source import Source, View, take_all
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,21 @@ class Plan:
         """One target, or a box of it. The result may lie in mapped pages: never write to it."""
         target = self.targets[name]
         return target.evaluate(whole(target.shape) if box is None else box, self.read)
+
+    def resolved(self, target: Expression) -> Expression:
+        """An expression over the sources' names as one over what they store, in its simplest form:
+        what one view joins and the next takes apart is never joined. For :meth:`read_stored`."""
+
+        def leaf(take: Take) -> Expression:
+            source = self.sources[take.source]
+            return source.expressions[take.name] if isinstance(source, View) else take
+
+        return rebuilt(target, leaf)
+
+    def read_stored(self, source: str, name: str, box: Box) -> Tensor:
+        """What resolved expressions are evaluated with."""
+        found = self.sources[source]
+        return (found.of if isinstance(found, View) else found).read(name, box)
 
     @property
     def nbytes(self) -> int:

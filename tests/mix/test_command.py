@@ -222,8 +222,8 @@ def test_nan_and_infinity_are_found_by_name(sources, tmp_path):
             tmp_path / "o",
         )
     text = str(caught.value)
-    assert "math: tensor decoder.layers.1.mlp.linear_fc2.weight holds NaN" in text
-    assert "math: tensor output_layer.weight holds NaN or infinity" in text
+    assert "math: tensor model.layers.1.mlp.down_proj.weight holds NaN" in text
+    assert "math: tensor lm_head.weight holds NaN or infinity" in text
     assert "code:" not in text
     assert sorted(os.listdir(tmp_path)) == ["bad"]
 
