@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import errno
 import json
 import os
 import sys
@@ -14,14 +15,23 @@ from typing import Any
 
 from megatron_btx import __version__
 from megatron_btx.errors import UserError
+from megatron_btx.mix import command as mixing
 from megatron_btx.pipeline import graph, state
 from megatron_btx.pipeline.fingerprint import Memo
 from megatron_btx.pipeline.graph import Stage
-from megatron_btx.recipe import check, plan
+from megatron_btx.recipe import plan
 from megatron_btx.recipe.load import dump, load_recipe
 from megatron_btx.recipe.schema import Recipe
 
 EXIT_USER, EXIT_INTERRUPTED, EXIT_PIPE = 2, 130, 141
+
+_SPACE = "free some space, or give another `run_dir:`"
+_RIGHTS = "make it writable, or give another `run_dir:`"
+_DISK = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _SPACE),
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), _RIGHTS),
+}
+"""What a person can do about a disk that refuses."""
 
 _EPILOG = """examples:
   btx plan examples/demo/recipe.yaml           what it will train, and what that costs
@@ -50,6 +60,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # ... | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_PIPE
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        where, what = error.filename or "the disk", str(error.strerror).lower()
+        sys.stderr.write(f"{_red('error')}: {UserError(str(where), what, _DISK[error.errno])}\n")
+        return EXIT_USER
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -67,6 +83,7 @@ def _parser() -> argparse.ArgumentParser:
     planning.formatter_class = argparse.RawDescriptionHelpFormatter
     _add_report(commands)
     _add_stage(commands)
+    mixing.add_parser(commands)
     return parser
 
 
@@ -146,6 +163,8 @@ def _run(options: argparse.Namespace) -> int:
         _print_stages(recipe, run_dir, stages, True, code=code, problem=problem)
     elif code == 0 and any(stage.kind == "evaluate" for stage in stages):
         _print_results(run_dir)
+    if left and not options.json:
+        _print_sync(run_dir)
     if problem:
         sys.stderr.write(f"{_red('error')}: {problem}\n")
     return code
@@ -155,14 +174,13 @@ def _run_left(
     options: argparse.Namespace, recipe: Recipe, run_dir: Path, stages: tuple[Stage, ...]
 ) -> tuple[int, str]:
     """Run what is left; the exit code, and what went wrong."""
-    from megatron_btx.pipeline import adopt, local
+    from megatron_btx.pipeline import inputs, local
     from megatron_btx.pipeline.view import view
     from megatron_btx.report import page
 
-    check.files(recipe)
-    for stage in state.left(run_dir, stages):
-        if stage.kind == "import":
-            adopt.check(recipe, stage.name)
+    inputs.check(recipe, run_dir, state.left(run_dir, stages), len(local.gpus()))
+    for line in inputs.warnings(recipe):
+        sys.stderr.write(f"warning: {line}\n")
     absolute = dataclasses.replace(recipe, run_dir=str(run_dir.absolute()))
     outcome = local.run(
         stages,
@@ -229,6 +247,14 @@ def _print_results(run_dir: Path) -> None:
         table.show(results, sys.stdout)
     if (run_dir / "report.html").exists():
         sys.stdout.write(f"page: {run_dir / 'report.html'}\n")
+
+
+def _print_sync(run_dir: Path) -> None:
+    """How to upload what was logged offline, if anything was."""
+    from megatron_btx.train import tracking
+
+    if tracking.logged_offline(run_dir):
+        sys.stdout.write(f"W&B logged offline; to upload: {tracking.sync_command(run_dir)}\n")
 
 
 def _print_stages(

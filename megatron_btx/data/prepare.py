@@ -90,7 +90,14 @@ def check(recipe: Recipe, *, most: int = 256_000_000) -> None:
     errors: list[UserError] = []
     if recipe.tokenizer.path is not None:
         with _collected(errors):
-            read_tokenizer(recipe.tokenizer.path, recipe.tokenizer.type, where="tokenizer.path")
+            path, wanted = recipe.tokenizer.path, recipe.tokenizer.vocab_size
+            size = read_tokenizer(path, recipe.tokenizer.type, where="tokenizer.path").vocab_size
+            if size > wanted and recipe.seed.from_ is None:
+                raise UserError(
+                    "tokenizer.vocab_size",
+                    f"the tokenizer {path} has {size} tokens, the vocabulary {wanted}",
+                    f"set `vocab_size: {size}`, or give a smaller tokenizer",
+                )
     for name, domain in recipe.domains.items():
         for split, paths in (("train", domain.train), ("valid", domain.valid)):
             with _collected(errors):

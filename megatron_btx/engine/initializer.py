@@ -15,7 +15,8 @@ import torch
 
 from megatron_btx.engine.checkpoint import model_sharded_state_dict
 from megatron_btx.engine.model import DTYPES
-from megatron_btx.mix import RouterInit, btx
+from megatron_btx.mix.btx import btx
+from megatron_btx.mix.router import RouterInit
 from megatron_btx.recipe.schema import Mix, Precision, Routing
 from megatron_btx.weights.megatron import open_megatron
 from megatron_btx.weights.plan import Plan

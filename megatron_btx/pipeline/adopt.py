@@ -9,11 +9,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from megatron_btx.errors import UserError
+from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.pipeline import graph
+from megatron_btx.pipeline.graph import Stage
 from megatron_btx.recipe import count
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.schema import Model, Recipe
@@ -32,6 +34,47 @@ def check(recipe: Recipe, name: str) -> None:
     assert source is not None
     if source != "seed":
         _read(recipe, _key(name), Path(source))
+
+
+def check_all(recipe: Recipe, stages: Iterable[Stage]) -> None:
+    """``check`` for every checkpoint that these stages take, and that they go together: a model's
+    rows are its tokenizer's pieces, so all of a mix have one tokenizer.
+
+    Raises:
+        UserErrors: all that is wrong.
+    """
+    errors: list[UserError] = []
+    tokenizers: dict[str, str] = {}
+    for stage in stages:
+        source = graph.imported(recipe, stage.name) if stage.kind == "import" else None
+        if source in (None, "seed"):
+            continue
+        where = _key(stage.name)
+        try:
+            directory, manifest = _read(recipe, where, Path(str(source)))
+        except UserError as error:
+            errors.append(error)
+            continue
+        tokenizers[where] = str((manifest.get("tokenizer") or {}).get("sha256"))
+        if recipe.seed.from_ is None and recipe.tokenizer.path is None:
+            errors.append(
+                UserError(
+                    where,
+                    f"{directory} has a tokenizer of its own, and the recipe would train another",
+                    "give the seed it was branched from as `seed: {from: ...}`, or its tokenizer "
+                    f"as `tokenizer: {{path: {directory / 'tokenizer'}}}`",
+                )
+            )
+        elif tokenizers[where] != next(iter(tokenizers.values())):
+            errors.append(
+                UserError(
+                    where,
+                    f"{directory} has another tokenizer than {next(iter(tokenizers))}",
+                    "take models that were trained with one tokenizer",
+                )
+            )
+    if errors:
+        raise UserErrors(errors)
 
 
 def link(recipe: Recipe, name: str, run_dir: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -72,6 +73,9 @@ class Job:
             "PYTHONUNBUFFERED": "1",
             # All ranks are here: no need of a name server that knows this machine.
             "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
+            # What a killed rank leaves here (checkpoint writers' sockets, W&B's media) is removed
+            # with it.
+            "TMPDIR": str(setting.scratch),
         }
         if self.gpus:
             shared["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, self.gpus))
@@ -132,6 +136,8 @@ class Job:
         record = state.read_json(self.directory / "error.json")
         if record is not None:
             return str(record.get("message")), record.get("kind") == "user"
+        if shutil.disk_usage(self.directory).free < 1 << 20:  # not even for error.json
+            return f"{self.directory}: no space left on its disk\n  fix: free some, run again", True
         codes = [rank.returncode for rank in self.ranks]
         bad = next((rank for rank, code in enumerate(codes) if code), 0)
         if codes[bad] == 0:

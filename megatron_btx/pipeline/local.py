@@ -87,12 +87,14 @@ def run(
         signals = stack.enter_context(_Signals())
         stack.enter_context(view)
         runner = _Runner(stages, setting, view, signals, inline or {}, max_parallel, grace)
+        # Links to checkpoints that were taken are nothing anybody would miss.
+        taken = {stage.name for stage in stages if stage.kind == "import"}
         try:
             outcome = runner.run()
-        except UserError:
-            undo.wanted = not runner.outcome.finished
+        except (UserError, OSError):
+            undo.wanted = taken.issuperset(runner.outcome.finished)
             raise
-        undo.wanted = outcome.code == 2 and not outcome.finished
+        undo.wanted = outcome.code == 2 and taken.issuperset(outcome.finished)
         return outcome
 
 
@@ -164,9 +166,12 @@ class _Runner:
     def _start_next(self) -> bool:
         """Start the first waiting stage whose needs are done and for which there is room."""
         unfinished = {stage.name for stage in self.waiting} | {j.stage.name for j in self.jobs}
+        taking = any(job.stage.kind == "import" for job in self.jobs)
         for stage in self.waiting:
             if unfinished.intersection(stage.needs):
                 continue
+            if taking and stage.kind != "import":
+                continue  # seconds; should that checkpoint be damaged, nothing else has been made
             if stage.kind in self.inline:
                 self.waiting.remove(stage)
                 self._call(stage)
@@ -278,7 +283,12 @@ class _Undo:
         while not path.exists():
             self._made.append(path)
             path = path.parent
-        self.run_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            raise UserError(
+                str(self.run_dir), "is not a directory", "give another `run_dir:` or `name:`"
+            ) from None
         return self
 
     def arm(self) -> None:

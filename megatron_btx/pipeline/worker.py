@@ -26,6 +26,7 @@ from megatron_btx.recipe.schema import Recipe
 
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 
 
@@ -129,16 +130,29 @@ def _place(stage: Stage) -> int:
         if name not in os.environ:
             in_slurm = "RANK" not in os.environ and "SLURM_PROCID" in os.environ
             os.environ[name] = os.environ.get(slurm, _ALONE[name]) if in_slurm else _ALONE[name]
-    world_size = int(os.environ["WORLD_SIZE"])
+    world_size, rank = _number("WORLD_SIZE"), _number("RANK")
     if world_size != stage.world_size:
         raise UserError(
             stage.name,
             f"its layout has {stage.world_size} rank(s), {world_size} were started",
             "start as many tasks as `btx plan` says, or use `btx run`",
         )
+    if not 0 <= rank < world_size:
+        raise UserError("RANK", f"is {rank}", f"give a number from 0 to {world_size - 1}")
     for name in _THREADS:
         os.environ[name] = str(stage.num_threads)
-    return int(os.environ["RANK"])
+    # oneDNN keeps a compiled primitive for every new shape, 1024 of them by default. The number of
+    # tokens that an expert gets is a new shape in every layer of every step.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+    return rank
+
+
+def _number(name: str) -> int:
+    """An environment variable that is a whole number."""
+    text = os.environ[name]
+    if not text.strip().isdecimal():
+        raise UserError(name, f"is {text!r}", "give a whole number, or use `btx run`")
+    return int(text)
 
 
 def _begin_unaided(recipe: Recipe, stage: Stage, run_dir: Path, rank: int) -> None:
@@ -184,7 +198,7 @@ def _failed(directory: Path, rank: int, error: Exception) -> int:
 
 def _no_space(error: BaseException | None) -> bool:
     while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, OSError) and error.errno in _FULL:
             return True
         error = error.__cause__ or error.__context__
     return False

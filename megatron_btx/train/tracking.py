@@ -13,6 +13,8 @@ from megatron_btx.recipe.schema import Recipe, WandB
 
 logger = logging.getLogger(__name__)
 
+NO_KEY = "W&B has no API key (run `wandb login`, or set WANDB_API_KEY): logging offline"
+
 
 class Tracker:
     """Mirrors the metrics to W&B; does nothing where it is disabled.
@@ -71,19 +73,28 @@ class Tracker:
             self._run.finish()
 
 
+_OFFLINE = "*/wandb/offline-run-*"
+
+
+def logged_offline(run_dir: Path) -> bool:
+    """Whether anything of a run was logged offline."""
+    return next(run_dir.glob(_OFFLINE), None) is not None
+
+
 def sync_command(run_dir: Path) -> str:
-    """The shell command that uploads what was logged offline, pieces of a run into one."""
-    return f"wandb sync --append {shlex.quote(str(run_dir))}/*/wandb/offline-run-*"
+    """The shell command that uploads what was logged offline. W&B sends the pieces of one run,
+    which bear one id, into one run, in the order in which they were written."""
+    return f"wandb sync {shlex.quote(str(run_dir))}/{_OFFLINE}"
 
 
 def _mode(wandb: WandB) -> Literal["disabled", "offline", "online"]:
-    if wandb.mode == "online" and not _has_key():
-        logger.warning("W&B has no API key (wandb login, or WANDB_API_KEY): logging offline")
+    if wandb.mode == "online" and not has_key():
+        logger.warning(NO_KEY)
         return "offline"
     return wandb.mode
 
 
-def _has_key() -> bool:
+def has_key() -> bool:
     """Whether a key is configured; the key itself is not looked at."""
     return bool(os.environ.get("WANDB_API_KEY")) or _netrc()
 

@@ -1,0 +1,124 @@
+"""What can be known to be wrong with a run before anything is written. Imports no torch."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_btx.errors import UserError, UserErrors
+from megatron_btx.pipeline import adopt
+from megatron_btx.pipeline.graph import Stage
+from megatron_btx.recipe import check as recipe_check
+from megatron_btx.recipe import plan
+from megatron_btx.recipe.schema import Recipe
+
+_READ_AHEAD = 2 << 30
+"""Bytes of users' text that are read before the run, over all files; what is behind them is read
+when they are tokenized."""
+
+
+def check(recipe: Recipe, run_dir: Path, left: tuple[Stage, ...], gpus: int) -> None:
+    """Look at everything that the stages still left will need.
+
+    Args:
+        recipe: it has been read without an error.
+        run_dir: where it will be run; need not exist.
+        left: the stages that are not done.
+        gpus: GPUs of this machine.
+
+    Raises:
+        UserErrors: all that is wrong. Nothing has been written.
+    """
+    recipe_check.files(recipe)
+    errors: list[UserError] = []
+    for stage in left:
+        with _collected(errors):
+            _machine(recipe, stage, gpus)
+    with _collected(errors):
+        adopt.check_all(recipe, left)
+    if any(stage.kind == "prepare" for stage in left):
+        from megatron_btx.data import prepare
+
+        with _collected(errors):
+            prepare.check(recipe, most=_READ_AHEAD // max(1, _files(recipe)))
+    with _collected(errors):
+        _space(recipe, run_dir, left)
+    if errors:
+        raise UserErrors(errors)
+
+
+def warnings(recipe: Recipe) -> Iterator[str]:
+    """What a person should know, though it stops nothing."""
+    from megatron_btx.train import tracking
+
+    apex = importlib.util.find_spec("apex") is not None
+    if apex and importlib.util.find_spec("amp_C") is None:
+        yield (
+            "the installed package 'apex' is not NVIDIA's Apex, which is built from source; "
+            "it is not used"
+        )
+    if recipe.wandb.mode != "disabled" and importlib.util.find_spec("wandb") is None:
+        yield "wandb is not installed: metrics are written to metrics.jsonl only"
+    elif recipe.wandb.mode == "online" and not tracking.has_key():
+        yield tracking.NO_KEY
+
+
+@contextlib.contextmanager
+def _collected(errors: list[UserError]) -> Iterator[None]:
+    try:
+        yield
+    except UserErrors as found:
+        errors += found.errors
+    except UserError as error:
+        errors.append(error)
+
+
+def _machine(recipe: Recipe, stage: Stage, gpus: int) -> None:
+    """That this machine can run the stage's layout: better now than after days of other stages."""
+    blocks = {"evaluate": recipe.evaluate.layout}
+    blocks |= {
+        key.replace("experts.", "expert:", 1): block.layout
+        for key, block in recipe_check.stages(recipe).items()
+    }
+    if stage.kind == "import" or stage.name not in blocks:
+        return
+    key, layout = stage.name.replace("expert:", "experts.", 1) + ".layout", blocks[stage.name]
+    if not gpus:
+        recipe_check.refuse_on_gloo(layout, key)
+    elif stage.world_size > gpus:
+        raise UserError(
+            key,
+            f"TP x PP x CP x DP is {stage.world_size} ranks of a GPU each; this machine has {gpus}",
+            "lower it, or start the stage over several machines with `btx stage`",
+        )
+    if importlib.util.find_spec("transformer_engine") is None or not gpus:
+        recipe_check.refuse_context_parallel(layout, key)
+
+
+def _space(recipe: Recipe, run_dir: Path, left: tuple[Stage, ...]) -> None:
+    """That the checkpoints of what is left fit the disk."""
+    names = {stage.name for stage in left}
+    needed = sum(stage.disk_bytes for stage in plan.plan(recipe).stages if stage.name in names)
+    for stage in left:
+        for file in (run_dir / stage.directory / "checkpoints").glob("step_????????/*"):
+            needed -= file.stat().st_size
+    there = run_dir.absolute()
+    while not there.exists():
+        there = there.parent
+    free = shutil.disk_usage(there).free
+    if needed > free:
+        raise UserError(
+            str(run_dir),
+            f"its checkpoints need {plan.human(needed, 'B')}, {plan.human(free, 'B')} are free: "
+            "no space left for the rest",
+            "free some, give another `run_dir:`, or lower `keep_checkpoints`",
+        )
+
+
+def _files(recipe: Recipe) -> int:
+    """About how many files of text there are."""
+    paths = [Path(p) for domain in recipe.domains.values() for p in domain.train + domain.valid]
+    return sum(len(list(path.rglob("*"))) if path.is_dir() else 1 for path in paths)

@@ -1,0 +1,114 @@
+"""A small run on text of its own, for tests of the command line: two domains of made-up JSONL
+files, one expert, stages of seconds."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+RECIPE = """
+name: small
+model:
+  num_layers: 2
+  hidden_size: 32
+  ffn_hidden_size: 64
+  num_attention_heads: 4
+  num_query_groups: 2
+  seq_length: 64
+tokenizer: {vocab_size: 400}
+domains:
+  web: {train: data/web.jsonl, valid: data/web-valid.jsonl}
+  math: {train: data/math.jsonl}
+training:
+  global_batch_size: 8
+  micro_batch_size: 4
+  lr: 2e-3
+  lr_warmup_iters: 2
+  precision: fp32
+  save_interval: 4
+  eval_interval: 4
+  eval_tokens: 512
+seed: {tokens: 6144, data: {web: 1}}
+experts:
+  math: {tokens: 2048, data: {math: 0.9, web: 0.1}}
+finetune: {tokens: 2048, data: {math: 1, web: 1}}
+evaluate: {tokens: 512, micro_batch_size: 4}
+export: {format: none}
+wandb: {mode: disabled}
+"""
+
+
+def write_small(directory: Path) -> Path:
+    """``recipe.yaml`` and its text in ``directory``; the recipe's path."""
+    data = directory / "data"
+    data.mkdir(parents=True, exist_ok=True)
+    draw = random.Random(7)
+    words = ["".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=draw.randint(2, 8)))
+             for _ in range(300)]  # fmt: skip
+
+    def prose() -> str:
+        return " ".join(draw.choices(words, k=60)) + "."
+
+    def sums() -> str:
+        pairs = [(draw.randint(0, 99), draw.randint(0, 99)) for _ in range(20)]
+        return "\n".join(f"{a} + {b} = {a + b}" for a, b in pairs)
+
+    for name, make, many in (
+        ("web", prose, 150),
+        ("web-valid", prose, 20),
+        ("math", sums, 400),
+    ):
+        lines = [json.dumps({"text": make()}) for _ in range(many)]
+        (data / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    (directory / "recipe.yaml").write_text(RECIPE, encoding="utf-8")
+    return directory / "recipe.yaml"
+
+
+def btx(
+    *arguments: str | Path,
+    cwd: Path,
+    environment: Mapping[str, str] | None = None,
+    timeout: float = 180,
+) -> subprocess.CompletedProcess[str]:
+    """The real command line in a process of its own."""
+    return subprocess.run(
+        command(*arguments),
+        cwd=cwd,
+        env=environ(environment),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def command(*arguments: str | Path) -> list[str]:
+    """``btx`` with these arguments."""
+    return [sys.executable, "-m", "megatron_btx.cli", *map(str, arguments)]
+
+
+def environ(more: Mapping[str, str] | None = None) -> dict[str, str]:
+    """This process's environment without what would speak to W&B or colour the output."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")}
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**kept, "PYTHONPATH": os.pathsep.join(paths), **(more or {})}
+
+
+def tree_hash(directory: Path) -> str:
+    """Hash of every name, link and byte under a directory."""
+    digest = hashlib.sha256()
+    for path in sorted(directory.rglob("*")):
+        digest.update(f"{path.relative_to(directory)}\0".encode())
+        if path.is_symlink():
+            digest.update(os.readlink(path).encode())
+        elif path.is_file():
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()
