@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_btx.errors import UserError, UserErrors
+from megatron_btx.versions import code_revision
 
 Method = Literal["btx", "upcycle", "split", "blend", "average", "append", "drop", "copy"]
 
@@ -100,6 +101,8 @@ def add_parser(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """``btx mix``."""
     request = request_of(options)
+    # Asks git, by a child that for an instant is as large as we are: now, while we are small.
+    revision = code_revision()
     if options.report:
         from megatron_btx.mix import drift
 
@@ -107,7 +110,7 @@ def run(options: argparse.Namespace) -> int:
         return 0
     from megatron_btx.mix import offline
 
-    offline.run(request, sys.stdout)
+    offline.run(request, sys.stdout, revision)
     return 0
 
 

@@ -27,7 +27,7 @@ from megatron_btx.mix.split import blend, split
 from megatron_btx.mix.upcycle import upcycle
 from megatron_btx.recipe.count import parameters
 from megatron_btx.recipe.schema import Routing
-from megatron_btx.versions import code_revision, versions
+from megatron_btx.versions import versions
 from megatron_btx.weights.directory import as_json
 from megatron_btx.weights.execute import SLAB, Execution
 from megatron_btx.weights.manifest import FORMAT, MANIFEST
@@ -39,8 +39,13 @@ LINEAGE = "mix.json"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
 
-def run(request: Request, out: TextIO) -> Plan:
+def run(request: Request, out: TextIO, revision: str | None = None) -> Plan:
     """Do what is asked: print the plan, or write the result.
+
+    Args:
+        request: what.
+        out: where to say so.
+        revision: of our code, for the lineage.
 
     Raises:
         UserErrors: everything wrong with the request, the sources and their tensors.
@@ -64,7 +69,7 @@ def run(request: Request, out: TextIO) -> Plan:
             watch.finished()
             return hashes.result()
 
-        write(plan, request, models, execution, taken)
+        write(plan, request, models, execution, taken, revision)
     out.write(f"{destination}: {watch.summary()}\n")
     return plan
 
@@ -75,13 +80,14 @@ def write(
     models: list[Checkpoint],
     execution: Execution,
     hashes: Callable[[], Mapping[str, Mapping[str, str]]],
+    revision: str | None,
 ) -> None:
     """The result in the format asked for, its lineage and the first source's tokenizer with it."""
     destination, shard = Path(request.out), parse_bytes(request.shard, "--shard")
 
     def files() -> dict[str, bytes]:
         found = _tokenizer_files(models[0], request.format)
-        lineage = as_json(lineage_of(plan, request, models, hashes()))
+        lineage = as_json(lineage_of(plan, request, models, hashes(), revision))
         return {**found, LINEAGE: lineage}
 
     if request.format == "hf":
@@ -210,6 +216,7 @@ def lineage_of(
     request: Request,
     models: list[Checkpoint],
     hashes: Mapping[str, Mapping[str, str]],
+    revision: str | None,
 ) -> dict[str, Any]:
     """``mix.json``: enough to make the result again and to recognise it."""
     asked = {
@@ -226,7 +233,7 @@ def lineage_of(
         ],
         "architecture": plan.architecture.to_json(),
         "versions": versions(),
-        "code": code_revision(),
+        "code": revision,
     }
 
 

@@ -19,6 +19,7 @@ from zlib import crc32
 import torch
 
 from megatron_btx.weights.box import Shape
+from megatron_btx.weights.pickles import STORAGES
 
 ALIGN = 64
 """Archives begin, and payloads lie, at multiples of this."""
@@ -110,7 +111,7 @@ class _Storage:
     """Stands for the storage in the pickle: torch.load finds it by its persistent id."""
 
     def __init__(self, dtype: torch.dtype, numel: int) -> None:
-        kind = torch.empty(0, dtype=dtype).storage()._pickle_storage_type()
+        (kind,) = (name for name, held in STORAGES.items() if held == dtype)
         self.persistent_id = ("storage", getattr(torch, kind), "0", "cpu", numel)
 
 

@@ -79,7 +79,7 @@ METADATA_NAMES: Mapping[tuple[str, str], Any] = {
 }
 """What ``.metadata`` may name."""
 
-_STORAGES = {
+STORAGES = {
     "DoubleStorage": torch.float64,
     "FloatStorage": torch.float32,
     "HalfStorage": torch.float16,
@@ -91,11 +91,12 @@ _STORAGES = {
     "ByteStorage": torch.uint8,
     "BoolStorage": torch.bool,
 }
+"""Names of torch's storage classes."""
 
 TENSOR_NAMES: Mapping[tuple[str, str], Any] = {
     ("torch._utils", "_rebuild_tensor_v2"): Record,
     ("collections", "OrderedDict"): dict,
-    **{("torch", name): dtype for name, dtype in _STORAGES.items()},
+    **{("torch", name): dtype for name, dtype in STORAGES.items()},
     ("torch.storage", "UntypedStorage"): torch.uint8,
 }
 """What the header of a stored tensor may name."""

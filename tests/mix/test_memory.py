@@ -1,0 +1,84 @@
+"""``--memory`` is a promise: resident memory, mapped pages included, of the process tree."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from safetensors import safe_open
+
+from megatron_btx.families.hf import hf_tensors
+from megatron_btx.families.llama import LLAMA
+from megatron_btx.recipe.architecture import Architecture
+from megatron_btx.recipe.schema import Model
+from tests.mix.test_command import RUN
+
+LARGE = Architecture(
+    model=Model(
+        num_layers=1,
+        hidden_size=1024,
+        ffn_hidden_size=4096,
+        num_attention_heads=8,
+        untie_embeddings_and_output_weights=False,
+    ),
+    vocab_size=300_000,
+)
+"""An embedding of 586 MiB in bf16, more than any cap here."""
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """Two models of zeros: files with a hole, which take no space."""
+    root = tmp_path_factory.mktemp("large")
+    for label in ("a", "b"):
+        directory = root / label
+        directory.mkdir()
+        config = LLAMA.write_config(LARGE, "bfloat16")
+        (directory / "config.json").write_text(json.dumps(config))
+        header, end = {}, 0
+        for name, shape in hf_tensors(LARGE).items():
+            size = 2 * shape[0] * (shape[1] if len(shape) > 1 else 1)
+            header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [end, end + size]}
+            end += size
+        raw = json.dumps(header).encode()
+        with (directory / "model.safetensors").open("wb") as file:
+            file.write(len(raw).to_bytes(8, "little") + raw)
+            file.truncate(8 + len(raw) + end)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("cap", "method"),
+    [(450, ["average"]), (500, ["split", "--chunks", "4"]), (550, ["btx", "--format", "megatron"])],
+)
+def test_resident_memory_stays_below_the_cap(sources, tmp_path, cap, method):
+    words = [sys.executable, "-c", RUN, "mix", "--out", tmp_path / "out"]
+    words += ["--sources", sources / "a", sources / "b", "--memory", f"{cap}MiB"]
+    process = psutil.Popen([*map(str, words), "--method", *method])
+    peak = 0
+    while process.poll() is None:
+        with_children = [process, *process.children(recursive=True)]
+        for _ in with_children[:1]:
+            try:
+                peak = max(peak, sum(one.memory_info().rss for one in with_children))
+            except psutil.NoSuchProcess:
+                break
+        time.sleep(0.005)
+    assert process.returncode == 0
+    assert peak < cap << 20
+    if method != ["btx", "--format", "megatron"]:
+        with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
+            assert file.get_slice("model.embed_tokens.weight").get_shape() == [300_000, 1024]
+    sys.stdout.write(f"{method[0]}: {peak >> 20} of {cap} MiB\n")
+
+
+def test_too_little_is_said_before_anything_is_written(sources, tmp_path):
+    words = [sys.executable, "-c", RUN, "mix", "--out", tmp_path / "out", "--memory", "100MiB"]
+    words += ["--sources", sources / "a", sources / "b"]
+    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, check=False)
+    assert "100MiB is too little" in done.stderr
+    assert not list(tmp_path.iterdir())
