@@ -13,6 +13,7 @@ from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.families.family import Family
 from megatron_btx.families.llama import LLAMA
 from megatron_btx.families.mixtral import MIXTRAL
+from megatron_btx.families.tokenizer_files import describe_tokenizer
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.weights.box import Shape
 from megatron_btx.weights.expression import Fill
@@ -52,7 +53,8 @@ def open_hf(path: Path | str, label: str) -> Checkpoint:
     if errors:
         raise UserErrors(errors)
     named = family.table.to_canonical(tensors, architecture)
-    return Checkpoint(label, path, architecture, View(source, named), config)
+    manifest = {**config, "tokenizer": describe_tokenizer(path)}
+    return Checkpoint(label, path, architecture, View(source, named), manifest)
 
 
 def hf_tensors(architecture: Architecture) -> dict[str, Shape]:

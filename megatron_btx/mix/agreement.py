@@ -43,22 +43,20 @@ def differences(one: Checkpoint, other: Checkpoint) -> list[UserError]:
 
 
 def _differing(one: Checkpoint, other: Checkpoint) -> list[tuple[str, object, object]]:
-    pairs = [
+    pairs: list[tuple[str, object, object]] = [
         ("groups", query_groups(one.architecture.model), query_groups(other.architecture.model)),
         ("head_dim", kv_channels(one.architecture.model), kv_channels(other.architecture.model)),
         ("vocab_size", one.architecture.vocab_size, other.architecture.vocab_size),
-        ("tokenizer sha256", _tokenizer(one), _tokenizer(other)),
     ]
+    mine, theirs = (model.manifest.get("tokenizer") or {} for model in (one, other))
+    if mine.get("type") == theirs.get("type"):  # of different types they cannot be compared
+        pairs.append(("tokenizer sha256", mine.get("sha256"), theirs.get("sha256")))
     same = _FREE | {"num_query_groups", "kv_channels"}
     for field in fields(Model):
         if field.name not in same:
             mine = getattr(one.architecture.model, field.name)
             pairs.append((field.name, mine, getattr(other.architecture.model, field.name)))
     return [pair for pair in pairs if pair[1] != pair[2] and None not in pair]
-
-
-def _tokenizer(model: Checkpoint) -> object:
-    return (model.manifest.get("tokenizer") or {}).get("sha256")
 
 
 def _where(model: Checkpoint) -> str:

@@ -16,6 +16,7 @@ import torch
 from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.families.export import write_hf
 from megatron_btx.families.hf import open_hf, to_hf
+from megatron_btx.families.tokenizer_files import tokenizer_files
 from megatron_btx.mix.average import Averaging, Dare, average
 from megatron_btx.mix.btx import btx
 from megatron_btx.mix.command import Request
@@ -86,7 +87,8 @@ def write(
     destination, shard = Path(request.out), parse_bytes(request.shard, "--shard")
 
     def files() -> dict[str, bytes]:
-        found = _tokenizer_files(models[0], request.format)
+        assert models[0].path is not None
+        found = tokenizer_files(models[0].path, megatron=request.format == "megatron")
         lineage = as_json(lineage_of(plan, request, models, hashes(), revision))
         return {**found, LINEAGE: lineage}
 
@@ -235,16 +237,6 @@ def lineage_of(
         "versions": versions(),
         "code": revision,
     }
-
-
-def _tokenizer_files(model: Checkpoint, form: str) -> dict[str, bytes]:
-    """The first source's tokenizer, as it lies there."""
-    assert model.path is not None
-    if form == "megatron" and (model.path / "tokenizer").is_dir():
-        return {}
-    names = ("tokenizer*", "special_tokens_map.json", "vocab.json", "merges.txt")
-    found = [path for name in names for path in model.path.glob(name) if path.is_file()]
-    return {path.name: path.read_bytes() for path in found}
 
 
 def _execution(request: Request) -> Execution:

@@ -121,6 +121,7 @@ def _write_piece(path: Path, write: Callable[[BinaryIO], None]) -> list[UserErro
 
 
 def _write_small(path: Path, content: bytes) -> None:
+    path.parent.mkdir(exist_ok=True)
     with path.open("wb") as file:
         file.write(content)
         file.flush()

@@ -8,6 +8,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -124,6 +125,25 @@ def test_verify_agrees_and_finds_a_changed_bit(sources, tmp_path, words):
     code, text = btx("verify", out)
     assert code == 1
     assert text.count("differs: ") == 1
+
+
+def test_the_tokenizer_comes_along(sources, tmp_path):
+    source = tmp_path / "code"
+    shutil.copytree(sources / "hf" / "code", source)
+    (source / "tokenizer.json").write_text("{}")
+    (source / "tokenizer_config.json").write_text('{"eos_token": "x"}')
+    moe, back = tmp_path / "moe", tmp_path / "back"
+    words = ["--method", "upcycle", "--copies", "2", "--format", "megatron", "--out", moe]
+    btx("mix", "--sources", source, *words)
+    info = json.loads((moe / "tokenizer" / "tokenizer_info.json").read_text())
+    assert info == json.loads((moe / "manifest.json").read_text())["tokenizer"]
+    assert info["sha256"] == hashlib.sha256(b"{}").hexdigest()
+    btx("mix", "--method", "copy", "--sources", moe, "--out", back)
+    assert (back / "tokenizer_config.json").read_text() == '{"eos_token": "x"}'
+    (source / "tokenizer.json").write_text("[]")
+    pair = ["--sources", f"a={source}", f"b={back}", "--method", "append", "--out", tmp_path / "no"]
+    with pytest.raises(UserError, match="tokenizer sha256"):
+        btx("mix", *pair)
 
 
 def test_other_methods(sources, tmp_path):

@@ -234,13 +234,19 @@ def test_models_that_differ_are_refused_all_at_once():
     models = [
         dense("a", 1),
         dense("b", 2, architecture=other),
-        replace(dense("c", 3), manifest={"tokenizer": {"sha256": "1"}}),
-        replace(dense("a", 4), manifest={"tokenizer": {"sha256": "2"}}),
+        replace(dense("c", 3), manifest={"tokenizer": {"type": "huggingface", "sha256": "2"}}),
+        dense("a", 4),
     ]
+    models[0] = replace(models[0], manifest={"tokenizer": {"type": "huggingface", "sha256": "1"}})
     with pytest.raises(UserError) as caught:
         btx(models, routing=TOP2, dtype=F64)
     text = str(caught.value)
-    for found in ("rotary_base is 1000000.0", "layernorm_epsilon is 1e-06", "a: given twice"):
+    for found in (
+        "rotary_base is 1000000.0",
+        "layernorm_epsilon is 1e-06",
+        "given twice",
+        "sha256 is 2",
+    ):
         assert found in text
     copied = memory(btx(models[:1], routing=TOP2, dtype=F64), "moe")
     with pytest.raises(UserError, match="already an MoE"):
