@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,8 @@ class Checkpoint:
     manifest: Mapping[str, Any] = field(default_factory=dict)
     """What its directory says of itself, as read."""
 
-    @property
-    def tensors(self) -> dict[str, Expression]:
+    @cached_property
+    def tensors(self) -> Mapping[str, Expression]:
         """Its tensors by canonical name."""
         return take_all(self.label, self.source)
 
