@@ -16,6 +16,7 @@ from typing import Any
 from megatron_btx import __version__
 from megatron_btx.errors import UserError
 from megatron_btx.mix import command as mixing
+from megatron_btx.pipeline import commands as slurm_commands
 from megatron_btx.pipeline import graph, state
 from megatron_btx.pipeline.fingerprint import Memo
 from megatron_btx.pipeline.graph import Stage
@@ -84,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_report(commands)
     _add_stage(commands)
     mixing.add_parser(commands)
+    slurm_commands.add_parsers(commands)
     return parser
 
 
@@ -219,17 +221,27 @@ def _report(options: argparse.Namespace) -> int:
 
 def _stage(options: argparse.Namespace) -> int:
     recipe, run_dir, stages = _open(options.recipe)
-    stage = graph.find(stages, options.stage)
+    stage = graph.find(graph.with_mix(stages), options.stage)
     if stage.kind == "report":
-        from megatron_btx.report import page
-
-        page.write(recipe, run_dir)
+        _report_stage(recipe, run_dir, stage)
         return 0
     from megatron_btx.pipeline import worker
 
     code = worker.run_rank(recipe, stage, run_dir)
     worker.leave(code)
     return code
+
+
+def _report_stage(recipe: Recipe, run_dir: Path, stage: Stage) -> None:
+    """The page as a stage: in a batch job there is no runner that would do it."""
+    from megatron_btx.report import page
+
+    state.claim(run_dir, stage)
+    directory = run_dir / stage.directory
+    if "BTX_ATTEMPT" not in os.environ:
+        state.begin(directory, state.next_attempt(directory), 1)
+    page.write(recipe, run_dir)
+    state.finish(directory, stage, {})
 
 
 def _open(path: str) -> tuple[Recipe, Path, tuple[Stage, ...]]:

@@ -64,7 +64,7 @@ def test_dry_run_prints_the_graph_and_changes_nothing(tmp_path: Path) -> None:
         (f"base: {TINY}\nsed: {{}}\n", ["report"], "seed"),
         (f"base: {TINY}\n", ["report"], "nothing has been run"),
         (f"base: {TINY}\n", ["run", "--until", "mix"], "there is no stage mix"),
-        (f"base: {TINY}\n", ["stage", "mix"], "is not a stage of this recipe"),
+        (f"base: {TINY}\n", ["stage", "mox"], "is not a stage of this recipe"),
         (f"base: {TINY}\n", ["stage", "seed"], "needs prepare first"),
         (f"base: {TINY}\n", ["stage", "finetune"], "2 rank(s), 1 were started"),
         (f"base: {TINY}\nseed: {{from: nowhere}}\n", ["run"], "nowhere does not exist"),

@@ -115,6 +115,21 @@ def until(stages: Iterable[Stage], name: str) -> tuple[Stage, ...]:
     return tuple(stage for stage in by_name.values() if stage.name in wanted)
 
 
+def with_mix(stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
+    """The stages with ``mix`` before the finetuning, as Slurm runs them.
+
+    The weights are mixed in the finetuning job. What can be wrong with the mix is found out by
+    one rank in seconds, so there it is a job of its own, before the finetuning gets its nodes.
+    """
+    found: list[Stage] = []
+    for stage in stages:
+        if stage.kind == "finetune":
+            found.append(Stage(name="mix", kind="mix", needs=stage.needs, key=stage.key))
+            stage = dataclasses.replace(stage, needs=(*stage.needs, "mix"))
+        found.append(stage)
+    return tuple(found)
+
+
 def find(stages: Iterable[Stage], name: str) -> Stage:
     """The stage of that name."""
     by_name = {stage.name: stage for stage in stages}

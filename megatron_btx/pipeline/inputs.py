@@ -20,23 +20,24 @@ _READ_AHEAD = 2 << 30
 when they are tokenized."""
 
 
-def check(recipe: Recipe, run_dir: Path, left: tuple[Stage, ...], gpus: int) -> None:
+def check(recipe: Recipe, run_dir: Path, left: tuple[Stage, ...], gpus: int | None) -> None:
     """Look at everything that the stages still left will need.
 
     Args:
         recipe: it has been read without an error.
         run_dir: where it will be run; need not exist.
         left: the stages that are not done.
-        gpus: GPUs of this machine.
+        gpus: GPUs of this machine; ``None``: it is not this one that will run them.
 
     Raises:
         UserErrors: all that is wrong. Nothing has been written.
     """
     recipe_check.files(recipe)
     errors: list[UserError] = []
-    for stage in left:
-        with _collected(errors):
-            _machine(recipe, stage, gpus)
+    if gpus is not None:
+        for stage in left:
+            with _collected(errors):
+                _machine(recipe, stage, gpus)
     with _collected(errors):
         adopt.check_all(recipe, left)
     if any(stage.kind == "prepare" for stage in left):

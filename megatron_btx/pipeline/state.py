@@ -92,11 +92,12 @@ def next_attempt(directory: Path) -> int:
     return max(numbers, default=0) + 1
 
 
-def begin(directory: Path, attempt: int, world_size: int) -> None:
-    """Note the start of an attempt and forget how the last one ended."""
+def begin(directory: Path, attempt: int, world_size: int, **more: Any) -> None:
+    """Note the start of an attempt and forget how the last one ended. ``more`` goes into its line:
+    under Slurm the job, and how far the stage had come."""
     for name in ("stopped.json", "error.json", "progress.json"):
         (directory / name).unlink(missing_ok=True)
-    line = {"attempt": attempt, "time": time.time(), "world_size": world_size}
+    line = {"attempt": attempt, "time": time.time(), "world_size": world_size, **more}
     with (directory / "attempts.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 

@@ -59,6 +59,13 @@ def _train(recipe: Recipe, stage: Stage, run_dir: Path) -> Any:
     return run(recipe, stage.name, run_dir)
 
 
+def _mix(recipe: Recipe, stage: Stage, run_dir: Path) -> Any:
+    """Under Slurm only (graph.with_mix)."""
+    from megatron_btx.train.stage import check_mix
+
+    return check_mix(recipe, run_dir)
+
+
 def _evaluate(recipe: Recipe, stage: Stage, run_dir: Path) -> Any:
     from megatron_btx.evaluate.stage import run
 
@@ -80,6 +87,7 @@ KINDS: dict[str, Callable[[Recipe, Stage, Path], Any]] = {
     "import": _import,
     "seed": _train,
     "expert": _train,
+    "mix": _mix,
     "finetune": _train,
     "dense": _train,
     "evaluate": _evaluate,
@@ -126,9 +134,9 @@ def run_rank(recipe: Recipe, stage: Stage, run_dir: Path) -> int:
 
 def _place(stage: Stage) -> int:
     """Complete the environment of a rank; its number."""
+    in_slurm = "RANK" not in os.environ and "SLURM_PROCID" in os.environ
     for name, slurm in _SLURM.items():
         if name not in os.environ:
-            in_slurm = "RANK" not in os.environ and "SLURM_PROCID" in os.environ
             os.environ[name] = os.environ.get(slurm, _ALONE[name]) if in_slurm else _ALONE[name]
     world_size, rank = _number("WORLD_SIZE"), _number("RANK")
     if world_size != stage.world_size:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_btx.errors import UserError, UserErrors
-from megatron_btx.recipe import count, layouts, upstream
+from megatron_btx.recipe import count, layouts, slurm, upstream
 from megatron_btx.recipe.layouts import Problem
 from megatron_btx.recipe.schema import (
     Domain,
@@ -118,6 +118,7 @@ def problems(recipe: Recipe) -> list[Problem]:
     found += layouts.problems(recipe, "evaluate.layout", recipe.evaluate.layout, moe=True)
     if recipe.evaluate.tokens < recipe.model.seq_length:
         found.append(Problem("evaluate.tokens", *_too_few(recipe.evaluate.tokens, recipe.model)))
+    found += slurm.problems(recipe)
     return found
 
 

@@ -217,6 +217,55 @@ class WandB:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SlurmJob:
+    """What a stage's job asks of Slurm. An empty field leaves the choice to the site, or to the
+    block around this one. Whatever is written here reaches Slurm as one word: it runs nothing."""
+
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    time: str | None = None
+    """``"24:00:00"``, ``"2-12:00:00"`` (in quotes), or minutes."""
+    nodes: int | None = None
+    """``None``: as few as the layout's ranks need, at ``gpus_per_node`` to a node; without GPUs
+    one."""
+    gpus_per_node: int | None = None
+    """GPUs of a node, a rank each. Stages that train nothing ask for none unless it stands in their
+    own block."""
+    gpu_type: str | None = None
+    """``h100``: asks for ``h100:8`` instead of ``8``."""
+    cpus_per_task: int | None = None
+    """Cores a rank; ``None``: the layout's ``num_threads``."""
+    mem: str | None = None
+    """Memory of a node, ``"200G"``; ``"0"``: all of it."""
+    sbatch: tuple[str, ...] | None = None
+    """More flags of sbatch, a word each: ``["--mail-type=END", "--reservation=x"]``."""
+    environment: dict[str, Any] = field(default_factory=dict)
+    """Environment variables of the job; values are text. Keys and tokens are refused: the jobs
+    inherit the environment from which they are submitted."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Slurm(SlurmJob):
+    """How `btx submit` runs the stages. Where and how, not what: nothing here is in any key."""
+
+    stages: dict[str, SlurmJob] = field(default_factory=dict)
+    """Per kind or stage (``expert``, ``expert:math``, ``finetune``), key by key over the rest."""
+    modules: tuple[str, ...] = ()
+    """Environment modules to load."""
+    python: str | None = None
+    """Interpreter of the ranks; ``None``: the one that submits. In a container, ``python3``."""
+    launch_prefix: str = ""
+    """Stands between ``srun`` and the interpreter, split into words and nothing more: flags of srun
+    (pyxis) or a command (``apptainer exec --nv image.sif``)."""
+    signal_seconds: int = 180
+    """So long before its time limit a job is told to save. Slurm looks every half minute."""
+    max_restarts: int = 100
+    """Requeues of one job at most; three in a row without progress end it before."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Recipe:
     """One Branch-Train-MiX run, from text to a table."""
 
@@ -241,6 +290,7 @@ class Recipe:
     evaluate: Evaluate = Evaluate()
     export: Export = Export()
     wandb: WandB = WandB()
+    slurm: Slurm = Slurm()
     max_parallel_jobs: int | None = None
     """Independent stages run side by side on this machine; ``None``: as many as its cores hold."""
 

@@ -140,6 +140,20 @@ def starting_point(recipe: Recipe, name: str, training: Training, run_dir: Path)
     return copy(open_megatron(seed, "seed"), dtype=dtype)
 
 
+def check_mix(recipe: Recipe, run_dir: Path) -> dict[str, Any]:
+    """Plan the mix that the finetuning will begin with: every checkpoint is opened, every tensor
+    accounted for, and nothing is written.
+
+    Returns:
+        ``{"plan": its hash, "made_of": what it does, line by line}``.
+
+    Raises:
+        UserError: a checkpoint is missing, damaged or of another model.
+    """
+    plan = starting_point(recipe, "finetune", recipe.finetune, run_dir)
+    return {"plan": plan.hash, "made_of": plan.describe().splitlines()}
+
+
 def _lineage(recipe: Recipe, name: str, plan: Plan | None) -> dict[str, Any]:
     """Where a model comes from: stage, plan, sources, seeds and code."""
     assert plan is not None

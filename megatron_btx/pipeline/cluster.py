@@ -1,0 +1,222 @@
+"""Slurm's commands, and what they answer. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from megatron_btx.errors import UserError
+
+ACTIVE = frozenset(
+    ["PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD"]
+    + ["REQUEUE_FED", "RESIZING", "SIGNALING", "SPECIAL_EXIT", "STAGE_OUT", "STOPPED"]
+)
+"""States of a job that is not over."""
+
+_GONE = re.compile(r"Invalid job id", re.IGNORECASE)
+_FIELD = re.compile(r"(?:^| )(\w+)=(\S*)")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """What Slurm says of a job."""
+
+    number: str
+    name: str
+    state: str
+    directory: str = ""
+    reason: str = ""
+    nodes: str = ""
+    restarts: int = 0
+    time_left: str = ""
+
+    @property
+    def active(self) -> bool:
+        """Whether it runs or will."""
+        return self.state in ACTIVE
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Nodes:
+    """Nodes of a partition that are alike."""
+
+    partition: str
+    default: bool
+    count: int
+    cpus: int
+    gpus: int
+    limit: float | None
+    """Minutes a job may take; ``None``: no limit."""
+
+
+class Refused(Exception):
+    """A command of Slurm's ended with an error; its text."""
+
+
+def call(
+    *command: str, text: str | None = None, environment: Mapping[str, str] | None = None
+) -> str:
+    """Standard output of a command.
+
+    Raises:
+        Refused: it failed.
+        UserError: there is no such command, or it does not answer.
+    """
+    try:
+        done = subprocess.run(
+            command,
+            input=text,
+            stdin=subprocess.DEVNULL if text is None else None,
+            env=environment,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=120,
+            check=False,
+        )
+    except FileNotFoundError:
+        raise UserError(
+            command[0],
+            "Slurm's command is not on this machine",
+            "run this on a login node of the cluster; `--dry-run` and `btx run` need no Slurm",
+        ) from None
+    except subprocess.TimeoutExpired:
+        raise UserError(
+            command[0], "does not answer", "see `scontrol ping`, try again later"
+        ) from None
+    if done.returncode != 0:
+        raise Refused(_words(done.stderr or done.stdout) or f"exit code {done.returncode}")
+    return done.stdout
+
+
+def _words(text: str) -> str:
+    """A command's complaint in one line, without its own name."""
+    lines = [re.sub(r"^\w+: (error: |fatal: )?", "", line) for line in text.splitlines()]
+    return "; ".join(line for line in lines if line)
+
+
+def environment() -> dict[str, str]:
+    """This process's environment without what would tell sbatch or srun something else than the
+    recipe: variables of a job that this runs in, and a user's defaults (but for the account)."""
+    keep = ("SLURM_CONF", "SLURM_CLUSTERS", "SBATCH_ACCOUNT", "SBATCH_CLUSTERS")
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name in keep or not name.startswith(("SLURM", "SBATCH_", "SRUN_", "SALLOC_"))
+    }
+
+
+def queued(directory: str) -> list[Job]:
+    """This user's jobs that work in ``directory`` and are not over."""
+    try:
+        lines = call("squeue", "--me", "-h", "-o", "%A|%T|%j|%Z").splitlines()
+    except Refused as error:
+        raise _silent("squeue", error) from None
+    jobs = []
+    for line in lines:
+        number, state, name, where = line.split("|", 3)
+        if where == directory:
+            jobs.append(Job(number=number, name=name, state=state, directory=where))
+    return jobs
+
+
+def show(number: str) -> Job | None:
+    """A job, also a finished one as long as the controller remembers it."""
+    try:
+        text = call("scontrol", "-o", "show", "job", number)
+    except Refused as error:
+        if _GONE.search(str(error)):
+            return _accounted(number)
+        raise _silent("scontrol", error) from None
+    fields: dict[str, str] = {}
+    for name, value in _FIELD.findall(text.partition("\n")[0]):
+        fields.setdefault(name, value)
+    nodes = fields.get("NodeList", "")
+    return Job(
+        number=number,
+        name=fields.get("JobName", ""),
+        directory=fields.get("WorkDir", ""),
+        state=fields.get("JobState", ""),
+        reason="" if fields.get("Reason") == "None" else fields.get("Reason", ""),
+        nodes="" if nodes == "(null)" else nodes,
+        restarts=int(fields.get("Restarts", "0")),
+        time_left=_left(fields.get("TimeLimit", ""), fields.get("RunTime", "")),
+    )
+
+
+def _accounted(number: str) -> Job | None:
+    """From the accounting database, where there is one."""
+    try:
+        text = call("sacct", "-n", "-P", "-X", "-j", number, "-o", "JobName,State,NodeList")
+    except (Refused, UserError):
+        return None
+    lines = [line.split("|") for line in text.splitlines() if line.count("|") == 2]
+    if not lines:
+        return None
+    name, state, nodes = lines[-1]
+    return Job(number=number, name=name, state=state.split(" ")[0], nodes=nodes)
+
+
+def nodes() -> list[Nodes]:
+    """What the cluster has."""
+    try:
+        lines = call("sinfo", "-h", "-e", "-o", "%P|%D|%c|%l|%G").splitlines()
+    except Refused as error:
+        raise _silent("sinfo", error) from None
+    found = []
+    for line in lines:
+        partition, count, cpus, limit, gres = line.split("|", 4)
+        found.append(
+            Nodes(
+                partition=partition.rstrip("*"),
+                default=partition.endswith("*"),
+                count=int(count),
+                cpus=int(cpus.rstrip("+")),
+                gpus=sum(int(n) for n in re.findall(r"gpu(?::[^:,(]+)?:(\d+)", gres)),
+                limit=minutes(limit),
+            )
+        )
+    return found
+
+
+def cancel(numbers: Iterable[str]) -> None:
+    """Cancel jobs; those that are over already are none of its business."""
+    numbers = list(numbers)
+    if not numbers:
+        return
+    try:
+        call("scancel", *numbers)
+    except Refused as error:
+        if not _GONE.search(str(error)):
+            raise _silent("scancel", error) from None
+
+
+def minutes(text: str) -> float | None:
+    """A time as Slurm writes it (``1-12:00:00``, ``30:00``, ``90``); ``None`` for no limit."""
+    days, dash, rest = text.rpartition("-")
+    parts = rest.split(":")
+    if not all(part.isdigit() for part in parts) or (dash and not days.isdigit()):
+        return None
+    values = [int(part) for part in parts]
+    if dash:  # D-H[:M[:S]]
+        hours, minute, second = (*values, 0, 0)[:3]
+        return int(days) * 1440 + hours * 60 + minute + second / 60
+    if len(values) == 3:
+        return values[0] * 60 + values[1] + values[2] / 60
+    return values[0] + (values[1] / 60 if len(values) == 2 else 0)
+
+
+def _left(limit: str, spent: str) -> str:
+    allowed, used = minutes(limit), minutes(spent)
+    if allowed is None or used is None:
+        return ""
+    left = max(0, round(60 * (allowed - used)))
+    hours, rest = divmod(left, 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
+
+
+def _silent(command: str, error: Refused) -> UserError:
+    return UserError(command, str(error), "see `scontrol ping`: does the controller answer?")

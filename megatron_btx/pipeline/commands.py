@@ -1,0 +1,195 @@
+"""``btx submit``, ``status``, ``logs`` and ``cancel``. Imports no torch."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from megatron_btx.errors import UserError
+from megatron_btx.pipeline import graph, state
+from megatron_btx.pipeline.fingerprint import Memo
+from megatron_btx.pipeline.graph import Stage
+from megatron_btx.recipe.load import load_recipe
+from megatron_btx.recipe.schema import Recipe
+
+
+def add_parsers(commands: Any) -> None:
+    """The four commands."""
+    parser = _add(
+        commands,
+        "submit",
+        "submit the stages of a recipe as Slurm jobs, or what is left of them",
+        "  btx submit recipe.yaml --dry-run            every script and the graph, nothing else\n"
+        "  btx submit recipe.yaml\n"
+        "  btx submit recipe.yaml --until mix          all that comes before the finetuning\n"
+        "  btx submit recipe.yaml --from finetune      it and all that waits for it\n"
+        "  btx submit recipe.yaml --only expert:math\n\n"
+        "Stages that are done are not submitted again; a stopped one goes on. See docs/slurm.md.",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print all, submit nothing")
+    parser.add_argument(
+        "--only", metavar="STAGE", action="append", default=[], help="this one (may be repeated)"
+    )
+    parser.add_argument("--from", metavar="STAGE", dest="first", help="STAGE and what waits for it")
+    parser.add_argument("--until", metavar="STAGE", help="STAGE and what it waits for")
+    parser.add_argument(
+        "--no-probe", action="store_true", help="do not let a node look at the run's directory"
+    )
+    parser.set_defaults(run=submit)
+
+    parser = _add(
+        commands,
+        "status",
+        "show where every stage of a submitted recipe stands",
+        "  btx status recipe.yaml\n"
+        "  btx status recipe.yaml --watch\n"
+        "  btx status recipe.yaml --json | python -m json.tool",
+    )
+    parser.add_argument("--json", action="store_true", help="print it as JSON")
+    parser.add_argument(
+        "--watch", metavar="SECONDS", type=float, nargs="?", const=10.0, help="again and again"
+    )
+    parser.set_defaults(run=status)
+
+    parser = _add(
+        commands,
+        "logs",
+        "print the log of a stage's latest attempt",
+        "  btx logs recipe.yaml finetune\n  btx logs recipe.yaml expert:math -f",
+    )
+    parser.add_argument("stage", metavar="STAGE", help="seed, expert:math, finetune, ...")
+    parser.add_argument("-f", "--follow", action="store_true", help="go on while it grows")
+    parser.set_defaults(run=logs)
+
+    parser = _add(
+        commands,
+        "cancel",
+        "cancel the jobs of a recipe; `btx submit` goes on from what they have saved",
+        "  btx cancel recipe.yaml\n  btx cancel recipe.yaml dense",
+    )
+    parser.add_argument("stage", metavar="STAGE", nargs="*", help="these only")
+    parser.set_defaults(run=cancel)
+
+
+def _add(commands: Any, name: str, help_text: str, examples: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=help_text,
+        description=help_text[0].upper() + help_text[1:] + ".",
+        epilog=f"examples:\n{examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("recipe", metavar="RECIPE", help="the recipe (YAML)")
+    return parser
+
+
+def submit(options: argparse.Namespace) -> int:
+    """``btx submit``."""
+    from megatron_btx.pipeline import inputs, slurm
+
+    recipe, run_dir, stages = _open(options.recipe)
+    wished = slurm.select(stages, only=options.only, first=options.first, last=options.until)
+    chosen = slurm.to_submit(run_dir, wished)
+    slurm.check_needs(run_dir, stages, chosen)
+    if options.dry_run:
+        sys.stdout.write(slurm.dry_run(recipe, run_dir, chosen))
+        return 0
+    if not chosen:
+        sys.stdout.write(f"{recipe.name}: all that was asked for is done ({run_dir})\n")
+        return 0
+    inputs.check(recipe, run_dir, chosen, gpus=None)
+    jobs, notes = slurm.submit(recipe, run_dir, chosen, probe=not options.no_probe)
+    for note in [*inputs.warnings(recipe), *notes]:
+        sys.stderr.write(f"warning: {note}\n")
+    for stage, line in zip(chosen, slurm.graph_lines(recipe, chosen), strict=True):
+        sys.stdout.write(f"{jobs[stage.name]:>8}  {line}\n")
+    sys.stdout.write(f"everything goes to {run_dir}; see btx status {options.recipe}\n")
+    return 0
+
+
+def status(options: argparse.Namespace) -> int:
+    """``btx status``."""
+    from megatron_btx.pipeline import standing
+
+    while True:
+        _, run_dir, stages = _open(options.recipe)
+        rows = standing.rows(run_dir.absolute(), stages)
+        if options.json:
+            text = json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n"
+        else:
+            text = standing.table(rows)
+        if options.watch and sys.stdout.isatty():
+            text = f"\x1b[H\x1b[J{text}"
+        sys.stdout.write(text)
+        sys.stdout.flush()
+        if not options.watch or all(row.state == "done" for row in rows):
+            return 0
+        time.sleep(options.watch)
+
+
+def logs(options: argparse.Namespace) -> int:
+    """``btx logs``."""
+    from megatron_btx.pipeline import standing
+
+    _, run_dir, stages = _open(options.recipe)
+    run_dir = run_dir.absolute()
+    stage = graph.find(stages, options.stage)
+    path = standing.log_file(run_dir, stage)
+    if path is None and not options.follow:
+        raise UserError(stage.name, "has no log yet", f"btx status {options.recipe}")
+    offset = 0
+    while True:
+        latest = standing.log_file(run_dir, stage)
+        if latest != path:  # another attempt has begun
+            path, offset = latest, 0
+        if path is not None:
+            with path.open("rb") as file:
+                file.seek(offset)
+                new = file.read()
+            offset += len(new)
+            sys.stdout.write(new.decode(errors="replace"))
+            sys.stdout.flush()
+        if not options.follow or _over(run_dir, stage):
+            return 0
+        time.sleep(0.5)
+
+
+def _over(run_dir: Path, stage: Stage) -> bool:
+    """Whether nothing more will be logged."""
+    from megatron_btx.pipeline import cluster, slurm
+
+    if state.done(run_dir, stage) is not None:
+        return True
+    job = cluster.show(str(slurm.jobs(run_dir).get(stage.name, {}).get("job", "0")))
+    return job is None or not job.active
+
+
+def cancel(options: argparse.Namespace) -> int:
+    """``btx cancel``."""
+    from megatron_btx.pipeline import cluster
+
+    recipe, run_dir, stages = _open(options.recipe)
+    wished = {graph.find(stages, name).name for name in options.stage}
+    jobs = [
+        job
+        for job in cluster.queued(str(run_dir.absolute()))
+        if not wished or job.name.partition("@")[0] in wished
+    ]
+    cluster.cancel(job.number for job in jobs)
+    for job in jobs:
+        sys.stdout.write(f"cancelled {job.number} ({job.name.partition('@')[0]})\n")
+    if not jobs:
+        sys.stdout.write(f"{recipe.name}: no jobs in the queue\n")
+    return 0
+
+
+def _open(path: str) -> tuple[Recipe, Path, tuple[Stage, ...]]:
+    recipe = load_recipe(path)
+    run_dir = Path(recipe.run_dir)
+    memo = Memo(run_dir / "fingerprints.json")
+    return recipe, run_dir, graph.with_mix(graph.build(recipe, memo))

@@ -1,0 +1,149 @@
+"""Where every stage of a submitted run stands: from Slurm, and from what it has written. Needs no
+accounting database; a job that Slurm has forgotten is known by its files. Imports no torch."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_btx.pipeline import cluster, slurm, state
+from megatron_btx.pipeline.graph import Stage
+from megatron_btx.pipeline.view import Standing, amount, clock
+
+COLUMNS = ("stage", "job", "state", "nodes", "step", "loss", "tokens/s", "left", "restarts")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One stage."""
+
+    stage: str
+    job: str = ""
+    state: str = ""
+    """Slurm's word for an active job, else ``done``, ``failed``, ``stopped``, ``cancelled``,
+    ``left``."""
+    nodes: str = ""
+    step: str = ""
+    loss: float | None = None
+    tokens_per_second: float | None = None
+    left: str = ""
+    """Until the last step at the present pace; and the job's time limit, where it comes before."""
+    restarts: int = 0
+    note: str = ""
+    """Why it waits, or the last thing that a failed one said."""
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """As the table shows it."""
+        loss = "" if self.loss is None else f"{self.loss:.3f}"
+        speed = amount(self.tokens_per_second) if self.tokens_per_second else ""
+        restarts = str(self.restarts) if self.restarts else ""
+        where = (self.stage, self.job, self.state, self.nodes)
+        return (*where, self.step, loss, speed, self.left, restarts)
+
+
+def rows(run_dir: Path, stages: tuple[Stage, ...]) -> list[Row]:
+    """A row a stage; ``run_dir`` is absolute."""
+    known = slurm.jobs(run_dir)
+    # Those whose submission was killed before it could write them down are in the queue.
+    stray = {job.name.partition("@")[0]: job.number for job in cluster.queued(str(run_dir))}
+    return [
+        _row(run_dir, stage, stray.get(stage.name) or known.get(stage.name, {}).get("job"))
+        for stage in stages
+    ]
+
+
+def _row(run_dir: Path, stage: Stage, number: str | None) -> Row:
+    directory = run_dir / stage.directory
+    job = cluster.show(number) if number else None
+    if job is not None and job.directory not in ("", str(run_dir)):
+        job = None  # Slurm counts anew: another run's job
+    done = state.done(run_dir, stage) is not None
+    seen = Standing(directory).read()
+    active = job is not None and job.active and not done
+    word = "done" if done else job.state.lower() if job and active else _ended(directory, job)
+    if done or word == "left":
+        note = ""
+    elif job is not None and active:
+        note = job.reason if word == "pending" else ""
+    else:
+        note = _last_words(run_dir, stage, word, job)
+    return Row(
+        stage=stage.name,
+        job=number or "",
+        state=word,
+        nodes=job.nodes if job else "",
+        step=f"{seen.done:.0f}/{seen.total:.0f}" if seen.total and not seen.text else seen.text,
+        loss=seen.loss,
+        tokens_per_second=seen.tokens_per_second if word == "running" else None,
+        left=_left(seen, job) if job is not None and word == "running" else "",
+        restarts=job.restarts if job else 0,
+        note=note,
+    )
+
+
+def _left(seen: Standing, job: cluster.Job) -> str:
+    limit = job.time_left or "no limit"
+    return limit if seen.seconds_left is None else f"{clock(seen.seconds_left)} of {limit}"
+
+
+def _ended(directory: Path, job: cluster.Job | None) -> str:
+    """How a stage that is neither done nor in the queue ended."""
+    if (directory / "error.json").exists():
+        return "failed"
+    if job is not None and job.state.startswith("CANCELLED"):
+        return "cancelled"
+    if (directory / "stopped.json").exists():
+        return "stopped"
+    if job is not None:
+        return "failed" if job.state == "FAILED" else job.state.lower().replace("_", " ")
+    return "ended" if (directory / "attempts.jsonl").exists() else "left"
+
+
+def _last_words(run_dir: Path, stage: Stage, word: str, job: cluster.Job | None) -> str:
+    record = state.read_json(run_dir / stage.directory / "error.json")
+    if record is not None:
+        return str(record.get("message"))
+    if word == "cancelled" and job is not None and job.reason:
+        return "a stage that it waits for was not done" if "Depend" in job.reason else job.reason
+    log = log_file(run_dir, stage)
+    if log is None:
+        missing = "no log: do the nodes share the run's directory?"
+        return missing if word == "failed" else ""
+    lines = [line for line in tail(log, 50) if line.strip()]
+    return lines[-1] if lines else ""
+
+
+def log_file(run_dir: Path, stage: Stage) -> Path | None:
+    """Where to read what a stage says: its latest attempt, or the batch script's own words where
+    these are newer or no rank has started."""
+    attempt = state.next_attempt(run_dir / stage.directory) - 1
+    ranks = state.log_file(run_dir / stage.directory, attempt)
+    record = slurm.jobs(run_dir).get(stage.name)
+    batch = run_dir / "slurm" / str((record or {}).get("submission")) / f"{stage.directory}.out"
+    found = [path for path in (ranks, batch) if path.is_file() and path.stat().st_size]
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def tail(path: Path, count: int) -> list[str]:
+    """The last lines of a file."""
+    with contextlib.suppress(OSError), path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 300 * count))
+        return file.read().decode(errors="replace").splitlines()[-count:]
+    return []
+
+
+def table(found: list[Row]) -> str:
+    """The rows as text, what there is to say about one under it."""
+    cells = [COLUMNS, *(row.cells for row in found)]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(COLUMNS))]
+    lines = []
+    for line, row in zip(cells, [None, *found], strict=True):
+        padded = (text.ljust(width) for text, width in zip(line, widths, strict=True))
+        lines.append("  ".join(padded).rstrip())
+        if row is not None and row.note:
+            lines += [f"    {text}" for text in row.note.splitlines()]
+    return "\n".join(lines) + "\n"
