@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from megatron_btx.families import open_hf
@@ -17,20 +18,27 @@ from tests.weights.models import dense
 TOOLS = Path(__file__).parents[2] / "tools" / "convert"
 
 
-def convert(script: str, *words: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(TOOLS / script), *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+@pytest.fixture
+def convert(monkeypatch):
+    """Run a script of tools/convert; its exit code."""
+    monkeypatch.syspath_prepend(str(TOOLS))
+
+    def run(script: str, *words: object) -> object:
+        monkeypatch.setattr(sys, "argv", [script, *map(str, words)])
+        with pytest.raises(SystemExit) as left:
+            runpy.run_path(str(TOOLS / script), run_name="__main__")
+        return left.value.code
+
+    return run
 
 
-def test_there_and_back(tmp_path):
+def test_there_and_back(tmp_path, convert, capsys):
     model = dense("a", 1)
     write_hf(copy(model, dtype=torch.float32), tmp_path / "hf")
-    assert convert("hf_to_megatron.py", tmp_path / "hf", tmp_path / "megatron").returncode == 0
-    done = convert("megatron_to_hf.py", tmp_path / "megatron", tmp_path / "back")
-    assert done.returncode == 0
+    assert convert("hf_to_megatron.py", tmp_path / "hf", tmp_path / "megatron") == 0
+    assert convert("megatron_to_hf.py", tmp_path / "megatron", tmp_path / "back") == 0
     back = open_hf(tmp_path / "back", "back")
     for name in model.tensors:
         assert torch.equal(read_whole(back.source, name), read_whole(model.source, name)), name
-    again = convert("megatron_to_hf.py", tmp_path / "megatron", tmp_path / "back")
-    assert again.returncode == 2
-    assert "exists already" in again.stderr
+    assert convert("megatron_to_hf.py", tmp_path / "megatron", tmp_path / "back") == 2
+    assert "exists already" in capsys.readouterr().err
