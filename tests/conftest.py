@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from tests.ranks import Ranks
+from tests.small import FAKE_KEY, Exported, btx, export
 
 
 @pytest.fixture(scope="session")
@@ -15,3 +17,32 @@ def ranks() -> Iterator[Ranks]:
     pool = Ranks()
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """Checkpoints of another run, for those that start from some."""
+    return export(tmp_path_factory.mktemp("exported"))
+
+
+@pytest.fixture(scope="session")
+def taken(exported: Exported, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run directory of one that begins where ``exported`` ended.
+
+    The seed was trained under TP2; here everything is EP2, and nothing is said of a tokenizer.
+    """
+    directory = tmp_path_factory.mktemp("taken")
+    (directory / "recipe.yaml").write_text(
+        f"base: {exported.directory / 'recipe.yaml'}\n"
+        "name: taken\n"
+        "tokenizer: null\n"
+        f"seed: {{from: {exported.run_dir / 'seed'}}}\n"
+        f"experts: {{math: {{from: {exported.run_dir / 'expert-math'}}}}}\n"
+        "finetune: {layout: {data_parallel_size: 2, expert_model_parallel_size: 2}}\n"
+        "wandb: {mode: offline}\n"
+    )
+    done = btx("run", "recipe.yaml", cwd=directory, environment={"WANDB_API_KEY": FAKE_KEY})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "to upload: wandb sync" in done.stdout
+    assert FAKE_KEY not in done.stdout + done.stderr
+    return directory / "runs" / "taken"

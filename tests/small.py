@@ -7,12 +7,20 @@ import hashlib
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_btx.train.metrics import read
+
 ROOT = Path(__file__).resolve().parents[1]
+
+FAKE_KEY = "0badc0de" * 5
+"""Of the form of a W&B key."""
 
 RECIPE = """
 name: small
@@ -112,3 +120,58 @@ def tree_hash(directory: Path) -> str:
         elif path.is_file():
             digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A seed and an expert branched from it, trained by a run of its own."""
+
+    directory: Path
+    """Where its recipe is."""
+    output: str
+    """What both of its starts said, the first of which was interrupted."""
+
+    @property
+    def run_dir(self) -> Path:
+        """Where its stages are."""
+        return self.directory / "runs" / "small"
+
+
+def export(directory: Path) -> Exported:
+    """Train them: the seed under TP2, stopped by Ctrl-C on the way, a foreign `apex` installed, and
+    W&B asked for without a key. Then a second start finishes them."""
+    recipe = write_small(directory)
+    text = recipe.read_text()
+    seed = "seed: {tokens: 24576, layout: {tensor_model_parallel_size: 2}, data: {web: 1}}"
+    text = text.replace("seed: {tokens: 6144, data: {web: 1}}", seed)
+    recipe.write_text(text.replace("mode: disabled", "mode: online"))
+    foreign = directory / "site" / "apex"
+    foreign.mkdir(parents=True)
+    (foreign / "__init__.py").write_text("raise ImportError('a web framework of another age')")
+    home = directory / "home"
+    home.mkdir()
+    arguments = ("run", "recipe.yaml", "--until", "expert:math")
+    environment = {
+        **environ({"HOME": str(home)}),
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{foreign.parent}",
+    }
+    first = subprocess.Popen(
+        command(*arguments),
+        cwd=directory,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    log = directory / "runs" / "small" / "seed" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while sum(record["kind"] == "train" for record in read(log)) < 3:
+        assert first.poll() is None, first.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    first.send_signal(signal.SIGINT)
+    output, _ = first.communicate(timeout=120)
+    assert first.returncode == 130, output
+    second = btx(*arguments, cwd=directory, environment=environment)
+    assert second.returncode == 0, second.stdout + second.stderr
+    return Exported(directory, output + second.stderr + second.stdout)

@@ -6,8 +6,10 @@ import hashlib
 import logging
 import os
 import shlex
+import socket
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from megatron_btx.recipe.schema import Recipe, WandB
 
@@ -39,7 +41,12 @@ class Tracker:
             logger.warning("wandb is not installed: metrics are in %s only", directory)
             return
         settings = wandb.Settings(
-            console="off", silent=True, x_disable_stats=True, init_timeout=60, disable_git=True
+            console="off",
+            silent=True,
+            x_disable_stats=True,
+            init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT", 60)),
+            finish_timeout=300,  # a network that went away must not hold the next stage
+            disable_git=True,
         )
         arguments: dict[str, Any] = {
             "project": recipe.wandb.project,
@@ -59,6 +66,7 @@ class Tracker:
             self._run = wandb.init(mode=mode, **arguments)
         except (wandb.errors.Error, OSError) as error:
             logger.warning("W&B cannot be reached (%s): logging offline", error)
+            wandb.teardown()  # its service still has the id
             self._run = wandb.init(mode="offline", **arguments)
 
     def log(self, record: dict[str, Any]) -> None:
@@ -91,7 +99,24 @@ def _mode(wandb: WandB) -> Literal["disabled", "offline", "online"]:
     if wandb.mode == "online" and not has_key():
         logger.warning(NO_KEY)
         return "offline"
+    if wandb.mode == "online" and not _answers():
+        logger.warning("W&B cannot be reached: logging offline")
+        return "offline"
     return wandb.mode
+
+
+def _answers() -> bool:
+    """Whether anything listens at W&B's address. It would itself try for ``init_timeout`` seconds,
+    in every stage. Behind a proxy only W&B can tell."""
+    url = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
+    if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY")):
+        return True
+    port = url.port or (80 if url.scheme == "http" else 443)
+    try:
+        socket.create_connection((url.hostname or "", port), timeout=5).close()
+    except OSError:
+        return False
+    return True
 
 
 def has_key() -> bool:

@@ -1,0 +1,168 @@
+"""What is logged offline, read back from W&B's own files.
+
+The pinned version reads them in its Go service only, so that ``records`` is the format (LevelDB's
+log: blocks of 32 KiB, each record behind its checksum, length and kind) around W&B's own protobuf.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from wandb.proto import wandb_internal_pb2
+
+from megatron_btx.train.metrics import read
+from megatron_btx.train.tracking import sync_command
+from tests.small import FAKE_KEY, ROOT, Exported, environ
+
+BLOCK, HEADER = 32768, 7
+
+
+def records(path: Path) -> Iterator[Any]:
+    """The protobuf records of a ``.wandb`` file."""
+    content = path.read_bytes()
+    assert content[:4] == b":W&B"
+    position, whole = HEADER, b""
+    while position + HEADER <= len(content):
+        left = BLOCK - position % BLOCK
+        if left < HEADER:
+            position += left
+            continue
+        _, length, kind = struct.unpack_from("<IHB", content, position)
+        if kind == 0:
+            break
+        position += HEADER
+        whole += content[position : position + length]
+        position += length
+        if kind in (1, 4):  # whole, or the last of its parts
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(whole)
+            whole = b""
+            yield record
+
+
+def logged(stage: Path) -> tuple[list[Any], dict[int, dict[str, Any]]]:
+    """Every piece's description of its run, and what was logged by step over all pieces."""
+    runs, history = [], {}
+    for path in sorted(stage.glob("wandb/offline-run-*/*.wandb")):
+        for record in records(path):
+            kind = record.WhichOneof("record_type")
+            if kind == "run":
+                runs.append(record.run)
+            elif kind == "history":
+                values = {
+                    item.key or "/".join(item.nested_key): json.loads(item.value_json)
+                    for item in record.history.item
+                }
+                history.setdefault(int(values["_step"]), {}).update(values)
+    return runs, history
+
+
+def test_pieces_of_a_resumed_stage_are_one_run(exported: Exported) -> None:
+    runs, history = logged(exported.run_dir / "seed")
+    assert len(runs) >= 2, "one piece before Ctrl-C, one after"
+    assert len({run.run_id for run in runs}) == 1
+    assert {run.run_group for run in runs} == {"small"}
+    assert {run.job_type for run in runs} == {"seed"}
+    assert {run.display_name for run in runs} == {"seed"}
+    expert, _ = logged(exported.run_dir / "expert-math")
+    assert {(run.run_group, run.job_type, run.display_name) for run in expert} == {
+        ("small", "expert", "expert:math")
+    }
+    assert expert[0].run_id != runs[0].run_id
+    # Every step, with the values of metrics.jsonl.
+    for record in read(exported.run_dir / "seed" / "metrics.jsonl"):
+        if record["kind"] == "train":
+            values = history[record["step"]]
+            for name in ("loss", "lr", "grad_norm", "tokens_per_second"):
+                assert values[f"train/{name}"] == record[name]
+        elif record["kind"] == "eval":
+            for domain, loss in record["loss"].items():
+                assert history[record["step"]][f"eval/loss/{domain}"] == loss
+
+
+def test_an_moe_logs_balance_and_load(taken: Path) -> None:
+    _, history = logged(taken / "finetune")
+    evals = [r for r in read(taken / "finetune" / "metrics.jsonl") if r["kind"] == "eval"]
+    assert history[1]["train/balance_loss"] > 0
+    for record in evals:
+        values = history[record["step"]]
+        for domain, layers in record["load"].items():
+            for layer, shares in enumerate(layers):
+                for expert, share in enumerate(shares):
+                    assert values[f"eval/load/{domain}/{layer}/{expert}"] == share
+
+
+def test_without_a_key_it_says_so_and_names_the_command(exported: Exported) -> None:
+    assert "warning: W&B has no API key" in exported.output
+    assert "logging offline" in exported.output
+    command = sync_command(Path("runs/small"))
+    assert f"to upload: {command}" in exported.output
+    # The pinned version takes the command, and finds the pieces.
+    dry = subprocess.run(
+        ["bash", "-c", command.replace("wandb sync", f"{sys.executable} -m wandb sync --dry-run")],
+        cwd=exported.directory,
+        env=environ({"HOME": str(exported.directory / "home")}),
+        capture_output=True,
+        text=True,
+    )
+    assert dry.returncode == 0, dry.stderr
+    pieces = list(exported.run_dir.glob("*/wandb/offline-run-*/*.wandb"))
+    assert f"Would sync {len(pieces)} run(s)" in dry.stdout + dry.stderr
+
+
+def test_a_foreign_apex_is_a_warning(exported: Exported) -> None:
+    assert "warning: the installed package 'apex' is not NVIDIA's Apex" in exported.output
+
+
+def test_a_key_is_never_written(taken: Path) -> None:
+    """The key in the environment of that run is in no file of it."""
+    files = [path for path in taken.rglob("*") if path.is_file() and not path.is_symlink()]
+    assert len(files) > 20
+    assert [path for path in files if FAKE_KEY.encode() in path.read_bytes()] == []
+
+
+def test_without_network_a_stage_logs_offline(tmp_path: Path) -> None:
+    """A key, but nobody who answers: at once where the address refuses, and where W&B itself gives
+    up, with its service still holding the run's id."""
+    (tmp_path / "script.py").write_text(
+        "import dataclasses, sys\n"
+        "from pathlib import Path\n"
+        "from megatron_btx.recipe.load import load_recipe\n"
+        "from megatron_btx.recipe.schema import WandB\n"
+        "from megatron_btx.train import tracking\n"
+        "recipe = load_recipe(sys.argv[1])\n"
+        "recipe = dataclasses.replace(recipe, wandb=WandB(mode='online'))\n"
+        "if sys.argv[2] == 'late':\n"
+        "    tracking._answers = lambda: True\n"
+        "tracker = tracking.Tracker(recipe, 'seed', Path('.'), {})\n"
+        "tracker.log({'kind': 'train', 'step': 1, 'loss': 1.0})\n"
+        "tracker.close()\n"
+    )
+    for moment in ("early", "late"):
+        directory = tmp_path / moment
+        directory.mkdir()
+        done = subprocess.run(
+            [sys.executable, "../script.py", str(ROOT / "examples/tiny/recipe.yaml"), moment],
+            cwd=directory,
+            env=environ(
+                {
+                    "HOME": str(directory),
+                    "WANDB_API_KEY": FAKE_KEY,
+                    "WANDB_BASE_URL": "http://127.0.0.1:9",
+                    "WANDB_INIT_TIMEOUT": "3",
+                }
+            ),
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr
+        assert "W&B cannot be reached" in done.stderr
+        assert FAKE_KEY not in done.stdout + done.stderr
+        assert logged(directory)[1][1]["train/loss"] == 1.0
