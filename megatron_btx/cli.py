@@ -184,14 +184,19 @@ def _run_left(
     for line in inputs.warnings(recipe):
         sys.stderr.write(f"warning: {line}\n")
     absolute = dataclasses.replace(recipe, run_dir=str(run_dir.absolute()))
-    outcome = local.run(
-        stages,
-        run_dir,
-        dump(absolute),
-        view=view(),
-        max_parallel=recipe.max_parallel_jobs,
-        inline={"report": lambda: page.write(recipe, run_dir)},
-    )
+    try:
+        outcome = local.run(
+            stages,
+            run_dir,
+            dump(absolute),
+            view=view(),
+            max_parallel=recipe.max_parallel_jobs,
+            inline={"report": lambda: page.write(recipe, run_dir)},
+        )
+    except OSError as error:
+        if error.filename is None:  # a write that failed does not know whose file it was
+            error.filename = str(run_dir)
+        raise
     if run_dir.is_dir() and outcome.finished:
         memo = Memo(run_dir / "fingerprints.json")
         graph.build(recipe, memo)

@@ -3,14 +3,18 @@
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Callable
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
-from tests.small import btx, tree_hash, write_small
+from tests.small import Exported, btx, environ, tree_hash, write_small
 
 TEXT = '{"text": "one two three"}\n'
 
@@ -313,3 +317,180 @@ def check(bad: Bad, directory: Path) -> None:
 def test_bad_input(bad: Bad, tmp_path: Path) -> None:
     write_small(tmp_path)
     check(bad, tmp_path)
+
+
+def checkpoint(exported: Exported, directory: Path) -> Path:
+    """A copy of the seed's checkpoint, to be damaged."""
+    (source,) = (exported.run_dir / "seed" / "checkpoints").iterdir()
+    return Path(shutil.copytree(source, directory / "given" / source.name))
+
+
+def cut(pattern: str, size: int) -> Callable[[Path], None]:
+    """Files of a checkpoint cut off after ``size`` bytes."""
+
+    def edit(given: Path) -> None:
+        for path in given.glob(pattern):
+            os.truncate(path, size)
+
+    return edit
+
+
+def remove(name: str) -> Callable[[Path], None]:
+    """A checkpoint without some of its files."""
+
+    def edit(given: Path) -> None:
+        for path in given.glob(name):
+            path.unlink() if path.is_file() else shutil.rmtree(path)
+
+    return edit
+
+
+CHECKPOINTS: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
+    "missing": (shutil.rmtree, ("does not exist", "correct the path")),
+    "without manifest": (remove("manifest.json"), ("has no manifest.json", "fix: give")),
+    "without metadata": (remove(".metadata"), ("is not whole", "copy the checkpoint again")),
+    "manifest cut off": (cut("manifest.json", 40), ("manifest.json is damaged", "fix: give")),
+    "data cut off": (cut("*.distcp", 5000), (".distcp", "fix:")),
+    "data missing": (remove("__0_0.distcp"), ("__0_0.distcp", "fix:")),
+    "metadata cut off": (cut(".metadata", 50), (".metadata", "fix:")),
+    "without its tokenizer": (remove("tokenizer"), ("tokenizer/", "give the tokenizer")),
+}
+
+
+@pytest.mark.parametrize("case", CHECKPOINTS)
+def test_bad_checkpoint(case: str, exported: Exported, tmp_path: Path) -> None:
+    write_small(tmp_path)
+    given = checkpoint(exported, tmp_path)
+    edit, words = CHECKPOINTS[case]
+    seed = change("seed: {tokens: 6144, data: {web: 1}}", f"seed: {{from: {given}}}")
+    recipe = both(lambda _: edit(given), seed, change("{vocab_size: 400}", "{}"))
+    check(Bad(case, recipe, words, RUN), tmp_path)
+
+
+def test_a_checkpoint_of_another_shape(exported: Exported, tmp_path: Path) -> None:
+    write_small(tmp_path)
+    given = checkpoint(exported, tmp_path)
+    seed = change("seed: {tokens: 6144, data: {web: 1}}", f"seed: {{from: {given}}}")
+    edit = both(seed, change("hidden_size: 32", "hidden_size: 64"))
+    words = ("seed.from", "hidden_size: 32 there, 64 here", "change `model:`")
+    check(Bad("seed", edit, words, RUN), tmp_path)
+
+
+def test_an_expert_of_another_shape(exported: Exported, tmp_path: Path) -> None:
+    write_small(tmp_path)
+    given = checkpoint(exported, tmp_path)
+    tokenizer = exported.run_dir / "prepare" / "tokenizer"
+    edit = both(
+        change("tokenizer: {vocab_size: 400}", f"tokenizer: {{path: {tokenizer}}}"),
+        change("math: {tokens: 2048, data: {math: 0.9, web: 0.1}}", f"math: {{from: {given}}}"),
+        change("num_layers: 2", "num_layers: 4"),
+    )
+    words = ("experts.math.from", "num_layers: 2 there, 4 here", "change `model:`")
+    check(Bad("expert", edit, words, RUN), tmp_path)
+
+
+def test_an_expert_with_a_tokenizer_of_its_own(exported: Exported, tmp_path: Path) -> None:
+    write_small(tmp_path)
+    given = checkpoint(exported, tmp_path)
+    edit = change("math: {tokens: 2048, data: {math: 0.9, web: 0.1}}", f"math: {{from: {given}}}")
+    words = ("experts.math.from", "has a tokenizer of its own", "`seed: {from: ...}`")
+    check(Bad("expert", edit, words, RUN), tmp_path)
+
+
+def test_a_tokenizer_larger_than_the_vocabulary(exported: Exported, tmp_path: Path) -> None:
+    write_small(tmp_path)
+    tokenizer = exported.run_dir / "prepare" / "tokenizer" / "tokenizer.model"
+    edit = change("{vocab_size: 400}", f"{{vocab_size: 300, path: {tokenizer}}}")
+    words = ("tokenizer.vocab_size", "has 400 tokens, the vocabulary 300", "set `vocab_size: 400`")
+    check(Bad("vocabulary", edit, words, RUN), tmp_path)
+
+
+def test_a_tokenizer_that_is_none(tmp_path: Path) -> None:
+    write_small(tmp_path)
+    edit = change("{vocab_size: 400}", "{path: data/web.jsonl}")
+    words = ("data/web.jsonl", "is not a SentencePiece model", "spm_train")
+    check(Bad("tokenizer", edit, words, RUN), tmp_path)
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Small disks of memory, mounted where a test may."""
+    mounted: list[Path] = []
+
+    def mount(options: str) -> Path:
+        path = tmp_path / f"disk{len(mounted)}"
+        path.mkdir()
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "btx-test", str(path)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            pytest.skip(f"a disk of memory cannot be mounted here: {done.stderr.strip()}")
+        mounted.append(path)
+        return path
+
+    yield mount
+    for path in mounted:
+        subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+def test_the_disk_is_known_to_be_too_small(disk: Callable[[str], Path], tmp_path: Path) -> None:
+    where = disk("size=200k")
+    write_small(tmp_path)
+    edit = change("name: small", f"name: small\nrun_dir: {where}/run")
+    words = (f"{where}/run", "no space left for the rest", "free some, give another `run_dir:`")
+    check(Bad("small disk", edit, words, RUN), tmp_path)
+
+
+@pytest.mark.parametrize("left", [0, 60_000])
+def test_no_space_left_on_the_way(left: int, disk: Callable[[str], Path], tmp_path: Path) -> None:
+    """The disk fills up behind the check, at once or while text is tokenized; with room again, the
+    run goes through."""
+    where = disk("size=20m")
+    write_small(tmp_path)
+    change("name: small", f"name: small\nrun_dir: {where}/run")(tmp_path)
+    filler = tmp_path / "fill.py"
+    filler.write_text(
+        "import os, sys\n"
+        "from megatron_btx import cli\n"
+        "from megatron_btx.pipeline import inputs\n"
+        "check = inputs.check\n"
+        "def full(*arguments):\n"
+        "    check(*arguments)\n"
+        f"    with open({str(where / 'fill')!r}, 'wb') as file:\n"
+        f"        free = os.statvfs({str(where)!r})\n"
+        f"        file.write(bytes(free.f_bavail * free.f_frsize - {left}))\n"
+        "inputs.check = full\n"
+        "sys.exit(cli.main(['run', 'recipe.yaml']))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "fill.py"],
+        cwd=tmp_path,
+        env=environ(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "no space left on" in done.stderr
+    assert str(where / "run") in done.stderr
+    assert "fix: free some" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert os.listdir(where) == ["fill"]
+
+
+def test_a_disk_that_cannot_be_written(disk: Callable[[str], Path], tmp_path: Path) -> None:
+    where = disk("size=10m,ro")
+    write_small(tmp_path)
+    edit = change("name: small", f"name: small\nrun_dir: {where}/run")
+    words = (f"{where}/run", "read-only file system", "make it writable")
+    check(Bad("read-only", edit, words, RUN), tmp_path)
+
+
+def test_a_run_dir_that_is_a_file(tmp_path: Path) -> None:
+    write_small(tmp_path)
+    (tmp_path / "taken").write_text("")
+    edit = change("name: small", "name: small\nrun_dir: taken")
+    check(Bad("file", edit, ("taken", "is not a directory", "run_dir:"), RUN), tmp_path)
