@@ -176,10 +176,11 @@ def _run_left(
     options: argparse.Namespace, recipe: Recipe, run_dir: Path, stages: tuple[Stage, ...]
 ) -> tuple[int, str]:
     """Run what is left; the exit code, and what went wrong."""
-    from megatron_btx.pipeline import inputs, local
+    from megatron_btx.pipeline import inputs, local, slurm
     from megatron_btx.pipeline.view import view
     from megatron_btx.report import page
 
+    slurm.refuse_beside_jobs(run_dir.absolute())
     inputs.check(recipe, run_dir, state.left(run_dir, stages), len(local.gpus()))
     for line in inputs.warnings(recipe):
         sys.stderr.write(f"warning: {line}\n")

@@ -56,6 +56,10 @@ class Refused(Exception):
     """A command of Slurm's ended with an error; its text."""
 
 
+class Silent(UserError):
+    """The controller does not answer."""
+
+
 def call(
     *command: str, text: str | None = None, environment: Mapping[str, str] | None = None
 ) -> str:
@@ -218,5 +222,5 @@ def _left(limit: str, spent: str) -> str:
     return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
 
 
-def _silent(command: str, error: Refused) -> UserError:
-    return UserError(command, str(error), "see `scontrol ping`: does the controller answer?")
+def _silent(command: str, error: Refused) -> Silent:
+    return Silent(command, str(error), "see `scontrol ping`: does the controller answer?")

@@ -97,8 +97,11 @@ def quoted(text: str) -> str:
 
 
 def flag(word: str) -> str:
-    """One word of an ``#SBATCH`` line: Slurm takes a character after a backslash as it is."""
-    return "".join(letter if _SAFE.fullmatch(letter) else f"\\{letter}" for letter in word)
+    """One word of an ``#SBATCH`` line. Slurm takes a character after a backslash as it is, but for
+    a blank, which ends a word that is not in quotes."""
+    if all(map(_SAFE.fullmatch, word)):
+        return word
+    return '"' + "".join(c if _SAFE.fullmatch(c) else f"\\{c}" for c in word) + '"'
 
 
 def _literal(path: Path) -> str:

@@ -117,6 +117,10 @@ def prepared(
 ) -> dict[str, str]:
     """The script of every stage, in their order. ``run_dir`` and ``directory`` are absolute."""
     python = recipe.slurm.python or sys.executable
+    if not slurm.printable(str(run_dir)):
+        raise UserError(
+            "run_dir", f"{str(run_dir)!r} has a line break or a control character", "rename it"
+        )
     return {
         stage.name: sbatch.script(
             recipe,
@@ -210,6 +214,18 @@ def refuse_active(run_dir: Path) -> None:
             f"jobs of this run are in the queue: {names}",
             "wait for them (`btx status`), or end them first (`btx cancel`)",
         )
+
+
+def refuse_beside_jobs(run_dir: Path) -> None:
+    """For a run on this machine: ``refuse_active``, where Slurm is there to be asked.
+
+    Raises:
+        UserError: jobs of this run are in the queue.
+    """
+    if not (run_dir / "slurm" / "jobs.json").exists() or shutil.which("squeue") is None:
+        return
+    with contextlib.suppress(cluster.Silent):
+        refuse_active(run_dir)
 
 
 def fits(recipe: Recipe, chosen: tuple[Stage, ...], there: list[cluster.Nodes]) -> None:

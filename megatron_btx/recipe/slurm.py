@@ -203,6 +203,11 @@ def _secret(name: str, value: str) -> bool:
     return bool(_SECRET_NAME.search(name.upper())) or bool(_SECRET_VALUE.fullmatch(value))
 
 
+def printable(text: str) -> bool:
+    """Whether a path can stand in a line of a script: no line break, no control character."""
+    return _CONTROL.search(text) is None
+
+
 def secret(name: str, value: str) -> bool:
     """Whether an environment variable must not be written anywhere."""
     return _secret(name, value)
@@ -219,8 +224,8 @@ def _shapes(recipe: Recipe) -> Iterator[Problem]:
         layouts["dense"] = recipe.dense.layout
     for name, layout in layouts.items():
         job = resolve(recipe, name)
-        if (job.nodes or 1) < 1 or (job.gpus_per_node or 0) < 0:
-            continue
+        if job.nodes is not None and job.nodes < 1 or (job.gpus_per_node or 0) < 0:
+            continue  # said above
         try:
             shape(job, layout.world_size, layout.num_threads)
         except ValueError as error:

@@ -1,0 +1,250 @@
+"""Batch scripts as text: nothing in a recipe can run a command; the templates are up to date."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from megatron_btx.errors import UserError
+from megatron_btx.pipeline import begin, graph, sbatch, slurm
+from megatron_btx.recipe import check
+from megatron_btx.recipe import slurm as slurm_recipe
+from megatron_btx.recipe.load import dump, load_recipe, parse_recipe
+from megatron_btx.recipe.schema import Slurm, SlurmJob
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ROOT / "examples" / "tiny" / "recipe.yaml"
+RECIPE = load_recipe(TINY)
+STAGES = graph.with_mix(graph.build(RECIPE))
+
+NASTY = st.text(
+    st.sampled_from("$`\"'\\;&|<>(){}[]*?!#~ %=-abz09é\n\t\x00") | st.characters(codec="utf-8"),
+    min_size=1,
+    max_size=12,
+) | st.sampled_from(["$(touch hit)", "`touch hit`", "'; touch hit; '", "x\n touch hit", "$HOME"])
+
+
+def _stage(name: str) -> graph.Stage:
+    return graph.find(STAGES, name)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@given(partition=NASTY, value=NASTY, module=NASTY, prefix=NASTY, python=NASTY, place=NASTY)
+def test_no_value_runs_a_command(
+    tmp_path: Path, partition: str, value: str, module: str, prefix: str, python: str, place: str
+) -> None:
+    """What check.py lets through arrives in bash as it was written, and nothing else happens."""
+    block = Slurm(
+        partition=partition,
+        environment={"VALUE": value},
+        modules=(module,),
+        python=python,
+        launch_prefix=prefix,
+    )
+    recipe = dataclasses.replace(RECIPE, slurm=block)
+    if list(slurm_recipe.problems(recipe)):
+        return
+    place = place.replace("\x00", "").replace("/", "")
+    if re.search(r"[\x00-\x1f\x7f]", place):
+        return  # refused by submit
+    run_dir = tmp_path / place
+    text = sbatch.script(
+        recipe,
+        _stage("seed"),
+        run_dir=run_dir,
+        output=run_dir / "out",
+        python=python,
+        token="t",
+    )
+    head = text[: text.index("# From here on the same")]
+    show = """
+module() { printf 'module %s\\0' "$2"; }
+export -f module
+"""
+    tail = 'printf "%s\\0" "$VALUE" "$python" "$recipe" "${launch[@]}"\n'
+    lines = [line for line in head.split("\n") if line.startswith("#SBATCH")]
+    assert len(lines) == head.count("#SBATCH ") or "#SBATCH " in partition + value + place
+    done = subprocess.run(
+        ["bash", "-u", "-c", show + head + tail],
+        cwd=tmp_path,
+        capture_output=True,
+        env={"PATH": os.environ["PATH"], "HOME": "/"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    words = [f"module {module}", value, python, str(run_dir / "recipe.yaml"), *shlex.split(prefix)]
+    assert done.stdout == b"".join(word.encode() + b"\0" for word in words)
+    assert list(tmp_path.iterdir()) == []
+
+
+@given(NASTY)
+def test_a_flag_is_one_word_to_slurm(word: str) -> None:
+    """By sbatch's own rule: in quotes a character after a backslash is taken as it is. The
+    cluster's tests ask sbatch itself."""
+    out, escaped = "", False
+    written = sbatch.flag(word)
+    quoted = written[0] == '"'
+    assert not quoted or written[-1] == '"'
+    for letter in written[1:-1] if quoted else written:
+        if escaped:
+            out, escaped = out + letter, False
+        elif letter == "\\":
+            escaped = True
+        else:
+            assert re.fullmatch(r"[\w@%+=:,./\[\]-]", letter)
+            out += letter
+    assert out == word
+
+
+def test_the_templates_are_what_is_submitted() -> None:
+    for kind in slurm_recipe.KINDS:
+        path = ROOT / "slurm" / f"{kind}.sbatch"
+        assert path.read_text() == sbatch.template(kind), (
+            "python -m megatron_btx.pipeline.sbatch slurm"
+        )
+    assert {path.stem for path in ROOT.glob("slurm/*.sbatch")} == set(slurm_recipe.KINDS)
+
+
+def test_the_block_is_in_no_key() -> None:
+    block = Slurm(partition="x", stages={"expert": SlurmJob(nodes=1, time="5")})
+    moved = dataclasses.replace(RECIPE, slurm=block)
+    assert [s.key for s in graph.build(moved)] == [s.key for s in graph.build(RECIPE)]
+    assert parse_recipe(dump(moved)) == moved
+
+
+@pytest.mark.parametrize(
+    ("block", "words"),
+    [
+        ("time: 24h", "is no time limit"),
+        ("time: 24:00:00", "put it in quotes"),
+        ("nodes: 0", "give at least 1"),
+        ("mem: 3 cats", "is no amount of memory"),
+        ('partition: "a\\nb"', "line break"),
+        ('partition: ""', "is empty"),
+        ("environment: {WANDB_API_KEY: abc}", "the jobs inherit it"),
+        (f"environment: {{X: {'0a' * 20}}}", "looks like a key or token"),
+        ("environment: {HF_TOKEN: x}", "looks like a key or token"),
+        ("environment: {'A B': x}", "cannot name a variable"),
+        ("environment: {SLURM_NTASKS: 3}", "is not the recipe's to set"),
+        ("environment: {A: true}", "put it in quotes"),
+        ("launch_prefix: apptainer exec --env=API_KEY=x image", "key or token"),
+        ("launch_prefix: 'a \"b'", "close the quotes"),
+        ("sbatch: [--wrap=ls]", "btx's own to set"),
+        ("sbatch: [--depend=x]", "btx's own to set"),
+        ("sbatch: [-d, x]", "btx's own to set"),
+        ("sbatch: [ls]", "is no flag"),
+        ("modules: ['--help']", "name a module"),
+        ("stages: {expert:none: {}}", "is no stage of this recipe"),
+        ("stages: {finetune: {nodes: 3}}", "2 ranks do not divide over 3 nodes"),
+        ("signal_seconds: 0", "give 1 to 65535"),
+    ],
+)
+def test_bad_blocks(block: str, words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parse_recipe(TINY.read_text() + f"slurm:\n  {block}\n")
+    assert words in str(caught.value)
+    assert "fix: " in str(caught.value)
+
+
+def test_stages_override_kind_by_kind() -> None:
+    recipe = parse_recipe(
+        TINY.read_text()
+        + """
+slurm:
+  partition: gpu
+  time: "60"
+  gpus_per_node: 1
+  environment: {A: 1, B: 2}
+  stages:
+    expert: {time: "30"}
+    expert:math: {partition: other, environment: {B: 3}}
+    prepare: {partition: cpu}
+"""
+    )
+    job = slurm_recipe.resolve(recipe, "expert:math")
+    assert (job.partition, job.time, job.environment) == ("other", "30", {"A": 1, "B": 3})
+    assert slurm_recipe.resolve(recipe, "expert:code").partition == "gpu"
+    assert slurm_recipe.resolve(recipe, "prepare").gpus_per_node is None
+    shape = slurm_recipe.shape(slurm_recipe.resolve(recipe, "finetune"), 2, 1)
+    assert (shape.nodes, shape.ranks_per_node, shape.gpus_per_node) == (2, 1, 1)
+    assert not list(slurm_recipe.problems(recipe))
+    assert not check.problems(recipe)
+
+
+def test_selection() -> None:
+    def names(**wish: object) -> list[str]:
+        return [stage.name for stage in slurm.select(STAGES, **wish)]  # type: ignore[arg-type]
+
+    assert names(only=["expert"]) == ["expert:code", "expert:math", "expert:prose"]
+    assert names(first="finetune") == ["finetune", "evaluate", "export", "report"]
+    assert names(last="expert:math") == ["prepare", "seed", "expert:math"]
+    assert names(first="expert:math", last="mix") == ["expert:math", "mix"]
+    with pytest.raises(UserError, match="there is no stage nosuch"):
+        names(only=["nosuch"])
+
+
+def test_dry_run_prints_all_and_changes_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "megatron_btx.cli", "submit", str(TINY), "--dry-run"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("#!/bin/bash") == 11
+    assert "mix " in done.stdout.partition("##### the graph")[2]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_slurm_the_error_says_so(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "megatron_btx.cli", "submit", str(TINY)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": "/nowhere"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "Slurm's command is not on this machine" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def _begin(recipe: Path, restart: int, job: str = "7") -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "megatron_btx.pipeline.begin", str(recipe), "seed"],
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "SLURM_JOB_ID": job,
+            "SLURM_RESTART_COUNT": str(restart),
+        },
+        cwd=recipe.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_three_restarts_without_progress_are_enough(tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"base: {TINY}\nrun_dir: {tmp_path}/run\n")
+    stages = {stage.name: stage for stage in graph.build(load_recipe(recipe))}
+    (tmp_path / "run" / "prepare").mkdir(parents=True)
+    record = {"key": stages["prepare"].key}
+    (tmp_path / "run" / "prepare" / "done.json").write_text(json.dumps(record))
+    for restart in range(3):
+        done = _begin(recipe, restart)
+        assert done.stdout.split()[:2] == ["begun", str(restart + 1)], done.stderr
+    checkpoints = tmp_path / "run" / "seed" / "checkpoints"
+    (checkpoints / "step_00000008").mkdir(parents=True)  # it gets on: counted anew
+    for restart in range(3, 7):
+        assert _begin(recipe, restart).returncode == 0
+    done = _begin(recipe, 7)
+    assert done.returncode == 2
+    assert "restarted 3 times without progress" in done.stderr
+    assert (tmp_path / "run" / "seed" / "error.json").exists()
+    assert _begin(recipe, 0, job="8").returncode == 0  # submitted again
+    assert begin.progress(tmp_path / "run" / "seed") == "step_00000008"

@@ -1,0 +1,187 @@
+"""The cluster, and runs of the tiny recipe on it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_btx.train.metrics import read
+from tests.slurm.cluster import Cluster, missing, wait
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = ROOT / "examples" / "tiny" / "recipe.yaml"
+SECRET = "0123456789abcdef" * 2 + "01234567"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Eight minutes of their own: they run where they are asked for."""
+    if os.environ.get("BTX_TEST_SLURM"):
+        return
+    reason = missing() or "a real Slurm is started by `make test-slurm`"
+    for item in items:
+        if item.path.parent == Path(__file__).parent:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """Four nodes for all tests."""
+    problem = missing()
+    assert not problem, problem
+    with Cluster(tmp_path_factory.mktemp("cluster") / "it") as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    """After each test no job and no process of one."""
+    yield
+    if "cluster" in request.fixturenames:
+        cluster = request.getfixturevalue("cluster")
+        queue = [line for line in cluster.queue() if not line.endswith("COMPLETING")]
+        cluster.clear()
+        assert not queue
+        wait(lambda: not cluster.processes(), 20, "the last process to end")
+
+
+class Run:
+    """A recipe over the tiny one in a directory of its own."""
+
+    def __init__(self, cluster: Cluster, directory: Path, text: str = "") -> None:
+        self.cluster, self.directory = cluster, directory
+        self.run_dir = directory / "run"
+        self.recipe = directory / "recipe.yaml"
+        directory.mkdir(exist_ok=True)
+        self.write(text)
+
+    def write(self, text: str) -> None:
+        """The recipe: tiny, and this."""
+        slurm = "" if "slurm:" in text else "slurm: {environment: {GLOO_SOCKET_IFNAME: lo}}\n"
+        self.recipe.write_text(f"base: {TINY}\nrun_dir: {self.run_dir}\n{slurm}{text}")
+
+    def btx(self, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """A command of btx's on this recipe."""
+        command, *rest = words
+        return subprocess.run(
+            [sys.executable, "-m", "megatron_btx.cli", command, str(self.recipe), *rest],
+            env={**self.cluster.environment, "PYTHONPATH": str(ROOT), **environment},
+            cwd=self.directory,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+
+    def submit(self, *options: str, **environment: str) -> dict[str, str]:
+        """Job numbers by stage."""
+        done = self.btx("submit", *options, **environment)
+        assert done.returncode == 0, done.stderr
+        rows = [line.split() for line in done.stdout.splitlines()[:-1]]
+        return {row[1]: row[0] for row in rows}
+
+    def status(self) -> dict[str, dict[str, Any]]:
+        """Rows of ``btx status`` by stage."""
+        done = self.btx("status", "--json")
+        assert done.returncode == 0, done.stderr
+        return {row["stage"]: row for row in json.loads(done.stdout)}
+
+    def finished(self, timeout: float = 240) -> None:
+        """Wait until no job of the cluster is left."""
+        wait(lambda: not self.cluster.queue(), timeout, f"the queue to empty: {self.out()}")
+
+    def steps(self, stage: str) -> list[tuple[int, float, float]]:
+        """Step, loss and gradient norm of every training step so far."""
+        path = self.run_dir / stage / "metrics.jsonl"
+        records = read(path) if path.exists() else []
+        return [(r["step"], r["loss"], r["grad_norm"]) for r in records if r["kind"] == "train"]
+
+    def training(self, stage: str, job: str, after: int = 60) -> None:
+        """Wait until a stage has done so many steps."""
+
+        def there() -> bool:
+            assert job in "".join(self.cluster.queue()), self.out()
+            return len(self.steps(stage)) >= after
+
+        wait(there, 120, f"{stage} to train")
+
+    def out(self) -> str:
+        """What the batch scripts and the ranks have said."""
+        files = [*self.run_dir.glob("slurm/*/*.out"), *self.run_dir.glob("*/log/*.log")]
+        return "\n".join(f"{path}:\n{path.read_text()}" for path in files)
+
+    def ranks(self, stage: str) -> list[int]:
+        """Processes of a stage's ranks."""
+        return [pid for pid in self.cluster.processes() if _is_rank(pid, stage)]
+
+    def kill_rank(self, stage: str) -> None:
+        """kill -9."""
+        os.kill(self.ranks(stage)[-1], signal.SIGKILL)
+
+
+def _is_rank(pid: int, stage: str) -> bool:
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    return b"megatron_btx.cli" in words and stage.encode() in words and b"srun" not in words[0]
+
+
+SLOW = "{tokens: 409_600, save_interval: 100, eval_interval: 0, check_replicas_interval: 0}"
+"""800 steps instead of 32: something to be interrupted."""
+
+
+@pytest.fixture(scope="session")
+def whole(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The whole graph, one expert of which fails, is mended and submitted again."""
+    run = Run(cluster, tmp_path_factory.mktemp("whole"))
+    run.write(BROKEN)
+    run.first = run.submit(WANDB_API_KEY=SECRET)  # type: ignore[attr-defined]
+    run.finished()
+    run.failed = run.status()  # type: ignore[attr-defined]
+    run.write(MENDED)
+    run.second = run.submit()  # type: ignore[attr-defined]
+    run.finished()
+    return run
+
+
+NODES = "slurm: {environment: {GLOO_SOCKET_IFNAME: lo}, stages: {finetune: {nodes: 2}}}\n"
+MENDED = NODES + "wandb: {mode: offline}\n"
+BROKEN = MENDED + "experts: {math: {megatron: {transformer: {attention_dropout: 2.0}}}}\n"
+
+
+def branch(whole: Run, directory: Path, text: str, *stages: str) -> Run:
+    """A run of its own that starts from finished stages of another."""
+    run = Run(whole.cluster, directory, text)
+    for stage in stages:
+        shutil.copytree(whole.run_dir / stage, run.run_dir / stage)
+    return run
+
+
+@pytest.fixture(scope="session")
+def undisturbed(whole: Run, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Losses of a longer seed, and of a longer finetuning over two nodes."""
+    seed = branch(whole, tmp_path_factory.mktemp("seed"), f"seed: {SLOW}\n", "prepare")
+    finetune = longer_finetune(whole, tmp_path_factory.mktemp("finetune"))
+    seed.submit("--only", "seed")
+    finetune.submit("--only", "finetune")
+    seed.finished()
+    losses = {"seed": seed.steps("seed"), "finetune": finetune.steps("finetune")}
+    assert len(losses["seed"]) == 800, seed.out()
+    assert len(losses["finetune"]) == 400, finetune.out()
+    return losses
+
+
+def longer_finetune(whole: Run, directory: Path) -> Run:
+    """400 steps over two nodes, its experts those of the whole run."""
+    text = MENDED + f"finetune: {SLOW.replace('409_600', '204_800')}\n"
+    experts = [f"expert-{domain}" for domain in ("code", "math", "prose")]
+    return branch(whole, directory, text, "prepare", "seed", *experts)
