@@ -72,8 +72,9 @@ class CheckReplicas(Callback):
 
     def after_step(self, run: Run, record: dict[str, Any]) -> None:
         """Compare, where it is time to."""
-        due = run.step == run.total_steps or run.stopped or run.step % self.interval == 0
-        if self.interval and due:
+        if not self.interval:
+            return
+        if run.step == run.total_steps or run.stopped or run.step % self.interval == 0:
             replicas.check(run.model, run.step)
 
 
