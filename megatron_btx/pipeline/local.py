@@ -76,6 +76,7 @@ def run(
         stack.enter_context(guard.watcher(token, scratch))
         stack.enter_context(state.run_lock(run_dir))
         undo.arm()
+        undo.wanted = True  # until the first stage begins
         _write_recipe(run_dir, recipe_text)
         setting = Setting(
             recipe=run_dir / "recipe.yaml",
@@ -89,6 +90,7 @@ def run(
         runner = _Runner(stages, setting, view, signals, inline or {}, max_parallel, grace)
         # Links to checkpoints that were taken are nothing anybody would miss.
         taken = {stage.name for stage in stages if stage.kind == "import"}
+        undo.wanted = False
         try:
             outcome = runner.run()
         except (UserError, OSError):
@@ -300,8 +302,9 @@ class _Undo:
 
     def __exit__(self, *_: object) -> None:
         if self.wanted and self._entries is not None:
-            if self._recipe is not None:
-                (self.run_dir / "recipe.yaml").write_bytes(self._recipe)
+            recipe = self.run_dir / "recipe.yaml"
+            if self._recipe is not None and recipe.read_bytes() != self._recipe:
+                recipe.write_bytes(self._recipe)
             for entry in set(self.run_dir.iterdir()) - self._entries:
                 if entry.is_dir() and not entry.is_symlink():
                     shutil.rmtree(entry)

@@ -154,8 +154,11 @@ def run_lock(run_dir: Path) -> Iterator[None]:
                 "wait for it or stop it; another recipe needs another `name:` or `run_dir:`",
             )
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {os.uname().nodename}")
-        file.flush()
+        try:
+            os.write(file.fileno(), f"process {os.getpid()} on {os.uname().nodename}".encode())
+        except OSError:
+            (run_dir / "lock").unlink()  # no space for a line: leave as little as was found
+            raise
         try:
             yield
         finally:
