@@ -45,23 +45,31 @@ class Log(Callback):
 
 
 class HeldOutLoss(Callback):
-    """The loss of every domain, and an MoE's load, every so many steps and at the last one."""
+    """The loss of every domain, and an MoE's load: before the first step (what a branch or a mix
+    starts from), every so many steps, and after the last one."""
 
     def __init__(
         self, domains: Mapping[str, Sequence[Batch]], training: Training, log: Log | None
     ) -> None:
         self.domains, self.training, self.log = domains, training, log
 
+    def at_start(self, run: Run) -> None:
+        """Evaluate."""
+        self._evaluate(run)
+
     def after_step(self, run: Run, record: dict[str, Any]) -> None:
         """Evaluate where it is time to."""
         interval = self.training.eval_interval
         if run.step == run.total_steps or (interval and run.step % interval == 0):
-            result = evaluate(
-                run.model, self.domains, micro_batch_size=run.micro_batch_size, step=run.step
-            )
-            if self.log is not None:
-                values = {key: value for key, value in asdict(result).items() if value is not None}
-                self.log.write("eval", run.step, values)
+            self._evaluate(run)
+
+    def _evaluate(self, run: Run) -> None:
+        result = evaluate(
+            run.model, self.domains, micro_batch_size=run.micro_batch_size, step=run.step
+        )
+        if self.log is not None:
+            values = {key: value for key, value in asdict(result).items() if value is not None}
+            self.log.write("eval", run.step, values)
 
 
 class CheckReplicas(Callback):

@@ -45,6 +45,9 @@ class Run:
 class Callback:
     """What may happen around a step; each hook runs on every rank, in the order of the list."""
 
+    def at_start(self, run: Run) -> None:
+        """No step has been done yet."""
+
     def after_step(self, run: Run, record: dict[str, Any]) -> None:
         """Step ``run.step`` has been done; ``record`` is what is known of it."""
 
@@ -62,6 +65,9 @@ def train(run: Run, callbacks: Sequence[Callback], stop: StopRequest) -> None:
     Raises:
         NotFinite: training has diverged; nothing of that step is saved.
     """
+    if run.step == 0:
+        for callback in callbacks:
+            callback.at_start(run)
     while run.step < run.total_steps and not run.stopped:
         started = time.perf_counter()
         learning_rate = run.optimizer.param_groups[0]["lr"]

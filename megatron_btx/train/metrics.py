@@ -26,7 +26,8 @@ class MetricsLog:
         kept = [
             record
             for record in read(path)
-            if record["kind"] == "start" or record["step"] <= resumed_step
+            # A run that starts over evaluates step 0 again too.
+            if record["kind"] == "start" or (resumed_step and record["step"] <= resumed_step)
         ]
         with written(path) as file:
             file.writelines(_line(record) for record in kept)
