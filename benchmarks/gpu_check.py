@@ -1,0 +1,279 @@
+"""What a machine with one GPU can prove, without a network and without Transformer Engine.
+
+    pip install --no-index --find-links WHEELS megatron-btx
+    python benchmarks/gpu_check.py                          # one JSON line; exit code 2: no GPU
+    python benchmarks/gpu_check.py --device cpu --tiny      # the script itself, on any machine
+
+For a dense and an MoE model (4 experts, top-2), each of about a billion parameters:
+
+1. a small one of the kind takes three steps in fp32 on the GPU and, in a second process that sees
+   no GPU, on the CPU, from the same weights on the same tokens: losses within 1e-4, gradient norms
+   within a thousandth;
+2. the large one trains in bf16 (fp32 master weights); the steps after the first three are timed;
+3. it is saved, trained for two steps more, built anew, loaded, and trained for the same two steps;
+   the largest difference of those losses is reported (0 where the GPU's kernels are deterministic).
+
+Model FLOP utilisation is  tokens/s * F / P.  F, FLOPs of training one token, is
+``megatron_btx.recipe.count.training_flops_per_token``: 6 for every weight that takes part in a
+matrix product for that token (two of four experts; the output layer, not the embedding) plus
+12 * layers * hidden * sequence for attention; recomputation would not count. P is the chip's peak
+of dense bf16 products, by its name or ``--peak-tflops``; without either the utilisation is null.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import math
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_btx.recipe.architecture import Architecture
+from megatron_btx.recipe.count import parameters, training_flops_per_token
+from megatron_btx.recipe.schema import Layout, Model, Routing, Training
+
+PEAK_TFLOPS = {"H200": 989, "H100": 989, "H800": 989, "A100": 312, "A800": 312, "L40S": 362}
+"""Dense bf16, from the makers' data sheets (SXM forms; an H100 PCIe has 756)."""
+
+EXPERTS = ("code", "math", "prose", "seed")
+SMALL = Model(
+    num_layers=2,
+    hidden_size=64,
+    ffn_hidden_size=176,
+    num_attention_heads=4,
+    num_query_groups=2,
+    seq_length=64,
+)
+LARGE = {  # about a billion parameters in all, each
+    "dense": Model(
+        num_layers=16,
+        hidden_size=2048,
+        ffn_hidden_size=5632,
+        num_attention_heads=16,
+        seq_length=2048,
+    ),
+    "moe": Model(
+        num_layers=24,
+        hidden_size=1024,
+        ffn_hidden_size=2816,
+        num_attention_heads=8,
+        seq_length=2048,
+    ),
+}
+
+
+def architecture(kind: str, model: Model, vocab_size: int) -> Architecture:
+    """Dense, or four experts of which a token takes two."""
+    dense = Architecture(model=model, vocab_size=vocab_size)
+    return replace(dense, experts=EXPERTS, routing=Routing()) if kind == "moe" else dense
+
+
+class Run:
+    """A model in training on batches that follow from the step's number."""
+
+    def __init__(self, what: Architecture, precision: Any, batch: int) -> None:
+        from megatron_btx.engine import distributed
+        from megatron_btx.engine.checkpoint import TrainingState
+        from megatron_btx.engine.model import build_model, wrap_ddp
+        from megatron_btx.engine.optimizer import build_optimizer, build_schedule
+
+        layout = Layout(num_threads=torch.get_num_threads())
+        distributed.initialize(layout, random_seed=1)
+        self.what, self.batch, self.step = what, batch, 0
+        model = build_model(what, layout, precision)
+        draws = torch.Generator().manual_seed(1)  # the CPU's: the same numbers on every machine
+        with torch.no_grad():
+            for param in model.parameters():
+                if param.dim() == 1:
+                    param.fill_(1)
+                else:
+                    param.copy_(torch.empty(param.shape).normal_(0, 0.02, generator=draws))
+        training = Training(precision=precision, lr=3e-4, lr_warmup_iters=2)
+        self.ddp = wrap_ddp(model, use_distributed_optimizer=False)
+        self.optimizer = build_optimizer(self.ddp, training)
+        self.schedule = build_schedule(self.optimizer, training, 1000)
+        self.state = TrainingState(model=self.ddp, optimizer=self.optimizer, schedule=self.schedule)
+
+    def train(self) -> tuple[float, float]:
+        """One step; loss and gradient norm."""
+        from megatron_btx.train.step import train_step
+
+        seq, device = self.what.model.seq_length, torch.cuda.current_device()
+        draws = torch.Generator().manual_seed(100 + self.step)
+        uniform = torch.rand(self.batch, seq + 1, generator=draws)
+        tokens = (uniform**3 * self.what.vocab_size).long().to(device)
+        rows = {
+            "tokens": tokens[:, :-1].contiguous(),
+            "labels": tokens[:, 1:].contiguous(),
+            "loss_mask": torch.ones(self.batch, seq, device=device),
+            "position_ids": torch.arange(seq, device=device).expand(self.batch, -1).contiguous(),
+            "samples": torch.arange(self.batch) + self.step * self.batch,
+        }
+        result = train_step(
+            self.ddp,
+            self.optimizer,
+            self.schedule,
+            iter([rows]),
+            step=self.step,
+            num_microbatches=1,
+            micro_batch_size=self.batch,
+            seq_length=seq,
+        )
+        self.step += 1
+        return result.loss, result.grad_norm
+
+
+def small_steps(kind: str) -> list[tuple[float, float]]:
+    """Three fp32 steps of the small model on whatever this process sees."""
+    run = Run(architecture(kind, SMALL, 500), "fp32", batch=4)
+    return [run.train() for _ in range(3)]
+
+
+def against_cpu(kind: str) -> dict[str, float]:
+    """The largest differences between this process's device and a process without a GPU."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", __file__, "--device", "cpu", "--reference", kind],
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        stdout=subprocess.PIPE,
+        text=True,
+        timeout=900,
+        check=True,
+    )
+    reference = json.loads(done.stdout.splitlines()[-1])
+    here = small_steps(kind)
+    loss = max(abs(a[0] - b[0]) for a, b in zip(here, reference, strict=True))
+    norm = max(abs(a[1] / b[1] - 1) for a, b in zip(here, reference, strict=True))
+    assert loss < 1e-4, f"{kind}: losses differ from the CPU's by {loss}"
+    assert norm < 1e-3, f"{kind}: gradient norms differ from the CPU's by {norm} of their size"
+    return {"loss_difference_to_cpu": loss, "grad_norm_difference_to_cpu": norm}
+
+
+def measure(kind: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Check small, train large, save, resume."""
+    from megatron_btx.engine import checkpoint
+
+    result: dict[str, Any] = against_cpu(kind)
+    model, vocab_size, batch = LARGE[kind], 32000, options.batch
+    if options.tiny:
+        model, vocab_size, batch = SMALL, 500, 2
+    what = architecture(kind, model, vocab_size)
+    cuda = options.device == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    run = Run(what, "bf16", batch)
+    losses, times = [], []
+    for _ in range(3 + options.steps):
+        start = time.perf_counter()
+        losses.append(run.train()[0])  # reads the loss: waits for the GPU
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    assert all(map(math.isfinite, losses))
+    assert losses[-1] < losses[0], f"{kind}: did not learn: {losses}"
+    peak = torch.cuda.max_memory_allocated() if cuda else _resident()
+
+    saved = folder / kind
+    manifest = checkpoint.manifest_of(what, precision="bf16", layout={"world_size": 1})
+    start = time.perf_counter()
+    checkpoint.save(saved, run.state, manifest)
+    seconds = time.perf_counter() - start
+    stopped_at = run.step
+    expected = [run.train()[0] for _ in range(2)]
+    del run
+    _free(cuda)
+    again = Run(what, "bf16", batch)
+    checkpoint.load(saved, again.state)
+    again.step = stopped_at
+    difference = max(abs(again.train()[0] - loss) for loss in expected)
+    assert difference < 1e-2, f"{kind}: the resumed run is another one: {difference}"
+    del again
+    _free(cuda)
+
+    per_second = batch * model.seq_length / statistics.median(times[3:])
+    flops = per_second * training_flops_per_token(what)
+    tflops = options.peak_tflops or _peak_tflops(cuda)
+    counted = parameters(what)
+    return result | {
+        "parameters": counted.total,
+        "parameters_active": counted.active,
+        "tokens_per_second": round(per_second),
+        "model_tflops_per_second": round(flops / 1e12, 3),
+        "mfu": round(flops / (tflops * 1e12), 4) if tflops else None,
+        "peak_memory_gib": round(peak / 2**30, 3),
+        "first_loss": losses[0],
+        "last_loss": losses[-1],
+        "save_seconds": round(seconds, 2),
+        "resume_difference": difference,
+    }
+
+
+def _resident() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _free(cuda: bool) -> None:
+    gc.collect()
+    if cuda:
+        torch.cuda.empty_cache()
+
+
+def _peak_tflops(cuda: bool) -> float | None:
+    name = torch.cuda.get_device_name() if cuda else ""
+    return next((peak for chip, peak in PEAK_TFLOPS.items() if chip in name), None)
+
+
+def main() -> None:
+    """Print one JSON line, or say why not."""
+    parser = argparse.ArgumentParser(description="Train about 1B parameters on one GPU.")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="a model of seconds, to try the script")
+    parser.add_argument("--steps", type=int, default=10, help="timed steps")
+    parser.add_argument("--batch", type=int, default=4, help="sequences of 2048 tokens a step")
+    parser.add_argument("--peak-tflops", type=float, help="of dense bf16 products")
+    parser.add_argument("--folder", type=Path, help="for the checkpoints (36 GB, deleted after)")
+    parser.add_argument("--reference", choices=tuple(LARGE), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print(
+            "no GPU: torch.cuda.is_available() is False (a torch built for CPUs, or no driver?); "
+            "try the script with --device cpu --tiny",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+    if options.device == "cpu" and torch.cuda.is_available():
+        print("--device cpu needs CUDA_VISIBLE_DEVICES= (empty) here", file=sys.stderr)
+        sys.exit(2)
+    warnings.simplefilter("ignore")
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        os.environ.update(BTX_INIT_METHOD=f"file://{folder}/rendezvous", RANK="0", WORLD_SIZE="1")
+        if options.reference:
+            print(json.dumps(small_steps(options.reference)))
+            return
+        from megatron_btx.engine.kernels import detect
+
+        platform = detect()
+        line: dict[str, Any] = {
+            "device": torch.cuda.get_device_name() if platform.cuda else "cpu",
+            "torch": torch.__version__,
+            "layers": platform.layers,
+            "optimizer": platform.optimizer,
+            "tiny": options.tiny,
+        }
+        for kind in LARGE:
+            line[kind] = measure(kind, options, Path(folder))
+    print(json.dumps(line))
+
+
+if __name__ == "__main__":
+    main()
