@@ -101,19 +101,62 @@ def test_again_all_is_done_at_once(whole: Path) -> None:
 
 
 def test_killed_twenty_times(whole: Path, tmp_path: Path) -> None:
-    """kill -9 at seeded random moments, saves included; what comes out is the undisturbed run."""
-    moments = random.Random(20240312)
-    for _ in range(20):
+    """kill -9 at twenty seeded moments; what comes out is the undisturbed run.
+
+    Ranks take seconds to start, so that moments drawn from the clock alone would mostly hit
+    imports. Each kill draws what to wait for, and then some more time: the start of the command,
+    a checkpoint being written, or a training step.
+    """
+    run_dir = tmp_path / "runs" / "tiny"
+    draw = random.Random(20240312)
+    moments = ["start"] * 4 + ["save"] * 8 + ["step"] * 8
+    draw.shuffle(moments)
+    met = dict.fromkeys(moments, 0)
+    for moment in moments:
+        before = time.time()
         process = start(tmp_path)
-        time.sleep(moments.uniform(1.0, 9.0))
+        if moment == "start":
+            time.sleep(draw.uniform(0.1, 3.0))
+        elif moment == "save":
+            wait_until(lambda since=before: saving(run_dir, since), process)
+            time.sleep(draw.uniform(0.0, 0.2))
+        else:
+            wait_until(lambda since=before: stepped(run_dir, since), process)
+            time.sleep(draw.uniform(0.0, 1.0))
+        met[moment] += process.poll() is None
         process.send_signal(signal.SIGKILL)
         process.communicate()
         assert not orphans(tmp_path), "a process outlived the run"
-        if (tmp_path / "runs" / "tiny" / "report.html").exists():
-            break
+    assert sum(met.values()) == 20, "twenty were killed while they ran"
     finish(start(tmp_path))
-    assert losses(tmp_path / "runs" / "tiny") == losses(whole)
-    assert results(tmp_path / "runs" / "tiny") == results(whole)
+    assert losses(run_dir) == losses(whole)
+    assert results(run_dir) == results(whole)
+    assert not list(run_dir.glob("*/checkpoints/*.partial"))
+
+
+def saving(run_dir: Path, since: float) -> bool:
+    """Whether a checkpoint is being written that was begun after ``since``."""
+    return any(newer(path, since) for path in run_dir.glob("*/checkpoints/*.partial"))
+
+
+def stepped(run_dir: Path, since: float) -> bool:
+    """Whether a stage has logged anything after ``since``."""
+    return any(newer(path, since) for path in run_dir.glob("*/metrics.jsonl"))
+
+
+def newer(path: Path, since: float) -> bool:
+    """Whether a file is there and has changed after ``since``."""
+    try:
+        return path.stat().st_mtime > since
+    except FileNotFoundError:
+        return False
+
+
+def wait_until(condition: Any, process: subprocess.Popen[str], timeout: float = 60) -> None:
+    """Until a condition holds, the process ends, or the time is over."""
+    deadline = time.monotonic() + timeout
+    while not condition() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.005)
 
 
 def orphans(directory: Path, patience: float = 10) -> list[psutil.Process]:

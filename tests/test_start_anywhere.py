@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_btx.recipe.load import load_recipe
 from megatron_btx.train.metrics import read
 from tests.small import Exported, btx
 
@@ -26,6 +27,12 @@ def test_the_imported_seed_computes_what_it_computed(exported: Exported, taken: 
 def test_their_tokenizer_comes_along(exported: Exported, taken: Path) -> None:
     model = "prepare/tokenizer/tokenizer.model"
     assert (taken / model).read_bytes() == (exported.run_dir / model).read_bytes()
+
+
+def test_the_plan_knows_their_vocabulary(taken: Path) -> None:
+    recipe = load_recipe(taken.parent.parent / "recipe.yaml")
+    manifest = json.loads(next(taken.glob("seed/checkpoints/*/manifest.json")).read_text())
+    assert recipe.tokenizer.vocab_size == manifest["vocab_size"] == 400
 
 
 def test_nothing_is_trained_or_copied(exported: Exported, taken: Path) -> None:

@@ -6,19 +6,22 @@ log: blocks of 32 KiB, each record behind its checksum, length and kind) around 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 from wandb.proto import wandb_internal_pb2
 
 from megatron_btx.train.metrics import read
 from megatron_btx.train.tracking import sync_command
-from tests.small import FAKE_KEY, ROOT, Exported, environ
+from tests.small import FAKE_KEY, ROOT, Exported, command, environ, write_small
 
 BLOCK, HEADER = 32768, 7
 
@@ -101,11 +104,11 @@ def test_an_moe_logs_balance_and_load(taken: Path) -> None:
 def test_without_a_key_it_says_so_and_names_the_command(exported: Exported) -> None:
     assert "warning: W&B has no API key" in exported.output
     assert "logging offline" in exported.output
-    command = sync_command(Path("runs/small"))
-    assert f"to upload: {command}" in exported.output
+    upload = sync_command(Path("runs/small"))
+    assert f"to upload: {upload}" in exported.output
     # The pinned version takes the command, and finds the pieces.
     dry = subprocess.run(
-        ["bash", "-c", command.replace("wandb sync", f"{sys.executable} -m wandb sync --dry-run")],
+        ["bash", "-c", upload.replace("wandb sync", f"{sys.executable} -m wandb sync --dry-run")],
         cwd=exported.directory,
         env=environ({"HOME": str(exported.directory / "home")}),
         capture_output=True,
@@ -166,3 +169,46 @@ def test_without_network_a_stage_logs_offline(tmp_path: Path) -> None:
         assert "W&B cannot be reached" in done.stderr
         assert FAKE_KEY not in done.stdout + done.stderr
         assert logged(directory)[1][1]["train/loss"] == 1.0
+
+
+def test_kill_9_leaves_no_service_and_no_scratch(tmp_path: Path) -> None:
+    """W&B's service is a process of its own, in a session of its own, with files of its own."""
+    recipe = write_small(tmp_path)
+    text = recipe.read_text().replace("mode: disabled", "mode: offline")
+    recipe.write_text(text.replace("seed: {tokens: 6144,", "seed: {tokens: 6M,"))
+    scratch = tmp_path / "tmp"
+    scratch.mkdir()
+    run = subprocess.Popen(
+        command("run", "recipe.yaml"),
+        cwd=tmp_path,
+        env=environ({"TMPDIR": str(scratch), "BTX_TEST_RUN": str(tmp_path)}),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    log = tmp_path / "runs" / "small" / "seed" / "metrics.jsonl"
+    wait(lambda: len(read(log)) > 3)
+    services = [p for p in ours(tmp_path) if "wandb-core" in " ".join(p.cmdline())]
+    assert services
+    run.kill()
+    run.wait()
+    wait(lambda: not ours(tmp_path))
+    wait(lambda: not list(scratch.iterdir()))
+
+
+def ours(directory: Path) -> list[psutil.Process]:
+    """Everything alive that this test has started, wherever it hangs now."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            environment = process.environ().get("BTX_TEST_RUN")
+            if environment == str(directory) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def wait(condition: Callable[[], bool], timeout: float = 120) -> None:
+    """Until it holds."""
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

@@ -113,7 +113,23 @@ def _derive(recipe: Recipe) -> Recipe:
         for name, expert in recipe.experts.items()
     }
     run_dir = recipe.run_dir.replace("{name}", recipe.name)
-    return dataclasses.replace(recipe, experts=experts, run_dir=run_dir)
+    tokenizer, seed = recipe.tokenizer, recipe.seed.from_
+    taken = None if seed is None or tokenizer.path else _taken_vocabulary(Path(seed))
+    if taken is not None:
+        tokenizer = dataclasses.replace(tokenizer, vocab_size=taken)
+    return dataclasses.replace(recipe, experts=experts, run_dir=run_dir, tokenizer=tokenizer)
+
+
+def _taken_vocabulary(seed: Path) -> int | None:
+    """Size of the tokenizer that comes along with a checkpoint; whether there is a whole one is
+    asked later (pipeline/adopt.py)."""
+    for pattern in ("", "checkpoints/step_????????/", "step_????????/"):
+        for path in sorted(seed.glob(pattern + "manifest.json"), reverse=True):
+            try:
+                return int(json.loads(path.read_text(encoding="utf-8"))["vocab_size"])
+            except (OSError, ValueError, KeyError, TypeError):
+                return None
+    return None
 
 
 class _Builder:
