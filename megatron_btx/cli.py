@@ -159,8 +159,8 @@ def _run(options: argparse.Namespace) -> int:
     if left:
         code, problem = _run_left(options, recipe, run_dir, stages)
     elif not options.json:
-        many = "stage is" if len(stages) == 1 else f"{len(stages)} stages are"
-        sys.stdout.write(f"{recipe.name}: all {many} done ({run_dir})\n")
+        many = f"{stages[0].name} is" if len(stages) == 1 else f"all {len(stages)} stages are"
+        sys.stdout.write(f"{recipe.name}: {many} done ({run_dir})\n")
     if options.json:
         _print_stages(recipe, run_dir, stages, True, code=code, problem=problem)
     elif code == 0 and any(stage.kind == "evaluate" for stage in stages):

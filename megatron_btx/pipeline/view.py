@@ -184,7 +184,9 @@ class Bars(View):
             seen = self._standing[job.stage.name].read()
             row = self._rows[job.stage.name]
             total = seen.total or None
-            self._bars.update(row, completed=seen.done, total=total, words=seen.words)
+            # A full bar would stop its clock, and a stage is at work until it says otherwise.
+            completed = min(seen.done, 0.999 * seen.total)
+            self._bars.update(row, completed=completed, total=total, words=seen.words)
         self._bars.refresh()
 
     def end(self, job: Job, verdict: Verdict) -> None:

@@ -150,7 +150,8 @@ def _place(stage: Stage) -> int:
     for name in _THREADS:
         os.environ[name] = str(stage.num_threads)
     # oneDNN keeps a compiled primitive for every new shape, 1024 of them by default. The number of
-    # tokens that an expert gets is a new shape in every layer of every step.
+    # tokens that an expert gets is a new shape in every layer of every step (bf16, hidden 256: from
+    # step 90 to 120 a rank grew by 125 MB with the default, by 17 MB with this).
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     return rank
 
