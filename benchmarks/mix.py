@@ -1,9 +1,10 @@
 """Mixing at the speed of the disk: ``python benchmarks/mix.py --shape tinyllama --work DIR``.
 
-Four random models of a shape in Hugging Face format become one Mixtral, by ``btx mix`` in a process of
-its own. Beside it ``cat`` reads the same bytes and writes as many. Both are timed to the end of a
-final sync, alternating; the report is one JSON line with the ratio, rates and peak resident memory.
-``--mergekit COMMAND`` times mergekit-moe on the same files (in an environment of its own).
+Four random models of a shape in Hugging Face format become one Mixtral, by ``btx mix`` in a process
+of its own. Beside it ``cat`` reads the same bytes and writes as many. Both are timed to the end of
+a final sync, alternating; the report is one JSON line with the ratio of the best times, rates and
+peak resident memory, mapped pages included. ``--mergekit COMMAND`` times mergekit-moe on the same
+files (installed in an environment of its own; not run yet).
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ sys.exit(options.run(options))
 
 
 def main() -> None:
+    """Make the models, run the rounds, print the line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="small")
     parser.add_argument("--work", type=Path, required=True, help="where the models go")
@@ -97,6 +99,7 @@ def make_sources(work: Path, shape: str, links: bool) -> list[Path]:
 
 
 def btx_mix(sources: list[Path], options: argparse.Namespace) -> list[str]:
+    """The mix, as a command."""
     words = [sys.executable, "-c", RUN, "mix", "--sources", *map(str, sources)]
     words += ["--out", str(options.work / "out"), "--workers", options.workers]
     return words + (["--memory", options.memory] if options.memory else [])
@@ -107,10 +110,15 @@ def cat(sources: list[Path], work: Path, nbytes: int) -> list[str]:
     files = " ".join(str(file) for path in sources for file in sorted(path.glob("*.safetensors")))
     out = work / "out"
     # The mix writes less than it reads (what is averaged shrinks); so does this.
-    return ["sh", "-c", f"mkdir {out} && cat {files} | tee /dev/null | head -c {nbytes} > {out}/all"]
+    return [
+        "sh",
+        "-c",
+        f"mkdir {out} && cat {files} | tee /dev/null | head -c {nbytes} > {out}/all",
+    ]
 
 
 def mergekit(sources: list[Path], options: argparse.Namespace) -> list[str]:
+    """The same mix by mergekit-moe."""
     config = {
         "base_model": str(sources[-1]),
         "gate_mode": "random",
@@ -119,7 +127,8 @@ def mergekit(sources: list[Path], options: argparse.Namespace) -> list[str]:
     }
     path = options.work / "mergekit.yaml"
     path.write_text(json.dumps(config))
-    return [options.mergekit, str(path), str(options.work / "out"), "--i-understand-this-is-not"]
+    consent = "--i-understand-this-is-not-useful-without-training"
+    return [options.mergekit, str(path), str(options.work / "out"), consent]
 
 
 def timed(name: str, words: list[str], work: Path) -> dict[str, Any]:
