@@ -92,8 +92,8 @@ def job_name(recipe: Recipe, stage: str) -> str:
 
 
 def quoted(text: str) -> str:
-    """One word of the shell."""
-    return shlex.quote(text)
+    """One word of the shell, in quotes whatever it is."""
+    return "'" + text.replace("'", "'\"'\"'") + "'"
 
 
 def flag(word: str) -> str:

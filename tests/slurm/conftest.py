@@ -135,8 +135,8 @@ def _is_rank(pid: int, stage: str) -> bool:
     return b"megatron_btx.cli" in words and stage.encode() in words and b"srun" not in words[0]
 
 
-SLOW = "{tokens: 409_600, save_interval: 100, eval_interval: 0, check_replicas_interval: 0}"
-"""800 steps instead of 32: something to be interrupted."""
+SLOW = "{tokens: 204_800, save_interval: 50, eval_interval: 0, check_replicas_interval: 0}"
+"""400 steps instead of 32: something to be interrupted."""
 
 
 @pytest.fixture(scope="session")
@@ -175,13 +175,13 @@ def undisturbed(whole: Run, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     finetune.submit("--only", "finetune")
     seed.finished()
     losses = {"seed": seed.steps("seed"), "finetune": finetune.steps("finetune")}
-    assert len(losses["seed"]) == 800, seed.out()
-    assert len(losses["finetune"]) == 400, finetune.out()
+    assert len(losses["seed"]) == 400, seed.out()
+    assert len(losses["finetune"]) == 200, finetune.out()
     return losses
 
 
 def longer_finetune(whole: Run, directory: Path) -> Run:
-    """400 steps over two nodes, its experts those of the whole run."""
-    text = MENDED + f"finetune: {SLOW.replace('409_600', '204_800')}\n"
+    """200 steps over two nodes, its experts those of the whole run."""
+    text = MENDED + f"finetune: {SLOW.replace('204_800', '102_400')}\n"
     experts = [f"expert-{domain}" for domain in ("code", "math", "prose")]
     return branch(whole, directory, text, "prepare", "seed", *experts)

@@ -95,7 +95,7 @@ def test_usr1_is_passed_to_two_hosts_which_save_and_go_on(
     wait(lambda: (run.run_dir / "finetune" / "stopped.json").exists(), 30, run.out())
     stopped = json.loads((run.run_dir / "finetune" / "stopped.json").read_text())
     assert (run.run_dir / stopped["checkpoint"] / "manifest.json").exists()
-    assert 60 <= stopped["step"] < 400
+    assert 60 <= stopped["step"] < 200
     logs = subprocess.Popen(
         [sys.executable, "-m", "megatron_btx.cli", "logs", str(run.recipe), "finetune", "-f"],
         env=run.cluster.environment,
@@ -136,7 +136,8 @@ def test_a_node_goes_down(whole: Run, undisturbed: dict[str, Any], tmp_path: Pat
     node = run.cluster.state(job)["NodeList"]
     run.cluster("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
     wait(lambda: run.cluster.state(job)["Restarts"] == "1", 30)
-    run.cluster("scontrol", "update", f"nodename={node}", "state=resume")
+    if "DOWN" in run.cluster("scontrol", "-o", "show", "node", node):  # comes back by itself
+        run.cluster("scontrol", "update", f"nodename={node}", "state=resume")
     run.finished()
     assert run.status()["seed"]["state"] == "done", run.out()
     assert run.steps("seed") == undisturbed["seed"]
@@ -147,7 +148,7 @@ def test_a_rank_is_killed_and_the_stage_submitted_again(
 ) -> None:
     run = longer_finetune(whole, tmp_path)
     job = run.submit("--only", "finetune")["finetune"]
-    run.training("finetune", job, after=120)  # a checkpoint after 100
+    run.training("finetune", job, after=70)  # a checkpoint after 50
     run.kill_rank("finetune")
     run.finished(60)
     row = run.status()["finetune"]
@@ -209,7 +210,7 @@ def test_gpus_are_asked_for(whole: Run, tmp_path: Path) -> None:
 
 def test_the_time_limit_comes_with_a_signal(whole: Run, tmp_path: Path) -> None:
     """Slurm looks every half minute and counts in whole ones."""
-    seed = SLOW.replace("409_600", "20_480_000")
+    seed = SLOW.replace("204_800", "20_480_000")
     text = "slurm: {environment: {GLOO_SOCKET_IFNAME: lo}, signal_seconds: 50}\n"
     run = branch(whole, tmp_path, f"{text}seed: {seed}\n", "prepare")
     run.write(text.replace("signal", 'time: "1", signal') + f"seed: {seed}\n")
