@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.optimizer import MegatronOptimizer
@@ -142,27 +143,35 @@ def load(directory: Path, state: TrainingState) -> None:
     rng = sharded.pop("rng_state", None)
     if rng is not None and _same_world(directory):
         sharded["rng_state"] = rng
-    try:
+    with _refusals(directory):
         loaded = dist_checkpointing.load(sharded, str(directory))
-    except (OSError, EOFError, ValueError, KeyError, RuntimeError) as error:
+        keys = unwrap(state.model).load_state_dict(loaded["model"], strict=False)
+        wrong = [key for key in (*keys[0], *keys[1]) if not key.endswith("._extra_state")]
+        if wrong:
+            raise KeyError(f"it and the model differ in {', '.join(wrong)}")
+        if state.optimizer is not None:
+            assert state.schedule is not None
+            state.optimizer.load_state_dict(loaded["optimizer"])
+            state.schedule.load_state_dict(loaded["opt_param_scheduler"])
+            if "rng_state" in loaded:
+                _restore_rng(loaded["rng_state"])
+
+
+@contextlib.contextmanager
+def _refusals(directory: Path) -> Iterator[None]:
+    """What Megatron's loader makes of a checkpoint that it cannot use, in a user's words."""
+    try:
+        yield
+    except (CheckpointingException, OSError, EOFError, KeyError, ValueError, RuntimeError) as error:
+        lines = str(error).splitlines() or [repr(error)]
+        # Its optimizers group experts apart only under expert parallelism: between EP > 1 and
+        # EP = 1 the weights move, the state of the optimizer does not.
         raise UserError(
             str(directory),
-            f"cannot be loaded: {str(error).splitlines()[0][:300]}",
-            "the checkpoint is damaged or of another shape; take another one",
+            f"cannot be loaded: {type(error).__name__}: {lines[0][:300]}",
+            "go on under the layout that wrote it, or take a checkpoint that is whole and of this "
+            "model",
         ) from error
-    except dist_checkpointing.core.CheckpointingException as error:
-        raise UserError(
-            str(directory),
-            f"cannot be loaded: {str(error).splitlines()[0][:300]}",
-            "the checkpoint is damaged or of another shape; take another one",
-        ) from error
-    unwrap(state.model).load_state_dict(loaded["model"], strict=False)
-    if state.optimizer is not None:
-        assert state.schedule is not None
-        state.optimizer.load_state_dict(loaded["optimizer"])
-        state.schedule.load_state_dict(loaded["opt_param_scheduler"])
-        if "rng_state" in loaded:
-            _restore_rng(loaded["rng_state"])
 
 
 def _same_world(directory: Path) -> bool:

@@ -43,8 +43,6 @@ def initialize(layout: Layout, random_seed: int) -> None:
     cuda = torch.cuda.is_available()
     if not cuda:
         check.refuse_on_gloo(layout)
-    if not kernels.detect().use_transformer_engine:
-        check.refuse_context_parallel(layout)
     if not dist.is_initialized():
         if cuda:
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))

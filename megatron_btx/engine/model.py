@@ -21,6 +21,7 @@ from megatron_btx.engine import kernels
 from megatron_btx.engine.router import transformer_fields
 from megatron_btx.engine.spec import block_spec
 from megatron_btx.errors import UserError
+from megatron_btx.recipe import check
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.schema import Layout, MegatronOptions, Precision
 
@@ -40,6 +41,8 @@ def transformer_config(
         UserError: Megatron refuses the combination.
     """
     model, platform = architecture.model, kernels.detect()
+    if not platform.use_transformer_engine:
+        check.refuse_context_parallel(layout)
     is_moe = architecture.routing is not None
     sequence_parallel = layout.sequence_parallel
     if sequence_parallel is None:

@@ -328,6 +328,8 @@ def _stage(recipe: Recipe, key: str, stage: Training) -> Iterator[Problem]:
                 f"{key}.data", "is missing: which domains?", f"add `data: {{domain: weight}}`{hint}"
             )
     yield from layouts.problems(recipe, f"{key}.layout", layout, moe=moe)
+    if moe and not any(_model(model)):
+        yield from _widths(key, stage, model)
     batch = stage.micro_batch_size * layout.data_parallel_size
     if stage.global_batch_size % batch:
         yield Problem(
@@ -345,6 +347,21 @@ def _stage(recipe: Recipe, key: str, stage: Training) -> Iterator[Problem]:
             wrong = upstream.problem(block, name, value)
             if wrong is not None:
                 yield Problem(f"{key}.megatron.{block}.{name}", *wrong)
+
+
+def _widths(key: str, stage: Training, model: Model) -> Iterator[Problem]:
+    """Rows of the experts' grouped products begin at multiples of 16 bytes."""
+    multiple = 8 if stage.precision == "bf16" else 4
+    width = model.ffn_hidden_size // stage.layout.etp
+    for what, size in (("hidden_size", model.hidden_size), ("ffn_hidden_size", width)):
+        if size % multiple:
+            yield Problem(
+                f"model.{what}",
+                f"an expert's {what} on a rank of {key} is {size}, not a multiple of {multiple} "
+                f"({stage.precision})",
+                f"use a multiple of {multiple}"
+                + (f" x {stage.layout.etp}" if what == "ffn_hidden_size" else ""),
+            )
 
 
 def _weights(key: str, weights: dict[str, float], names: Any, kind: str) -> Iterator[Problem]:
