@@ -180,6 +180,8 @@ def install() -> bool:
             importlib.import_module(module_name)
     for name, stand_in in _TORCH_CUDA.items():
         setattr(torch.cuda, name, stand_in)
+    # Tied embeddings over pipeline stages are moved by it before they are compared.
+    torch.Tensor.cuda = lambda tensor, *_, **__: tensor  # type: ignore[assignment,method-assign]
     for module_name, path, literals in _LITERALS:
         _replace_literals(_lookup(module_name, path), literals, f"{module_name}.{path}")
     for module_name, name, stand_in, importers in _FUNCTIONS:

@@ -43,7 +43,11 @@ OVERLAP = MegatronOptions(
     optimizer={"overlap_param_gather": True},
 )
 
+TIED = replace(DENSE, model=replace(DENSE.model, untie_embeddings_and_output_weights=False))
+
 CASES = {
+    "dense-tied-pp2": Case(TIED, PP2),
+    "dense-tied-tp2": Case(TIED, TP2),
     "dense-tp2": Case(DENSE, TP2),
     "dense-tp2-sp": Case(DENSE, replace(TP2, sequence_parallel=True)),
     "dense-pp2": Case(DENSE, PP2),
