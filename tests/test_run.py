@@ -109,7 +109,7 @@ def test_killed_twenty_times(whole: Path, tmp_path: Path) -> None:
     """
     run_dir = tmp_path / "runs" / "tiny"
     draw = random.Random(20240312)
-    moments = ["start"] * 4 + ["save"] * 8 + ["step"] * 8
+    moments = ["start"] * 7 + ["save"] * 7 + ["step"] * 6
     draw.shuffle(moments)
     met = dict.fromkeys(moments, 0)
     for moment in moments:
