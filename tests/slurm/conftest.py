@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from megatron_btx.train.metrics import read
@@ -132,7 +133,9 @@ def _is_rank(pid: int, stage: str) -> bool:
         words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     except OSError:
         return False
-    return b"megatron_btx.cli" in words and stage.encode() in words and b"srun" not in words[0]
+    ours = b"megatron_btx.cli" in words and stage.encode() in words
+    parent = psutil.Process(pid).parent()
+    return ours and parent is not None and parent.name() == "slurmstepd"  # no child of a rank
 
 
 SLOW = "{tokens: 204_800, save_interval: 50, eval_interval: 0, check_replicas_interval: 0}"
