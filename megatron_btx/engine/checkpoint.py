@@ -10,10 +10,8 @@ import contextlib
 import logging
 import os
 import shutil
-import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +20,11 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from megatron_btx.engine import helpers
 from megatron_btx.engine.distributed import is_first_rank
 from megatron_btx.engine.model import gather_parameters, unwrap
 from megatron_btx.errors import UserError
@@ -35,9 +33,6 @@ from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.weights.manifest import FORMAT, MANIFEST, read_manifest
 
 logger = logging.getLogger(__name__)
-
-_ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-"""What asks a rank to stop (train/signals.py)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +108,7 @@ def save(
         UserError: the disk is full or the directory cannot be written.
     """
     partial = directory.with_name(directory.name + ".partial")
-    _start_helpers()
+    helpers.start()
     with _disk_errors(directory):
         if is_first_rank():
             shutil.rmtree(partial, ignore_errors=True)
@@ -133,19 +128,6 @@ def save(
             os.rename(partial, directory)
             sync_directory(directory.parent)
         dist.barrier()
-
-
-def _start_helpers() -> None:
-    """Start the processes that Megatron's writer keeps beside a rank, deaf to the signals that ask
-    a rank to stop. A launcher may send these to all processes of a task (srun does), and a rank
-    whose helper has died of one cannot save. A blocked signal stays blocked in what is started.
-    """
-    for start in (resource_tracker.ensure_running, filesystem_async._get_write_results_queue):
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, _ASKING)
-        try:
-            start()  # the first one unblocks SIGTERM behind itself: so each anew
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _saved_form() -> dict[str, Any]:

@@ -7,16 +7,20 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+
+import psutil
+import pytest
 
 CODE = """
 import signal, sys
 from megatron_btx.engine import cpu
 cpu.install()
-from megatron_btx.engine import checkpoint
+from megatron_btx.engine import helpers
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 for number in (signal.SIGTERM, signal.SIGUSR1):
     signal.signal(number, lambda *_: None)
-checkpoint._start_helpers()
+helpers.start()
 print("ready", flush=True)
 sys.stdin.readline()
 queue = filesystem_async._get_write_results_queue()
@@ -25,7 +29,9 @@ print(queue.get(), flush=True)
 """
 
 
-def test_helpers_outlive_a_wish_to_stop() -> None:
+@pytest.fixture
+def process() -> Iterator[subprocess.Popen[str]]:
+    """A rank that has started its helpers, in a process group of its own."""
     process = subprocess.Popen(
         [sys.executable, "-c", CODE],
         stdin=subprocess.PIPE,
@@ -33,17 +39,30 @@ def test_helpers_outlive_a_wish_to_stop() -> None:
         text=True,
         start_new_session=True,
     )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_helpers_end_with_a_killed_rank(process: subprocess.Popen[str]) -> None:
+    assert process.stdout is not None
+    helpers = psutil.Process(process.pid).children(recursive=True)
+    assert len(helpers) >= 2
+    process.kill()
+    assert process.stdout.read() == ""  # closed by all that held it
+    _, alive = psutil.wait_procs(helpers, timeout=10)
+    assert not alive
+
+
+def test_helpers_outlive_a_wish_to_stop(process: subprocess.Popen[str]) -> None:
     assert process.stdin is not None
     assert process.stdout is not None
-    try:
-        assert process.stdout.readline() == "ready\n"
-        for number in (signal.SIGUSR1, signal.SIGTERM):
-            os.killpg(process.pid, number)
-        time.sleep(0.3)
-        process.stdin.write("\n")
-        process.stdin.close()
-        assert process.stdout.readline() == "saved\n"
-        assert process.wait(30) == 0
-    finally:
-        process.kill()
-        process.wait()
+    for number in (signal.SIGUSR1, signal.SIGTERM):
+        os.killpg(process.pid, number)
+    time.sleep(0.3)
+    process.stdin.write("\n")
+    process.stdin.close()
+    assert process.stdout.readline() == "saved\n"
+    assert process.wait(30) == 0
