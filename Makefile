@@ -1,5 +1,6 @@
 # make demo   a whole Branch-Train-MiX run on this machine, in a virtual environment of its own
 # make test   the test suite
+# make test-slurm   the tests on a real Slurm, which it installs (Debian, as root)
 # make check  ruff and mypy
 
 SHELL := /bin/bash
@@ -7,7 +8,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO := examples/demo/recipe.yaml
 
-.PHONY: help demo test check format clean
+.PHONY: help demo test test-slurm check format clean
 
 help:
 	@sed -n 's/^# make /make /p' Makefile
@@ -16,7 +17,11 @@ demo: $(VENV)/.installed
 	$(BIN)/btx run $(DEMO)
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -rs
+
+test-slurm: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.slurm.cluster --install
+	BTX_TEST_SLURM=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/slurm
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
