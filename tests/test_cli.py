@@ -25,7 +25,9 @@ def _btx(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("command", ["run", "plan", "report", "stage"])
+@pytest.mark.parametrize(
+    "command", ["run", "plan", "report", "stage", "submit", "status", "logs", "cancel"]
+)
 def test_every_command_shows_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.main([command, "--help"])
