@@ -28,7 +28,7 @@ _SECRET_VALUE = re.compile(
 )
 
 OURS = frozenset(
-    ["array", "chdir", "comment-file", "cpus-per-task", "deadline", "dependency", "error", "export"]
+    ["array", "chdir", "cpus-per-task", "deadline", "dependency", "error", "export"]
     + ["export-file", "get-user-env", "gid", "gpus", "gpus-per-node", "gpus-per-task", "help"]
     + ["hold", "input", "job-name", "kill-on-invalid-dep", "nodes", "no-requeue", "ntasks"]
     + ["ntasks-per-node", "open-mode", "output", "parsable", "quiet", "requeue", "signal"]
