@@ -33,7 +33,7 @@ setup(
         # NVIDIA Apex is built from source and detected; the package called apex on the index is
         # something else, so it appears nowhere here.
         "te": ["transformer-engine[pytorch]"],
-        "dev": ["hypothesis", "mypy", "pytest", "ruff", "types-PyYAML"],
+        "dev": ["hypothesis", "mypy", "pytest", "pytest-xdist", "ruff", "types-PyYAML"],
     },
     entry_points={"console_scripts": ["btx=megatron_btx.cli:main"]},
 )
