@@ -11,12 +11,13 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
 from megatron_btx.data import Progress, builtin_math, builtin_text, no_progress
+from megatron_btx.data.documents import read_documents
 from megatron_btx.data.overlap import HeldOut
 from megatron_btx.data.processes import run_side_by_side
 from megatron_btx.errors import UserError
@@ -78,6 +79,10 @@ def write_builtin(
         return write_jsonl(Path(directory, name, "train.jsonl"), _take(cleaned, sizes[name], watch))
 
     trains = run_side_by_side(write, list(sizes), sum(sizes.values()), progress, "built-in text")
+    if trains.get("general", (0, 0))[0]:
+        others = [name for name, (documents, _) in trains.items() if documents]
+        others.remove("general")
+        trains["general"] = _without(Path(directory), "general", others)
     written = {}
     for name, train in trains.items():
         held = write_jsonl(Path(directory, name, "valid.jsonl"), valid[name])
@@ -90,6 +95,16 @@ def write_builtin(
         written[name] = Corpus(*train, *held)
         logger.info("built-in %s: %s", name, written[name])
     return written
+
+
+def _without(directory: Path, name: str, others: Sequence[str]) -> tuple[int, int]:
+    """Drop from a corpus the documents that others hold too: packages repeat their documentation,
+    and the seed and the experts are to see different documents. (documents, bytes) of the rest."""
+    theirs = {
+        text for other in others for text in read_documents([directory / other / "train.jsonl"])
+    }
+    path = directory / name / "train.jsonl"
+    return write_jsonl(path, [text for text in read_documents([path]) if text not in theirs])
 
 
 def write_jsonl(path: Path, documents: Iterable[str]) -> tuple[int, int]:
