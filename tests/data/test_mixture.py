@@ -284,7 +284,7 @@ def test_missing_and_short_text(prepared: Prepared, tmp_path: Path) -> None:
         held_out(recipe, run_dir, recipe.model.seq_length - 1)
     (tmp_path / "prepare" / "data" / "code" / "train.json").unlink()
     with pytest.raises(UserError, match="run stage prepare") as error:
-        stage_stream(recipe, "seed", tmp_path)
+        stage_stream(recipe, "expert:code", tmp_path)
     assert error.value.where == "domains.code"
 
 
