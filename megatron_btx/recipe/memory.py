@@ -84,11 +84,10 @@ def layer_activations(architecture: Architecture, training: Training) -> tuple[i
     """Bytes that one layer keeps for the backward pass of one micro-batch: (attention, FFN).
 
     With T tokens, N heads of d channels, elements of e bytes: attention keeps its input, its
-    normalised input, q, k, v and the output, 2 T H + 4 T N d (6 T N d without grouped queries: v is
-    then a view into the joint q, k and v, which stays); a dense FFN its input and normalised
-    input, [gate; up], silu(gate), their product and the gated input of the second matrix,
-    2 T H + 5 T F; an MoE 2 T H and, for k T tokens sent to experts, k T (H + 5 F). Tensor
-    parallelism divides N d and F, sequence parallelism T H as well. Balanced experts are assumed.
+    normalised input, q, k, v and the output in two layouts, 2 T H + 5 T N d; a dense FFN its input
+    and normalised input, [gate; up] and the input of the second matrix, 2 T H + 3 T F; an MoE
+    2 T H and, for k T tokens sent to experts, k T (H + 3 F). Tensor parallelism divides N d and F,
+    sequence parallelism T H as well. Balanced experts are assumed.
     """
     model, layout = architecture.model, training.layout
     tp, element = layout.tensor_model_parallel_size, _ELEMENT[training.precision]
@@ -97,13 +96,12 @@ def layer_activations(architecture: Architecture, training: Training) -> tuple[i
     split = tp if sequence_parallel(layout, moe=is_moe) else 1
     rows = tokens * model.hidden_size // split
     heads = tokens * model.num_attention_heads * count.kv_channels(model) // tp
-    grouped = count.query_groups(model) < model.num_attention_heads
-    attention = 2 * rows + (4 if grouped else 6) * heads
+    attention = 2 * rows + 5 * heads
     if is_moe:
         runs = count.experts_run(architecture) / model.num_layers * tokens / split * layout.etp
-        ffn = 2 * rows + int(runs * (model.hidden_size + 5 * model.ffn_hidden_size / layout.etp))
+        ffn = 2 * rows + int(runs * (model.hidden_size + 3 * model.ffn_hidden_size / layout.etp))
     else:
-        ffn = 2 * rows + 5 * tokens * model.ffn_hidden_size // tp
+        ffn = 2 * rows + 3 * tokens * model.ffn_hidden_size // tp
     return attention * element, ffn * element
 
 
