@@ -7,7 +7,6 @@ directory to save a checkpoint into.
 from __future__ import annotations
 
 import json
-import resource
 import sys
 import tempfile
 from dataclasses import replace
@@ -54,7 +53,9 @@ def main() -> None:
             ddp(tokens, positions, None, labels=tokens.roll(-1, 1)).float().mean().backward()
         ddp.finish_grad_sync()
         optimizer.step()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not ru_maxrss: across fork and exec it keeps the size of the process that started this one.
+    status = Path("/proc/self/status").read_text()
+    peak = 1024 * int(status.split("VmHWM:")[1].split()[0])
     state = checkpoint.TrainingState(
         model=ddp, optimizer=optimizer, schedule=build_schedule(optimizer, training, 10)
     )
