@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from megatron_btx.errors import UserError, UserErrors
+from megatron_btx.files import sync_directory
 
 logger = logging.getLogger(__name__)
 
@@ -95,15 +96,6 @@ def write_directory(
 def as_json(value: Any) -> bytes:
     """JSON as people read it."""
     return (json.dumps(value, indent=2) + "\n").encode()
-
-
-def sync_directory(directory: Path) -> None:
-    """Make the renames in a directory durable."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _write_piece(path: Path, write: Callable[[BinaryIO], None]) -> list[UserError]:
