@@ -202,7 +202,13 @@ class _Keys:
     def __init__(self, recipe: Recipe, memo: Memo) -> None:
         self.recipe, self.memo = recipe, memo
         self._text = {
-            name: digest([domain_part(domain), memo.paths(domain.train), memo.paths(domain.valid)])
+            name: digest(
+                [
+                    dataclasses.replace(domain, train=(), valid=()),
+                    memo.paths(domain.train),
+                    memo.paths(domain.valid),
+                ]
+            )
             for name, domain in recipe.domains.items()
         }
         self._tokenizer = digest(self._tokenizer_part())
@@ -253,17 +259,7 @@ class _Keys:
         return own
 
     def _training(self, block: Training, moe: bool) -> list[Any]:
-        fields = {
-            field.name: getattr(block, field.name)
-            for field in dataclasses.fields(block)
-            if field.name not in _EXECUTION
-        }
+        plain = {name: getattr(Training(), name) for name in _EXECUTION}
         if not moe:  # how a batch is cut matters only to what is counted over a micro-batch:
-            del fields["micro_batch_size"]  # the balance loss and Switch's capacity
-        return [fields, self._mixture(block.data)]
-
-
-def domain_part(domain: Any) -> dict[str, Any]:
-    """A domain's part of a key: everything but where its files lie."""
-    fields = {f.name: getattr(domain, f.name) for f in dataclasses.fields(domain)}
-    return {name: value for name, value in fields.items() if name not in ("train", "valid")}
+            plain["micro_batch_size"] = 1  # the balance loss and Switch's capacity
+        return [dataclasses.replace(block, **plain), self._mixture(block.data)]

@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,23 +60,37 @@ def digest(part: Any) -> str:
     """Content hash (sha256, hex) of a dataclass, or of plain values around some.
 
     Equal content gives an equal hash on every machine. The order of a mapping counts: the order of
-    ``experts`` is the order of the MoE's experts.
+    ``experts`` is the order of the MoE's experts. A field at its default does not count, so that a
+    new option leaves the hash of what was made before it as it was; who changes what a default
+    means gives the field another name.
     """
-    text = json.dumps(_plain(part), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    plain = _plain(part, written=_differs)
+    text = json.dumps(plain, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, written: Callable[[Any, Any], bool] = lambda value, field: True) -> Any:
+    """Dataclasses as mappings, of those fields that ``written(value, field)`` admits."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {
-            yaml_name(field.name): _plain(getattr(value, field.name))
+            yaml_name(field.name): _plain(getattr(value, field.name), written)
             for field in dataclasses.fields(value)
+            if written(getattr(value, field.name), field)
         }
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: _plain(item, written) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [_plain(item, written) for item in value]
     return value
+
+
+def _differs(value: Any, field: Any) -> bool:
+    """Whether a field says something else than its default."""
+    if field.default is not dataclasses.MISSING:
+        return bool(value != field.default)
+    if field.default_factory is not dataclasses.MISSING:
+        return bool(value != field.default_factory())
+    return True
 
 
 def _with_bases(tree: Node, seen: tuple[Path, ...]) -> list[Node]:
