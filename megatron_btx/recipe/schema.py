@@ -16,7 +16,8 @@ Precision = Literal["fp32", "bf16"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Model:
-    """The shape of the dense seed: a Llama (RMSNorm, SwiGLU, rotary positions, no biases)."""
+    """The shape of the dense seed: RMSNorm, SwiGLU and rotary positions, as in Llama, and by the
+    fields at the end as in its relatives (Llama 3, Mistral, Qwen)."""
 
     num_layers: int
     hidden_size: int
@@ -34,6 +35,36 @@ class Model:
     make_vocab_size_divisible_by: int = 128
     """The vocabulary is padded to a multiple of this, and of nothing else: a checkpoint's shapes
     never depend on the layout that wrote it. Tensor parallelism must divide the padded size."""
+    max_position_embeddings: int | None = None
+    """The longest sequence that the model was made for, kept for its export; ``None``:
+    ``seq_length``."""
+    add_qkv_bias: bool = False
+    """Biases on queries, keys and values (Qwen2)."""
+    qk_layernorm: bool = False
+    """RMSNorm over every head's queries and keys (Qwen3)."""
+    rope_scaling: bool = False
+    """Llama 3's stretching of the slow rotary frequencies, as Megatron computes it: from 8192
+    positions, low and high factors 1 and 4."""
+    rope_scaling_factor: float = 8.0
+    """By how much: 8 in Llama 3.1, 32 in Llama 3.2."""
+    seq_len_interpolation_factor: float | None = None
+    """Positions are divided by this (linear scaling, arXiv 2306.15595)."""
+    window_size: tuple[int, ...] | None = None
+    """Sliding window: ``[n, 0]`` lets a token see the n before it and itself (Mistral's
+    ``sliding_window`` is n + 1)."""
+    window_attn_skip_freq: tuple[int, ...] | None = None
+    """1 for every layer with the window, 0 for one that sees everything; ``None``: all with it."""
+    moe_ffn_hidden_size: int | None = None
+    """Width of an expert in an MoE that was not mixed here; ``None``: ``ffn_hidden_size``."""
+    moe_shared_expert_intermediate_size: int | None = None
+    """Width of such an MoE's shared expert, which every token meets; ``None``: it has none."""
+    moe_shared_expert_gate: bool = False
+    """Whether a sigmoid gate scales the shared expert's output (Qwen2-MoE)."""
+
+    def __post_init__(self) -> None:
+        for name in ("window_size", "window_attn_skip_freq"):  # lists in JSON
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -157,6 +188,9 @@ class Routing:
     type: Literal["topk", "switch", "sample_top1", "soft"] = "topk"
     moe_router_topk: int = 2
     """k of ``topk``; the other types fix it (switch and sample_top1: 1; soft: all experts)."""
+    moe_router_pre_softmax: bool = False
+    """``topk``: softmax over all experts, then the k best as they are, so that gates do not sum to
+    one (Qwen's MoEs). The paper's is the softmax over the k best."""
     balance_loss_coeff: float = 0.01
     """alpha of L_LB = alpha N sum_i u_i p_i (section 3.3), in every layer."""
     moe_expert_capacity_factor: float = 1.5
