@@ -293,7 +293,8 @@ class _Builder:
             return self.error(node, f"is {show(value)}", f"choose {wanted}" + guess(value, choices))
         if typing.get_origin(hint) is tuple:
             items = value if isinstance(value, list) else [node]
-            parts = [self._scalar(typing.get_args(hint)[0], item, "text") for item in items]
+            kind = typing.get_args(hint)[0]
+            parts = [self._scalar(kind, item, describe(kind)) for item in items]
             return _BAD if any(part is _BAD for part in parts) else tuple(parts)
         amount = number(value) if hint in (int, float) else None
         if hint is int and amount is not None and amount == int(amount):
