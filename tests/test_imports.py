@@ -28,6 +28,8 @@ TORCH_FREE = (
     "pipeline.inputs",
     "pipeline.local",
     "pipeline.sbatch",
+    "pipeline.preflight",
+    "pipeline.selection",
     "pipeline.slurm",
     "pipeline.standing",
     "pipeline.state",

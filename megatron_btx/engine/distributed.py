@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -42,10 +43,13 @@ def initialize(layout: Layout, random_seed: int) -> None:
         )
     cuda = torch.cuda.is_available()
     if not cuda:
+        _refuse_idle_gpus()
         check.refuse_on_gloo(layout)
     if not dist.is_initialized():
         if cuda:
-            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+            # All GPUs of a node are seen, or (srun --gpu-bind) this rank's alone.
+            local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+            torch.cuda.set_device(local_rank % torch.cuda.device_count())
         else:
             torch.set_num_threads(layout.num_threads)
         dist.init_process_group(
@@ -73,7 +77,31 @@ def is_first_rank() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
+def from_first_rank(value: Any) -> Any:
+    """The first rank's value on every rank, for what only its view of the disk can decide."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
 def shutdown() -> None:
     """Leave the job's process groups, where they exist."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _refuse_idle_gpus() -> None:
+    """That Slurm gave this job no GPUs, where torch finds none.
+
+    Raises:
+        UserError: it did: the CPU would do the work, and nobody would notice for hours.
+    """
+    gpus = int(os.environ.get("SLURM_GPUS_ON_NODE") or "0")
+    if gpus:
+        raise UserError(
+            "slurm.gpus_per_node",
+            f"this node's {gpus} GPU(s) are the job's, and torch {torch.__version__} sees none",
+            "install a torch with CUDA; show a container the GPUs (`apptainer exec --nv`); "
+            "or ask for none",
+        )

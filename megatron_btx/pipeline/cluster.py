@@ -153,15 +153,21 @@ def show(number: str) -> Job | None:
 
 def _accounted(number: str) -> Job | None:
     """From the accounting database, where there is one."""
+    fields = ("JobName", "State", "NodeList", "WorkDir")
     try:
-        text = call("sacct", "-n", "-P", "-X", "-j", number, "-o", "JobName,State,NodeList")
+        text = call("sacct", "-n", "-P", "-X", "-j", number, "-o", ",".join(fields))
     except (Refused, UserError):
         return None
-    lines = [line.split("|") for line in text.splitlines() if line.count("|") == 2]
-    if not lines:
+    lines = [line.split("|", len(fields) - 1) for line in text.splitlines()]
+    found = [line for line in lines if len(line) == len(fields)]
+    if not found:
         return None
-    name, state, nodes = lines[-1]
-    return Job(number=number, name=name, state=state.split(" ")[0], nodes=nodes)
+    name, state, nodes, directory = found[-1]
+    if nodes == "None assigned":
+        nodes = ""
+    return Job(
+        number=number, name=name, state=state.split(" ")[0], nodes=nodes, directory=directory
+    )
 
 
 def nodes() -> list[Nodes]:

@@ -52,7 +52,12 @@ def add_parsers(commands: Any) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print it as JSON")
     parser.add_argument(
-        "--watch", metavar="SECONDS", type=float, nargs="?", const=10.0, help="again and again"
+        "--watch",
+        metavar="SECONDS",
+        type=float,
+        nargs="?",
+        const=10.0,
+        help="go on until no job is left",
     )
     parser.set_defaults(run=status)
 
@@ -90,12 +95,12 @@ def _add(commands: Any, name: str, help_text: str, examples: str) -> argparse.Ar
 
 def submit(options: argparse.Namespace) -> int:
     """``btx submit``."""
-    from megatron_btx.pipeline import inputs, slurm
+    from megatron_btx.pipeline import inputs, selection, slurm
 
     recipe, run_dir, stages = _open(options.recipe)
-    wished = slurm.select(stages, only=options.only, first=options.first, last=options.until)
-    chosen = slurm.to_submit(run_dir, wished)
-    slurm.check_needs(run_dir, stages, chosen)
+    wished = selection.select(stages, only=options.only, first=options.first, last=options.until)
+    chosen = selection.to_submit(run_dir, wished)
+    selection.check_needs(run_dir, stages, chosen)
     if options.dry_run:
         sys.stdout.write(slurm.dry_run(recipe, run_dir, chosen))
         return 0
@@ -114,22 +119,36 @@ def submit(options: argparse.Namespace) -> int:
 
 def status(options: argparse.Namespace) -> int:
     """``btx status``."""
+    if not options.watch:
+        text, _ = _standing(options.recipe, options.json)
+        sys.stdout.write(text)
+        return 0
+    from megatron_btx.pipeline import cluster
+
+    left = True
+    while left:
+        try:
+            text, left = _standing(options.recipe, options.json)
+        except cluster.Silent as error:  # the controller is being restarted, or busy
+            text = f"{error}\n"
+        sys.stdout.write(f"\x1b[H\x1b[J{text}" if sys.stdout.isatty() else text)
+        sys.stdout.flush()
+        if left:
+            time.sleep(options.watch)
+    return 0
+
+
+def _standing(recipe: str, as_json: bool) -> tuple[str, bool]:
+    """Where every stage stands, as text, and whether any is still in the queue."""
     from megatron_btx.pipeline import standing
 
-    while True:
-        _, run_dir, stages = _open(options.recipe)
-        rows = standing.rows(run_dir.absolute(), stages)
-        if options.json:
-            text = json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n"
-        else:
-            text = standing.table(rows)
-        if options.watch and sys.stdout.isatty():
-            text = f"\x1b[H\x1b[J{text}"
-        sys.stdout.write(text)
-        sys.stdout.flush()
-        if not options.watch or all(row.state == "done" for row in rows):
-            return 0
-        time.sleep(options.watch)
+    _, run_dir, stages = _open(recipe)
+    rows = standing.rows(run_dir.absolute(), stages)
+    if as_json:
+        text = json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n"
+    else:
+        text = standing.table(rows)
+    return text, any(row.active for row in rows)
 
 
 def logs(options: argparse.Namespace) -> int:

@@ -132,7 +132,7 @@ def template(kind: str) -> str:
     """The script of a kind of stage, for use by hand."""
     domain = kind == "expert"
     usage = f"sbatch [FLAGS] slurm/{kind}.sbatch RECIPE" + " DOMAIN" * domain
-    parallel = kind in ("seed", "expert", "finetune", "dense", "evaluate")
+    parallel = kind in slurm.ON_GPUS
     lines = [
         _SHEBANG,
         f"# {_ABOUT[kind]}",

@@ -1,4 +1,7 @@
-"""Stages as Slurm jobs: select, check, submit, cancel. Imports no torch.
+"""Stages as Slurm jobs: submitted all or none, written down, found again. Imports no torch.
+
+Which stages is for selection.py to say, whether the cluster would run them for preflight.py, and
+what a script says is sbatch.py's.
 
 <run_dir>/slurm/token           by which every job knows the directory it was submitted from
 <run_dir>/slurm/jobs.json       stage -> its latest job
@@ -17,19 +20,18 @@ import dataclasses
 import getpass
 import os
 import re
-import shlex
 import shutil
 import socket
 import sys
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from megatron_btx.errors import UserError, UserErrors
-from megatron_btx.pipeline import begin, cluster, graph, sbatch, state
+from megatron_btx.errors import UserError
+from megatron_btx.pipeline import begin, cluster, preflight, sbatch, state
 from megatron_btx.pipeline.graph import Stage
 from megatron_btx.recipe import slurm
 from megatron_btx.recipe.load import dump
@@ -43,73 +45,8 @@ _KEPT = re.compile(
 """Environment variables that are written down, unless they look like a key."""
 
 
-def select(
-    stages: tuple[Stage, ...],
-    *,
-    only: Iterable[str] = (),
-    first: str | None = None,
-    last: str | None = None,
-) -> tuple[Stage, ...]:
-    """The stages that are wished for.
-
-    Args:
-        only: these, by stage (``expert:math``) or kind (``expert``).
-        first: this one and all that wait for it.
-        last: this one and all that it waits for.
-
-    Raises:
-        UserError: there is no such stage.
-    """
-    chosen = {stage.name for stage in stages}
-    only = tuple(only)
-    if only:
-        chosen = {name for wish in only for name in _named(stages, wish, "--only")}
-    if first is not None:
-        behind = _named(stages, first, "--from")
-        for stage in stages:
-            if behind.intersection(stage.needs):
-                behind.add(stage.name)
-        chosen &= behind
-    if last is not None:
-        before: set[str] = set()
-        for name in _named(stages, last, "--until"):
-            before |= {stage.name for stage in graph.until(stages, name)}
-        chosen &= before
-    return tuple(stage for stage in stages if stage.name in chosen)
-
-
-def _named(stages: tuple[Stage, ...], wish: str, option: str) -> set[str]:
-    names = {stage.name for stage in stages if wish in (stage.name, stage.name.partition(":")[0])}
-    if not names:
-        known = ", ".join(stage.name for stage in stages)
-        raise UserError(option, f"there is no stage {wish}", f"choose {known}")
-    return names
-
-
-def to_submit(run_dir: Path, stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
-    """Those that are not done; the mix only where the finetuning is not."""
-    left = state.left(run_dir, stages)
-    finetune = any(stage.kind == "finetune" for stage in left)
-    chosen = any(stage.kind == "finetune" for stage in stages)
-    return tuple(s for s in left if s.kind != "mix" or finetune or not chosen)
-
-
-def check_needs(run_dir: Path, stages: tuple[Stage, ...], chosen: tuple[Stage, ...]) -> None:
-    """That everything a chosen stage waits for is done or chosen too.
-
-    Raises:
-        UserErrors: all that is missing.
-    """
-    coming = {stage.name for stage in chosen}
-    errors = []
-    for stage in chosen:
-        needs = [other for other in stages if other.name in stage.needs and other.kind != "mix"]
-        missing = [n.name for n in state.left(run_dir, tuple(needs)) if n.name not in coming]
-        if missing:
-            what = f"needs {', '.join(missing)}, not done and not among what is submitted"
-            errors.append(UserError(stage.name, what, "select those as well"))
-    if errors:
-        raise UserErrors(errors)
+_WRITTEN = (begin.TOKEN, "recipe.yaml", "slurm/jobs.json")
+"""What a submission writes anew in the run's directory."""
 
 
 def prepared(
@@ -178,24 +115,17 @@ def submit(
         undo = stack.enter_context(_removed_unless_kept(run_dir))
         stack.enter_context(state.run_lock(run_dir))
         refuse_active(run_dir)
-        fits(recipe, chosen, cluster.nodes())
+        preflight.fits(recipe, chosen, cluster.nodes())
         token, directory = uuid.uuid4().hex, _next(run_dir)
         scripts = prepared(recipe, run_dir, chosen, directory, token)
-        _test(scripts)
+        preflight.accepted(scripts)
         directory.mkdir(parents=True)
         undo.append(directory)
-        former = (run_dir / begin.TOKEN).read_bytes() if (run_dir / begin.TOKEN).exists() else None
-        (run_dir / begin.TOKEN).write_text(token, encoding="utf-8")
-        try:
-            notes = _probe(recipe, run_dir, chosen, token) if probe else []
-        except UserError:
-            if former is None:
-                (run_dir / begin.TOKEN).unlink()
-            else:
-                (run_dir / begin.TOKEN).write_bytes(former)
-            raise
-        _keep(recipe, run_dir, directory, scripts)
-        jobs = _send(run_dir, directory, chosen)
+        with _restored(*(run_dir / name for name in _WRITTEN)):
+            (run_dir / begin.TOKEN).write_text(token, encoding="utf-8")
+            notes = preflight.probe(recipe, run_dir, chosen, token) if probe else []
+            _keep(recipe, run_dir, directory, scripts)
+            jobs = _send(run_dir, directory, chosen)
         undo.clear()
     return jobs, notes
 
@@ -226,139 +156,6 @@ def refuse_beside_jobs(run_dir: Path) -> None:
         return
     with contextlib.suppress(cluster.Silent):
         refuse_active(run_dir)
-
-
-def fits(recipe: Recipe, chosen: tuple[Stage, ...], there: list[cluster.Nodes]) -> None:
-    """That each stage fits its partition.
-
-    Raises:
-        UserErrors: all that do not.
-    """
-    errors = []
-    for stage in chosen:
-        job = slurm.resolve(recipe, stage.name)
-        shape = slurm.shape(job, stage.world_size, stage.num_threads)
-        nodes = [
-            n for n in there if n.partition == job.partition or (not job.partition and n.default)
-        ]
-        problem = _misfit(job.partition, job.time, shape, nodes, there)
-        if problem is not None:
-            errors.append(UserError(f"{stage.name}: {problem[0]}", problem[1], problem[2]))
-    if errors:
-        raise UserErrors(errors)
-
-
-def _misfit(
-    partition: str | None,
-    limit: str | None,
-    shape: slurm.Shape,
-    nodes: list[cluster.Nodes],
-    there: list[cluster.Nodes],
-) -> tuple[str, str, str] | None:
-    """Key, what and fix of the first thing that does not fit."""
-    if not nodes:
-        known = ", ".join(sorted({n.partition for n in there})) or "none"
-        what = (
-            f"there is no partition {partition}" if partition else "there is no default partition"
-        )
-        return "slurm.partition", what, f"choose one of: {known}"
-    name = nodes[0].partition
-    cpus = shape.ranks_per_node * shape.cpus_per_task
-    enough = [n for n in nodes if n.gpus >= shape.gpus_per_node]
-    if not enough:
-        most = max(n.gpus for n in nodes)
-        what = f"{shape.gpus_per_node} GPUs a node, and no node of {name} has more than {most}"
-        return "slurm.gpus_per_node", what, "lower it, or choose another partition"
-    enough = [n for n in enough if n.cpus >= cpus]
-    if not enough:
-        most = max(n.cpus for n in nodes)
-        what = f"{cpus} cores a node, and no node of {name} has more than {most}"
-        return "slurm.cpus_per_task", what, "lower it or `num_threads`, or spread over more `nodes`"
-    count = sum(n.count for n in enough)
-    if count < shape.nodes:
-        what = f"{shape.nodes} nodes, and {name} has {count} that would do"
-        return "slurm.nodes", what, "choose another partition, or a smaller layout"
-    wanted, most_minutes = cluster.minutes(limit or ""), nodes[0].limit
-    if wanted is not None and most_minutes is not None and wanted > most_minutes:
-        what = f"{limit} is more than {name} allows ({most_minutes:g} minutes)"
-        return "slurm.time", what, "lower it: a stage goes on after a requeue"
-    return None
-
-
-def _test(scripts: dict[str, str]) -> None:
-    """Ask Slurm about every script (``sbatch --test-only``).
-
-    Raises:
-        UserErrors: all that it would refuse.
-    """
-    errors = []
-    for name, text in scripts.items():
-        try:
-            cluster.call("sbatch", "--test-only", text=text, environment=cluster.environment())
-        except cluster.Refused as error:
-            errors.append(UserError(f"{name}: sbatch", str(error), "change the `slurm:` block"))
-    if errors:
-        raise UserErrors(errors)
-
-
-def _probe(recipe: Recipe, run_dir: Path, chosen: tuple[Stage, ...], token: str) -> list[str]:
-    """Let a node of every partition look at the run's directory and start the interpreter.
-
-    Returns:
-        What could not be found out: nothing is free at the moment.
-
-    Raises:
-        UserError: the node does not see the directory, or not the package.
-    """
-    notes = []
-    seen = set()
-    for stage in chosen:
-        job = slurm.resolve(recipe, stage.name)
-        place = {
-            name: value
-            for name in ("partition", "account", "qos", "constraint")
-            if (value := getattr(job, name)) is not None
-        }
-        if tuple(place.items()) in seen:
-            continue
-        seen.add(tuple(place.items()))
-        problem = _probe_one(recipe, run_dir, place, token)
-        if problem is not None:
-            notes.append(f"{job.partition or 'the default partition'}: not probed ({problem})")
-    return notes
-
-
-def _probe_one(recipe: Recipe, run_dir: Path, place: dict[str, str], token: str) -> str | None:
-    python = recipe.slurm.python or sys.executable
-    command = ["srun", "--immediate=20", "--nodes=1", "--ntasks=1", "--time=2", "--quiet"]
-    command += ["--job-name=" + sbatch.job_name(recipe, "probe"), "--chdir=/"]
-    command += [f"--{name}={value}" for name, value in place.items()]
-    command += [*shlex.split(recipe.slurm.launch_prefix), python]
-    command += ["-m", "megatron_btx.pipeline.begin", "--probe", str(run_dir / begin.TOKEN), token]
-    extra = slurm.resolve(recipe, "probe").environment
-    environment = cluster.environment() | {name: str(value) for name, value in extra.items()}
-    try:
-        cluster.call(*command, environment=environment)
-    except cluster.Refused as error:
-        text = str(error)
-        if re.search(
-            r"Unable to allocate|busy|queued|not available|Immediate", text, re.IGNORECASE
-        ):
-            return text
-        if "does not share" in text:
-            host = re.search(r"the node (\S+)", text)
-            raise UserError(
-                str(run_dir),
-                f"the node {host[1] if host else ''} does not share this directory",
-                "give a `run_dir:` on a file system that all nodes mount",
-            ) from None
-        raise UserError(
-            f"{python} on the nodes",
-            text,
-            "give `slurm.python`: an interpreter with megatron_btx that the nodes (or the "
-            "container of `launch_prefix`) have",
-        ) from None
-    return None
 
 
 def _keep(recipe: Recipe, run_dir: Path, directory: Path, scripts: dict[str, str]) -> None:
@@ -397,8 +194,7 @@ def _keep(recipe: Recipe, run_dir: Path, directory: Path, scripts: dict[str, str
 def _send(run_dir: Path, directory: Path, chosen: tuple[Stage, ...]) -> dict[str, str]:
     """Submit the scripts in order, each after those it waits for; if one fails, none."""
     numbers: dict[str, str] = {}
-    former = jobs(run_dir)
-    record = dict(former)
+    record = jobs(run_dir)
     try:
         for stage in chosen:
             after = [numbers[need] for need in stage.needs if need in numbers]
@@ -419,7 +215,6 @@ def _send(run_dir: Path, directory: Path, chosen: tuple[Stage, ...]) -> dict[str
             state.write_json(run_dir / "slurm" / "jobs.json", record)
     except BaseException as error:
         cluster.cancel(numbers.values())
-        state.write_json(run_dir / "slurm" / "jobs.json", former)
         if isinstance(error, cluster.Refused):
             where = f"{stage.name}: sbatch"
             raise UserError(where, str(error), "nothing was submitted; try again") from None
@@ -430,6 +225,21 @@ def _send(run_dir: Path, directory: Path, chosen: tuple[Stage, ...]) -> dict[str
 def jobs(run_dir: Path) -> dict[str, Any]:
     """The latest job of every stage: ``{stage: {"job", "key", "submission", "after"}}``."""
     return state.read_json(run_dir / "slurm" / "jobs.json") or {}
+
+
+@contextlib.contextmanager
+def _restored(*paths: Path) -> Iterator[None]:
+    """The files as they were before, if the block fails."""
+    former = {path: path.read_bytes() if path.exists() else None for path in paths}
+    try:
+        yield
+    except BaseException:
+        for path, content in former.items():
+            if content is None:
+                path.unlink(missing_ok=True)
+            else:
+                path.write_bytes(content)
+        raise
 
 
 def _file(stage: str) -> str:

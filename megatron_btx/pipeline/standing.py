@@ -31,6 +31,8 @@ class Row:
     left: str = ""
     """Until the last step at the present pace; and the job's time limit, where it comes before."""
     restarts: int = 0
+    active: bool = False
+    """Whether its job is in the queue."""
     note: str = ""
     """Why it waits, or the last thing that a failed one said."""
 
@@ -80,6 +82,7 @@ def _row(run_dir: Path, stage: Stage, number: str | None) -> Row:
         tokens_per_second=seen.tokens_per_second if word == "running" else None,
         left=_left(seen, job) if job is not None and word == "running" else "",
         restarts=job.restarts if job else 0,
+        active=active,
         note=note,
     )
 

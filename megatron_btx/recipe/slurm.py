@@ -13,7 +13,8 @@ from megatron_btx.recipe.layouts import Problem
 from megatron_btx.recipe.schema import Recipe, SlurmJob
 
 KINDS = ("prepare", "seed", "expert", "mix", "finetune", "dense", "evaluate", "export", "report")
-_ON_GPUS = ("seed", "expert", "finetune", "dense", "evaluate")
+ON_GPUS = ("seed", "expert", "finetune", "dense", "evaluate")
+"""Those with a layout, whose ranks compute on GPUs."""
 
 _TIME = re.compile(r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}|UNLIMITED|INFINITE")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
@@ -60,7 +61,7 @@ def resolve(recipe: Recipe, name: str) -> SlurmJob:
             values[field.name] = {key: text for part in given for key, text in part.items()}
         else:
             values[field.name] = next((v for v in reversed(given) if v is not None), None)
-    if kind not in _ON_GPUS and all(layer.gpus_per_node is None for layer in layers[1:]):
+    if kind not in ON_GPUS and all(layer.gpus_per_node is None for layer in layers[1:]):
         values["gpus_per_node"] = None
     return SlurmJob(**values)
 

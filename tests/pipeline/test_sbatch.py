@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_btx.errors import UserError
-from megatron_btx.pipeline import begin, graph, sbatch, slurm
+from megatron_btx.pipeline import begin, graph, sbatch, selection
 from megatron_btx.recipe import check
 from megatron_btx.recipe import slurm as slurm_recipe
 from megatron_btx.recipe.load import dump, load_recipe, parse_recipe
@@ -183,7 +183,7 @@ slurm:
 
 def test_selection() -> None:
     def names(**wish: object) -> list[str]:
-        return [stage.name for stage in slurm.select(STAGES, **wish)]  # type: ignore[arg-type]
+        return [stage.name for stage in selection.select(STAGES, **wish)]  # type: ignore[arg-type]
 
     assert names(only=["expert"]) == ["expert:code", "expert:math", "expert:prose"]
     assert names(first="finetune") == ["finetune", "evaluate", "export", "report"]

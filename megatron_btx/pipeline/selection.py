@@ -1,0 +1,79 @@
+"""Which stages a submission is to be of. Imports no torch, and asks no Slurm."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from megatron_btx.errors import UserError, UserErrors
+from megatron_btx.pipeline import graph, state
+from megatron_btx.pipeline.graph import Stage
+
+
+def select(
+    stages: tuple[Stage, ...],
+    *,
+    only: Iterable[str] = (),
+    first: str | None = None,
+    last: str | None = None,
+) -> tuple[Stage, ...]:
+    """The stages that are wished for.
+
+    Args:
+        only: these, by stage (``expert:math``) or kind (``expert``).
+        first: this one and all that wait for it.
+        last: this one and all that it waits for.
+
+    Raises:
+        UserError: there is no such stage.
+    """
+    chosen = {stage.name for stage in stages}
+    only = tuple(only)
+    if only:
+        chosen = {name for wish in only for name in _named(stages, wish, "--only")}
+    if first is not None:
+        behind = _named(stages, first, "--from")
+        for stage in stages:
+            if behind.intersection(stage.needs):
+                behind.add(stage.name)
+        chosen &= behind
+    if last is not None:
+        before: set[str] = set()
+        for name in _named(stages, last, "--until"):
+            before |= {stage.name for stage in graph.until(stages, name)}
+        chosen &= before
+    return tuple(stage for stage in stages if stage.name in chosen)
+
+
+def _named(stages: tuple[Stage, ...], wish: str, option: str) -> set[str]:
+    names = {stage.name for stage in stages if wish in (stage.name, stage.name.partition(":")[0])}
+    if not names:
+        known = ", ".join(stage.name for stage in stages)
+        raise UserError(option, f"there is no stage {wish}", f"choose {known}")
+    return names
+
+
+def to_submit(run_dir: Path, stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
+    """Those that are not done; the mix only where the finetuning is not."""
+    left = state.left(run_dir, stages)
+    finetune = any(stage.kind == "finetune" for stage in left)
+    chosen = any(stage.kind == "finetune" for stage in stages)
+    return tuple(s for s in left if s.kind != "mix" or finetune or not chosen)
+
+
+def check_needs(run_dir: Path, stages: tuple[Stage, ...], chosen: tuple[Stage, ...]) -> None:
+    """That everything a chosen stage waits for is done or chosen too.
+
+    Raises:
+        UserErrors: all that is missing.
+    """
+    coming = {stage.name for stage in chosen}
+    errors = []
+    for stage in chosen:
+        needs = [other for other in stages if other.name in stage.needs and other.kind != "mix"]
+        missing = [n.name for n in state.left(run_dir, tuple(needs)) if n.name not in coming]
+        if missing:
+            what = f"needs {', '.join(missing)}, not done and not among what is submitted"
+            errors.append(UserError(stage.name, what, "select those as well"))
+    if errors:
+        raise UserErrors(errors)
