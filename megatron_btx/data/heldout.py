@@ -25,14 +25,15 @@ class HeldOutText(Sequence[Sample]):
         prefix: of its .bin and .idx files.
         seq_length: S.
         tokens: at most this many.
+        sha256: hash of the files' content, for those who keep what they found of it.
     """
 
-    def __init__(self, prefix: Path, seq_length: int, tokens: int) -> None:
+    def __init__(self, prefix: Path, seq_length: int, tokens: int, sha256: str = "") -> None:
         self._documents = IndexedDataset(str(prefix))
         length = int(self._documents.sequence_lengths.sum(dtype=np.int64))
         self._whole = max(0, (length - 1) // seq_length)  # a last token is only a label
         self._length = min(tokens // seq_length, self._whole)
-        self.seq_length = seq_length
+        self.seq_length, self.sha256 = seq_length, sha256
 
     def __len__(self) -> int:
         return self._length

@@ -32,7 +32,7 @@ from megatron_btx.data.tokenizer import load_tokenizer
 from megatron_btx.errors import UserError
 from megatron_btx.recipe import count
 from megatron_btx.recipe.schema import Recipe, Training
-from megatron_btx.recipe.stages import directory, training
+from megatron_btx.recipe.stages import Part, directory, reads, training
 
 __all__ = ["HeldOutText", "Phase", "Sample", "Stream", "held_out", "stage_stream"]
 
@@ -126,43 +126,32 @@ def stage_stream(recipe: Recipe, name: str, run_dir: Path) -> Stream:
     """What stage ``name`` trains on. Every rank calls it; indices are built by the first and cached
     in the stage's directory.
 
-    The dense baseline is data-matched (section 4.1.2 of the paper): first the very samples that the
-    experts saw, interleaved in proportion, then the finetuning's samples in its order.
-
     Raises:
         UserError: the stage's text is missing.
     """
     index = directory(run_dir, name) / "index"
-    names = [[name]]
-    if name == "dense":
-        names = [[f"expert:{domain}" for domain in recipe.experts], ["finetune"]]
     groups = [
-        [_phase(recipe, part, run_dir, index) for part in group if _samples(recipe, part)]
-        for group in names
+        [_phase(recipe, part, run_dir, index) for part in group] for group in reads(recipe, name)
     ]
-    return Stream(groups=[group for group in groups if group], training=training(recipe, name))
+    return Stream(groups=groups, training=training(recipe, name))
 
 
-def _samples(recipe: Recipe, name: str) -> int:
-    block = training(recipe, name)
-    return count.steps(block, recipe.model) * block.global_batch_size
-
-
-def _phase(recipe: Recipe, name: str, run_dir: Path, index: Path) -> Phase:
-    mixture = count.mixture(training(recipe, name).data)
+def _phase(recipe: Recipe, part: Part, run_dir: Path, index: Path) -> Phase:
+    samples = count.steps(part.block, recipe.model) * part.block.global_batch_size
+    mixture = count.mixture(part.block.data)
     pieces = {domain: _piece(run_dir, domain, "train") for domain in mixture}
     dataset = _build(
         index,
         prefixes={str(prefix(run_dir, domain, "train")): mixture[domain] for domain in mixture},
         contents=[piece.sha256 for piece in pieces.values()],
-        samples=_samples(recipe, name),
-        seed=_seed(recipe.random_seed, name),
+        samples=samples,
+        seed=_seed(recipe.random_seed, part.stage),
         seq_length=recipe.model.seq_length,
         facts=_Facts(load_tokenizer(run_dir / "prepare" / "tokenizer")),
     )
     names = list(recipe.domains)
     domains = tuple(names.index(domain) for domain in mixture)
-    return Phase(name=name, samples=_samples(recipe, name), domains=domains, dataset=dataset)
+    return Phase(name=part.stage, samples=samples, domains=domains, dataset=dataset)
 
 
 class _Facts:
@@ -247,9 +236,10 @@ def held_out(recipe: Recipe, run_dir: Path, tokens: int) -> dict[str, HeldOutTex
     """
     found = {}
     for domain in recipe.domains:
-        _piece(run_dir, domain, "valid")
+        piece = _piece(run_dir, domain, "valid")
         where = prefix(run_dir, domain, "valid")
-        found[domain] = text = HeldOutText(where, recipe.model.seq_length, tokens)
+        text = HeldOutText(where, recipe.model.seq_length, tokens, piece.sha256)
+        found[domain] = text
         if not len(text):
             raise UserError(
                 f"domains.{domain}.valid",

@@ -2,51 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_btx.data.mixture import HeldOutText, held_out
+from megatron_btx.data.tokenizer import load_tokenizer
 from megatron_btx.engine import distributed
 from megatron_btx.engine.checkpoint import final_checkpoint
 from megatron_btx.engine.initializer import initialize
 from megatron_btx.engine.model import DTYPES, build_model
+from megatron_btx.evaluate.btm_heldout import btm_heldout, training_text
 from megatron_btx.evaluate.heldout import HeldOut, evaluate
-from megatron_btx.files import write_json
+from megatron_btx.files import read_json, write_json
+from megatron_btx.mix.average import average
 from megatron_btx.mix.copy import copy
 from megatron_btx.recipe import count
 from megatron_btx.recipe.architecture import Architecture
+from megatron_btx.recipe.load import digest
 from megatron_btx.recipe.schema import Evaluate, Precision, Recipe
 from megatron_btx.recipe.stages import directory, training
+from megatron_btx.recipe.systems import Row, rows
+from megatron_btx.weights.manifest import read_manifest
 from megatron_btx.weights.megatron import open_megatron
+from megatron_btx.weights.plan import Plan
+
+Domains = Mapping[str, HeldOutText]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class System:
-    """A model of the table and the stages that made it after the seed (the seed: itself)."""
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """A system as it was found: its loss, its size, and what a token costs it."""
 
-    name: str
-    stage: str
-    """The stage whose final checkpoint it is."""
-    made_by: tuple[str, ...]
-
-
-def systems(recipe: Recipe) -> Iterator[System]:
-    """The rows of the table, in its order."""
-    experts = tuple(f"expert:{domain}" for domain in recipe.experts)
-    yield System(name="seed", stage="seed", made_by=("seed",))
-    for expert in experts:
-        yield System(name=expert, stage=expert, made_by=(expert,))
-    if recipe.dense is not None:
-        yield System(name="dense", stage="dense", made_by=("dense",))
-    yield System(name="btx", stage="finetune", made_by=(*experts, "finetune"))
+    heldout: HeldOut
+    params_total: int
+    params_active: int
+    inference_flops_per_token: int
+    experts: tuple[str, ...] = ()
+    """Of an MoE."""
 
 
 def run(recipe: Recipe, run_dir: Path) -> dict[str, Any]:
     """Evaluate every system and write ``results.json``.
+
+    What is measured of a model is kept beside it (``<stage>/heldout/``), for the other systems that
+    it is a part of.
 
     Returns:
         ``{"results": "results.json"}``.
@@ -59,11 +62,12 @@ def run(recipe: Recipe, run_dir: Path) -> dict[str, Any]:
     domains = held_out(recipe, run_dir, tokens=settings.tokens)
     progress = directory(run_dir, "evaluate") / "progress.json"
     table: dict[str, Any] = {}
-    rows = list(systems(recipe))
-    for index, system in enumerate(rows):
+    systems = rows(recipe)
+    for index, row in enumerate(systems):
         if distributed.is_first_rank():
-            write_json(progress, {"what": system.name, "done": index / len(rows)})
-        table[system.name] = _row(recipe, run_dir, system, domains)
+            write_json(progress, {"what": row.name, "done": index / len(systems)})
+        measured = _ensemble if recipe.system == row.name == "btm" else _single
+        table[row.name] = _entry(recipe, run_dir, row, measured(recipe, run_dir, row, domains))
     if distributed.is_first_rank():
         write_json(
             run_dir / "results.json",
@@ -73,51 +77,126 @@ def run(recipe: Recipe, run_dir: Path) -> dict[str, Any]:
     return {"results": "results.json"}
 
 
-def _row(
-    recipe: Recipe, run_dir: Path, system: System, domains: dict[str, HeldOutText]
-) -> dict[str, Any]:
-    checkpoint = final_checkpoint(directory(run_dir, system.stage))
-    precision = training(recipe, system.stage).precision
-    architecture, result = evaluate_checkpoint(
-        checkpoint, domains, recipe.evaluate, precision, recipe.random_seed
-    )
-    parameters = count.parameters(architecture)
-    row: dict[str, Any] = {
-        "loss": result.loss,
-        "train_tokens": sum(_tokens(recipe, stage) for stage in system.made_by),
-        "train_flops": sum(_flops(recipe, stage, architecture) for stage in system.made_by),
-        "params_total": parameters.total,
-        "params_active": parameters.active,
-        "inference_flops_per_token": count.forward_flops_per_token(architecture),
-        "checkpoint": str(checkpoint.relative_to(run_dir)),
-    }
-    if result.load is not None:
-        row |= {"load": result.load, "gate": result.gate, "experts": list(architecture.experts)}
-    return row
+def evaluate_plan(
+    plan: Plan, domains: Domains, settings: Evaluate, precision: Precision, random_seed: int
+) -> HeldOut:
+    """Build a plan's model under the evaluation's layout, and evaluate it."""
+    model = build_model(plan.architecture, settings.layout, precision, random_seed=random_seed)
+    initialize(model, plan)
+    with torch.no_grad():
+        return evaluate(model, domains, micro_batch_size=settings.micro_batch_size)
 
 
 def evaluate_checkpoint(
     checkpoint: Path,
-    domains: dict[str, HeldOutText],
+    domains: Domains,
     settings: Evaluate,
     precision: Precision,
     random_seed: int,
 ) -> tuple[Architecture, HeldOut]:
     """Load a checkpoint under the evaluation's layout and evaluate it."""
-    source = open_megatron(checkpoint, "model")
-    model = build_model(source.architecture, settings.layout, precision, random_seed=random_seed)
-    initialize(model, copy(source, dtype=DTYPES[precision]))
-    with torch.no_grad():
-        result = evaluate(model, domains, micro_batch_size=settings.micro_batch_size)
-    return source.architecture, result
+    plan = copy(open_megatron(checkpoint, "model"), dtype=DTYPES[precision])
+    return plan.architecture, evaluate_plan(plan, domains, settings, precision, random_seed)
 
 
-def _tokens(recipe: Recipe, stage: str) -> int:
-    return count.trained_tokens(training(recipe, stage), recipe.model)
+def _single(recipe: Recipe, run_dir: Path, row: Row, domains: Domains) -> Measured:
+    """One model, taken from what is kept beside it where it has been evaluated on this text."""
+    (stage,) = row.models
+    checkpoint = final_checkpoint(directory(run_dir, stage))
+    key = (read_json(directory(run_dir, stage) / "stage.json") or {}).get("key")
+    text = [[name, each.sha256, len(each)] for name, each in domains.items()]
+    kept = directory(run_dir, stage) / "heldout" / f"{digest([key, text])[:16]}.json"
+    known = distributed.from_first_rank(read_json(kept))
+    if known is None:
+        architecture, found = evaluate_checkpoint(
+            checkpoint,
+            domains,
+            recipe.evaluate,
+            training(recipe, stage).precision,
+            recipe.random_seed,
+        )
+        if distributed.is_first_rank():
+            kept.parent.mkdir(exist_ok=True)
+            write_json(kept, asdict(found))
+    else:
+        architecture, found = read_manifest(checkpoint)[0], HeldOut(**known)
+    return _measured(architecture, found)
 
 
-def _flops(recipe: Recipe, stage: str, evaluated: Architecture) -> int:
-    """Training FLOPs of a stage: only the finetuning trains the mixed model."""
-    dense = Architecture(model=recipe.model, vocab_size=evaluated.vocab_size)
-    architecture = evaluated if stage == "finetune" else dense
-    return _tokens(recipe, stage) * count.training_flops_per_token(architecture)
+def _measured(architecture: Architecture, found: HeldOut) -> Measured:
+    parameters = count.parameters(architecture)
+    return Measured(
+        heldout=found,
+        params_total=parameters.total,
+        params_active=parameters.active,
+        inference_flops_per_token=count.forward_flops_per_token(architecture),
+        experts=architecture.experts,
+    )
+
+
+def _ensemble(recipe: Recipe, run_dir: Path, row: Row, domains: Domains) -> Measured:
+    """Branch-Train-Merge, of experts and seed as they are."""
+    names = [stage.removeprefix("expert:") for stage in row.models]
+    models = {
+        name: final_checkpoint(directory(run_dir, stage))
+        for name, stage in zip(names, row.models, strict=True)
+    }
+    settings, precision = recipe.evaluate, training(recipe, row.models[0]).precision
+    method = recipe.btm.select
+    if method == "average":
+        sources = [open_megatron(checkpoint, name) for name, checkpoint in models.items()]
+        plan = average(sources, dtype=DTYPES[precision])
+        found = evaluate_plan(plan, domains, settings, precision, recipe.random_seed)
+        return _measured(plan.architecture, found)
+    ensemble = btm_heldout(
+        models,
+        domains,
+        method=method,
+        corpora=training_text(recipe, run_dir),
+        tokenizer=load_tokenizer(run_dir / "prepare" / "tokenizer"),
+        settings=settings,
+        precision=precision,
+        random_seed=recipe.random_seed,
+    )
+    cost = ensemble.cost
+    return Measured(
+        heldout=ensemble.heldout,
+        params_total=cost.params_total,
+        params_active=cost.params_active,
+        inference_flops_per_token=cost.inference_flops_per_token,
+    )
+
+
+def _entry(recipe: Recipe, run_dir: Path, row: Row, measured: Measured) -> dict[str, Any]:
+    """A system's entry in ``results.json``; tokens and FLOPs by stage and in all."""
+    stages = {stage: _cost(recipe, run_dir, stage) for stage in row.made_by}
+    checkpoints = [final_checkpoint(directory(run_dir, stage)) for stage in row.models]
+    entry: dict[str, Any] = {
+        "loss": measured.heldout.loss,
+        "train_tokens": sum(stage["tokens"] for stage in stages.values()),
+        "train_flops": sum(stage["flops"] for stage in stages.values()),
+        "params_total": measured.params_total,
+        "params_active": measured.params_active,
+        "inference_flops_per_token": measured.inference_flops_per_token,
+        "stages": stages,
+        "checkpoint": [str(path.relative_to(run_dir)) for path in checkpoints],
+    }
+    if len(checkpoints) == 1:
+        entry["checkpoint"] = entry["checkpoint"][0]
+    if measured.heldout.load is not None:
+        entry |= {
+            "load": measured.heldout.load,
+            "gate": measured.heldout.gate,
+            "experts": list(measured.experts),
+        }
+    return entry
+
+
+def _cost(recipe: Recipe, run_dir: Path, stage: str) -> dict[str, Any]:
+    """Tokens and training FLOPs of a stage, of the model that it trained, and its seconds."""
+    block = training(recipe, stage)
+    architecture, _ = read_manifest(final_checkpoint(directory(run_dir, stage)))
+    tokens = count.trained_tokens(block, recipe.model)
+    flops = tokens * count.training_flops_per_token(architecture, block.freeze_experts)
+    done = read_json(directory(run_dir, stage) / "done.json") or {}
+    return {"tokens": tokens, "flops": flops, "seconds": done.get("seconds")}

@@ -1,9 +1,7 @@
 """A recipe's stages and what each one waits for. Data, and free of torch.
 
-One graph holds Branch-Train-MiX and its special cases (the paper's abstract): a system is the tuple
-of kinds that take part, and a need that takes no part falls away. Without ``finetune`` (which
-includes the mix) what is left is Branch-Train-Merge; experts of zero tokens are linked to the seed,
-which makes the mix sparse upcycling; with neither it is the dense baseline.
+One graph holds all systems (recipe/systems.py): a system is the kinds that take part, and a need
+that takes no part falls away. Experts of zero tokens are linked to the seed.
 
 Every stage has a key: the hash of its own part of the recipe, of the text it reads and of the keys
 of the models it starts from. A stage is done when ``done.json`` in its directory holds this key.
@@ -19,10 +17,10 @@ from typing import Any
 
 from megatron_btx.errors import UserError
 from megatron_btx.pipeline.fingerprint import Memo
-from megatron_btx.recipe import count
+from megatron_btx.recipe import count, systems
 from megatron_btx.recipe.load import digest
 from megatron_btx.recipe.schema import Layout, Recipe, Training
-from megatron_btx.recipe.stages import training
+from megatron_btx.recipe.stages import Part, is_data_matched, reads, training
 
 NEEDS: dict[str, tuple[str, ...]] = {
     "prepare": (),
@@ -35,11 +33,6 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "report": ("prepare", "seed", "expert", "finetune", "dense", "evaluate", "export"),
 }
 """What each kind of stage waits for; ``expert`` stands for every one of them."""
-
-SYSTEMS: dict[str, tuple[str, ...]] = {
-    "btx": tuple(NEEDS),
-}
-"""The kinds that take part in each ``system:`` of a recipe."""
 
 TRAINED = ("seed", "expert", "finetune", "dense")
 """Kinds that train a model; so does ``import``, which takes a finished one in a stage's place."""
@@ -96,7 +89,7 @@ def build(recipe: Recipe, memo: Memo | None = None) -> tuple[Stage, ...]:
     """
     keys = _Keys(recipe, memo or Memo())
     stages: dict[str, Stage] = {}
-    for kind in SYSTEMS[recipe.system]:
+    for kind in systems.kinds(recipe):
         for name in _names(recipe, kind):
             stage = _stage(recipe, kind, name, tuple(stages.values()))
             stages[stage.name] = dataclasses.replace(stage, key=keys.stage(stage, stages))
@@ -150,10 +143,6 @@ def imported(recipe: Recipe, name: str) -> str | None:
 def _names(recipe: Recipe, kind: str) -> Iterator[str]:
     if kind == "expert":
         yield from (f"expert:{domain}" for domain in recipe.experts)
-    elif kind == "dense":
-        yield from ["dense"] if recipe.dense is not None else []
-    elif kind == "export":
-        yield from ["export"] if recipe.export.format != "none" else []
     else:
         yield kind
 
@@ -164,7 +153,7 @@ def _stage(recipe: Recipe, kind: str, name: str, before: tuple[Stage, ...]) -> S
     source = imported(recipe, name) if kind in TRAINED else None
     if source is not None:
         return Stage(name=name, kind="import", needs=("seed",) if source == "seed" else ())
-    if kind == "finetune" and not recipe.mix.include_seed:
+    if kind == "finetune" and "seed" not in recipe.model_names:
         needs = tuple(need for need in needs if need != "seed")
     work = 0.0
     layout = recipe.evaluate.layout if kind == "evaluate" else Layout()
@@ -188,11 +177,10 @@ def training_flops(recipe: Recipe, name: str) -> float:
     """Training FLOPs of stage ``name`` (recipe/count.py), with the recipe's vocabulary."""
     architecture = count.dense_architecture(recipe)
     if name == "finetune":
-        architecture = dataclasses.replace(
-            architecture, experts=recipe.model_names, routing=recipe.routing
-        )
-    tokens = count.trained_tokens(training(recipe, name), recipe.model)
-    return float(tokens * count.training_flops_per_token(architecture))
+        architecture = architecture.mixed(recipe)
+    block = training(recipe, name)
+    tokens = count.trained_tokens(block, recipe.model)
+    return float(tokens * count.training_flops_per_token(architecture, block.freeze_experts))
 
 
 class _Keys:
@@ -244,7 +232,8 @@ class _Keys:
             assert source is not None
             return [recipe.model, "seed" if source == "seed" else self.source(source)]
         if stage.kind == "evaluate":
-            return [recipe.evaluate.tokens, self._tokenizer, list(self._text.items())]
+            how = [recipe.system, recipe.btm if recipe.system == "btm" else None]
+            return [how, recipe.evaluate.tokens, self._tokenizer, list(self._text.items())]
         if stage.kind == "export":
             return recipe.export
         if stage.kind == "report":
@@ -252,11 +241,16 @@ class _Keys:
         block = training(recipe, stage.name)
         own = [recipe.model, self._training(block, moe=stage.kind == "finetune")]
         if stage.kind == "finetune":
-            own += [recipe.mix, recipe.routing]
-        if stage.kind == "dense":  # trains on what the others were trained on
-            others = [*recipe.experts.values(), recipe.finetune]
-            own += [[o.tokens, o.global_batch_size, self._mixture(o.data)] for o in others]
+            mix = dataclasses.replace(recipe.mix, centroids=None)  # it enters by content
+            centroids = [] if recipe.mix.centroids is None else [recipe.mix.centroids]
+            own += [mix, self.memo.paths(centroids), recipe.routing]
+        if is_data_matched(recipe, stage.name):  # it reads what the others read
+            own += [self._part(part) for group in reads(recipe, stage.name) for part in group]
         return own
+
+    def _part(self, part: Part) -> list[Any]:
+        block = part.block
+        return [part.stage, block.tokens, block.global_batch_size, self._mixture(block.data)]
 
     def _training(self, block: Training, moe: bool) -> list[Any]:
         plain = {name: getattr(Training(), name) for name in _EXECUTION}

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -51,6 +51,7 @@ def run(
     worker: tuple[str, ...] | None = None,
     inline: Mapping[str, Callable[[], object]] | None = None,
     grace: float = GRACE,
+    share: Sequence[str] = (),
 ) -> Outcome:
     """Run what is left of ``stages``.
 
@@ -63,6 +64,7 @@ def run(
         worker: command of a rank; ``WORKER`` by default.
         inline: kinds that are a function of this process instead of ranks.
         grace: seconds that a stopped stage gets to save.
+        share: other runs' directories, ``*`` allowed; what is finished there is linked here.
 
     Raises:
         UserError: another run holds the directory.
@@ -85,6 +87,8 @@ def run(
             token=token,
             scratch=scratch,
         )
+        for name, there in state.link_shared(run_dir, stages, share).items():
+            view.note(f"{name}: shared with {there.parent}")
         signals = stack.enter_context(_Signals())
         stack.enter_context(view)
         runner = _Runner(stages, setting, view, signals, inline or {}, max_parallel, grace)

@@ -16,11 +16,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import glob
 import json
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -56,6 +57,9 @@ def claim(run_dir: Path, stage: Stage) -> Path | None:
     """
     directory = run_dir / stage.directory
     former = (read_json(directory / "stage.json") or {}).get("key")
+    if directory.is_symlink() and former != stage.key:  # another run's: it stays as it is there
+        directory.unlink()
+        former = None
     moved = None
     if former not in (None, stage.key):
         if stage.kind == "prepare":
@@ -71,6 +75,36 @@ def claim(run_dir: Path, stage: Stage) -> Path | None:
     if former != stage.key:
         write_json(directory / "stage.json", {"name": stage.name, "key": stage.key})
     return moved
+
+
+def link_shared(run_dir: Path, stages: tuple[Stage, ...], share: Sequence[str]) -> dict[str, Path]:
+    """Link the stages that are not done here but finished, for the same key, in another run.
+
+    Two systems that share a stage so train it once. A stage that was begun here is left alone.
+
+    Args:
+        run_dir: this run's.
+        stages: this run's.
+        share: other runs' directories, ``*`` allowed.
+
+    Returns:
+        Name of each stage that was linked, and the directory that it is.
+    """
+    taken = {}
+    found = sorted(Path(path).resolve() for pattern in share for path in glob.glob(pattern))
+    others = [other for other in found if other != run_dir.resolve()]
+    for stage in left(run_dir, stages):
+        here = run_dir / stage.directory
+        if stage.kind in ("evaluate", "export", "report") or (here / "stage.json").exists():
+            continue
+        for other in others:
+            if done(other, stage) is not None:
+                real = (other / stage.directory).resolve()
+                here.unlink(missing_ok=True)  # a link to what is there no more
+                here.symlink_to(os.path.relpath(real, run_dir.resolve()))
+                taken[stage.name] = real
+                break
+    return taken
 
 
 def _shelf(run_dir: Path, directory: str, key: str) -> Path:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from megatron_btx.recipe.schema import Model, Recipe, Routing
+from megatron_btx.recipe.schema import Mix, Model, Recipe, Routing
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,5 +63,21 @@ class Architecture:
         )
 
     def mixed(self, recipe: Recipe) -> Architecture:
-        """The MoE that this recipe makes of models of this (dense) architecture."""
-        return replace(self, experts=recipe.model_names, routing=recipe.routing)
+        """The MoE that a recipe makes of models of this (dense) architecture."""
+        return self.mixture(recipe.model_names, recipe.mix, recipe.routing)
+
+    def mixture(self, models: Sequence[str], mix: Mix, routing: Routing) -> Architecture:
+        """The MoE that ``mix`` makes of dense models of this architecture.
+
+        Args:
+            models: their names, in their order.
+            mix: what becomes of them.
+            routing: of the MoE.
+        """
+        width = self.model.ffn_hidden_size // mix.chunks
+        return replace(
+            self,
+            model=replace(self.model, ffn_hidden_size=width),
+            experts=mix.expert_names(models),
+            routing=routing,
+        )

@@ -10,12 +10,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from megatron_btx.errors import UserError, UserErrors
-from megatron_btx.recipe import count, layouts, slurm, upstream
+from megatron_btx.recipe import count, layouts, mixing, slurm, upstream
 from megatron_btx.recipe.layouts import Problem
 from megatron_btx.recipe.schema import (
     Domain,
@@ -28,8 +27,10 @@ from megatron_btx.recipe.schema import (
     Tokenizer,
     Training,
 )
+from megatron_btx.recipe.stages import mismatch
+from megatron_btx.recipe.words import near_key
 
-RESERVED = ("seed", "dense", "btx", "mean", "finetune")
+RESERVED = ("seed", "dense", "upcycling", "btm", "btx", "mean", "finetune")
 """Names of systems and columns of the final table, so no names of domains or experts."""
 
 _SIZES: dict[type, tuple[str, ...]] = {
@@ -41,6 +42,7 @@ _SIZES: dict[type, tuple[str, ...]] = {
         "num_query_groups",
         "kv_channels",
         "seq_length",
+        "max_position_embeddings",
         "make_vocab_size_divisible_by",
     ),
     Tokenizer: ("vocab_size", "train_bytes"),
@@ -62,6 +64,7 @@ _SIZES: dict[type, tuple[str, ...]] = {
         "eval_tokens",
     ),
     Routing: ("moe_router_topk",),
+    Mix: ("copies", "num_chunks"),
     Evaluate: ("tokens", "micro_batch_size"),
     Recipe: ("max_parallel_jobs",),
 }
@@ -72,6 +75,8 @@ _RANGES: dict[type, dict[str, tuple[float, float]]] = {
     Model: {
         "rotary_base": (1, _INF),
         "layernorm_epsilon": (1e-12, 0.01),
+        "rope_scaling_factor": (1, _INF),
+        "seq_len_interpolation_factor": (1, _INF),
         "init_method_std": (0, 10),
     },
     Training: {
@@ -95,7 +100,12 @@ _RANGES: dict[type, dict[str, tuple[float, float]]] = {
         "moe_aux_loss_coeff": (0, 1000),
         "moe_z_loss_coeff": (0, 1000),
     },
-    Mix: {"router_init_std": (0, 100)},
+    Mix: {
+        "dare": (0, 0.999),
+        "noise": (0, 100),
+        "drop_ratio": (0, 1),
+        "router_init_std": (0, 100),
+    },
     Recipe: {"random_seed": (0, 2**31 - 1)},
 }
 """Lowest and highest value; ``None`` is always allowed."""
@@ -113,6 +123,8 @@ def problems(recipe: Recipe) -> list[Problem]:
     found += _model(recipe.model)
     found += _tokenizer(recipe)
     found += _routing(recipe)
+    found += mixing.problems(recipe)
+    found += _system(recipe)
     for key, stage in stages(recipe).items():
         found += _stage(recipe, key, stage)
     found += layouts.problems(recipe, "evaluate.layout", recipe.evaluate.layout, moe=True)
@@ -157,6 +169,8 @@ def files(recipe: Recipe) -> None:
                 look(f"domains.{name}.{part}", path)
     if recipe.tokenizer.path is not None:
         look("tokenizer.path", recipe.tokenizer.path)
+    if recipe.mix.centroids is not None:
+        look("mix.centroids", recipe.mix.centroids)
     for key, stage in stages(recipe).items():
         if stage.from_ is not None:
             look(f"{key}.from", stage.from_, directory=True)
@@ -260,6 +274,33 @@ def _model(model: Model) -> Iterator[Problem]:
             f"{groups} does not divide num_attention_heads ({heads})",
             f"choose one of {', '.join(str(n) for n in _divisors(heads))}",
         )
+    yield from _windows(model)
+    for name in (
+        "moe_ffn_hidden_size",
+        "moe_shared_expert_intermediate_size",
+        "moe_shared_expert_gate",
+    ):
+        if getattr(model, name):
+            yield Problem(
+                f"model.{name}",
+                "belongs to an MoE that was not mixed here: the experts of a mix are its dense "
+                "models' feed-forward layers, and none of them is shared",
+                "remove it",
+            )
+
+
+def _windows(model: Model) -> Iterator[Problem]:
+    window, freq = model.window_size, model.window_attn_skip_freq
+    if window is not None and (len(window) != 2 or window[0] < 0 or window[1] != 0):
+        what = f"is {list(window)}; a token may see those before it and itself"
+        yield Problem("model.window_size", what, "write [n, 0]: the n before it and itself")
+    if freq is None:
+        return
+    if window is None:
+        yield Problem("model.window_attn_skip_freq", "there is no window", "give window_size")
+    if len(freq) != model.num_layers or set(freq) - {0, 1}:
+        fix = f"give {model.num_layers} numbers, 1 for a layer with the window and 0 without"
+        yield Problem("model.window_attn_skip_freq", f"is {list(freq)}", fix)
 
 
 def _tokenizer(recipe: Recipe) -> Iterator[Problem]:
@@ -278,37 +319,55 @@ def _routing(recipe: Recipe) -> Iterator[Problem]:
     if routing.type == "topk" and k > experts:
         yield Problem(
             "routing.moe_router_topk",
-            f"top-{k} of {experts} experts ({', '.join(recipe.model_names)})",
+            f"top-{k} of {experts} experts ({', '.join(recipe.expert_names)})",
             f"choose at most {experts}",
         )
-    elif routing.type == "topk" and k == 1:
+    elif routing.type == "topk" and k == 1 and not routing.moe_router_pre_softmax:
         yield Problem(
             "routing.moe_router_topk",
             "the softmax over one selected logit is always 1, so the router would never learn",
             "use type: switch or type: sample_top1 for one expert a token (section 3.3)",
         )
+    if routing.moe_router_pre_softmax and routing.type != "topk":
+        what = f"has no meaning for type {routing.type}"
+        yield Problem("routing.moe_router_pre_softmax", what, "remove it, or use type: topk")
     if routing.moe_aux_loss_coeff and routing.moe_router_load_balancing_type == "none":
         yield Problem(
             "routing.moe_aux_loss_coeff",
             "has no effect while moe_router_load_balancing_type is none",
             "choose aux_loss or seq_aux_loss, or remove it",
         )
-    renormalised = routing.type in ("topk", "soft") or (
-        routing.type == "sample_top1" and routing.greedy and not routing.first_layer_soft
-    )
-    if recipe.export.format == "hf" and not renormalised:
+    same_in_all_layers = routing.greedy and not routing.first_layer_soft
+    if recipe.export.format == "hf" and routing.type == "sample_top1" and not same_in_all_layers:
         yield Problem(
             "export.format",
-            f"a Hugging Face Mixtral cannot compute {routing.type} routing: its weights always sum "
-            "to 1 over the same number of experts in every layer",
-            "set `export: {format: none}`",
+            "no Hugging Face family draws its experts, or routes softly in its first layer only",
+            "set `export: {format: none}`, or routing `greedy: true, first_layer_soft: false`",
         )
-    average = recipe.mix.average
-    if isinstance(average, dict):
-        yield from _weights("mix.average", average, recipe.model_names, "model")
-        for name in set(recipe.model_names) - set(average):
+
+
+def _system(recipe: Recipe) -> Iterator[Problem]:
+    """What the system of a recipe asks of its other blocks."""
+    upcycling = recipe.system == "upcycling"
+    if upcycling != (recipe.mix.method == "upcycle"):
+        fix = "give both `system: upcycling` and `mix: {method: upcycle}`, or neither"
+        yield Problem("mix.method", f"is {recipe.mix.method} in a system {recipe.system}", fix)
+    if recipe.system == "dense" and recipe.dense is None:
+        yield Problem("dense", "is missing, and is the system", "add `dense: {}`")
+    if recipe.match == "compute" and not upcycling:
+        what = "compute is about system: upcycling"
+        yield Problem("match", what, "remove it, or set `system: upcycling`")
+    for key, stage in stages(recipe).items():
+        if stage.freeze_experts and key != "finetune":
+            what = "trains a dense model, which has no experts"
+            yield Problem(f"{key}.freeze_experts", what, "set it for finetune only")
+    if upcycling and recipe.match == "compute" and not any(_model(recipe.model)):
+        off = mismatch(recipe)
+        if off > 0.01:
             yield Problem(
-                "mix.average", f"gives {name} no weight", f"add `{name}:` (0 is a weight)"
+                "finetune.global_batch_size",
+                f"whole steps of it miss the training FLOPs of BTX by {off:.1%}",
+                "lower it, or give more tokens: within 1% is matched",
             )
 
 
@@ -320,16 +379,16 @@ def _stage(recipe: Recipe, key: str, stage: Training) -> Iterator[Problem]:
     trains = stage.tokens > 0 and stage.from_ is None
     if key != "dense":
         if stage.data:
-            yield from _weights(f"{key}.data", stage.data, recipe.domains, "domain")
+            yield from mixing.weights(f"{key}.data", stage.data, recipe.domains, "domain")
         elif trains:
             name = key.removeprefix("experts.")
-            hint = _near(name, recipe.domains) if key.startswith("experts.") else ""
+            hint = near_key(name, recipe.domains) if key.startswith("experts.") else ""
             yield Problem(
                 f"{key}.data", "is missing: which domains?", f"add `data: {{domain: weight}}`{hint}"
             )
     yield from layouts.problems(recipe, f"{key}.layout", layout, moe=moe)
     if moe and not any(_model(model)):
-        yield from _widths(key, stage, model)
+        yield from _widths(key, stage, model, recipe.mix.chunks)
     batch = stage.micro_batch_size * layout.data_parallel_size
     if stage.global_batch_size % batch:
         yield Problem(
@@ -349,10 +408,11 @@ def _stage(recipe: Recipe, key: str, stage: Training) -> Iterator[Problem]:
                 yield Problem(f"{key}.megatron.{block}.{name}", *wrong)
 
 
-def _widths(key: str, stage: Training, model: Model) -> Iterator[Problem]:
+def _widths(key: str, stage: Training, model: Model, chunks: int) -> Iterator[Problem]:
     """Rows of the experts' grouped products begin at multiples of 16 bytes."""
     multiple = 8 if stage.precision == "bf16" else 4
-    width = model.ffn_hidden_size // stage.layout.etp
+    parts = stage.layout.etp * chunks
+    width = model.ffn_hidden_size // parts
     for what, size in (("hidden_size", model.hidden_size), ("ffn_hidden_size", width)):
         if size % multiple:
             yield Problem(
@@ -360,26 +420,8 @@ def _widths(key: str, stage: Training, model: Model) -> Iterator[Problem]:
                 f"an expert's {what} on a rank of {key} is {size}, not a multiple of {multiple} "
                 f"({stage.precision})",
                 f"use a multiple of {multiple}"
-                + (f" x {stage.layout.etp}" if what == "ffn_hidden_size" else ""),
+                + (f" x {parts}" if what == "ffn_hidden_size" else ""),
             )
-
-
-def _weights(key: str, weights: dict[str, float], names: Any, kind: str) -> Iterator[Problem]:
-    for name, weight in weights.items():
-        if name not in names:
-            known = ", ".join(names)
-            yield Problem(
-                f"{key}.{name}", f"there is no {kind} {name}", f"known: {known}{_near(name, names)}"
-            )
-        elif weight < 0:
-            yield Problem(f"{key}.{name}", f"the weight {weight} is negative", "give 0 or more")
-    if weights and not any(weight > 0 for weight in weights.values()):
-        yield Problem(key, "every weight is zero", "give at least one a positive weight")
-
-
-def _near(name: str, names: Any) -> str:
-    near = get_close_matches(name, list(names), n=1)
-    return f"; did you mean `{near[0]}`?" if near else ""
 
 
 def _too_few(tokens: int, model: Model) -> tuple[str, str]:

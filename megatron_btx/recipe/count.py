@@ -7,10 +7,10 @@ Conventions, the same everywhere in the project:
 - *Active* parameters are those that one token meets: all that is no expert, and the experts its
   router picks. The embedding counts (as in the paper's 6.7B / 11.1B / 19.7B, Table 4).
 - FLOPs are *model* FLOPs: two per multiply-add of every matrix product that the forward pass needs,
-  three times that for a training step. Recomputation, the embedding's lookup, norms, softmaxes and
-  rotary positions are left out. The output layer counts, with the padded vocabulary. Attention
-  counts the full S x S products although half is masked: 12 L (heads d) S a token for training
-  (PaLM, arXiv 2204.02311, appendix B).
+  three times that for a training step. Recomputation, the embedding's lookup, norms, biases,
+  softmaxes and rotary positions are left out. The output layer counts, with the padded vocabulary.
+  Attention counts the full S x S products although half is masked: 12 L (heads d) S a token for
+  training (PaLM, arXiv 2204.02311, appendix B); under a sliding window of W tokens S x W.
 """
 
 from __future__ import annotations
@@ -30,11 +30,14 @@ class Parameters:
     output: int
     """The output layer; 0 where it is tied to the embedding."""
     attention: int
+    """Its matrices."""
     norms: int
+    """Norms and biases: what is no matrix."""
     ffn: int
-    """All feed-forward weights: every expert's."""
+    """All feed-forward weights: every expert's, and a shared expert's."""
     ffn_active: int
     router: int
+    """Routers, and the gates of shared experts."""
     vocab_padding: int
     """How many of ``embedding`` and ``output`` belong to no token."""
 
@@ -87,15 +90,49 @@ def sends(architecture: Architecture) -> int:
     return routing.moe_router_topk if routing.type == "topk" else len(architecture.experts)
 
 
+def expert_width(model: Model) -> int:
+    """Inner width of one expert, F."""
+    return model.moe_ffn_hidden_size or model.ffn_hidden_size
+
+
+def windows(model: Model) -> tuple[int | None, ...]:
+    """How many tokens a token sees in each layer, itself among them; ``None``: all before it."""
+    if model.window_size is None:
+        return (None,) * model.num_layers
+    seen = model.window_size[0] + 1
+    freq = model.window_attn_skip_freq or (1,) * model.num_layers
+    return tuple(seen if windowed else None for windowed in freq)
+
+
+def qkv_width(model: Model) -> int:
+    """Rows of the fused attention input: (heads + 2 g) d."""
+    return (model.num_attention_heads + 2 * query_groups(model)) * kv_channels(model)
+
+
 def attention_parameters(model: Model) -> int:
-    """Of one layer: qkv [(heads + 2 g) d, H] and the projection [H, heads d]."""
-    heads, groups, d = model.num_attention_heads, query_groups(model), kv_channels(model)
-    return model.hidden_size * d * (heads + 2 * groups) + model.hidden_size * d * heads
+    """Of one layer's matrices: qkv [(heads + 2 g) d, H] and the projection [H, heads d]."""
+    projected = model.num_attention_heads * kv_channels(model)
+    return model.hidden_size * (qkv_width(model) + projected)
 
 
-def ffn_parameters(model: Model) -> int:
-    """Of one feed-forward layer or one expert: gate and up [2F, H], down [H, F]."""
-    return 3 * model.hidden_size * model.ffn_hidden_size
+def head_norm_parameters(model: Model) -> int:
+    """Of one layer's norms over queries and keys: d each, where it has them."""
+    return 2 * kv_channels(model) * model.qk_layernorm
+
+
+def ffn_parameters(model: Model, width: int | None = None) -> int:
+    """Of one feed-forward layer (or of one expert, whose width is given): gate and up [2F, H], down
+    [H, F]."""
+    return 3 * model.hidden_size * (width or model.ffn_hidden_size)
+
+
+def shared_expert_parameters(architecture: Architecture) -> tuple[int, int]:
+    """Of one layer of an MoE: (its shared expert, that one's gate); (0, 0) where it has none."""
+    model = architecture.model
+    width = model.moe_shared_expert_intermediate_size
+    if width is None or architecture.routing is None:
+        return 0, 0
+    return ffn_parameters(model, width), model.hidden_size * model.moe_shared_expert_gate
 
 
 def parameters(architecture: Architecture) -> Parameters:
@@ -104,15 +141,17 @@ def parameters(architecture: Architecture) -> Parameters:
     h, layers = model.hidden_size, model.num_layers
     padded = architecture.padded_vocab_size
     matrices = 2 if model.untie_embeddings_and_output_weights else 1
-    ffn = ffn_parameters(model)
+    ffn = ffn_parameters(model, expert_width(model) if experts else None)
+    shared, gate = shared_expert_parameters(architecture)
+    in_layer = 2 * h + head_norm_parameters(model) + qkv_width(model) * model.add_qkv_bias
     return Parameters(
         embedding=padded * h,
         output=padded * h * (matrices - 1),
         attention=layers * attention_parameters(model),
-        norms=(2 * layers + 1) * h,
-        ffn=layers * ffn * (experts or 1),
-        ffn_active=ffn * experts_run(architecture),
-        router=layers * experts * h,
+        norms=layers * in_layer + h,
+        ffn=layers * (ffn * (experts or 1) + shared),
+        ffn_active=ffn * experts_run(architecture) + layers * shared,
+        router=layers * (experts * h + gate),
         vocab_padding=(padded - architecture.vocab_size) * h * matrices,
     )
 
@@ -121,18 +160,21 @@ def forward_flops_per_token(architecture: Architecture) -> int:
     """FLOPs of the forward pass for one token of a full sequence; also those of inference.
 
     ``2 (attention + active ffn + router + V_padded H) + 4 L (heads d) S``: the scores QK^T and the
-    weighted sum of V are each ``2 (heads d) S`` a token and layer.
+    weighted sum of V are each ``2 (heads d) S`` a token and layer, or W for S where a window is.
     """
     model, counted = architecture.model, parameters(architecture)
     head = architecture.padded_vocab_size * model.hidden_size  # also where it is tied
     matrices = counted.attention + counted.ffn_active + counted.router + head
     width = model.num_attention_heads * kv_channels(model)
-    return 2 * matrices + 4 * model.num_layers * width * model.seq_length
+    seen = sum(min(model.seq_length, seen or model.seq_length) for seen in windows(model))
+    return 2 * matrices + 4 * width * seen
 
 
-def training_flops_per_token(architecture: Architecture) -> int:
-    """Forward and backward: the backward pass has two products for each of the forward's."""
-    return 3 * forward_flops_per_token(architecture)
+def training_flops_per_token(architecture: Architecture, freeze_experts: bool = False) -> int:
+    """Forward and backward: the backward pass has two products for each of the forward's, one for
+    the gradient of the input and one for that of the weight, which frozen experts do not need."""
+    saved = 2 * parameters(architecture).ffn_active if freeze_experts else 0
+    return 3 * forward_flops_per_token(architecture) - saved
 
 
 def steps(training: Training, model: Model) -> int:
@@ -149,34 +191,6 @@ def mixture(data: dict[str, float]) -> dict[str, float]:
     """Sampling weights that sum to one; domains of weight zero are left out."""
     total = math.fsum(data.values())
     return {name: weight / total for name, weight in data.items() if weight > 0}
-
-
-def dense_phases(recipe: Recipe) -> list[tuple[int, dict[str, float]]]:
-    """Tokens and normalised mixture of the dense baseline's two phases, in order.
-
-    Data-matched (section 4.1.2): first all that the experts saw, each expert's mixture by its
-    share of the tokens, then what the finetuning sees. The tokens are those really trained on,
-    whole steps included. A phase without tokens is left out.
-    """
-    union: dict[str, float] = {}
-    expert_tokens = 0
-    for expert in recipe.experts.values():
-        tokens = trained_tokens(expert, recipe.model)
-        expert_tokens += tokens
-        for name, weight in mixture(expert.data).items() if tokens else ():
-            union[name] = union.get(name, 0.0) + tokens * weight
-    finetune_tokens = trained_tokens(recipe.finetune, recipe.model)
-    phases = []
-    if expert_tokens:
-        phases.append((expert_tokens, mixture(union)))
-    if finetune_tokens:
-        phases.append((finetune_tokens, mixture(recipe.finetune.data)))
-    return phases
-
-
-def dense_tokens(recipe: Recipe) -> int:
-    """All tokens of the dense baseline: experts plus finetune."""
-    return sum(tokens for tokens, _ in dense_phases(recipe))
 
 
 def dense_architecture(recipe: Recipe) -> Architecture:

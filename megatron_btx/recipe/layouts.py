@@ -52,14 +52,13 @@ def _divides(recipe: Recipe, key: str, layout: Layout, *, moe: bool) -> Iterator
         yield Problem(
             tp_key, f"{tp} does not divide the width of query, key and value ({qkv})", lower
         )
-    ffn_tp = layout.etp if moe else tp
-    ffn_key = f"{key}.expert_tensor_parallel_size" if moe else tp_key
-    if model.ffn_hidden_size % ffn_tp:
-        yield Problem(
-            ffn_key,
-            f"{ffn_tp} does not divide model.ffn_hidden_size ({model.ffn_hidden_size})",
-            lower,
-        )
+    ffn, ffn_tp, ffn_key = model.ffn_hidden_size, tp, tp_key
+    if moe:
+        ffn //= recipe.mix.chunks
+        ffn_tp, ffn_key = layout.etp, f"{key}.expert_tensor_parallel_size"
+    if ffn % ffn_tp:
+        what = "the width of an expert" if moe else "model.ffn_hidden_size"
+        yield Problem(ffn_key, f"{ffn_tp} does not divide {what} ({ffn})", lower)
     if padded % tp:
         yield Problem(
             tp_key,
@@ -113,7 +112,7 @@ def _experts(recipe: Recipe, key: str, layout: Layout, *, moe: bool) -> Iterator
         yield Problem(
             ep_key,
             f"{ep} does not divide the {recipe.num_moe_experts} experts "
-            f"({', '.join(recipe.model_names)})",
+            f"({', '.join(recipe.expert_names)})",
             "choose a divisor",
         )
     if world % (etp * ep * pp):

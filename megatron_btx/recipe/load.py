@@ -25,7 +25,7 @@ from typing import Any, Literal
 import yaml
 
 from megatron_btx.errors import UserError, UserErrors
-from megatron_btx.recipe import check, count
+from megatron_btx.recipe import check, stages
 from megatron_btx.recipe.schema import Domain, Recipe, Tokenizer, Training
 from megatron_btx.recipe.tree import Node, parse_tree, read_tree
 from megatron_btx.recipe.words import describe, guess, nearest, number, options, show, yaml_name
@@ -183,10 +183,10 @@ class _Builder:
 
     def match_dense(self, recipe: Recipe) -> Recipe:
         """Give the dense baseline the tokens of all it is compared with. Its mixtures are those of
-        ``count.dense_phases``; what ``training:`` says about either is not meant for it."""
+        ``stages.reads``; what ``training:`` says about either is not meant for it."""
         if recipe.dense is None:
             return recipe
-        tokens = count.dense_tokens(recipe)
+        tokens = stages.data_matched_tokens(recipe)
         for name, right in (
             ("tokens", recipe.dense.tokens == tokens),
             ("data", not recipe.dense.data),

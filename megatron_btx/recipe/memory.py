@@ -63,8 +63,12 @@ def rank_parameters(architecture: Architecture, layout: Layout, stage: int) -> t
     """Parameters on a rank of one pipeline stage: (all but the experts, the experts)."""
     model, experts = architecture.model, len(architecture.experts)
     tp, pp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
-    h, ffn = model.hidden_size, count.ffn_parameters(model)
+    h, width = model.hidden_size, count.expert_width(model) if experts else None
+    ffn = count.ffn_parameters(model, width)
+    shared, gate = count.shared_expert_parameters(architecture)
     layer = count.attention_parameters(model) // tp + 2 * h + experts * h
+    layer += count.head_norm_parameters(model) + shared // tp + gate
+    layer += count.qkv_width(model) // tp * model.add_qkv_bias
     expert_layer = experts // layout.expert_model_parallel_size * ffn // layout.etp
     if not experts:
         layer += ffn // tp
@@ -86,8 +90,10 @@ def layer_activations(architecture: Architecture, training: Training) -> tuple[i
     With T tokens, N heads of d channels, elements of e bytes: attention keeps its input, its
     normalised input, q, k, v and the output in two layouts, 2 T H + 5 T N d; a dense FFN its input
     and normalised input, [gate; up] and the input of the second matrix, 2 T H + 3 T F; an MoE
-    2 T H and, for k T tokens sent to experts, k T (H + 3 F). Tensor parallelism divides N d and F,
-    sequence parallelism T H as well. Balanced experts are assumed.
+    2 T H and, for k T tokens sent to experts, k T (H + 3 F); a shared expert is a dense FFN beside
+    them that keeps its output too where a gate scales it. Norms of heads keep queries and keys once
+    more, and rotate them apart. Tensor parallelism divides N d and F, sequence parallelism T H as
+    well. Balanced experts are assumed.
     """
     model, layout = architecture.model, training.layout
     tp, element = layout.tensor_model_parallel_size, _ELEMENT[training.precision]
@@ -99,7 +105,10 @@ def layer_activations(architecture: Architecture, training: Training) -> tuple[i
     attention = 2 * rows + 5 * heads
     if is_moe:
         runs = count.experts_run(architecture) / model.num_layers * tokens / split * layout.etp
-        ffn = 2 * rows + int(runs * (model.hidden_size + 3 * model.ffn_hidden_size / layout.etp))
+        inner = 3 * count.expert_width(model)
+        ffn = 2 * rows + int(runs * (model.hidden_size + inner / layout.etp))
+        if shared := model.moe_shared_expert_intermediate_size:
+            ffn += 3 * tokens * shared // tp + rows * model.moe_shared_expert_gate
     else:
         ffn = 2 * rows + 3 * tokens * model.ffn_hidden_size // tp
     return attention * element, ffn * element
@@ -196,10 +205,14 @@ def _shards(architecture: Architecture, layout: Layout) -> int:
         layout.expert_model_parallel_size,
         layout.etp,
     )
-    whole, split = 2, 2 * tp  # norms; qkv and projection
+    model = architecture.model
+    # norms, also of queries and keys; qkv (with its bias) and projection
+    whole, split = 2 + 2 * model.qk_layernorm, (2 + model.add_qkv_bias) * tp
     if architecture.routing is None:
         split += 3 * tp  # fc1 is stored as its two halves
     else:
         whole, split = whole + 1, split + 3 * ep * etp
-    matrices = 2 if architecture.model.untie_embeddings_and_output_weights else 1
-    return architecture.model.num_layers * (whole + split) + matrices * tp + 1
+        if model.moe_shared_expert_intermediate_size:
+            whole, split = whole + model.moe_shared_expert_gate, split + 3 * tp
+    matrices = 2 if model.untie_embeddings_and_output_weights else 1
+    return model.num_layers * (whole + split) + matrices * tp + 1

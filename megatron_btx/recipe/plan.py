@@ -9,9 +9,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_btx.recipe import check, count, memory
+from megatron_btx.recipe import check, count, memory, systems
 from megatron_btx.recipe.load import load_recipe
-from megatron_btx.recipe.schema import Recipe, Training
+from megatron_btx.recipe.schema import Recipe
+from megatron_btx.recipe.stages import training
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,43 +40,50 @@ class StagePlan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
-    """A recipe's stages, and the whole of Branch-Train-MiX without its baseline and its seed."""
+    """A recipe's stages, and what its system costs without its baseline and its seed."""
 
     recipe: str
+    system: str
     stages: tuple[StagePlan, ...]
-    btx_tokens: int
-    """What made the system after the seed: experts and finetuning."""
-    btx_flops: int
+    system_tokens: int
+    """What made the system after the seed, of BTX experts and finetuning; of the seed, itself."""
+    system_flops: int
     total_flops: int
     total_disk_bytes: int
 
 
 def plan(recipe: Recipe) -> Plan:
     """The numbers of a recipe; pure arithmetic."""
-    stages = tuple(_stage(recipe, key, stage) for key, stage in check.stages(recipe).items())
-    btx = [stage for stage in stages if stage.name == "finetune" or ":" in stage.name]
+    taking_part = systems.kinds(recipe)
+    names = [key.replace("experts.", "expert:", 1) for key in check.stages(recipe)]
+    names = [name for name in names if name.partition(":")[0] in taking_part]
+    stages = tuple(_stage(recipe, name) for name in names)
+    made_by = systems.rows(recipe)[-1].made_by
+    own = [stage for stage in stages if stage.name in made_by]
     return Plan(
         recipe=recipe.name,
+        system=recipe.system,
         stages=stages,
-        btx_tokens=sum(stage.tokens for stage in btx),
-        btx_flops=sum(stage.train_flops for stage in btx),
+        system_tokens=sum(stage.tokens for stage in own),
+        system_flops=sum(stage.train_flops for stage in own),
         total_flops=sum(stage.train_flops for stage in stages),
         total_disk_bytes=sum(stage.disk_bytes for stage in stages),
     )
 
 
-def _stage(recipe: Recipe, key: str, stage: Training) -> StagePlan:
+def _stage(recipe: Recipe, name: str) -> StagePlan:
+    stage = training(recipe, name)
     architecture = count.dense_architecture(recipe)
-    if key == "finetune":
+    if name == "finetune":
         architecture = architecture.mixed(recipe)
     parameters = count.parameters(architecture)
     steps = count.steps(stage, recipe.model) if stage.from_ is None else 0
     tokens = steps * stage.global_batch_size * recipe.model.seq_length
-    flops = count.training_flops_per_token(architecture)
+    flops = count.training_flops_per_token(architecture, stage.freeze_experts)
     checkpoint = memory.checkpoint_bytes(architecture, stage)
     saved = min(stage.keep_checkpoints, -(-steps // stage.save_interval))
     return StagePlan(
-        name=key.replace("experts.", "expert:", 1),
+        name=name,
         taken_from=stage.from_,
         params_total=parameters.total,
         params_active=parameters.active,
@@ -91,6 +99,15 @@ def _stage(recipe: Recipe, key: str, stage: Training) -> StagePlan:
         disk_bytes=checkpoint * saved,
     )
 
+
+_SYSTEM = {
+    "seed": "The seed",
+    "experts": "The last expert after the seed",
+    "dense": "The dense baseline after the seed",
+    "upcycling": "Sparse upcycling after the seed",
+    "btm": "Branch-Train-Merge after the seed (experts)",
+    "btx": "Branch-Train-MiX after the seed (experts and finetune)",
+}
 
 _COLUMNS = (
     *("stage", "params", "active", "tokens", "steps", "FLOPs", "ranks"),
@@ -139,8 +156,8 @@ def render(plan: Plan) -> str:
 def notes(plan: Plan) -> list[str]:
     """The lines under the table."""
     lines = [
-        f"Branch-Train-MiX after the seed (experts and finetune): {human(plan.btx_tokens)} tokens, "
-        f"{plan.btx_flops:.2e} FLOPs.",
+        f"{_SYSTEM[plan.system]}: {human(plan.system_tokens)} tokens, "
+        f"{plan.system_flops:.2e} FLOPs.",
         "Memory is a rank's peak: allocated on a GPU, or resident on a CPU. Disk: the checkpoints.",
     ]
     for stage in plan.stages:

@@ -8,6 +8,7 @@ This module imports no torch: a recipe is read, checked and planned on a login n
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -175,6 +176,9 @@ class Training:
     """Held-out tokens a domain for those, at most."""
     check_replicas_interval: int = 100
     """Steps between hashes of replicated parameters across ranks; 0: never."""
+    freeze_experts: bool = False
+    """The finetuning only: attention, routers and the rest learn, the experts stay as they are (an
+    ablation of section 4.3.2)."""
     megatron: MegatronOptions = MegatronOptions()
     from_: str | None = None
     """A Megatron ``torch_dist`` directory (with its manifest) to take instead of training.
@@ -210,16 +214,70 @@ class Routing:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Mix:
-    """How the dense models become one MoE (section 3.2)."""
+    """How dense models become one MoE (sections 3.2 and 3.3)."""
 
+    method: Literal["btx", "split", "blend", "upcycle"] = "btx"
+    """``btx``: each model's FFN is an expert. ``split``: each is cut into ``num_chunks`` experts.
+    ``blend``: as many experts as models, each holding a part of every model. ``upcycle``: copies of
+    the seed alone."""
     include_seed: bool = True
     """The untouched seed is one more expert, the generalist (section 4.1.1). It comes last."""
-    average: Literal["uniform"] | dict[str, float] = "uniform"
-    """Weights of the average of all that is not a feed-forward layer: uniform as in the paper, or
-    by model name (``seed`` and the domains), normalised."""
-    router_init: Literal["normal", "zeros", "uniform"] = "normal"
-    """The paper does not give one; normal with Megatron's ``init_method_std`` by default."""
+    copies: int = 8
+    """``upcycle``: experts, or virtual groups of them where ``num_chunks`` is more than 1."""
+    num_chunks: int = 1
+    """C, the experts that each FFN is cut into, ``ffn_hidden_size / C`` wide: of ``split``, and of
+    a granular ``upcycle``."""
+    scale: Literal["down", "cube_root", "none"] = "down"
+    """What makes up for the cutting: C on the down matrices; the rule of arXiv 2410.07524
+    (``upcycle`` only); nothing, the paper's silence."""
+    average: Literal["uniform", "tokens"] | dict[str, float] = "uniform"
+    """Weights of the average of all that is not a feed-forward layer: uniform as in the paper, by
+    the tokens that each model was trained on since the seed (the seed itself: none), or by model
+    name (``seed`` and the domains), normalised."""
+    average_groups: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Other weights for ``embeddings``, ``attention``, ``norms`` or ``head``."""
+    dare: float | None = None
+    """Share of the differences from the seed that DARE drops before averaging, rescaling the rest
+    (arXiv 2311.03099)."""
+    fold_norms: bool = False
+    """``btx``: fold the ratio of each expert's own pre-FFN norm gain to the averaged one into its
+    gate and up matrices."""
+    noise: float = 0.0
+    """``upcycle``: standard deviation of normal noise added to every expert."""
+    drop_ratio: float = 0.0
+    """``upcycle``: share of each expert's inner units that are drawn anew (Drop-Upcycling, arXiv
+    2502.19261)."""
+    router_init: Literal["normal", "zeros", "uniform", "centroids"] = "normal"
+    """The paper does not give one; normal with Megatron's ``init_method_std`` by default.
+    ``centroids``: each expert's row points to where its domain's hidden states are."""
     router_init_std: float = 0.02
+    """Standard deviation, or half the width of the interval."""
+    centroids: str | None = None
+    """The file of `btx centroids`, for ``router_init: centroids``."""
+
+    def expert_names(self, models: Sequence[str]) -> tuple[str, ...]:
+        """The experts that become of dense models, in the MoE's order."""
+        if self.method == "blend":
+            return tuple(f"blend.{part}" for part in range(len(models)))
+        if self.method == "upcycle":
+            models = [f"{model}.{copy}" for model in models for copy in range(self.copies)]
+        if self.chunks == 1:
+            return tuple(models)
+        return tuple(f"{model}.{part}" for model in models for part in range(self.chunks))
+
+    @property
+    def chunks(self) -> int:
+        """How many experts become of one feed-forward layer: how much narrower they are."""
+        return self.num_chunks if self.method in ("split", "upcycle") else 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BTM:
+    """Branch-Train-Merge (arXiv 2208.03306): the experts and the seed as an ensemble."""
+
+    select: Literal["top1", "top2", "posterior", "average"] = "top2"
+    """The experts nearest to a text by tf-idf, as in the BTX paper (section 4.1.2); all of them by
+    the posterior of their domains, as in BTM's own; or one model, the average of their weights."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -307,7 +365,11 @@ class Recipe:
     run_dir: str = "runs/{name}"
     """Everything the run writes; ``{name}`` is the recipe's."""
     random_seed: int = 1234
-    system: Literal["btx"] = "btx"
+    system: Literal["seed", "experts", "dense", "upcycling", "btm", "btx"] = "btx"
+    """Which of the paper's systems it is (systems.py); what they share is made once."""
+    match: Literal["data", "compute"] = "data"
+    """``upcycling`` (section 4.1.2): trained on what experts and finetuning together read, in the
+    dense baseline's order; or on the finetuning's mixture for the training FLOPs of BTX."""
     model: Model
     tokenizer: Tokenizer = Tokenizer()
     domains: dict[str, Domain]
@@ -321,19 +383,30 @@ class Recipe:
     dense: Training | None = None
     """The data-matched dense baseline (section 4.1.2); ``None`` leaves it out. Its ``tokens`` and
     ``data`` are derived: the experts' data first, then the finetune mixture."""
+    btm: BTM = BTM()
     evaluate: Evaluate = Evaluate()
     export: Export = Export()
     wandb: WandB = WandB()
     slurm: Slurm = Slurm()
+    share: tuple[str, ...] = ()
+    """Run directories, ``*`` allowed: what is finished there under the same key is linked here
+    instead of made again."""
     max_parallel_jobs: int | None = None
     """Independent stages run side by side on this machine; ``None``: as many as its cores hold."""
 
     @property
     def model_names(self) -> tuple[str, ...]:
-        """The models that are mixed, in the order of the MoE's experts."""
+        """The models that are mixed, in their order."""
+        if self.mix.method == "upcycle":
+            return ("seed",)
         return (*self.experts, "seed") if self.mix.include_seed else tuple(self.experts)
 
     @property
+    def expert_names(self) -> tuple[str, ...]:
+        """The experts of the MoE, in their order."""
+        return self.mix.expert_names(self.model_names)
+
+    @property
     def num_moe_experts(self) -> int:
-        """N of the paper."""
-        return len(self.model_names)
+        """Experts of the MoE: N of the paper where ``mix.method`` is ``btx``."""
+        return len(self.expert_names)

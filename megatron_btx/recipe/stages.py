@@ -1,33 +1,119 @@
-"""Training stages of a recipe by name: ``seed``, ``expert:<domain>``, ``finetune``, ``dense``."""
+"""Training stages of a recipe by name (``seed``, ``expert:<domain>``, ``finetune``, ``dense``) and
+what each of them reads, so that what is compared is matched (section 4.1.2 of the paper)."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_btx.errors import UserError
 from megatron_btx.recipe import count
-from megatron_btx.recipe.schema import Recipe, Training
+from megatron_btx.recipe.schema import Mix, Recipe, Training
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Part:
+    """One mixture from its first sample to its last."""
+
+    stage: str
+    """The stage that it was made for: its shuffles are seeded by this name, so that another stage
+    that reads it reads the very same samples."""
+    block: Training
+    """Its tokens, batch and mixture."""
 
 
 def training(recipe: Recipe, name: str) -> Training:
-    """The settings of a training stage; the dense baseline's tokens are the other stages'.
+    """The settings of a training stage; what is matched to other stages has its tokens from them.
 
     Raises:
         UserError: the recipe has no such stage.
     """
-    if name == "dense" and recipe.dense is not None:
-        return replace(recipe.dense, tokens=count.dense_tokens(recipe))
-    blocks = {
-        "seed": recipe.seed,
-        "finetune": recipe.finetune,
-        **{f"expert:{domain}": block for domain, block in recipe.experts.items()},
-    }
-    if name not in blocks:
-        raise UserError(name, "is no training stage of this recipe", f"choose {', '.join(blocks)}")
-    return blocks[name]
+    block = _block(recipe, name)
+    if is_data_matched(recipe, name):
+        return replace(block, tokens=data_matched_tokens(recipe))
+    if name == "finetune" and recipe.system == "upcycling":
+        return replace(block, tokens=compute_matched_tokens(recipe))
+    return block
+
+
+def is_data_matched(recipe: Recipe, name: str) -> bool:
+    """Whether a stage reads what all others are trained on after the seed, in the same order: the
+    dense baseline, and sparse upcycling where it is matched in data."""
+    upcycled = name == "finetune" and recipe.system == "upcycling" and recipe.match == "data"
+    return name == "dense" or upcycled
+
+
+def reads(recipe: Recipe, name: str) -> tuple[tuple[Part, ...], ...]:
+    """What a stage reads: groups one after the other, the parts of a group interleaved in
+    proportion to their samples. Parts without tokens are left out.
+
+    Data-matched (section 4.1.2): first the very samples of all the experts, then the finetuning's
+    in its order. Compute-matched: the finetuning's mixture throughout.
+    """
+    if not is_data_matched(recipe, name):
+        return ((Part(stage=name, block=training(recipe, name)),),)
+    experts = tuple(
+        Part(stage=f"expert:{domain}", block=block)
+        for domain, block in recipe.experts.items()
+        if block.tokens
+    )
+    finetune = (Part(stage="finetune", block=recipe.finetune),) if recipe.finetune.tokens else ()
+    return tuple(group for group in (experts, finetune) if group)
+
+
+def data_matched_tokens(recipe: Recipe) -> int:
+    """All tokens of experts and finetuning, those really trained on: whole steps of each."""
+    blocks = [*recipe.experts.values(), recipe.finetune]
+    return sum(count.trained_tokens(block, recipe.model) for block in blocks)
+
+
+def compute_matched_tokens(recipe: Recipe) -> int:
+    """Tokens for which sparse upcycling costs what Branch-Train-MiX does, experts and finetuning,
+    in training FLOPs (count.py), to the nearest step; the paper matches GPU-days (table 3)."""
+    per_step = _upcycling_flops_per_step(recipe)
+    step = recipe.finetune.global_batch_size * recipe.model.seq_length
+    return max(1, round(btx_flops(recipe) / per_step)) * step
+
+
+def mismatch(recipe: Recipe) -> float:
+    """By what share whole steps of sparse upcycling miss the FLOPs that they are matched to."""
+    step = recipe.finetune.global_batch_size * recipe.model.seq_length
+    steps = compute_matched_tokens(recipe) / step
+    return abs(steps * _upcycling_flops_per_step(recipe) / btx_flops(recipe) - 1)
+
+
+def btx_flops(recipe: Recipe) -> int:
+    """Training FLOPs of Branch-Train-MiX as in the paper, whatever system the recipe is: all its
+    experts, and the finetuning of them and the seed."""
+    dense = count.dense_architecture(recipe)
+    mixed = dense.mixture((*recipe.experts, "seed"), Mix(), recipe.routing)
+    experts = sum(count.trained_tokens(e, recipe.model) for e in recipe.experts.values())
+    finetune = count.trained_tokens(recipe.finetune, recipe.model)
+    return experts * count.training_flops_per_token(
+        dense
+    ) + finetune * count.training_flops_per_token(mixed)
+
+
+def _upcycling_flops_per_step(recipe: Recipe) -> int:
+    upcycled = count.dense_architecture(recipe).mixed(recipe)
+    tokens = recipe.finetune.global_batch_size * recipe.model.seq_length
+    return tokens * count.training_flops_per_token(upcycled)
 
 
 def directory(run_dir: Path, name: str) -> Path:
     """Where a stage writes."""
     return run_dir / name.replace(":", "-")
+
+
+def _block(recipe: Recipe, name: str) -> Training:
+    """As the recipe states it."""
+    blocks = {
+        "seed": recipe.seed,
+        "finetune": recipe.finetune,
+        **{f"expert:{domain}": block for domain, block in recipe.experts.items()},
+    }
+    if recipe.dense is not None:
+        blocks["dense"] = recipe.dense
+    if name not in blocks:
+        raise UserError(name, "is no training stage of this recipe", f"choose {', '.join(blocks)}")
+    return blocks[name]

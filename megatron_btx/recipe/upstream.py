@@ -36,6 +36,10 @@ OWNED = {
                 "kv_channels",
                 "layernorm_epsilon",
                 "init_method_std",
+                "add_qkv_bias",
+                "qk_layernorm",
+                "window_size",
+                "window_attn_skip_freq",
             )
         },
         "moe_ffn_hidden_size": "model.ffn_hidden_size",
@@ -54,6 +58,7 @@ OWNED = {
             name: f"routing.{name}"
             for name in (
                 "moe_router_topk",
+                "moe_router_pre_softmax",
                 "moe_router_load_balancing_type",
                 "moe_aux_loss_coeff",
                 "moe_z_loss_coeff",
@@ -61,7 +66,6 @@ OWNED = {
             )
         },
         "num_moe_experts": "experts (one for each, and mix.include_seed)",
-        "moe_router_pre_softmax": "routing.type",
         "moe_router_score_function": "routing.type",
         "moe_token_drop_policy": "routing.type",
         "bf16": "precision",
@@ -99,16 +103,13 @@ _FIXED = {
             "normalization",
             "layernorm_zero_centered_gamma",
             "add_bias_linear",
-            "add_qkv_bias",
             "gated_linear_unit",
             "glu_linear_offset",
-            "qk_layernorm",
             "attention_output_gate",
             "multi_latent_attention",
             "experimental_attention_variant",
             "rotary_interleaved",
             "no_rope_freq",
-            "window_size",
             "softmax_type",
             "apply_residual_connection_post_layernorm",
             "mtp_num_layers",
@@ -121,6 +122,7 @@ _FIXED = {
         (
             "moe_layer_freq",
             "moe_shared_expert_intermediate_size",
+            "moe_shared_expert_gate",
             "moe_latent_size",
             "moe_router_enable_expert_bias",
             "moe_router_topk_scaling_factor",

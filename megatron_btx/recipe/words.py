@@ -79,6 +79,12 @@ def guess(value: Any, choices: typing.Iterable[Any]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
+def near_key(name: str, keys: typing.Iterable[str]) -> str:
+    """:func:`guess` for keys, which errors write in backticks."""
+    near = get_close_matches(name, list(keys), n=1)
+    return f"; did you mean `{near[0]}`?" if near else ""
+
+
 def nearest(name: str, fields: typing.Iterable[str], key: str) -> str:
     """What an unknown key may have meant: a key of another block, else the nearest name."""
     here = list(fields)

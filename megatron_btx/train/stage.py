@@ -89,6 +89,7 @@ def _begin(
     ddp = wrap_ddp(
         model,
         use_distributed_optimizer=training.use_distributed_optimizer,
+        freeze_experts=training.freeze_experts,
         options=training.megatron,
     )
     optimizer = build_optimizer(ddp, training)

@@ -68,15 +68,30 @@ def test_the_graph_of_branch_train_mix(recipe: Recipe) -> None:
     assert all(names.index(n) < names.index(s.name) for s in stages.values() for n in s.needs)
 
 
-def test_its_special_cases(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leaving out mix and finetune is Branch-Train-Merge; with no experts, the dense baseline."""
-    kinds = graph.SYSTEMS["btx"]
-    merge = tuple(kind for kind in kinds if kind not in ("finetune", "export"))
-    monkeypatch.setitem(graph.SYSTEMS, "btx", merge)
-    evaluate = graph.find(graph.build(recipe), "evaluate")
-    assert set(evaluate.needs) == {"prepare", "seed", *PAST_SEED - {"finetune"}}
-    monkeypatch.setitem(graph.SYSTEMS, "btx", ("prepare", "seed", "dense", "evaluate"))
-    assert graph.build(recipe)[-1].needs == ("prepare", "seed", "dense")
+def test_the_other_systems_leave_stages_out(recipe: Recipe) -> None:
+    """Without mix and finetuning Branch-Train-Merge, with neither experts the dense baseline, with
+    copies of the seed for the experts sparse upcycling."""
+
+    def stages(system: str, **fields: object) -> dict[str, graph.Stage]:
+        made = dataclasses.replace(recipe, system=system, **fields)  # type: ignore[arg-type]
+        return {stage.name: stage for stage in graph.build(made)}
+
+    experts = {"expert:code", "expert:math", "expert:prose"}
+    assert set(stages("btm")) == {"prepare", "seed", *experts, "evaluate", "report"}
+    dense = stages("dense")
+    assert set(dense) == {"prepare", "seed", "dense", "evaluate", "report"}
+    assert dense["evaluate"].needs == ("prepare", "seed", "dense")
+    assert set(stages("seed")) == {"prepare", "seed", "evaluate", "report"}
+    upcycle = dataclasses.replace(recipe.mix, method="upcycle", copies=4)
+    upcycled = stages("upcycling", mix=upcycle)
+    assert upcycled["finetune"].needs == ("prepare", "seed")
+
+    btx = {stage.name: stage for stage in graph.build(recipe)}
+    assert all(stages(system)["seed"].key == btx["seed"].key for system in ("btm", "dense"))
+    assert dense["dense"].key == btx["dense"].key
+    assert upcycled["finetune"].key != btx["finetune"].key
+    compute = stages("upcycling", mix=upcycle, match="compute")
+    assert compute["finetune"].key != upcycled["finetune"].key
 
 
 def test_experts_without_tokens_are_the_seed(recipe: Recipe) -> None:

@@ -43,7 +43,7 @@ def test_the_papers_run() -> None:
     assert lines["expert:wikipedia"][3] == "42.0B"
     assert lines["dense"][3] == "533.0B"
     assert "533.0B tokens" in plan.render(made)
-    assert stages["dense"].tokens == made.btx_tokens
+    assert stages["dense"].tokens == made.system_tokens
     assert stages["seed"].train_flops == 0
     assert {stage.ranks for stage in made.stages if stage.steps} == {128}
     text = path.read_text()

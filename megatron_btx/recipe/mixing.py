@@ -1,0 +1,91 @@
+"""What a recipe's ``mix:`` must fulfil: which options go with which method, and which weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+
+from megatron_btx.recipe.layouts import Problem
+from megatron_btx.recipe.schema import Mix, Recipe
+from megatron_btx.recipe.words import near_key
+
+GROUPS = ("embeddings", "attention", "norms", "ffn", "head")
+"""Kinds of tensors, by which drift is told."""
+AVERAGED = tuple(group for group in GROUPS if group != "ffn")
+"""Those that may be averaged differently."""
+
+_NEEDS: dict[str, tuple[str, ...]] = {
+    "copies": ("upcycle",),
+    "num_chunks": ("split", "upcycle"),
+    "scale": ("split", "upcycle"),
+    "average": ("btx", "split", "blend"),
+    "average_groups": ("btx", "split", "blend"),
+    "dare": ("btx", "split", "blend"),
+    "fold_norms": ("btx",),
+    "noise": ("upcycle",),
+    "drop_ratio": ("upcycle",),
+}
+"""The methods that look at an option; with any other it must be left at its default."""
+
+
+def problems(recipe: Recipe) -> Iterator[Problem]:
+    """Everything wrong with ``mix:``."""
+    mix, models = recipe.mix, recipe.model_names
+    default = Mix()
+    for name, methods in _NEEDS.items():
+        if mix.method not in methods and getattr(mix, name) != getattr(default, name):
+            what = f"has no meaning for method {mix.method}"
+            yield Problem(f"mix.{name}", what, f"remove it, or use {' or '.join(methods)}")
+    yield from _averages(mix, models)
+    yield from _chunks(recipe)
+    if (mix.router_init == "centroids") != (mix.centroids is not None):
+        fix = "give the file of `btx centroids`, and `router_init: centroids`"
+        yield Problem("mix.centroids", "goes with router_init: centroids, and that with it", fix)
+
+
+def _averages(mix: Mix, models: tuple[str, ...]) -> Iterator[Problem]:
+    given = mix.average_groups
+    for name in given.keys() - {*AVERAGED}:
+        fix = f"known: {', '.join(AVERAGED)}{near_key(name, AVERAGED)}"
+        yield Problem(f"mix.average_groups.{name}", "is nothing that is averaged", fix)
+    keys = {f"mix.average_groups.{name}": each for name, each in given.items()}
+    if isinstance(mix.average, dict):
+        keys["mix.average"] = mix.average
+    for key, each in keys.items():
+        yield from weights(key, each, models, "model")
+        for name in set(models) - set(each):
+            yield Problem(key, f"gives {name} no weight", f"add `{name}:` (0 is a weight)")
+    if mix.average == "tokens" and set(models) == {"seed"}:
+        what = "the seed has been trained on nothing since itself"
+        yield Problem("mix.average", what, "use uniform")
+    if mix.dare is not None and "seed" not in models:
+        what = "is about differences from the seed, which is not mixed"
+        yield Problem("mix.dare", what, "set include_seed, or remove it")
+
+
+def _chunks(recipe: Recipe) -> Iterator[Problem]:
+    mix, ffn = recipe.mix, recipe.model.ffn_hidden_size
+    if mix.scale == "cube_root" and mix.method == "split":
+        yield Problem("mix.scale", "cube_root is a rule for upcycling", "choose down or none")
+    count = len(recipe.model_names) if mix.method == "blend" else mix.chunks
+    if ffn % count:
+        what = f"an FFN of {ffn} does not divide into {count} parts"
+        yield Problem("mix.num_chunks", what, "choose a divisor of model.ffn_hidden_size")
+    k = recipe.routing.moe_router_topk
+    if mix.method == "upcycle" and recipe.routing.type == "topk" and k % mix.chunks:
+        what = f"top-{k} of virtual groups of {mix.chunks} chunks takes part of a group"
+        yield Problem("routing.moe_router_topk", what, f"use a multiple of {mix.chunks}")
+
+
+def weights(
+    key: str, given: Mapping[str, float], names: Iterable[str], kind: str
+) -> Iterator[Problem]:
+    """Weights by name: each of a known ``kind``, none negative, not all zero."""
+    names = list(names)
+    for name, weight in given.items():
+        if name not in names:
+            known = f"known: {', '.join(names)}{near_key(name, names)}"
+            yield Problem(f"{key}.{name}", f"there is no {kind} {name}", known)
+        elif weight < 0:
+            yield Problem(f"{key}.{name}", f"the weight {weight} is negative", "give 0 or more")
+    if given and not any(weight > 0 for weight in given.values()):
+        yield Problem(key, "every weight is zero", "give at least one a positive weight")
