@@ -31,7 +31,7 @@ MIXES: dict[str, dict[str, object]] = {
     "btx, router zeros": {"router_init": "zeros"},
     "btx, router normal(0.2)": {"router_init_std": 0.2},
     "blend": {"method": "blend", "moe_router_topk": 4, "router_init": "zeros"},
-    "split in 2, top-4": {"method": "split", "chunks": 2, "moe_router_topk": 4},
+    "split in 2, top-4": {"method": "split", "num_chunks": 2, "moe_router_topk": 4},
 }
 
 

@@ -15,8 +15,7 @@ import torch
 
 from megatron_btx.engine.checkpoint import model_sharded_state_dict
 from megatron_btx.engine.model import DTYPES
-from megatron_btx.mix.btx import btx
-from megatron_btx.mix.router import RouterInit
+from megatron_btx.mix.method import mix_plan
 from megatron_btx.recipe.schema import Mix, Precision, Routing
 from megatron_btx.weights.megatron import open_megatron
 from megatron_btx.weights.plan import Plan
@@ -50,7 +49,7 @@ def btx_plan(
 
     Args:
         checkpoints: (name, directory) of every model, in the order of the experts.
-        mix: weights of the average, and how the routers are born.
+        mix: by what method and with which options.
         routing: of the MoE.
         precision: of its weights.
         random_seed: the recipe's; seeds the routers.
@@ -58,10 +57,10 @@ def btx_plan(
     Raises:
         UserErrors: the checkpoints cannot be read or do not go together.
     """
-    return btx(
+    return mix_plan(
         [open_megatron(directory, name) for name, directory in checkpoints],
+        mix=mix,
         routing=routing,
         dtype=DTYPES[precision],
-        router=RouterInit(mix.router_init, mix.router_init_std, random_seed),
-        average=None if isinstance(mix.average, str) else mix.average,
+        random_seed=random_seed,
     )

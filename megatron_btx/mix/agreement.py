@@ -12,14 +12,24 @@ from megatron_btx.weights.plan import Checkpoint
 
 # Averaging weights is meaningless across these, and a RoPE base that differs goes unnoticed: the
 # mix still trains, only worse. The rest of Model says how a model was trained or stored.
-_FREE = {"seq_length", "init_method_std", "make_vocab_size_divisible_by"}
+_FREE = {
+    "seq_length",
+    "max_position_embeddings",
+    "init_method_std",
+    "make_vocab_size_divisible_by",
+}
+
+
+def labels_of(models: Sequence[Checkpoint]) -> list[str]:
+    """What the models are called, in their order."""
+    return [model.label for model in models]
 
 
 def disagreements(models: Sequence[Checkpoint]) -> list[UserError]:
     """Everything in which the models differ and must not: shape, positions, norms, tokenizer."""
     first, *others = models
     errors = []
-    labels = [model.label for model in models]
+    labels = labels_of(models)
     for label in sorted({label for label in labels if labels.count(label) > 1}):
         errors.append(UserError(label, "given twice", "give each model a name of its own"))
     for model in models:
@@ -49,14 +59,16 @@ def _differing(one: Checkpoint, other: Checkpoint) -> list[tuple[str, object, ob
         ("vocab_size", one.architecture.vocab_size, other.architecture.vocab_size),
     ]
     mine, theirs = (model.manifest.get("tokenizer") or {} for model in (one, other))
-    if mine.get("type") == theirs.get("type"):  # of different types they cannot be compared
-        pairs.append(("tokenizer sha256", mine.get("sha256"), theirs.get("sha256")))
+    hashes = mine.get("sha256"), theirs.get("sha256")
+    # Of different types they cannot be compared.
+    if mine.get("type") == theirs.get("type") and None not in hashes:
+        pairs.append(("tokenizer sha256", *hashes))
     same = _FREE | {"num_query_groups", "kv_channels"}
     for field in fields(Model):
         if field.name not in same:
             mine = getattr(one.architecture.model, field.name)
             pairs.append((field.name, mine, getattr(other.architecture.model, field.name)))
-    return [pair for pair in pairs if pair[1] != pair[2] and None not in pair]
+    return [pair for pair in pairs if pair[1] != pair[2]]
 
 
 def _where(model: Checkpoint) -> str:

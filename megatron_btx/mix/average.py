@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 
 from megatron_btx.errors import UserError, UserErrors
-from megatron_btx.mix.agreement import disagreements
+from megatron_btx.mix.agreement import disagreements, labels_of
+from megatron_btx.recipe.mixing import AVERAGED
 from megatron_btx.weights.build import mean
 from megatron_btx.weights.expression import Draw, Expression, Product, WeightedSum
-from megatron_btx.weights.names import canonical_tensors
+from megatron_btx.weights.names import canonical_tensors, group_of
 from megatron_btx.weights.plan import Checkpoint, Plan
+
+_GIVE = "give weights instead: its manifest counts no tokens"
 
 
 @dataclass(frozen=True)
@@ -33,18 +37,37 @@ class Dare:
 class Averaging:
     """How tensors are averaged: uniformly (the paper, section 3.2), by weights, with DARE."""
 
-    weights: Mapping[str, float] | None = None
-    """By model label, normalised; ``None``: uniform."""
+    weights: Mapping[str, float] | Literal["tokens"] | None = None
+    """By model label, normalised; ``None``: uniform. ``tokens``: as many as each model was trained
+    on since the seed, by its own manifest; the seed itself has weight zero, so the average is the
+    seed plus the weighted mean of what the others learned."""
+    groups: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Other weights for a kind of tensor (:func:`megatron_btx.weights.names.group_of`)."""
     dare: Dare | None = None
+    seed_model: str = "seed"
+    """Label of the seed among the models, for ``tokens``."""
 
     def of(self, name: str, models: Sequence[Checkpoint], dtype: torch.dtype) -> Expression:
         """The average of the tensor ``name``, accumulated in fp64, rounded once."""
-        labels = [model.label for model in models]
-        weights = [1.0 if self.weights is None else self.weights[label] for label in labels]
+        labels = labels_of(models)
+        by_label = self._weights_of(group_of(name), models)
+        weights = [by_label[label] for label in labels]
         parts = [model.tensors[name] for model in models]
         if self.dare is None:
             return mean(parts, dtype, weights)
         return self._dare(name, labels, parts, weights, dtype)
+
+    def _weights_of(self, group: str, models: Sequence[Checkpoint]) -> Mapping[str, float]:
+        if group in self.groups:
+            return self.groups[group]
+        if self.weights is None:
+            return {model.label: 1.0 for model in models}
+        if self.weights == "tokens":
+            return {model.label: self._tokens(model) for model in models}
+        return self.weights
+
+    def _tokens(self, model: Checkpoint) -> float:
+        return 0.0 if model.label == self.seed_model else float(model.manifest.get("tokens") or 0)
 
     def _dare(
         self,
@@ -69,13 +92,27 @@ class Averaging:
 
     def errors(self, models: Sequence[Checkpoint]) -> list[UserError]:
         """What does not fit the models."""
-        labels = [model.label for model in models]
+        labels = labels_of(models)
         found = []
-        if self.weights is not None and set(self.weights) != set(labels):
-            what = f"weights for {', '.join(self.weights)}; the mix is of {', '.join(labels)}"
-            found.append(UserError("mix.average", what, "give each model of the mix one weight"))
-        if self.weights is not None and not sum(self.weights.values()) > 0:
-            found.append(UserError("mix.average", "the weights do not sum to a positive number"))
+        given = dict(self.groups)
+        if self.weights == "tokens":
+            found += [
+                UserError(model.label, "does not say how many tokens it was trained on", _GIVE)
+                for model in models
+                if model.label != self.seed_model and not self._tokens(model)
+            ]
+        elif self.weights is not None:
+            given[""] = self.weights
+        for group, weights in given.items():
+            where = f"mix.average_groups.{group}" if group else "mix.average"
+            if set(weights) != set(labels):
+                what = f"weights for {', '.join(weights)}; the mix is of {', '.join(labels)}"
+                found.append(UserError(where, what, "give each model of the mix one weight"))
+            elif not sum(weights.values()) > 0:
+                found.append(UserError(where, "the weights do not sum to a positive number"))
+            if group and group not in AVERAGED:
+                what = f"there is no group {group}"
+                found.append(UserError(where, what, f"the groups are {', '.join(AVERAGED)}"))
         if self.dare is not None and self.dare.seed_model not in labels:
             what = f"there is no model {self.dare.seed_model} to compare with"
             found.append(UserError("mix.dare", what, "name the seed, and mix it too"))

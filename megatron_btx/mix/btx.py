@@ -6,17 +6,16 @@ parameters are averaged, and one linear router per layer is born.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 
 import torch
 
 from megatron_btx.errors import UserError, UserErrors
-from megatron_btx.mix.agreement import disagreements
-from megatron_btx.mix.average import Averaging
+from megatron_btx.mix.agreement import disagreements, labels_of
+from megatron_btx.mix.average import UNIFORM, Averaging
 from megatron_btx.mix.parts import moe_targets
 from megatron_btx.mix.router import NORMAL, RouterInit
-from megatron_btx.recipe.schema import Routing
+from megatron_btx.recipe.schema import Mix, Routing
 from megatron_btx.weights.expression import Expression, Product
 from megatron_btx.weights.names import DENSE_NORM, MOE_NORM, canonical_tensors
 from megatron_btx.weights.plan import Checkpoint, Plan
@@ -28,7 +27,7 @@ def btx(
     routing: Routing,
     dtype: torch.dtype,
     router: RouterInit = NORMAL,
-    average: Mapping[str, float] | Averaging | None = None,
+    averaging: Averaging = UNIFORM,
     fold_norms: bool = False,
 ) -> Plan:
     """The plan of the MoE whose expert i is the FFN of model i.
@@ -38,8 +37,7 @@ def btx(
         routing: how the MoE will route; kept with its architecture.
         dtype: of the result; averages are rounded to it once, from fp64.
         router: how the router of each layer is drawn.
-        average: how all else is averaged, or weights by model label; ``None``: uniformly, as in
-            the paper.
+        averaging: how all else is averaged.
         fold_norms: scale each expert's gate and up matrices by its own pre-FFN norm gain over the
             averaged one. RMSNorm's gain multiplies just before them, so each expert then sees the
             input it was trained on, to rounding.
@@ -47,12 +45,10 @@ def btx(
     Raises:
         UserErrors: everything in which the models differ but must not; a gain of zero to fold by.
     """
-    averaging = average if isinstance(average, Averaging) else Averaging(average)
     errors = disagreements(models) + averaging.errors(models)
     if errors:
         raise UserErrors(errors)
-    labels = tuple(model.label for model in models)
-    architecture = replace(models[0].architecture, experts=labels, routing=routing)
+    architecture = models[0].architecture.mixture(labels_of(models), Mix(), routing)
     tensors = [model.tensors for model in models]
 
     def rest(name: str) -> Expression:

@@ -40,11 +40,14 @@ class Request:
     dtype: Literal["bf16", "fp32", "fp16"] | None = None
     """of the result; without it, that of the sources"""
     average: tuple[str, ...] = ()
-    """NAME=WEIGHT of every source in the average of what is no expert (default: uniform)"""
+    """NAME=WEIGHT of every source in the average of what is no expert, or `tokens`: as many as each
+    was trained on since --seed-model (default: uniform)"""
+    average_groups: tuple[str, ...] = ()
+    """GROUP:NAME=WEIGHT, other weights for embeddings, attention, norms or head"""
     dare: float | None = None
     """share of the differences from the seed that DARE drops from what is averaged"""
     seed_model: str = "seed"
-    """the source from which the others were branched, for --dare"""
+    """the source from which the others were branched"""
     fold_norms: bool = False
     """fold each expert's own pre-FFN norm gain into it (btx)"""
     moe_router_topk: int = 2
@@ -54,10 +57,10 @@ class Request:
     router_init_std: float = 0.02
     """their standard deviation, or half their interval"""
     random_seed: int = 1234
-    """of routers, noise and DARE"""
+    """of routers, noise, re-initialisation and DARE"""
     copies: int = 8
     """experts of an upcycled model"""
-    chunks: int = 1
+    num_chunks: int = 1
     """pieces that each FFN is cut into (upcycle, split)"""
     scale: Literal["down", "cube_root", "none"] = "down"
     """what makes up for the cutting"""

@@ -21,16 +21,11 @@ from megatron_btx.errors import UserErrors
 from megatron_btx.mix.agreement import disagreements
 from megatron_btx.mix.command import Request
 from megatron_btx.mix.offline import open_sources
+from megatron_btx.recipe.mixing import GROUPS
 from megatron_btx.weights.box import slabs, whole
+from megatron_btx.weights.names import group_of
 from megatron_btx.weights.plan import Checkpoint
 
-_GROUPS = (
-    ("embeddings", r"embedding\..*"),
-    ("attention", r".*\.self_attention\.linear_(qkv|proj)\.weight"),
-    ("ffn", r".*\.mlp\.linear_fc[12]\.weight"),
-    ("norms", r".*norm.*"),
-    ("head", r"output_layer\..*"),
-)
 _SLAB = 1 << 20
 
 Grams = dict[tuple[str, int], Tensor]
@@ -64,7 +59,7 @@ def drift(models: Sequence[Checkpoint]) -> Grams:
     count = len(models)
     grams: Grams = defaultdict(lambda: torch.zeros(count, count, dtype=torch.float64))
     for name, first in models[0].tensors.items():
-        gram = grams[_group(name), _layer(name)]
+        gram = grams[group_of(name), _layer(name)]
         for box in slabs(whole(first.shape), _SLAB):
             values = [model.source.read(name, box).double().flatten() for model in models]
             stacked = torch.stack(values)
@@ -101,7 +96,7 @@ def _table(rows: Sequence[dict[str, Any]], labels: Sequence[str], out: TextIO) -
     """Groups against pairs, layers taken together by their mean."""
     table = Table(title="relative L2 distance (cosine; cosine of what was learned)")
     table.add_column("pair")
-    groups = [group for group, _ in _GROUPS if any(row["group"] == group for row in rows)]
+    groups = [group for group in GROUPS if any(row["group"] == group for row in rows)]
     for group in groups:
         table.add_column(group, justify="right")
     for pair in dict.fromkeys(tuple(row["models"]) for row in rows):
@@ -141,10 +136,6 @@ def _heatmap(rows: Sequence[dict[str, Any]]) -> str:
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
         f'font-family="sans-serif" font-size="11">{"".join(parts)}</svg>\n'
     )
-
-
-def _group(name: str) -> str:
-    return next(group for group, pattern in _GROUPS if re.fullmatch(pattern, name))
 
 
 def _layer(name: str) -> int:

@@ -22,7 +22,7 @@ def fresh(architecture: Architecture, *, seed: int, dtype: torch.dtype) -> Plan:
     """The plan of a newly initialised dense model.
 
     Megatron's own rule: normal with ``init_method_std``; matrices that write into the residual
-    stream divided by ``sqrt(2 L)`` (its ``scaled_init_method_normal``); norms one.
+    stream divided by ``sqrt(2 L)`` (its ``scaled_init_method_normal``); norms one, biases zero.
     """
     model = architecture.model
     expected = canonical_tensors(architecture)
@@ -33,6 +33,8 @@ def fresh(architecture: Architecture, *, seed: int, dtype: torch.dtype) -> Plan:
             std /= math.sqrt(2 * model.num_layers)
         if "norm" in name:
             targets[name] = Fill(1.0, shape, dtype)
+        elif name.endswith("bias"):
+            targets[name] = Fill(0.0, shape, dtype)
         else:
             targets[name] = Draw("normal", std, seed, name, shape, dtype)
     return Plan(architecture=architecture, targets=targets, sources={}, expected=expected)

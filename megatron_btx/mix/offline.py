@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 import torch
 
@@ -17,17 +17,15 @@ from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.families.export import write_hf
 from megatron_btx.families.hf import open_hf, to_hf
 from megatron_btx.families.tokenizer_files import tokenizer_files
-from megatron_btx.mix.average import Averaging, Dare, average
-from megatron_btx.mix.btx import btx
+from megatron_btx.mix.average import average
 from megatron_btx.mix.command import Request
 from megatron_btx.mix.copy import copy
 from megatron_btx.mix.extend import append, drop
+from megatron_btx.mix.method import averaging_of, mix_plan
 from megatron_btx.mix.progress import Watch
 from megatron_btx.mix.router import RouterInit
-from megatron_btx.mix.split import blend, split
-from megatron_btx.mix.upcycle import upcycle
 from megatron_btx.recipe.count import parameters
-from megatron_btx.recipe.schema import Routing
+from megatron_btx.recipe.schema import Mix, Routing
 from megatron_btx.versions import versions
 from megatron_btx.weights.directory import as_json
 from megatron_btx.weights.execute import SLAB, Execution
@@ -154,47 +152,50 @@ def open_source(path: Path, label: str) -> Checkpoint:
 def plan_of(request: Request, models: list[Checkpoint]) -> Plan:
     """The plan that a request asks for."""
     dtype = DTYPES[request.dtype] if request.dtype else _common_dtype(models)
-    router = RouterInit(request.router_init, request.router_init_std, request.random_seed)
-    routing = Routing(type="topk", moe_router_topk=request.moe_router_topk)
-    averaging = Averaging(
-        _weights(request.average),
-        None
-        if request.dare is None
-        else Dare(request.seed_model, request.dare, request.random_seed),
-    )
     single = {"upcycle": 1, "drop": 1, "copy": 1, "append": 2}
     wanted = single.get(request.method)
     if wanted is not None and len(models) != wanted:
         what = f"{request.method} takes {wanted} source{'s'[: wanted - 1]}, not {len(models)}"
         raise UserError("--sources", what, "see btx mix --help")
-    new: dict[str, Any] = {"routing": routing, "dtype": dtype, "router": router}
+    mix = mix_of(request)
     match request.method:
-        case "btx":
-            return btx(models, **new, average=averaging, fold_norms=request.fold_norms)
-        case "split":
-            if request.scale == "cube_root":
-                raise UserError("--scale", "cube_root is for upcycle", "choose down or none")
-            more: dict[str, Any] = {"averaging": averaging, "scale": request.scale}
-            return split(models, chunks=request.chunks, **new, **more)
-        case "blend":
-            return blend(models, **new, averaging=averaging)
         case "average":
+            averaging = averaging_of(mix, request.random_seed, request.seed_model)
             return average(models, dtype=dtype, averaging=averaging)
-        case "upcycle":
-            return upcycle(
-                models[0],
-                copies=request.copies,
-                noise=request.noise,
-                chunks=request.chunks,
-                scale=request.scale,
-                **new,
-            )
         case "append":
+            router = RouterInit(mix.router_init, mix.router_init_std, request.random_seed)
             return append(*models, dtype=dtype, router=router)
         case "drop":
             return drop(models[0], request.expert, dtype=dtype)
         case "copy":
             return copy(models[0], dtype=dtype)
+    return mix_plan(
+        models,
+        mix=mix,
+        routing=Routing(type="topk", moe_router_topk=request.moe_router_topk),
+        dtype=dtype,
+        random_seed=request.random_seed,
+        seed_model=request.seed_model,
+    )
+
+
+def mix_of(request: Request) -> Mix:
+    """A request's part that a recipe has too."""
+    same = {one.name for one in dataclasses.fields(Mix)} & {
+        one.name for one in dataclasses.fields(Request)
+    }
+    options: dict[str, Any] = {name: getattr(request, name) for name in same}
+    if request.method in ("average", "append", "drop", "copy"):
+        options["method"] = "btx"
+    options["average"] = _weights(request.average)
+    groups: dict[str, tuple[str, ...]] = {}
+    for entry in request.average_groups:
+        group, _, weight = entry.partition(":")
+        groups[group] = (*groups.get(group, ()), weight)
+    options["average_groups"] = {
+        group: _by_name("--average-groups", entries) for group, entries in groups.items()
+    }
+    return Mix(**options)
 
 
 def describe(plan: Plan, request: Request, execution: Execution) -> str:
@@ -278,15 +279,19 @@ def _resident() -> int:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def _weights(given: tuple[str, ...]) -> dict[str, float] | None:
-    if not given:
-        return None
+def _weights(given: tuple[str, ...]) -> Literal["uniform", "tokens"] | dict[str, float]:
+    if given in ((), ("uniform",)):
+        return "uniform"
+    return "tokens" if given == ("tokens",) else _by_name("--average", given)
+
+
+def _by_name(flag: str, given: tuple[str, ...]) -> dict[str, float]:
     try:
         pairs = [entry.rsplit("=", 1) for entry in given]
         return {name: float(weight) for name, weight in pairs}
     except ValueError:
         what = f"{' '.join(given)} is not NAME=WEIGHT ..."
-        raise UserError("--average", what, "write code=2 math=1") from None
+        raise UserError(flag, what, "write code=2 math=1") from None
 
 
 def _common_dtype(models: list[Checkpoint]) -> torch.dtype:

@@ -4,17 +4,16 @@ Experts"): more experts than models, and experts that hold equal parts of all mo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Literal
 
 import torch
 
 from megatron_btx.errors import UserError, UserErrors
-from megatron_btx.mix.agreement import disagreements
+from megatron_btx.mix.agreement import disagreements, labels_of
 from megatron_btx.mix.average import UNIFORM, Averaging
 from megatron_btx.mix.parts import chunk, joined, moe_targets
 from megatron_btx.mix.router import NORMAL, RouterInit
-from megatron_btx.recipe.schema import Routing
+from megatron_btx.recipe.schema import Mix, Routing
 from megatron_btx.weights.build import scaled
 from megatron_btx.weights.expression import Expression
 from megatron_btx.weights.names import canonical_tensors
@@ -24,18 +23,18 @@ from megatron_btx.weights.plan import Checkpoint, Plan
 def split(
     models: Sequence[Checkpoint],
     *,
-    chunks: int,
+    num_chunks: int,
     routing: Routing,
     dtype: torch.dtype,
     router: RouterInit = NORMAL,
     averaging: Averaging = UNIFORM,
     scale: Literal["down", "none"] = "down",
 ) -> Plan:
-    """The plan of an MoE of ``len(models) * chunks`` experts: each FFN is cut into ``chunks``.
+    """The plan of an MoE of ``len(models) * num_chunks`` experts, each a part of an FFN.
 
     Args:
-        models: dense models of one shape; expert ``m * chunks + c`` is chunk ``c`` of model ``m``.
-        chunks: C.
+        models: dense models of one shape; expert ``m * C + c`` is chunk ``c`` of model ``m``.
+        num_chunks: C, the parts of each FFN.
         routing: how the MoE will route.
         dtype: of the result.
         router: how the routers are drawn.
@@ -46,21 +45,15 @@ def split(
     Raises:
         UserErrors: models that differ, or an FFN that cannot be cut so.
     """
-    _check(models, chunks, averaging)
-    experts = tuple(f"{model.label}.{part}" for model in models for part in range(chunks))
-    dense = models[0].architecture
-    architecture = replace(
-        dense,
-        model=replace(dense.model, ffn_hidden_size=dense.model.ffn_hidden_size // chunks),
-        experts=experts,
-        routing=routing,
-    )
+    _check(models, num_chunks, averaging)
+    mix = Mix(method="split", num_chunks=num_chunks)
+    architecture = models[0].architecture.mixture(labels_of(models), mix, routing)
     tensors = [model.tensors for model in models]
 
     def ffn(name: str, expert: int) -> Expression:
-        own = chunk(name, tensors[expert // chunks][name], expert % chunks, chunks)
+        own = chunk(name, tensors[expert // num_chunks][name], expert % num_chunks, num_chunks)
         if scale == "down" and name.endswith("linear_fc2.weight"):
-            own = scaled(own, chunks)
+            own = scaled(own, num_chunks)
         return own.to(dtype)
 
     return Plan(
@@ -94,11 +87,8 @@ def blend(
     """
     count = len(models)
     _check(models, count, averaging)
-    architecture = replace(
-        models[0].architecture,
-        experts=tuple(f"blend.{part}" for part in range(count)),
-        routing=routing,
-    )
+    mix = Mix(method="blend")
+    architecture = models[0].architecture.mixture(labels_of(models), mix, routing)
     tensors = [model.tensors for model in models]
     return Plan(
         architecture=architecture,
@@ -120,6 +110,6 @@ def _check(models: Sequence[Checkpoint], chunks: int, averaging: Averaging) -> N
     size = models[0].architecture.model.ffn_hidden_size
     if size % chunks:
         what = f"an FFN of {size} does not divide into {chunks} chunks"
-        errors.append(UserError("chunks", what, "choose a divisor"))
+        errors.append(UserError("num_chunks", what, "choose a divisor"))
     if errors:
         raise UserErrors(errors)

@@ -6,7 +6,6 @@ been trained. Granular upcycling cuts each FFN into G chunks first (arXiv 2410.0
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -15,7 +14,7 @@ from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.mix.agreement import disagreements
 from megatron_btx.mix.parts import chunk, moe_targets
 from megatron_btx.mix.router import NORMAL, RouterInit
-from megatron_btx.recipe.schema import Routing
+from megatron_btx.recipe.schema import Mix, Routing
 from megatron_btx.weights.box import Shape
 from megatron_btx.weights.build import reshape, scaled
 from megatron_btx.weights.expression import Cat, Draw, Expression, Reshape, WeightedSum
@@ -31,14 +30,14 @@ def upcycle(
     dtype: torch.dtype,
     router: RouterInit = NORMAL,
     noise: float = 0.0,
-    chunks: int = 1,
+    num_chunks: int = 1,
     scale: Literal["down", "cube_root", "none"] = "down",
 ) -> Plan:
-    """The plan of an MoE of ``copies * chunks`` experts: number ``c * chunks + g`` is chunk ``g``
-    of copy ``c``.
+    """The plan of an MoE of ``copies * num_chunks`` experts: number ``c * num_chunks + g`` is chunk
+    ``g`` of copy ``c``.
 
     The router of a granular MoE is one row per copy, repeated for its chunks (a virtual group), so
-    that a top-k of a multiple of ``chunks`` takes whole copies.
+    that a top-k of a multiple of ``num_chunks`` takes whole copies.
 
     Args:
         model: the dense model.
@@ -47,7 +46,7 @@ def upcycle(
         dtype: of the result.
         router: how the rows of the router are drawn.
         noise: standard deviation of normal noise added to each expert, from ``router.seed``.
-        chunks: G, of which each has ``ffn_hidden_size / G`` inner units.
+        num_chunks: G, of which each has ``ffn_hidden_size / G`` inner units.
         scale: makes up for gates that sum to one over chunks that should be summed. ``down``: the
             whole factor G on the down matrix, which is exact: step 0 equals the dense model.
             ``cube_root``: ``(E G^2 / k) ** (1/3)`` on every matrix, the rule of arXiv 2410.07524,
@@ -58,29 +57,25 @@ def upcycle(
     """
     errors = disagreements([model])
     ffn_size = model.architecture.model.ffn_hidden_size
-    if ffn_size % chunks:
-        what = f"an FFN of {ffn_size} does not divide into {chunks} chunks"
-        errors.append(UserError("chunks", what, "choose a divisor"))
+    if ffn_size % num_chunks:
+        what = f"an FFN of {ffn_size} does not divide into {num_chunks} chunks"
+        errors.append(UserError("num_chunks", what, "choose a divisor"))
     if errors:
         raise UserErrors(errors)
-    experts = [f"{model.label}.{copy}" for copy in range(copies)]
-    if chunks > 1:
-        experts = [f"{name}.{part}" for name in experts for part in range(chunks)]
-    architecture = replace(
-        model.architecture,
-        model=replace(model.architecture.model, ffn_hidden_size=ffn_size // chunks),
-        experts=tuple(experts),
-        routing=routing,
-    )
+    mix = Mix(method="upcycle", copies=copies, num_chunks=num_chunks)
+    architecture = model.architecture.mixture([model.label], mix, routing)
+    experts = architecture.experts
     tensors = model.tensors
-    rule = (copies * chunks**2 / routing.moe_router_topk) ** (1 / 3)
+    rule = (copies * num_chunks**2 / routing.moe_router_topk) ** (1 / 3)
 
     def ffn(name: str, expert: int) -> Expression:
-        own = tensors[name] if chunks == 1 else chunk(name, tensors[name], expert % chunks, chunks)
-        if chunks > 1 and scale == "cube_root":
+        own = tensors[name]
+        if num_chunks > 1:
+            own = chunk(name, own, expert % num_chunks, num_chunks)
+        if num_chunks > 1 and scale == "cube_root":
             own = scaled(own, rule)
-        elif chunks > 1 and scale == "down" and name.endswith("linear_fc2.weight"):
-            own = scaled(own, chunks)
+        elif num_chunks > 1 and scale == "down" and name.endswith("linear_fc2.weight"):
+            own = scaled(own, num_chunks)
         if noise:
             draw = Draw(
                 "normal", noise, router.seed, f"{experts[expert]}/{name}", own.shape, torch.float64
@@ -90,7 +85,7 @@ def upcycle(
 
     def grouped(name: str, shape: Shape) -> Expression:
         each = router.draw(name, (copies, shape[1]), dtype)
-        return each if chunks == 1 else reshape(_repeated(each, chunks), shape)
+        return each if num_chunks == 1 else reshape(_repeated(each, num_chunks), shape)
 
     return Plan(
         architecture=architecture,

@@ -53,7 +53,7 @@ def compare(result: Path, lineage: dict[str, Any]) -> Iterator[tuple[str, bool]]
     asked = lineage["request"]
     plain = asked["dare"] is None and not asked["fold_norms"] and not asked["noise"]
     covered = ("btx", "average", "copy", "upcycle")
-    if asked["method"] not in covered or not plain or asked["chunks"] != 1:
+    if asked["method"] not in covered or not plain or asked["num_chunks"] != 1:
         what = f"{asked['method']} with these options has no second implementation"
         raise UserError(str(result), what, f"verify covers plain {', '.join(covered)}")
     models = [_Model(Path(source["path"])) for source in lineage["sources"]]

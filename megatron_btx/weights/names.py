@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_btx.recipe.architecture import Architecture
-from megatron_btx.recipe.count import kv_channels, query_groups
+from megatron_btx.recipe.count import expert_width, kv_channels, qkv_width
 from megatron_btx.weights.box import Shape
 
 EMBEDDING = "embedding.word_embeddings.weight"
@@ -18,10 +18,14 @@ HEAD = "output_layer.weight"
 FINAL_NORM = "decoder.final_layernorm.weight"
 QKV_NORM = "self_attention.linear_qkv.layer_norm_weight"
 QKV = "self_attention.linear_qkv.weight"
+QKV_BIAS = "self_attention.linear_qkv.bias"
+Q_NORM = "self_attention.q_layernorm.weight"
+K_NORM = "self_attention.k_layernorm.weight"
 PROJ = "self_attention.linear_proj.weight"
 DENSE_NORM = "mlp.linear_fc1.layer_norm_weight"
 MOE_NORM = "pre_mlp_layernorm.weight"
 ROUTER = "mlp.router.weight"
+SHARED = "mlp.shared_experts"
 
 
 def canonical_tensors(architecture: Architecture) -> dict[str, Shape]:
@@ -40,10 +44,14 @@ def canonical_tensors(architecture: Architecture) -> dict[str, Shape]:
 def _layer(architecture: Architecture) -> Iterator[tuple[str, Shape]]:
     model, experts = architecture.model, len(architecture.experts)
     hidden, ffn, dim = model.hidden_size, model.ffn_hidden_size, kv_channels(model)
-    heads = model.num_attention_heads
     yield QKV_NORM, (hidden,)
-    yield QKV, ((heads + 2 * query_groups(model)) * dim, hidden)
-    yield PROJ, (hidden, heads * dim)
+    yield QKV, (qkv_width(model), hidden)
+    if model.add_qkv_bias:
+        yield QKV_BIAS, (qkv_width(model),)
+    if model.qk_layernorm:
+        yield Q_NORM, (dim,)
+        yield K_NORM, (dim,)
+    yield PROJ, (hidden, model.num_attention_heads * dim)
     if not experts:
         yield DENSE_NORM, (hidden,)
         yield "mlp.linear_fc1.weight", (2 * ffn, hidden)
@@ -51,6 +59,23 @@ def _layer(architecture: Architecture) -> Iterator[tuple[str, Shape]]:
         return
     yield MOE_NORM, (hidden,)
     yield ROUTER, (experts, hidden)
+    ffn = expert_width(model)
     for expert in range(experts):
         yield f"mlp.experts.{expert}.linear_fc1.weight", (2 * ffn, hidden)
         yield f"mlp.experts.{expert}.linear_fc2.weight", (hidden, ffn)
+    if (shared := model.moe_shared_expert_intermediate_size) is not None:
+        yield f"{SHARED}.linear_fc1.weight", (2 * shared, hidden)
+        yield f"{SHARED}.linear_fc2.weight", (hidden, shared)
+        if model.moe_shared_expert_gate:
+            yield f"{SHARED}.gate_weight", (1, hidden)
+
+
+def group_of(name: str) -> str:
+    """What a canonical tensor belongs to: embeddings, attention, norms, ffn or head."""
+    if name.startswith("embedding."):
+        return "embeddings"
+    if name.startswith("output_layer."):
+        return "head"
+    if "norm" in name:
+        return "norms"
+    return "attention" if ".self_attention." in name else "ffn"

@@ -152,7 +152,17 @@ def test_other_methods(sources, tmp_path):
     assert btx("verify", tmp_path / "up")[0] == 0
     assert len(open_hf(tmp_path / "up", "up").architecture.experts) == 3
     two = named(sources)[:2]
-    btx("mix", "--method", "split", "--chunks", 2, "--sources", *two, "--out", tmp_path / "split")
+    btx(
+        "mix",
+        "--method",
+        "split",
+        "--num-chunks",
+        2,
+        "--sources",
+        *two,
+        "--out",
+        tmp_path / "split",
+    )
     assert len(open_hf(tmp_path / "split", "s").architecture.experts) == 4
     moe = f"moe={tmp_path / 'up'}"
     add = ["--method", "append", "--sources", moe, named(sources)[1], "--out", tmp_path / "more"]

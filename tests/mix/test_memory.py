@@ -53,7 +53,11 @@ def sources(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("cap", "method"),
-    [(450, ["average"]), (500, ["split", "--chunks", "4"]), (550, ["btx", "--format", "megatron"])],
+    [
+        (450, ["average"]),
+        (500, ["split", "--num-chunks", "4"]),
+        (550, ["btx", "--format", "megatron"]),
+    ],
 )
 def test_resident_memory_stays_below_the_cap(sources, tmp_path, cap, method):
     words = [sys.executable, "-c", RUN, "mix", "--out", tmp_path / "out"]

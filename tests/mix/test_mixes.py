@@ -87,14 +87,14 @@ def test_average_by_weights():
     models = [dense(label, i) for i, label in enumerate("abc")]
     name = f"{LAYER}self_attention.linear_qkv.weight"
     weights = {"a": 1.0, "b": 2.0, "c": 5.0}
-    got = btx(models, routing=TOP2, dtype=F64, average=weights).evaluate(name)
+    got = btx(models, routing=TOP2, dtype=F64, averaging=Averaging(weights)).evaluate(name)
     want = sum(w * tensor(m, name) for w, m in zip((1, 2, 5), models, strict=True)) / 8
     torch.testing.assert_close(got, want, rtol=1e-15, atol=1e-15)
     flat = average(models, dtype=F64, averaging=Averaging(weights))
     assert torch.equal(flat.evaluate(name), got)
     assert flat.architecture == DENSE
     with pytest.raises(UserError, match="give each model of the mix one weight"):
-        btx(models, routing=TOP2, dtype=F64, average={"a": 1.0, "z": 1.0})
+        btx(models, routing=TOP2, dtype=F64, averaging=Averaging({"a": 1.0, "z": 1.0}))
 
 
 def test_the_average_of_copies_is_the_model():
@@ -161,13 +161,15 @@ def test_granular_upcycling_equals_the_dense_model_at_step_0(taken):
     model, chunks = dense("a", 1), 4
     routing = Routing(type="topk", moe_router_topk=taken * chunks)
     plan = upcycle(
-        model, copies=3, chunks=chunks, routing=routing, dtype=F64, router=RouterInit(scale=0.5)
+        model, copies=3, num_chunks=chunks, routing=routing, dtype=F64, router=RouterInit(scale=0.5)
     )
     assert plan.architecture.model.ffn_hidden_size == 12
     got = moe(plan, gates_of(plan, taken * chunks))
     torch.testing.assert_close(got, dense_ffn(model), rtol=1e-11, atol=1e-11)
-    cube = upcycle(model, copies=3, chunks=chunks, routing=routing, dtype=F64, scale="cube_root")
-    bare = upcycle(model, copies=3, chunks=chunks, routing=routing, dtype=F64, scale="none")
+    cube = upcycle(
+        model, copies=3, num_chunks=chunks, routing=routing, dtype=F64, scale="cube_root"
+    )
+    bare = upcycle(model, copies=3, num_chunks=chunks, routing=routing, dtype=F64, scale="none")
     name = f"{LAYER}mlp.experts.5.linear_fc1.weight"
     factor = (3 * 16 / (taken * 4)) ** (1 / 3)
     torch.testing.assert_close(tensor(cube, name), tensor(bare, name) * factor)
@@ -175,18 +177,18 @@ def test_granular_upcycling_equals_the_dense_model_at_step_0(taken):
 
 def test_chunks_of_a_split_sum_to_the_ffn():
     models = [dense(label, i) for i, label in enumerate("ab")]
-    plan = split(models, chunks=3, routing=TOP2, dtype=F64)
+    plan = split(models, num_chunks=3, routing=TOP2, dtype=F64)
     assert plan.architecture.experts == ("a.0", "a.1", "a.2", "b.0", "b.1", "b.2")
     for index, model in enumerate(models):
         gates = torch.zeros(11, 6, dtype=F64)
         gates[:, 3 * index : 3 * index + 3] = 1 / 3
         torch.testing.assert_close(moe(plan, gates), dense_ffn(model), rtol=1e-11, atol=1e-11)
-    bare = split(models, chunks=3, routing=TOP2, dtype=F64, scale="none")
+    bare = split(models, num_chunks=3, routing=TOP2, dtype=F64, scale="none")
     name = f"{LAYER}mlp.experts.4.linear_fc2.weight"
     want = tensor(models[1], f"{LAYER}mlp.linear_fc2.weight")[:, 16:32]
     assert torch.equal(tensor(bare, name), want)
     with pytest.raises(UserError, match="does not divide into 5 chunks"):
-        split(models, chunks=5, routing=TOP2, dtype=F64)
+        split(models, num_chunks=5, routing=TOP2, dtype=F64)
 
 
 def test_blended_experts():

@@ -147,7 +147,7 @@ BAD = [
     ("dense: {}", "evaluate: {tokens: 5}", "evaluate.tokens", "one sequence"),
     ("dense: {}", "mix: {average: {code: 1, math: 1}}", "mix.average", "gives seed no weight"),
     ("dense: {}", "mix: {average: {cod: 1}}", "mix.average.cod", "did you mean `code`"),
-    ("dense: {}", "mix: {average: even}", "mix.average", "uniform or a mapping"),
+    ("dense: {}", "mix: {average: even}", "mix.average", "uniform, tokens or a mapping"),
     ("dense: {}", "tokenizers: {}", "tokenizers", "did you mean `tokenizer`"),
     ("tokenizer: {", "tokenizer: {type: huggingface, ", "tokenizer.path", "is missing"),
     # Layouts.

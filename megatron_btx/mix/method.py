@@ -1,0 +1,74 @@
+"""One entry to every mix that a recipe or ``btx mix`` can ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from megatron_btx.errors import UserError
+from megatron_btx.mix.average import Averaging, Dare
+from megatron_btx.mix.btx import btx
+from megatron_btx.mix.router import RouterInit
+from megatron_btx.mix.split import blend, split
+from megatron_btx.mix.upcycle import upcycle
+from megatron_btx.recipe.schema import Mix, Routing
+from megatron_btx.weights.plan import Checkpoint, Plan
+
+SEED = "seed"
+"""What recipes call the model from which the others were branched."""
+
+
+def mix_plan(
+    models: Sequence[Checkpoint],
+    *,
+    mix: Mix,
+    routing: Routing,
+    dtype: torch.dtype,
+    random_seed: int,
+    seed_model: str = SEED,
+) -> Plan:
+    """The plan of the MoE that ``mix`` makes of dense models.
+
+    Args:
+        models: opened, in the order of :meth:`Mix.expert_names`; one for ``upcycle``.
+        mix: the method, its options, and how the routers are born.
+        routing: of the MoE.
+        dtype: of its weights.
+        random_seed: of routers, noise, re-initialisation and DARE.
+        seed_model: label of the seed among the models.
+
+    Raises:
+        UserErrors: everything in which the models differ but must not, and options that do not fit
+            them.
+    """
+    new: dict[str, Any] = {
+        "routing": routing,
+        "dtype": dtype,
+        "router": RouterInit(mix.router_init, mix.router_init_std, random_seed),
+    }
+    if mix.method == "upcycle":
+        if len(models) != 1:
+            what = f"upcycle takes one model, not {len(models)}"
+            raise UserError("mix.method", what, "give the seed alone")
+        more = {"copies": mix.copies, "num_chunks": mix.num_chunks, "scale": mix.scale}
+        return upcycle(models[0], noise=mix.noise, **more, **new)
+    new["averaging"] = averaging_of(mix, random_seed, seed_model)
+    if mix.method == "split":
+        if mix.scale == "cube_root":
+            raise UserError("mix.scale", "cube_root is for upcycle", "choose down or none")
+        return split(models, num_chunks=mix.num_chunks, scale=mix.scale, **new)
+    if mix.method == "blend":
+        return blend(models, **new)
+    return btx(models, fold_norms=mix.fold_norms, **new)
+
+
+def averaging_of(mix: Mix, random_seed: int, seed_model: str = SEED) -> Averaging:
+    """How ``mix`` averages."""
+    return Averaging(
+        weights=None if mix.average == "uniform" else mix.average,
+        groups=mix.average_groups,
+        dare=None if mix.dare is None else Dare(seed_model, mix.dare, random_seed),
+        seed_model=seed_model,
+    )
