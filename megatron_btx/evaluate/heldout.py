@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -66,30 +66,8 @@ def _domain(
     model: torch.nn.Module, name: str, sequences: Sequence[Batch], size: int, step: int
 ) -> tuple[float, tuple[Tensor, Tensor] | None]:
     """Mean loss of one domain, and its load [layers, experts] as (tokens, gates)."""
-    dp = parallel_state.get_data_parallel_world_size()
-    size = min(size, len(sequences) // dp)
-    if size == 0:
-        raise UserError(
-            f"domains.{name}.valid",
-            f"holds {len(sequences)} whole sequence(s), fewer than {dp} data-parallel ranks",
-            "give it more held-out text",
-        )
-    count = len(sequences) // (size * dp)
-    batches = _batches(sequences, size, count)
-    modules = unwrap(model)
-    was_training = modules.training
-    model.eval()
-    with torch.no_grad(), _load(model) as load:
-        outputs = get_forward_backward_func()(
-            forward_step_func=functools.partial(_forward, step=step),
-            data_iterator=batches,
-            model=[model],
-            num_microbatches=count,
-            seq_length=sequences[0]["tokens"].shape[-1],
-            micro_batch_size=size,
-            forward_only=True,
-        )
-    model.train(was_training)
+    with _load(model) as load:
+        outputs = _run(model, name, sequences, size, step, _sums)
     sums = torch.zeros(2, dtype=torch.float64)
     for output in outputs:
         sums += output["sums"].double().cpu()
@@ -102,6 +80,69 @@ def _domain(
     for tensor in counted:
         dist.all_reduce(tensor)
     return total / tokens, (counted[0].cpu(), counted[1].cpu())
+
+
+def label_log_probs(
+    model: torch.nn.Module, name: str, sequences: Sequence[Batch], *, micro_batch_size: int
+) -> Tensor:
+    """What a model makes of every single token of a domain. Every rank calls it.
+
+    Returns:
+        Log-probability (nats) of each label, fp32 [sequences, S] on the CPU of every rank. As in
+        :func:`evaluate`, the sequences are those that fill whole batches.
+    """
+    gather_parameters(model)
+    outputs = _run(model, name, sequences, micro_batch_size, 0, _each)
+    size, count = _whole_batches(name, sequences, micro_batch_size)
+    dp = parallel_state.get_data_parallel_world_size()
+    rank = parallel_state.get_data_parallel_rank()
+    every = torch.zeros(count, dp, size, sequences[0]["tokens"].shape[-1])
+    if parallel_state.get_tensor_model_parallel_rank() == 0 and outputs:
+        every[:, rank] = torch.stack([-output["losses"].cpu() for output in outputs])
+    every = every.to(torch.cuda.current_device())
+    dist.all_reduce(every)  # each place is some one rank's, the others add zero
+    return every.flatten(0, 2).cpu()
+
+
+def _whole_batches(name: str, sequences: Sequence[Batch], size: int) -> tuple[int, int]:
+    """Sequences of a rank's micro-batch, and how many micro-batches a rank runs."""
+    dp = parallel_state.get_data_parallel_world_size()
+    size = min(size, len(sequences) // dp)
+    if size == 0:
+        raise UserError(
+            f"domains.{name}.valid",
+            f"holds {len(sequences)} whole sequence(s), fewer than {dp} data-parallel ranks",
+            "give it more held-out text",
+        )
+    return size, len(sequences) // (size * dp)
+
+
+def _run(
+    model: torch.nn.Module,
+    name: str,
+    sequences: Sequence[Batch],
+    size: int,
+    step: int,
+    keep: Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]],
+) -> list[dict[str, Tensor]]:
+    """Run this data-parallel rank's micro-batches; what ``keep`` makes of the masks and losses
+    [B, S] of each. Empty where the last pipeline stage is elsewhere."""
+    size, count = _whole_batches(name, sequences, size)
+    modules = unwrap(model)
+    was_training = modules.training
+    model.eval()
+    with torch.no_grad():
+        outputs: list[dict[str, Tensor]] = get_forward_backward_func()(
+            forward_step_func=functools.partial(_forward, step=step, keep=keep),
+            data_iterator=_batches(sequences, size, count),
+            model=[model],
+            num_microbatches=count,
+            seq_length=sequences[0]["tokens"].shape[-1],
+            micro_batch_size=size,
+            forward_only=True,
+        )
+    model.train(was_training)
+    return outputs
 
 
 def _load(model: torch.nn.Module) -> Any:
@@ -125,13 +166,15 @@ def _batches(sequences: Sequence[Batch], size: int, count: int) -> Iterator[Batc
         yield {key: value.to(device) for key, value in batch.items()}
 
 
-def _forward(batches: Iterator[Batch], model: torch.nn.Module, *, step: int) -> tuple[Tensor, Any]:
+def _forward(
+    batches: Iterator[Batch], model: torch.nn.Module, *, step: int, keep: Callable[..., Any]
+) -> tuple[Tensor, Any]:
     batch = next(batches)
     set_routing_context(step, batch["samples"])
     output = model(
         batch["tokens"], batch["position_ids"], attention_mask=None, labels=batch["labels"]
     )
-    return output, functools.partial(_sums, batch["loss_mask"])
+    return output, functools.partial(keep, batch["loss_mask"])
 
 
 def _sums(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -139,6 +182,12 @@ def _sums(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]
     mask = loss_mask.float()
     total = (losses.float() * mask).sum()
     return total, {"sums": torch.stack([total.double(), mask.sum().double()])}
+
+
+def _each(_loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Every loss by itself."""
+    losses = losses.float()
+    return losses.sum(), {"losses": losses}
 
 
 def _rounded(values: Tensor) -> list[list[float]]:
