@@ -21,7 +21,7 @@ _EPILOG = """examples:
   btx mix --method upcycle --copies 8 --sources DIR --out MIXTRAL --memory 2GiB
   btx mix --config mix.yaml --out MIXTRAL         options in a file, by the names of the flags
 
-A source is a Hugging Face directory (Llama, Mixtral) or a Megatron step directory of btx. Started
+A source is a Hugging Face directory (docs/convert.md) or a Megatron step directory of btx. Started
 again after an interruption, it goes on from the finished files."""
 
 
@@ -37,6 +37,8 @@ class Request:
     """which mix"""
     format: Literal["hf", "megatron"] = "hf"
     """what the result is written as"""
+    fused: bool = False
+    """stack the experts' tensors as transformers 5 names them (hf; default: one by one)"""
     dtype: Literal["bf16", "fp32", "fp16"] | None = None
     """of the result; without it, that of the sources"""
     average: tuple[str, ...] = ()
@@ -66,6 +68,8 @@ class Request:
     """what makes up for the cutting"""
     noise: float = 0.0
     """standard deviation of what is added to upcycled experts"""
+    drop_ratio: float = 0.0
+    """share of each upcycled expert's inner units that are drawn anew (Drop-Upcycling)"""
     expert: str = ""
     """the expert that drop takes out"""
     shard: str = "1GiB"

@@ -52,8 +52,8 @@ def mix_plan(
         if len(models) != 1:
             what = f"upcycle takes one model, not {len(models)}"
             raise UserError("mix.method", what, "give the seed alone")
-        more = {"copies": mix.copies, "num_chunks": mix.num_chunks, "scale": mix.scale}
-        return upcycle(models[0], noise=mix.noise, **more, **new)
+        same = ("copies", "num_chunks", "scale", "noise", "drop_ratio")
+        return upcycle(models[0], **{name: getattr(mix, name) for name in same}, **new)
     new["averaging"] = averaging_of(mix, random_seed, seed_model)
     if mix.method == "split":
         if mix.scale == "cube_root":

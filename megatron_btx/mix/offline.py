@@ -14,7 +14,7 @@ from typing import Any, Literal, TextIO
 import torch
 
 from megatron_btx.errors import UserError, UserErrors
-from megatron_btx.families.export import write_hf
+from megatron_btx.families.export import carried, write_hf
 from megatron_btx.families.hf import open_hf, to_hf
 from megatron_btx.families.tokenizer_files import tokenizer_files
 from megatron_btx.mix.average import average
@@ -91,12 +91,15 @@ def write(
         return {**found, LINEAGE: lineage}
 
     if request.format == "hf":
-        tokens = {
-            key: models[0].manifest.get(key)
-            for key in ("bos_token_id", "eos_token_id")
-            if isinstance(models[0].manifest.get(key), int)
-        }
-        write_hf(plan, destination, shard=shard, execution=execution, files=files, **tokens)
+        write_hf(
+            plan,
+            destination,
+            known=carried(models[0]),
+            fused=request.fused,
+            shard=shard,
+            execution=execution,
+            files=files,
+        )
         return
     dtypes = {target.dtype for target in plan.targets.values()}
     precision = {value: name for name, value in DTYPES.items()}[dtypes.pop()]
@@ -108,6 +111,7 @@ def write(
         "consumed_samples": 0,
         "tokens": 0,
         "tokenizer": models[0].manifest.get("tokenizer"),
+        "huggingface": carried(models[0]),
         "layout": {},
         "lineage": {"mix": plan.hash, "sources": [str(model.path) for model in models]},
         "has_optimizer": False,
@@ -200,7 +204,7 @@ def mix_of(request: Request) -> Mix:
 
 def describe(plan: Plan, request: Request, execution: Execution) -> str:
     """What ``--dry-run`` prints."""
-    shown = to_hf(plan) if request.format == "hf" else plan
+    shown = to_hf(plan, fused=request.fused) if request.format == "hf" else plan
     count = parameters(plan.architecture)
     free = shutil.disk_usage(_existing(Path(request.out))).free
     peak = _resident() + execution.workers * 8 * execution.slab

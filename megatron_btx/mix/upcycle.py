@@ -1,7 +1,8 @@
 """Sparse upcycling (arXiv 2212.05055): every expert begins as the FFN of one dense model.
 
 BTX "generalizes" it (the abstract): it is the mix of a model with itself, before any expert has
-been trained. Granular upcycling cuts each FFN into G chunks first (arXiv 2410.07524).
+been trained. Granular upcycling cuts each FFN into G chunks first (arXiv 2410.07524); noise and
+Drop-Upcycling (arXiv 2502.19261) make the copies differ.
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ import torch
 from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.mix.agreement import disagreements
 from megatron_btx.mix.parts import chunk, moe_targets
+from megatron_btx.mix.redraw import moments_of, redrawn
 from megatron_btx.mix.router import NORMAL, RouterInit
 from megatron_btx.recipe.schema import Mix, Routing
 from megatron_btx.weights.box import Shape
-from megatron_btx.weights.build import reshape, scaled
+from megatron_btx.weights.build import reshape
 from megatron_btx.weights.expression import Cat, Draw, Expression, Reshape, WeightedSum
 from megatron_btx.weights.names import canonical_tensors
 from megatron_btx.weights.plan import Checkpoint, Plan
+from megatron_btx.weights.source import Source
 
 
 def upcycle(
@@ -30,6 +33,7 @@ def upcycle(
     dtype: torch.dtype,
     router: RouterInit = NORMAL,
     noise: float = 0.0,
+    drop_ratio: float = 0.0,
     num_chunks: int = 1,
     scale: Literal["down", "cube_root", "none"] = "down",
 ) -> Plan:
@@ -46,6 +50,8 @@ def upcycle(
         dtype: of the result.
         router: how the rows of the router are drawn.
         noise: standard deviation of normal noise added to each expert, from ``router.seed``.
+        drop_ratio: share of each expert's inner units that are drawn anew (mix/redraw.py), before
+            any scaling and noise; seeded by ``router.seed``.
         num_chunks: G, of which each has ``ffn_hidden_size / G`` inner units.
         scale: makes up for gates that sum to one over chunks that should be summed. ``down``: the
             whole factor G on the down matrix, which is exact: step 0 equals the dense model.
@@ -66,22 +72,36 @@ def upcycle(
     architecture = model.architecture.mixture([model.label], mix, routing)
     experts = architecture.experts
     tensors = model.tensors
-    rule = (copies * num_chunks**2 / routing.moe_router_topk) ** (1 / 3)
+    sources: dict[str, Source] = {model.label: model.source}
+    moments = f"moments of {model.label}"
+    if drop_ratio:
+        sources[moments] = moments_of(model)
 
     def ffn(name: str, expert: int) -> Expression:
         own = tensors[name]
         if num_chunks > 1:
             own = chunk(name, own, expert % num_chunks, num_chunks)
-        if num_chunks > 1 and scale == "cube_root":
-            own = scaled(own, rule)
-        elif num_chunks > 1 and scale == "down" and name.endswith("linear_fc2.weight"):
-            own = scaled(own, num_chunks)
-        if noise:
-            draw = Draw(
-                "normal", noise, router.seed, f"{experts[expert]}/{name}", own.shape, torch.float64
+        parts: tuple[Expression, ...] = (own,)
+        if drop_ratio:
+            parts = redrawn(
+                name,
+                own,
+                ratio=drop_ratio,
+                moments=moments,
+                seed=router.seed,
+                expert=experts[expert],
             )
-            return WeightedSum((own, draw), (1.0, 1.0), 1.0, dtype)
-        return own.to(dtype)
+        factor = 1.0
+        if num_chunks > 1 and scale == "cube_root":
+            factor = (copies * num_chunks**2 / routing.moe_router_topk) ** (1 / 3)
+        elif num_chunks > 1 and scale == "down" and name.endswith("linear_fc2.weight"):
+            factor = float(num_chunks)
+        weights = (factor,) * len(parts)
+        if noise:
+            label = f"{experts[expert]}/{name}"
+            parts += (Draw("normal", noise, router.seed, label, own.shape, torch.float64),)
+            weights += (1.0,)
+        return own.to(dtype) if weights == (1.0,) else WeightedSum(parts, weights, 1.0, dtype)
 
     def grouped(name: str, shape: Shape) -> Expression:
         each = router.draw(name, (copies, shape[1]), dtype)
@@ -92,7 +112,7 @@ def upcycle(
         targets=moe_targets(
             architecture, ffn=ffn, router=grouped, rest=lambda name: tensors[name].to(dtype)
         ),
-        sources={model.label: model.source},
+        sources=sources,
         expected=canonical_tensors(architecture),
     )
 

@@ -155,6 +155,38 @@ def test_upcycled_experts_are_copies():
         assert abs(noise.std() - 0.01) < 0.001
 
 
+def test_drop_upcycling_redraws_the_same_units_of_gate_up_and_down():
+    """A quarter of the units, others in each expert; moments of the matrix they belonged to."""
+    large = replace(DENSE, model=replace(DENSE.model, ffn_hidden_size=400, num_layers=3))
+    model = dense("a", 1, architecture=large)
+    shift = {n: read_whole(model.source, n) * 0.3 + 0.1 for n in model.tensors}
+    gate_rows = shift[f"{LAYER}mlp.linear_fc1.weight"][:400]
+    gate_rows *= 2.0
+    model = replace(model, source=MemorySource(shift))
+    plan = upcycle(model, copies=3, routing=TOP2, dtype=torch.float32, drop_ratio=0.25)
+    fc1, fc2 = (tensor(model, f"{LAYER}mlp.linear_fc{i}.weight") for i in (1, 2))
+    chosen = []
+    for index in range(3):
+        name = f"{LAYER}mlp.experts.{index}.linear_fc{{}}.weight"
+        new1, new2 = tensor(plan, name.format(1)), tensor(plan, name.format(2))
+        same = [set((new == old).all(1).nonzero().flatten().tolist()) for new, old in (
+            (new1[:400], fc1[:400]), (new1[400:], fc1[400:]), (new2.T, fc2.T))]  # fmt: skip
+        assert len(same[0]) == 300
+        assert same[0] == same[1] == same[2]
+        gone = sorted(set(range(400)) - same[0])
+        chosen.append(tuple(gone))
+        rows = torch.tensor(gone)
+        assert not (new1[:400][rows] == fc1[:400][rows]).any()
+        for new, old in ((new1[:400][rows], fc1[:400]), (new1[400:][rows], fc1[400:]),
+                         (new2[:, rows], fc2)):  # fmt: skip
+            assert abs(new.mean() - old.mean()) < 4 * old.std() / new.numel() ** 0.5
+            assert abs(new.std() / old.std() - 1) < 0.06
+    assert len(set(chosen)) == 3
+    cut = ((17, 490), (3, 9))
+    name = f"{LAYER}mlp.experts.1.linear_fc1.weight"
+    assert torch.equal(plan.evaluate(name, cut), plan.evaluate(name)[17:490, 3:9])
+
+
 @pytest.mark.parametrize("taken", [1, 2, 3])
 def test_granular_upcycling_equals_the_dense_model_at_step_0(taken):
     """Virtual groups: top-k of G rows a copy takes whole copies; the down matrix times G."""
