@@ -101,12 +101,10 @@ def write(
             files=files,
         )
         return
-    dtypes = {target.dtype for target in plan.targets.values()}
-    precision = {value: name for name, value in DTYPES.items()}[dtypes.pop()]
     manifest = {
         "format": FORMAT,
         **plan.architecture.to_json(),
-        "precision": precision,
+        "precision": _precision(plan),
         "step": 0,
         "consumed_samples": 0,
         "tokens": 0,
@@ -239,9 +237,16 @@ def lineage_of(
             for m in models
         ],
         "architecture": plan.architecture.to_json(),
+        "dtype": _precision(plan),
         "versions": versions(),
         "code": revision,
     }
+
+
+def _precision(plan: Plan) -> str:
+    """The recipe's word for the dtype of a result."""
+    (dtype,) = {target.dtype for target in plan.targets.values()}
+    return {value: name for name, value in DTYPES.items()}[dtype]
 
 
 def _execution(request: Request) -> Execution:

@@ -97,6 +97,33 @@ def test_average_by_weights():
         btx(models, routing=TOP2, dtype=F64, averaging=Averaging({"a": 1.0, "z": 1.0}))
 
 
+def test_average_by_trained_tokens_and_by_groups():
+    models = [dense(label, i) for i, label in enumerate(["a", "b", "seed"])]
+    counted = [
+        replace(model, manifest={"tokens": tokens})
+        for model, tokens in zip(models, (300, 100, 9999), strict=True)
+    ]
+    groups = {"norms": {"a": 0.0, "b": 0.0, "seed": 1.0}}
+    plan = btx(counted, routing=TOP2, dtype=F64, averaging=Averaging("tokens", groups=groups))
+    name = f"{LAYER}self_attention.linear_qkv.weight"
+    a, b = (tensor(model, name) for model in models[:2])
+    torch.testing.assert_close(plan.evaluate(name), 0.75 * a + 0.25 * b, rtol=1e-15, atol=1e-15)
+    norm = "decoder.final_layernorm.weight"
+    assert torch.equal(plan.evaluate(norm), tensor(models[2], norm))
+    with pytest.raises(UserError, match="b: does not say how many tokens"):
+        btx(
+            [counted[0], models[1], counted[2]],
+            routing=TOP2,
+            dtype=F64,
+            averaging=Averaging("tokens"),
+        )
+    wrong = Averaging(groups={"ffn": {"a": 1.0}, "head": {"a": 0.0, "b": 0.0, "seed": 0.0}})
+    with pytest.raises(UserError) as caught:
+        btx(counted, routing=TOP2, dtype=F64, averaging=wrong)
+    for found in ("there is no group ffn", "weights for a;", "head: the weights do not sum"):
+        assert found in str(caught.value)
+
+
 def test_the_average_of_copies_is_the_model():
     models = [replace(dense("a", 1), label=label) for label in "abc"]
     plan = average(models, dtype=torch.float32)
