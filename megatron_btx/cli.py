@@ -21,8 +21,9 @@ from megatron_btx.pipeline import graph, state
 from megatron_btx.pipeline.fingerprint import Memo
 from megatron_btx.pipeline.graph import Stage
 from megatron_btx.recipe import plan
-from megatron_btx.recipe.load import dump, load_recipe
+from megatron_btx.recipe.load import load_recipe
 from megatron_btx.recipe.schema import Recipe
+from megatron_btx.report import compare
 
 EXIT_USER, EXIT_INTERRUPTED, EXIT_PIPE = 2, 130, 141
 
@@ -85,6 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_report(commands)
     _add_stage(commands)
     mixing.add_parser(commands)
+    compare.add_parser(commands)
     slurm_commands.add_parsers(commands)
     return parser
 
@@ -176,33 +178,10 @@ def _run_left(
     options: argparse.Namespace, recipe: Recipe, run_dir: Path, stages: tuple[Stage, ...]
 ) -> tuple[int, str]:
     """Run what is left; the exit code, and what went wrong."""
-    from megatron_btx.pipeline import inputs, local, slurm
-    from megatron_btx.pipeline.view import view
-    from megatron_btx.report import page
+    from megatron_btx.report.run import run_left
 
-    slurm.refuse_beside_jobs(run_dir.absolute())
-    inputs.check(recipe, run_dir, state.left(run_dir, stages), len(local.gpus()))
-    for line in inputs.warnings(recipe):
-        sys.stderr.write(f"warning: {line}\n")
-    absolute = dataclasses.replace(recipe, run_dir=str(run_dir.absolute()))
-    try:
-        outcome = local.run(
-            stages,
-            run_dir,
-            dump(absolute),
-            view=view(),
-            max_parallel=recipe.max_parallel_jobs,
-            inline={"report": lambda: page.write(recipe, run_dir)},
-        )
-    except OSError as error:
-        if error.filename is None:  # a write that failed does not know whose file it was
-            error.filename = str(run_dir)
-        raise
-    if run_dir.is_dir() and outcome.finished:
-        memo = Memo(run_dir / "fingerprints.json")
-        graph.build(recipe, memo)
-        memo.save()
-    if outcome.code == local.EXIT_INTERRUPTED:
+    outcome = run_left(recipe, run_dir, stages)
+    if outcome.code == EXIT_INTERRUPTED:
         again = f"btx run {options.recipe}"
         sys.stderr.write(f"stopped; run again to go on: {again}\n")
     return outcome.code, outcome.problem

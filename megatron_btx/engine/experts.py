@@ -173,11 +173,13 @@ class _GroupedLinear(torch.autograd.Function):
         return grouped_mm(x, weights.transpose(1, 2), offs=ends)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None, None]:  # type: ignore[override]
         x, weights, ends = ctx.saved_tensors
         # Without a single row grouped_mm rejects the strides.
         grad = grad.contiguous() if len(x) else grad.new_empty(grad.shape)
         grad_x = grouped_mm(grad, weights, offs=ends)
+        if not ctx.needs_input_grad[1]:  # frozen
+            return grad_x, None, None, None
         if ctx.parameter is None:
             return grad_x, grouped_mm(grad.t(), x, offs=ends), None, None
         return grad_x, _accumulate(ctx.parameter, grad, x, ends), None, None

@@ -21,7 +21,7 @@ from megatron_btx.engine import kernels
 from megatron_btx.engine.router import transformer_fields
 from megatron_btx.engine.spec import block_spec
 from megatron_btx.errors import UserError
-from megatron_btx.recipe import check
+from megatron_btx.recipe import check, count
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.schema import Layout, MegatronOptions, Precision
 
@@ -59,6 +59,10 @@ def transformer_config(
         "gated_linear_unit": True,
         "activation_func": silu,
         "add_bias_linear": False,
+        "add_qkv_bias": model.add_qkv_bias,
+        "qk_layernorm": model.qk_layernorm,
+        "window_size": model.window_size,
+        "window_attn_skip_freq": model.window_attn_skip_freq and list(model.window_attn_skip_freq),
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
         "tensor_model_parallel_size": layout.tensor_model_parallel_size,
@@ -81,6 +85,7 @@ def transformer_config(
         "bias_activation_fusion": not platform.use_transformer_engine,  # rotary.py, swiglu.py and
         "cross_entropy_loss_fusion": not platform.use_transformer_engine,  # cross_entropy.py do it
         "fused_single_qkv_rope": not platform.use_transformer_engine
+        and not model.qk_layernorm
         and (model.num_query_groups or model.num_attention_heads)
         % layout.tensor_model_parallel_size
         == 0,
@@ -92,7 +97,12 @@ def transformer_config(
     }
     if is_moe:
         assert architecture.routing is not None
-        fields |= {"moe_ffn_hidden_size": model.ffn_hidden_size, "moe_grouped_gemm": True}
+        fields |= {
+            "moe_ffn_hidden_size": count.expert_width(model),
+            "moe_shared_expert_intermediate_size": model.moe_shared_expert_intermediate_size,
+            "moe_shared_expert_gate": model.moe_shared_expert_gate,
+            "moe_grouped_gemm": True,
+        }
         fields |= transformer_fields(architecture.routing, len(architecture.experts))
     try:
         return TransformerConfig(**(fields | options.transformer))
@@ -135,6 +145,9 @@ def build_model(
         ),
         position_embedding_type="rope",
         rotary_base=architecture.model.rotary_base,
+        rope_scaling=architecture.model.rope_scaling,
+        rope_scaling_factor=architecture.model.rope_scaling_factor,
+        seq_len_interpolation_factor=architecture.model.seq_len_interpolation_factor,
     )
     _mask_padding(model, architecture)
     model.to(torch.cuda.current_device())
@@ -164,14 +177,20 @@ def wrap_ddp(
     model: GPTModel | Float16Module,
     *,
     use_distributed_optimizer: bool,
+    freeze_experts: bool = False,
     options: MegatronOptions = NO_OPTIONS,
 ) -> DistributedDataParallel:
     """Megatron's gradient buffers around the model; gradients accumulate in fp32.
+
+    Frozen experts get no gradient and take no part in the optimizer, not even in its weight decay.
 
     The schedules' hooks (``no_sync_func``, ``finalize_model_grads_func``, ...) are set on the
     model's configuration, where Megatron's pipeline schedules look for them.
     """
     config: TransformerConfig = model.config
+    for name, parameter in model.named_parameters() if freeze_experts else ():
+        if ".mlp.experts." in name:
+            parameter.requires_grad_(False)
     ddp_fields: dict[str, Any] = {
         "grad_reduce_in_fp32": True,
         "use_distributed_optimizer": use_distributed_optimizer,

@@ -354,14 +354,15 @@ def _system(recipe: Recipe) -> Iterator[Problem]:
         yield Problem("mix.method", f"is {recipe.mix.method} in a system {recipe.system}", fix)
     if recipe.system == "dense" and recipe.dense is None:
         yield Problem("dense", "is missing, and is the system", "add `dense: {}`")
-    if recipe.match == "compute" and not upcycling:
-        what = "compute is about system: upcycling"
-        yield Problem("match", what, "remove it, or set `system: upcycling`")
+    finetuned = recipe.system in ("upcycling", "btx")
+    if recipe.match == "compute" and not finetuned:
+        what = f"compute, but a system {recipe.system} is not finetuned"
+        yield Problem("match", what, "remove it, or choose system: upcycling or btx")
     for key, stage in stages(recipe).items():
         if stage.freeze_experts and key != "finetune":
             what = "trains a dense model, which has no experts"
             yield Problem(f"{key}.freeze_experts", what, "set it for finetune only")
-    if upcycling and recipe.match == "compute" and not any(_model(recipe.model)):
+    if finetuned and recipe.match == "compute" and not any(_model(recipe.model)):
         off = mismatch(recipe)
         if off > 0.01:
             yield Problem(

@@ -36,14 +36,20 @@ _PATH_FIELDS = {(Domain, "train"), (Domain, "valid"), (Tokenizer, "path"), (Trai
 """Resolved against the directory of the file in which they are written."""
 
 
-def load_recipe(path: str | Path) -> Recipe:
+def load_recipe(path: str | Path, base: str | Path | None = None) -> Recipe:
     """The recipe in a YAML file.
+
+    Args:
+        path: the file.
+        base: a recipe that takes the place of the one named by ``base:`` in it.
 
     Raises:
         UserErrors: everything that is wrong with it, at once.
     """
-    path = Path(path)
-    return _build(_with_bases(read_tree(path), ()))
+    tree = read_tree(Path(path))
+    if base is None:
+        return _build(_with_bases(tree, ()))
+    return _build([*_with_bases(read_tree(Path(base)), ()), tree])
 
 
 def parse_recipe(text: str, path: str | Path = "recipe.yaml") -> Recipe:

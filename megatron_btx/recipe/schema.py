@@ -368,8 +368,9 @@ class Recipe:
     system: Literal["seed", "experts", "dense", "upcycling", "btm", "btx"] = "btx"
     """Which of the paper's systems it is (systems.py); what they share is made once."""
     match: Literal["data", "compute"] = "data"
-    """``upcycling`` (section 4.1.2): trained on what experts and finetuning together read, in the
-    dense baseline's order; or on the finetuning's mixture for the training FLOPs of BTX."""
+    """``data``: every system is trained on the same text; an upcycled seed on what experts and
+    finetuning together read, in the dense baseline's order. ``compute``: the finetuning's mixture
+    lasts until the system has cost the training FLOPs of BTX with top-2 routing (section 4.1.2)."""
     model: Model
     tokenizer: Tokenizer = Tokenizer()
     domains: dict[str, Domain]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_btx.errors import UserError
 from megatron_btx.recipe import count
-from megatron_btx.recipe.schema import Mix, Recipe, Training
+from megatron_btx.recipe.schema import Mix, Recipe, Routing, Training
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,7 +31,7 @@ def training(recipe: Recipe, name: str) -> Training:
     block = _block(recipe, name)
     if is_data_matched(recipe, name):
         return replace(block, tokens=data_matched_tokens(recipe))
-    if name == "finetune" and recipe.system == "upcycling":
+    if name == "finetune" and recipe.match == "compute":
         return replace(block, tokens=compute_matched_tokens(recipe))
     return block
 
@@ -68,36 +68,46 @@ def data_matched_tokens(recipe: Recipe) -> int:
 
 
 def compute_matched_tokens(recipe: Recipe) -> int:
-    """Tokens for which sparse upcycling costs what Branch-Train-MiX does, experts and finetuning,
-    in training FLOPs (count.py), to the nearest step; the paper matches GPU-days (table 3)."""
-    per_step = _upcycling_flops_per_step(recipe)
+    """Tokens of the finetuning for which the system costs what Branch-Train-MiX with top-2 routing
+    does in training FLOPs (count.py), to the nearest step. The paper matches sparse upcycling by
+    GPU-days (table 3), and gives Sample Top-1 twice the tokens of top-2 (section 4.1.2)."""
     step = recipe.finetune.global_batch_size * recipe.model.seq_length
-    return max(1, round(btx_flops(recipe) / per_step)) * step
+    left = btx_flops(recipe) - _before_finetuning(recipe)
+    return max(1, round(left / _flops_per_step(recipe))) * step
 
 
 def mismatch(recipe: Recipe) -> float:
-    """By what share whole steps of sparse upcycling miss the FLOPs that they are matched to."""
-    step = recipe.finetune.global_batch_size * recipe.model.seq_length
-    steps = compute_matched_tokens(recipe) / step
-    return abs(steps * _upcycling_flops_per_step(recipe) / btx_flops(recipe) - 1)
+    """By what share whole steps of the finetuning miss the FLOPs that they are matched to."""
+    steps = compute_matched_tokens(recipe) // (
+        recipe.finetune.global_batch_size * recipe.model.seq_length
+    )
+    flops = _before_finetuning(recipe) + steps * _flops_per_step(recipe)
+    return abs(flops / btx_flops(recipe) - 1)
 
 
 def btx_flops(recipe: Recipe) -> int:
-    """Training FLOPs of Branch-Train-MiX as in the paper, whatever system the recipe is: all its
-    experts, and the finetuning of them and the seed."""
+    """Training FLOPs of Branch-Train-MiX as the paper's defaults have it, whatever system the
+    recipe is: all its experts, and the top-2 finetuning of them and the seed."""
     dense = count.dense_architecture(recipe)
-    mixed = dense.mixture((*recipe.experts, "seed"), Mix(), recipe.routing)
-    experts = sum(count.trained_tokens(e, recipe.model) for e in recipe.experts.values())
-    finetune = count.trained_tokens(recipe.finetune, recipe.model)
-    return experts * count.training_flops_per_token(
-        dense
-    ) + finetune * count.training_flops_per_token(mixed)
+    mixed = dense.mixture((*recipe.experts, "seed"), Mix(), Routing())
+    tokens = count.trained_tokens(recipe.finetune, recipe.model)
+    return _expert_flops(recipe) + tokens * count.training_flops_per_token(mixed)
 
 
-def _upcycling_flops_per_step(recipe: Recipe) -> int:
-    upcycled = count.dense_architecture(recipe).mixed(recipe)
+def _before_finetuning(recipe: Recipe) -> int:
+    """FLOPs of the system's own stages between seed and finetuning."""
+    return 0 if recipe.system == "upcycling" else _expert_flops(recipe)
+
+
+def _expert_flops(recipe: Recipe) -> int:
+    tokens = sum(count.trained_tokens(e, recipe.model) for e in recipe.experts.values())
+    return tokens * count.training_flops_per_token(count.dense_architecture(recipe))
+
+
+def _flops_per_step(recipe: Recipe) -> int:
+    mixed = count.dense_architecture(recipe).mixed(recipe)
     tokens = recipe.finetune.global_batch_size * recipe.model.seq_length
-    return tokens * count.training_flops_per_token(upcycled)
+    return tokens * count.training_flops_per_token(mixed, recipe.finetune.freeze_experts)
 
 
 def directory(run_dir: Path, name: str) -> Path:

@@ -10,7 +10,13 @@ from typing import IO, Any
 Results = Mapping[str, Any]
 """The content of ``results.json``."""
 
-TITLES = {"seed": "seed", "dense": "dense baseline", "btx": "Branch-Train-MiX"}
+TITLES = {
+    "seed": "seed",
+    "dense": "dense baseline",
+    "upcycling": "sparse upcycling",
+    "btm": "Branch-Train-Merge",
+    "btx": "Branch-Train-MiX",
+}
 """How systems are called; an expert is «math expert»."""
 
 

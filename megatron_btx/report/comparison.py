@@ -1,0 +1,286 @@
+"""Several systems side by side: the paper's tables 2 and 3 for these runs. Imports no torch.
+
+A row is a system, its score a held-out loss per domain (nats per token, lower is better) and their
+mean; of several runs under other random seeds, the mean and the sample standard deviation of each.
+Costs are those of ``recipe/count.py``: model FLOPs of all stages that made the system after the
+seed (active parameters, attention, router, all experts that ran), in the seed's row its own.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_btx.errors import UserError
+from megatron_btx.files import read_json
+from megatron_btx.pipeline.view import amount, clock
+from megatron_btx.recipe.schema import Recipe
+from megatron_btx.recipe.systems import SYSTEMS, rows
+
+MEAN = "mean"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """A recipe that has been run, under one random seed."""
+
+    recipe: Recipe
+    run_dir: Path
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Score:
+    """One cell of the table."""
+
+    value: float
+    """Mean over the runs, nats per token."""
+    spread: float | None = None
+    """Sample standard deviation over the runs; ``None`` for a single one."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class System:
+    """A row of the table."""
+
+    name: str
+    """``seed``, ``expert:math``, or the recipe's name."""
+    system: str
+    """``system:`` of its recipe."""
+    scores: Mapping[str, Score]
+    """By column."""
+    runs: int
+    train_tokens: int
+    train_flops: int
+    train_flops_by_stage: Mapping[str, int]
+    train_seconds: float | None
+    """Measured, over all its stages, as if they had run one after the other; mean over the runs."""
+    params_total: int
+    params_active: int
+    inference_flops_per_token: int
+
+    @property
+    def moe_share(self) -> float:
+        """Share of the training FLOPs that is spent on a mixture of experts (table 3)."""
+        return self.train_flops_by_stage.get("finetune", 0) / (self.train_flops or 1)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Comparison:
+    """All systems, in the order of the paper's table 2."""
+
+    columns: tuple[str, ...]
+    """The domains, and ``mean``."""
+    systems: tuple[System, ...]
+    best: Mapping[str, str] = field(default_factory=dict)
+    """Column -> the system with the lowest score."""
+
+    def tied(self, system: System, column: str) -> bool:
+        """Whether a score differs from the best of its column by less than the spread of either:
+        another random seed could have turned the two around."""
+        score, best = system.scores.get(column), self.best.get(column)
+        if score is None or best is None or system.name == best:
+            return False
+        other = next(s for s in self.systems if s.name == best).scores[column]
+        spread = max(score.spread or 0.0, other.spread or 0.0)
+        return score.value - other.value < spread
+
+
+def compare(runs: Sequence[Run]) -> Comparison:
+    """What the runs' ``results.json`` say, side by side. What several of them hold (the seed, an
+    expert) is one row.
+
+    Raises:
+        UserError: a run has no results, or they are of other domains.
+    """
+    found: dict[str, list[tuple[Run, Mapping[str, Any]]]] = {}
+    columns: tuple[str, ...] | None = None
+    for run in runs:
+        results = read_json(run.run_dir / "results.json")
+        if results is None:
+            raise UserError(str(run.run_dir), "has no results.json", "run its recipe first")
+        here = (*results["domains"], MEAN)
+        columns = columns or here
+        if here != columns:
+            what = f"was evaluated on {', '.join(here)}, the others on {', '.join(columns)}"
+            raise UserError(str(run.run_dir), what, "compare recipes with the same domains")
+        own = rows(run.recipe)[-1].name
+        for name, row in results["systems"].items():
+            shown = run.recipe.name if name == own and ":" not in name else name
+            shown = name if run.recipe.system in ("seed", "experts") else shown
+            known = found.setdefault(shown, [])
+            if all(other.recipe.random_seed != run.recipe.random_seed for other, _ in known):
+                known.append((run, row))
+    assert columns is not None
+    systems = tuple(
+        sorted((_system(name, rows, columns) for name, rows in found.items()), key=_place)
+    )
+    best = {
+        column: min(systems, key=lambda system: system.scores[column].value).name
+        for column in columns
+    }
+    return Comparison(columns=columns, systems=systems, best=best)
+
+
+def _system(
+    name: str, found: Sequence[tuple[Run, Mapping[str, Any]]], columns: Sequence[str]
+) -> System:
+    run, row = found[0]
+    seconds = [_seconds(each) for _, each in found]
+    known = [value for value in seconds if value is not None]
+    return System(
+        name=name,
+        system=_kind(name, run.recipe),
+        scores={column: _score([each["loss"][column] for _, each in found]) for column in columns},
+        runs=len(found),
+        train_tokens=row["train_tokens"],
+        train_flops=row["train_flops"],
+        train_flops_by_stage={stage: cost["flops"] for stage, cost in row["stages"].items()},
+        train_seconds=statistics.fmean(known) if known else None,
+        params_total=row["params_total"],
+        params_active=row["params_active"],
+        inference_flops_per_token=row["inference_flops_per_token"],
+    )
+
+
+def _kind(name: str, recipe: Recipe) -> str:
+    """Which of the systems a row is of."""
+    if name == "seed":
+        return "seed"
+    if name.startswith("expert:"):
+        return "experts"
+    return "dense" if name == "dense" else recipe.system
+
+
+def _place(system: System) -> int:
+    """Rows of one kind keep their order."""
+    return list(SYSTEMS).index(system.system)
+
+
+def _score(values: Sequence[float]) -> Score:
+    spread = statistics.stdev(values) if len(values) > 1 else None
+    return Score(value=statistics.fmean(values), spread=spread)
+
+
+def _seconds(row: Mapping[str, Any]) -> float | None:
+    each = [stage.get("seconds") for stage in row["stages"].values()]
+    return None if None in each else sum(each)
+
+
+HEAD = ("train tokens", "train FLOPs", "in the MoE", "time", "parameters", "active", "FLOPs/token")
+"""Columns behind the scores: the last is a forward pass's, at inference."""
+
+
+def cells(comparison: Comparison) -> list[list[str]]:
+    """The table's rows as text: the name, the scores, and what ``HEAD`` names."""
+    return [
+        [
+            system.name,
+            *(shown(comparison, system, column) for column in comparison.columns),
+            amount(system.train_tokens),
+            f"{system.train_flops:.3g}",
+            f"{system.moe_share:.0%}" if system.moe_share else "-",
+            clock(system.train_seconds) if system.train_seconds is not None else "-",
+            amount(system.params_total),
+            amount(system.params_active),
+            amount(system.inference_flops_per_token),
+        ]
+        for system in comparison.systems
+    ]
+
+
+def shown(comparison: Comparison, system: System, column: str) -> str:
+    """``1.234`` or ``1.234 ± 0.005``, with ``*`` if it is the best of its column and ``~`` if it
+    differs from it by less than the spread."""
+    score = system.scores[column]
+    text = f"{score.value:.3f}"
+    if score.spread is not None:
+        text += f" ± {score.spread:.3f}"
+    if comparison.best[column] == system.name:
+        return text + "*"
+    return text + ("~" if comparison.tied(system, column) else "")
+
+
+def notes(comparison: Comparison) -> list[str]:
+    """What the marks mean."""
+    lines = [
+        "Held-out loss in nats per token, lower is better; * the best of its column. Tokens, FLOPs "
+        "and time are of all stages that made a system after the seed (the seed's row: its own)."
+    ]
+    runs = max(system.runs for system in comparison.systems)
+    if runs > 1:
+        lines.append(
+            f"Mean ± sample standard deviation over {runs} random seeds; ~ differs from the best "
+            "by less than the larger spread of the two."
+        )
+    return lines
+
+
+def markdown(comparison: Comparison) -> str:
+    """The table, and the FLOPs by stage below it."""
+    head = ["system", *comparison.columns, *HEAD]
+    text = _markdown_table(head, cells(comparison))
+    text += "\n" + "\n".join(notes(comparison)) + "\n"
+    stages = list(
+        dict.fromkeys(name for s in comparison.systems for name in s.train_flops_by_stage)
+    )
+    table = [
+        [s.name, *(_flops(s.train_flops_by_stage.get(stage)) for stage in stages)]
+        for s in comparison.systems
+    ]
+    return text + "\nTraining FLOPs by stage:\n\n" + _markdown_table(["system", *stages], table)
+
+
+def _flops(number: int | None) -> str:
+    return "-" if number is None else f"{number:.3g}"
+
+
+def _markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---", *("---:" for _ in head[1:])], *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def plain(comparison: Comparison) -> str:
+    """The table as aligned text."""
+    table = [["system", *comparison.columns, *HEAD], *cells(comparison)]
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in table
+    ]
+    return "\n".join([*lines, *notes(comparison)]) + "\n"
+
+
+def as_json(comparison: Comparison) -> str:
+    """The same for other programs, numbers unrounded."""
+    systems = {
+        system.name: {
+            "system": system.system,
+            "loss": {column: score.value for column, score in system.scores.items()},
+            "spread": {column: score.spread for column, score in system.scores.items()},
+            "tied_with_best": [c for c in comparison.columns if comparison.tied(system, c)],
+            "runs": system.runs,
+            "train_tokens": system.train_tokens,
+            "train_flops": system.train_flops,
+            "train_flops_by_stage": dict(system.train_flops_by_stage),
+            "moe_share": system.moe_share,
+            "train_seconds": _finite(system.train_seconds),
+            "params_total": system.params_total,
+            "params_active": system.params_active,
+            "inference_flops_per_token": system.inference_flops_per_token,
+        }
+        for system in comparison.systems
+    }
+    content = {"columns": comparison.columns, "best": dict(comparison.best), "systems": systems}
+    return json.dumps(content, indent=1) + "\n"
+
+
+def _finite(number: float | None) -> float | None:
+    return number if number is None or math.isfinite(number) else None

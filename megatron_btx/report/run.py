@@ -1,0 +1,57 @@
+"""What is left of a recipe, run on this machine, its page written at the end."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from megatron_btx.pipeline import graph, inputs, local, slurm, state
+from megatron_btx.pipeline.fingerprint import Memo
+from megatron_btx.pipeline.graph import Stage
+from megatron_btx.pipeline.local import Outcome
+from megatron_btx.pipeline.view import view
+from megatron_btx.recipe.load import dump
+from megatron_btx.recipe.schema import Recipe
+from megatron_btx.report import page
+
+
+def run_left(
+    recipe: Recipe, run_dir: Path, stages: tuple[Stage, ...], *, share: Sequence[str] = ()
+) -> Outcome:
+    """Run the stages that are not done.
+
+    Args:
+        recipe: what is to be run.
+        run_dir: the recipe's.
+        stages: of its graph, each with all that it needs.
+        share: other runs' directories, besides those that the recipe names.
+
+    Raises:
+        UserError: the input is wrong, jobs are at work in the directory, or another run is.
+    """
+    slurm.refuse_beside_jobs(run_dir.absolute())
+    inputs.check(recipe, run_dir, state.left(run_dir, stages), len(local.gpus()))
+    for line in inputs.warnings(recipe):
+        sys.stderr.write(f"warning: {line}\n")
+    absolute = dataclasses.replace(recipe, run_dir=str(run_dir.absolute()))
+    try:
+        outcome = local.run(
+            stages,
+            run_dir,
+            dump(absolute),
+            view=view(),
+            max_parallel=recipe.max_parallel_jobs,
+            inline={"report": lambda: page.write(recipe, run_dir)},
+            share=(*recipe.share, *share),
+        )
+    except OSError as error:
+        if error.filename is None:  # a write that failed does not know whose file it was
+            error.filename = str(run_dir)
+        raise
+    if run_dir.is_dir() and outcome.finished:
+        memo = Memo(run_dir / "fingerprints.json")
+        graph.build(recipe, memo)
+        memo.save()
+    return outcome

@@ -1,0 +1,194 @@
+"""Every system of the paper from one base: what they share, and that matched means matched."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_btx.data.mixture import Stream, stage_stream
+from megatron_btx.engine.checkpoint import final_checkpoint
+from megatron_btx.pipeline import graph, state
+from megatron_btx.recipe import count
+from megatron_btx.recipe.stages import btx_flops, training
+from megatron_btx.report import comparison, comparison_page
+from megatron_btx.report.comparison import Run
+from megatron_btx.weights.megatron import open_megatron
+from megatron_btx.weights.source import read_whole
+from tests.systems.conftest import NAMES
+
+Systems = Mapping[str, Run]
+
+OWN = {"dense": "dense", "upcycling": "upcycling", "btm": "btm", "btx": "btx"}
+"""The row of a system's own, beside the seed's and the experts'."""
+
+
+def results(run: Run) -> dict[str, dict]:
+    content = json.loads((run.run_dir / "results.json").read_text())
+    systems: dict[str, dict] = content["systems"]
+    return systems
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_has_its_row(systems: Systems, name: str) -> None:
+    run = systems[name]
+    table = results(run)
+    assert "seed" in table
+    own = OWN.get(run.recipe.system)
+    assert own is None or own in table
+    for row in table.values():
+        assert set(row["loss"]) == {"web", "math", "more", "mean"}
+        assert all(math.isfinite(loss) for loss in row["loss"].values())
+        assert row["train_flops"] == sum(stage["flops"] for stage in row["stages"].values())
+
+
+def test_what_is_shared_is_trained_once(systems: Systems) -> None:
+    """One attempt in all at the seed, at each expert; its row is the same everywhere."""
+    for stage in ("prepare", "seed", "expert-math", "expert-web", "expert-more"):
+        places = {
+            (run.run_dir / stage).resolve()
+            for run in systems.values()
+            if (run.run_dir / stage).exists()
+        }
+        assert len(places) == 1
+        lines = (places.pop() / "attempts.jsonl").read_text().splitlines()
+        assert len(lines) == 1
+    seeds = {json.dumps(results(run)["seed"]["loss"]) for run in systems.values()}
+    assert len(seeds) == 1
+    assert (systems["btx_top2"].run_dir / "seed").is_symlink()
+
+
+def test_a_shared_stage_is_left_alone(systems: Systems, tmp_path: Path) -> None:
+    """A run whose recipe changes lets go of the link; what is shared stays where it is."""
+    run = systems["dense"]
+    stages = tuple(stage for stage in graph.build(run.recipe) if stage.name in ("prepare", "seed"))
+    assert set(state.link_shared(tmp_path, stages, [str(run.run_dir)])) == {"prepare", "seed"}
+    assert not state.left(tmp_path, stages)
+    real = (tmp_path / "seed").resolve()
+    changed = state.Stage(name="seed", kind="seed", key="another")
+    state.claim(tmp_path, changed)
+    assert not (tmp_path / "seed").is_symlink()
+    assert (real / "done.json").exists()
+    assert not state.left(run.run_dir, stages)
+
+
+def _samples(stream: Stream, steps: Iterable[int]) -> list[bytes]:
+    found = []
+    for step in steps:
+        for rank in range(stream.training.layout.data_parallel_size):
+            for batch in stream.batches(step, rank):
+                tokens = torch.cat([batch["tokens"], batch["labels"][:, -1:]], 1)
+                rows = zip(batch["samples"].tolist(), tokens, strict=True)
+                found += [(index, row.numpy().tobytes()) for index, row in rows]
+    return [row for _, row in sorted(found)]
+
+
+def _all(run: Run, stage: str) -> list[bytes]:
+    steps = count.steps(training(run.recipe, stage), run.recipe.model)
+    return _samples(stage_stream(run.recipe, stage, run.run_dir), range(steps))
+
+
+def test_matched_in_data(systems: Systems) -> None:
+    """The experts' sequences together are, as a multiset, the dense run's first stage; the second
+    is the finetuning's, in its order; upcycling sees the dense run's order."""
+    btx = systems["btx_top2"]
+    dense = _all(systems["dense"], "dense")
+    assert dense == _all(systems["upcycling_dm"], "finetune")
+    finetune = _all(btx, "finetune")
+    assert dense[-len(finetune) :] == finetune
+    experts = Counter(row for name in btx.recipe.experts for row in _all(btx, f"expert:{name}"))
+    assert Counter(dense[: -len(finetune)]) == experts
+    for name in NAMES:
+        run = systems[name]
+        if run.recipe.system == "btx" and run.recipe.match == "data":
+            assert _all(run, "finetune") == finetune
+
+
+def test_the_finetuning_reads_one_file_of_sample_ids(systems: Systems) -> None:
+    """The indices that Megatron built for it are the same files, byte for byte."""
+
+    def files(name: str, stage: str) -> Counter[tuple[str, bytes]]:
+        found = (systems[name].run_dir / stage / "index").rglob("*.npy")
+        return Counter((path.name.partition("-")[2], path.read_bytes()) for path in found)
+
+    ours = files("btx_top2", "finetune")
+    assert ours
+    assert files("btx_soft", "finetune") == ours
+    for other in (files("dense", "dense"), files("upcycling_dm", "finetune")):
+        assert ours <= other
+
+
+@pytest.mark.parametrize("name", ["upcycling_cm", "btx_sample_top1"])
+def test_matched_in_compute(systems: Systems, name: str) -> None:
+    run = systems[name]
+    row = results(run)[run.recipe.system]
+    reference = results(systems["btx_top2"])["btx"]["train_flops"]
+    assert row["train_flops"] == pytest.approx(reference, rel=0.01)
+    assert btx_flops(run.recipe) == pytest.approx(reference, rel=0.01)
+
+
+def test_frozen_experts_stay_as_they_are(systems: Systems) -> None:
+    """To the bit, weight decay included; all else has learned."""
+    run = systems["btx_frozen"]
+    mixed = open_megatron(final_checkpoint(run.run_dir / "finetune"), "mixed").source
+    models = [*run.recipe.experts, "seed"]
+    for expert, model in enumerate(models):
+        directory = run.run_dir / ("seed" if model == "seed" else f"expert-{model}")
+        dense = open_megatron(final_checkpoint(directory), model).source
+        for layer in range(run.recipe.model.num_layers):
+            for matrix in ("linear_fc1", "linear_fc2"):
+                there = f"decoder.layers.{layer}.mlp.experts.{expert}.{matrix}.weight"
+                here = f"decoder.layers.{layer}.mlp.{matrix}.weight"
+                assert torch.equal(read_whole(mixed, there), read_whole(dense, here))
+    free = open_megatron(final_checkpoint(systems["btx_no_balance"].run_dir / "finetune"), "free")
+    name = "decoder.layers.0.mlp.experts.0.linear_fc1.weight"
+    assert not torch.equal(read_whole(mixed, name), read_whole(free.source, name))
+    proj = "decoder.layers.0.self_attention.linear_proj.weight"
+    seed = open_megatron(final_checkpoint(run.run_dir / "seed"), "seed").source
+    assert not torch.equal(read_whole(mixed, proj), read_whole(seed, proj))
+
+
+def test_the_comparison(systems: Systems, tmp_path: Path) -> None:
+    made = comparison.compare(list(systems.values()))
+    names = [system.name for system in made.systems]
+    assert names[:4] == ["seed", "expert:math", "expert:web", "expert:more"]
+    assert set(NAMES) - {"experts"} <= set(names)
+    assert len(names) == len(set(names))
+    assert made.columns == ("web", "math", "more", "mean")
+    by_name = {system.name: system for system in made.systems}
+    scores = {name: score.value for name, score in by_name["btx_top2"].scores.items()}
+    assert scores["mean"] == pytest.approx((scores["web"] + scores["math"] + scores["more"]) / 3)
+    assert by_name["upcycling_cm"].moe_share == 1.0
+    assert 0 < by_name["btx_top2"].moe_share < 1
+    assert (
+        by_name["btm_top2"].inference_flops_per_token
+        == 2 * by_name["dense"].inference_flops_per_token
+    )
+    assert by_name["btx_frozen"].train_flops < by_name["btx_no_balance"].train_flops
+    text = comparison.markdown(made)
+    assert all(f"| {name} |" in text for name in names)
+    assert json.loads(comparison.as_json(made))["best"] == made.best
+    page = comparison_page.render(made, "test")
+    assert all(name in page for name in names)
+
+
+def test_spread_over_seeds() -> None:
+    """A difference smaller than the spread is marked as such."""
+
+    def system(name: str, value: float, spread: float) -> comparison.System:
+        return comparison.System(
+            name=name, system="btx", scores={"mean": comparison.Score(value=value, spread=spread)},
+            runs=3, train_tokens=1, train_flops=1, train_flops_by_stage={}, train_seconds=None,
+            params_total=1, params_active=1, inference_flops_per_token=1,
+        )  # fmt: skip
+
+    best, near, far = system("a", 2.0, 0.01), system("b", 2.015, 0.02), system("c", 2.1, 0.02)
+    made = comparison.Comparison(columns=("mean",), systems=(best, near, far), best={"mean": "a"})
+    assert [made.tied(each, "mean") for each in (best, near, far)] == [False, True, False]
+    assert comparison.shown(made, near, "mean") == "2.015 ± 0.020~"
+    assert comparison.shown(made, best, "mean") == "2.000 ± 0.010*"
