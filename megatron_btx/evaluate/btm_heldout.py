@@ -21,11 +21,11 @@ from megatron_btx.evaluate.btm import Context, Method
 from megatron_btx.evaluate.heldout import Batch, HeldOut, label_log_probs
 from megatron_btx.evaluate.tfidf import DOCUMENTS, TfIdf
 from megatron_btx.mix.copy import copy
+from megatron_btx.mix.offline import open_source
 from megatron_btx.recipe import count
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.schema import Evaluate, Precision, Recipe
 from megatron_btx.recipe.stages import training
-from megatron_btx.weights.megatron import open_megatron
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +138,7 @@ def log_probs(
     architectures: list[Architecture] = []
     scores: dict[str, list[Tensor]] = {name: [] for name in domains}
     for label, checkpoint in models.items():
-        source = open_megatron(checkpoint, label)
+        source = open_source(checkpoint, label)
         architectures.append(source.architecture)
         if source.architecture.vocab_size != architectures[0].vocab_size:
             raise UserError(
@@ -159,9 +159,10 @@ def log_probs(
     return architectures, {name: torch.stack(rows) for name, rows in scores.items()}
 
 
-def cost(architectures: Sequence[Architecture], method: Method) -> Cost:
-    """What a method costs with these models. k of them are as dear as the dearest k."""
-    ran = btm.TOP.get(method, len(architectures))
+def cost(architectures: Sequence[Architecture], method: str | None) -> Cost:
+    """What a method costs with these models (``None``: one model). k of them are as dear as the
+    dearest k."""
+    ran = btm.TOP.get(method or "", len(architectures))
     flops = sorted((count.forward_flops_per_token(one) for one in architectures), reverse=True)
     parameters = [count.parameters(one) for one in architectures]
     active = sorted((one.active for one in parameters), reverse=True)

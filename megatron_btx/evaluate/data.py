@@ -1,0 +1,182 @@
+"""Nats per token and bits per byte of any checkpoint, or of a set of them, on any JSONL."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor
+
+from megatron_btx.data.documents import find_files, read_documents
+from megatron_btx.errors import UserError
+from megatron_btx.evaluate import btm
+from megatron_btx.evaluate.btm_heldout import cost
+from megatron_btx.evaluate.heldout import label_log_probs
+from megatron_btx.evaluate.models import (
+    given_tokenizer,
+    load,
+    opened,
+    similarity_index,
+    start_id,
+    tokenizer_of,
+)
+from megatron_btx.evaluate.predictor import NO_PROGRESS
+from megatron_btx.evaluate.subject import Subject
+from megatron_btx.evaluate.text import Filled, PackedText
+from megatron_btx.recipe.schema import Layout, Precision
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """How a subject is run."""
+
+    layout: Layout = Layout()
+    precision: Precision | None = None
+    """``None``: as the weights are stored."""
+    micro_batch_size: int = 8
+    """Sequences a rank runs at once."""
+    seq_length: int | None = None
+    """Tokens of a sequence; ``None``: the model's own."""
+    tokenizer: str | None = None
+    """A directory or file; ``None``: the checkpoint's own."""
+    tokens: int | None = None
+    """Of each text, at most about; ``None``: all."""
+    text_key: str = "text"
+    random_seed: int = 0
+
+
+def evaluate_data(
+    subject: Subject,
+    data: Mapping[str, Sequence[str]],
+    setting: Setting,
+    progress: Callable[[float], None] = NO_PROGRESS,
+) -> dict[str, Any]:
+    """Every token of every text, predicted once. Every rank calls it.
+
+    Bits per byte are all bits, of the tokens that end documents too, over the bytes of the
+    documents: they compare models of different tokenizers.
+
+    Args:
+        subject: the model or set.
+        data: by name, JSONL files and directories.
+        setting: how.
+        progress: told how much is done.
+
+    Returns:
+        ``{"data": {name: {"nats_per_token", "bits_per_byte", "documents", "tokens", "bytes"}},
+        "mean": of nats per token over the texts, "seq_length", "inference_flops_per_token",
+        "params_active", "params_total"}``, and of a set the mean ``weights`` of its models by text.
+    """
+    checkpoints = opened(subject)
+    texts = packed(subject, data, setting, min_length(checkpoints, setting))
+    scores: dict[str, list[Tensor]] = {name: [] for name in texts}
+    done, work = 0, len(checkpoints) * len(texts)
+    for checkpoint in checkpoints.values():
+        live = load(checkpoint, setting.layout, setting.precision, setting.random_seed)
+        for name, text in texts.items():
+            dp = parallel_state.get_data_parallel_world_size()
+            size = min(setting.micro_batch_size, -(-len(text) // dp))
+            filled = Filled(text, size * dp)
+            found = label_log_probs(live.module, name, filled, micro_batch_size=size)
+            scores[name].append(found[: len(text)])
+            done += 1
+            progress(done / work)
+        del live
+    index = similarity_index(subject, setting.random_seed)
+    result: dict[str, Any] = {"data": {}}
+    for name, text in texts.items():
+        stacked, counts = (
+            torch.stack(scores[name]),
+            torch.stack([s["loss_mask"] for s in _all(text)]),
+        )
+        if subject.method is None:
+            log_probs = stacked[0].double()
+        else:
+            weights = _weights(subject, stacked, text, index)
+            log_probs = btm.mixed(stacked.double(), weights)
+            used = weights[:, counts.bool()]
+            result.setdefault("weights", {})[name] = dict(btm.named(used, list(checkpoints)))
+        nats = -(log_probs * counts).sum().item()
+        result["data"][name] = {
+            "nats_per_token": nats / text.size.tokens,
+            "bits_per_byte": nats / math.log(2) / max(text.size.bytes, 1),
+            **asdict(text.size),
+        }
+    losses = [entry["nats_per_token"] for entry in result["data"].values()]
+    result["mean"] = sum(losses) / len(losses)
+    result["seq_length"] = next(iter(texts.values())).seq_length
+    spent = cost([one.architecture for one in checkpoints.values()], subject.method)
+    return result | asdict(spent)
+
+
+def min_length(checkpoints: Mapping[str, Any], setting: Setting) -> int:
+    """The length of the sequences.
+
+    Raises:
+        UserError: the models cannot take what is asked for.
+    """
+    most = min(one.architecture.model.seq_length for one in checkpoints.values())
+    wanted = setting.seq_length or most
+    if not 1 <= wanted <= most:
+        raise UserError("--seq-length", f"{wanted} is not from 1 to the model's {most}")
+    tp = setting.layout.tensor_model_parallel_size
+    if wanted % tp:
+        raise UserError("--seq-length", f"{wanted} is not a multiple of tensor parallelism ({tp})")
+    return wanted
+
+
+def packed(
+    subject: Subject, data: Mapping[str, Sequence[str]], setting: Setting, seq_length: int
+) -> dict[str, PackedText]:
+    """Each text in the tokens of a subject.
+
+    Raises:
+        UserError: a file is missing, damaged or empty, or there is no tokenizer.
+    """
+    if setting.tokenizer is None:
+        tokenizer = tokenizer_of(subject.first)
+    else:
+        tokenizer = given_tokenizer(Path(setting.tokenizer))
+    return {
+        name: PackedText(
+            read_documents(find_files(files, where=f"--data {name}"), setting.text_key),
+            tokenizer,
+            seq_length,
+            start_id=start_id(subject.first, tokenizer),
+            most=setting.tokens,
+            where=f"--data {name}",
+        )
+        for name, files in data.items()
+    }
+
+
+def _weights(subject: Subject, scores: Tensor, text: PackedText, index: Any) -> Tensor:
+    """Of a set's models [N, sequences, S]."""
+    if index is None:
+        prior = None
+        if subject.prior is not None:
+            prior = torch.tensor([float(subject.prior[name]) for name in subject.models])
+            prior = prior / prior.sum()
+        return btm.posterior(scores, prior)
+    return torch.stack(
+        [
+            btm.chosen_weights(
+                index,
+                one["tokens"],
+                text.tokenizer.decode,
+                k=btm.TOP[str(subject.method)],
+                context="document" if subject.context == "document" else "prefix",
+            )
+            for one in _all(text)
+        ],
+        dim=1,
+    )
+
+
+def _all(text: PackedText) -> list[dict[str, Tensor]]:
+    return [text[place] for place in range(len(text))]

@@ -1,0 +1,135 @@
+"""Checkpoints of any kind as live models on this job's ranks, with the tokenizer they speak."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+
+from megatron_btx.data.documents import find_files, read_documents
+from megatron_btx.data.tokenizer import INFO, Tokenizer, load_tokenizer, read_tokenizer
+from megatron_btx.engine.initializer import initialize
+from megatron_btx.engine.model import DTYPES, build_model
+from megatron_btx.errors import UserError
+from megatron_btx.evaluate.btm_heldout import training_text
+from megatron_btx.evaluate.subject import Subject
+from megatron_btx.evaluate.tfidf import TfIdf
+from megatron_btx.mix.copy import copy
+from megatron_btx.mix.offline import open_source
+from megatron_btx.recipe.architecture import Architecture
+from megatron_btx.recipe.load import load_recipe
+from megatron_btx.recipe.schema import Layout, Precision
+from megatron_btx.weights.plan import Checkpoint
+
+
+@dataclasses.dataclass(frozen=True)
+class Live:
+    """A model on this rank, ready to run."""
+
+    architecture: Architecture
+    module: torch.nn.Module
+
+
+def load(
+    checkpoint: Checkpoint, layout: Layout, precision: Precision | None, random_seed: int = 0
+) -> Live:
+    """This rank's part of a checkpoint of either format.
+
+    Args:
+        checkpoint: opened.
+        layout: of this job.
+        precision: ``None``: that of the weights.
+        random_seed: of the routing's noise.
+    """
+    precision = precision or precision_of(checkpoint)
+    module = build_model(checkpoint.architecture, layout, precision, random_seed=random_seed)
+    initialize(module, copy(checkpoint, dtype=DTYPES[precision]))
+    return Live(checkpoint.architecture, module.eval())
+
+
+def opened(subject: Subject) -> dict[str, Checkpoint]:
+    """The checkpoints of a subject.
+
+    Raises:
+        UserError: one is damaged, or they do not share a vocabulary.
+    """
+    found = {label: open_source(path, label) for label, path in subject.models.items()}
+    sizes = {label: one.architecture.vocab_size for label, one in found.items()}
+    if len(set(sizes.values())) > 1:
+        said = ", ".join(f"{label} {size}" for label, size in sizes.items())
+        raise UserError(subject.name, f"vocabularies differ: {said}", "average models of one seed")
+    return found
+
+
+def precision_of(checkpoint: Checkpoint) -> Precision:
+    """That in which the weights are stored; half precision, which Megatron's models here do not
+    have, is computed in fp32."""
+    dtypes = {tensor.dtype for tensor in checkpoint.tensors.values()}
+    return "bf16" if torch.bfloat16 in dtypes else "fp32"
+
+
+def tokenizer_of(path: Path) -> Tokenizer:
+    """The tokenizer that lies with a checkpoint, or in its run's ``prepare/``.
+
+    Raises:
+        UserError: there is none.
+    """
+    run_dir = path.absolute().parent.parent.parent
+    for place in (path / "tokenizer", path, run_dir / "prepare" / "tokenizer"):
+        if (place / INFO).is_file():
+            return load_tokenizer(place)
+    for kind, name in (("huggingface", "tokenizer.json"), ("sentencepiece", "tokenizer.model")):
+        for place in (path / "tokenizer", path):
+            if (place / name).is_file():
+                return read_tokenizer(place, kind)
+    raise UserError(str(path), "comes without a tokenizer", "give its directory as --tokenizer")
+
+
+def given_tokenizer(path: Path) -> Tokenizer:
+    """A user's ``--tokenizer``: a directory or a file."""
+    if path.is_dir():
+        return tokenizer_of(path)
+    return read_tokenizer(path, "sentencepiece" if path.suffix == ".model" else "huggingface")
+
+
+def start_id(path: Path, tokenizer: Tokenizer) -> int:
+    """What stands before a text: of models trained here the token that ends documents, because in
+    training one follows the other; of Hugging Face models whose tokenizer adds a begin token, that
+    one."""
+    config = path / "tokenizer_config.json"
+    if tokenizer.bos_id is not None and (path / "config.json").is_file() and config.is_file():
+        try:
+            said = json.loads(config.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(str(config), f"is not JSON ({error})", "copy it again") from error
+        adds = said.get("add_bos_token", str(said.get("tokenizer_class", "")).startswith("Llama"))
+        if adds:
+            return tokenizer.bos_id
+    return tokenizer.eos_id
+
+
+def similarity_index(subject: Subject, random_seed: int = 0) -> TfIdf | None:
+    """tf-idf of the text that each model of a set was trained on; ``None`` where it is not used.
+
+    Raises:
+        UserError: the text is missing.
+    """
+    if subject.method not in ("top1", "top2"):
+        return None
+    if subject.run_dir is not None:
+        recipe = load_recipe(subject.run_dir / "recipe.yaml")
+        corpora = training_text(recipe, subject.run_dir)
+        index = TfIdf({name: corpora[name] for name in subject.models}, random_seed=random_seed)
+    else:
+        index = TfIdf(
+            {
+                name: read_documents(find_files(subject.text[name], where=f"text of {name}"))
+                for name in subject.models
+            },
+            random_seed=random_seed,
+        )
+    if index.empty:
+        raise UserError(subject.name, f"no training text of {', '.join(index.empty)}")
+    return index

@@ -1,0 +1,63 @@
+"""Where an MoE sends the tokens of any text: for each layer, text and expert the share of the
+choices and the mean gate (arXiv 2403.07816, section 4.3.2 and figures 3 to 6)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from megatron.core import parallel_state
+
+from megatron_btx.errors import UserError
+from megatron_btx.evaluate.data import Setting, min_length, packed
+from megatron_btx.evaluate.heldout import evaluate
+from megatron_btx.evaluate.models import load, opened
+from megatron_btx.evaluate.predictor import NO_PROGRESS
+from megatron_btx.evaluate.subject import Subject
+
+
+def measure(
+    subject: Subject,
+    data: Mapping[str, Sequence[str]],
+    setting: Setting,
+    progress: Callable[[float], None] = NO_PROGRESS,
+) -> dict[str, Any]:
+    """The routing of a checkpoint. Every rank calls it.
+
+    Args:
+        subject: an MoE.
+        data: by name, JSONL files; whole sequences of it count.
+        setting: how.
+        progress: told how much is done.
+
+    Returns:
+        ``{"experts": names, "load": {text: [[share] by layer]}, "gate": likewise}``.
+
+    Raises:
+        UserError: it has no experts, or a text is too short.
+    """
+    (checkpoint,) = opened(subject).values()
+    architecture = checkpoint.architecture
+    if not architecture.experts:
+        raise UserError(subject.name, "is a dense model: it routes nothing", "give an MoE")
+    seq_length = min_length({"model": checkpoint}, setting)
+    texts = packed(subject, data, setting, seq_length)
+    dp = parallel_state.get_data_parallel_world_size()
+    live = load(checkpoint, setting.layout, setting.precision, setting.random_seed)
+    result: dict[str, Any] = {"experts": list(architecture.experts), "load": {}, "gate": {}}
+    for number, (name, text) in enumerate(texts.items(), 1):
+        whole = [text[place] for place in range(text.size.tokens // seq_length)]
+        if len(whole) < dp:
+            raise UserError(
+                f"--data {name}",
+                f"holds {len(whole)} whole sequence(s) of {seq_length} tokens, fewer than {dp} "
+                "data-parallel ranks",
+                "give more text, or a smaller --seq-length",
+            )
+        found = evaluate(live.module, {name: whole}, micro_batch_size=setting.micro_batch_size)
+        assert found.load is not None
+        assert found.gate is not None
+        result["load"] |= found.load
+        result["gate"] |= found.gate
+        progress(number / len(texts))
+    return result

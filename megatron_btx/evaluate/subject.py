@@ -1,0 +1,218 @@
+"""What is to be evaluated: one checkpoint, or several that are averaged. Imports no torch.
+
+On the command line it is one word: a directory (a step directory of ours, a stage's, a Hugging Face
+model's), ``btm:DIR,DIR,...``, ``btm:RUN_DIR``, or a YAML file that describes a BTM set. In front of
+each may stand ``NAME=``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_btx.errors import UserError, UserErrors
+
+METHODS = ("top1", "top2", "posterior")
+CONTEXTS = ("prefix", "document")
+_FORM = """method: top2          # top1, top2 or posterior
+models: {code: DIR, math: DIR, seed: DIR}      # the seed last
+text: {code: code.jsonl, math: math.jsonl, seed: web.jsonl}     # for top1 and top2"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A model, or a Branch-Train-Merge set of models."""
+
+    name: str
+    models: Mapping[str, Path]
+    """Name -> checkpoint, found and there; a single model's name is its own."""
+    method: str | None = None
+    """How a set is averaged (``METHODS``); ``None``: a single model."""
+    context: str = "prefix"
+    """What top1 and top2 look at: what is known so far, or the prompt (of held-out text: all of
+    it)."""
+    text: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """JSONL files of what each model was trained on, for top1 and top2."""
+    prior: Mapping[str, float] | None = None
+    """Of the posterior; ``None``: uniform."""
+    run_dir: Path | None = None
+    """The run that the set is of: its prepared text stands for ``text``."""
+
+    @property
+    def first(self) -> Path:
+        """The first checkpoint: its tokenizer is the set's."""
+        return next(iter(self.models.values()))
+
+
+def parse(words: list[str]) -> list[Subject]:
+    """Subjects of a command line.
+
+    Raises:
+        UserErrors: everything that is wrong with any of them; two of one name.
+    """
+    found: list[Subject] = []
+    errors: list[UserError] = []
+    for word in words:
+        try:
+            found.append(_parse(word))
+        except UserErrors as several:
+            errors += several.errors
+        except UserError as error:
+            errors.append(error)
+    if errors:
+        raise UserErrors(errors)
+    return _told_apart(found)
+
+
+def find(path: str | Path) -> Path:
+    """The checkpoint that a path stands for: itself, or the last one of a stage's directory.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = Path(path)
+    if (path / ".metadata").exists() or (path / "config.json").exists():
+        return path
+    steps = sorted(path.glob("step_????????")) or sorted(path.glob("checkpoints/step_????????"))
+    if steps:
+        return steps[-1]
+    what = "holds no checkpoint" if path.exists() else "does not exist"
+    raise UserError(
+        str(path),
+        what,
+        "give a step_XXXXXXXX directory, a stage's directory of a run, or a Hugging Face model's",
+    )
+
+
+def _parse(word: str) -> Subject:
+    named = re.fullmatch(r"([\w.+-]+)=(.+)", word)
+    name, rest = (named[1], named[2]) if named else ("", word)
+    if rest.startswith("btm:"):
+        return _listed(name or "btm", rest.removeprefix("btm:"))
+    if rest.endswith((".yaml", ".yml")):
+        return _described(name or Path(rest).stem, Path(rest))
+    path = find(rest)
+    return Subject(name=name or _name_of(path), models={"model": path})
+
+
+def _name_of(path: Path) -> str:
+    """A stage's name for a step directory in it, else the directory's own."""
+    path = path.absolute()
+    if path.parent.name == "checkpoints":
+        return path.parent.parent.name
+    return path.name
+
+
+def _listed(name: str, rest: str) -> Subject:
+    if "," not in rest and (Path(rest) / "recipe.yaml").is_file():
+        return _of_run(name, Path(rest))
+    models: dict[str, Path] = {}
+    for word in rest.split(","):
+        label, _, path = word.rpartition("=")
+        checkpoint = find(path)
+        models[label or _name_of(checkpoint)] = checkpoint
+    if len(models) < 2:
+        raise UserError(f"btm:{rest}", "names fewer than two different models", "give two or more")
+    return Subject(name=name, models=models, method="posterior")
+
+
+def _of_run(name: str, run_dir: Path) -> Subject:
+    """Experts and seed of a run, averaged as its recipe says."""
+    from megatron_btx.recipe.load import load_recipe
+    from megatron_btx.recipe.stages import directory
+
+    recipe = load_recipe(run_dir / "recipe.yaml")
+    stages = {expert: f"expert:{expert}" for expert in recipe.experts} | {"seed": "seed"}
+    method = recipe.btm.select
+    return Subject(
+        name=name,
+        models={name: find(directory(run_dir, stage)) for name, stage in stages.items()},
+        method=method if method in METHODS else "top2",
+        run_dir=run_dir,
+    )
+
+
+def _described(name: str, path: Path) -> Subject:
+    import yaml
+
+    where = str(path)
+    try:
+        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(where, f"cannot be read: {error}", "give a YAML file") from error
+    errors = _mistakes(given, where)
+    if errors:
+        raise UserErrors(errors)
+    beside = path.parent  # paths in the file are relative to it
+    models = {str(label): find(beside / one) for label, one in given["models"].items()}
+    text = given.get("text") or {}
+    files = {
+        str(label): tuple(str(beside / file) for file in ([one] if isinstance(one, str) else one))
+        for label, one in text.items()
+    }
+    return Subject(
+        name=name,
+        models=models,
+        method=given.get("method", "posterior"),
+        context=given.get("context", "prefix"),
+        text=files,
+        prior=given.get("prior"),
+    )
+
+
+def _mistakes(given: Any, where: str) -> list[UserError]:
+    if not isinstance(given, dict) or not isinstance(given.get("models"), dict):
+        return [UserError(where, "describes no set of models", f"write\n{_FORM}")]
+    errors = []
+    keys = ("method", "models", "text", "context", "prior")
+    for key in given:
+        if key not in keys:
+            errors.append(UserError(f"{where}: {key}", "no such key", f"use {', '.join(keys)}"))
+    for key, choices in (("method", METHODS), ("context", CONTEXTS)):
+        if given.get(key, choices[0]) not in choices:
+            fix = f"choose {', '.join(choices)}"
+            errors.append(UserError(f"{where}: {key}", f"is {given[key]!r}", fix))
+    names = set(map(str, given["models"]))
+    if len(names) < 2:
+        errors.append(UserError(f"{where}: models", "are fewer than two", "name two or more"))
+    if given.get("method") in ("top1", "top2"):
+        missing = sorted(names - set(map(str, given.get("text") or {})))
+        if missing:
+            what = f"lacks {', '.join(missing)}: {given['method']} compares with it"
+            errors.append(UserError(f"{where}: text", what, "name JSONL files of each"))
+    prior = given.get("prior")
+    if prior is not None and (
+        not isinstance(prior, dict)
+        or set(map(str, prior)) != names
+        or not all(isinstance(value, (int, float)) and value > 0 for value in prior.values())
+    ):
+        errors.append(UserError(f"{where}: prior", "is not a positive number for each model"))
+    return errors
+
+
+def _told_apart(subjects: list[Subject]) -> list[Subject]:
+    """Names of directories may be equal; those get their parents' in front."""
+    names = [subject.name for subject in subjects]
+    double = {name for name in names if names.count(name) > 1}
+    if not double:
+        return subjects
+    longer = []
+    for subject in subjects:
+        parents = [part for part in subject.first.absolute().parts if part != "checkpoints"]
+        longer.append("/".join(parts) if (parts := parents[-3:]) else subject.name)
+    renamed = [
+        Subject(**{**_fields(subject), "name": name}) if subject.name in double else subject
+        for subject, name in zip(subjects, longer, strict=True)
+    ]
+    if len({subject.name for subject in renamed}) < len(renamed):
+        raise UserError(
+            "checkpoints", f"{sorted(double)[0]} is named twice", "write NAME=CHECKPOINT"
+        )
+    return renamed
+
+
+def _fields(subject: Subject) -> dict[str, Any]:
+    return {name: getattr(subject, name) for name in subject.__dataclass_fields__}

@@ -1,0 +1,272 @@
+"""The ranks that evaluate, generate or analyse for the command line, outside any run.
+
+``start`` starts them here and waits; under ``srun`` or ``torchrun`` the command itself is one of
+them. A request and its answer are JSON. Imports no torch until a rank works.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_btx.errors import UserError, UserErrors
+from megatron_btx.evaluate.subject import Subject
+from megatron_btx.files import read_json, write_json
+from megatron_btx.pipeline import guard, local
+from megatron_btx.recipe.schema import Layout
+
+Request = Mapping[str, Any]
+"""``{"what": "data", "tasks", "generate" or "routing", "layout": {...}, "subjects": [...], ...}``
+and what that one takes."""
+
+_PLACES = (
+    ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
+)
+"""Of a rank that somebody else has started. Slurm's second name is set by ``srun`` alone: the batch
+script, which is no rank, has its job's number of tasks under another."""
+
+
+class Ended(Exception):
+    """The ranks ended without an answer; ``code`` is the exit code that says so."""
+
+    def __init__(self, code: int) -> None:
+        self.code = code
+
+
+def request_of(
+    what: str, subjects: list[Subject], layout: Layout, **entries: Any
+) -> dict[str, Any]:
+    """A request as JSON."""
+    written = [dataclasses.asdict(subject) for subject in subjects]
+    for entry in written:
+        entry["models"] = {name: str(path) for name, path in entry["models"].items()}
+        entry["run_dir"] = None if entry["run_dir"] is None else str(entry["run_dir"])
+    return {"what": what, "layout": dataclasses.asdict(layout), "subjects": written, **entries}
+
+
+def answer(request: Request) -> Any:
+    """What the ranks answer; ``None`` on a rank of somebody else's job that is not the first.
+
+    Raises:
+        UserError: as the ranks found it.
+        Ended: a rank crashed (its traceback is on stderr), or they were interrupted.
+    """
+    world_size = Layout(**request["layout"]).world_size
+    for rank, size, local_rank in _PLACES:
+        if int(os.environ.get(size, "1")) > 1 and rank in os.environ:
+            os.environ["RANK"], os.environ["WORLD_SIZE"] = os.environ[rank], os.environ[size]
+            os.environ["LOCAL_RANK"] = os.environ.get(local_rank, "0")
+            return _work(request)
+    return _start(request, world_size)
+
+
+def _start(request: Request, world_size: int) -> Any:
+    with tempfile.TemporaryDirectory(prefix="btx-") as name:
+        scratch = Path(name)
+        write_json(scratch / "request.json", dict(request))
+        threads = str(request["layout"].get("num_threads", 1))
+        environment = {
+            **os.environ,
+            "WORLD_SIZE": str(world_size),
+            "MASTER_ADDR": "127.0.0.1",
+            "BTX_INIT_METHOD": f"file://{scratch / 'ranks'}",
+            "BTX_PARENT": str(os.getpid()),
+            "OMP_NUM_THREADS": threads,
+            "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
+            "TMPDIR": name,
+        }
+        command = [sys.executable, "-m", "megatron_btx.pipeline.measure", name]
+        ranks = [
+            subprocess.Popen(
+                command,
+                env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdin=subprocess.DEVNULL,
+                stdout=sys.stderr,
+                start_new_session=True,
+            )
+            for rank in range(world_size)
+        ]
+        try:
+            _wait(ranks)
+        finally:
+            for rank in ranks:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(rank.pid, signal.SIGKILL)
+                rank.wait()
+        found = read_json(scratch / "error.json")
+        if found is not None:
+            raise _mistake(found["errors"])
+        found = read_json(scratch / "answer.json")
+        if found is None:
+            raise Ended(1)
+        return found["answer"]
+
+
+def _wait(ranks: list[subprocess.Popen[bytes]]) -> None:
+    """Until all have ended, or one has failed: the others would wait for it for ever."""
+    while any(rank.poll() is None for rank in ranks):
+        if any(rank.poll() for rank in ranks):
+            time.sleep(1.0)  # to the end of its message
+            return
+        time.sleep(0.05)
+
+
+def _mistake(errors: list[list[str]]) -> UserError:
+    found = [UserError(*one) for one in errors]
+    return found[0] if len(found) == 1 else UserErrors(found)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """A rank's life: 0, or 2 for a user's mistake, or 1 for a crash."""
+    guard.die_with_parent()
+    (name,) = sys.argv[1:] if arguments is None else arguments
+    scratch = Path(name)
+    request = read_json(scratch / "request.json")
+    assert request is not None
+    try:
+        found = _work(request)
+        if os.environ["RANK"] == "0":
+            write_json(scratch / "answer.json", {"answer": found})
+        return 0
+    except UserError as error:
+        errors = error.errors if isinstance(error, UserErrors) else [error]
+        triples = [[one.where, one.what, one.fix] for one in errors]
+        if not (scratch / "error.json").exists():
+            write_json(scratch / "error.json", {"errors": triples})
+        return 2
+    except Exception:
+        traceback.print_exc()
+        return 1
+
+
+def _work(request: Request) -> Any:
+    """Do what is asked, on every rank; the answer on the first."""
+    import logging
+    import warnings
+
+    warnings.filterwarnings("ignore")  # of libraries, to people who cannot do anything about them
+    logging.getLogger().setLevel(logging.ERROR)
+    from megatron_btx.engine import distributed
+
+    layout = Layout(**request["layout"])
+    distributed.initialize(layout, request.get("random_seed", 0))
+    try:
+        found = _KINDS[request["what"]](request, layout)
+    finally:
+        if sys.exc_info()[0] is None:  # else other ranks may be waiting in a collective
+            distributed.shutdown()
+    return found if os.environ.get("RANK", "0") == "0" else None
+
+
+def _subjects(request: Request) -> list[Subject]:
+    found = []
+    for entry in request["subjects"]:
+        models = {name: Path(path) for name, path in entry["models"].items()}
+        text = {name: tuple(files) for name, files in entry["text"].items()}
+        run_dir = None if entry["run_dir"] is None else Path(entry["run_dir"])
+        found.append(Subject(**{**entry, "models": models, "text": text, "run_dir": run_dir}))
+    return found
+
+
+def _data(request: Request, layout: Layout) -> dict[str, Any]:
+    from megatron_btx.evaluate.data import Setting, evaluate_data
+
+    setting = Setting(layout=layout, **request["setting"])
+    return {
+        subject.name: evaluate_data(subject, request["data"], setting, Progress(subject.name))
+        for subject in _subjects(request)
+    }
+
+
+def _tasks(request: Request, layout: Layout) -> dict[str, Any]:
+    from megatron_btx.evaluate.tasks import evaluate_tasks
+
+    return {
+        subject.name: evaluate_tasks(
+            _predictor(request, layout, subject), request["tasks"], Progress(subject.name)
+        )
+        for subject in _subjects(request)
+    }
+
+
+def _generate(request: Request, layout: Layout) -> list[dict[str, Any]]:
+    from megatron_btx.evaluate.generate import Decoding, generate
+
+    (subject,) = _subjects(request)
+    predictor = _predictor(request, layout, subject)
+    decoding = request["decoding"]
+    decoding = Decoding(**{**decoding, "until": tuple(decoding["until"])})
+    found = generate(predictor, request["prompts"], decoding, Progress("generating"))
+    return [dataclasses.asdict(one) for one in found]
+
+
+def _routing(request: Request, layout: Layout) -> dict[str, Any]:
+    from megatron_btx.evaluate.data import Setting
+    from megatron_btx.evaluate.routing import measure
+
+    setting = Setting(layout=layout, **request["setting"])
+    return {
+        subject.name: measure(subject, request["data"], setting, Progress(subject.name))
+        for subject in _subjects(request)
+    }
+
+
+def _predictor(request: Request, layout: Layout, subject: Subject) -> Any:
+    from megatron_btx.evaluate.predictor import Predictor
+
+    return Predictor(subject, layout, **request["predictor"])
+
+
+_KINDS = {"data": _data, "tasks": _tasks, "generate": _generate, "routing": _routing}
+
+
+class Progress:
+    """How far the first rank is, on stderr: one line that changes on a terminal, else a line every
+    ten seconds."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self._live = sys.stderr.isatty()
+        self._speaks = os.environ.get("RANK", "0") == "0"
+        self._began = time.monotonic()
+        self._next = self._began + (0.2 if self._live else 10.0)
+
+    def __call__(self, share: float) -> None:
+        """``share`` is done, from 0 to 1."""
+        now = time.monotonic()
+        if not self._speaks or (now < self._next and not (self._live and share >= 1)):
+            return
+        self._next = now + (0.2 if self._live else 10.0)
+        left = (now - self._began) * (1 - share) / share if share > 0 else 0.0
+        text = f"{self.what}: {share:.0%}, {left:.0f} s left"
+        if not self._live:
+            text += "\n"
+        else:
+            text = "\r\x1b[K" + (text if share < 1 else "")
+        sys.stderr.write(text)
+        sys.stderr.flush()
+
+
+def threads(world_size: int) -> int:
+    """CPU threads a rank, where nobody says: the cores shared out."""
+    return max(1, local.cores() // world_size)
+
+
+if __name__ == "__main__":
+    exit_code = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if exit_code:
+        os._exit(exit_code)  # other ranks may be waiting in a collective
+    sys.exit(0)
