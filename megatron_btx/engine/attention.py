@@ -6,12 +6,15 @@ not, on a CPU nor on a GPU.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
+import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -41,18 +44,24 @@ class ScaledDotProductAttention(MegatronModule):
         pg_collection: ProcessGroupCollection | None = None,
     ) -> None:
         super().__init__(config)
+        windowed = is_layer_window_attention(
+            config.window_size, config.window_attn_skip_freq, layer_number
+        )
+        before, after = config.window_size if windowed else (None, 0)
         dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         for name, asked in {
             "context parallelism": config.context_parallel_size > 1,
             "attention dropout": dropout > 0,
             "query-key layer scaling": config.apply_query_key_layer_scaling,
             "a softmax offset": config.softmax_type != "vanilla",
-            "a sliding window": config.window_size is not None,
+            "a window over tokens to come": after != 0,
             "a mask other than the causal one": attn_mask_type is not AttnMaskType.causal,
         }.items():
             if asked:
                 raise ValueError(f"{name} needs Transformer Engine's attention")
         self.softmax_scale = softmax_scale
+        self.window: int | None = before
+        """How many tokens a token sees before itself; ``None``: all."""
 
     def forward(
         self,
@@ -70,22 +79,34 @@ class ScaledDotProductAttention(MegatronModule):
             query: [S, B, N, D], rotated.
             key: [S, B, G, D], rotated; G divides N.
             value: [S, B, G, D].
-            attention_mask: ignored, the mask is causal.
+            attention_mask: ignored, the mask is causal, with or without a window.
 
         Returns:
             [S, B, N * D], in the dtype of ``query``.
         """
         if attention_bias is not None or packed_seq_params is not None:
             raise ValueError("attention bias and packed sequences need Transformer Engine")
-        groups = query.shape[2] // key.shape[2]
+        groups, seq = query.shape[2] // key.shape[2], len(query)
+        within = None
+        if self.window is not None and self.window + 1 < seq:
+            within = _band(seq, self.window, query.device)
         context_BNSD = scaled_dot_product_attention(
             query.permute(1, 2, 0, 3),
             _heads_first(key, groups),
             _heads_first(value, groups),
-            is_causal=True,
+            attn_mask=within,
+            is_causal=within is None,
             scale=self.softmax_scale,
         )
         return context_BNSD.permute(2, 0, 1, 3).flatten(2)
+
+
+@functools.lru_cache(maxsize=4)
+def _band(seq: int, window: int, device: torch.device) -> Tensor:
+    """[S, S] bool: position i sees i - window ... i."""
+    place = torch.arange(seq, device=device)
+    distance = place.unsqueeze(1) - place
+    return (distance >= 0) & (distance <= window)
 
 
 def _heads_first(x_SBGD: Tensor, repeats: int) -> Tensor:

@@ -43,14 +43,16 @@ def transformer_fields(routing: Routing, num_experts: int) -> dict[str, Any]:
         UserError: ``topk`` with a k that cannot be.
     """
     k = {"topk": routing.moe_router_topk, "soft": num_experts}.get(routing.type, 1)
-    if routing.type == "topk" and not 2 <= k <= num_experts:
+    least = 1 if routing.moe_router_pre_softmax else 2
+    if routing.type == "topk" and not least <= k <= num_experts:
         raise UserError(
             "routing.moe_router_topk",
             f"{k} of {num_experts} experts"
             + (
                 ": SoftMax(TopK) of one logit is always 1 and teaches the router nothing" * (k == 1)
             ),
-            f"choose 2 to {num_experts}, or `type: switch` or `sample_top1` for one expert a token",
+            f"choose {least} to {num_experts}, or `type: switch` or `sample_top1` for one expert "
+            "a token",
         )
     # With a capacity factor the dispatcher counts the routed tokens instead of expecting k of
     # each. Switch drops some; Sample Top-1 runs all experts in a soft first layer. Megatron never
@@ -59,7 +61,8 @@ def transformer_fields(routing: Routing, num_experts: int) -> dict[str, Any]:
     return {
         "num_moe_experts": num_experts,
         "moe_router_topk": k,
-        "moe_router_pre_softmax": k == 1,  # demanded by Megatron; nothing of ours reads it
+        # With one expert demanded by Megatron; ours reads its recipe.
+        "moe_router_pre_softmax": k == 1 or routing.moe_router_pre_softmax,
         "moe_router_dtype": "fp32",
         "moe_router_load_balancing_type": routing.moe_router_load_balancing_type,
         "moe_aux_loss_coeff": routing.moe_aux_loss_coeff,
@@ -151,7 +154,8 @@ class BTXRouter(TopKRouter):
 
     def _routes(self, logits: Tensor, length: int) -> Routes:
         if self.function == "topk":
-            return routing.topk(logits, self.topk)
+            function = routing.topk_of_all if self.recipe.moe_router_pre_softmax else routing.topk
+            return function(logits, self.topk)
         if self.function == "switch":
             return routing.switch(logits)
         if self.function == "soft":

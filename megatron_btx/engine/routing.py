@@ -26,6 +26,13 @@ def topk(logits: Tensor, k: int) -> Routes:
     return softmax(logits.masked_fill(~chosen, -torch.inf)), chosen
 
 
+def topk_of_all(logits: Tensor, k: int) -> Routes:
+    """The k largest of ``SoftMax(W x)`` as they are, so that they do not sum to one: Megatron's
+    ``moe_router_pre_softmax``, Qwen's MoEs without ``norm_topk_prob``."""
+    chosen = largest(logits, k)
+    return softmax(logits) * chosen, chosen
+
+
 def soft(logits: Tensor) -> Routes:
     """``SoftMax(W x)``: every expert runs for every token (section 3.3)."""
     return softmax(logits), torch.ones_like(logits, dtype=torch.bool)
@@ -34,8 +41,7 @@ def soft(logits: Tensor) -> Routes:
 def switch(logits: Tensor) -> Routes:
     """Top-1 of Fedus et al. (section 3.3): the gate is the best expert's full softmax probability,
     which, unlike ``topk`` with k = 1, lets the language model's loss reach the router."""
-    chosen = largest(logits, 1)
-    return softmax(logits) * chosen, chosen
+    return topk_of_all(logits, 1)
 
 
 def sample_top1(logits: Tensor, noise: Tensor, tau: Tensor | float) -> Routes:

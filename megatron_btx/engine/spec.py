@@ -16,6 +16,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
+from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
@@ -43,7 +44,7 @@ def block_spec(
 ) -> ModuleSpec | TransformerBlockSubmodules:
     """This pipeline stage's layers, for ``GPTModel(transformer_layer_spec=...)``; arguments as
     ``layer_spec``'s."""
-    layer = layer_spec(routing, random_seed)
+    layer = layer_spec(routing, random_seed, qk_layernorm=config.qk_layernorm)
     if kernels.detect().layers == "transformer_engine":
         return layer
     # Spelled out for the sake of the final norm: given one layer, Megatron takes its own norm,
@@ -57,6 +58,8 @@ def layer_spec(
     routing: Routing | None = None,
     random_seed: int = 0,
     platform: kernels.Platform | None = None,
+    *,
+    qk_layernorm: bool = False,
 ) -> ModuleSpec:
     """One transformer layer: dense without ``routing``, an MoE layer with it.
 
@@ -64,19 +67,23 @@ def layer_spec(
         routing: the recipe's routing function; ``None`` for the dense models.
         random_seed: seeds the routing's noise (``sample_top1``).
         platform: ``None``: this machine's.
+        qk_layernorm: as in the configuration, which Megatron does not ask here.
     """
     platform = platform or kernels.detect()
     if platform.layers == "transformer_engine":
         spec = get_gpt_layer_with_transformer_engine_spec(
-            num_experts=None if routing is None else 1, moe_grouped_gemm=routing is not None
+            num_experts=None if routing is None else 1,
+            moe_grouped_gemm=routing is not None,
+            qk_layernorm=qk_layernorm,
         )
         if routing is not None:
-            spec.submodules.mlp = _moe(routing, random_seed, spec.submodules.mlp.submodules.experts)
+            parts = spec.submodules.mlp.submodules
+            spec.submodules.mlp = _moe(routing, random_seed, parts.experts, parts.shared_experts)
         return spec
-    dense = ModuleSpec(
-        module=MLP,
-        submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear),
-    )
+    linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    dense = ModuleSpec(module=MLP, submodules=linears)
+    shared = ModuleSpec(module=SharedExpertMLP, submodules=linears)
+    head_norm = RMSNorm if qk_layernorm else IdentityOp
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
@@ -88,13 +95,13 @@ def layer_spec(
                     linear_qkv=ColumnParallelLinear,
                     core_attention=ScaledDotProductAttention,
                     linear_proj=RowParallelLinear,
-                    q_layernorm=IdentityOp,
-                    k_layernorm=IdentityOp,
+                    q_layernorm=head_norm,
+                    k_layernorm=head_norm,
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=RMSNorm,
-            mlp=dense if routing is None else _moe(routing, random_seed, GroupedExperts),
+            mlp=dense if routing is None else _moe(routing, random_seed, GroupedExperts, shared),
             mlp_bda=get_bias_dropout_add,
             sharded_state_dict_keys_map=(
                 {**_INPUT_NORM, **_PRE_MLP_NORM} if routing is None else _INPUT_NORM
@@ -103,11 +110,14 @@ def layer_spec(
     )
 
 
-def _moe(routing: Routing, random_seed: int, experts: ModuleSpec | type) -> ModuleSpec:
+def _moe(
+    routing: Routing, random_seed: int, experts: ModuleSpec | type, shared: ModuleSpec
+) -> ModuleSpec:
     return ModuleSpec(
         module=MoELayer,
         submodules=MoESubmodules(
             experts=experts,
+            shared_experts=shared,  # built where the configuration has one
             router=functools.partial(BTXRouter, routing=routing, random_seed=random_seed),
         ),
     )

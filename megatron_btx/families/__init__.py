@@ -1,7 +1,5 @@
 """Model families: their Hugging Face directories, both ways."""
 
-from megatron_btx.families.hf import open_hf, to_hf
-from megatron_btx.families.llama import LLAMA
-from megatron_btx.families.mixtral import MIXTRAL
+from megatron_btx.families.hf import FAMILIES, family_of, open_hf, to_hf
 
-__all__ = ["LLAMA", "MIXTRAL", "open_hf", "to_hf"]
+__all__ = ["FAMILIES", "family_of", "open_hf", "to_hf"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,8 +13,18 @@ from megatron_btx.families.hf import family_of, to_hf
 from megatron_btx.weights.directory import as_json
 from megatron_btx.weights.execute import ONE_BY_ONE, Execution
 from megatron_btx.weights.megatron import open_megatron
-from megatron_btx.weights.plan import Plan
+from megatron_btx.weights.plan import Checkpoint, Plan
 from megatron_btx.weights.write_safetensors import SHARD, write_safetensors
+
+CARRIED = ("model_type", "bos_token_id", "eos_token_id", "pad_token_id")
+"""Of a model's ``config.json``, what its Megatron checkpoint keeps (``huggingface`` of the
+manifest), so that it can go out as what it came in."""
+
+
+def carried(model: Checkpoint) -> dict[str, Any]:
+    """What a checkpoint of either format knows of its ``config.json`` beside the architecture."""
+    known = model.manifest.get("huggingface") or model.manifest
+    return {key: known[key] for key in CARRIED if known.get(key) is not None}
 
 
 def export_hf(
@@ -27,7 +38,8 @@ def export_hf(
 ) -> None:
     """Write a Megatron checkpoint of ours as a Hugging Face directory.
 
-    A dense model becomes a Llama, an MoE a Mixtral. Tokenizer files are the caller's to add.
+    It becomes the first of the families (families/hf.py) that computes it. Tokenizer files are the
+    caller's to add.
 
     Args:
         checkpoint: a ``step_XXXXXXXX`` directory.
@@ -38,8 +50,7 @@ def export_hf(
         shard: bytes a safetensors file.
 
     Raises:
-        UserError: the checkpoint is damaged, its routing is none that Mixtral computes, or ``out``
-            cannot be written.
+        UserError: the checkpoint is damaged, no family computes it, or ``out`` cannot be written.
     """
     model = open_megatron(checkpoint, "model")
     tensors = model.tensors
@@ -49,15 +60,17 @@ def export_hf(
         sources={model.label: model.source},
         expected={name: tensor.shape for name, tensor in tensors.items()},
     )
-    write_hf(plan, Path(out), bos_token_id=bos_token_id, eos_token_id=eos_token_id, shard=shard)
+    tokens = {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id}
+    given = {key: value for key, value in tokens.items() if value is not None}
+    write_hf(plan, Path(out), known=carried(model) | given, shard=shard)
 
 
 def write_hf(
     plan: Plan,
     out: Path,
     *,
-    bos_token_id: int | None = None,
-    eos_token_id: int | None = None,
+    known: Mapping[str, Any] | None = None,
+    fused: bool = False,
     shard: int = SHARD,
     execution: Execution = ONE_BY_ONE,
     files: Callable[[], Mapping[str, bytes]] = dict,
@@ -67,26 +80,30 @@ def write_hf(
     Args:
         plan: over canonical names, of one dtype.
         out: the new directory.
-        bos_token_id: the tokenizer's, for generation.
-        eos_token_id: likewise.
+        known: what :func:`carried` says of the model that it is made of.
+        fused: experts stacked, as ``transformers`` 5 names them; by default one by one, which every
+            loader reads.
         shard: bytes a safetensors file.
         execution: how; no bit of the result depends on it.
-        files: more small files, asked for at the end.
+        files: more small files, asked for at the end; they may replace ours.
+
+    Raises:
+        UserError: no family computes the model, or ``out`` cannot be written.
     """
     dtypes = {target.dtype for target in plan.targets.values()}
     if len(dtypes) != 1:
         what = f"tensors of several dtypes: {', '.join(sorted(map(str, dtypes)))}"
         raise UserError(str(out), what, "give the dtype of the result")
     dtype = str(dtypes.pop()).removeprefix("torch.")
-    tokens = {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id}
-    tokens = {key: value for key, value in tokens.items() if value is not None}
-    config = family_of(plan.architecture).write_config(plan.architecture, dtype) | tokens
+    tokens = dict(known or {})
+    family = family_of(plan.architecture, preferred=tokens.pop("model_type", None))
+    config = family.write_config(plan.architecture) | {"torch_dtype": dtype, **tokens}
     own = {
         "config.json": config,
         "generation_config.json": {"_from_model_config": True, **tokens},
     }
     write_safetensors(
-        to_hf(plan),
+        to_hf(plan, family, fused=fused),
         out,
         files=lambda: {name: as_json(value) for name, value in own.items()} | dict(files()),
         shard=shard,

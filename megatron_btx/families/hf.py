@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,10 @@ import torch
 
 from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.families.family import Family
-from megatron_btx.families.llama import LLAMA
-from megatron_btx.families.mixtral import MIXTRAL
+from megatron_btx.families.gates import Gates
+from megatron_btx.families.llama import LLAMA, MISTRAL, QWEN2, QWEN3
+from megatron_btx.families.mixtral import MIXTRAL, QWEN2_MOE, QWEN3_MOE
+from megatron_btx.families.table import Table
 from megatron_btx.families.tokenizer_files import describe_tokenizer
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.weights.box import Shape
@@ -22,7 +25,11 @@ from megatron_btx.weights.plan import Checkpoint, Ignore, Plan, mismatches, unma
 from megatron_btx.weights.safetensors import SafetensorsSource
 from megatron_btx.weights.source import View, take_all
 
-FAMILIES = {family.model_type: family for family in (LLAMA, MIXTRAL)}
+FAMILIES = {
+    family.model_type: family
+    for family in (LLAMA, MISTRAL, QWEN2, QWEN3, MIXTRAL, QWEN3_MOE, QWEN2_MOE)
+}
+"""By ``model_type``. A model goes out as the first that computes it."""
 
 IGNORED = (Ignore(r".*\.rotary_emb\.inv_freq", "derived from the RoPE base"),)
 """Stored tensors that are not weights. All else must be used."""
@@ -37,49 +44,114 @@ def open_hf(path: Path | str, label: str) -> Checkpoint:
             or from what we can compute, at once.
     """
     path = Path(path)
-    config = _read_config(path)
-    family = FAMILIES.get(config.get("model_type", ""))
-    if family is None:
-        what = f"model_type is {config.get('model_type')!r}"
-        raise UserError(str(path / "config.json"), what, f"use one of {', '.join(FAMILIES)}")
-    architecture = family.read_config(config, str(path / "config.json"))
+    family, architecture, config = read_config(path)
     source = SafetensorsSource(path)
     untied = architecture.model.untie_embeddings_and_output_weights
     weights = unmatched(source.tensors, IGNORED if untied else (*IGNORED, TIED))
     takes = take_all(label, source)
     tensors = {name: takes[name] for name in weights}
+    table = _table(family, fused=_is_fused(tensors))
     fix = "give a model that its config.json describes"
-    errors = mismatches(tensors, hf_tensors(architecture), str(path), fix)
+    errors = mismatches(tensors, _tensors(architecture, table), str(path), fix)
     if errors:
         raise UserErrors(errors)
-    named = family.table.to_canonical(tensors, architecture)
+    found = table.to_canonical(tensors, architecture)
+    named = {name: found[name] for name in canonical_tensors(architecture)}
     manifest = {**config, "tokenizer": describe_tokenizer(path)}
     return Checkpoint(label, path, architecture, View(source, named), manifest)
 
 
-def hf_tensors(architecture: Architecture) -> dict[str, Shape]:
+def read_config(path: Path) -> tuple[Family, Architecture, dict[str, Any]]:
+    """Family and architecture of a Hugging Face directory, and its ``config.json`` as it is.
+
+    Raises:
+        UserErrors: it is missing, of another family, or describes what we do not compute.
+    """
+    where = path / "config.json"
+    config = _read_json(path)
+    family = FAMILIES.get(config.get("model_type", ""))
+    if family is None:
+        what = f"model_type is {config.get('model_type')!r}"
+        raise UserError(str(where), what, f"use one of {', '.join(FAMILIES)}")
+    return family, family.read_config(config, str(where)), config
+
+
+def family_of(architecture: Architecture, preferred: str | None = None) -> Family:
+    """The family that computes what an architecture computes.
+
+    Args:
+        architecture: the model.
+        preferred: ``model_type`` of the family to take where it is one of them: a Mistral without a
+            window is a Llama too.
+
+    Raises:
+        UserError: there is none; it says what each one lacks.
+    """
+    if architecture.experts:
+        Gates.of(architecture)  # what no family computes is told once
+    first = FAMILIES.get(preferred or "")
+    why = []
+    for family in (*([first] if first else []), *FAMILIES.values()):
+        lacking = family.lacks(architecture)
+        if not lacking:
+            return family
+        if lacking != [_kind(architecture)]:
+            why.append(f"{family.model_type} has no {', no '.join(lacking)}")
+    what = f"no Hugging Face family computes this model: {'; '.join(dict.fromkeys(why))}"
+    raise UserError("export", what, "keep it in Megatron's format")
+
+
+def hf_tensors(architecture: Architecture, family: Family | None = None) -> dict[str, Shape]:
     """Hugging Face name -> shape, derived from the canonical ones."""
+    family = family or family_of(architecture)
+    return _tensors(family.stored(architecture), family.table)
+
+
+def to_hf(plan: Plan, family: Family | None = None, *, fused: bool = False) -> Plan:
+    """A plan over canonical names as one over a family's Hugging Face names.
+
+    Args:
+        plan: over canonical names.
+        family: the one to write; ``None``: that which computes it.
+        fused: experts stacked, as ``transformers`` 5 holds them in memory.
+    """
+    family = family or family_of(plan.architecture)
+    stored = family.stored(plan.architecture)
+    targets = dict(plan.targets)
+    dtype = next(iter(targets.values())).dtype
+    for name, shape in canonical_tensors(stored).items():
+        if name not in targets and stored != plan.architecture:  # a shared expert of zeros
+            targets[name] = Fill(0.0, shape, dtype)
+    table = _table(family, fused=fused)
+    named = table.to_hf(targets, stored)
+    return replace(plan, targets=named, expected=_tensors(stored, table))
+
+
+def _table(family: Family, *, fused: bool) -> Table:
+    if not fused:
+        return family.table
+    if family.fused is None:
+        raise UserError("--fused", f"a {family.model_type} has no experts", "leave it out")
+    return family.fused
+
+
+def _tensors(architecture: Architecture, table: Table) -> dict[str, Shape]:
     blank = {
         name: Fill(0.0, shape, torch.float32)
         for name, shape in canonical_tensors(architecture).items()
     }
-    named = family_of(architecture).table.to_hf(blank, architecture)
-    return {name: tensor.shape for name, tensor in named.items()}
+    return {name: tensor.shape for name, tensor in table.to_hf(blank, architecture).items()}
 
 
-def family_of(architecture: Architecture) -> Family:
-    """The family that computes what an architecture computes."""
-    return MIXTRAL if architecture.experts else LLAMA
+def _is_fused(names: Iterable[str]) -> bool:
+    return any(name.endswith(".experts.gate_up_proj") for name in names)
 
 
-def to_hf(plan: Plan) -> Plan:
-    """A plan over canonical names as one over the family's Hugging Face names."""
-    family = family_of(plan.architecture)
-    targets = family.table.to_hf(plan.targets, plan.architecture)
-    return replace(plan, targets=targets, expected=hf_tensors(plan.architecture))
+def _kind(architecture: Architecture) -> str:
+    return "a mixture of experts" if architecture.experts else "a dense model"
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> dict[str, Any]:
     where = path / "config.json"
     try:
         config = json.loads(where.read_text(encoding="utf-8"))

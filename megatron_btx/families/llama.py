@@ -1,49 +1,85 @@
-"""Llama: RMSNorm, SwiGLU, rotary positions, no biases."""
+"""Llama and its dense relatives, and what their ``config.json`` have in common."""
 
 from __future__ import annotations
 
+from megatron_btx.families.config import (
+    Always,
+    Field,
+    Fixed,
+    LayerWindows,
+    Part,
+    Positions,
+    Rope,
+    Tied,
+    Window,
+)
 from megatron_btx.families.family import Family
-from megatron_btx.families.table import Table, gate_up, qkv
+from megatron_btx.families.names import ATTENTION, EMBEDDING, FFN, HEAD, HEAD_NORMS, QKV_BIAS
+from megatron_btx.families.table import Table
 
-# fmt: off
-ATTENTION = (
-    ("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), None),
-    ("decoder.layers.{layer}.self_attention.linear_qkv.layer_norm_weight",
-        ("model.layers.{layer}.input_layernorm.weight",), None),
-    ("decoder.layers.{layer}.self_attention.linear_qkv.weight",
-        ("model.layers.{layer}.self_attn.q_proj.weight",
-         "model.layers.{layer}.self_attn.k_proj.weight",
-         "model.layers.{layer}.self_attn.v_proj.weight"), qkv),
-    ("decoder.layers.{layer}.self_attention.linear_proj.weight",
-        ("model.layers.{layer}.self_attn.o_proj.weight",), None),
+LAYERS: tuple[Part, ...] = (
+    Field("num_hidden_layers", "num_layers", required=True),
+    Field("hidden_size", "hidden_size", required=True),
+    Field("num_attention_heads", "num_attention_heads", required=True),
+    Field("rms_norm_eps", "layernorm_epsilon", required=True),
+    Field("initializer_range", "init_method_std"),
+    Positions(),
+    Tied(),
+    Fixed("hidden_act", "silu"),
+    Fixed("attention_dropout", 0.0),
 )
-HEAD = (
-    ("decoder.final_layernorm.weight", ("model.norm.weight",), None),
-    ("output_layer.weight", ("lm_head.weight",), None),
-)
-FFN = (
-    ("decoder.layers.{layer}.mlp.linear_fc1.layer_norm_weight",
-        ("model.layers.{layer}.post_attention_layernorm.weight",), None),
-    ("decoder.layers.{layer}.mlp.linear_fc1.weight",
-        ("model.layers.{layer}.mlp.gate_proj.weight",
-         "model.layers.{layer}.mlp.up_proj.weight"), gate_up),
-    ("decoder.layers.{layer}.mlp.linear_fc2.weight",
-        ("model.layers.{layer}.mlp.down_proj.weight",), None),
-)
-# fmt: on
+"""What all of them have."""
+WIDTH = Field("intermediate_size", "ffn_hidden_size", required=True)
+GROUPS = Field("num_key_value_heads", "num_query_groups", required=True)
+"""Not required of Llama: where it is absent, each of the others has another number."""
+HEAD_DIM = Field("head_dim", "kv_channels")
 
 LLAMA = Family(
     model_type="llama",
     architecture="LlamaForCausalLM",
-    table=Table((*ATTENTION, *FFN, *HEAD)),
-    default_rope_theta=1e4,
-    fixed={
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "attention_dropout": 0.0,
-        "rope_scaling": None,
-        "pretraining_tp": 1,
-    },
-    is_moe=False,
+    table=Table((*EMBEDDING, *ATTENTION, *FFN, *HEAD)),
+    config=(
+        *LAYERS,
+        WIDTH,
+        Field("num_key_value_heads", "num_query_groups"),
+        HEAD_DIM,
+        Rope(1e4),
+        Fixed("attention_bias", False),
+        Fixed("mlp_bias", False),
+    ),
+)
+MISTRAL = Family(
+    model_type="mistral",
+    architecture="MistralForCausalLM",
+    table=LLAMA.table,
+    config=(*LAYERS, WIDTH, GROUPS, HEAD_DIM, Rope(1e4), Window(absent=4096)),
+)
+QWEN2 = Family(
+    model_type="qwen2",
+    architecture="Qwen2ForCausalLM",
+    table=Table((*EMBEDDING, *ATTENTION, *QKV_BIAS, *FFN, *HEAD)),
+    config=(
+        *LAYERS,
+        WIDTH,
+        GROUPS,
+        HEAD_DIM,
+        Rope(1e4),
+        LayerWindows(from_layer=True),
+        Always("add_qkv_bias", True),
+    ),
+)
+QWEN3 = Family(
+    model_type="qwen3",
+    architecture="Qwen3ForCausalLM",
+    table=Table((*EMBEDDING, *ATTENTION, *HEAD_NORMS, *FFN, *HEAD)),
+    config=(
+        *LAYERS,
+        WIDTH,
+        GROUPS,
+        Field("head_dim", "kv_channels", required=True),  # absent, it is 128
+        Rope(1e4),
+        LayerWindows(from_layer=True),
+        Always("qk_layernorm", True),
+        Fixed("attention_bias", False),
+    ),
 )

@@ -1,7 +1,8 @@
 """Names of a family as data: one aligned table, read in both directions.
 
-Each row joins Hugging Face tensors into one canonical tensor, rows group by group. That one
-description gives both directions: nobody writes an inverse.
+Each row joins Hugging Face tensors into one canonical tensor, rows group by group, or stacks
+canonical tensors into a Hugging Face one. That one description gives both directions: nobody writes
+an inverse.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from megatron_btx.recipe.architecture import Architecture
-from megatron_btx.recipe.count import kv_channels, query_groups
+from megatron_btx.recipe.count import expert_width, kv_channels, query_groups
 from megatron_btx.recipe.schema import Model
-from megatron_btx.weights.build import reshape, rows
+from megatron_btx.weights.build import item, reshape, rows, stack
 from megatron_btx.weights.expression import Cat, Expression
 
 
@@ -52,20 +53,43 @@ class Interleave:
 
 
 def qkv(model: Model) -> Interleave:
-    """Megatron's fused attention input: for every key/value head its query heads, it, its value."""
+    """Megatron's fused attention input, weights or biases: for every key/value head its query
+    heads, it, its value."""
     queries = model.num_attention_heads // query_groups(model)
     return Interleave(query_groups(model), tuple(n * kv_channels(model) for n in (queries, 1, 1)))
 
 
 def gate_up(model: Model) -> Interleave:
     """Megatron's gated fc1: all of the gate, then all of the up projection."""
-    return Interleave(1, (model.ffn_hidden_size, model.ffn_hidden_size))
+    return Interleave(1, (model.ffn_hidden_size,) * 2)
+
+
+def expert_gate_up(model: Model) -> Interleave:
+    """The same of an expert."""
+    return Interleave(1, (expert_width(model),) * 2)
+
+
+def shared_gate_up(model: Model) -> Interleave:
+    """The same of a shared expert."""
+    return Interleave(1, (model.moe_shared_expert_intermediate_size or 0,) * 2)
 
 
 Operator = Callable[[Model], Interleave]
 Row = tuple[str, tuple[str, ...], Operator | None]
 """A canonical name, the Hugging Face names that it is joined from, how (``None``: one, as it is).
-``{layer}`` and ``{expert}`` stand for every layer and every expert."""
+``{layer}`` and ``{expert}`` stand for every layer and every expert; where only the canonical name
+has an expert, the Hugging Face tensor is all of them, stacked."""
+
+
+@dataclass(frozen=True)
+class Joined:
+    """One row for one layer, and for one expert or all of them."""
+
+    canonical: tuple[str, ...]
+    """One name, or every expert's where ``stacked``."""
+    hf: tuple[str, ...]
+    operator: Interleave | None = None
+    stacked: bool = False
 
 
 @dataclass(frozen=True)
@@ -78,34 +102,45 @@ class Table:
         self, hf: Mapping[str, Expression], architecture: Architecture
     ) -> dict[str, Expression]:
         """Canonical tensors from Hugging Face ones."""
-        named = {}
-        for canonical, names, operator in self.expanded(architecture):
-            if names[0] in hf:  # a tied head is not
-                parts = [hf[name] for name in names]
-                named[canonical] = operator.join(parts) if operator else parts[0]
+        named: dict[str, Expression] = {}
+        for row in self.expanded(architecture):
+            if row.hf[0] not in hf:  # a head that is tied, biases that this model has not
+                continue
+            parts = [hf[name] for name in row.hf]
+            if row.stacked:
+                named.update((name, item(parts[0], at)) for at, name in enumerate(row.canonical))
+            else:
+                whole = row.operator.join(parts) if row.operator else parts[0]
+                named[row.canonical[0]] = whole
         return named
 
     def to_hf(
         self, canonical: Mapping[str, Expression], architecture: Architecture
     ) -> dict[str, Expression]:
         """Hugging Face tensors from canonical ones, in their order."""
-        of = {name: (names, op) for name, names, op in self.expanded(architecture)}
+        of = {name: row for row in self.expanded(architecture) for name in row.canonical}
         named: dict[str, Expression] = {}
         for name, whole in canonical.items():
-            names, operator = of[name]
-            parts = operator.split(whole) if operator else [whole]
-            named.update(zip(names, parts, strict=True))
+            row = of[name]
+            if not row.stacked:
+                parts = row.operator.split(whole) if row.operator else [whole]
+                named.update(zip(row.hf, parts, strict=True))
+            elif name == row.canonical[0]:  # all of them, where the first one stands
+                named[row.hf[0]] = stack([canonical[each] for each in row.canonical])
         return named
 
-    def expanded(
-        self, architecture: Architecture
-    ) -> Iterator[tuple[str, tuple[str, ...], Interleave | None]]:
+    def expanded(self, architecture: Architecture) -> Iterator[Joined]:
         """Every row for every layer and expert."""
-        model = architecture.model
+        model, experts = architecture.model, range(len(architecture.experts))
         for name, names, operator in self.rows:
             built = operator(model) if operator else None
+            stacked = "{expert}" in name and "{expert}" not in names[0]
             for layer in range(model.num_layers if "{layer}" in name else 1):
-                for expert in range(len(architecture.experts) if "{expert}" in name else 1):
+                if stacked:
+                    every = tuple(name.format(layer=layer, expert=e) for e in experts)
+                    yield Joined(every, (names[0].format(layer=layer),), stacked=True)
+                    continue
+                for expert in experts if "{expert}" in name else range(1):
                     number = {"layer": layer, "expert": expert}
                     filled = tuple(one.format(**number) for one in names)
-                    yield name.format(**number), filled, built
+                    yield Joined((name.format(**number),), filled, built)

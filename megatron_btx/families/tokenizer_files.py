@@ -9,7 +9,7 @@ from pathlib import Path
 _DEFINING = (("huggingface", "tokenizer.json"), ("sentencepiece", "tokenizer.model"))
 _OTHERS = (
     "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "chat_template.jinja",
+    "merges.txt", "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
 _INFO = "tokenizer_info.json"
 

@@ -45,7 +45,24 @@ OVERLAP = MegatronOptions(
 
 TIED = replace(DENSE, model=replace(DENSE.model, untie_embeddings_and_output_weights=False))
 
+RELATIVE = replace(
+    DENSE,
+    model=replace(DENSE.model, add_qkv_bias=True, qk_layernorm=True, window_size=(5, 0)),
+)
+"""What Llama's relatives have besides."""
+SHARED = replace(
+    MOE,
+    model=replace(
+        RELATIVE.model, moe_shared_expert_intermediate_size=24, moe_shared_expert_gate=True
+    ),
+)
+
 CASES = {
+    "relative-tp2": Case(RELATIVE, TP2),
+    "relative-tp2-sp": Case(RELATIVE, replace(TP2, sequence_parallel=True)),
+    "shared-expert-ep2": Case(SHARED, EP2),
+    "shared-expert-tp2-dp2-ep2": Case(SHARED, TP2_DP2_EP2),
+    "shared-expert-tp2-pp2-ep2": Case(SHARED, TP2_PP2_EP2),
     "dense-tied-pp2": Case(TIED, PP2),
     "dense-tied-tp2": Case(TIED, TP2),
     "dense-tp2": Case(DENSE, TP2),

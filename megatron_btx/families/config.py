@@ -1,0 +1,345 @@
+"""``config.json`` as a two-way table: every field that changes what a model computes is mapped or
+asserted, the harmless ones are declared, and any other is an error.
+
+A part reads its keys into fields of our ``Model`` and writes them from it. That the two agree is
+not believed: what is written is read again and compared (family.py), so that a family is only ever
+used for a model that it computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from megatron_btx.errors import UserError
+from megatron_btx.families.gates import Gates
+from megatron_btx.families.harmless import HARMLESS
+from megatron_btx.recipe.architecture import Architecture
+from megatron_btx.recipe.count import expert_width, kv_channels, query_groups, windows
+
+OTHER = "convert a model whose config.json has no such value"
+
+
+@dataclass
+class Reading:
+    """A ``config.json`` being read."""
+
+    config: Mapping[str, Any]
+    where: str
+    """Its path, for errors."""
+    model: dict[str, Any] = field(default_factory=dict)
+    """Fields of our ``Model`` found so far."""
+    experts: tuple[str, ...] = ()
+    gates: Gates | None = None
+    errors: list[UserError] = field(default_factory=list)
+    known: set[str] = field(default_factory=lambda: set(HARMLESS))
+
+    def take(self, key: str, default: Any = None) -> Any:
+        """The value of a key, absent or null: ``default``."""
+        self.known.add(key)
+        value = self.config.get(key)
+        return default if value is None else value
+
+    def need(self, key: str) -> Any:
+        """The value of a key that must be there."""
+        value = self.take(key)
+        if value is None:
+            self.refuse(f"{key} is missing", "copy the model's own config.json")
+        return value
+
+    def refuse(self, what: str, fix: str = OTHER) -> None:
+        """Note what is wrong."""
+        self.errors.append(UserError(self.where, what, fix))
+
+    def unknown(self) -> None:
+        """Note every field that nobody knows."""
+        for key, value in self.config.items():
+            empty = value is None or value is False or value in ("", [], {})
+            if key not in self.known and not empty:
+                what = f"{key} is {value!r}: a field that this converter does not know"
+                fix = "if it changes nothing that the model computes, remove it from a copy of the"
+                self.refuse(what, f"{fix} directory's config.json")
+
+
+class Part(Protocol):
+    """Some keys of ``config.json``, both ways."""
+
+    def read(self, reading: Reading) -> None:
+        """Put what the keys say into ``reading.model``, or note what is wrong with them."""
+
+    def write(self, architecture: Architecture) -> dict[str, Any]:
+        """The keys of an architecture. What they cannot say is found out by reading them again."""
+
+
+@dataclass(frozen=True)
+class Field:
+    """A key that is a field of our ``Model``."""
+
+    key: str
+    ours: str
+    required: bool = False
+    default: Any = None
+    """What an absent key means; ``None``: our own default."""
+
+    def read(self, reading: Reading) -> None:
+        """The value as it is."""
+        value = reading.need(self.key) if self.required else reading.take(self.key, self.default)
+        if value is not None:
+            reading.model[self.ours] = value
+
+    def write(self, architecture: Architecture) -> dict[str, Any]:
+        """With what follows from other fields filled in."""
+        model = architecture.model
+        resolved = {"num_query_groups": query_groups(model), "kv_channels": kv_channels(model)}
+        value = resolved.get(self.ours, getattr(model, self.ours))
+        return {} if value is None else {self.key: value}
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """A key of one value, the only one that Megatron computes."""
+
+    key: str
+    value: Any
+
+    def read(self, reading: Reading) -> None:
+        """Absent, it has that value."""
+        found = reading.take(self.key, self.value)
+        if found != self.value:
+            reading.refuse(f"{self.key} is {found!r}; only {self.value!r} is supported")
+
+    def write(self, architecture: Architecture) -> dict[str, Any]:
+        """The value."""
+        return {self.key: self.value}
+
+
+@dataclass(frozen=True)
+class Always:
+    """A field of our ``Model`` that all models of the family have, and no key speaks of."""
+
+    ours: str
+    value: Any
+
+    def read(self, reading: Reading) -> None:
+        """The value."""
+        reading.model[self.ours] = self.value
+
+    def write(self, architecture: Architecture) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+
+@dataclass(frozen=True)
+class Positions:
+    """``max_position_embeddings``: for what the model was made. Training begins with as much."""
+
+    def read(self, reading: Reading) -> None:
+        """Also our ``seq_length``, which a recipe may lower."""
+        value = reading.need("max_position_embeddings")
+        reading.model["max_position_embeddings"] = reading.model["seq_length"] = value
+
+    def write(self, architecture: Architecture) -> dict[str, Any]:
+        """What it was made for, or was trained on."""
+        model = architecture.model
+        return {"max_position_embeddings": model.max_position_embeddings or model.seq_length}
+
+
+@dataclass(frozen=True)
+class Tied:
+    """``tie_word_embeddings``, of which ours is the opposite."""
+
+    def read(self, reading: Reading) -> None:
+        """Absent: not tied."""
+        tied = bool(reading.take("tie_word_embeddings", False))
+        reading.model["untie_embeddings_and_output_weights"] = not tied
+
+    def write(self, architecture: Architecture) -> dict[str, Any]:
+        """The opposite."""
+        tied = not architecture.model.untie_embeddings_and_output_weights
+        return {"tie_word_embeddings": tied}
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary positions: ``rope_theta`` and ``rope_scaling`` as transformers 4 has them, or
+    ``rope_parameters`` as 5 does. Written in the older form, which both read."""
+
+    default_theta: float
+
+    LLAMA3 = {  # noqa: RUF012
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    """What Megatron's ``rope_scaling`` has for these."""
+
+    def read(self, reading: Reading) -> None:
+        """Base and scaling, from wherever they stand."""
+        rope = dict(reading.take("rope_scaling", {})) | dict(reading.take("rope_parameters", {}))
+        theta = reading.take("rope_theta", self.default_theta)
+        if any(isinstance(value, Mapping) for value in rope.values()):
+            reading.refuse(f"rope_parameters is {rope}: other positions in other layers")
+            return
+        reading.model["rotary_base"] = float(rope.pop("rope_theta", None) or theta)
+        kinds = {rope.pop(key, None) for key in ("rope_type", "type")} - {None}
+        kind = " and ".join(sorted(map(str, kinds))) or "default"
+        rope = {key: value for key, value in rope.items() if value is not None}
+        for key, value in (("partial_rotary_factor", 1.0), ("attention_factor", 1.0)):
+            if rope.pop(key, value) != value:
+                reading.refuse(f"{key} of rope_scaling is not {value}")
+        for key, value in self.LLAMA3.items() if kind == "llama3" else ():
+            if rope.pop(key, None) != value:
+                reading.refuse(f"{key} of rope_scaling is not {value}, as Megatron has it")
+        factor = rope.pop("factor", None)
+        scaled = kind in ("llama3", "linear")
+        if rope or not (scaled or kind == "default") or scaled != bool(factor):
+            what = f"rope_scaling of type {kind} with {rope or factor}"
+            reading.refuse(f"{what}; llama3 and linear are supported")
+        elif kind == "llama3":
+            reading.model |= {"rope_scaling": True, "rope_scaling_factor": float(factor or 0)}
+        elif kind == "linear":
+            reading.model["seq_len_interpolation_factor"] = float(factor or 0)
+
+    def write(self, architecture: Architecture) -> dict[str, Any]:
+        """``rope_theta``, and ``rope_scaling`` where there is one."""
+        model = architecture.model
+        rope: dict[str, Any] = {"rope_theta": model.rotary_base}
+        if model.rope_scaling:
+            own = {"rope_type": "llama3", "factor": model.rope_scaling_factor, **self.LLAMA3}
+            return rope | {"rope_scaling": own}
+        if (factor := model.seq_len_interpolation_factor) is not None:
+            return rope | {"rope_scaling": {"rope_type": "linear", "factor": factor}}
+        return rope
+
+
+@dataclass(frozen=True)
+class Window:
+    """``sliding_window`` of every layer: W tokens, itself among them; null: no window."""
+
+    absent: int | None = None
+    """What ``transformers`` takes where the key is not there at all."""
+    switch: bool = False
+    """Whether it counts only under ``use_sliding_window``."""
+
+    def read(self, reading: Reading) -> None:
+        """As Megatron's ``window_size``, which does not count the token itself."""
+        seen = reading.take("sliding_window")
+        if "sliding_window" not in reading.config:
+            seen = self.absent
+        if self.switch and not reading.take("use_sliding_window", False):
+            seen = None
+        if seen is not None:
+            reading.model["window_size"] = (int(seen) - 1, 0)
+
+    def write(self, architecture: Architecture) -> dict[str, Any]:
+        """The window, where all layers have it."""
+        seen = set(windows(architecture.model))
+        value = seen.pop() if len(seen) == 1 else None
+        switch = {"use_sliding_window": value is not None} if self.switch else {}
+        return {"sliding_window": value, **switch}
+
+
+@dataclass(frozen=True)
+class LayerWindows:
+    """Qwen2's and Qwen3's windows: ``layer_types`` names the layers that have one."""
+
+    from_layer: bool
+    """Whether, without ``layer_types``, the layers from ``max_window_layers`` on are meant; the
+    versions of ``transformers`` disagree about Qwen2-MoE's."""
+
+    def read(self, reading: Reading) -> None:
+        """``window_size``, and which layers where not all have it."""
+        types = reading.take("layer_types")
+        on = reading.take("use_sliding_window", False)
+        seen, full = reading.take("sliding_window", 4096), reading.take("max_window_layers", 28)
+        layers = reading.take("num_hidden_layers", 0)
+        if not on:
+            if types and set(types) != {"full_attention"}:
+                reading.refuse("layer_types has windows, use_sliding_window is not on")
+            return
+        if types is None:
+            if not self.from_layer:
+                reading.refuse("use_sliding_window is on without layer_types: in which layers?")
+                return
+            names = ["full_attention", "sliding_attention"]
+            types = [names[layer >= full] for layer in range(layers)]
+        if len(types) != layers or set(types) - {"full_attention", "sliding_attention"}:
+            reading.refuse(f"layer_types is {types} for {layers} layers")
+            return
+        freq = tuple(int(kind == "sliding_attention") for kind in types)
+        if any(freq):
+            reading.model["window_size"] = (int(seen) - 1, 0)
+        if any(freq) and not all(freq):
+            reading.model["window_attn_skip_freq"] = freq
+
+    def write(self, architecture: Architecture) -> dict[str, Any]:
+        """The window and the layers' kinds."""
+        seen = windows(architecture.model)
+        wide = next(filter(None, seen), None)
+        if wide is None:
+            return {"use_sliding_window": False, "sliding_window": None}
+        kinds = ["full_attention" if window is None else "sliding_attention" for window in seen]
+        first = next(at for at, window in enumerate(seen) if window)
+        return {
+            "use_sliding_window": True,
+            "sliding_window": wide,
+            "max_window_layers": first,
+            "layer_types": kinds,
+        }
+
+
+@dataclass(frozen=True)
+class ExpertWidth:
+    """Inner width of an expert. Ours is only said where a dense layer's is another one."""
+
+    key: str
+
+    def read(self, reading: Reading) -> None:
+        """Also as the dense width, where the family has no key for that."""
+        width = reading.need(self.key)
+        if reading.model.setdefault("ffn_hidden_size", width) != width:
+            reading.model["moe_ffn_hidden_size"] = width
+
+    def write(self, architecture: Architecture) -> dict[str, Any]:
+        """The experts' own."""
+        return {self.key: expert_width(architecture.model)}
+
+
+@dataclass(frozen=True)
+class Experts:
+    """How many experts there are and how a token chooses."""
+
+    keys: tuple[str, ...]
+    """Of their number: the one that is written, and another that some versions have."""
+    normalised: bool | None = None
+    """Whether gates sum to one; ``None``: ``norm_topk_prob`` says it."""
+
+    def read(self, reading: Reading) -> None:
+        """Names of the experts (ours, where the mix gave them some) and their gates."""
+        k = reading.need("num_experts_per_tok")
+        counts = {count for key in self.keys if (count := reading.take(key)) is not None}
+        count = next(iter(counts)) if len(counts) == 1 else reading.need(self.keys[0])
+        if len(counts) > 1:
+            reading.refuse(f"{' and '.join(self.keys)} differ: {sorted(counts)}")
+        names = reading.take("btx_experts") or range(count or 0)
+        reading.experts = tuple(map(str, names))
+        if count is not None and len(reading.experts) != count:
+            reading.refuse(f"btx_experts names {len(reading.experts)} experts of {count}")
+        normalised = self.normalised
+        if normalised is None:
+            normalised = bool(reading.take("norm_topk_prob", False))
+        if k is not None:
+            reading.gates = Gates(k, normalised or k == count)
+
+    def write(self, architecture: Architecture) -> dict[str, Any]:
+        """Their number, names and gates."""
+        gates = Gates.of(architecture)
+        asks = {} if self.normalised is not None else {"norm_topk_prob": gates.normalised}
+        return {
+            self.keys[0]: len(architecture.experts),
+            "num_experts_per_tok": gates.k,
+            **asks,
+            "output_router_logits": False,
+            "btx_experts": list(architecture.experts),
+        }
