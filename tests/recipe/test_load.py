@@ -140,7 +140,7 @@ BAD = [
     ("experts:\n  code:", "experts:\n  seed:", "experts.seed", "include_seed"),
     ("moe_router_topk: 2", "moe_router_topk: 4", "routing.moe_router_topk", "at most 3"),
     ("moe_router_topk: 2", "moe_router_topk: 1", "routing.moe_router_topk", "never learn"),
-    ("type: topk", "type: switch", "export.format", "format: none"),
+    ("type: topk", "type: sample_top1", "export.format", "format: none"),
     ("global_batch_size: 9", "global_batch_size: 8", "finetune.global_batch_size", "multiple of 3"),
     ("dense: {}", "dense: {tokens: 5}", "dense.tokens", "is derived"),
     ("dense: {}", "dense: {data: {code: 1}}", "dense.data", "is derived"),
