@@ -13,7 +13,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10,<3.14",
     packages=find_packages(include=["megatron_btx", "megatron_btx.*"]),
-    package_data={"megatron_btx": ["py.typed", "pipeline/*.sh"]},
+    package_data={"megatron_btx": ["py.typed", "pipeline/*.sh", "evaluate/items/*.yaml"]},
     install_requires=[
         "torch>=2.10",
         "megatron-core==0.16.1",
@@ -30,10 +30,20 @@ setup(
     ],
     extras_require={
         "hf": ["transformers>=4.57", "tokenizers"],
+        # Exactly: we build its tasks ourselves, which is not part of its promised interface.
+        "eval": ["lm-eval==0.4.13"],
         # NVIDIA Apex is built from source and detected; the package called apex on the index is
         # something else, so it appears nowhere here.
         "te": ["transformer-engine[pytorch]"],
-        "dev": ["hypothesis", "mypy", "pytest", "pytest-xdist", "ruff", "types-PyYAML"],
+        "dev": [
+            "hypothesis",
+            "lm-eval==0.4.13",
+            "mypy",
+            "pytest",
+            "pytest-xdist",
+            "ruff",
+            "types-PyYAML",
+        ],
     },
     entry_points={"console_scripts": ["btx=megatron_btx.cli:main"]},
 )

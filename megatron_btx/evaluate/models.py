@@ -44,6 +44,10 @@ def load(
         random_seed: of the routing's noise.
     """
     precision = precision or precision_of(checkpoint)
+    if not checkpoint.architecture.experts:  # the groups of experts may be there for other models
+        layout = dataclasses.replace(
+            layout, expert_model_parallel_size=1, expert_tensor_parallel_size=None
+        )
     module = build_model(checkpoint.architecture, layout, precision, random_seed=random_seed)
     initialize(module, copy(checkpoint, dtype=DTYPES[precision]))
     return Live(checkpoint.architecture, module.eval())

@@ -157,6 +157,7 @@ def _work(request: Request) -> Any:
 
     warnings.filterwarnings("ignore")  # of libraries, to people who cannot do anything about them
     logging.getLogger().setLevel(logging.ERROR)
+    os.environ["TQDM_DISABLE"] = "1"  # progress is told by us, once
     from megatron_btx.engine import distributed
 
     layout = Layout(**request["layout"])

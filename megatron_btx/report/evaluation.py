@@ -280,7 +280,8 @@ def tasks_of(options: argparse.Namespace) -> list[dict[str, Any]]:
     errors = []
     for word in options.tasks:
         name, _, rest = word.partition("=")
-        files, shots = [], []
+        files: list[str] = []
+        shots: list[str] = []
         for file in filter(None, rest.split(",")):
             (shots if file.startswith("shots=") else files).append(file.removeprefix("shots="))
         for file in (*files, *shots):

@@ -1,0 +1,102 @@
+"""Answers that take more than a comparison of strings: boxed ones, and programs, which are run.
+
+The tasks' YAML files name these functions. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+SECONDS = 10.0
+"""That a program may run."""
+_MEMORY = 2 << 30
+_FILE = 1 << 20
+
+
+def boxed_answer(item: Mapping[str, Any]) -> str:
+    """What stands in the last ``\\boxed{}`` of an item's solution."""
+    return boxed(item["solution"])
+
+
+def boxed_match(item: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
+    """1 where the last boxed expressions are the same but for spaces, and not empty."""
+    wanted, given = boxed(item["solution"]), boxed(results[0])
+    same = bool(wanted) and "".join(wanted.split()) == "".join(given.split())
+    return {"exact_match": float(same)}
+
+
+def boxed(text: str) -> str:
+    """The content of the last ``\\boxed{...}``, braces balanced; empty where there is none."""
+    start = text.rfind("\\boxed{")
+    if start < 0:
+        return ""
+    depth, first = 0, start + len("\\boxed{")
+    for place in range(first - 1, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[place], 0)
+        if depth == 0:
+            return text[first:place]
+    return ""
+
+
+def humaneval_pass(item: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
+    """1 where the prompt and its continuation pass the item's tests."""
+    program = f"{item['prompt']}{results[0]}\n\n{item['test']}\n\ncheck({item['entry_point']})\n"
+    return {"pass_at_1": float(passes(program))}
+
+
+def mbpp_pass(item: Mapping[str, Any], results: Sequence[str]) -> dict[str, float]:
+    """1 where the program passes the item's assertions."""
+    setup = item.get("test_setup_code") or ""
+    program = "\n".join([setup, results[0], *item["test_list"], ""])
+    return {"pass_at_1": float(passes(program))}
+
+
+def passes(program: str, seconds: float = SECONDS) -> bool:
+    """Whether a Python program ends well within ``seconds``.
+
+    It runs in a process and an empty directory of its own, without our environment, with limits on
+    time, memory and the size of files. That keeps a careless program from doing harm, not a
+    malicious one: run what you do not trust in a container without a network. On a job's other
+    ranks nothing is run; the first one's results count.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        return False
+    with tempfile.TemporaryDirectory(prefix="btx-code-", ignore_cleanup_errors=True) as directory:
+        process = subprocess.Popen(
+            [sys.executable, "-I", "-c", program],
+            cwd=directory,
+            env={"PATH": "", "HOME": directory, "TMPDIR": directory},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+            preexec_fn=lambda: _limit(seconds),
+        )
+        try:
+            return process.wait(seconds) == 0
+        except subprocess.TimeoutExpired:
+            return False
+        finally:
+            with contextlib.suppress(ProcessLookupError):  # and what it has started
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def _limit(seconds: float) -> None:
+    """What the program may take, set in its process before it begins."""
+    for what, most in (
+        (resource.RLIMIT_CPU, int(seconds) + 1),
+        (resource.RLIMIT_AS, _MEMORY),
+        (resource.RLIMIT_FSIZE, _FILE),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        with contextlib.suppress(ValueError, OSError):  # a lower limit is set already
+            resource.setrlimit(what, (most, most))

@@ -1,0 +1,102 @@
+"""A :class:`Predictor` as a model of lm-eval, the field's evaluation harness."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from megatron_btx.evaluate.generate import Decoding, generate
+from megatron_btx.evaluate.predictor import NO_PROGRESS, Predictor, Row
+
+MAX_NEW_TOKENS = 256
+"""Of an answer, where the task does not say."""
+
+
+class Harness(TemplateLM):
+    """What lm-eval asks of a model. On several ranks, each runs the harness and asks the same.
+
+    Before a text stands the model's start token (``evaluate.models.start_id``). A context that is
+    too long loses its beginning.
+    """
+
+    def __init__(self, predictor: Predictor, progress: Callable[[float], None] = NO_PROGRESS):
+        super().__init__()
+        self._predictor, self._progress = predictor, progress
+
+    @property
+    def eot_token_id(self) -> int:
+        """What lm-eval puts before a continuation without a context."""
+        return self._predictor.start_id
+
+    def tok_encode(
+        self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
+    ) -> list[int]:
+        """Token ids, none added."""
+        return self._predictor.encode(string)
+
+    def loglikelihood(
+        self, requests: list[Instance], disable_tqdm: bool = True
+    ) -> list[tuple[float, bool]]:
+        """As lm-eval does it, without its bar: ours counts."""
+        return super().loglikelihood(requests, disable_tqdm=True)
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        rows = [
+            self._row(context, continuation, number)
+            for number, (_, context, continuation) in enumerate(requests)
+        ]
+        scores = self._predictor.score(rows, self._progress)
+        return [(score.log_prob, score.is_greedy) for score in scores]
+
+    def loglikelihood_rolling(
+        self, requests: list[Instance], disable_tqdm: bool = True
+    ) -> list[float]:
+        """Log-likelihood of whole texts, each token predicted once with as much before it as the
+        model takes."""
+        rows: list[Row] = []
+        owners: list[int] = []
+        for number, request in enumerate(requests):
+            windows = get_rolling_token_windows(
+                token_list=self._predictor.encode(request.args[0]),
+                prefix_token=self._predictor.start_id,
+                max_seq_len=self._predictor.seq_length,
+                context_len=1,
+            )
+            for context, continuation in map(make_disjoint_window, windows):
+                first = len(context)
+                rows.append(Row((*context, *continuation), first, number))
+                owners.append(number)
+        totals = [0.0] * len(requests)
+        for owner, score in zip(owners, self._predictor.score(rows, self._progress), strict=True):
+            totals[owner] += score.log_prob
+        return totals
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = True) -> list[str]:
+        """Greedy or drawn continuations, ended by the task's ``until``."""
+        decodings = [self._decoding(request.args[1]) for request in requests]
+        prompts = [request.args[0] for request in requests]
+        found = generate(self._predictor, prompts, decodings, self._progress)
+        return [one.text for one in found]
+
+    def _decoding(self, options: dict[str, Any]) -> Decoding:
+        until = options.get("until") or ()
+        temperature = float(options.get("temperature", 0.0)) if options.get("do_sample") else 0.0
+        wanted = int(options.get("max_gen_toks", MAX_NEW_TOKENS))
+        return Decoding(
+            max_new_tokens=min(wanted, max(1, self._predictor.seq_length // 2)),
+            temperature=temperature,
+            top_p=float(options.get("top_p", 1.0)),
+            until=(until,) if isinstance(until, str) else tuple(until),
+        )
+
+    def _row(self, context: Sequence[int], continuation: Sequence[int], number: int) -> Row:
+        if not context or context[0] != self._predictor.start_id:
+            context = [self._predictor.start_id, *context]
+        ids = (*context, *continuation)[-(self._predictor.seq_length + 1) :]
+        return Row(ids, max(1, len(ids) - len(continuation)), number)
