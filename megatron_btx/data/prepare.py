@@ -29,6 +29,8 @@ from megatron_btx.data import Progress, no_progress
 from megatron_btx.data.builtin import write_builtin
 from megatron_btx.data.documents import find_files, read_documents
 from megatron_btx.data.tokenizer import (
+    HuggingFace,
+    SentencePiece,
     Tokenizer,
     check_vocabulary,
     load_tokenizer,
@@ -223,17 +225,22 @@ def _tokenizer(
 
 
 def _seeds_tokenizer(seed: Path, given: Tokenizer | None) -> Tokenizer:
-    """The tokenizer that lies beside the seed's weights, or the one given, if it fits them."""
+    """The tokenizer that lies beside the seed's weights, or the one given, if it fits them. The
+    seed is a checkpoint of Megatron's or a Hugging Face directory."""
     steps = sorted(seed.glob("step_????????")) or sorted(seed.glob("checkpoints/step_????????"))
     checkpoint = steps[-1] if steps else seed
     theirs = None
     if (checkpoint / "tokenizer").is_dir():
         theirs = load_tokenizer(checkpoint / "tokenizer")
+    elif (checkpoint / HuggingFace.file).is_file():
+        theirs = read_tokenizer(checkpoint, HuggingFace.type, where="seed.from")
+    elif (checkpoint / SentencePiece.file).is_file():
+        theirs = read_tokenizer(checkpoint, SentencePiece.type, where="seed.from")
     tokenizer = given or theirs
     if tokenizer is None:
         raise UserError(
             "seed.from",
-            f"{checkpoint} comes without its tokenizer/",
+            f"{checkpoint} comes without its tokenizer",
             "give the tokenizer it was trained with as tokenizer.path",
         )
     if theirs is not None and tokenizer.sha256 != theirs.sha256:
@@ -242,7 +249,8 @@ def _seeds_tokenizer(seed: Path, given: Tokenizer | None) -> Tokenizer:
             "is not the tokenizer that the seed was trained with (seed.from)",
             "leave tokenizer.path out: the seed's own is taken",
         )
-    size = _read_json(checkpoint / "manifest.json").get("vocab_size")
+    manifest = _read_json(checkpoint / "manifest.json") or _read_json(checkpoint / "config.json")
+    size = manifest.get("vocab_size")
     if size is not None:
         check_vocabulary(tokenizer, size, where="tokenizer.path")
     return tokenizer

@@ -335,11 +335,15 @@ class Experts:
     def write(self, architecture: Architecture) -> dict[str, Any]:
         """Their number, names and gates."""
         gates = Gates.of(architecture)
-        asks = {} if self.normalised is not None else {"norm_topk_prob": gates.normalised}
+        asks: dict[str, Any] = (
+            {} if self.normalised is not None else {"norm_topk_prob": gates.normalised}
+        )
+        names = list(architecture.experts)
+        if names != [str(at) for at in range(len(names))]:
+            asks["btx_experts"] = names
         return {
             self.keys[0]: len(architecture.experts),
             "num_experts_per_tok": gates.k,
             **asks,
             "output_router_logits": False,
-            "btx_experts": list(architecture.experts),
         }

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from megatron_btx.errors import UserError
-from megatron_btx.families.hf import family_of, to_hf
+from megatron_btx.families.hf import family_of, to_hf, wanted
 from megatron_btx.weights.directory import as_json
 from megatron_btx.weights.execute import ONE_BY_ONE, Execution
 from megatron_btx.weights.megatron import open_megatron
@@ -70,6 +70,7 @@ def write_hf(
     out: Path,
     *,
     known: Mapping[str, Any] | None = None,
+    family: str | None = None,
     fused: bool = False,
     shard: int = SHARD,
     execution: Execution = ONE_BY_ONE,
@@ -81,6 +82,8 @@ def write_hf(
         plan: over canonical names, of one dtype.
         out: the new directory.
         known: what :func:`carried` says of the model that it is made of.
+        family: ``model_type`` of the family to write; ``None``: that of ``known`` where it computes
+            the model, else the first that does.
         fused: experts stacked, as ``transformers`` 5 names them; by default one by one, which every
             loader reads.
         shard: bytes a safetensors file.
@@ -96,14 +99,16 @@ def write_hf(
         raise UserError(str(out), what, "give the dtype of the result")
     dtype = str(dtypes.pop()).removeprefix("torch.")
     tokens = dict(known or {})
-    family = family_of(plan.architecture, preferred=tokens.pop("model_type", None))
-    config = family.write_config(plan.architecture) | {"torch_dtype": dtype, **tokens}
+    preferred = tokens.pop("model_type", None)
+    chosen = wanted(plan.architecture, family) if family else None
+    chosen = chosen or family_of(plan.architecture, preferred=preferred)
+    config = chosen.write_config(plan.architecture) | {"torch_dtype": dtype, **tokens}
     own = {
         "config.json": config,
         "generation_config.json": {"_from_model_config": True, **tokens},
     }
     write_safetensors(
-        to_hf(plan, family, fused=fused),
+        to_hf(plan, chosen, fused=fused),
         out,
         files=lambda: {name: as_json(value) for name, value in own.items()} | dict(files()),
         shard=shard,

@@ -90,14 +90,14 @@ class Family:
     def lacks(self, architecture: Architecture) -> list[str]:
         """Why the family does not compute this architecture; nothing where it does."""
         if bool(architecture.experts) != (self.fused is not None):
-            return ["a mixture of experts" if architecture.experts else "a dense model"]
+            return ["it is for dense models" if architecture.experts else "it is for mixtures"]
         wanted = computed(self.stored(architecture))
         try:
             got = computed(self.read_config(self.write_config(architecture), self.model_type))
         except UserErrors as errors:
             return [error.what for error in errors.errors]
         return [
-            f"{name} {wanted[name]} (it would be {got[name]})"
+            f"{name} would be {got[name]}, not {wanted[name]}"
             for name in wanted
             if got[name] != wanted[name]
         ]

@@ -16,6 +16,10 @@ class Gates:
     k: int
     normalised: bool
 
+    def __str__(self) -> str:
+        """As errors say it."""
+        return f"top-{self.k} {'summing to one' if self.normalised else 'as they are'}"
+
     @classmethod
     def of(cls, architecture: Architecture) -> Gates:
         """The gates of an MoE.

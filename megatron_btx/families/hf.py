@@ -95,10 +95,27 @@ def family_of(architecture: Architecture, preferred: str | None = None) -> Famil
         lacking = family.lacks(architecture)
         if not lacking:
             return family
-        if lacking != [_kind(architecture)]:
-            why.append(f"{family.model_type} has no {', no '.join(lacking)}")
+        if bool(architecture.experts) == (family.fused is not None):
+            why.append(f"as {family.model_type} {', '.join(lacking)}")
     what = f"no Hugging Face family computes this model: {'; '.join(dict.fromkeys(why))}"
     raise UserError("export", what, "keep it in Megatron's format")
+
+
+def wanted(architecture: Architecture, model_type: str) -> Family:
+    """The family of that name, which must compute the architecture.
+
+    Raises:
+        UserError: it does not, or is none.
+    """
+    family = FAMILIES.get(model_type)
+    if family is None:
+        raise UserError(model_type, "is no known family", f"use one of {', '.join(FAMILIES)}")
+    if architecture.experts:
+        Gates.of(architecture)
+    if lacking := family.lacks(architecture):
+        what = f"does not compute this model: {', '.join(lacking)}"
+        raise UserError(model_type, what, f"write a {family_of(architecture).model_type}")
+    return family
 
 
 def hf_tensors(architecture: Architecture, family: Family | None = None) -> dict[str, Shape]:
@@ -145,10 +162,6 @@ def _tensors(architecture: Architecture, table: Table) -> dict[str, Shape]:
 
 def _is_fused(names: Iterable[str]) -> bool:
     return any(name.endswith(".experts.gate_up_proj") for name in names)
-
-
-def _kind(architecture: Architecture) -> str:
-    return "a mixture of experts" if architecture.experts else "a dense model"
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -1,12 +1,13 @@
 """Stages whose model is taken as it is: ``seed: {from: DIR}``, and experts of zero tokens.
 
 The checkpoint is checked and linked where the stage would have left its own, so that nothing behind
-it can tell the difference.
+it can tell the difference. A Hugging Face directory is converted to that place.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 from collections.abc import Iterable
@@ -19,8 +20,9 @@ from megatron_btx.pipeline.graph import Stage
 from megatron_btx.recipe import count
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.schema import Model, Recipe
+from megatron_btx.versions import code_revision
 
-_FREE = frozenset({"seq_length", "init_method_std"})
+_FREE = frozenset({"seq_length", "max_position_embeddings", "init_method_std"})
 """Fields of ``Model`` in which a checkpoint may differ: they shape no weight and no result."""
 
 
@@ -62,7 +64,7 @@ def check_all(recipe: Recipe, stages: Iterable[Stage]) -> None:
                     where,
                     f"{directory} has a tokenizer of its own, and the recipe would train another",
                     "give the seed it was branched from as `seed: {from: ...}`, or its tokenizer "
-                    f"as `tokenizer: {{path: {directory / 'tokenizer'}}}`",
+                    f"as `tokenizer: {_tokenizer(directory, manifest)}`",
                 )
             )
         elif tokenizers[where] != next(iter(tokenizers.values())):
@@ -78,19 +80,23 @@ def check_all(recipe: Recipe, stages: Iterable[Stage]) -> None:
 
 
 def link(recipe: Recipe, name: str, run_dir: Path) -> dict[str, Any]:
-    """Link the checkpoint into the stage's own ``checkpoints/``.
+    """Link the checkpoint into the stage's own ``checkpoints/``, or convert it to there.
 
     Returns:
-        ``{"checkpoint": link, "from": what it points to}``.
+        ``{"checkpoint": link or directory, "from": what was taken}``.
     """
     source = graph.imported(recipe, name)
     assert source is not None
     origin = run_dir / "seed" if source == "seed" else Path(source)
     directory, manifest = _read(recipe, _key(name), origin)
-    _whole(directory)
     checkpoints = run_dir / name.replace(":", "-") / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
     target = checkpoints / f"step_{int(manifest['step']):08d}"
+    if is_hugging_face(directory):
+        if not target.exists():
+            _convert(directory, target)
+        return {"checkpoint": str(target.relative_to(run_dir)), "from": str(directory)}
+    _whole(directory)
     temporary = checkpoints / f".{target.name}.{os.getpid()}"
     temporary.unlink(missing_ok=True)
     inside = source == "seed"  # relative: the run's directory may be moved
@@ -99,9 +105,14 @@ def link(recipe: Recipe, name: str, run_dir: Path) -> dict[str, Any]:
     return {"checkpoint": str(target.relative_to(run_dir)), "from": str(directory)}
 
 
+def is_hugging_face(directory: Path) -> bool:
+    """Whether a checkpoint is a Hugging Face directory, and not one of Megatron's."""
+    return (directory / "config.json").is_file() and not (directory / ".metadata").exists()
+
+
 def newest_checkpoint(path: Path) -> Path:
     """The checkpoint at ``path``: itself, or the newest under it or its ``checkpoints/``."""
-    if (path / "manifest.json").is_file():
+    if (path / "manifest.json").is_file() or is_hugging_face(path):
         return path
     for parent in (path / "checkpoints", path):
         steps = sorted(parent.glob("step_????????"))
@@ -122,14 +133,41 @@ def _whole(directory: Path) -> None:
     open_megatron(directory, "checkpoint")
 
 
+def _convert(directory: Path, target: Path) -> None:
+    """A Hugging Face directory as Megatron's, with its tokenizer; an interrupted one goes on."""
+    from megatron_btx.mix import offline  # imports torch: ranks only
+    from megatron_btx.mix.command import Request
+
+    model = offline.open_source(directory, "model")
+    dtypes = {dtype for _, dtype in model.source.tensors.values()}
+    request = Request(
+        sources=(f"model={directory}",),
+        out=str(target),
+        method="copy",
+        format="megatron",
+        dtype=None if len(dtypes) == 1 else "fp32",  # of several the one that holds them all
+    )
+    offline.run(request, io.StringIO(), code_revision())
+
+
+def _tokenizer(directory: Path, manifest: dict[str, Any]) -> str:
+    """How a recipe names the tokenizer beside a checkpoint."""
+    if not is_hugging_face(directory):
+        return f"{{path: {directory / 'tokenizer'}}}"
+    kind = (manifest.get("tokenizer") or {}).get("type", "huggingface")
+    return f"{{type: {kind}, path: {directory}}}"
+
+
 def _read(recipe: Recipe, where: str, path: Path) -> tuple[Path, dict[str, Any]]:
     if not path.is_dir():
         raise UserError(where, f"{path} is not a directory", "give a checkpoint's directory")
     directory = newest_checkpoint(path)
-    architecture, manifest = _manifest(where, directory)
-    if not (directory / ".metadata").is_file():
+    there = is_hugging_face(directory)
+    read = _hugging_face if there else _manifest
+    architecture, manifest = read(where, directory)
+    if not there and not (directory / ".metadata").is_file():
         raise UserError(where, f"{directory} is not whole", "copy the checkpoint again")
-    if manifest.get("moe") is not None:
+    if architecture.experts:
         raise UserError(where, f"{directory} is a mixture of experts", "give a dense checkpoint")
     different = [
         f"{field}: {theirs} there, {ours} here"
@@ -139,7 +177,9 @@ def _read(recipe: Recipe, where: str, path: Path) -> tuple[Path, dict[str, Any]]
         raise UserError(
             where,
             f"{directory} is of another model ({'; '.join(different)})",
-            "change `model:` to the checkpoint's, or take another checkpoint",
+            f"write what `python tools/convert/hf_to_megatron.py {directory} --block` prints"
+            if there
+            else "change `model:` to the checkpoint's, or take another checkpoint",
         )
     return directory, manifest
 
@@ -156,6 +196,20 @@ def _manifest(where: str, directory: Path) -> tuple[Architecture, dict[str, Any]
         raise UserError(
             where, f"{directory / 'manifest.json'} is damaged: {error!r}", fix
         ) from None
+
+
+def _hugging_face(where: str, directory: Path) -> tuple[Architecture, dict[str, Any]]:
+    """What a Hugging Face directory says of itself, in the words of a manifest."""
+    from megatron_btx.families.hf import read_config  # imports torch: only where it is needed
+    from megatron_btx.families.tokenizer_files import describe_tokenizer
+
+    try:
+        _, architecture, _ = read_config(directory)
+    except UserErrors as found:
+        raise UserErrors(
+            [UserError(where, f"{error.where}: {error.what}", error.fix) for error in found.errors]
+        ) from None
+    return architecture, {"step": 0, "tokenizer": describe_tokenizer(directory)}
 
 
 def _differences(checkpoint: Model, model: Model) -> list[tuple[str, Any, Any]]:

@@ -142,10 +142,11 @@ def _derive(recipe: Recipe) -> Recipe:
 
 
 def _taken_vocabulary(seed: Path) -> int | None:
-    """Size of the tokenizer that comes along with a checkpoint; whether there is a whole one is
-    asked later (pipeline/adopt.py)."""
-    for pattern in ("", "checkpoints/step_????????/", "step_????????/"):
-        for path in sorted(seed.glob(pattern + "manifest.json"), reverse=True):
+    """Size of the vocabulary that comes along with a checkpoint, Megatron's or Hugging Face's;
+    whether there is a whole one is asked later (pipeline/adopt.py)."""
+    steps = ("", "checkpoints/step_????????/", "step_????????/")
+    for name in (*(step + "manifest.json" for step in steps), "config.json"):
+        for path in sorted(seed.glob(name), reverse=True):
             try:
                 return int(json.loads(path.read_text(encoding="utf-8"))["vocab_size"])
             except (OSError, ValueError, KeyError, TypeError):

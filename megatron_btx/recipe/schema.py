@@ -181,8 +181,8 @@ class Training:
     ablation of section 4.3.2)."""
     megatron: MegatronOptions = MegatronOptions()
     from_: str | None = None
-    """A Megatron ``torch_dist`` directory (with its manifest) to take instead of training.
-    Written ``from:`` in the YAML."""
+    """A Megatron ``torch_dist`` directory (with its manifest) or a Hugging Face directory to take
+    instead of training. Written ``from:`` in the YAML."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -73,13 +73,16 @@ def test_a_mix_of_equal_models_is_that_model(tmp_path, name, family):
         torch.testing.assert_close(moe(tokens).logits, dense(tokens).logits, atol=1e-5, rtol=0)
 
 
+BOTH = {"add_qkv_bias": True, "qk_layernorm": True}
+
+
 @pytest.mark.parametrize(
     ("routing", "fields", "reason"),
     [
         (Routing(type="sample_top1"), {}, "draws its expert at random"),
         (Routing(type="sample_top1", greedy=True), {}, "first layer routes softly"),
-        (Routing(), {"add_qkv_bias": True, "qk_layernorm": True}, "qwen2_moe has no qk_layernorm"),
-        (None, {"add_qkv_bias": True, "qk_layernorm": True}, "qwen3 has no add_qkv_bias True"),
+        (Routing(), BOTH, "as qwen2_moe qk_layernorm would be False, not True"),
+        (None, BOTH, "as qwen3 add_qkv_bias would be False, not True"),
     ],
 )
 def test_what_no_family_computes_is_refused(routing, fields, reason):

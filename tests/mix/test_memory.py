@@ -37,7 +37,7 @@ def sources(tmp_path_factory):
     for label in ("a", "b"):
         directory = root / label
         directory.mkdir()
-        config = LLAMA.write_config(LARGE, "bfloat16")
+        config = LLAMA.write_config(LARGE)
         (directory / "config.json").write_text(json.dumps(config))
         header, end = {}, 0
         for name, shape in hf_tensors(LARGE).items():

@@ -1,34 +1,69 @@
-"""What the converters share."""
+"""What the converters share: both are the mix of one model with nothing."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_btx.errors import UserError
 from megatron_btx.mix.command import Request
+from megatron_btx.versions import code_revision
+
+if TYPE_CHECKING:
+    from megatron_btx.mix.offline import Besides
 
 
-def main(description: str | None, form: Literal["hf", "megatron"]) -> int:
-    """Copy the checkpoint that the command line names into ``form``."""
-    parser = argparse.ArgumentParser(
+class Arguments(argparse.Namespace):
+    """What both take."""
+
+    source: str
+    out: str | None
+    dtype: Literal["bf16", "fp32", "fp16"] | None
+    memory: str
+    shard: str
+    format: str = ""
+    fused: bool = False
+
+
+def parser(description: str | None, source: str, help: str) -> argparse.ArgumentParser:
+    """The arguments of both."""
+    made = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("source", metavar="IN", help="the checkpoint")
-    parser.add_argument("out", metavar="OUT", help="the new directory")
-    parser.add_argument("--dtype", choices=("bf16", "fp32", "fp16"), help="of the result")
-    parser.add_argument("--memory", default="", help="peak resident memory, such as 2GiB")
-    given = parser.parse_args()
-    options: dict[str, Any] = {"dtype": given.dtype, "memory": given.memory}
-    request = Request(
-        sources=(f"model={given.source}",), out=given.out, method="copy", format=form, **options
-    )
-    from megatron_btx.mix import offline
+    made.add_argument("source", metavar=source, help=help)
+    made.add_argument("--dtype", choices=("bf16", "fp32", "fp16"), help="of the result")
+    made.add_argument("--memory", default="", help="peak resident memory, such as 2GiB")
+    made.add_argument("--shard", default="1GiB", help="size of a file: what a kill loses at most")
+    return made
 
+
+def reported(work: Callable[[], None]) -> int:
+    """Do it; a user's mistake is told without a traceback."""
     try:
-        offline.run(request, sys.stdout)
+        work()
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
     return 0
+
+
+def convert(
+    given: Arguments, form: Literal["hf", "megatron"], besides: Besides | None = None
+) -> None:
+    """Copy the checkpoint that the command line names into ``form``; ``besides``: more of it."""
+    from megatron_btx.mix import offline
+
+    options: dict[str, Any] = {
+        name: getattr(given, name) for name in ("dtype", "memory", "shard", "fused")
+    }
+    request = Request(
+        sources=(f"model={given.source}",),
+        out=str(given.out),
+        method="copy",
+        format=form,
+        family=given.format,
+        **options,
+    )
+    offline.run(request, sys.stdout, code_revision(), besides or offline.NOTHING)

@@ -1,0 +1,222 @@
+"""The scripts of tools/convert, as they are used, and what a recipe takes from Hugging Face."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import runpy
+import shlex
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from megatron_btx.data.prepare import prepare
+from megatron_btx.data.tokenizer import train_tokenizer
+from megatron_btx.errors import UserError
+from megatron_btx.families import open_hf
+from megatron_btx.families.family import computed
+from megatron_btx.pipeline import adopt
+from megatron_btx.recipe.load import load_recipe
+from megatron_btx.recipe.schema import Model, Recipe
+from megatron_btx.weights.declared import architecture_of
+from megatron_btx.weights.megatron import open_megatron
+from megatron_btx.weights.source import read_whole
+from tests.families.made import make
+
+transformers = pytest.importorskip("transformers")
+
+ROOT = Path(__file__).parents[2]
+TOOLS = ROOT / "tools" / "convert"
+TEXT = "the quick brown fox jumps over a lazy dog while seven wizards mix jars of quartz"
+
+
+@pytest.fixture
+def tool(monkeypatch, capsys):
+    """Run a script of tools/convert: (exit code, what it said)."""
+    monkeypatch.syspath_prepend(str(TOOLS))
+
+    def run(script: str, *words: object) -> tuple[object, str]:
+        monkeypatch.setattr(sys, "argv", [script, *map(str, words)])
+        capsys.readouterr()  # what others have said so far
+        with pytest.raises(SystemExit) as left:
+            runpy.run_path(str(TOOLS / script), run_name="__main__")
+        said = capsys.readouterr()
+        return left.value.code, said.out + said.err
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory):
+    """A directory as models are released: weights, tokenizer, settings for generation."""
+    directory = tmp_path_factory.mktemp("released")
+    words = TEXT.split()
+    texts = [" ".join(words[i:] + words[:i]) + f" {i}" for i in range(len(words))]
+    tokenizer = train_tokenizer(texts * 20, 400, where="test")
+    tokens = {"bos_token_id": 1, "eos_token_id": [2, 5], "pad_token_id": 2}
+    model = make("qwen2, some windows", directory, vocab_size=512, **tokens)
+    model.generation_config.temperature = 0.5
+    model.generation_config.do_sample = True
+    model.save_pretrained(directory)
+    tokenizer.save_huggingface(directory)
+    (directory / "tokenizer.model").unlink()
+    return directory
+
+
+def same(one: Path, other: Path) -> None:
+    """Both directories hold one model."""
+    models = [open_hf(path, "m") for path in (one, other)]
+    assert computed(models[0].architecture) == computed(models[1].architecture)
+    for name in models[0].tensors:
+        assert torch.equal(*(read_whole(model.source, name) for model in models)), name
+
+
+def test_there_and_back_is_self_contained(tmp_path, tool, released):
+    code, said = tool("hf_to_megatron.py", released, tmp_path / "megatron")
+    assert code == 0, said
+    code, said = tool("megatron_to_hf.py", tmp_path / "megatron", tmp_path / "back")
+    assert code == 0, said
+    same(released, tmp_path / "back")
+    config = json.loads((tmp_path / "back" / "config.json").read_text())
+    assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (
+        1,
+        [2, 5],
+        2,
+    )
+    settings = "generation_config.json"
+    assert (tmp_path / "back" / settings).read_bytes() == (released / settings).read_bytes()
+    text = "a lazy fox, 12 jars"
+    ids = [
+        transformers.AutoTokenizer.from_pretrained(d)(text) for d in (released, tmp_path / "back")
+    ]
+    assert ids[0] == ids[1]
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back")
+    tokens = torch.tensor([ids[0]["input_ids"]])
+    assert model.generate(tokens, max_new_tokens=4).shape == (1, tokens.shape[1] + 4)
+    code, said = tool("megatron_to_hf.py", tmp_path / "megatron", tmp_path / "back")
+    assert code == 2
+    assert "exists already" in said
+
+
+def test_a_family_can_be_chosen_where_it_computes_the_model(tmp_path, tool):
+    make("mistral, no window", tmp_path / "in")
+    assert tool("hf_to_megatron.py", tmp_path / "in", tmp_path / "megatron")[0] == 0
+    for family in ("mistral", "llama"):
+        words = ("--format", family) if family == "llama" else ()
+        code, said = tool("megatron_to_hf.py", tmp_path / "megatron", tmp_path / family, *words)
+        assert code == 0, said
+        config = json.loads((tmp_path / family / "config.json").read_text())
+        assert config["model_type"] == family
+        same(tmp_path / "in", tmp_path / family)
+    for family, reason in (("qwen3", "qk_layernorm would be True"), ("gpt2", "no known family")):
+        out = tmp_path / family
+        code, said = tool("megatron_to_hf.py", tmp_path / "megatron", out, "--format", family)
+        assert code == 2
+        assert reason in said
+        assert not out.exists()
+    code, said = tool("megatron_to_hf.py", tmp_path / "megatron", tmp_path / "x", "--fused")
+    assert code == 2
+    assert "has no experts" in said
+
+
+def test_neither_transformers_nor_a_network_is_needed(tmp_path, released):
+    """In a process where importing the one fails and a socket cannot be made."""
+    program = (
+        "import runpy, socket, sys\n"
+        "sys.modules['transformers'] = None\n"
+        "socket.socket.connect = None\n"
+        "sys.path.insert(0, sys.argv[1])\n"
+        "script, sys.argv = sys.argv[2], sys.argv[2:]\n"
+        "runpy.run_path(script, run_name='__main__')\n"
+    )
+    command = [sys.executable, "-c", program, str(TOOLS), str(TOOLS / "hf_to_megatron.py")]
+    done = subprocess.run(
+        [*command, released, tmp_path / "out", "--memory", "1GiB"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "tokenizer" / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize(
+    "name", ["llama 3.2, tied", "qwen2, some windows", "qwen3", "qwen2 moe", "mixtral, window"]
+)
+def test_megatron_lm_is_told_the_same_model(tmp_path, tool, name):
+    """Its own words, read again by what reads Megatron-LM's checkpoints."""
+    make(name, tmp_path)
+    want = open_hf(tmp_path, "m").architecture
+    code, said = tool("megatron_lm_args.py", tmp_path, "--tensor-model-parallel-size", 2)
+    assert code == 0, said
+    words = shlex.split(said.replace("\\\n", ""), comments=True)
+    flags = [at for at, word in enumerate(words) if word.startswith("--")]
+    settings: dict[str, object] = {}
+    for at, end in zip(flags, [*flags[1:], len(words)], strict=True):
+        value = yaml.safe_load(words[at + 1]) if end > at + 1 else True
+        settings[words[at][2:].replace("-", "_")] = value
+    settings["norm_epsilon"] = float(str(settings["norm_epsilon"]))
+    if "window_size" in settings:
+        settings["window_size"] = tuple(map(int, str(settings["window_size"]).split(",")))
+    settings.setdefault("untie_embeddings_and_output_weights", False)  # a flag's default
+    multiple = settings["make_vocab_size_divisible_by"] * 2  # its padding grows with TP
+    assert -(-want.vocab_size // multiple) * multiple == want.padded_vocab_size
+    found = architecture_of(vars(argparse.Namespace(**settings)), "arguments")
+    assert computed(found) == computed(want)
+
+
+def recipe_text(seed: Path, block: str) -> str:
+    """A recipe that begins with a directory of Hugging Face's."""
+    text = " ".join([TEXT] * 40)
+    data = seed.parent / f"{seed.name}.jsonl"
+    data.write_text("".join(json.dumps({"text": f"{i} {text}"}) + "\n" for i in range(4)))
+    return (
+        f"name: taken\n{block}"
+        f"domains:\n  web: {{train: {data}, valid: {data}}}\n"
+        "training: {global_batch_size: 4}\n"
+        f"seed: {{from: {seed}}}\n"
+        f"experts: {{web: {{from: {seed}}}}}\n"
+        "finetune: {tokens: 1000, data: {web: 1}}\n"
+    )
+
+
+@pytest.fixture
+def taking(tmp_path, tool, released) -> Recipe:
+    """The recipe with the block that the tool printed."""
+    code, block = tool("hf_to_megatron.py", released)
+    assert code == 0, block
+    (tmp_path / "recipe.yaml").write_text(recipe_text(released, block))
+    return load_recipe(tmp_path / "recipe.yaml")
+
+
+def test_a_recipe_begins_with_a_hugging_face_directory(tmp_path, taking, released):
+    assert taking.tokenizer.vocab_size == 512  # the model's, which has rows for more
+    adopt.check(taking, "seed")
+    for name in ("seed", "expert:web"):
+        outputs = adopt.link(taking, name, tmp_path)
+        assert outputs["from"] == str(released)
+        opened = open_megatron(tmp_path / outputs["checkpoint"], "m")
+        original = open_hf(released, "m")
+        assert opened.architecture == original.architecture
+        for each in original.tensors:
+            assert torch.equal(read_whole(opened.source, each), read_whole(original.source, each))
+        assert adopt.link(taking, name, tmp_path) == outputs  # once is enough
+    summary = prepare(taking, tmp_path / "prepare")
+    assert summary["tokenizer"]["type"] == "huggingface"
+    assert summary["tokenizer"]["sha256"] == opened.manifest["tokenizer"]["sha256"]
+
+
+def test_a_block_of_another_model_is_refused(taking):
+    changed = replace(taking, model=replace(taking.model, window_size=None))
+    with pytest.raises(UserError, match=r"window_size: \(6, 0\) there, None here") as caught:
+        adopt.check(changed, "seed")
+    assert "hf_to_megatron.py" in caught.value.fix
+
+
+def test_the_printed_block_is_the_model(taking, released):
+    assert isinstance(taking.model, Model)
+    assert computed(replace(open_hf(released, "m").architecture, model=taking.model)) == computed(
+        open_hf(released, "m").architecture
+    )
