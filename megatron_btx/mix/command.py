@@ -37,6 +37,8 @@ class Request:
     """which mix"""
     format: Literal["hf", "megatron"] = "hf"
     """what the result is written as"""
+    family: str = ""
+    """the Hugging Face family to write, by its model_type (default: the first that computes it)"""
     fused: bool = False
     """stack the experts' tensors as transformers 5 names them (hf; default: one by one)"""
     dtype: Literal["bf16", "fp32", "fp16"] | None = None

@@ -38,13 +38,29 @@ LINEAGE = "mix.json"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
 
-def run(request: Request, out: TextIO, revision: str | None = None) -> Plan:
+@dataclasses.dataclass(frozen=True)
+class Besides:
+    """What goes into a Hugging Face result that no source says in its own words."""
+
+    known: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Fields of ``config.json``: tokens."""
+    files: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
+    """A tokenizer that had to be written anew."""
+
+
+NOTHING = Besides()
+
+
+def run(
+    request: Request, out: TextIO, revision: str | None = None, besides: Besides = NOTHING
+) -> Plan:
     """Do what is asked: print the plan, or write the result.
 
     Args:
         request: what.
         out: where to say so.
         revision: of our code, for the lineage.
+        besides: more of a Hugging Face result.
 
     Raises:
         UserErrors: everything wrong with the request, the sources and their tensors.
@@ -68,7 +84,7 @@ def run(request: Request, out: TextIO, revision: str | None = None) -> Plan:
             watch.finished()
             return hashes.result()
 
-        write(plan, request, models, execution, taken, revision)
+        write(plan, request, models, execution, taken, revision, besides)
     out.write(f"{destination}: {watch.summary()}\n")
     return plan
 
@@ -80,6 +96,7 @@ def write(
     execution: Execution,
     hashes: Callable[[], Mapping[str, Mapping[str, str]]],
     revision: str | None,
+    besides: Besides = NOTHING,
 ) -> None:
     """The result in the format asked for, its lineage and the first source's tokenizer with it."""
     destination, shard = Path(request.out), parse_bytes(request.shard, "--shard")
@@ -88,13 +105,14 @@ def write(
         assert models[0].path is not None
         found = tokenizer_files(models[0].path, megatron=request.format == "megatron")
         lineage = as_json(lineage_of(plan, request, models, hashes(), revision))
-        return {**found, LINEAGE: lineage}
+        return {**found, **besides.files, LINEAGE: lineage}
 
     if request.format == "hf":
         write_hf(
             plan,
             destination,
-            known=carried(models[0]),
+            known={**besides.known, **carried(models[0])},
+            family=request.family or None,
             fused=request.fused,
             shard=shard,
             execution=execution,
