@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,10 @@ _OF_LAYER = {
 }
 
 
+Part = tuple[int | None, int | None]
+"""Expert and half of a stacked tensor; of any other ``None`` twice."""
+
+
 def open_plain(path: Path) -> PlainHF | PlainMegatron:
     """A directory of either format."""
     return PlainMegatron(path) if (path / ".metadata").exists() else PlainHF(path)
@@ -51,13 +56,14 @@ class PlainHF:
         self.groups: int = config.get("num_key_value_heads") or config["num_attention_heads"]
         count = config.get("num_local_experts") or config.get("num_experts") or 0
         self.experts: list[str] = config.get("btx_experts") or list(map(str, range(count)))
-        self._files: dict[str, tuple[Path, str]] = {}
+        self._files: dict[str, tuple[Path, str, Part]] = {}
         for file in sorted(path.glob("*.safetensors")):
             for name in safe_open(file, "pt").keys():  # noqa: SIM118
                 plain = name.replace(".block_sparse_moe.", ".mlp.")
                 for word, kind in _MIXTRAL.items():
                     plain = plain.replace(f".{word}.weight", f".{kind}.weight")
-                self._files[plain] = (file, name)
+                for each, part in _parts(plain, len(self.experts)):
+                    self._files[each] = (file, name, part)
 
     @property
     def names(self) -> list[str]:
@@ -66,9 +72,27 @@ class PlainHF:
 
     def get(self, name: str) -> Tensor:
         """A tensor, whole."""
-        path, stored = self._files[name]
+        path, stored, (expert, half) = self._files[name]
         with safe_open(path, "pt") as file:
-            return file.get_tensor(stored)
+            whole = file.get_tensor(stored)
+        own = whole if expert is None else whole[expert]
+        return own if half is None else own.chunk(2)[half]
+
+
+def _parts(name: str, experts: int) -> Iterator[tuple[str, Part]]:
+    """What a stored tensor holds: itself, or one matrix or two of every expert, stacked."""
+    two = (("gate_proj", 0), ("up_proj", 1))
+    inside: dict[str, tuple[tuple[str, int | None], ...]] = {
+        "gate_up_proj": two,
+        "down_proj": (("down_proj", None),),
+    }
+    block, _, kind = name.rpartition(".experts.")
+    if not block or kind not in inside:
+        yield name, (None, None)
+        return
+    for expert in range(experts):
+        for one, half in inside[kind]:
+            yield f"{block}.experts.{expert}.{one}.weight", (expert, half)
 
 
 class PlainMegatron:
