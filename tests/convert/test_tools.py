@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import runpy
 import shlex
@@ -20,6 +21,8 @@ from megatron_btx.data.tokenizer import train_tokenizer
 from megatron_btx.errors import UserError
 from megatron_btx.families import open_hf
 from megatron_btx.families.family import computed
+from megatron_btx.mix import offline, verify
+from megatron_btx.mix.command import Request
 from megatron_btx.pipeline import adopt
 from megatron_btx.recipe.load import load_recipe
 from megatron_btx.recipe.schema import Model, Recipe
@@ -165,6 +168,18 @@ def test_megatron_lm_is_told_the_same_model(tmp_path, tool, name):
     assert -(-want.vocab_size // multiple) * multiple == want.padded_vocab_size
     found = architecture_of(vars(argparse.Namespace(**settings)), "arguments")
     assert computed(found) == computed(want)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("name", ["qwen2", "qwen3"])
+def test_mixes_of_every_family_are_verified(tmp_path, name, fused):
+    """By the second implementation, which reads what was written."""
+    for label in "ab":
+        make(name, tmp_path / label)
+    sources = tuple(f"{label}={tmp_path / label}" for label in "ab")
+    offline.run(Request(sources=sources, out=str(tmp_path / "moe"), fused=fused), io.StringIO())
+    out = io.StringIO()
+    assert verify.show(tmp_path / "moe", out) == 0, out.getvalue()
 
 
 def recipe_text(seed: Path, block: str) -> str:
