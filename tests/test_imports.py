@@ -21,12 +21,14 @@ ROOMS = ORDER.split()
 
 TORCH_FREE = (
     "cli",
+    "evaluate.subject",
     "pipeline.adopt",
     "pipeline.begin",
     "pipeline.commands",
     "pipeline.graph",
     "pipeline.inputs",
     "pipeline.local",
+    "pipeline.measure",
     "pipeline.sbatch",
     "pipeline.preflight",
     "pipeline.selection",
@@ -36,7 +38,9 @@ TORCH_FREE = (
     "pipeline.worker",
     "recipe.check",
     "recipe.load",
+    "report.evaluation",
     "report.page",
+    "report.routing",
     "report.table",
     "versions",
 )

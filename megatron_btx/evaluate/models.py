@@ -42,9 +42,16 @@ def load(
         layout: of this job.
         precision: ``None``: that of the weights.
         random_seed: of the routing's noise.
+
+    Raises:
+        UserError: the layout cannot hold it.
     """
     precision = precision or precision_of(checkpoint)
-    if not checkpoint.architecture.experts:  # the groups of experts may be there for other models
+    many = len(checkpoint.architecture.experts)
+    if many % layout.expert_model_parallel_size:
+        what = f"{many} experts do not divide over {layout.expert_model_parallel_size} ranks"
+        raise UserError("expert_model_parallel_size", what, "choose a divisor")
+    if not many:  # the groups of experts may be there for other models
         layout = dataclasses.replace(
             layout, expert_model_parallel_size=1, expert_tensor_parallel_size=None
         )

@@ -145,7 +145,7 @@ class Predictor:
             size = -(-len(chunk) // dp)
             mine = chunk[rank * size : (rank + 1) * size]
             filled = [rows[place] for place in (*mine, *[chunk[0]] * (size - len(mine)))]
-            longest = max(len(rows[place].ids) for place in chunk) - drop_last
+            longest = max(1, max(len(rows[place].ids) for place in chunk) - drop_last)
             logits = self._run(filled, longest)
             if logits and mine and parallel_state.get_tensor_model_parallel_rank() == 0:
                 answers[mine] = look(filled[: len(mine)], logits).double().cpu()

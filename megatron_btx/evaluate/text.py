@@ -80,17 +80,16 @@ class PackedText(Sequence[Sample]):
         return (len(self._ids) - 1) // self.seq_length
 
     def __getitem__(self, index: Any) -> Any:
-        """Sequence ``index``; behind the last one, sequences that do not count."""
-        if index < 0:
+        """Sequence ``index``."""
+        if not 0 <= index < len(self):
             raise IndexError(index)
-        first = min(index, len(self) - 1) * self.seq_length
+        first = index * self.seq_length
         text = torch.from_numpy(self._ids[first : first + self.seq_length + 1].astype(np.int64))
         positions = torch.arange(self.seq_length)
-        counts = (index * self.seq_length + positions) < self.size.tokens
         return {
             "tokens": text[:-1],
             "labels": text[1:],
-            "loss_mask": counts.float(),
+            "loss_mask": (first + positions < self.size.tokens).float(),
             "position_ids": positions,
         }
 
@@ -107,10 +106,13 @@ class Filled(Sequence[Sample]):
         return self._length
 
     def __getitem__(self, index: Any) -> Any:
-        """As the text's."""
+        """As the text's, and behind its last sequence that one again, masked."""
         if not 0 <= index < self._length:
             raise IndexError(index)
-        return self._text[index]
+        if index < len(self._text):
+            return self._text[index]
+        last = self._text[len(self._text) - 1]
+        return {**last, "loss_mask": torch.zeros_like(last["loss_mask"])}
 
 
 def _batches(documents: Iterable[str]) -> Iterable[list[str]]:

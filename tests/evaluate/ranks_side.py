@@ -1,0 +1,117 @@
+"""What the ranks of these tests do."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_btx.evaluate.subject import Subject
+from megatron_btx.recipe.schema import Evaluate, Layout
+
+
+def predict(subject: Subject, layout: Layout, rows: list[tuple[list[int], int]]) -> Any:
+    """Scores of rows, and what follows them."""
+    from megatron_btx.engine import distributed
+    from megatron_btx.evaluate.predictor import Predictor, Row
+
+    distributed.initialize(layout, 0)
+    predictor = Predictor(subject, layout, micro_batch_size=2)
+    asked = [Row(tuple(ids), first, number) for number, (ids, first) in enumerate(rows)]
+    scores = predictor.score(asked)
+    return [(s.log_prob, s.is_greedy) for s in scores], predictor.next(asked)
+
+
+def generate(subject: Subject, prompts: list[str], decodings: list[dict[str, Any]]) -> Any:
+    """Continuations of each prompt by itself, and of all together."""
+    from megatron_btx.engine import distributed
+    from megatron_btx.evaluate.generate import Decoding
+    from megatron_btx.evaluate.generate import generate as run
+    from megatron_btx.evaluate.predictor import Predictor
+
+    distributed.initialize(Layout(), 0)
+    predictor = Predictor(subject, Layout(), micro_batch_size=2)
+    return [
+        [asdict(one) for one in run(predictor, prompts, Decoding(**decoding))]
+        for decoding in decodings
+    ]
+
+
+def data(subjects: list[Subject], layout: Layout, files: dict[str, list[str]]) -> Any:
+    """``evaluate_data`` of each."""
+    from megatron_btx.engine import distributed
+    from megatron_btx.evaluate.data import Setting, evaluate_data
+
+    distributed.initialize(layout, 0)
+    setting = Setting(layout=layout, micro_batch_size=2)
+    return [evaluate_data(subject, files, setting) for subject in subjects]
+
+
+def heldout(models: dict[str, Path], layout: Layout, texts: dict[str, list[str]]) -> Any:
+    """``btm_heldout`` by every method: loss and weights."""
+    from megatron_btx.engine import distributed
+    from megatron_btx.evaluate.btm_heldout import btm_heldout
+    from megatron_btx.evaluate.text import PackedText
+    from tests.evaluate.made import tokenizer
+
+    distributed.initialize(layout, 0)
+    spoken = tokenizer()
+    domains = {
+        name: [one for one in PackedText(text, spoken, 32, start_id=spoken.eos_id)][:4]
+        for name, text in texts.items()
+    }
+    found = {}
+    for method in ("top1", "top2", "posterior"):
+        ensemble = btm_heldout(
+            models,
+            domains,
+            method=method,  # type: ignore[arg-type]
+            corpora={"a": texts["x"], "b": texts["y"], "c": texts["x"] + texts["y"]},
+            tokenizer=spoken,
+            settings=Evaluate(micro_batch_size=2, layout=layout),
+            precision="fp32",
+            random_seed=0,
+        )
+        found[method] = (ensemble.heldout.loss, ensemble.weights)
+    ids = {name: torch.stack([s["tokens"] for s in rows]) for name, rows in domains.items()}
+    labels = {name: torch.stack([s["labels"] for s in rows]) for name, rows in domains.items()}
+    return found, ids, labels
+
+
+def tasks(subject: Subject, layout: Layout, asked: list[dict[str, Any]]) -> Any:
+    """``evaluate_tasks``."""
+    from megatron_btx.engine import distributed
+    from megatron_btx.evaluate.predictor import Predictor
+    from megatron_btx.evaluate.tasks import evaluate_tasks
+
+    distributed.initialize(layout, 0)
+    return evaluate_tasks(Predictor(subject, layout, micro_batch_size=4), asked)
+
+
+def rolling(subject: Subject, texts: list[str]) -> list[float]:
+    """lm-eval's log-likelihoods of whole texts."""
+    from lm_eval.api.instance import Instance
+
+    from megatron_btx.engine import distributed
+    from megatron_btx.evaluate.harness import Harness
+    from megatron_btx.evaluate.predictor import Predictor
+
+    distributed.initialize(Layout(), 0)
+    harness = Harness(Predictor(subject, Layout()))
+    requests = [
+        Instance(request_type="loglikelihood_rolling", doc={}, arguments=(text,), idx=0)
+        for text in texts
+    ]
+    return harness.loglikelihood_rolling(requests)
+
+
+def route(subject: Subject, layout: Layout, files: dict[str, list[str]]) -> Any:
+    """``routing.measure``, a sequence at a time."""
+    from megatron_btx.engine import distributed
+    from megatron_btx.evaluate.data import Setting
+    from megatron_btx.evaluate.routing import measure
+
+    distributed.initialize(layout, 0)
+    return measure(subject, files, Setting(layout=layout, micro_batch_size=1))

@@ -1,0 +1,180 @@
+"""``btx evaluate``, ``generate`` and ``routing`` as a user meets them."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_btx import cli
+from megatron_btx.errors import UserError
+from megatron_btx.evaluate.subject import Subject, find, parse
+from megatron_btx.recipe.schema import Layout
+from megatron_btx.report import routing
+from tests.evaluate import made, ranks_side
+from tests.ranks import Ranks
+from tests.report.made import make_run
+from tests.small import btx
+
+
+def test_evaluate(here: Path, tmp_path: Path) -> None:
+    done = btx(
+        "evaluate",
+        here / "a",
+        f"chance={here / 'uniform'}",
+        f"set=btm:{here / 'a'},{here / 'b'}",
+        "--data",
+        f"x={here / 'x.jsonl'}",
+        f"y={here / 'y.jsonl'}",
+        "--out",
+        "found.json",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    lines = done.stdout.splitlines()
+    assert lines[0].split() == ["nats/token", "x", "y", "mean"]
+    chance = f"{math.log(made.tokenizer().vocab_size):.4f}"
+    assert lines[2].split() == ["chance", chance, chance, chance]
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert list(found["data"]) == ["a", "chance", "set"]
+    assert found["data"]["set"]["models_per_token"] == 2
+    assert f"{found['data']['a']['data']['x']['nats_per_token']:.4f}" in lines[1]
+    assert [path.name for path in tmp_path.iterdir()] == ["found.json"]
+
+
+def test_generate_on_two_ranks(here: Path, tmp_path: Path) -> None:
+    prompts = [word for prompt, _ in made.CHAINS for word in ("--prompt", prompt)]
+    arguments = ["generate", here / "bigram", *prompts, "--layout", "data_parallel_size=2"]
+    done = btx(*arguments, "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    assert [(row["prompt"], row["text"]) for row in rows] == made.CHAINS
+
+
+@pytest.mark.parametrize("command", ["evaluate", "generate", "routing"])
+def test_help_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    assert f"btx {command} " in capsys.readouterr().out.partition("example")[2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("evaluate {here}/a", "neither --data nor --tasks"),
+        ("evaluate {here}/none --data x={here}/x.jsonl", "none: does not exist"),
+        ("evaluate {here} --data x={here}/x.jsonl", "holds no checkpoint"),
+        ("evaluate {here}/a --data {here}/x.jsonl", "has no name before it"),
+        ("evaluate {here}/a --data x=no.jsonl y=no2.jsonl", "no2.jsonl does not exist"),
+        ("evaluate {here}/a --tasks gsm8k=no.jsonl", "no.jsonl does not exist"),
+        ("evaluate {here}/a --data x={here}/x.jsonl --layout tp=2", "tp is no key"),
+        ("evaluate btm:{here}/a --data x={here}/x.jsonl", "fewer than two"),
+        ("evaluate x={here}/a x={here}/a --data x={here}/x.jsonl", "named twice"),
+        ("generate {here}/a", "--prompt: is missing"),
+        ("generate {here}/a --prompt x --top-p 0", "out of range"),
+        ("routing {here}/a", "say on what to measure it"),
+    ],
+)
+def test_mistakes(
+    here: Path, arguments: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(arguments.format(here=here).split()) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_mistake_that_a_rank_finds(here: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"txt": "x"}\n')
+    done = btx("evaluate", here / "a", "--data", "bad=bad.jsonl", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert "bad.jsonl:1: has no text under 'text'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_set_in_a_file(here: Path, tmp_path: Path) -> None:
+    path = tmp_path / "pair.yaml"
+    path.write_text(
+        f"method: top1\nmodels: {{a: {here / 'a'}, b: {here / 'b'}}}\n"
+        f"text: {{a: {here / 'x.jsonl'}, b: [{here / 'y.jsonl'}]}}\n"
+    )
+    (subject,) = parse([str(path)])
+    assert (subject.name, subject.method, list(subject.models)) == ("pair", "top1", ["a", "b"])
+    assert subject.text["b"] == (str(here / "y.jsonl"),)
+    path.write_text(f"methud: top1\nmethod: top3\nmodels: {{a: {here / 'a'}}}\n")
+    with pytest.raises(UserError) as raised:
+        parse([str(path)])
+    for words in ("methud: no such key", "is 'top3'", "are fewer than two"):
+        assert words in str(raised.value)
+
+
+def test_a_stage_stands_for_its_last_checkpoint(tmp_path: Path) -> None:
+    for step in (5, 20):
+        last = tmp_path / "finetune" / "checkpoints" / f"step_{step:08d}"
+        last.mkdir(parents=True)
+        (last / ".metadata").touch()
+    assert find(tmp_path / "finetune") == last
+    assert parse([str(last)])[0].name == "finetune"
+
+
+def test_routing_of_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two runs side by side: what their logs say, layer by layer, and a dead expert named."""
+    _, run_dir = make_run(tmp_path)
+    (run_dir / "recipe.yaml").write_text((tmp_path / "recipe.yaml").read_text())
+    log = run_dir / "finetune" / "metrics.jsonl"
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    evals = [record for record in records if record["kind"] == "eval"]
+    dead = [[0.5, 0.3, 0.196, 0.004], [0.4, 0.3, 0.2, 0.1]]
+    evals[0] |= {"step": 0, "load": {"code": dead}, "gate": {"code": dead}}
+    log.write_text("".join(json.dumps(record) + "\n" for record in records))
+    views = routing.of_run(run_dir)
+    assert [view.moment for view in views] == ["before finetuning", "after finetuning"]
+    assert views[0].load == {"code": dead}
+    assert views[0].dead() == {"seed": [1]}
+    table = routing.table(views[0])
+    rows = [line.split() for line in table.splitlines()]
+    assert ["code", "1", *["50.0", "30.0", "19.6", "0.4"] * 2] in rows
+    assert "Dead in layer 1 (below 1% of the choices): seed." in table
+    assert cli.main(["routing", str(run_dir), "--out", str(tmp_path / "out"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == json.loads((tmp_path / "out" / "routing.json").read_text())
+    assert found[0]["dead"] == {"seed": [1]}
+    assert found[1]["balance_loss_coeff"] == 0.01
+    page = (tmp_path / "out" / "routing.html").read_text()
+    assert page.count("<svg") == 2 * sum(len(view.load) for view in views)
+
+
+def test_routing_of_a_checkpoint(here: Path, ranks: Ranks) -> None:
+    subject = Subject(name="moe", models={"model": here / "moe"})
+    layout = Layout(data_parallel_size=2, expert_model_parallel_size=2)
+    view, _ = ranks.run(ranks_side.route, 2, subject, layout, {"x": [str(here / "x.jsonl")]})
+    assert view["experts"] == list("abcd")
+    for matrix in (view["load"]["x"], view["gate"]["x"]):
+        assert [sum(row) for row in matrix] == pytest.approx([1, 1], abs=1e-5)
+    loads, gates = shares(here / "moe")
+    for mine, theirs in ((view["load"], loads), (view["gate"], gates)):
+        assert [cell for row in mine["x"] for cell in row] == pytest.approx(theirs, abs=1e-4)
+
+
+def shares(path: Path) -> tuple[list[float], list[float]]:
+    """Of every layer's experts, the share of the choices and of the gates, by ``transformers``."""
+    spoken = made.tokenizer()
+    stream = [spoken.eos_id]
+    for ids in spoken.encode(made.TEXTS["x"]):
+        stream += [*ids.tolist(), spoken.eos_id]
+    many = (len(stream) - 1) // 32 // 2 * 2  # whole batches of two ranks
+    tokens = torch.tensor(stream[: many * 32]).view(many, 32)
+    with torch.no_grad():
+        found = made.theirs(path)(input_ids=tokens, output_router_logits=True)
+    loads, gates = [], []
+    for logits in found.router_logits:
+        best = logits.double().topk(2, dim=-1)
+        weights = torch.zeros(len(logits), 4).double()
+        weights.scatter_(1, best.indices, best.values.softmax(-1))
+        loads += ((weights > 0).double().mean(0) / 2).tolist()
+        gates += weights.mean(0).tolist()
+    return loads, gates
