@@ -91,9 +91,9 @@ def layer_activations(architecture: Architecture, training: Training) -> tuple[i
     normalised input, q, k, v and the output in two layouts, 2 T H + 5 T N d; a dense FFN its input
     and normalised input, [gate; up] and the input of the second matrix, 2 T H + 3 T F; an MoE
     2 T H and, for k T tokens sent to experts, k T (H + 3 F); a shared expert is a dense FFN beside
-    them that keeps its output too where a gate scales it. Norms of heads keep queries and keys once
-    more, and rotate them apart. Tensor parallelism divides N d and F, sequence parallelism T H as
-    well. Balanced experts are assumed.
+    them that keeps its output too where a gate scales it. Norms of heads keep the mixed projection
+    as well and the queries cut from it, T (2 N + 2 G) d. Tensor parallelism divides N d and F,
+    sequence parallelism T H as well. Balanced experts are assumed.
     """
     model, layout = architecture.model, training.layout
     tp, element = layout.tensor_model_parallel_size, _ELEMENT[training.precision]
@@ -103,6 +103,8 @@ def layer_activations(architecture: Architecture, training: Training) -> tuple[i
     rows = tokens * model.hidden_size // split
     heads = tokens * model.num_attention_heads * count.kv_channels(model) // tp
     attention = 2 * rows + 5 * heads
+    if model.qk_layernorm:
+        attention += heads + tokens * count.qkv_width(model) // tp
     if is_moe:
         runs = count.experts_run(architecture) / model.num_layers * tokens / split * layout.etp
         inner = 3 * count.expert_width(model)

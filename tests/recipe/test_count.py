@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -131,6 +132,31 @@ def test_flops_and_parameters_against_torch(k: int | None) -> None:
     parameters = count.parameters(architecture)
     assert parameters.total == norms + sum(p.numel() for p in plain.parameters())
     assert parameters.total - parameters.total_true_vocab == 2 * 28 * SMALL.hidden_size
+
+
+def test_what_llamas_relatives_have_besides() -> None:
+    """Parameters against built models: tests/families/test_families.py."""
+    plain = Architecture(model=SMALL, vocab_size=100)
+    windowed = replace(SMALL, window_size=(7, 0), window_attn_skip_freq=(1, 0, 1))
+    relative = replace(windowed, add_qkv_bias=True, qk_layernorm=True)
+    flops = [
+        count.forward_flops_per_token(replace(plain, model=model))
+        for model in (SMALL, windowed, relative)
+    ]
+    # Two layers in which a token sees 8 others instead of 32: scores and values, 96 wide.
+    assert flops[0] - flops[1] == 2 * 4 * 96 * (32 - 8)
+    assert flops[2] == flops[1], "biases and norms are no matrices"
+    moe = mixture(SMALL, 100, type="topk")
+    shared = replace(
+        SMALL,
+        moe_ffn_hidden_size=40,
+        moe_shared_expert_intermediate_size=24,
+        moe_shared_expert_gate=True,
+    )
+    before, after = count.parameters(moe), count.parameters(replace(moe, model=shared))
+    assert before.ffn - after.ffn == 3 * (4 * 3 * 48 * 40 - 3 * 48 * 24)
+    assert before.ffn_active - after.ffn_active == 3 * (2 * 3 * 48 * 40 - 3 * 48 * 24)
+    assert after.router - before.router == 3 * 48
 
 
 def test_palms_rule_of_thumb() -> None:
