@@ -26,6 +26,8 @@ class Harness(TemplateLM):
     def __init__(self, predictor: Predictor, progress: Callable[[float], None] = NO_PROGRESS):
         super().__init__()
         self._predictor, self._progress = predictor, progress
+        self.cut = 0
+        """Contexts that were too long and lost their beginning."""
 
     @property
     def eot_token_id(self) -> int:
@@ -81,6 +83,9 @@ class Harness(TemplateLM):
         """Greedy or drawn continuations, ended by the task's ``until``."""
         decodings = [self._decoding(request.args[1]) for request in requests]
         prompts = [request.args[0] for request in requests]
+        for prompt, decoding in zip(prompts, decodings, strict=True):
+            room = self._predictor.seq_length - decoding.max_new_tokens
+            self.cut += len(self._predictor.encode(prompt)) + 1 > room
         found = generate(self._predictor, prompts, decodings, self._progress)
         return [one.text for one in found]
 
@@ -98,5 +103,7 @@ class Harness(TemplateLM):
     def _row(self, context: Sequence[int], continuation: Sequence[int], number: int) -> Row:
         if not context or context[0] != self._predictor.start_id:
             context = [self._predictor.start_id, *context]
-        ids = (*context, *continuation)[-(self._predictor.seq_length + 1) :]
+        most = self._predictor.seq_length + 1
+        self.cut += len(context) + len(continuation) > most
+        ids = (*context, *continuation)[-most:]
         return Row(ids, max(1, len(ids) - len(continuation)), number)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import logging
 import os
@@ -40,8 +41,9 @@ def evaluate_tasks(
         progress: told how much of each kind of request is done.
 
     Returns:
-        ``{"tasks": {name: {"score", "stderr", "metric", "shots", "items", "metrics": all}},
-        "average": mean of the scores, each task once, as in the paper's table 2}``.
+        ``{"tasks": {name: {"score", "stderr", "metric", "shots", "items", "cut", "metrics": all}},
+        "average": mean of the scores, each task once, as in the paper's table 2}``; ``cut`` counts
+        the contexts that were too long for the model and lost their beginning, examples first.
 
     Raises:
         UserErrors: no lm-eval, unknown tasks, items that do not fit, code that may not be run.
@@ -59,18 +61,23 @@ def evaluate_tasks(
         tasks: dict[str, dict[str, Any]] = {}
         for one in asked:
             try:
-                name, built = _build(one, cache)
+                name, built = _build(one)
                 tasks[name] = built
             except UserError as error:
                 errors.append(error)
         if errors:
             raise UserErrors(errors)
-        found = {
-            name: _score(predictor, name, parts, one, progress)
-            for (name, parts), one in zip(tasks.items(), asked, strict=True)
-        }
+        found = {}
+        for number, ((name, parts), one) in enumerate(zip(tasks.items(), asked, strict=True)):
+            part = functools.partial(_part, progress, number, len(tasks))
+            found[name] = _score(predictor, parts, one, part)
     average = sum(one["score"] for one in found.values()) / len(found)
     return {"tasks": found, "average": average}
+
+
+def _part(progress: Callable[[float], None], number: int, many: int, share: float) -> None:
+    """A task's progress as that of all."""
+    progress((number + share) / many)
 
 
 def _quiet() -> None:
@@ -82,7 +89,7 @@ def _quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def _build(asked: dict[str, Any], cache: str) -> tuple[str, dict[str, Any]]:
+def _build(asked: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """A task's name and its parts: one, or one a subject."""
     from lm_eval.tasks._yaml_loader import load_yaml
 
@@ -166,7 +173,6 @@ def _by(key: str, config: dict[str, Any], name: str) -> dict[str, Any]:
 
 def _score(
     predictor: Predictor,
-    name: str,
     parts: dict[str, Any],
     asked: dict[str, Any],
     progress: Callable[[float], None],
@@ -175,8 +181,9 @@ def _score(
 
     from megatron_btx.evaluate.harness import Harness
 
+    harness = Harness(predictor, progress)
     found = evaluate(
-        Harness(predictor, progress),
+        harness,
         {"tasks": parts, "groups": {}, "group_map": {}},
         limit=asked["limit"],
         log_samples=False,
@@ -201,5 +208,6 @@ def _score(
         "metric": wanted,
         "shots": one.config.num_fewshot,
         "items": items,
+        "cut": harness.cut,
         "metrics": metrics,
     }

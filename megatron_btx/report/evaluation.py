@@ -333,7 +333,15 @@ def tasks_table(result: Mapping[str, Any]) -> str:
         f"{name}: {one[name]['metric']}, {one[name]['shots']} shots, {one[name]['items']} items"
         for name in names
     )
-    return columns(["score (%)", *names, "average"], rows) + said + "\n"
+    text = columns(["score (%)", *names, "average"], rows) + said + "\n"
+    for checkpoint, found in result.items():
+        for name, entry in found["tasks"].items():
+            if entry["cut"]:
+                text += (
+                    f"{checkpoint}, {name}: {entry['cut']} contexts were longer than the model's "
+                    "and lost their beginning\n"
+                )
+    return text
 
 
 def columns(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

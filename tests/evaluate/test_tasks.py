@@ -98,7 +98,13 @@ def test_shots_and_limit(here: Path, ranks: Ranks, tmp_path: Path) -> None:
     (task,) = asked(tmp_path, "gsm8k", num_fewshot=1, limit=1)
     (found,) = ranks.run(ranks_side.tasks, 1, one(here / "bigram"), Layout(), [task])
     entry = found["tasks"]["gsm8k"]
-    assert (entry["shots"], entry["items"], entry["score"]) == (1, 1, 1.0)
+    assert (entry["shots"], entry["items"], entry["score"], entry["cut"]) == (1, 1, 1.0, 0)
+
+
+def test_contexts_that_are_cut_are_counted(here: Path, ranks: Ranks, tmp_path: Path) -> None:
+    (task,) = asked(tmp_path, "mmlu")  # 32 tokens are what this model takes
+    (found,) = ranks.run(ranks_side.tasks, 1, one(here / "a"), Layout(), [task])
+    assert found["tasks"]["mmlu"]["cut"] == 4 * 5  # each choice of each item
 
 
 def test_whole_texts(here: Path, ranks: Ranks) -> None:
