@@ -28,6 +28,21 @@ def logits(directory: Path, layout: Layout, tokens: Tensor) -> tuple[Tensor | No
     return _forward(model, tokens, architecture.vocab_size), parameters
 
 
+def losses(directory: Path, layout: Layout, tokens: Tensor, labels: Tensor) -> Tensor:
+    """Megatron's loss of every token [B, S], as in training."""
+    from megatron_btx.engine import checkpoint, distributed
+    from megatron_btx.engine.model import build_model
+    from megatron_btx.weights.manifest import read_manifest
+
+    distributed.initialize(layout, 0)
+    architecture, _ = read_manifest(directory)
+    assert architecture.padded_vocab_size > architecture.vocab_size
+    model = build_model(architecture, layout, "fp32")
+    checkpoint.load(directory, checkpoint.TrainingState(model=model))
+    positions = torch.arange(tokens.shape[1]).expand_as(tokens).contiguous()
+    return model(tokens, positions, None, labels=labels).detach()
+
+
 def changed_logits(
     directory: Path, tokens: Tensor, changes: list[dict[str, Any]]
 ) -> list[Tensor | None]:

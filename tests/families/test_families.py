@@ -20,7 +20,7 @@ from megatron_btx.recipe import count, memory
 from megatron_btx.recipe.schema import Layout
 from tests.engine.test_layouts import EP2, TP2_PP2_EP2
 from tests.families.made import CONFIGS, SHAPE, make
-from tests.families.ranks_side import changed_logits, logits
+from tests.families.ranks_side import changed_logits, logits, losses
 
 transformers = pytest.importorskip("transformers")
 
@@ -150,6 +150,21 @@ def test_megatron_computes_the_same_logits(ranks, converted, name, layout):
     stages = range(chosen.pipeline_model_parallel_size)
     counted = [sum(memory.rank_parameters(architecture, chosen, stage)) for stage in stages]
     assert {parameters for _, parameters in found} == set(counted)
+
+
+@pytest.mark.parametrize("layout", [Layout(), Layout(tensor_model_parallel_size=2)])
+def test_padding_of_the_vocabulary_takes_no_probability(ranks, converted, layout):
+    """70 tokens, 128 rows: under TP2 the second rank has 6 of the tokens."""
+    model, place = converted("qwen2")
+    tokens, _ = batch()
+    labels = tokens.roll(-1, 1)
+    found = ranks.run(losses, layout.world_size, place / "megatron", layout, tokens, labels)
+    with torch.no_grad():
+        want = torch.nn.functional.cross_entropy(
+            model(tokens).logits.transpose(1, 2), labels, reduction="none"
+        )
+    for each in found:
+        torch.testing.assert_close(each, want, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize(
