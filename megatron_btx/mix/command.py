@@ -80,7 +80,9 @@ class Request:
     """peak resident memory, such as 2GiB (default: what is fastest)"""
     workers: int = 2
     """files written side by side"""
-    dry_run: bool = field(default=False, metadata={"transient": True})
+    model: dict[str, Any] = field(default_factory=dict)
+    """what Megatron sources are that do not say so, in Megatron's words; in a file only"""
+    dry_run: bool = False
     """print the plan, write nothing"""
 
 
@@ -138,7 +140,7 @@ def request_of(options: argparse.Namespace) -> Request:
     """
     given = {} if options.config is None else _from_file(Path(options.config))
     for one in dataclasses.fields(Request):
-        value = getattr(options, one.name)
+        value = getattr(options, one.name, None)
         if value is not None:
             given[one.name] = tuple(value) if isinstance(value, list) else value
     request = Request(**given)
@@ -155,6 +157,8 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     helps = _field_docs()
     for one, hint in zip(dataclasses.fields(Request), _hints(), strict=True):
         flag = "--" + one.name.replace("_", "-")
+        if typing.get_origin(hint) is dict:  # in a file only
+            continue
         if hint is bool:
             parser.add_argument(
                 flag, action=argparse.BooleanOptionalAction, default=None, help=helps[one.name]
@@ -201,7 +205,7 @@ def _fits(value: Any, hint: Any) -> bool:
     choices = _choices(hint)
     if choices:
         return value in choices
-    kinds = {tuple if typing.get_origin(k) is tuple else k for k in (hint, *_members(hint))}
+    kinds = {typing.get_origin(kind) or kind for kind in (hint, *_members(hint))}
     if isinstance(value, bool):
         return bool in kinds
     return type(value) in kinds or (float in kinds and isinstance(value, int))
@@ -211,7 +215,8 @@ def _words(hint: Any) -> str:
     choices = _choices(hint)
     if choices:
         return "one of " + ", ".join(str(choice) for choice in choices if choice is not None)
-    return "list" if typing.get_origin(hint) is tuple else getattr(hint, "__name__", str(hint))
+    names = {tuple: "list", dict: "mapping"}
+    return names.get(typing.get_origin(hint), getattr(hint, "__name__", str(hint)))
 
 
 def _choices(hint: Any) -> tuple[Any, ...]:
@@ -225,7 +230,7 @@ def _choices(hint: Any) -> tuple[Any, ...]:
 
 def _members(hint: Any) -> tuple[Any, ...]:
     """The alternatives of a union."""
-    return typing.get_args(hint) if typing.get_origin(hint) is not tuple else ()
+    return typing.get_args(hint) if typing.get_origin(hint) not in (tuple, dict) else ()
 
 
 def _hints() -> list[Any]:

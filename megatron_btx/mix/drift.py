@@ -34,7 +34,7 @@ Grams = dict[tuple[str, int], Tensor]
 
 def show(request: Request, out: TextIO) -> None:
     """Print the table; write ``drift.json`` and ``drift.svg`` into ``--out`` where one is given."""
-    models = open_sources(request.sources)
+    models = open_sources(request)
     grams = drift(models)
     labels = [model.label for model in models]
     seed = labels.index(request.seed_model) if request.seed_model in labels else None

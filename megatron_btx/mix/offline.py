@@ -65,7 +65,7 @@ def run(
     Raises:
         UserErrors: everything wrong with the request, the sources and their tensors.
     """
-    models = open_sources(request.sources)
+    models = open_sources(request)
     plan = plan_of(request, models)
     execution = _execution(request)
     if request.dry_run:
@@ -141,14 +141,15 @@ def write(
     )
 
 
-def open_sources(sources: tuple[str, ...]) -> list[Checkpoint]:
+def open_sources(request: Request) -> list[Checkpoint]:
     """Open every source; all that is wrong with any of them at once."""
     models: list[Checkpoint] = []
     errors: list[UserError] = []
-    for given in sources:
-        label, _, path = given.rpartition("=")
+    for source in request.sources:
+        label, _, path = source.rpartition("=")
         try:
-            models.append(open_source(Path(path), label or Path(path).resolve().name))
+            label = label or Path(path).resolve().name
+            models.append(open_source(Path(path), label, request.model))
         except UserErrors as found:
             errors += found.errors
         except UserError as found:
@@ -158,13 +159,14 @@ def open_sources(sources: tuple[str, ...]) -> list[Checkpoint]:
     return models
 
 
-def open_source(path: Path, label: str) -> Checkpoint:
-    """A checkpoint of either format."""
+def open_source(path: Path, label: str, given: Mapping[str, Any] | None = None) -> Checkpoint:
+    """A checkpoint of either format; ``given`` says what a Megatron one does not say itself."""
     if (path / ".metadata").exists():
-        return open_megatron(path, label)
+        return open_megatron(path, label, given)
     if (path / "config.json").exists():
         return open_hf(path, label)
-    steps = sorted(path.glob("step_????????")) or sorted(path.glob("checkpoints/step_????????"))
+    patterns = ("step_????????", "checkpoints/step_????????", "iter_???????")
+    steps = [step for pattern in patterns for step in sorted(path.glob(pattern))]
     fix = f"give {steps[-1]}" if steps else "give a step_XXXXXXXX or a Hugging Face directory"
     raise UserError(str(path), "not a checkpoint (no .metadata and no config.json)", fix)
 
@@ -251,7 +253,13 @@ def lineage_of(
         "plan": plan.hash,
         "request": asked,
         "sources": [
-            {"name": m.label, "path": str(m.path and m.path.resolve()), "sha256": hashes[m.label]}
+            {
+                "name": m.label,
+                "path": str(m.path and m.path.resolve()),
+                "sha256": hashes[m.label],
+                "tokens": m.manifest.get("tokens"),
+                **m.architecture.to_json(),
+            }
             for m in models
         ],
         "architecture": plan.architecture.to_json(),

@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +40,14 @@ Part = tuple[int | None, int | None]
 """Expert and half of a stacked tensor; of any other ``None`` twice."""
 
 
-def open_plain(path: Path) -> PlainHF | PlainMegatron:
-    """A directory of either format."""
-    return PlainMegatron(path) if (path / ".metadata").exists() else PlainHF(path)
+def open_plain(path: Path, declared: Mapping[str, Any]) -> PlainHF | PlainMegatron:
+    """A directory of either format.
+
+    Args:
+        path: the directory.
+        declared: what its manifest says of the model, for one of Megatron's that is not ours.
+    """
+    return PlainMegatron(path, declared) if (path / ".metadata").exists() else PlainHF(path)
 
 
 class PlainHF:
@@ -98,12 +103,13 @@ def _parts(name: str, experts: int) -> Iterator[tuple[str, Part]]:
 class PlainMegatron:
     """A step directory as we write it: stacked over layers and experts."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, declared: Mapping[str, Any]) -> None:
         self.path = path
         data = (path / ".metadata").read_bytes()
         self._stored = pickles.loads(data, path, pickles.METADATA_NAMES)
         self._last: tuple[str, Tensor] | None = None
-        self._manifest = json.loads((path / "manifest.json").read_text())
+        own = path / "manifest.json"
+        self._manifest = json.loads(own.read_text()) if own.exists() else declared
         model: dict[str, Any] = self._manifest["model"]
         self._model = model
         self.groups: int = model["num_query_groups"] or model["num_attention_heads"]

@@ -53,7 +53,8 @@ class Rules:
         for path in paths:
             if not path.is_dir():
                 raise UserError(str(path), "the source is not there", "put it back to verify")
-        self.models = [open_plain(path) for path in paths]
+        said = zip(paths, lineage["sources"], strict=True)
+        self.models = [open_plain(path, source) for path, source in said]
         moe = lineage["architecture"]["moe"]
         self.experts: list[str] = moe["experts"] if moe else []
         self.dtype = _DTYPES[lineage["dtype"]]

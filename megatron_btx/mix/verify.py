@@ -47,7 +47,7 @@ def compare(result: Path, lineage: Mapping[str, Any]) -> Iterator[tuple[str, boo
         UserError: the sources are not there any more.
     """
     rules = Rules(lineage)
-    made = open_plain(result)
+    made = open_plain(result, lineage["architecture"])
     for name in made.names:
         got = made.get(name)
         # Qwen2-MoE has a shared expert; one that no source has is of zeros.

@@ -3,29 +3,39 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_btx.errors import UserError
 from megatron_btx.recipe.architecture import Architecture
+from megatron_btx.weights.declared import architecture_of, settings_of
 
 FORMAT = "megatron_btx/1"
 MANIFEST = "manifest.json"
 
 
-def read_manifest(directory: Path) -> tuple[Architecture, dict[str, Any]]:
+def read_manifest(
+    directory: Path, given: Mapping[str, Any] | None = None
+) -> tuple[Architecture, dict[str, Any]]:
     """The architecture that a directory declares, and all else that it says.
 
+    Our manifest; else what Megatron-LM or Megatron-Bridge left there, completed by what is given.
+
+    Args:
+        directory: of one saved step.
+        given: settings in Megatron's words, for a directory that is not ours.
+
     Raises:
-        UserError: there is no manifest, or it is damaged or of another version.
+        UserErrors: nothing says what the model is, or what does is damaged, of another version, or
+            describes a model that we would compute wrongly.
     """
     path = directory / MANIFEST
     again = "copy the checkpoint again, or take another one"
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        what = f"no {MANIFEST}, so the model's shape and vocabulary are not known"
-        raise UserError(str(directory), what, "give a step_XXXXXXXX directory of btx") from None
+        return _declared(directory, given or {})
     except ValueError as error:
         raise UserError(str(path), f"damaged: {error}", again) from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
@@ -34,3 +44,14 @@ def read_manifest(directory: Path) -> tuple[Architecture, dict[str, Any]]:
         return Architecture.from_json(manifest), manifest
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(str(path), f"damaged: {error!r}", again) from error
+
+
+def _declared(directory: Path, given: Mapping[str, Any]) -> tuple[Architecture, dict[str, Any]]:
+    found = settings_of(directory)
+    if found is None and not given:
+        what = f"no {MANIFEST}, no run_config.yaml and no arguments of Megatron-LM in common.pt"
+        fix = "say what the model is under `model:` in a file of options, and give it by --config"
+        raise UserError(str(directory), what, fix)
+    settings = {**(found or {}), **given}
+    architecture = architecture_of(settings, str(directory))
+    return architecture, {"tokens": settings.get("tokens")}

@@ -11,13 +11,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.weights.box import Shape
 from megatron_btx.weights.build import item, rows, stack
 from megatron_btx.weights.expression import Cat, Expression, Fill
-from megatron_btx.weights.manifest import MANIFEST, read_manifest
+from megatron_btx.weights.manifest import read_manifest
 from megatron_btx.weights.names import (
     DENSE_NORM,
     EMBEDDING,
@@ -57,15 +58,22 @@ _HALF = re.compile(r"(.*\.linear_fc1\.weight)_([wv])")
 Named = Mapping[str, Expression]
 
 
-def open_megatron(path: Path | str, label: str) -> Checkpoint:
-    """A ``torch_dist`` directory with our manifest, seen under canonical names.
+def open_megatron(
+    path: Path | str, label: str, given: Mapping[str, Any] | None = None
+) -> Checkpoint:
+    """A ``torch_dist`` directory of Megatron's, seen under canonical names.
+
+    Args:
+        path: the directory of one saved step.
+        label: what the model is called.
+        given: what the model is, where the directory does not say it (:func:`read_manifest`).
 
     Raises:
         UserErrors: everything by which the directory differs from its manifest, at once.
     """
     path = Path(path)
     source = TorchDistSource(path)
-    architecture, manifest = read_manifest(path)
+    architecture, manifest = read_manifest(path, given)
     weights = set(unmatched([*source.tensors, *source.objects], IGNORED))
     stored = {name: take for name, take in take_all(label, source).items() if name in weights}
     named = canonical(stored, architecture)
@@ -73,7 +81,7 @@ def open_megatron(path: Path | str, label: str) -> Checkpoint:
         named,
         canonical_tensors(architecture),
         str(path),
-        "give a checkpoint of the model that its " + MANIFEST + " describes",
+        "give a checkpoint of the model that its directory describes",
     )
     for name in sorted(weights & set(source.objects)):
         errors.append(UserError(str(path), f"holds {name}, which is no tensor"))

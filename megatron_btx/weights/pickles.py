@@ -102,6 +102,20 @@ TENSOR_NAMES: Mapping[tuple[str, str], Any] = {
 """What the header of a stored tensor may name."""
 
 
+COMMON_NAMES: Mapping[tuple[str, str], Any] = {
+    **METADATA_NAMES,
+    **TENSOR_NAMES,
+    ("argparse", "Namespace"): Record,
+    **{("signal", name): Record for name in ("Signals", "SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2")},
+    **{
+        ("megatron.core.transformer.enums", name): Record
+        for name in ("AttnBackend", "AttnMaskType", "AttnType", "CudaGraphScope", "LayerType")
+    },
+    **{("megatron.core.enums", name): Record for name in ("Fp4Recipe", "Fp8Recipe", "ModelType")},
+}
+"""What ``common.pt`` may name: Megatron-LM keeps its arguments there."""
+
+
 class _ListedUnpickler(pickle.Unpickler):
     def __init__(self, file: BinaryIO, where: str, names: Mapping[tuple[str, str], Any]) -> None:
         super().__init__(file)

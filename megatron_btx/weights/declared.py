@@ -1,0 +1,173 @@
+"""What a Megatron checkpoint that is not ours says of its model.
+
+Megatron-LM keeps its command line (an ``argparse.Namespace``) in ``common.pt``, Megatron-Bridge its
+configuration in ``run_config.yaml``. Both say nearly the same words, those of Megatron-Core. Every
+one that changes what the model computes is mapped or asserted.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from megatron_btx.errors import UserError, UserErrors
+from megatron_btx.recipe.architecture import Architecture
+from megatron_btx.recipe.schema import Model, Routing
+from megatron_btx.weights import pickles
+
+Settings = Mapping[str, Any]
+
+_SAME = (
+    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups",
+    "kv_channels", "seq_length", "max_position_embeddings", "rotary_base", "init_method_std",
+    "make_vocab_size_divisible_by", "add_qkv_bias", "qk_layernorm", "layernorm_epsilon",
+    "window_size", "window_attn_skip_freq", "seq_len_interpolation_factor", "rope_scaling",
+    "rope_scaling_factor", "untie_embeddings_and_output_weights", "moe_ffn_hidden_size",
+    "moe_shared_expert_intermediate_size", "moe_shared_expert_gate",
+)  # fmt: skip
+"""Fields of our ``Model`` that are called so."""
+_ALIASES = {
+    "norm_epsilon": "layernorm_epsilon",
+    "rotary_seq_len_interpolation_factor": "seq_len_interpolation_factor",
+    "use_rope_scaling": "rope_scaling",
+    "scale_factor": "rope_scaling_factor",
+    "num_experts": "num_moe_experts",
+}
+"""Megatron-LM's, or Megatron-Bridge's, word for a field of another name."""
+_REQUIRED = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
+_FIXED: dict[str, tuple[Any, ...]] = {
+    "position_embedding_type": ("rope",),
+    "normalization": ("RMSNorm",),
+    "swiglu": (True,),
+    "gated_linear_unit": (True,),
+    "add_bias_linear": (False,),
+    "rotary_percent": (1.0,),
+    "rotary_interleaved": (False,),
+    "low_freq_factor": (1.0,),
+    "high_freq_factor": (4.0,),
+    "old_context_len": (8192,),
+    "apply_layernorm_1p": (False,),
+    "layernorm_zero_centered_gamma": (False,),
+    "apply_residual_connection_post_layernorm": (False,),
+    "multi_latent_attention": (False,),
+    "qk_l2_norm": (False,),
+    "softmax_scale": (None,),
+    "softmax_type": ("vanilla",),
+    "attention_output_gate": (False,),
+    "mtp_num_layers": (None, 0),
+    "no_rope_freq": (None,),
+    "heterogeneous_layers_config_path": (None,),
+    "hybrid_override_pattern": (None,),
+    "moe_router_score_function": ("softmax",),
+    "moe_router_topk_scaling_factor": (None, 1.0),
+    "moe_router_enable_expert_bias": (False,),
+    "moe_router_num_groups": (None,),
+    "moe_latent_size": (None,),
+    "activation_func_clamp_value": (None,),
+    "glu_linear_offset": (0.0,),
+}
+"""Settings of one value (or a few of one meaning), the only one that we compute."""
+
+
+def settings_of(directory: Path) -> dict[str, Any] | None:
+    """What a directory says of its model in Megatron's words; ``None`` where it says nothing.
+
+    Raises:
+        UserError: a file that is damaged, or a pickle that names what no such file needs.
+    """
+    config = directory / "run_config.yaml"
+    if config.is_file():
+        return _from_bridge(config)
+    common = directory / "common.pt"
+    if not common.is_file():
+        return None
+    try:
+        with zipfile.ZipFile(common) as archive:
+            (name,) = (n for n in archive.namelist() if n.endswith("/data.pkl"))
+            content = pickles.loads(archive.read(name), common, pickles.COMMON_NAMES)
+    except (zipfile.BadZipFile, ValueError, OSError) as error:
+        what = f"not what torch.save writes: {error}"
+        raise UserError(str(common), what, "copy the checkpoint again") from error
+    args = content.get("args") if isinstance(content, dict) else None
+    if args is None:
+        return None
+    found = dict(vars(args))
+    if not found.get("group_query_attention", True):
+        found["num_query_groups"] = None  # the flag's own default, 1, means something else
+    seen = found.get("consumed_train_samples") or 0
+    found["tokens"] = seen * (found.get("seq_length") or 0)
+    return found
+
+
+def architecture_of(settings: Settings, where: str) -> Architecture:
+    """The architecture that settings describe.
+
+    Args:
+        settings: in Megatron's words, with ``vocab_size``: the tokenizer's own, without padding.
+        where: what errors name.
+
+    Raises:
+        UserErrors: everything that is missing, or that we would compute wrongly, at once.
+    """
+    known = {_ALIASES.get(name, name): value for name, value in settings.items()}
+    if "share_embeddings_and_output_weights" in known:
+        known["untie_embeddings_and_output_weights"] = not known[
+            "share_embeddings_and_output_weights"
+        ]
+    if "scale_factor" in settings:  # Megatron-Bridge has it for Llama 3.1 only
+        known["rope_scaling"] = settings["scale_factor"] is not None
+    errors = [
+        UserError(where, f"{name} is {known[name]!r}; only {allowed[0]!r} is supported")
+        for name, allowed in _FIXED.items()
+        if name in known and known[name] not in allowed
+    ]
+    for name in _REQUIRED:
+        if known.get(name) is None:
+            errors.append(UserError(where, f"does not say {name}", _GIVE))
+    if known.get("vocab_size") is None:
+        what = "does not say vocab_size, the tokenizer's own size without padding"
+        errors.append(UserError(where, what, _GIVE))
+    freq = known.get("moe_layer_freq", 1)
+    experts = known.get("num_moe_experts") or 0
+    if experts and freq != 1 and not (isinstance(freq, list) and set(freq) == {1}):
+        errors.append(UserError(where, f"moe_layer_freq is {freq!r}; experts must be everywhere"))
+    if isinstance(known.get("window_attn_skip_freq"), int):
+        what = "window_attn_skip_freq is a number; only a list, a value a layer, is supported"
+        errors.append(UserError(where, what))
+    fields = {name: known[name] for name in _SAME if known.get(name) is not None}
+    if errors:
+        raise UserErrors(errors)
+    routing = None
+    if experts:
+        pre_softmax = bool(known.get("moe_router_pre_softmax"))
+        top = known.get("moe_router_topk") or 2
+        routing = Routing(type="topk", moe_router_topk=top, moe_router_pre_softmax=pre_softmax)
+    return Architecture(
+        model=Model(**fields),
+        vocab_size=known["vocab_size"],
+        experts=tuple(map(str, range(experts))),
+        routing=routing,
+    )
+
+
+_GIVE = "say it under `model:` in a file of options, and give that by --config"
+
+
+def _from_bridge(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(str(path), f"not YAML: {error}", "copy the checkpoint again") from error
+    model = content.get("model") if isinstance(content, dict) else None
+    if not isinstance(model, dict):
+        raise UserError(str(path), "has no block `model`", "copy the checkpoint again")
+    found = dict(model)
+    activation = found.get("activation_func")
+    name = activation.get("_target_") if isinstance(activation, dict) else activation
+    if name is not None and not str(name).endswith("silu"):
+        raise UserError(str(path), f"activation_func is {name}; only silu is supported")
+    return found

@@ -1,0 +1,163 @@
+"""Checkpoints of Megatron-LM and Megatron-Bridge: what they say of their model, and no more."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import signal
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+import yaml
+from megatron.core.enums import ModelType
+from megatron.core.transformer.enums import AttnBackend
+
+from megatron_btx.errors import UserError
+from megatron_btx.mix.copy import copy
+from megatron_btx.recipe.schema import Routing
+from megatron_btx.weights import open_megatron
+from megatron_btx.weights.source import read_whole
+from megatron_btx.weights.write_torch_dist import write_torch_dist
+from tests.mix.test_command import btx
+from tests.weights.models import DENSE, dense, moe_plan
+
+ARGS = {
+    **asdict(DENSE.model),
+    "norm_epsilon": 1e-5,
+    "group_query_attention": True,
+    "position_embedding_type": "rope",
+    "rotary_percent": 1.0,
+    "use_rope_scaling": False,
+    "normalization": "RMSNorm",
+    "swiglu": True,
+    "add_bias_linear": False,
+    "vocab_size": 100,
+    "padded_vocab_size": 128,
+    "params_dtype": torch.bfloat16,
+    "attention_backend": AttnBackend.auto,
+    "model_type": ModelType.encoder_or_decoder,
+    "exit_signal": signal.SIGTERM,
+    "num_experts": None,
+    "consumed_train_samples": 1000,
+}
+
+
+def megatron_lm(path, args, plan=None) -> None:
+    """What Megatron-LM leaves: our tensors under Megatron's keys, its arguments in common.pt."""
+    write_torch_dist(plan or copy(dense("a", 1), dtype=torch.float32), path)
+    content = {"args": args, "checkpoint_version": 3.0, "iteration": 7, "small": torch.ones(2)}
+    torch.save(content, path / "common.pt")
+
+
+def test_arguments_of_megatron_lm(tmp_path):
+    megatron_lm(tmp_path / "iter", argparse.Namespace(**ARGS))
+    model = open_megatron(tmp_path / "iter", "m")
+    assert model.architecture == DENSE
+    assert model.manifest["tokens"] == 1000 * DENSE.model.seq_length
+    name = "decoder.layers.3.mlp.linear_fc2.weight"
+    assert torch.equal(read_whole(model.source, name), read_whole(dense("a", 1).source, name))
+
+
+def test_experts_of_megatron_lm_are_mixed_and_verified(tmp_path):
+    for label in ("code", "seed"):
+        args = argparse.Namespace(**(ARGS | {"vocab_size": None}))
+        megatron_lm(tmp_path / label, args)
+    config = tmp_path / "mix.yaml"
+    config.write_text("model: {vocab_size: 100}")
+    sources = [tmp_path / "code", tmp_path / "seed"]
+    words = ["--config", config, "--average", "tokens", "--out", tmp_path / "out"]
+    assert btx("mix", "--sources", *sources, *words)[0] == 0
+    assert btx("verify", tmp_path / "out")[0] == 0
+
+
+def test_an_moe_of_megatron_lm(tmp_path):
+    moe = {"num_experts": 4, "moe_router_topk": 2, "moe_layer_freq": [1] * 4}
+    megatron_lm(tmp_path / "iter", argparse.Namespace(**(ARGS | moe)), moe_plan())
+    found = open_megatron(tmp_path / "iter", "m").architecture
+    assert found == replace(DENSE, experts=("0", "1", "2", "3"), routing=Routing())
+
+
+def test_what_the_arguments_leave_out_is_given(tmp_path):
+    unsaid = ARGS | {"vocab_size": None, "group_query_attention": False, "num_query_groups": 1}
+    megatron_lm(tmp_path / "iter", argparse.Namespace(**unsaid))
+    with pytest.raises(UserError, match="does not say vocab_size"):
+        open_megatron(tmp_path / "iter", "m")
+    given = {"vocab_size": 100, "group_query_attention": True, "num_query_groups": 2}
+    assert open_megatron(tmp_path / "iter", "m", given).architecture == DENSE
+
+
+def test_models_that_we_would_compute_wrongly_are_refused_at_once(tmp_path):
+    wrong = {
+        "position_embedding_type": "learned_absolute",
+        "normalization": "LayerNorm",
+        "swiglu": False,
+        "add_bias_linear": True,
+        "rotary_percent": 0.5,
+        "multi_latent_attention": True,
+        "hidden_size": None,
+    }
+    megatron_lm(tmp_path / "iter", argparse.Namespace(**(ARGS | wrong)))
+    with pytest.raises(UserError) as caught:
+        open_megatron(tmp_path / "iter", "m")
+    for name in wrong:
+        assert name in str(caught.value)
+
+
+class Evil:
+    """What an attacker would leave in a pickle."""
+
+    def __init__(self, path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_a_malicious_common_file_is_refused_and_not_run(tmp_path):
+    megatron_lm(tmp_path / "iter", Evil(tmp_path / "owned"))
+    with pytest.raises(UserError, match="which no checkpoint needs: refused"):
+        open_megatron(tmp_path / "iter", "m")
+    assert not (tmp_path / "owned").exists()
+    for content in (b"text", pickle.dumps({"args": 1})):
+        (tmp_path / "iter" / "common.pt").write_bytes(content)
+        with pytest.raises(UserError, match=r"common\.pt: not what torch.save writes"):
+            open_megatron(tmp_path / "iter", "m")
+
+
+def test_the_configuration_of_megatron_bridge(tmp_path):
+    write_torch_dist(copy(dense("a", 1), dtype=torch.float32), tmp_path / "iter")
+    model = {name: value for name, value in asdict(DENSE.model).items() if "untie" not in name}
+    model |= {
+        "_target_": "megatron.bridge.models.llama.llama_provider.LlamaModelProvider",
+        "share_embeddings_and_output_weights": False,
+        "activation_func": {"_target_": "torch.nn.functional.silu", "_call_": False},
+        "gated_linear_unit": True,
+        "normalization": "RMSNorm",
+        "vocab_size": 100,
+        "num_moe_experts": None,
+    }
+    path = tmp_path / "iter" / "run_config.yaml"
+    path.write_text(yaml.safe_dump({"model": model, "train": {"train_iters": 3}}))
+    assert open_megatron(tmp_path / "iter", "m").architecture == DENSE
+    stretched = {"scale_factor": 8.0, "low_freq_factor": 1.0, "old_context_len": 8192}
+    path.write_text(yaml.safe_dump({"model": model | stretched}))
+    found = open_megatron(tmp_path / "iter", "m").architecture
+    assert found.model == replace(DENSE.model, rope_scaling=True, rope_scaling_factor=8.0)
+    model["activation_func"]["_target_"] = "torch.nn.functional.gelu"
+    for content, words in (
+        (yaml.safe_dump({"model": model}), "activation_func is torch.nn.functional.gelu"),
+        ("model: [", "not YAML"),
+        ("train: {}", "has no block `model`"),
+    ):
+        path.write_text(content)
+        with pytest.raises(UserError, match=words):
+            open_megatron(tmp_path / "iter", "m")
+
+
+def test_a_directory_that_says_nothing(tmp_path):
+    write_torch_dist(copy(dense("a", 1), dtype=torch.float32), tmp_path / "iter")
+    with pytest.raises(UserError, match="no arguments of Megatron-LM"):
+        open_megatron(tmp_path / "iter", "m")
+    given = {**asdict(DENSE.model), "vocab_size": 100}
+    assert open_megatron(tmp_path / "iter", "m", given).architecture == DENSE
