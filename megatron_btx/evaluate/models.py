@@ -37,6 +37,9 @@ def load(
 ) -> Live:
     """This rank's part of a checkpoint of either format.
 
+    Switch's capacity is left out: it is a rule for batches, and what a model makes of one text must
+    not depend on the others that run beside it.
+
     Args:
         checkpoint: opened.
         layout: of this job.
@@ -55,9 +58,19 @@ def load(
         layout = dataclasses.replace(
             layout, expert_model_parallel_size=1, expert_tensor_parallel_size=None
         )
-    module = build_model(checkpoint.architecture, layout, precision, random_seed=random_seed)
+    architecture = _dropless(checkpoint.architecture)
+    module = build_model(architecture, layout, precision, random_seed=random_seed)
     initialize(module, copy(checkpoint, dtype=DTYPES[precision]))
-    return Live(checkpoint.architecture, module.eval())
+    return Live(architecture, module.eval())
+
+
+def _dropless(architecture: Architecture) -> Architecture:
+    routing = architecture.routing
+    if routing is None or routing.type != "switch":
+        return architecture
+    all_of_them = float(len(architecture.experts))
+    routing = dataclasses.replace(routing, moe_expert_capacity_factor=all_of_them)
+    return dataclasses.replace(architecture, routing=routing)
 
 
 def opened(subject: Subject) -> dict[str, Checkpoint]:

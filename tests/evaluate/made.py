@@ -17,10 +17,17 @@ from megatron_btx.mix.router import RouterInit
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.schema import Model, Routing
 from megatron_btx.weights import Checkpoint, MemorySource, Plan, canonical_tensors
+from megatron_btx.weights.directory import as_json
+from megatron_btx.weights.manifest import FORMAT, MANIFEST
+from megatron_btx.weights.write_torch_dist import write_torch_dist
 
 VOCABULARY = 420
 WIDE = 440
 """Hidden size of a bigram model: a direction of its own for every token."""
+
+TOP2 = Routing()
+SWITCH = Routing(type="switch", moe_expert_capacity_factor=0.5)
+"""Drops half of the tokens in training."""
 
 CHAINS = [("Q: how many? A:", " #### 7"), ("def seven():\n", "    return 7")]
 """After the last token of the one comes the other, then the end."""
@@ -101,13 +108,13 @@ def table(tokenizer: SentencePiece, chains: list[tuple[str, str]]) -> dict[int, 
     return found
 
 
-def moe(tokenizer: SentencePiece) -> Plan:
+def moe(tokenizer: SentencePiece, routing: Routing = TOP2) -> Plan:
     """Four random models mixed."""
     models = [random_model(tokenizer, seed) for seed in range(4)]
     named = [
         Checkpoint(n, None, m.architecture, m.source) for n, m in zip("abcd", models, strict=True)
     ]
-    return btx(named, routing=Routing(), dtype=torch.float32, router=RouterInit("normal", 0.5, 5))
+    return btx(named, routing=routing, dtype=torch.float32, router=RouterInit("normal", 0.5, 5))
 
 
 def write(model: Checkpoint | Plan, path: Path, tokenizer: SentencePiece) -> None:
@@ -122,8 +129,15 @@ def theirs(path: Path):
     """The model in ``transformers``, in float64, which its grouped experts cannot."""
     from transformers import AutoModelForCausalLM
 
-    dtype = torch.float32 if path.name == "moe" else torch.float64
+    dtype = torch.float32 if path.name in ("moe", "switch-hf") else torch.float64
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+
+
+def write_megatron(plan: Plan, path: Path, tokenizer: SentencePiece) -> None:
+    """As a step directory with its tokenizer."""
+    manifest = {"format": FORMAT, **plan.architecture.to_json(), "precision": "fp32"}
+    write_torch_dist(plan, path, files=lambda: {MANIFEST: as_json(manifest)})
+    tokenizer.save(path / "tokenizer")
 
 
 def log_probs(path: Path, ids: list[int]) -> Tensor:

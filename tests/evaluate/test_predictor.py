@@ -71,6 +71,12 @@ def test_a_mixture_under_expert_parallelism(here: Path, ranks: Ranks) -> None:
     check(answers[1], [made.log_probs(here / "moe", ids) for ids, _ in rows()])
 
 
+def test_no_text_loses_tokens_to_another(here: Path, ranks: Ranks) -> None:
+    """A Switch model from Megatron's format; its capacity would drop half of a batch's tokens."""
+    answers = ranks.run(ranks_side.predict, 2, one(here / "switch"), EP2, rows())
+    check(answers[0], [made.log_probs(here / "switch-hf", ids) for ids, _ in rows()])
+
+
 def mixed(here: Path, ids: list[int], weights: Tensor) -> Tensor:
     """The average of three models by weights [3, len]."""
     probabilities = [made.log_probs(here / name, ids).exp() for name in "abc"]
