@@ -68,8 +68,8 @@ def _write(checkpoint: Path, out: Path, tokenizer: Tokenizer) -> None:
 
 
 def compare(recipe: Recipe, run_dir: Path, checkpoint: Path, exported: Path) -> dict[str, float]:
-    """Mean held-out loss of both, on the same sequences, both in fp32. Switch's capacity, a rule for
-    batches, is left out on our side too: an exported model drops no token.
+    """Mean held-out loss of both, on the same sequences, both in fp32. Switch's capacity, a rule
+    for batches, is left out on our side too: an exported model drops no token.
 
     Raises:
         UserError: they differ by more than ``TOLERANCE``.
