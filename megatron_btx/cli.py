@@ -23,7 +23,7 @@ from megatron_btx.pipeline.graph import Stage
 from megatron_btx.recipe import plan
 from megatron_btx.recipe.load import load_recipe
 from megatron_btx.recipe.schema import Recipe
-from megatron_btx.report import compare, evaluation, routing
+from megatron_btx.report import centroids, compare, evaluation, routing
 
 EXIT_USER, EXIT_INTERRUPTED, EXIT_PIPE = 2, 130, 141
 
@@ -89,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_parser(commands)
     evaluation.add_parsers(commands)
     routing.add_parser(commands)
+    centroids.add_parser(commands)
     slurm_commands.add_parsers(commands)
     return parser
 

@@ -66,10 +66,10 @@ def btx(
         targets=moe_targets(
             architecture,
             ffn=ffn,
-            router=lambda name, shape: router.draw(name, shape, dtype),
+            router=lambda name, shape: router.of_experts(name, shape, dtype, architecture.experts),
             rest=rest,
         ),
-        sources={model.label: model.source for model in models},
+        sources={model.label: model.source for model in models} | router.sources,
         expected=canonical_tensors(architecture),
     )
     if fold_norms:

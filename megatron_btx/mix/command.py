@@ -56,8 +56,10 @@ class Request:
     """fold each expert's own pre-FFN norm gain into it (btx)"""
     moe_router_topk: int = 2
     """experts a token"""
-    router_init: Literal["normal", "zeros", "uniform"] = "normal"
+    router_init: Literal["normal", "zeros", "uniform", "centroids"] = "normal"
     """how routers are born"""
+    centroids: str | None = None
+    """the file of `btx centroids`, for --router-init centroids"""
     router_init_std: float = 0.02
     """their standard deviation, or half their interval"""
     random_seed: int = 1234

@@ -15,6 +15,7 @@ from megatron_btx.mix.split import blend, split
 from megatron_btx.mix.upcycle import upcycle
 from megatron_btx.recipe.schema import Mix, Routing
 from megatron_btx.weights.plan import Checkpoint, Plan
+from megatron_btx.weights.safetensors import SafetensorsSource
 
 SEED = "seed"
 """What recipes call the model from which the others were branched."""
@@ -46,7 +47,7 @@ def mix_plan(
     new: dict[str, Any] = {
         "routing": routing,
         "dtype": dtype,
-        "router": RouterInit(mix.router_init, mix.router_init_std, random_seed),
+        "router": router_of(mix, random_seed),
     }
     if mix.method == "upcycle":
         if len(models) != 1:
@@ -62,6 +63,19 @@ def mix_plan(
     if mix.method == "blend":
         return blend(models, **new)
     return btx(models, fold_norms=mix.fold_norms, **new)
+
+
+def router_of(mix: Mix, random_seed: int) -> RouterInit:
+    """How ``mix`` makes routers.
+
+    Raises:
+        UserErrors: the file of centroids is missing or damaged.
+    """
+    if (mix.router_init == "centroids") != (mix.centroids is not None):
+        fix = "give `router_init: centroids` and the file of `btx centroids`, or neither"
+        raise UserError("mix.centroids", "goes with router_init: centroids", fix)
+    centroids = None if mix.centroids is None else SafetensorsSource(mix.centroids)
+    return RouterInit(mix.router_init, mix.router_init_std, random_seed, centroids)
 
 
 def averaging_of(mix: Mix, random_seed: int, seed_model: str = SEED) -> Averaging:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import re
 import shutil
@@ -21,9 +22,8 @@ from megatron_btx.mix.average import average
 from megatron_btx.mix.command import Request
 from megatron_btx.mix.copy import copy
 from megatron_btx.mix.extend import append, drop
-from megatron_btx.mix.method import averaging_of, mix_plan
+from megatron_btx.mix.method import averaging_of, mix_plan, router_of
 from megatron_btx.mix.progress import Watch
-from megatron_btx.mix.router import RouterInit
 from megatron_btx.recipe.count import parameters
 from megatron_btx.recipe.schema import Mix, Routing
 from megatron_btx.versions import versions
@@ -185,8 +185,7 @@ def plan_of(request: Request, models: list[Checkpoint]) -> Plan:
             averaging = averaging_of(mix, request.random_seed, request.seed_model)
             return average(models, dtype=dtype, averaging=averaging)
         case "append":
-            router = RouterInit(mix.router_init, mix.router_init_std, request.random_seed)
-            return append(*models, dtype=dtype, router=router)
+            return append(*models, dtype=dtype, router=router_of(mix, request.random_seed))
         case "drop":
             return drop(models[0], request.expert, dtype=dtype)
         case "copy":
@@ -244,11 +243,16 @@ def lineage_of(
     revision: str | None,
 ) -> dict[str, Any]:
     """``mix.json``: enough to make the result again and to recognise it."""
+    digest = None
     asked = {
         one.name: getattr(request, one.name)
         for one in dataclasses.fields(request)
         if one.name not in ("out", "memory", "workers", "dry_run")
     }
+    if request.centroids is not None:
+        path = Path(request.centroids).resolve()
+        asked["centroids"] = str(path)
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
     return {
         "plan": plan.hash,
         "request": asked,
@@ -262,6 +266,7 @@ def lineage_of(
             }
             for m in models
         ],
+        "centroids_sha256": digest,
         "architecture": plan.architecture.to_json(),
         "dtype": _precision(plan),
         "versions": versions(),

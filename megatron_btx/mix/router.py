@@ -2,29 +2,54 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
+from megatron_btx.errors import UserError
 from megatron_btx.weights.box import Shape
-from megatron_btx.weights.expression import Draw, Expression, Fill
+from megatron_btx.weights.build import stack
+from megatron_btx.weights.expression import Draw, Expression, Fill, Take
+from megatron_btx.weights.source import Source
+
+CENTROIDS = "centroids"
+"""Label of their source in a plan."""
 
 
 @dataclass(frozen=True)
 class RouterInit:
     """How the routers W_l are born. The paper does not say; its upcycling baseline is random."""
 
-    kind: Literal["normal", "zeros", "uniform"] = "normal"
+    kind: Literal["normal", "zeros", "uniform", "centroids"] = "normal"
     scale: float = 0.02
     """Standard deviation, or half the width of the uniform interval."""
     seed: int = 0
+    centroids: Source | None = None
+    """The file of ``btx centroids``: a row ``NAME/EXPERT`` of every router ``NAME``."""
 
     def draw(self, name: str, shape: Shape, dtype: torch.dtype) -> Expression:
         """The router ``name``: a function of seed and name alone."""
+        if self.kind == "centroids":
+            raise UserError("router_init", "centroids are for method btx", "choose another")
         if self.kind == "zeros":
             return Fill(0.0, shape, dtype)
         return Draw(self.kind, self.scale, self.seed, name, shape, dtype)
+
+    def of_experts(
+        self, name: str, shape: Shape, dtype: torch.dtype, experts: Sequence[str]
+    ) -> Expression:
+        """The router ``name`` of experts that have domains, so that their centroids may be it."""
+        if self.kind != "centroids":
+            return self.draw(name, shape, dtype)
+        rows = [Take(CENTROIDS, f"{name}/{expert}", shape[1:], torch.float32) for expert in experts]
+        return stack([row.to(dtype) for row in rows])
+
+    @property
+    def sources(self) -> dict[str, Source]:
+        """What a plan with these routers reads besides its models."""
+        return {} if self.centroids is None else {CENTROIDS: self.centroids}
 
 
 NORMAL = RouterInit()

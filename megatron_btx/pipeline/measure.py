@@ -26,8 +26,8 @@ from megatron_btx.pipeline import guard, local
 from megatron_btx.recipe.schema import Layout
 
 Request = Mapping[str, Any]
-"""``{"what": "data", "tasks", "generate" or "routing", "layout": {...}, "subjects": [...], ...}``
-and what that one takes."""
+"""``{"what": "data", "tasks", "generate", "routing" or "centroids", "layout": {...}, "subjects":
+[...], ...}`` and what that one takes."""
 
 _PLACES = (
     ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
@@ -223,13 +223,34 @@ def _routing(request: Request, layout: Layout) -> dict[str, Any]:
     }
 
 
+def _centroids(request: Request, layout: Layout) -> dict[str, Any]:
+    from megatron_btx.evaluate.centroids import measure
+    from megatron_btx.evaluate.data import Setting
+
+    (subject,) = _subjects(request)
+    return measure(
+        subject,
+        request["data"],
+        Setting(layout=layout, **request["setting"]),
+        spread=request["spread"],
+        out=Path(request["out"]),
+        progress=Progress(subject.name),
+    )
+
+
 def _predictor(request: Request, layout: Layout, subject: Subject) -> Any:
     from megatron_btx.evaluate.predictor import Predictor
 
     return Predictor(subject, layout, **request["predictor"])
 
 
-_KINDS = {"data": _data, "tasks": _tasks, "generate": _generate, "routing": _routing}
+_KINDS = {
+    "data": _data,
+    "tasks": _tasks,
+    "generate": _generate,
+    "routing": _routing,
+    "centroids": _centroids,
+}
 
 
 class Progress:

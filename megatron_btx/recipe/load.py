@@ -26,13 +26,19 @@ import yaml
 
 from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.recipe import check, stages
-from megatron_btx.recipe.schema import Domain, Recipe, Tokenizer, Training
+from megatron_btx.recipe.schema import Domain, Mix, Recipe, Tokenizer, Training
 from megatron_btx.recipe.tree import Node, parse_tree, read_tree
 from megatron_btx.recipe.words import describe, guess, nearest, number, options, show, yaml_name
 
 _BAD: Any = object()  # stands for a value whose error has been noted
 
-_PATH_FIELDS = {(Domain, "train"), (Domain, "valid"), (Tokenizer, "path"), (Training, "from_")}
+_PATH_FIELDS = {
+    (Domain, "train"),
+    (Domain, "valid"),
+    (Tokenizer, "path"),
+    (Training, "from_"),
+    (Mix, "centroids"),
+}
 """Resolved against the directory of the file in which they are written."""
 
 

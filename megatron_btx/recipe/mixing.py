@@ -23,6 +23,7 @@ _NEEDS: dict[str, tuple[str, ...]] = {
     "fold_norms": ("btx",),
     "noise": ("upcycle",),
     "drop_ratio": ("upcycle",),
+    "centroids": ("btx",),
 }
 """The methods that look at an option; with any other it must be left at its default."""
 

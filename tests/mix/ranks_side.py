@@ -70,3 +70,20 @@ def mix_live(sources: dict[str, Path], layout: Layout, precision: Any) -> tuple[
             parameter.fill_(float("nan"))
     read = load_into_sharded(plan, model_sharded_state_dict(model))
     return pieces(model, lambda p: p), read, sum(p.nbytes for p in model.parameters())
+
+
+def measure_centroids(
+    subject: Any, layout: Layout, files: dict[str, list[str]], out: Path, seq_length: int
+) -> dict[str, Any]:
+    """``btx centroids`` on these ranks; its answer, or its error."""
+    from megatron_btx.engine import distributed
+    from megatron_btx.errors import UserError
+    from megatron_btx.evaluate.centroids import measure
+    from megatron_btx.evaluate.data import Setting
+
+    distributed.initialize(layout, 0)
+    setting = Setting(layout=layout, micro_batch_size=2, seq_length=seq_length)
+    try:
+        return measure(subject, files, setting, spread=0.7, out=out)
+    except UserError as error:
+        return {"error": str(error)}

@@ -1,0 +1,96 @@
+"""``btx centroids``: the file from which ``router_init: centroids`` is made. Imports no torch."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from megatron_btx.errors import UserError
+from megatron_btx.evaluate import subject
+from megatron_btx.pipeline import measure
+from megatron_btx.report.evaluation import add_how, data_of, layout_of, setting_of
+
+_EPILOG = """examples:
+  btx mix --sources code=DIR math=DIR seed=DIR --router-init zeros --out MOE
+  btx centroids MOE --data code=code.jsonl math=math.jsonl seed=web.jsonl \\
+    --out centroids.safetensors
+  btx mix --sources code=DIR math=DIR seed=DIR --router-init centroids \\
+    --centroids centroids.safetensors --out MIXTRAL
+
+Each text is read twice, all of it forced to the expert of its name. A recipe takes the file too:
+`mix: {router_init: centroids, centroids: centroids.safetensors}`."""
+
+
+def add_parser(commands: Any) -> None:
+    """Add ``centroids`` to the command line."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "centroids",
+        help="routers that know their experts' domains: mean inputs of each, for btx mix",
+        description="Write the mean feed-forward input of every expert's domain, for routers.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("checkpoint", metavar="MOE", help="the mixed model, of either format")
+    parser.add_argument(
+        "--data",
+        metavar="EXPERT=FILE[,FILE]",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="JSONL files and directories of every expert's domain",
+    )
+    parser.add_argument("--out", metavar="FILE", type=Path, required=True, help="the new file")
+    parser.add_argument(
+        "--spread",
+        metavar="S",
+        type=float,
+        default=1.0,
+        help="standard deviation over the experts of a token's logits (1)",
+    )
+    add_how(parser)
+    parser.add_argument(
+        "--tokens", metavar="N", type=int, default=65536, help="of each text, at most (65536)"
+    )
+    parser.add_argument("--text-key", metavar="KEY", default="text", help="of the JSONL (text)")
+    parser.add_argument("--seq-length", metavar="N", type=int, help="tokens of a sequence")
+    parser.add_argument("--json", action="store_true", help="print JSON, no table")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """The command; its exit code."""
+    subjects = subject.parse([options.checkpoint])
+    if subjects[0].method is not None:
+        raise UserError(subjects[0].name, "is a set of models: it has no router", "give one model")
+    if not options.spread > 0:
+        raise UserError("--spread", f"is {options.spread}", "give a positive number")
+    if options.out.exists():
+        raise UserError(str(options.out), "exists already", "remove it, or give another name")
+    if not options.out.absolute().parent.is_dir():
+        raise UserError(str(options.out.parent), "no such directory", "make it first")
+    request = measure.request_of(
+        "centroids",
+        subjects,
+        layout_of(options.layout),
+        data=data_of(options.data),
+        setting={**setting_of(options), "tokens": options.tokens},
+        spread=options.spread,
+        out=str(options.out.absolute()),
+    )
+    try:
+        found = measure.answer(request)
+    except measure.Ended as ended:
+        return ended.code
+    if found is None:  # a rank that is not the first
+        return 0
+    if options.json:
+        sys.stdout.write(json.dumps(found, indent=1) + "\n")
+        return 0
+    for name in found["experts"]:
+        home = f"{found['own'][name]:6.1%} of its tokens to its own expert by the largest logit"
+        sys.stdout.write(f"{name:16} loss {found['loss'][name]:.4f}   {home}\n")
+    sys.stdout.write(f"{options.out}: spread {options.spread:g}\n")
+    return 0
