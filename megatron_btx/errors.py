@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UserError(Exception):
     """Something the user can put right: printed without a traceback, exit code 2.
@@ -23,3 +26,14 @@ class UserErrors(UserError):
     def __init__(self, errors: list[UserError]) -> None:
         self.errors = errors
         Exception.__init__(self, "\n".join(str(error) for error in errors))
+
+
+@contextmanager
+def noted(errors: list[UserError]) -> Iterator[None]:
+    """A block whose user errors join ``errors``: what else is wrong is looked for first."""
+    try:
+        yield
+    except UserErrors as found:
+        errors += found.errors
+    except UserError as found:
+        errors.append(found)

@@ -217,19 +217,19 @@ def as_file(rows: Tensor, experts: Sequence[str]) -> bytes:
 def _watched(module: torch.nn.Module, look: Callable[[int, Tensor], None]) -> Iterator[None]:
     """Call ``look`` with every layer's number (from 0) and what its FFN is given, normed:
     [tokens, H]."""
-    hooks = []
+    handles = []
     for layer in unwrap(module).decoder.layers:
 
         def hook(_mlp: Any, arguments: tuple[Tensor, ...], layer: Any = layer) -> None:
             inputs = _normed(layer, arguments[0].detach()).flatten(0, -2)
             look(layer.layer_number - 1, inputs)
 
-        hooks.append(layer.mlp.register_forward_pre_hook(hook))
+        handles.append(layer.mlp.register_forward_pre_hook(hook))
     try:
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def _normed(layer: Any, inputs: Tensor) -> Tensor:

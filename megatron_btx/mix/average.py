@@ -10,7 +10,7 @@ import torch
 
 from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.mix.agreement import disagreements, labels_of
-from megatron_btx.recipe.mixing import AVERAGED
+from megatron_btx.recipe.mixing import AVERAGED, GROUPS
 from megatron_btx.weights.build import mean
 from megatron_btx.weights.expression import Draw, Expression, Product, WeightedSum
 from megatron_btx.weights.names import canonical_tensors, group_of
@@ -90,8 +90,10 @@ class Averaging:
             factors += [weight, -weight]
         return WeightedSum(tuple(terms), tuple(factors), kept * sum(weights), dtype)
 
-    def errors(self, models: Sequence[Checkpoint]) -> list[UserError]:
-        """What does not fit the models."""
+    def errors(
+        self, models: Sequence[Checkpoint], averaged: Sequence[str] = AVERAGED
+    ) -> list[UserError]:
+        """What does not fit the models, of which the groups ``averaged`` are averaged."""
         labels = labels_of(models)
         found = []
         given = dict(self.groups)
@@ -110,9 +112,9 @@ class Averaging:
                 found.append(UserError(where, what, "give each model of the mix one weight"))
             elif not sum(weights.values()) > 0:
                 found.append(UserError(where, "the weights do not sum to a positive number"))
-            if group and group not in AVERAGED:
+            if group and group not in averaged:
                 what = f"there is no group {group}"
-                found.append(UserError(where, what, f"the groups are {', '.join(AVERAGED)}"))
+                found.append(UserError(where, what, f"the groups are {', '.join(averaged)}"))
         if self.dare is not None and self.dare.seed_model not in labels:
             what = f"there is no model {self.dare.seed_model} to compare with"
             found.append(UserError("mix.dare", what, "name the seed, and mix it too"))
@@ -131,7 +133,7 @@ def average(
     Raises:
         UserErrors: everything in which the models differ but must not.
     """
-    errors = disagreements(models) + averaging.errors(models)
+    errors = disagreements(models) + averaging.errors(models, GROUPS)
     if errors:
         raise UserErrors(errors)
     architecture = models[0].architecture

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from megatron_btx.errors import UserError
+from megatron_btx.mix.agreement import labels_of
 from megatron_btx.mix.average import Averaging, Dare
 from megatron_btx.mix.btx import btx
 from megatron_btx.mix.router import RouterInit
@@ -44,6 +45,10 @@ def mix_plan(
         UserErrors: everything in which the models differ but must not, and options that do not fit
             them.
     """
+    experts = mix.expert_names(labels_of(models))
+    if routing.type == "topk" and routing.moe_router_topk > len(experts):
+        what = f"a token cannot take {routing.moe_router_topk} of {len(experts)} experts"
+        raise UserError("moe_router_topk", what, f"choose at most {len(experts)}")
     new: dict[str, Any] = {
         "routing": routing,
         "dtype": dtype,

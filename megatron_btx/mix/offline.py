@@ -10,32 +10,26 @@ import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, TextIO
 
 import torch
 
-from megatron_btx.errors import UserError, UserErrors
+from megatron_btx.errors import UserError, UserErrors, noted
 from megatron_btx.families.export import carried, write_hf
-from megatron_btx.families.hf import open_hf, to_hf
+from megatron_btx.families.hf import to_hf
 from megatron_btx.families.tokenizer_files import tokenizer_files
-from megatron_btx.mix.average import average
+from megatron_btx.mix.asked import DTYPES, open_sources, plan_of
 from megatron_btx.mix.command import Request
-from megatron_btx.mix.copy import copy
-from megatron_btx.mix.extend import append, drop
-from megatron_btx.mix.method import averaging_of, mix_plan, router_of
 from megatron_btx.mix.progress import Watch
 from megatron_btx.recipe.count import parameters
-from megatron_btx.recipe.schema import Mix, Routing
 from megatron_btx.versions import versions
 from megatron_btx.weights.directory import as_json
-from megatron_btx.weights.execute import SLAB, Execution
+from megatron_btx.weights.execute import ONE_BY_ONE, SLAB, Execution
 from megatron_btx.weights.manifest import FORMAT, MANIFEST
-from megatron_btx.weights.megatron import open_megatron
 from megatron_btx.weights.plan import Checkpoint, Plan
 from megatron_btx.weights.write_torch_dist import write_torch_dist
 
 LINEAGE = "mix.json"
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,17 +59,11 @@ def run(
     Raises:
         UserErrors: everything wrong with the request, the sources and their tensors.
     """
-    models = open_sources(request)
-    plan = plan_of(request, models)
-    execution = _execution(request)
+    models, plan, execution = _prepared(request)
     if request.dry_run:
         out.write(describe(plan, request, execution) + "\n")
         return plan
     destination = Path(request.out)
-    if not destination.parent.is_dir():
-        raise UserError(str(destination.parent), "no such directory", "make it first")
-    if destination.exists():
-        raise UserError(str(destination), "exists already", "remove it, or give another name")
     with ThreadPoolExecutor(1) as pool, Watch(plan.nbytes, out) as watch:
         hashes = pool.submit(watch.hashes, models)
         execution = dataclasses.replace(execution, advance=watch.advance)
@@ -87,6 +75,30 @@ def run(
         write(plan, request, models, execution, taken, revision, besides)
     out.write(f"{destination}: {watch.summary()}\n")
     return plan
+
+
+def _prepared(request: Request) -> tuple[list[Checkpoint], Plan, Execution]:
+    """Sources, plan and execution; whatever is wrong with any of them, and with where the result
+    shall lie, is told at once."""
+    errors: list[UserError] = []
+    destination = Path(request.out)
+    if not request.dry_run and destination.exists():
+        errors.append(
+            UserError(str(destination), "exists already", "remove it, or give another name")
+        )
+    elif not request.dry_run and not destination.absolute().parent.is_dir():
+        errors.append(UserError(str(destination.parent), "no such directory", "make it first"))
+    execution = ONE_BY_ONE
+    with noted(errors):
+        execution = _execution(request)
+    with noted(errors):
+        parse_bytes(request.shard, "--shard")
+    with noted(errors):
+        models = open_sources(request)
+        plan = plan_of(request, models)
+    if errors:
+        raise UserErrors(errors)
+    return models, plan, execution
 
 
 def write(
@@ -139,84 +151,6 @@ def write(
         execution=execution,
         files=lambda: {MANIFEST: as_json(manifest), **files()},
     )
-
-
-def open_sources(request: Request) -> list[Checkpoint]:
-    """Open every source; all that is wrong with any of them at once."""
-    models: list[Checkpoint] = []
-    errors: list[UserError] = []
-    for source in request.sources:
-        label, _, path = source.rpartition("=")
-        try:
-            label = label or Path(path).resolve().name
-            models.append(open_source(Path(path), label, request.model))
-        except UserErrors as found:
-            errors += found.errors
-        except UserError as found:
-            errors.append(found)
-    if errors:
-        raise UserErrors(errors)
-    return models
-
-
-def open_source(path: Path, label: str, given: Mapping[str, Any] | None = None) -> Checkpoint:
-    """A checkpoint of either format; ``given`` says what a Megatron one does not say itself."""
-    if (path / ".metadata").exists():
-        return open_megatron(path, label, given)
-    if (path / "config.json").exists():
-        return open_hf(path, label)
-    patterns = ("step_????????", "checkpoints/step_????????", "iter_???????")
-    steps = [step for pattern in patterns for step in sorted(path.glob(pattern))]
-    fix = f"give {steps[-1]}" if steps else "give a step_XXXXXXXX or a Hugging Face directory"
-    raise UserError(str(path), "not a checkpoint (no .metadata and no config.json)", fix)
-
-
-def plan_of(request: Request, models: list[Checkpoint]) -> Plan:
-    """The plan that a request asks for."""
-    dtype = DTYPES[request.dtype] if request.dtype else _common_dtype(models)
-    single = {"upcycle": 1, "drop": 1, "copy": 1, "append": 2}
-    wanted = single.get(request.method)
-    if wanted is not None and len(models) != wanted:
-        what = f"{request.method} takes {wanted} source{'s'[: wanted - 1]}, not {len(models)}"
-        raise UserError("--sources", what, "see btx mix --help")
-    mix = mix_of(request)
-    match request.method:
-        case "average":
-            averaging = averaging_of(mix, request.random_seed, request.seed_model)
-            return average(models, dtype=dtype, averaging=averaging)
-        case "append":
-            return append(*models, dtype=dtype, router=router_of(mix, request.random_seed))
-        case "drop":
-            return drop(models[0], request.expert, dtype=dtype)
-        case "copy":
-            return copy(models[0], dtype=dtype)
-    return mix_plan(
-        models,
-        mix=mix,
-        routing=Routing(type="topk", moe_router_topk=request.moe_router_topk),
-        dtype=dtype,
-        random_seed=request.random_seed,
-        seed_model=request.seed_model,
-    )
-
-
-def mix_of(request: Request) -> Mix:
-    """A request's part that a recipe has too."""
-    same = {one.name for one in dataclasses.fields(Mix)} & {
-        one.name for one in dataclasses.fields(Request)
-    }
-    options: dict[str, Any] = {name: getattr(request, name) for name in same}
-    if request.method in ("average", "append", "drop", "copy"):
-        options["method"] = "btx"
-    options["average"] = _weights(request.average)
-    groups: dict[str, tuple[str, ...]] = {}
-    for entry in request.average_groups:
-        group, _, weight = entry.partition(":")
-        groups[group] = (*groups.get(group, ()), weight)
-    options["average_groups"] = {
-        group: _by_name("--average-groups", entries) for group, entries in groups.items()
-    }
-    return Mix(**options)
 
 
 def describe(plan: Plan, request: Request, execution: Execution) -> str:
@@ -317,29 +251,6 @@ def _resident() -> int:
     """Resident bytes of this process."""
     with open("/proc/self/statm", "rb") as file:
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def _weights(given: tuple[str, ...]) -> Literal["uniform", "tokens"] | dict[str, float]:
-    if given in ((), ("uniform",)):
-        return "uniform"
-    return "tokens" if given == ("tokens",) else _by_name("--average", given)
-
-
-def _by_name(flag: str, given: tuple[str, ...]) -> dict[str, float]:
-    try:
-        pairs = [entry.rsplit("=", 1) for entry in given]
-        return {name: float(weight) for name, weight in pairs}
-    except ValueError:
-        what = f"{' '.join(given)} is not NAME=WEIGHT ..."
-        raise UserError(flag, what, "write code=2 math=1") from None
-
-
-def _common_dtype(models: list[Checkpoint]) -> torch.dtype:
-    dtypes = {dtype for model in models for _, dtype in model.source.tensors.values()}
-    if len(dtypes) != 1:
-        what = f"the sources have several dtypes: {', '.join(sorted(map(str, dtypes)))}"
-        raise UserError("--dtype", what, "say which the result shall have")
-    return dtypes.pop()
 
 
 def _existing(path: Path) -> Path:

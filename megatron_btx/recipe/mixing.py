@@ -13,16 +13,20 @@ GROUPS = ("embeddings", "attention", "norms", "ffn", "head")
 AVERAGED = tuple(group for group in GROUPS if group != "ffn")
 """Those that may be averaged differently."""
 
+_BORN = ("btx", "split", "blend", "upcycle", "append")
+_AVERAGING = ("btx", "split", "blend", "average")
 _NEEDS: dict[str, tuple[str, ...]] = {
     "copies": ("upcycle",),
     "num_chunks": ("split", "upcycle"),
     "scale": ("split", "upcycle"),
-    "average": ("btx", "split", "blend"),
-    "average_groups": ("btx", "split", "blend"),
-    "dare": ("btx", "split", "blend"),
+    "average": _AVERAGING,
+    "average_groups": _AVERAGING,
+    "dare": _AVERAGING,
     "fold_norms": ("btx",),
     "noise": ("upcycle",),
     "drop_ratio": ("upcycle",),
+    "router_init": _BORN,
+    "router_init_std": _BORN,
     "centroids": ("btx",),
 }
 """The methods that look at an option; with any other it must be left at its default."""
@@ -31,16 +35,22 @@ _NEEDS: dict[str, tuple[str, ...]] = {
 def problems(recipe: Recipe) -> Iterator[Problem]:
     """Everything wrong with ``mix:``."""
     mix, models = recipe.mix, recipe.model_names
-    default = Mix()
-    for name, methods in _NEEDS.items():
-        if mix.method not in methods and getattr(mix, name) != getattr(default, name):
-            what = f"has no meaning for method {mix.method}"
-            yield Problem(f"mix.{name}", what, f"remove it, or use {' or '.join(methods)}")
+    for name, what, fix in misplaced(mix, mix.method):
+        yield Problem(f"mix.{name}", what, fix)
     yield from _averages(mix, models)
     yield from _chunks(recipe)
     if (mix.router_init == "centroids") != (mix.centroids is not None):
         fix = "give the file of `btx centroids`, and `router_init: centroids`"
         yield Problem("mix.centroids", "goes with router_init: centroids, and that with it", fix)
+
+
+def misplaced(mix: Mix, method: str) -> Iterator[tuple[str, str, str]]:
+    """Options that ``method`` (of a recipe or of ``btx mix``) does not look at: name, what, fix."""
+    default = Mix()
+    for name, methods in _NEEDS.items():
+        if method not in methods and getattr(mix, name) != getattr(default, name):
+            what = f"has no meaning for method {method}"
+            yield name, what, f"leave it out, or use method {' or '.join(methods)}"
 
 
 def _averages(mix: Mix, models: tuple[str, ...]) -> Iterator[Problem]:

@@ -19,6 +19,7 @@ import pytest
 import torch
 import yaml
 
+from megatron_btx import cli
 from megatron_btx.errors import UserError
 from megatron_btx.families import open_hf
 from megatron_btx.families.export import write_hf
@@ -304,6 +305,38 @@ def test_nan_and_infinity_are_found_by_name(sources, tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["bad"]
 
 
+def test_all_that_is_wrong_is_told_at_once_with_exit_code_2(sources, tmp_path, capsys):
+    """Sources, models that differ, the request and the result's place; nothing is written."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "empty").mkdir()
+    shutil.copytree(sources / "hf" / "code", tmp_path / "pickled")
+    (tmp_path / "pickled" / "model.safetensors").rename(tmp_path / "pickled" / "model.bin")
+    shutil.copytree(sources / "megatron" / "math", tmp_path / "cut")
+    part = tmp_path / "cut" / "__0_1.distcp"
+    part.write_bytes(part.read_bytes()[:-9])
+    (tmp_path / "cut" / "__0_0.distcp").unlink()
+    shutil.copytree(sources / "hf" / "prose", tmp_path / "stretched")
+    config = tmp_path / "stretched" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"rope_theta": 5e5}))
+    before = tree_hash(tmp_path)
+    words = ["mix", "--out", tmp_path / "out", "--shard", "big", "--memory", "some", "--sources"]
+    words += [sources / "hf" / "seed", *(tmp_path / n for n in ("stretched", "pickled", "cut"))]
+    assert cli.main([str(word) for word in [*words, tmp_path / "empty"]]) == 2
+    text = capsys.readouterr().err
+    for found in (
+        "out: exists already",
+        "--shard: 'big' is no size",
+        "--memory: 'some' is no size",
+        "rotary_base is 500000.0, that of seed is 10000.0",
+        "model.bin: a pickle, which can run any code",
+        "__0_1.distcp: truncated",
+        "__0_0.distcp: missing",
+        "empty: not a checkpoint",
+    ):
+        assert found in text, found
+    assert tree_hash(tmp_path) == before
+
+
 def test_what_is_wrong_with_every_source_is_told_at_once(sources, tmp_path):
     (tmp_path / "empty").mkdir()
     before = tree_hash(tmp_path)
@@ -318,6 +351,11 @@ def test_what_is_wrong_with_every_source_is_told_at_once(sources, tmp_path):
         (["--method", "blend", "--sources", *named(sources)[:2], "--memory", "1MiB"], "too little"),
         (["--sources", *named(sources), "--memory", "much"], "no size"),
         (["--sources", sources / "hf"], "not a checkpoint"),
+        (
+            ["--sources", *named(sources), "--noise", "0.1"],
+            "--noise: has no meaning for method btx",
+        ),
+        (["--sources", *named(sources), "--moe-router-topk", "5"], "cannot take 5 of 4 experts"),
     ]
     for words, found in cases:
         with pytest.raises(UserError, match=found):

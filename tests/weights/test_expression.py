@@ -13,7 +13,16 @@ from hypothesis import strategies as st
 from megatron_btx.weights import MemorySource
 from megatron_btx.weights.box import contiguous, extent, runs, slabs, whole
 from megatron_btx.weights.build import item, mean, nbytes, rows, scaled, stack, takes
-from megatron_btx.weights.expression import Cast, Cat, Draw, Expression, Fill, Reshape, Take
+from megatron_btx.weights.expression import (
+    Cast,
+    Cat,
+    Draw,
+    Expression,
+    Fill,
+    Product,
+    Reshape,
+    Take,
+)
 
 SHAPES = st.lists(st.integers(1, 5), min_size=1, max_size=3).map(tuple)
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float64])
@@ -38,12 +47,12 @@ def expressions(draw, shape=None, depth=3):
     shape = draw(SHAPES) if shape is None else shape
     kinds = ["take", "draw", "fill"]
     if depth:
-        kinds += ["slice", "cat", "reshape", "mean", "scaled", "cast"] * 2
+        kinds += ["slice", "cat", "reshape", "mean", "scaled", "cast", "product"] * 2
     kind = draw(st.sampled_from(kinds))
     if kind == "take":
         return leaf(shape, draw(st.integers(0, 2)))
     if kind == "draw":
-        law = draw(st.sampled_from(["normal", "uniform"]))
+        law = draw(st.sampled_from(["normal", "uniform", "keep", "subset"]))
         return Draw(law, 0.5, draw(st.integers(0, 2)), "w", shape, torch.float32)
     if kind == "fill":
         return Fill(draw(st.floats(-2, 2, width=32)), shape, torch.float32)
@@ -64,6 +73,10 @@ def expressions(draw, shape=None, depth=3):
     if kind == "mean":
         parts = [draw(expressions(shape, **below)) for _ in range(draw(st.integers(1, 3)))]
         return mean(parts, torch.float32, [draw(st.integers(1, 3)) for _ in parts])
+    if kind == "product":
+        thin = tuple(draw(st.sampled_from([1, size])) for size in shape)[draw(st.integers(0, 1)) :]
+        parts = [draw(expressions(one, **below)) for one in (shape, thin) if one]
+        return Product(tuple(parts), (Fill(0.75, shape[-1:], torch.float32),), torch.float32)
     if kind == "scaled":
         return scaled(draw(expressions(shape, **below)), draw(st.floats(-2, 2)))
     return Cast(Cast(draw(expressions(shape, **below)), torch.bfloat16), torch.float32)
@@ -200,6 +213,16 @@ def test_draws_depend_on_seed_and_name_alone():
     assert values.min() >= -1
     assert values.max() <= 1
     assert abs(values.mean()) < 0.01
+
+
+def test_a_subset_has_exactly_its_share():
+    for seed in range(3):
+        draw = Draw("subset", 0.3, seed, "units", (1001,), torch.float64)
+        values = draw.evaluate(whole((1001,)), None)
+        assert values.sum() == 300
+        assert set(values.tolist()) == {0.0, 1.0}
+        assert abs(values[:500].sum() - 150) < 40
+        assert torch.equal(draw.evaluate(((7, 90),), None), values[7:90])
 
 
 def test_draws_never_change():

@@ -39,7 +39,7 @@ def main() -> int:
 
 
 def _print(source: Path, tp: int) -> None:
-    from megatron_btx.mix.offline import open_source
+    from megatron_btx.mix.asked import open_source
 
     checkpoint = open_source(source, "model")
     words = [f"--{name} {value}".rstrip() for name, value in arguments(checkpoint, tp)]

@@ -1,0 +1,132 @@
+"""What ``btx mix`` is asked for: its sources opened, and the plan."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from megatron_btx.errors import UserError, UserErrors, noted
+from megatron_btx.families.hf import open_hf
+from megatron_btx.mix.agreement import disagreements
+from megatron_btx.mix.average import average
+from megatron_btx.mix.command import Request
+from megatron_btx.mix.copy import copy
+from megatron_btx.mix.extend import append, drop
+from megatron_btx.mix.method import averaging_of, mix_plan, router_of
+from megatron_btx.recipe.mixing import misplaced
+from megatron_btx.recipe.schema import Mix, Routing
+from megatron_btx.weights.megatron import open_megatron
+from megatron_btx.weights.plan import Checkpoint, Plan
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
+
+
+def open_sources(request: Request) -> list[Checkpoint]:
+    """Open every source; all that is wrong with any of them at once."""
+    models: list[Checkpoint] = []
+    errors: list[UserError] = []
+    for source in request.sources:
+        label, _, path = source.rpartition("=")
+        with noted(errors):
+            label = label or Path(path).resolve().name
+            models.append(open_source(Path(path), label, request.model))
+    if errors and models and request.method != "append":
+        errors += disagreements(models)
+    if errors:
+        raise UserErrors(errors)
+    return models
+
+
+def open_source(path: Path, label: str, given: Mapping[str, Any] | None = None) -> Checkpoint:
+    """A checkpoint of either format; ``given`` says what a Megatron one does not say itself."""
+    if (path / ".metadata").exists():
+        return open_megatron(path, label, given)
+    if (path / "config.json").exists():
+        return open_hf(path, label)
+    patterns = ("step_????????", "checkpoints/step_????????", "iter_???????")
+    steps = [step for pattern in patterns for step in sorted(path.glob(pattern))]
+    fix = f"give {steps[-1]}" if steps else "give a step_XXXXXXXX or a Hugging Face directory"
+    raise UserError(str(path), "not a checkpoint (no .metadata and no config.json)", fix)
+
+
+def plan_of(request: Request, models: list[Checkpoint]) -> Plan:
+    """The plan that a request asks for.
+
+    Raises:
+        UserErrors: everything that is wrong with the request and the models, at once.
+    """
+    dtype = DTYPES[request.dtype] if request.dtype else _common_dtype(models)
+    single = {"upcycle": 1, "drop": 1, "copy": 1, "append": 2}
+    wanted = single.get(request.method)
+    if wanted is not None and len(models) != wanted:
+        what = f"{request.method} takes {wanted} source{'s'[: wanted - 1]}, not {len(models)}"
+        raise UserError("--sources", what, "see btx mix --help")
+    mix = mix_of(request)
+    if wrong := list(misplaced(mix, request.method)):
+        raise UserErrors(
+            [UserError("--" + n.replace("_", "-"), what, fix) for n, what, fix in wrong]
+        )
+    match request.method:
+        case "average":
+            averaging = averaging_of(mix, request.random_seed, request.seed_model)
+            return average(models, dtype=dtype, averaging=averaging)
+        case "append":
+            return append(*models, dtype=dtype, router=router_of(mix, request.random_seed))
+        case "drop":
+            return drop(models[0], request.expert, dtype=dtype)
+        case "copy":
+            return copy(models[0], dtype=dtype)
+    return mix_plan(
+        models,
+        mix=mix,
+        routing=Routing(type="topk", moe_router_topk=request.moe_router_topk),
+        dtype=dtype,
+        random_seed=request.random_seed,
+        seed_model=request.seed_model,
+    )
+
+
+def mix_of(request: Request) -> Mix:
+    """A request's part that a recipe has too."""
+    same = {one.name for one in dataclasses.fields(Mix)} & {
+        one.name for one in dataclasses.fields(Request)
+    }
+    options: dict[str, Any] = {name: getattr(request, name) for name in same}
+    if request.method in ("average", "append", "drop", "copy"):
+        options["method"] = "btx"
+    options["average"] = _weights(request.average)
+    groups: dict[str, tuple[str, ...]] = {}
+    for entry in request.average_groups:
+        group, _, weight = entry.partition(":")
+        groups[group] = (*groups.get(group, ()), weight)
+    options["average_groups"] = {
+        group: _by_name("--average-groups", entries) for group, entries in groups.items()
+    }
+    return Mix(**options)
+
+
+def _weights(given: tuple[str, ...]) -> Literal["uniform", "tokens"] | dict[str, float]:
+    if given in ((), ("uniform",)):
+        return "uniform"
+    return "tokens" if given == ("tokens",) else _by_name("--average", given)
+
+
+def _by_name(flag: str, given: tuple[str, ...]) -> dict[str, float]:
+    try:
+        pairs = [entry.rsplit("=", 1) for entry in given]
+        return {name: float(weight) for name, weight in pairs}
+    except ValueError:
+        what = f"{' '.join(given)} is not NAME=WEIGHT ..."
+        raise UserError(flag, what, "write code=2 math=1") from None
+
+
+def _common_dtype(models: list[Checkpoint]) -> torch.dtype:
+    dtypes = {dtype for model in models for _, dtype in model.source.tensors.values()}
+    if len(dtypes) != 1:
+        what = f"the sources have several dtypes: {', '.join(sorted(map(str, dtypes)))}"
+        raise UserError("--dtype", what, "say which the result shall have")
+    return dtypes.pop()
