@@ -135,7 +135,7 @@ def _whole(directory: Path) -> None:
 
 def _convert(directory: Path, target: Path) -> None:
     """A Hugging Face directory as Megatron's, with its tokenizer; an interrupted one goes on."""
-    from megatron_btx.mix import asked  # imports torch: ranks only
+    from megatron_btx.mix import asked, offline  # these import torch: ranks only
     from megatron_btx.mix.command import Request
 
     model = asked.open_source(directory, "model")

@@ -120,7 +120,7 @@ def test_a_mix_takes_them_and_is_verified(ranks, made, tmp_path):
     with pytest.raises(UserError, match="goes with router_init"):
         btx(*words, "--out", tmp_path / "no")
     split = ["--method", "split", "--num-chunks", 2, "--centroids", out, "--out", tmp_path / "no"]
-    with pytest.raises(UserError, match="centroids are for method btx"):
+    with pytest.raises(UserError, match="--centroids: has no meaning for method split"):
         btx(*words, *split)
     assert not (tmp_path / "no").exists()
 
