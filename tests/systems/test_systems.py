@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_btx.cli import main
 from megatron_btx.data.mixture import Stream, stage_stream
 from megatron_btx.engine.checkpoint import final_checkpoint
 from megatron_btx.pipeline import graph, state
@@ -20,7 +21,7 @@ from megatron_btx.report import comparison, comparison_page
 from megatron_btx.report.comparison import Run
 from megatron_btx.weights.megatron import open_megatron
 from megatron_btx.weights.source import read_whole
-from tests.systems.conftest import NAMES
+from tests.systems.conftest import EXAMPLES, NAMES
 
 Systems = Mapping[str, Run]
 
@@ -175,6 +176,45 @@ def test_the_comparison(systems: Systems, tmp_path: Path) -> None:
     assert json.loads(comparison.as_json(made))["best"] == made.best
     page = comparison_page.render(made, "test")
     assert all(name in page for name in names)
+
+
+def test_the_command(systems: Systems, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It runs what is left (the pages) and prints the table; asked again, it runs nothing."""
+    base = systems["seed"].run_dir.parents[1] / "base.yaml"
+    arguments = ["compare", str(EXAMPLES / "systems"), "--base", str(base), "--out", str(tmp_path)]
+    assert main(arguments) == 0
+    first = capsys.readouterr()
+    assert "btx_top2" in first.out
+    assert "* the best of its column" in first.out
+    assert (systems["btm_top2"].run_dir / "report.html").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "compare.md", "compare.json", "compare.html",
+    }  # fmt: skip
+    assert main([*arguments, "--json"]) == 0
+    again = capsys.readouterr()
+    assert again.err == ""
+    assert json.loads(again.out) == json.loads((tmp_path / "compare.json").read_text())
+    assert main([*arguments, "--dry-run"]) == 0
+    assert "left" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["{tmp}"], "has no recipe in it"),
+        (["{recipe}", "{recipe}"], "give each a `name:` of its own"),
+        (["{recipe}", "--seeds", "0"], "give at least 1"),
+        (["{recipe}", "--base", "{tmp}/none.yaml"], "none.yaml"),
+    ],
+)
+def test_bad_comparisons(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
+    recipe = EXAMPLES / "systems" / "dense.yaml"
+    given = [text.format(tmp=tmp_path, recipe=recipe) for text in arguments]
+    assert main(["compare", *given]) == 2
+    assert words in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_spread_over_seeds() -> None:
