@@ -113,6 +113,8 @@ def _write_piece(path: Path, write: Callable[[BinaryIO], None]) -> list[UserErro
 
 
 def _write_small(path: Path, content: bytes) -> None:
+    """Under its own name at once (unlike ``files.written``): the directory's name is what says that
+    a file is whole, and a run that is killed must not leave others in it."""
     path.parent.mkdir(exist_ok=True)
     with path.open("wb") as file:
         file.write(content)

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from megatron_btx.errors import UserError, UserErrors
-from megatron_btx.weights.box import Box, Shape, extent
+from megatron_btx.weights.box import Box, Shape
 from megatron_btx.weights.mapped import read_box, stamp_of
+from megatron_btx.weights.source import FileSource
 
 DTYPES = {
     "F64": torch.float64,
@@ -39,7 +40,7 @@ class _Stored:
     strides: Shape
 
 
-class SafetensorsSource:
+class SafetensorsSource(FileSource[_Stored]):
     """The tensors of a ``.safetensors`` file or of every one in a directory.
 
     Raises:
@@ -48,9 +49,8 @@ class SafetensorsSource:
     """
 
     def __init__(self, path: Path | str) -> None:
+        super().__init__()
         self.path = Path(path)
-        self._stored: dict[str, _Stored] = {}
-        self._bytes_read = 0
         errors: list[UserError] = []
         for file in _files(self.path):
             try:
@@ -67,24 +67,13 @@ class SafetensorsSource:
             raise UserErrors(errors)
 
     @property
-    def tensors(self) -> Mapping[str, tuple[Shape, torch.dtype]]:
-        """Shapes and dtypes by name."""
-        return {name: (stored.shape, stored.dtype) for name, stored in self._stored.items()}
-
-    @property
-    def bytes_read(self) -> int:
-        """Bytes of tensor data handed out so far."""
-        return self._bytes_read
-
-    @property
     def stamp(self) -> str:
         """Names, sizes and times of the files."""
         return stamp_of({stored.path for stored in self._stored.values()})
 
     def read(self, name: str, box: Box) -> Tensor:
         """A view of the file's pages."""
-        stored = self._stored[name]
-        self._bytes_read += prod(extent(box)) * stored.dtype.itemsize
+        stored = self._counted(name, box)
         return read_box(stored.path, stored.offset, stored.dtype, stored.strides, box)
 
 

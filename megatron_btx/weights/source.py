@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
 from threading import Lock
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import numpy
 import torch
 from torch import Tensor
 
-from megatron_btx.weights.box import Box, Shape, slabs, slices, whole
+from megatron_btx.weights.box import Box, Shape, extent, slabs, slices, whole
 from megatron_btx.weights.expression import Expression, Take
 
 _BLOCK = 1 << 20
@@ -37,6 +37,45 @@ class Source(Protocol):
     @property
     def stamp(self) -> str:
         """Changes when what is stored changes; what an interrupted run is recognised by."""
+
+
+class InFile(Protocol):
+    """What a source knows of a tensor in files."""
+
+    @property
+    def shape(self) -> Shape:
+        """Of the whole tensor."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """As it is stored."""
+
+
+Stored = TypeVar("Stored", bound=InFile)
+
+
+class FileSource(Generic[Stored]):
+    """What sources of files share: what is stored, and a count of the bytes handed out."""
+
+    def __init__(self) -> None:
+        self._stored: dict[str, Stored] = {}
+        self._bytes_read = 0
+
+    @property
+    def tensors(self) -> Mapping[str, tuple[Shape, torch.dtype]]:
+        """Global shapes and dtypes by stored name."""
+        return {name: (stored.shape, stored.dtype) for name, stored in self._stored.items()}
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of tensor data handed out so far."""
+        return self._bytes_read
+
+    def _counted(self, name: str, box: Box) -> Stored:
+        """What is stored as ``name``, of which ``box`` is about to be read."""
+        stored = self._stored[name]
+        self._bytes_read += prod(extent(box)) * stored.dtype.itemsize
+        return stored
 
 
 class MemorySource:

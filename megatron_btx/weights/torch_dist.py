@@ -12,7 +12,7 @@ import bisect
 import io
 import zipfile
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -25,6 +25,7 @@ from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.weights import pickles
 from megatron_btx.weights.box import Box, Shape, extent, intersection, shifted, slices
 from megatron_btx.weights.mapped import read_box, stamp_of
+from megatron_btx.weights.source import FileSource
 
 _AGAIN = "copy the checkpoint again, or take an earlier step"
 
@@ -67,7 +68,7 @@ class _Stored:
                     yield chunk, common
 
 
-class TorchDistSource:
+class TorchDistSource(FileSource[_Stored]):
     """The tensors of a ``torch_dist`` directory under the names and shapes it stores.
 
     Args:
@@ -79,13 +80,12 @@ class TorchDistSource:
     """
 
     def __init__(self, path: Path | str) -> None:
+        super().__init__()
         self.path = Path(path)
         metadata = self._metadata()
-        self._stored: dict[str, _Stored] = {}
         self.objects: list[str] = []
         """Names of stored things that are not tensors."""
         self._archives: dict[Chunk, tuple[int, Shape]] = {}
-        self._bytes_read = 0
         try:
             self._fill(metadata)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -97,16 +97,6 @@ class TorchDistSource:
             raise UserErrors(errors)
 
     @property
-    def tensors(self) -> Mapping[str, tuple[Shape, torch.dtype]]:
-        """Global shapes and dtypes by stored name."""
-        return {name: (stored.shape, stored.dtype) for name, stored in self._stored.items()}
-
-    @property
-    def bytes_read(self) -> int:
-        """Bytes of tensor data handed out so far."""
-        return self._bytes_read
-
-    @property
     def stamp(self) -> str:
         """Names, sizes and times of the files."""
         chunks = [chunk for stored in self._stored.values() for chunk in stored.chunks]
@@ -114,8 +104,7 @@ class TorchDistSource:
 
     def read(self, name: str, box: Box) -> Tensor:
         """The elements of ``box``: mapped where one chunk holds them, else gathered."""
-        stored = self._stored[name]
-        self._bytes_read += prod(extent(box)) * stored.dtype.itemsize
+        stored = self._counted(name, box)
         found = list(stored.meeting(box))
         if len(found) == 1:
             return self._read_chunk(name, stored.dtype, *found[0])
