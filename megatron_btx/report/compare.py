@@ -110,10 +110,10 @@ def _runs(files: Sequence[Path], base: str | None, seeds: int) -> list[Run]:
             run_dir = recipe.run_dir if more == 0 else f"{recipe.run_dir}-{seed}"
             one = dataclasses.replace(recipe, random_seed=seed, run_dir=run_dir)
             runs.append(Run(recipe=one, run_dir=Path(run_dir)))
-    names = [one.run_dir for one in runs]
-    for one in runs:
-        if names.count(one.run_dir) > 1:
-            what = f"two recipes of the comparison run in {one.run_dir}"
+    places = [made.run_dir for made in runs]
+    for place in places:
+        if places.count(place) > 1:
+            what = f"two recipes of the comparison run in {place}"
             raise UserError("run_dir", what, "give each a `name:` of its own")
     return runs
 

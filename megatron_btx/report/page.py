@@ -55,13 +55,8 @@ def render(facts: Facts) -> str:
 
 def _head(facts: Facts) -> str:
     name = html.escape(facts.recipe.name)
-    experts = ", ".join(facts.recipe.model_names)
-    text = f"<h1>{name}: Branch-Train-MiX</h1>"
-    text += (
-        f'<p class="soft">One seed, branched into domain experts that train on their own, mixed '
-        f"into one mixture of {facts.recipe.num_moe_experts} experts ({html.escape(experts)}), "
-        "finetuned.</p>"
-    )
+    text = f"<h1>{name}: {_TITLES[facts.recipe.system]}</h1>"
+    text += f'<p class="soft">{html.escape(_made_how(facts.recipe))}</p>'
     unfinished = [s.stage.name for s in facts.stages if not s.done and s.stage.kind != "report"]
     if unfinished:
         text += f'<p class="verdict">Not finished yet: {html.escape(", ".join(unfinished))}.</p>'
@@ -73,13 +68,31 @@ def _head(facts: Facts) -> str:
     return text + f'<div class="tiles">{"".join(_tiles(facts))}</div>'
 
 
+_TITLES = table.TITLES | {"seed": "the seed", "experts": "experts alone", "dense": "dense baseline"}
+
+
+def _made_how(recipe: Recipe) -> str:
+    """The system in one sentence."""
+    experts = f"{recipe.num_moe_experts} experts ({', '.join(recipe.expert_names)})"
+    branched = "One seed, branched into domain experts that train on their own"
+    return {
+        "seed": "The seed, before anything is branched off.",
+        "experts": f"{branched}.",
+        "dense": "One seed, trained on with all the text that the experts and the finetuning read.",
+        "upcycling": f"One seed, its feed-forward layers copied to {experts}, and trained on.",
+        "btm": f"{branched}, and answer together.",
+        "btx": f"{branched}, mixed into one mixture of {experts}, finetuned.",
+    }[recipe.system]
+
+
 def _tiles(facts: Facts) -> Iterable[str]:
     rows = {row.name: row for row in table.rows(facts.results or {"systems": {}})}
-    for name in ("seed", "dense", "btx"):
+    for name in table.TITLES:
         if name in rows and "mean" in rows[name].loss:
             yield _tile(f"{rows[name].loss['mean']:.3f}", f"{rows[name].title}, mean loss")
-    if "btx" in rows and rows["btx"].params_total and rows["btx"].params_active:
-        active, total = amount(rows["btx"].params_active), amount(rows["btx"].params_total)
+    mixed = rows.get("btx") or rows.get("upcycling")
+    if mixed is not None and mixed.params_total and mixed.params_active:
+        active, total = amount(mixed.params_active), amount(mixed.params_total)
         yield _tile(total, f"parameters of the mixture, {active} active")
     seconds = sum((stage.done or {}).get("seconds", 0.0) for stage in facts.stages)
     if seconds:

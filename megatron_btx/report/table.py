@@ -44,7 +44,7 @@ def title(name: str) -> str:
 def rows(results: Results) -> list[Row]:
     """The systems: the seed, the experts, whatever else there is, the dense baseline, BTX."""
     experts = [f"expert:{name}" for name in columns(results)]
-    first, last = ["seed", *experts], ["dense", "btx"]
+    first, last = ["seed", *experts], ["dense", "upcycling", "btm", "btx"]
 
     def place(name: str) -> int:
         if name in first:
