@@ -171,6 +171,48 @@ def test_without_network_a_stage_logs_offline(tmp_path: Path) -> None:
         assert logged(directory)[1][1]["train/loss"] == 1.0
 
 
+def test_its_service_outlives_usr1_and_a_run_outlives_its_service(tmp_path: Path) -> None:
+    """A launcher sends its signals to every process of a task; and a service can die."""
+    (tmp_path / "script.py").write_text(
+        "import dataclasses, psutil, signal, sys, time\n"
+        "from pathlib import Path\n"
+        "from megatron_btx.recipe.load import load_recipe\n"
+        "from megatron_btx.recipe.schema import WandB\n"
+        "from megatron_btx.train import tracking\n"
+        "recipe = load_recipe(sys.argv[1])\n"
+        "recipe = dataclasses.replace(recipe, wandb=WandB(mode='offline'))\n"
+        "tracker = tracking.Tracker(recipe, 'seed', Path('.'), {})\n"
+        "children = psutil.Process().children(recursive=True)\n"
+        "(service,) = [c for c in children if 'wandb-core' in ' '.join(c.cmdline())]\n"
+        "service.send_signal(signal.SIGUSR1)\n"
+        "time.sleep(0.5)\n"
+        "tracker.log({'kind': 'train', 'step': 1, 'loss': 1.0})\n"
+        "if sys.argv[2] == 'dies':\n"
+        "    service.terminate()\n"
+        "    service.wait()\n"
+        "    for step in range(2, 20):\n"
+        "        tracker.log({'kind': 'train', 'step': step, 'loss': 1.0})\n"
+        "        time.sleep(0.05)\n"
+        "tracker.close()\n"
+    )
+    for case in ("lives", "dies"):
+        directory = tmp_path / case
+        directory.mkdir()
+        done = subprocess.run(
+            [sys.executable, "../script.py", str(ROOT / "examples/tiny/recipe.yaml"), case],
+            cwd=directory,
+            env=environ({"HOME": str(directory)}),
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert done.returncode == 0, done.stderr
+        assert "Traceback" not in done.stderr
+        assert ("W&B has failed" in done.stderr) == (case == "dies"), done.stderr
+        if case == "lives":
+            assert logged(directory)[1][1]["train/loss"] == 1.0
+
+
 def test_kill_9_leaves_no_service_and_no_scratch(tmp_path: Path) -> None:
     """W&B's service is a process of its own, in a session of its own, with files of its own."""
     recipe = write_small(tmp_path)

@@ -1,13 +1,15 @@
-"""The processes that Megatron's checkpoint writer keeps beside a rank. Imports no torch: the first
-of them imports this module."""
+"""The processes that are kept beside a rank, by Megatron's checkpoint writer and by W&B. Imports no
+torch: the writer's first imports this module."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import multiprocessing
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from multiprocessing import resource_tracker
 from multiprocessing.managers import SyncManager
 
@@ -30,15 +32,19 @@ def start() -> None:
         return
     manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
     # The first unblocks SIGTERM behind itself, so each anew. What is blocked stays so in a child.
-    _deaf(resource_tracker.ensure_running)
-    _deaf(lambda: manager.start(_end_with_parent, (os.getpid(),)))
+    with deaf():
+        resource_tracker.ensure_running()
+    with deaf():
+        manager.start(_end_with_parent, (os.getpid(),))
     filesystem_async._results_queue = manager.Queue()
 
 
-def _deaf(begin: object) -> None:
+@contextlib.contextmanager
+def deaf() -> Iterator[None]:
+    """What is started within hears none of the signals that ask a rank to stop."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _ASKING)
     try:
-        begin()  # type: ignore[operator]
+        yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 

@@ -53,11 +53,11 @@ def run(recipe: Recipe, name: str, run_dir: Path) -> dict[str, Any]:
     with signals.listening() as stop:
         progress, callbacks = _begin(recipe, name, training, run_dir)
         train(progress, callbacks, stop)
-    directory = stage_directory(run_dir, name)
-    last = f"{directory.name}/checkpoints/step_{progress.step:08d}"
-    outcome = {"checkpoint": last, "step": progress.step}
-    if progress.stopped and distributed.is_first_rank():
-        write_json(directory / "stopped.json", outcome)
+        directory = stage_directory(run_dir, name)
+        last = f"{directory.name}/checkpoints/step_{progress.step:08d}"
+        outcome = {"checkpoint": last, "step": progress.step}
+        if progress.stopped and distributed.is_first_rank():  # before it may be asked again
+            write_json(directory / "stopped.json", outcome)
     distributed.shutdown()
     return outcome
 

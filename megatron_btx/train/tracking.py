@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
 import shlex
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from megatron_btx.engine import helpers
 from megatron_btx.recipe.schema import Recipe, WandB
 
 logger = logging.getLogger(__name__)
@@ -62,23 +65,41 @@ class Tracker:
             "settings": settings,
         }
         mode = _mode(recipe.wandb)
-        try:
-            self._run = wandb.init(mode=mode, **arguments)
-        except (wandb.errors.Error, OSError) as error:
-            logger.warning("W&B cannot be reached (%s): logging offline", error)
-            wandb.teardown()  # its service still has the id
-            self._run = wandb.init(mode="offline", **arguments)
+        # A launcher's signals reach every process of a task, and its service dies of USR1. TERM it
+        # takes in any case.
+        with helpers.deaf():
+            try:
+                self._run = wandb.init(mode=mode, **arguments)
+            except (wandb.errors.Error, OSError) as error:
+                logger.warning("W&B cannot be reached (%s): logging offline", error)
+                wandb.teardown()  # its service still has the id
+                self._run = wandb.init(mode="offline", **arguments)
 
     def log(self, record: dict[str, Any]) -> None:
         """One record of ``metrics.jsonl``, nested mappings and lists flattened into names."""
         if self._run is not None and record["kind"] != "start":
             values = {k: v for k, v in record.items() if k not in ("kind", "step", "time")}
-            self._run.log(dict(_flat(record["kind"], values)), step=record["step"])
+            with self._unstopped():
+                self._run.log(dict(_flat(record["kind"], values)), step=record["step"])
 
     def close(self) -> None:
         """Finish the run's files."""
         if self._run is not None:
-            self._run.finish()
+            with self._unstopped():
+                self._run.finish()
+
+    @contextlib.contextmanager
+    def _unstopped(self) -> Iterator[None]:
+        """A service that has died costs what it would have logged, and no more."""
+        try:
+            yield
+        except Exception as error:  # whatever W&B raises: training goes on
+            logger.warning("W&B has failed (%s): from here on metrics.jsonl only", error)
+            self._run = None
+            import wandb
+
+            with contextlib.suppress(Exception):  # else it tries to end its service once more
+                wandb.teardown()
 
 
 _OFFLINE = "*/wandb/offline-run-*"
