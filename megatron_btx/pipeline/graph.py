@@ -189,12 +189,15 @@ class _Keys:
 
     def __init__(self, recipe: Recipe, memo: Memo) -> None:
         self.recipe, self.memo = recipe, memo
+        # Made together, each without what is held out of another: one size changes them all.
+        builtin = sorted((str(d.builtin), d.builtin_bytes) for d in recipe.domains.values())
         self._text = {
             name: digest(
                 [
                     dataclasses.replace(domain, train=(), valid=()),
                     memo.paths(domain.train),
                     memo.paths(domain.valid),
+                    *([builtin] if domain.builtin is not None else []),
                 ]
             )
             for name, domain in recipe.domains.items()

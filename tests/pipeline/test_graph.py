@@ -55,6 +55,15 @@ def _with(recipe: Recipe, **stages: dict[str, object]) -> Recipe:
     return recipe
 
 
+def test_built_in_text_is_made_together(tmp_path: Path) -> None:
+    """Its parts are kept apart from each other, so that the size of one changes all of them."""
+    changed = tmp_path / "recipe.yaml"
+    base = EXAMPLES / "tiny" / "recipe.yaml"
+    changed.write_text(f"base: {base}\ndomains: {{math: {{builtin_bytes: 100_000}}}}\n")
+    before, after = _keys(load_recipe(base)), _keys(load_recipe(changed))
+    assert _changed(before, after) == set(before)
+
+
 def test_the_graph_of_branch_train_mix(recipe: Recipe) -> None:
     stages = {stage.name: stage for stage in graph.build(recipe)}
     assert set(stages["expert:math"].needs) == {"prepare", "seed"}
