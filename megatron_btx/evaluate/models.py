@@ -58,13 +58,14 @@ def load(
         layout = dataclasses.replace(
             layout, expert_model_parallel_size=1, expert_tensor_parallel_size=None
         )
-    architecture = _dropless(checkpoint.architecture)
+    architecture = dropless(checkpoint.architecture)
     module = build_model(architecture, layout, precision, random_seed=random_seed)
     initialize(module, copy(checkpoint, dtype=DTYPES[precision]))
     return Live(architecture, module.eval())
 
 
-def _dropless(architecture: Architecture) -> Architecture:
+def dropless(architecture: Architecture) -> Architecture:
+    """Without Switch's capacity: room for every token at one expert."""
     routing = architecture.routing
     if routing is None or routing.type != "switch":
         return architecture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from megatron_btx.engine.initializer import initialize
 from megatron_btx.engine.model import DTYPES, build_model
 from megatron_btx.evaluate.btm_heldout import btm_heldout, training_text
 from megatron_btx.evaluate.heldout import HeldOut, evaluate
+from megatron_btx.evaluate.models import dropless
 from megatron_btx.files import read_json, write_json
 from megatron_btx.mix.average import average
 from megatron_btx.mix.copy import copy
@@ -80,7 +81,9 @@ def run(recipe: Recipe, run_dir: Path) -> dict[str, Any]:
 def evaluate_plan(
     plan: Plan, domains: Domains, settings: Evaluate, precision: Precision, random_seed: int
 ) -> HeldOut:
-    """Build a plan's model under the evaluation's layout, and evaluate it."""
+    """Build a plan's model under the evaluation's layout, and evaluate it; as anywhere outside of
+    training (models.py) without Switch's capacity."""
+    plan = replace(plan, architecture=dropless(plan.architecture))
     model = build_model(plan.architecture, settings.layout, precision, random_seed=random_seed)
     initialize(model, plan)
     with torch.no_grad():
