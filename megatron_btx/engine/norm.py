@@ -45,18 +45,18 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """Keep ``x`` and one reciprocal root a row."""
         x32 = x.float()
-        rrms = torch.linalg.vecdot(x32, x32).div_(x.shape[-1]).add_(eps).rsqrt_().unsqueeze(-1)
+        norm = torch.linalg.vector_norm(x32, dim=-1, keepdim=True)
+        rrms = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, rrms)
         return (x32 * rrms).mul_(weight).to(x.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
-        """With n = x * rrms: dx = rrms * (g w - n mean(g w n)), dw = sum g n."""
+        """With r the reciprocal root: dx = r g w - x r^3 mean(g w x), dw = sum g x r."""
         x, weight, rrms = ctx.saved_tensors
-        grad32 = grad_output.float()
-        normed = x.float() * rrms
-        grad_weight = (grad32 * normed).flatten(0, -2).sum(0)
-        grad_normed = grad32 * weight
-        projection = torch.linalg.vecdot(grad_normed, normed).div_(x.shape[-1]).unsqueeze(-1)
-        grad_x = grad_normed.sub_(normed.mul_(projection)).mul_(rrms)
+        x32, grad32, weight32 = x.float(), grad_output.float(), weight.float()
+        product = grad32 * x32
+        grad_weight = rrms.flatten() @ product.flatten(0, -2)
+        slope = (product @ weight32).unsqueeze(-1).mul_(rrms.pow(3)).div_(x.shape[-1])
+        grad_x = (grad32 * weight32).mul_(rrms).addcmul_(x32, slope, value=-1)
         return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None

@@ -40,6 +40,8 @@ def install(platform: Platform) -> None:
             _bind(layers.__name__, _grad_accum_fusion_available=True)
             _new(layers.__name__, fused_weight_gradient_mlp_cuda=_WEIGHT_GRADIENT)
     if platform.optimizer == "torch":
+        # Its stand-in for Apex's kernel scales gradients into new memory and copies them back.
+        _bind("megatron.core.optimizer.clip_grads", multi_tensor_scale_impl=_scale)
         # torch's AdamW keeps `step` per tensor, the fused ones per group, and the distributed
         # optimizer's checkpoints are written for the latter: `KeyError: 'step'` when loading.
         from megatron_btx.engine.adam import Adam
@@ -59,6 +61,14 @@ def _add_weight_gradient(x: Tensor, grad_output: Tensor, main_grad: Tensor) -> N
         main_grad.addmm_(grad_output.t(), x)
     else:
         main_grad.add_(torch.mm(grad_output.t(), x))
+
+
+def _scale(
+    _chunk_size: int, _noop_flag: Tensor, tensor_lists: list[list[Tensor]], scale: float
+) -> None:
+    """Megatron's ``local_multi_tensor_scale``: ``target = source * scale`` for two lists."""
+    for source, target in zip(*tensor_lists, strict=True):
+        torch.mul(source, scale, out=target)
 
 
 # For Apex's CUDA extension of that name.

@@ -15,11 +15,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from megatron_btx.engine import dispatch, swiglu
+from megatron_btx.engine import blocks, dispatch, swiglu
 from megatron_btx.engine.adam import Adam
 from megatron_btx.engine.attention import ScaledDotProductAttention
 from megatron_btx.engine.cross_entropy import cross_entropy
-from megatron_btx.engine.experts import _GroupedLinear
+from megatron_btx.engine.experts import feed_forward
 from megatron_btx.engine.norm import RMSNorm
 from megatron_btx.engine.rotary import split_and_rotate
 
@@ -144,25 +144,28 @@ def test_rotary_refuses_other_angles() -> None:
             split_and_rotate(mixed, q, k, [8, 8, 8])
 
 
-def plain_swiglu(x: Tensor, scale: Tensor | None = None) -> Tensor:
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several blocks of the few rows that the tests have, the last one shorter."""
+    monkeypatch.setattr(blocks, "_ELEMENTS", 32)
+
+
+def plain_swiglu(x: Tensor) -> Tensor:
     gate, up = x.chunk(2, -1)
-    out = gate / (1 + (-gate).exp()) * up
-    return out if scale is None else out * scale.unsqueeze(-1)
+    return gate / (1 + (-gate).exp()) * up
 
 
 @dtypes
 @pytest.mark.parametrize("rows", [0, 1, 13])
-def test_swiglu(rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(swiglu, "_CACHED_ELEMENTS", 64)  # several blocks, the last one shorter
-    x, scale = draw(0, rows, 12, dtype=dtype), draw(1, rows)
-    agree(swiglu.swiglu, (x, scale), plain_swiglu, dtype)
+@pytest.mark.usefixtures("small_blocks")
+def test_swiglu(rows: int, dtype: torch.dtype) -> None:
     x = draw(0, rows, 2, 12, dtype=dtype)
     agree(lambda x: swiglu.bias_swiglu(x, None, False), (x,), plain_swiglu, dtype)
 
 
+@pytest.mark.usefixtures("small_blocks")
 def test_swiglu_gradients_by_differences() -> None:
-    x, scale = exact(draw(0, 5, 12), draw(1, 5))
-    assert gradcheck(swiglu.swiglu, (x, scale))
+    (x,) = exact(draw(0, 13, 12))
     assert gradcheck(swiglu.swiglu, (x,))
 
 
@@ -174,6 +177,7 @@ class OneRank:
 
 
 @dtypes
+@pytest.mark.usefixtures("small_blocks")
 def test_cross_entropy(dtype: torch.dtype) -> None:
     target = torch.tensor([[0, 3, 10], [9, 3, 5]])
 
@@ -187,9 +191,13 @@ def test_cross_entropy(dtype: torch.dtype) -> None:
 
     logits = (draw(0, 2, 3, 11, dtype=dtype) * 20).detach().requires_grad_()  # some p underflow
     agree(ours, (logits,), reference, dtype)
+    logits = draw(0, 2, 3, 11, dtype=dtype)  # the others are spent
     masked = torch.tensor([[1.0, 0, 1], [0, 0, 0]])
-    (grad,) = torch.autograd.grad((ours(logits) * masked).sum(), logits)
+    loss = (ours(logits) * masked).sum()
+    (grad,) = torch.autograd.grad(loss, logits, retain_graph=True)
     assert grad[masked == 0].eq(0).all()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 ROUTES = {
@@ -229,29 +237,40 @@ def test_chunks_as_megatrons_own() -> None:
 
 
 @dtypes
-@pytest.mark.parametrize("counts", [(3, 4, 2), (0, 9, 0), (9, 0, 0), (0, 0, 0)], ids=str)
+@pytest.mark.parametrize("counts", [(3, 4, 2), (0, 9, 0), (70, 0, 64), (0, 0, 0)], ids=str)
 @pytest.mark.parametrize("fuse", [False, True], ids=["plain", "fused"])
-def test_grouped_linear(counts: tuple[int, ...], dtype: torch.dtype, fuse: bool) -> None:
-    x, weights = draw(0, sum(counts), 8, dtype=dtype), draw(1, 3, 16, 8, dtype=dtype)
-    ends = torch.tensor(counts).cumsum(0).int()
-    x64, weights64 = exact(x, weights)
+@pytest.mark.usefixtures("small_blocks")
+def test_feed_forward(counts: tuple[int, ...], dtype: torch.dtype, fuse: bool) -> None:
+    x = draw(0, sum(counts), 8, dtype=dtype)
+    weights = [draw(1, 3, 32, 8, dtype=dtype), draw(2, 3, 8, 16, dtype=dtype)]
+    x64, *weights64 = exact(x, *weights)
     expected = torch.cat(
-        [rows @ w.t() for rows, w in zip(x64.split(counts), weights64, strict=True)]
+        [
+            plain_swiglu(rows @ fc1.t()) @ fc2.t()
+            for rows, fc1, fc2 in zip(x64.split(counts), *weights64, strict=True)
+        ]
     )
-    pull = draw(2, 16, sum(counts), dtype=dtype).detach().t()  # as strided as autograd's can be
-    right = torch.autograd.grad(expected, (x64, weights64), pull.double())
+    pull = draw(3, 8, sum(counts), dtype=dtype).detach().t()  # as strided as autograd's can be
+    right = torch.autograd.grad(expected, (x64, *weights64), pull.double())
 
-    if fuse:  # the gradient is added to Megatron's buffer, which is fp32
-        weights.main_grad = torch.ones(weights.shape)
-        weights.grad_added_to_main_grad = False
-    out = _GroupedLinear.apply(x, weights, ends, fuse)
-    grad_x, grad_weights = torch.autograd.grad(out, (x, weights), pull)
+    for weight in weights if fuse else ():  # gradients are added to Megatron's buffer, in fp32
+        weight.main_grad = torch.ones(weight.shape)
+        weight.grad_added_to_main_grad = False
+    out = feed_forward(x, torch.tensor(counts), *weights, fuse)
+    grad_x, *grads = torch.autograd.grad(out, (x, *weights), pull)
     if fuse:
-        assert weights.grad_added_to_main_grad
-        grad_weights = weights.main_grad - 1
-    torch.testing.assert_close(out.double(), expected, **TOLERANCE[dtype])
-    torch.testing.assert_close(grad_x.double(), right[0], **TOLERANCE[dtype])
-    torch.testing.assert_close(grad_weights.double(), right[1], **TOLERANCE[dtype])
+        assert all(weight.grad_added_to_main_grad for weight in weights)
+        grads = [weight.main_grad - 1 for weight in weights]
+    for found, wanted in zip((out, grad_x, *grads), (expected, *right), strict=True):
+        scale = float(wanted.abs().amax()) or 1.0 if wanted.numel() else 1.0
+        torch.testing.assert_close(found.double() / scale, wanted / scale, **TOLERANCE[dtype])
+
+
+def test_frozen_experts_have_no_gradient() -> None:
+    x, weights = draw(0, 4, 8), [draw(1, 2, 32, 8).detach(), draw(2, 2, 8, 16).detach()]
+    feed_forward(x, torch.tensor([1, 3]), *weights, False).sum().backward()
+    assert x.grad is not None
+    assert all(weight.grad is None for weight in weights)
 
 
 @pytest.mark.parametrize("decoupled", [True, False], ids=["adamw", "adam"])
