@@ -88,6 +88,7 @@ def begin(recipe: Recipe, name: str) -> tuple[int, str, Path]:
     else:
         missing = list(state.left(run_dir, needs))
     directory = run_dir / stage.directory
+    state.link_shared(run_dir, (stage,), recipe.share)
     if state.done(run_dir, stage) is not None:
         return 0, stage.key, directory
     if missing:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from collections import Counter
@@ -15,6 +16,7 @@ from megatron_btx.cli import main
 from megatron_btx.data.mixture import Stream, stage_stream
 from megatron_btx.engine.checkpoint import final_checkpoint
 from megatron_btx.pipeline import graph, state
+from megatron_btx.pipeline.begin import begin
 from megatron_btx.recipe import count
 from megatron_btx.recipe.stages import btx_flops, training
 from megatron_btx.report import comparison, comparison_page
@@ -76,6 +78,17 @@ def test_a_shared_stage_is_left_alone(systems: Systems, tmp_path: Path) -> None:
     assert not (tmp_path / "seed").is_symlink()
     assert (real / "done.json").exists()
     assert not state.left(run.run_dir, stages)
+
+
+def test_a_job_takes_what_is_shared(systems: Systems, tmp_path: Path) -> None:
+    """Under Slurm its job finds nothing left to do."""
+    shared = systems["dense"].run_dir
+    recipe = dataclasses.replace(
+        systems["dense"].recipe, run_dir=str(tmp_path), share=(str(shared.parent / "*"),)
+    )
+    attempt, _, directory = begin(recipe, "seed")
+    assert attempt == 0
+    assert directory.resolve() == (shared / "seed").resolve()
 
 
 def _samples(stream: Stream, steps: Iterable[int]) -> list[bytes]:
