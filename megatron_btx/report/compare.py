@@ -11,19 +11,24 @@ from pathlib import Path
 from typing import Any
 
 from megatron_btx.errors import UserError
-from megatron_btx.files import written
-from megatron_btx.pipeline import graph, state
+from megatron_btx.evaluate import subject
+from megatron_btx.evaluate.subject import Subject
+from megatron_btx.files import read_json, write_json, written
+from megatron_btx.pipeline import graph, measure, state
 from megatron_btx.pipeline.fingerprint import Memo
-from megatron_btx.recipe.load import load_recipe
-from megatron_btx.recipe.systems import SYSTEMS
+from megatron_btx.recipe.load import digest, load_recipe
+from megatron_btx.recipe.schema import Layout
+from megatron_btx.recipe.stages import directory
+from megatron_btx.recipe.systems import SYSTEMS, Row, rows
 from megatron_btx.recipe.tree import read_tree
-from megatron_btx.report import comparison, comparison_page
+from megatron_btx.report import comparison, comparison_page, evaluation
 from megatron_btx.report.comparison import Run
 
 _EPILOG = """examples:
   btx compare examples/systems                        every system of the paper, on the demo's text
   btx compare examples/systems --base my/base.yaml    the same systems of another base
   btx compare dense.yaml btx.yaml --seeds 3           mean and spread over three random seeds
+  btx compare examples/systems --tasks arc_easy=test.jsonl --limit 200    and their scores on tasks
   btx compare examples/systems --dry-run              what is done, shared and left
 
 What several recipes have in common (the seed, an expert) is trained once. Run it again after an
@@ -45,6 +50,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--base", metavar="RECIPE", help="stands in for the `base:` of each")
     parser.add_argument("--seeds", metavar="N", type=int, default=1, help="random seeds (1)")
+    evaluation.add_tasks(parser)
     parser.add_argument("--out", metavar="DIR", type=Path, help="where the comparison goes")
     parser.add_argument("--dry-run", action="store_true", help="print what is left, do nothing")
     parser.add_argument("--json", action="store_true", help="print compare.json, no table")
@@ -65,16 +71,65 @@ def run(options: argparse.Namespace) -> int:
         if code != 0:
             return code
     made = comparison.compare(runs)
-    text = comparison.as_json(made)
+    try:
+        tasks = measure_tasks(runs, evaluation.tasks_of(options), out / "tasks")
+    except measure.Ended as ended:
+        return ended.code
+    text = comparison.as_json(made, tasks)
+    table = evaluation.tasks_table(tasks) if tasks else ""
     _write(out / "compare.json", text)
-    _write(out / "compare.md", comparison.markdown(made))
-    _write(out / "compare.html", comparison_page.render(made, out.name or "systems"))
+    _write(out / "compare.md", comparison.markdown(made) + (table and f"\n```\n{table}```\n"))
+    _write(out / "compare.html", comparison_page.render(made, out.name or "systems", table))
     if options.json:
         sys.stdout.write(text)
     else:
-        sys.stdout.write(comparison.plain(made))
+        sys.stdout.write(comparison.plain(made) + (table and f"\n{table}"))
         sys.stdout.write(f"page: {out / 'compare.html'}\n")
     return 0
+
+
+def measure_tasks(
+    runs: Sequence[Run], tasks: list[dict[str, Any]], kept: Path
+) -> dict[str, dict[str, Any]]:
+    """Scores on tasks of every system, under the first random seed: by name what ``btx evaluate
+    --tasks`` says of it. What has been measured lies in ``kept``, by what it is of. An average of
+    weights (``btm: {select: average}``) is no checkpoint, and left out.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    seed = runs[0].recipe.random_seed
+    memo = Memo()
+    for run in runs if tasks else ():
+        for row in rows(run.recipe):
+            name = comparison.title(run.recipe, row.name)
+            ensemble = len(row.models) > 1
+            averaged = ensemble and run.recipe.btm.select == "average"
+            if name in found or averaged or run.recipe.random_seed != seed:
+                continue
+            files = [memo.paths([*task["files"], *task["shots"]]) for task in tasks]
+            models = [read_json(directory(run.run_dir, m) / "stage.json") for m in row.models]
+            method = run.recipe.btm if ensemble else None
+            path = kept / f"{digest([tasks, files, models, method])[:16]}.json"
+            score = read_json(path)
+            if score is None:
+                sys.stderr.write(f"{name}: tasks\n")
+                score = _score(run, row, tasks)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_json(path, score)
+            found[name] = score
+    return found
+
+
+def _score(run: Run, row: Row, tasks: list[dict[str, Any]]) -> dict[str, Any]:
+    if len(row.models) > 1:
+        (one,) = subject.parse([f"btm:{run.run_dir}"])
+    else:
+        place = subject.find(directory(run.run_dir, row.models[0]))
+        one = Subject(name="model", models={"model": place})
+    layout = Layout(num_threads=measure.threads(1))
+    predictor = {"precision": None, "micro_batch_size": 8, "tokenizer": None}
+    asked = measure.request_of("tasks", [one], layout, tasks=tasks, predictor=predictor)
+    answer: dict[str, Any] = measure.answer(asked)[one.name]
+    return answer
 
 
 def _files(given: Sequence[Path]) -> list[Path]:

@@ -108,11 +108,8 @@ def compare(runs: Sequence[Run]) -> Comparison:
         if here != columns:
             what = f"was evaluated on {', '.join(here)}, the others on {', '.join(columns)}"
             raise UserError(str(run.run_dir), what, "compare recipes with the same domains")
-        own = rows(run.recipe)[-1].name
         for name, row in results["systems"].items():
-            shown = run.recipe.name if name == own and ":" not in name else name
-            shown = name if run.recipe.system in ("seed", "experts") else shown
-            known = found.setdefault(shown, [])
+            known = found.setdefault(title(run.recipe, name), [])
             if all(other.recipe.random_seed != run.recipe.random_seed for other, _ in known):
                 known.append((run, row))
     assert columns is not None
@@ -124,6 +121,13 @@ def compare(runs: Sequence[Run]) -> Comparison:
         for column in columns
     }
     return Comparison(columns=columns, systems=systems, best=best)
+
+
+def title(recipe: Recipe, row: str) -> str:
+    """What a row of a recipe is called beside those of others: a system's own has the recipe's
+    name, the seed and the experts are the same everywhere."""
+    own = rows(recipe)[-1].name
+    return recipe.name if row == own and recipe.system not in ("seed", "experts") else row
 
 
 def _system(
@@ -258,8 +262,8 @@ def plain(comparison: Comparison) -> str:
     return "\n".join([*lines, *notes(comparison)]) + "\n"
 
 
-def as_json(comparison: Comparison) -> str:
-    """The same for other programs, numbers unrounded."""
+def as_json(comparison: Comparison, tasks: Mapping[str, Any] | None = None) -> str:
+    """The same for other programs, numbers unrounded; with ``tasks``, scores by system."""
     systems = {
         system.name: {
             "system": system.system,
@@ -279,6 +283,8 @@ def as_json(comparison: Comparison) -> str:
         for system in comparison.systems
     }
     content = {"columns": comparison.columns, "best": dict(comparison.best), "systems": systems}
+    if tasks:
+        content["tasks"] = dict(tasks)
     return json.dumps(content, indent=1) + "\n"
 
 

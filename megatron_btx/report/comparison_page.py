@@ -21,8 +21,8 @@ _OTHERS = ("experts", "upcycling", "btm")
 _TENS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
-def render(comparison: Comparison, title: str) -> str:
-    """The page; readable without a network."""
+def render(comparison: Comparison, title: str, tasks: str = "") -> str:
+    """The page; readable without a network. ``tasks``: a plain table of scores on tasks."""
     name = html.escape(title)
     said = "".join(f'<p class="soft">{html.escape(line)}</p>' for line in notes(comparison))
     return (
@@ -30,7 +30,7 @@ def render(comparison: Comparison, title: str) -> str:
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>{name} · systems compared</title><style>{sheet()}</style></head>\n"
         f"<body><main>\n<h1>{name}: systems compared</h1>{said}"
-        f"<h2>Held-out loss and cost</h2>{_table(comparison)}"
+        f"<h2>Held-out loss and cost</h2>{_table(comparison)}{_tasks(tasks)}"
         "<h2>Score against training compute</h2>"
         f'<figure class="card wide">{picture(comparison)}'
         "<figcaption>Mean held-out loss against all training compute after the seed, of the "
@@ -39,6 +39,10 @@ def render(comparison: Comparison, title: str) -> str:
         "<footer>FLOPs are those of the matrix products of the model, three times the forward "
         "pass; recomputation is not counted.</footer>\n</main></body></html>\n"
     )
+
+
+def _tasks(table: str) -> str:
+    return table and f'<h2>Tasks</h2><div class="card"><pre>{html.escape(table)}</pre></div>'
 
 
 def picture(comparison: Comparison) -> str:

@@ -58,25 +58,11 @@ def add_parsers(commands: Any) -> None:
         default=[],
         help="JSONL files and directories, and what to call them",
     )
-    parser.add_argument(
-        "--tasks",
-        metavar="TASK=FILE[,shots=FILE]",
-        nargs="+",
-        action="extend",
-        default=[],
-        help="a task by its name or its YAML, and its items",
-    )
+    add_tasks(parser)
     add_how(parser)
     parser.add_argument("--tokens", metavar="N", type=int, help="of each text, at most (all)")
     parser.add_argument("--text-key", metavar="KEY", default="text", help="of the JSONL (text)")
     parser.add_argument("--seq-length", metavar="N", type=int, help="tokens of a sequence")
-    parser.add_argument("--shots", metavar="N", type=int, help="instead of each task's own number")
-    parser.add_argument("--limit", metavar="N", type=int, help="the first N items of each task")
-    parser.add_argument(
-        "--allow-code-execution",
-        action="store_true",
-        help="run the code that a model wrote, on this machine, for tasks scored by pass@1",
-    )
     parser.add_argument("--out", metavar="FILE", type=Path, help="write everything as JSON")
     parser.add_argument("--json", action="store_true", help="print everything as JSON, no table")
     parser.set_defaults(run=run_evaluate)
@@ -96,6 +82,25 @@ def add_parsers(commands: Any) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run_generate)
+
+
+def add_tasks(parser: argparse.ArgumentParser) -> None:
+    """Flags that say on which tasks models are scored, and how."""
+    parser.add_argument(
+        "--tasks",
+        metavar="TASK=FILE[,shots=FILE]",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="a task by its name or its YAML, and its items",
+    )
+    parser.add_argument("--shots", metavar="N", type=int, help="instead of each task's own number")
+    parser.add_argument("--limit", metavar="N", type=int, help="the first N items of each task")
+    parser.add_argument(
+        "--allow-code-execution",
+        action="store_true",
+        help="run the code that a model wrote, on this machine, for tasks scored by pass@1",
+    )
 
 
 def _command(commands: Any, name: str, what: str, epilog: str) -> argparse.ArgumentParser:

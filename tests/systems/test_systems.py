@@ -211,6 +211,28 @@ def test_the_command(systems: Systems, tmp_path: Path, capsys: pytest.CaptureFix
     assert "left" not in capsys.readouterr().out
 
 
+def test_scores_on_tasks(
+    systems: Systems, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Measured by ranks of their own, and kept: asked again, nothing is measured."""
+    choices = {"text": ["up", "down"], "label": ["A", "B"]}
+    items = [{"question": f"Which {n}?", "choices": choices, "answerKey": "A"} for n in range(4)]
+    (tmp_path / "items.jsonl").write_text("\n".join(json.dumps(item) for item in items))
+    base = systems["seed"].run_dir.parents[1] / "base.yaml"
+    arguments = ["compare", str(EXAMPLES / "systems" / "seed.yaml"), "--base", str(base)]
+    arguments += ["--out", str(tmp_path / "out"), "--tasks", f"arc_easy={tmp_path / 'items.jsonl'}"]
+    assert main(arguments) == 0
+    first = capsys.readouterr()
+    assert "arc_easy: acc, 0 shots, 4 items" in first.out
+    assert "seed: tasks" in first.err
+    assert main(arguments) == 0
+    again = capsys.readouterr()
+    assert again.out == first.out
+    assert again.err == ""
+    told = json.loads((tmp_path / "out" / "compare.json").read_text())
+    assert told["tasks"]["seed"]["tasks"]["arc_easy"]["items"] == 4
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
