@@ -27,7 +27,6 @@ import gc
 import json
 import math
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -219,7 +218,9 @@ def measure(kind: str, options: argparse.Namespace, folder: Path) -> dict[str, A
 
 
 def _resident() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not ru_maxrss: across fork and exec it keeps the size of the process that started this one.
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
 def _free(cuda: bool) -> None:
