@@ -212,7 +212,7 @@ def test_the_command(systems: Systems, tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_scores_on_tasks(
-    systems: Systems, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    systems: Systems, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Measured by ranks of their own, and kept: asked again, nothing is measured."""
     choices = {"text": ["up", "down"], "label": ["A", "B"]}
@@ -222,11 +222,11 @@ def test_scores_on_tasks(
     arguments = ["compare", str(EXAMPLES / "systems" / "seed.yaml"), "--base", str(base)]
     arguments += ["--out", str(tmp_path / "out"), "--tasks", f"arc_easy={tmp_path / 'items.jsonl'}"]
     assert main(arguments) == 0
-    first = capsys.readouterr()
+    first = capfd.readouterr()
     assert "arc_easy: acc, 0 shots, 4 items" in first.out
     assert "seed: tasks" in first.err
     assert main(arguments) == 0
-    again = capsys.readouterr()
+    again = capfd.readouterr()
     assert again.out == first.out
     assert again.err == ""
     told = json.loads((tmp_path / "out" / "compare.json").read_text())
