@@ -4,7 +4,7 @@ Four random models of a shape in Hugging Face format become one Mixtral, by ``bt
 of its own. Beside it ``cat`` reads the same bytes and writes as many. Both are timed to the end of
 a final sync, alternating; the report is one JSON line with the ratio of the best times, rates and
 peak resident memory, mapped pages included. ``--mergekit COMMAND`` times mergekit-moe on the same
-files (installed in an environment of its own; not run yet).
+files, installed in an environment of its own (`pip install mergekit==0.1.5`).
 """
 
 from __future__ import annotations
@@ -33,6 +33,19 @@ SHAPES = {
     "tinyllama": (2048, 22, 5632, 32, 4, 32000),
     "llama-3b": (3200, 26, 8640, 32, 32, 32000),
     "llama-7b": (4096, 32, 11008, 32, 32, 32000),
+}
+
+TOKENIZER: dict[str, Any] = {
+    "tokenizer.json": {
+        "version": "1.0",
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Whitespace"},
+        "post_processor": None,
+        "decoder": None,
+        "model": {"type": "WordLevel", "vocab": {"a": 0, "b": 1}, "unk_token": "a"},
+    },
+    "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast"},
 }
 
 RUN = """
@@ -95,6 +108,8 @@ def make_sources(work: Path, shape: str, links: bool) -> list[Path]:
             shutil.copytree(paths[0], path, copy_function=os.link)
         else:
             write_hf(fresh(architecture, seed=seed, dtype=torch.bfloat16), path)
+            for name, content in TOKENIZER.items():  # mergekit reads one
+                (path / name).write_text(json.dumps(content))
     return paths
 
 

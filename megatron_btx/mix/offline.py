@@ -27,7 +27,6 @@ from megatron_btx.weights.directory import as_json
 from megatron_btx.weights.execute import ONE_BY_ONE, SLAB, Execution
 from megatron_btx.weights.manifest import FORMAT, MANIFEST
 from megatron_btx.weights.plan import Checkpoint, Plan
-from megatron_btx.weights.write_torch_dist import write_torch_dist
 
 LINEAGE = "mix.json"
 
@@ -131,6 +130,9 @@ def write(
             files=files,
         )
         return
+    # Here, because the names of torch.distributed.checkpoint take a second to import.
+    from megatron_btx.weights.write_torch_dist import write_torch_dist
+
     manifest = {
         "format": FORMAT,
         **plan.architecture.to_json(),
