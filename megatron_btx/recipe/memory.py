@@ -90,10 +90,11 @@ def layer_activations(architecture: Architecture, training: Training) -> tuple[i
     With T tokens, N heads of d channels, elements of e bytes: attention keeps its input, its
     normalised input, q, k, v and the output in two layouts, 2 T H + 5 T N d; a dense FFN its input
     and normalised input, [gate; up] and the input of the second matrix, 2 T H + 3 T F; an MoE
-    2 T H and, for k T tokens sent to experts, k T (H + 3 F); a shared expert is a dense FFN beside
-    them that keeps its output too where a gate scales it. Norms of heads keep the mixed projection
-    as well and the queries cut from it, T (2 N + 2 G) d. Tensor parallelism divides N d and F,
-    sequence parallelism T H as well. Balanced experts are assumed.
+    2 T H and, for k T tokens sent to experts, k T (2 H + 2 F), the activation being computed again
+    (engine/experts.py); a shared expert is a dense FFN beside them that keeps its output too where
+    a gate scales it. Norms of heads keep the mixed projection as well and the queries cut from it,
+    T (2 N + 2 G) d. Tensor parallelism divides N d and F, sequence parallelism T H as well.
+    Balanced experts are assumed.
     """
     model, layout = architecture.model, training.layout
     tp, element = layout.tensor_model_parallel_size, _ELEMENT[training.precision]
@@ -107,8 +108,8 @@ def layer_activations(architecture: Architecture, training: Training) -> tuple[i
         attention += heads + tokens * count.qkv_width(model) // tp
     if is_moe:
         runs = count.experts_run(architecture) / model.num_layers * tokens / split * layout.etp
-        inner = 3 * count.expert_width(model)
-        ffn = 2 * rows + int(runs * (model.hidden_size + inner / layout.etp))
+        inner = count.expert_width(model) / layout.etp
+        ffn = 2 * rows + int(runs * 2 * (model.hidden_size + inner))
         if shared := model.moe_shared_expert_intermediate_size:
             ffn += 3 * tokens * shared // tp + rows * model.moe_shared_expert_gate
     else:
