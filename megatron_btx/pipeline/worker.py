@@ -55,6 +55,7 @@ def _megatron() -> None:
 
 
 def _prepare(recipe: Recipe, stage: Stage, run_dir: Path) -> Any:
+    _megatron()
     from megatron_btx.data.prepare import prepare
 
     directory = run_dir / stage.directory
@@ -62,6 +63,7 @@ def _prepare(recipe: Recipe, stage: Stage, run_dir: Path) -> Any:
 
 
 def _train(recipe: Recipe, stage: Stage, run_dir: Path) -> Any:
+    _megatron()
     from megatron_btx.train.stage import run
 
     return run(recipe, stage.name, run_dir)
@@ -69,18 +71,21 @@ def _train(recipe: Recipe, stage: Stage, run_dir: Path) -> Any:
 
 def _mix(recipe: Recipe, stage: Stage, run_dir: Path) -> Any:
     """Under Slurm only (graph.with_mix)."""
+    _megatron()
     from megatron_btx.train.stage import check_mix
 
     return check_mix(recipe, run_dir)
 
 
 def _evaluate(recipe: Recipe, stage: Stage, run_dir: Path) -> Any:
+    _megatron()
     from megatron_btx.evaluate.stage import run
 
     return run(recipe, run_dir)
 
 
 def _export(recipe: Recipe, stage: Stage, run_dir: Path) -> Any:
+    _megatron()
     from megatron_btx.evaluate.export import run
 
     return run(recipe, run_dir)
@@ -130,8 +135,6 @@ def run_rank(recipe: Recipe, stage: Stage, run_dir: Path) -> int:
         _begin_unaided(recipe, stage, run_dir, rank)
     with state.stage_lock(directory):
         try:
-            if stage.kind != "import":
-                _megatron()
             outputs = KINDS[stage.kind](recipe, stage, run_dir)
         except Exception as error:
             return _failed(directory, rank, error)
