@@ -50,11 +50,17 @@ srun --kill-on-bad-exit=1 --cpus-per-task="$cpus" --label "${launch[@]}" \
   "$python" -m megatron_btx.cli stage "$recipe" "$stage" >>"$log" 2>&1 &
 step=$!
 if [ "$asked" = USR1 ]; then kill -s USR1 "$step"; fi
-while :; do # a trap ends `wait` before the ranks have ended
-  wait "$step"
-  code=$?
-  kill -0 "$step" 2>/dev/null || break
+seconds=0
+while kill -0 "$step" 2>/dev/null; do # a trap ends `wait` before the ranks have ended
+  if [ "$asked" = USR1 ]; then        # said again and again: an srun that is starting may lose it
+    sleep 1
+    if [ $((++seconds % 5)) = 0 ]; then kill -s USR1 "$step" 2>/dev/null; fi
+  else
+    wait "$step"
+  fi
 done
+wait "$step"
+code=$?
 
 # How it ended is what the files say; an exit code passes through too many hands.
 if [ -e "$directory/done.json" ]; then
