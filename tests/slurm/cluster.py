@@ -20,8 +20,10 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-PACKAGES = ("slurm-wlm", "munge", "shellcheck")
+PACKAGES = ("slurm-wlm", "munge", "shellcheck", "charliecloud-runtime")
+PACKAGES += ("slurmdbd", "mariadb-server-core", "mariadb-client-core")
 COMMANDS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "shellcheck", "unshare", "setpriv")
+COMMANDS += ("ch-run", "slurmdbd", "mariadbd", "my_print_defaults")
 os.environ["PATH"] += os.pathsep + "/usr/sbin"  # where Debian puts the daemons
 
 CONF = """\
@@ -63,6 +65,9 @@ NodeName={nodes} NodeAddr=127.0.0.1 Port={first}-{last} Sockets=1 CoresPerSocket
 ThreadsPerCore=1 RealMemory=64000 Gres=gpu:4 State=UNKNOWN
 PartitionName=test Nodes={nodes} Default=YES MaxTime=120 State=UP
 PartitionName=small Nodes=n1 MaxTime=10 State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=urgent Nodes={nodes} MaxTime=10 PriorityTier=10 State=UP
 """
 
 # proctrack/linuxproc loses what has left its process group; it carries the job's number with it.
@@ -112,7 +117,7 @@ class Cluster:
         try:
             self._configure()
             self._start_munge()
-            self._start("controller", "slurmctld", "-D")
+            self.start_controller()
             for node in self.nodes:
                 (self.top / "spool" / node).mkdir()
                 self._start(node, "slurmd", "-D", "-N", node)
@@ -125,15 +130,15 @@ class Cluster:
     def __exit__(self, *_: object) -> None:
         with contextlib.suppress(Exception):
             self.clear()
-        for name in [*self.nodes, "controller", "munged"]:
-            if name in self.daemons:
-                self.stop(name)
+        for name in reversed(list(self.daemons)):
+            self.stop(name)
         for pid in self.processes():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
     def _configure(self) -> None:
-        count, port = len(self.nodes), _free_ports(len(self.nodes) + 1)
+        count = len(self.nodes)
+        self.port = port = _free_ports(count + 3)
         conf = CONF.format(
             top=self.top,
             port=port,
@@ -159,20 +164,26 @@ class Cluster:
         key.write_bytes(os.urandom(128))
         command = ["munged", "--foreground", "--force", f"--key-file={key}", f"--socket={munge}"]
         command += [f"--pid-file={self.top}/munged.pid", f"--seed-file={self.top}/munged.seed"]
-        self._launch("munged", [*command, f"--log-file={self.top}/log/munged.log"])
+        self.launch("munged", [*command, f"--log-file={self.top}/log/munged.log"])
         wait(munge.exists, 20, "munged")
 
-    def _start(self, host: str, *command: str) -> None:
-        """A daemon that is host ``host`` to itself and its jobs."""
+    def start_controller(self, *options: str) -> None:
+        """slurmctld; ``-c``: it has forgotten every job."""
+        self._start("controller", "slurmctld", "-D", *options)
+
+    def _start(self, name: str, *command: str, host: str | None = None) -> None:
+        """A daemon that is host ``host`` (else ``name``) to itself and its jobs."""
         unshared = "" if self.unshared is None else f"mount -t tmpfs none '{self.unshared}' &&"
         setup = (
-            f"echo {host} >/proc/sys/kernel/hostname && mount --bind '{self.top}/hosts' /etc/hosts "
-            f'&& {unshared if host in self.nodes else ""} exec "$@"'
+            f"echo {host or name} >/proc/sys/kernel/hostname "
+            f"&& mount --bind '{self.top}/hosts' /etc/hosts "
+            f'&& {unshared if name in self.nodes else ""} exec "$@"'
         )
         spaces = ["unshare", "--mount", "--uts", "--propagation", "slave", "sh", "-c", setup, "sh"]
-        self._launch(host, [*spaces, *command])
+        self.launch(name, [*spaces, *command])
 
-    def _launch(self, name: str, command: list[str]) -> None:
+    def launch(self, name: str, command: list[str]) -> None:
+        """A daemon that ends with this process."""
         with (self.top / "log" / f"{name}.out").open("ab") as log:
             self.daemons[name] = subprocess.Popen(
                 ["setpriv", "--pdeathsig", "TERM", *command],
@@ -202,11 +213,15 @@ class Cluster:
         assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
         return done.stdout
 
-    def ready(self) -> bool:
-        """Whether every node is idle."""
+    def check_alive(self) -> None:
+        """That no daemon has ended."""
         for name, daemon in self.daemons.items():
             code = daemon.poll()
             assert code is None, f"{name} ended: {(self.top / 'log' / f'{name}.out').read_text()}"
+
+    def ready(self) -> bool:
+        """Whether every node is idle."""
+        self.check_alive()
         command = ["sinfo", "-h", "-N", "-p", "test", "-o", "%T"]
         done = subprocess.run(
             command, env=self.environment, capture_output=True, text=True, timeout=60, check=False

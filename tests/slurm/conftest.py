@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,8 @@ from tests.slurm.cluster import Cluster, missing, wait
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "examples" / "tiny" / "recipe.yaml"
+LO = "slurm: {environment: {GLOO_SOCKET_IFNAME: lo}}\n"
+MATH = "domains: {{math: {{builtin: null, train: {}}}}}\n"
 SECRET = "0123456789abcdef" * 2 + "01234567"
 
 
@@ -48,6 +51,8 @@ def nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     if "cluster" in request.fixturenames:
         cluster = request.getfixturevalue("cluster")
+        if "side_by_side" in request.fixturenames:
+            return  # each looks after itself
         queue = [line for line in cluster.queue() if not line.endswith("COMPLETING")]
         cluster.clear()
         assert not queue
@@ -65,22 +70,38 @@ class Run:
         self.write(text)
 
     def write(self, text: str) -> None:
-        """The recipe: tiny, and this."""
-        slurm = "" if "slurm:" in text else "slurm: {environment: {GLOO_SOCKET_IFNAME: lo}}\n"
-        self.recipe.write_text(f"base: {TINY}\nrun_dir: {self.run_dir}\n{slurm}{text}")
+        """The recipe: tiny, with mathematics of its own, and this."""
+        text = f"{text}\n"
+        text += "" if "slurm:" in text else LO
+        text += "" if "domains:" in text else MATH.format(sums(self.cluster.top / "sums.jsonl"))
+        self.recipe.write_text(f"base: {TINY}\nrun_dir: {self.run_dir}\n{text}")
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The one in which commands run."""
+        return {**self.cluster.environment, "PYTHONPATH": str(ROOT)}
 
     def btx(self, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
         """A command of btx's on this recipe."""
-        command, *rest = words
         return subprocess.run(
-            [sys.executable, "-m", "megatron_btx.cli", command, str(self.recipe), *rest],
-            env={**self.cluster.environment, "PYTHONPATH": str(ROOT), **environment},
+            self._command(*words),
+            env={**self.environment, **environment},
             cwd=self.directory,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=240,
             check=False,
         )
+
+    def start(self, *words: str, stdout: int = subprocess.PIPE) -> subprocess.Popen[str]:
+        """One that goes on."""
+        return subprocess.Popen(
+            self._command(*words), env=self.environment, stdout=stdout, stderr=stdout, text=True
+        )
+
+    def _command(self, command: str, *options: str) -> list[str]:
+        words = [sys.executable, "-m", "megatron_btx.cli", command, str(self.recipe)]
+        return [*words, *options]
 
     def submit(self, *options: str, **environment: str) -> dict[str, str]:
         """Job numbers by stage."""
@@ -95,9 +116,16 @@ class Run:
         assert done.returncode == 0, done.stderr
         return {row["stage"]: row for row in json.loads(done.stdout)}
 
-    def finished(self, timeout: float = 240) -> None:
-        """Wait until no job of the cluster is left."""
-        wait(lambda: not self.cluster.queue(), timeout, f"the queue to empty: {self.out()}")
+    def queue(self) -> list[str]:
+        """Jobs of this run that are not over."""
+        lines = self.cluster("squeue", "-h", "-o", "%A|%Z").splitlines()
+        jobs = (line.split("|", 1) for line in lines)
+        places = (str(self.run_dir), str(self.directory))  # submitted, or by hand
+        return [number for number, place in jobs if place in places]
+
+    def finished(self, timeout: float = 400) -> None:
+        """Wait until no job of this run is left."""
+        wait(lambda: not self.queue(), timeout, f"the queue to empty: {self.out()}")
 
     def steps(self, stage: str) -> list[tuple[int, float, float]]:
         """Step, loss and gradient norm of every training step so far."""
@@ -109,7 +137,7 @@ class Run:
         """Wait until a stage has done so many steps."""
 
         def there() -> bool:
-            assert job in "".join(self.cluster.queue()), self.out()
+            assert job in self.queue(), self.out()
             return len(self.steps(stage)) >= after
 
         wait(there, 120, f"{stage} to train")
@@ -121,21 +149,34 @@ class Run:
 
     def ranks(self, stage: str) -> list[int]:
         """Processes of a stage's ranks."""
-        return [pid for pid in self.cluster.processes() if _is_rank(pid, stage)]
+        words = {b"megatron_btx.cli", stage.encode(), str(self.run_dir / "recipe.yaml").encode()}
+        return [pid for pid in self.cluster.processes() if _is_rank(pid, words)]
 
     def kill_rank(self, stage: str) -> None:
         """kill -9."""
         os.kill(self.ranks(stage)[-1], signal.SIGKILL)
 
 
-def _is_rank(pid: int, stage: str) -> bool:
+def sums(path: Path, most: int = 99) -> Path:
+    """Text of one's own, written once."""
+    if path.exists():
+        return path
+    draw = random.Random(most)
+    with path.open("w") as file:
+        for _ in range(1000):
+            pairs = [(draw.randint(0, most), draw.randint(0, most)) for _ in range(20)]
+            text = "\n".join(f"{a} + {b} = {a + b}" for a, b in pairs)
+            file.write(json.dumps({"text": text}) + "\n")
+    return path
+
+
+def _is_rank(pid: int, expected: set[bytes]) -> bool:
     try:
-        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        words = set(Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"))
     except OSError:
         return False
-    ours = b"megatron_btx.cli" in words and stage.encode() in words
     parent = psutil.Process(pid).parent()
-    return ours and parent is not None and parent.name() == "slurmstepd"  # no child of a rank
+    return expected <= words and parent is not None and parent.name() == "slurmstepd"
 
 
 SLOW = "{tokens: 204_800, save_interval: 50, eval_interval: 0, check_replicas_interval: 0}"
@@ -167,20 +208,6 @@ def branch(whole: Run, directory: Path, text: str, *stages: str) -> Run:
     for stage in stages:
         shutil.copytree(whole.run_dir / stage, run.run_dir / stage)
     return run
-
-
-@pytest.fixture(scope="session")
-def undisturbed(whole: Run, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Losses of a longer seed, and of a longer finetuning over two nodes."""
-    seed = branch(whole, tmp_path_factory.mktemp("seed"), f"seed: {SLOW}\n", "prepare")
-    finetune = longer_finetune(whole, tmp_path_factory.mktemp("finetune"))
-    seed.submit("--only", "seed")
-    finetune.submit("--only", "finetune")
-    seed.finished()
-    losses = {"seed": seed.steps("seed"), "finetune": finetune.steps("finetune")}
-    assert len(losses["seed"]) == 400, seed.out()
-    assert len(losses["finetune"]) == 200, finetune.out()
-    return losses
 
 
 def longer_finetune(whole: Run, directory: Path) -> Run:
