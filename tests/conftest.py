@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.bad import Commands
 from tests.ranks import Ranks
-from tests.small import FAKE_KEY, Exported, btx, export
+from tests.small import FAKE_KEY, Exported, btx, export, write_small
 
 
 @pytest.fixture(scope="session")
@@ -46,3 +47,12 @@ def taken(exported: Exported, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert "to upload: wandb sync" in done.stdout
     assert FAKE_KEY not in done.stdout + done.stderr
     return directory / "runs" / "taken"
+
+
+@pytest.fixture
+def small(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Commands:
+    """The small recipe in a directory of its own, and commands on it."""
+    write_small(tmp_path)
+    return Commands(tmp_path, monkeypatch, capsys)
