@@ -17,7 +17,7 @@ demo: $(VENV)/.installed
 	$(BIN)/btx run $(DEMO)
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -rs -n 2 --dist loadfile
+	$(BIN)/python -m pytest -rs -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slurm: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.slurm.cluster --install
