@@ -11,7 +11,6 @@ from tests.bad import Commands
 from tests.ranks import Ranks
 from tests.small import FAKE_KEY, Exported, btx, export, write_small
 
-
 LONGEST = (
     "tests/test_run.py",
     "tests/systems",
