@@ -196,10 +196,9 @@ def _entry(recipe: Recipe, run_dir: Path, row: Row, measured: Measured) -> dict[
 
 
 def _cost(recipe: Recipe, run_dir: Path, stage: str) -> dict[str, Any]:
-    """Tokens and training FLOPs of a stage, of the model that it trained, and its seconds."""
+    """Tokens and training FLOPs of a stage, of the model that it trained."""
     block = training(recipe, stage)
     architecture, _ = read_manifest(final_checkpoint(directory(run_dir, stage)))
     tokens = count.trained_tokens(block, recipe.model)
     flops = tokens * count.training_flops_per_token(architecture, block.freeze_experts)
-    done = read_json(directory(run_dir, stage) / "done.json") or {}
-    return {"tokens": tokens, "flops": flops, "seconds": done.get("seconds")}
+    return {"tokens": tokens, "flops": flops}

@@ -20,6 +20,7 @@ from megatron_btx.errors import UserError
 from megatron_btx.files import read_json
 from megatron_btx.pipeline.view import amount, clock
 from megatron_btx.recipe.schema import Recipe
+from megatron_btx.recipe.stages import directory
 from megatron_btx.recipe.systems import SYSTEMS, rows
 
 MEAN = "mean"
@@ -134,7 +135,7 @@ def _system(
     name: str, found: Sequence[tuple[Run, Mapping[str, Any]]], columns: Sequence[str]
 ) -> System:
     run, row = found[0]
-    seconds = [_seconds(each) for _, each in found]
+    seconds = [_seconds(each.run_dir, row["stages"]) for each, row in found]
     known = [value for value in seconds if value is not None]
     return System(
         name=name,
@@ -170,9 +171,15 @@ def _score(values: Sequence[float]) -> Score:
     return Score(value=statistics.fmean(values), spread=spread)
 
 
-def _seconds(row: Mapping[str, Any]) -> float | None:
-    each = [stage.get("seconds") for stage in row["stages"].values()]
-    return None if None in each else sum(each)
+def _seconds(run_dir: Path, stages: Iterable[str]) -> float | None:
+    """What the stages' own records say; ``None`` where one of them says nothing."""
+    total = 0.0
+    for stage in stages:
+        done = read_json(directory(run_dir, stage) / "done.json") or {}
+        if "seconds" not in done:
+            return None
+        total += done["seconds"]
+    return total
 
 
 HEAD = ("train tokens", "train FLOPs", "in the MoE", "time", "parameters", "active", "FLOPs/token")

@@ -1,6 +1,6 @@
 """The real worker with stages that only pass the time, as ``behaviour`` in the environment says.
 
-``BTX_FAKE`` is JSON: stage name -> {"seconds", "fail", "deaf", "child", "early"}; see ``_stage``.
+``BTX_FAKE`` is JSON: stage name -> {"seconds", "fail", "deaf", "child", "early", "after"}; see ``_stage``.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ def _stage(recipe: Recipe, stage: Stage, run_dir: Path) -> dict[str, object]:
     signal.signal(signal.SIGTERM, lambda number, frame: stop.append(number))
     if wish.get("child"):  # a child that would survive: own session, default signals
         subprocess.Popen(["sleep", "600"], start_new_session=True)
+    while "after" in wish and not (run_dir / wish["after"] / "metrics.jsonl").exists():
+        time.sleep(0.05)  # that one listens to signals by now
     if wish.get("fail") == "user" and rank == 0:
         raise UserError("corpus.jsonl: line 3", "is not an object with `text`", "mend it")
     if wish.get("fail") == "crash" and rank == stage.world_size - 1:

@@ -123,7 +123,7 @@ def test_a_second_ctrl_c_does_not_wait(run: Run) -> None:
 
 def test_a_crash_shows_the_log_and_stops_the_others_politely(run: Run) -> None:
     wish = {
-        "expert:code": {"fail": "crash"},
+        "expert:code": {"fail": "crash", "after": "dense"},
         "expert:math": {"seconds": 20},
         "expert:prose": {"seconds": 20},
         "dense": {"seconds": 20},
