@@ -207,9 +207,20 @@ def a_rank_killed_and_a_job_cancelled(around: Around) -> None:
     assert run.steps("finetune") == around.undisturbed(a_finetuning)
 
 
+WAITS = """#!/bin/sh
+case "$*" in *pipeline.begin*) ;; *) sleep 60 ;; esac
+exec "$@"
+"""
+"""A launcher whose ranks are never there in time."""
+
+
 def restarts_without_progress(around: Around) -> None:
-    """Asked to stop before its first checkpoint, again and again: four starts, then it gives up."""
-    run = slow_seed(around, "loop")
+    """Asked to stop before its first step, again and again: four starts, then it gives up."""
+    waits = around.place("waits") / "launch"
+    waits.parent.mkdir(parents=True, exist_ok=True)
+    waits.write_text(WAITS)
+    waits.chmod(0o755)
+    run = slow_seed(around, "loop", ELSEWHERE % f", launch_prefix: '{waits}'")
     attempts = run.run_dir / "seed" / "attempts.jsonl"
     for start in (1, 2, 3, 4):
         wait(lambda: _lines(attempts) == start, 60, run.out())  # noqa: B023
