@@ -1,6 +1,7 @@
 """The real worker with stages that only pass the time, as ``behaviour`` in the environment says.
 
-``BTX_FAKE`` is JSON: stage name -> {"seconds", "fail", "deaf", "child", "early", "after"}; see ``_stage``.
+``BTX_FAKE`` is JSON: stage name -> {"seconds", "fail", "deaf", "child", "early", "after"}:
+see ``_stage``.
 """
 
 from __future__ import annotations
