@@ -125,12 +125,22 @@ def _of_run(name: str, run_dir: Path) -> Subject:
     from megatron_btx.recipe.stages import directory
 
     recipe = load_recipe(run_dir / "recipe.yaml")
-    stages = {expert: f"expert:{expert}" for expert in recipe.experts} | {"seed": "seed"}
-    method = recipe.btm.select
+    if recipe.btm.select not in METHODS:
+        raise UserError(
+            str(run_dir / "recipe.yaml"),
+            f"btm.select: {recipe.btm.select} makes one model of the set",
+            "evaluate that one (its stage's directory), or describe the set in a YAML file",
+        )
+    names = recipe.model_names
+    if len(names) < 2:
+        raise UserError(
+            str(run_dir / "recipe.yaml"), f"mixes {names[0]} alone", "name the run of two or more"
+        )
+    stages = {model: model if model == "seed" else f"expert:{model}" for model in names}
     return Subject(
         name=name,
-        models={name: find(directory(run_dir, stage)) for name, stage in stages.items()},
-        method=method if method in METHODS else "top2",
+        models={model: find(directory(run_dir, stage)) for model, stage in stages.items()},
+        method=recipe.btm.select,
         run_dir=run_dir,
     )
 

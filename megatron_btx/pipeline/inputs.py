@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_btx.errors import UserError, UserErrors
+from megatron_btx.errors import UserError, UserErrors, noted
 from megatron_btx.pipeline import adopt
 from megatron_btx.pipeline.graph import Stage
 from megatron_btx.recipe import check as recipe_check
@@ -36,16 +35,16 @@ def check(recipe: Recipe, run_dir: Path, left: tuple[Stage, ...], gpus: int | No
     errors: list[UserError] = []
     if gpus is not None:
         for stage in left:
-            with _collected(errors):
+            with noted(errors):
                 _machine(recipe, stage, gpus)
-    with _collected(errors):
+    with noted(errors):
         adopt.check_all(recipe, left)
     if any(stage.kind == "prepare" for stage in left):
         from megatron_btx.data import prepare
 
-        with _collected(errors):
+        with noted(errors):
             prepare.check(recipe, most=_READ_AHEAD // max(1, _files(recipe)))
-    with _collected(errors):
+    with noted(errors):
         _space(recipe, run_dir, left)
     if errors:
         raise UserErrors(errors)
@@ -65,16 +64,6 @@ def warnings(recipe: Recipe) -> Iterator[str]:
         yield "wandb is not installed: metrics are written to metrics.jsonl only"
     elif recipe.wandb.mode == "online" and not tracking.has_key():
         yield tracking.NO_KEY
-
-
-@contextlib.contextmanager
-def _collected(errors: list[UserError]) -> Iterator[None]:
-    try:
-        yield
-    except UserErrors as found:
-        errors += found.errors
-    except UserError as error:
-        errors.append(error)
 
 
 def _machine(recipe: Recipe, stage: Stage, gpus: int) -> None:

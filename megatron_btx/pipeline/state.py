@@ -95,12 +95,13 @@ def link_shared(run_dir: Path, stages: tuple[Stage, ...], share: Sequence[str]) 
     others = [other for other in found if other != run_dir.resolve()]
     for stage in left(run_dir, stages):
         here = run_dir / stage.directory
-        if stage.kind in ("evaluate", "export", "report") or (here / "stage.json").exists():
+        begun = here.exists() and not here.is_symlink()
+        if stage.kind in ("evaluate", "export", "report") or begun:
             continue
         for other in others:
             if done(other, stage) is not None:
                 real = (other / stage.directory).resolve()
-                here.unlink(missing_ok=True)  # a link to what is there no more
+                here.unlink(missing_ok=True)  # a link to what is of another key, or there no more
                 here.symlink_to(os.path.relpath(real, run_dir.resolve()))
                 taken[stage.name] = real
                 break

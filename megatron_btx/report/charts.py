@@ -9,9 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from megatron_btx.report import table
 from megatron_btx.report.facts import Facts, Matrix, Routing, StageFacts
 from megatron_btx.report.style import series
-from megatron_btx.report.svg import Axes, Dot, Line, heatmap, thin
-
-_TENS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+from megatron_btx.report.svg import Axes, Dot, Line, heatmap, power_of_ten, thin
 
 
 def losses(facts: Facts) -> list[tuple[str, str]]:
@@ -119,7 +117,7 @@ def compute(facts: Facts) -> str | None:
     axes = Axes(
         x_range=(0, max(dot.x for dot in dots)),
         y_range=_range(seen),
-        x_label=f"training compute after the seed (10{str(exponent).translate(_TENS)} FLOPs)",
+        x_label=f"training compute after the seed ({power_of_ten(exponent)} FLOPs)",
         y_label="mean held-out loss (nats/token)",
         name="Mean held-out loss of every system against its training compute",
         width=560,

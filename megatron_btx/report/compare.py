@@ -62,17 +62,18 @@ def run(options: argparse.Namespace) -> int:
     if options.seeds < 1:
         raise UserError("--seeds", f"is {options.seeds}", "give at least 1")
     runs = _runs(_files(options.recipes), options.base, options.seeds)
+    asked = evaluation.tasks_of(options)  # before hours of training: a file may not be there
     if options.dry_run:
         _print_left(runs)
         return 0
-    out = options.out or Path(os.path.commonpath([str(one.run_dir) for one in runs]))
+    out = options.out or _common([one.run_dir for one in runs])
     for number, one in enumerate(runs, 1):
         code = _run_one(one, runs, f"{number}/{len(runs)}")
         if code != 0:
             return code
     made = comparison.compare(runs)
     try:
-        tasks = measure_tasks(runs, evaluation.tasks_of(options), out / "tasks")
+        tasks = measure_tasks(runs, asked, out / "tasks")
     except measure.Ended as ended:
         return ended.code
     text = comparison.as_json(made, tasks)
@@ -86,6 +87,13 @@ def run(options: argparse.Namespace) -> int:
         sys.stdout.write(comparison.plain(made) + (table and f"\n{table}"))
         sys.stdout.write(f"page: {out / 'compare.html'}\n")
     return 0
+
+
+def _common(directories: Sequence[Path]) -> Path:
+    """The directory that holds all of them; as they are written, if that can be said."""
+    if len({directory.is_absolute() for directory in directories}) > 1:
+        directories = [directory.absolute() for directory in directories]
+    return Path(os.path.commonpath(directories))
 
 
 def measure_tasks(

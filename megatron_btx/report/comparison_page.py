@@ -14,11 +14,10 @@ from megatron_btx.report.comparison import (
     notes,
 )
 from megatron_btx.report.style import series, sheet
-from megatron_btx.report.svg import Axes, Dot
+from megatron_btx.report.svg import Axes, Dot, power_of_ten
 
 _STYLES = {"btx": "btx-line", "dense": "dense-line", "seed": "seed-line"}
 _OTHERS = ("experts", "upcycling", "btm")
-_TENS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 def render(comparison: Comparison, title: str, tasks: str = "") -> str:
@@ -65,7 +64,7 @@ def picture(comparison: Comparison) -> str:
     axes = Axes(
         x_range=(0, max(dot.x for dot in dots) or 1),
         y_range=(min(values) - margin, max(values) + margin),
-        x_label=f"training compute after the seed (10{str(exponent).translate(_TENS)} FLOPs)",
+        x_label=f"training compute after the seed ({power_of_ten(exponent)} FLOPs)",
         y_label="mean held-out loss (nats/token)",
         name="Mean held-out loss of every system against its training compute",
         width=620,

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 
 Point = tuple[float, float]
 
+_RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Line:
@@ -129,6 +131,11 @@ class Axes:
             f'text-anchor="middle">{html.escape(self.y_label)}</text>'
         )
         return picture(self.width, self.height, self.name, "".join([*grid, *self.parts]))
+
+
+def power_of_ten(exponent: int) -> str:
+    """``10¹³``, for the unit of an axis."""
+    return "10" + str(exponent).translate(_RAISED)
 
 
 def heatmap(

@@ -15,6 +15,8 @@ import torch
 from megatron_btx.cli import main
 from megatron_btx.data.mixture import Stream, stage_stream
 from megatron_btx.engine.checkpoint import final_checkpoint
+from megatron_btx.errors import UserError
+from megatron_btx.evaluate import subject
 from megatron_btx.pipeline import graph, state
 from megatron_btx.pipeline.begin import begin
 from megatron_btx.recipe import count
@@ -73,6 +75,8 @@ def test_a_shared_stage_is_left_alone(systems: Systems, tmp_path: Path) -> None:
     assert set(state.link_shared(tmp_path, stages, [str(run.run_dir)])) == {"prepare", "seed"}
     assert not state.left(tmp_path, stages)
     real = (tmp_path / "seed").resolve()
+    (tmp_path / "dense").mkdir()  # left by a start that came to nothing: it is not in the way
+    assert state.link_shared(tmp_path, graph.build(run.recipe), [str(run.run_dir)]) == {}
     changed = state.Stage(name="seed", kind="seed", key="another")
     state.claim(tmp_path, changed)
     assert not (tmp_path / "seed").is_symlink()
@@ -239,6 +243,7 @@ def test_scores_on_tasks(
         (["{tmp}"], "has no recipe in it"),
         (["{recipe}", "{recipe}"], "give each a `name:` of its own"),
         (["{recipe}", "--seeds", "0"], "give at least 1"),
+        (["{recipe}", "--tasks", "arc_easy={tmp}/none.jsonl"], "none.jsonl does not exist"),
         (["{recipe}", "--base", "{tmp}/none.yaml"], "none.yaml"),
     ],
 )
@@ -250,6 +255,15 @@ def test_bad_comparisons(
     assert main(["compare", *given]) == 2
     assert words in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_a_set_is_what_its_run_mixes(systems: Systems) -> None:
+    """``btm:RUN_DIR``; an average of weights is no set, and a copied seed is alone."""
+    (found,) = subject.parse([f"btm:{systems['btm_top1'].run_dir}"])
+    assert (list(found.models), found.method) == (["math", "web", "more", "seed"], "top1")
+    for name, words in (("btm_average", "one model"), ("upcycling_dm", "mixes seed alone")):
+        with pytest.raises(UserError, match=words):
+            subject.parse([f"btm:{systems[name].run_dir}"])
 
 
 def test_spread_over_seeds() -> None:
