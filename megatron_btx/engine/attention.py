@@ -1,7 +1,7 @@
-"""Attention without Transformer Engine: torch's fused kernel behind Megatron's interface.
+"""Attention without Transformer Engine: torch's fused kernel behind Megatron's interface, and on a
+CPU batched products (engine/causal.py).
 
-Megatron's own fallback builds the S x S matrix of every head; ``scaled_dot_product_attention`` does
-not, on a CPU nor on a GPU.
+Megatron's own fallback builds the S x S matrix of every head; neither of the two does.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+
+from megatron_btx.engine.causal import attend
 
 # Shapes: S sequence, B micro-batch, N query heads here, G key/value heads here, D width of a head.
 
@@ -87,13 +89,22 @@ class ScaledDotProductAttention(MegatronModule):
         if attention_bias is not None or packed_seq_params is not None:
             raise ValueError("attention bias and packed sequences need Transformer Engine")
         groups, seq = query.shape[2] // key.shape[2], len(query)
+        query_BNSD = query.permute(1, 2, 0, 3)
+        key_BNSD, value_BNSD = _heads_first(key, groups), _heads_first(value, groups)
+        if query.device.type == "cpu":
+            context_HSD = attend(
+                *(part.flatten(0, 1) for part in (query_BNSD, key_BNSD, value_BNSD)),
+                window=self.window,
+                scale=self.softmax_scale,
+            )
+            return context_HSD.transpose(0, 1).reshape(seq, query.shape[1], -1)
         within = None
         if self.window is not None and self.window + 1 < seq:
             within = _band(seq, self.window, query.device)
         context_BNSD = scaled_dot_product_attention(
-            query.permute(1, 2, 0, 3),
-            _heads_first(key, groups),
-            _heads_first(value, groups),
+            query_BNSD,
+            key_BNSD,
+            value_BNSD,
             attn_mask=within,
             is_causal=within is None,
             scale=self.softmax_scale,

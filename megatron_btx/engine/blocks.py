@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-_ELEMENTS = 1 << 17
+ELEMENTS = 1 << 17
 """Of a block, for every thread: half a megabyte in fp32, of which some three are live. Much
 smaller, and torch does not share an operation between threads."""
 
@@ -21,6 +21,6 @@ def blocks(x: Tensor) -> Iterator[slice]:
     rows = len(x)
     step = max(1, rows)
     if x.device.type == "cpu":
-        step = max(1, _ELEMENTS * torch.get_num_threads() // x.shape[1])
+        step = max(1, ELEMENTS * torch.get_num_threads() // x.shape[1])
     for first in range(0, rows, step):
         yield slice(first, first + step)

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from megatron_btx.engine import dispatch
+from megatron_btx.engine import dispatch, host
 
 _DEVICE = torch.device("cpu")
 
@@ -176,6 +176,7 @@ def install() -> bool:
     """
     if torch.cuda.is_available():
         return False
+    host.install()
     with _lean_imports():
         for module_name in _IMPORTED:
             importlib.import_module(module_name)

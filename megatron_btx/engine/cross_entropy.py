@@ -32,29 +32,23 @@ def cross_entropy(
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Keeps the logits and a number a token, and turns the logits into their gradient in place:
-    once, like Megatron's."""
+    """Keeps the logits, and turns them into their gradient in place: once, like Megatron's."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Tensor) -> Tensor:
-        rows = logits.flatten(0, 1)
-        log_sum = torch.empty(len(rows), dtype=torch.float32, device=logits.device)
+        ctx.save_for_backward(logits, target)
+        rows, places = logits.flatten(0, 1), target.reshape(-1, 1)
+        loss = torch.empty(places.shape, dtype=torch.float32, device=logits.device)
         for block in blocks(rows):
-            log_sum[block] = rows[block].float().logsumexp(-1)
-        ctx.save_for_backward(logits, target, log_sum)
-        chosen = logits.gather(-1, target.unsqueeze(-1)).squeeze(-1)
-        return log_sum.view_as(target) - chosen.float()
+            loss[block] = -rows[block].log_softmax(-1, torch.float32).gather(-1, places[block])
+        return loss.view_as(target)
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        logits, target, log_sum = ctx.saved_tensors
-        rows = logits.detach().flatten(0, 1)
-        log_sum, weight = log_sum.unsqueeze(-1), grad_loss.reshape(-1, 1)
-        places = target.reshape(-1, 1)
+        logits, target = ctx.saved_tensors
+        rows, places = logits.detach().flatten(0, 1), target.reshape(-1, 1)
+        weight = grad_loss.reshape(-1, 1)
         for block in blocks(rows):
-            grad = rows[block].float()  # fp32 already: the logits themselves
-            grad.sub_(log_sum[block]).exp_().mul_(weight[block])
-            grad.scatter_add_(-1, places[block], -weight[block])
-            if grad.dtype != rows.dtype:
-                rows[block] = grad
+            grad = rows[block].softmax(-1, torch.float32).mul_(weight[block])
+            rows[block] = grad.scatter_add_(-1, places[block], -weight[block])
         return rows.view_as(logits), None

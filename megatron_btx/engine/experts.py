@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.functional import grouped_mm
 
-from megatron_btx.engine import swiglu
+from megatron_btx.engine import host, swiglu
 
 # Shapes: T tokens that reached this rank, E experts here, H hidden, F width of an expert here.
 
@@ -160,9 +160,9 @@ _TILE = 64
 def feed_forward(x: Tensor, counts: Tensor, fc1: Tensor, fc2: Tensor, fuse: bool) -> Tensor:
     """``W2 swiglu(W1 x)`` of every expert's rows.
 
-    On a CPU in bf16 every expert gets rows of zeros up to a multiple of 64: oneDNN, which computes
-    those products, writes machine code for each new shape, and at the demo's size that takes twenty
-    times as long as the product.
+    Where oneDNN multiplies (engine/host.py) every expert gets rows of zeros up to a multiple of 64:
+    it writes machine code for each new shape, and at the demo's size that takes up to twenty times
+    as long as the product.
 
     Args:
         x: [T, H], sorted by expert.
@@ -174,7 +174,7 @@ def feed_forward(x: Tensor, counts: Tensor, fc1: Tensor, fc2: Tensor, fuse: bool
     Returns:
         [T, H].
     """
-    if x.device.type != "cpu" or x.dtype != torch.bfloat16:
+    if x.device.type != "cpu" or not host.onednn_multiplies(x.dtype):
         ends = counts.cumsum(0).to(device=x.device, dtype=torch.int32)
         return _FeedForward.apply(x, fc1, fc2, ends, fuse)
     short = -counts % _TILE

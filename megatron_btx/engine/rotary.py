@@ -1,4 +1,4 @@
-"""Rotary positions of queries and keys in one pass, cut from the mixed projection on the way.
+"""Rotary positions of queries and keys, cut from the mixed projection on the way.
 
 Megatron's own fallback splits the projection, negates and concatenates halves and multiplies, and
 autograd concatenates again on the way back: on a CPU that is a fifth of a small model's step. This
@@ -51,52 +51,43 @@ class _SplitAndRotate(torch.autograd.Function):
         cos, sin = _cos_sin(angles, mixed_qkv.dtype)
         ctx.save_for_backward(cos, sin)
         ctx.shape = mixed_qkv.shape
-        q, k, v = _parts(mixed_qkv, width)
-        q_out, k_out, v_out = (_heads_first_like(part) for part in (q, k, v))
-        _rotate(q, cos, sin, out=q_out)
-        _rotate(k, cos, sin, out=k_out)
-        v_out.copy_(v)
-        return tuple(part.flatten(2, 3) for part in (q_out, k_out, v_out))
+        q, k, v = (part.contiguous() for part in _parts(mixed_qkv, width))
+        turned = (_rotate(q, cos, sin), _rotate(k, cos, sin), v)
+        return tuple(part.flatten(1, 2).permute(2, 0, 1, 3) for part in turned)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         cos, sin = ctx.saved_tensors
         grad_mixed = grads[0].new_empty(ctx.shape)
-        q, k, v = _parts(grad_mixed, grads[0].shape[-1])
+        parts = _parts(grad_mixed, grads[0].shape[-1])
         grad_q, grad_k, grad_v = (
-            grad.unflatten(2, part.shape[2:4]) for grad, part in zip(grads, (q, k, v), strict=True)
+            grad.permute(1, 2, 0, 3).contiguous().view(part.shape)
+            for grad, part in zip(grads, parts, strict=True)
         )
-        # In the memory order of attention first: rotating into the narrow strips of the mixed
-        # tensor takes twice as long.
-        for grad, part in ((grad_q, q), (grad_k, k)):
-            back = _heads_first_like(part)
-            _rotate(grad, cos, -sin, out=back)
-            part.copy_(back)
+        q, k, v = parts
+        q.copy_(_rotate(grad_q, cos, -sin))
+        k.copy_(_rotate(grad_k, cos, -sin))
         v.copy_(grad_v)
         return grad_mixed, None, None
 
 
 def _cos_sin(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """[S, 1, 1, 1, D / 2] each, rounded to the dtype of what they multiply, as Megatron's are."""
-    half = angles[..., : angles.shape[-1] // 2].unsqueeze(2)
-    return half.cos().to(dtype), half.sin().to(dtype)
+    """cos and -sin, sin [S D] of both halves, rounded to the dtype of what they multiply, as
+    Megatron's are."""
+    half = angles[..., : angles.shape[-1] // 2].flatten(1)
+    cos, sin = half.cos().to(dtype), half.sin().to(dtype)
+    return torch.cat((cos, cos), -1).flatten(), torch.cat((-sin, sin), -1).flatten()
 
 
 def _parts(mixed_qkv: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Views [S, B, G, R, D], [S, B, G, 1, D] and [S, B, G, 1, D]."""
-    heads = mixed_qkv.unflatten(-1, (-1, width))
-    return heads[..., :-2, :], heads[..., -2:-1, :], heads[..., -1:, :]
+    """Views [B, G, R, S, D], [B, G, 1, S, D] and [B, G, 1, S, D]."""
+    heads = mixed_qkv.unflatten(-1, (-1, width)).permute(1, 2, 3, 0, 4)
+    return heads[:, :, :-2], heads[:, :, -2:-1], heads[:, :, -1:]
 
 
-def _heads_first_like(part: Tensor) -> Tensor:
-    """Unset memory of a part's shape, in the order [B, G, R, S, D]."""
-    seq, batch, groups, repeats, width = part.shape
-    return part.new_empty(batch, groups, repeats, seq, width).permute(3, 0, 1, 2, 4)
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> None:
-    """``(a, b) -> (a cos - b sin, b cos + a sin)`` for the halves a, b of the last dimension."""
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """``(a, b) -> (a cos - b sin, b cos + a sin)`` for the halves a, b of the last dimension, whole
+    heads [S D] at a time: over halves of a head's width torch's kernels run many times slower."""
     a, b = x.chunk(2, dim=-1)
-    out_a, out_b = out.chunk(2, dim=-1)
-    torch.mul(a, cos, out=out_a).sub_(b * sin)
-    torch.mul(b, cos, out=out_b).add_(a * sin)
+    swapped = torch.cat((b, a), -1).flatten(-2)
+    return (x.flatten(-2) * cos).addcmul_(swapped, sin).view_as(x)

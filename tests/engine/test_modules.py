@@ -147,7 +147,7 @@ def test_rotary_refuses_other_angles() -> None:
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several blocks of the few rows that the tests have, the last one shorter."""
-    monkeypatch.setattr(blocks, "_ELEMENTS", 32)
+    monkeypatch.setattr(blocks, "ELEMENTS", 32)
 
 
 def plain_swiglu(x: Tensor) -> Tensor:

@@ -1,0 +1,119 @@
+"""Causal attention on a CPU, a block of queries at a time, by torch's own batched products.
+
+torch's fused kernel on a CPU multiplies blocks of 32 by one head; products over many heads at once
+are faster, and here the processor's best library does them (engine/host.py). No more than a block's
+scores are in memory at a time, and the backward pass computes them again.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_btx.engine.blocks import ELEMENTS
+
+# Shapes: H heads of all sequences of the micro-batch, S sequence, D width of a head.
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Attention of every token to itself and those before it (arXiv 1706.03762, equation 1).
+
+    Scores and their softmax are fp32 whatever the inputs are.
+
+    Args:
+        query: [H, S, D].
+        key: [H, S, D].
+        value: [H, S, D].
+        window: how many tokens a token sees before itself; ``None``: all.
+        scale: multiplies the scores; ``None``: ``1 / sqrt(D)``.
+
+    Returns:
+        [H, S, D] in the dtype of ``query``, in the memory order [S, H, D].
+    """
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return _Attend.apply(query, key, value, window, scale)
+
+
+class _Attend(torch.autograd.Function):
+    """Keeps its inputs and nothing else."""
+
+    @staticmethod
+    def forward(  # noqa: PLR0913
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, window: int | None, scale: float
+    ) -> Tensor:
+        ctx.save_for_backward(query, key, value)
+        ctx.window, ctx.scale = window, scale
+        out = _sequence_first(query)
+        query, key, value = query.float() * scale, key.float(), value.float()
+        for heads, rows, seen in _blocks(query, window):
+            gates = _gates(query[heads, rows], key[heads, seen], window)
+            out[heads, rows] = torch.bmm(gates, value[heads, seen])
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        dtype = grad_out.dtype
+        query, key, value = (saved.float() for saved in ctx.saved_tensors)
+        query, grad_out = query * ctx.scale, grad_out.float()
+        grad_query, grad_key = torch.empty_like(query), torch.zeros_like(key)
+        grad_value = torch.zeros_like(value)
+        for heads, rows, seen in _blocks(query, ctx.window):
+            q, grad = query[heads, rows], grad_out[heads, rows]
+            k, v = key[heads, seen], value[heads, seen]
+            gates = _gates(q, k, ctx.window)
+            grad_gates = torch.bmm(grad, v.mT)
+            grad_scores = torch._softmax_backward_data(grad_gates, gates, -1, gates.dtype)
+            grad_query[heads, rows] = torch.bmm(grad_scores, k)
+            grad_key[heads, seen] += torch.bmm(grad_scores.mT, q)
+            grad_value[heads, seen] += torch.bmm(gates.mT, grad)
+        grad_query.mul_(ctx.scale)
+        return grad_query.to(dtype), grad_key.to(dtype), grad_value.to(dtype), None, None
+
+
+def _gates(query: Tensor, key: Tensor, window: int | None) -> Tensor:
+    """[h, R, K]: what each of the last R of K tokens takes of each."""
+    scores = torch.bmm(query, key.mT)
+    hidden = _hidden(query.shape[1], key.shape[1], window)
+    scores[..., -hidden.shape[1] :] += hidden
+    return scores.softmax(-1)
+
+
+@functools.lru_cache(maxsize=32)
+def _hidden(rows: int, keys: int, window: int | None) -> Tensor:
+    """[R, K]: minus infinity for the keys that the last R of K tokens do not see, else zero;
+    without a window [R, R], for the keys before those are seen by all."""
+    if window is None:
+        keys = rows
+    behind = torch.arange(keys - rows, keys).unsqueeze(1) - torch.arange(keys)
+    seen = behind >= 0 if window is None else (behind >= 0) & (behind <= window)
+    return torch.zeros(rows, keys).masked_fill_(~seen, -math.inf)
+
+
+def _blocks(query: Tensor, window: int | None) -> Iterator[tuple[slice, slice, slice]]:
+    """(heads, queries, the keys that those see): their scores stay in the cores' caches."""
+    heads, seq, _ = query.shape
+    rows = max(64, seq // 8)
+    for first in range(0, seq, rows):
+        last = min(first + rows, seq)
+        start = 0 if window is None else max(0, first - window)
+        step = max(1, ELEMENTS * torch.get_num_threads() // ((last - first) * (last - start)))
+        for head in range(0, heads, step):
+            yield slice(head, head + step), slice(first, last), slice(start, last)
+
+
+def _sequence_first(query: Tensor) -> Tensor:
+    """Unset memory [H, S, D], in the order of the projection that reads it."""
+    heads, seq, width = query.shape
+    return query.new_empty(seq, heads, width).transpose(0, 1)

@@ -1,0 +1,89 @@
+"""Two defaults that cost a rank on a CPU much of its speed, and the other choice.
+
+Neither changes what is computed: fp32 stays fp32, memory stays memory. Figures: docs/benchmarks.md.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+from pathlib import Path
+
+import torch
+
+# mallopt(3)
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+_TOP_PAD = 64 << 20
+
+
+def install() -> None:
+    """Make both choices, for the rest of the process. Where they do not apply, nothing is done."""
+    keep_memory()
+    multiply_with_onednn()
+
+
+def keep_memory() -> bool:
+    """Let glibc keep what is freed, for the next step will ask for it again.
+
+    By default every tensor above some hundred kilobytes comes from ``mmap`` and goes back with
+    ``munmap``, so that each step has the kernel clear all its pages anew.
+
+    Returns:
+        Whether it does; not with another C library, nor where the user's own ``MALLOC_...`` is set.
+    """
+    if any(name.startswith("MALLOC_") for name in os.environ):
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None:
+        return False
+    options = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1, _M_TOP_PAD: _TOP_PAD}
+    return all(mallopt(option, value) for option, value in options.items())
+
+
+def multiply_with_onednn() -> bool:
+    """Hand products of fp32 to oneDNN where MKL does not use what the processor has.
+
+    MKL keeps to AVX2 on a processor that is not Intel's: half the speed where there is AVX-512.
+    torch carries oneDNN too, but hands it a product of fp32 only where that may be rounded to bf16
+    on the way (``torch.set_float32_matmul_precision("medium")``). oneDNN rounds with Intel's AMX
+    alone; elsewhere the permission goes unused. That is tried out, not believed.
+
+    Returns:
+        Whether oneDNN multiplies; not where somebody has set the precision already.
+    """
+    if (
+        torch.get_float32_matmul_precision() != "highest"
+        or torch.backends.cpu.get_cpu_capability() != "AVX512"
+        or not torch.backends.mkldnn.is_available()
+        or _maker() == "GenuineIntel"
+    ):
+        return False
+    torch.set_float32_matmul_precision("medium")
+    if rounds_fp32():
+        torch.set_float32_matmul_precision("highest")
+        return False
+    return True
+
+
+def onednn_multiplies(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies matrices of that dtype on the CPU: bf16 always, fp32 by choice."""
+    return dtype == torch.bfloat16 or torch.get_float32_matmul_precision() == "medium"
+
+
+def rounds_fp32() -> bool:
+    """Whether a product of fp32 matrices loses bits now: each number here times one, and nothing
+    else, so that only rounding a factor can change it."""
+    numbers = torch.linspace(1, 2, 64 * 64).view(64, 64)
+    one = torch.eye(64)
+    stacked = torch.bmm(numbers.expand(4, 64, 64), one.expand(4, 64, 64))
+    return not (torch.equal(numbers @ one, numbers) and bool((stacked == numbers).all()))
+
+
+def _maker() -> str | None:
+    """``GenuineIntel``, ``AuthenticAMD``, ...; ``None`` where Linux does not say."""
+    try:
+        found = re.search(r"^vendor_id\s*: (\S+)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return found[1] if found else None
