@@ -15,7 +15,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from megatron_btx.engine import blocks, dispatch, swiglu
+from megatron_btx.engine import blocks, causal, dispatch, swiglu
 from megatron_btx.engine.adam import Adam
 from megatron_btx.engine.attention import ScaledDotProductAttention
 from megatron_btx.engine.cross_entropy import cross_entropy
@@ -80,10 +80,20 @@ def attention(**fields: Any) -> ScaledDotProductAttention:
     return ScaledDotProductAttention(config, 1, AttnMaskType.causal, "self")
 
 
+@pytest.fixture(params=["one block", "many"])
+def heads_a_block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "many":
+        monkeypatch.setattr(causal, "ELEMENTS", 64 * 150)
+
+
 @dtypes
 @pytest.mark.parametrize("groups", [4, 2, 1])
-def test_attention(groups: int, dtype: torch.dtype) -> None:
-    module = attention(num_query_groups=groups)
+@pytest.mark.parametrize(
+    ("seq", "window"), [(7, None), (150, None), (7, 2), (150, 5), (150, 64), (150, 149), (1, None)]
+)
+@pytest.mark.usefixtures("heads_a_block")
+def test_attention(groups: int, seq: int, window: int | None, dtype: torch.dtype) -> None:
+    module = attention(num_query_groups=groups, window_size=None if window is None else (window, 0))
 
     def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return module(q, k, v, None)
@@ -91,14 +101,16 @@ def test_attention(groups: int, dtype: torch.dtype) -> None:
     def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         k, v = (x.repeat_interleave(4 // groups, dim=2) for x in (k, v))
         scores = torch.einsum("sbnd,tbnd->bnst", q, k) / 8**0.5
-        seen = torch.ones(7, 7).tril().bool()
+        seen = torch.ones(seq, seq).tril().bool()
+        if window is not None:
+            seen &= torch.ones(seq, seq).triu(-window).bool()
         weights = scores.masked_fill(~seen, -torch.inf).softmax(-1)
         return torch.einsum("bnst,tbnd->sbnd", weights, v).flatten(2)
 
     inputs = (
-        draw(0, 7, 2, 4, 8, dtype=dtype),
-        draw(1, 7, 2, groups, 8, dtype=dtype),
-        draw(2, 7, 2, groups, 8, dtype=dtype),
+        draw(0, seq, 2, 4, 8, dtype=dtype),
+        draw(1, seq, 2, groups, 8, dtype=dtype),
+        draw(2, seq, 2, groups, 8, dtype=dtype),
     )
     agree(ours, inputs, reference, dtype)
 

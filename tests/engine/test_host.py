@@ -1,0 +1,92 @@
+"""The two choices for a CPU rank: what they do, and that they change no value."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from megatron_btx.engine import host
+
+STEPS = """
+import resource, sys, torch
+from megatron_btx.engine import host
+kept = host.keep_memory() if sys.argv[1] == "keep" else None
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(10):
+        tensors = [torch.ones(6_000_000), torch.ones(20_000_000)]  # 24 and 80 MB
+        del tensors
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+print(kept, faults())
+"""
+
+
+def steps(how: str, **environment: str) -> tuple[str, int]:
+    clean = {name: text for name, text in os.environ.items() if not name.startswith("MALLOC_")}
+    command = [sys.executable, "-c", STEPS, how]
+    out = subprocess.run(
+        command, env=clean | environment, capture_output=True, text=True, check=True
+    )
+    kept, faults = out.stdout.split()
+    return kept, int(faults)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_freed_memory_is_kept() -> None:
+    """104 MB ten times: the kernel clears a quarter of a million pages, or none again."""
+    kept, faults = steps("keep")
+    assert kept == "True"
+    assert faults < 1000
+    assert steps("leave")[1] > 20 * faults  # huge pages, where they are on, make it fewer
+    assert steps("keep", MALLOC_TOP_PAD_="1000")[0] == "False"  # the user has chosen
+
+
+def test_products_keep_every_bit() -> None:
+    """As the conftest's ``cpu.install()`` left this process."""
+    assert not host.rounds_fp32()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert host.rounds_fp32()
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """A process that has chosen nothing, on another maker's processor with AVX-512."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    monkeypatch.setattr(host, "_maker", lambda: "AuthenticAMD")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(host, "rounds_fp32", lambda: False)
+    yield monkeypatch
+    torch.set_float32_matmul_precision(before)
+
+
+def test_onednn_where_it_keeps_every_bit(fresh: pytest.MonkeyPatch) -> None:
+    assert host.multiply_with_onednn()
+    assert host.onednn_multiplies(torch.float32)
+
+
+def test_not_where_it_rounds(fresh: pytest.MonkeyPatch) -> None:
+    fresh.setattr(host, "rounds_fp32", lambda: True)
+    assert not host.multiply_with_onednn()
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert not host.onednn_multiplies(torch.float32)
+    assert host.onednn_multiplies(torch.bfloat16)
+
+
+@pytest.mark.parametrize("reason", ["maker", "instructions", "chosen"])
+def test_not_where_it_does_not_apply(fresh: pytest.MonkeyPatch, reason: str) -> None:
+    if reason == "maker":
+        fresh.setattr(host, "_maker", lambda: "GenuineIntel")
+    elif reason == "instructions":
+        fresh.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    else:
+        torch.set_float32_matmul_precision("high")
+    before = torch.get_float32_matmul_precision()
+    assert not host.multiply_with_onednn()
+    assert torch.get_float32_matmul_precision() == before
