@@ -13,8 +13,8 @@ import megatron_btx
 
 PACKAGE = Path(megatron_btx.__file__).parent
 ORDER = (
-    "errors files versions recipe weights families mix engine data evaluate train pipeline "
-    "report cli"
+    "errors files processor versions recipe weights families mix engine data evaluate train "
+    "pipeline report cli"
 )
 ROOMS = ORDER.split()
 """Each may import itself and those before it."""
@@ -37,6 +37,7 @@ TORCH_FREE = (
     "pipeline.state",
     "pipeline.worker",
     "recipe.check",
+    "processor",
     "recipe.load",
     "report.evaluation",
     "report.page",

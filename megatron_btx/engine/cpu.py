@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import logging
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -202,6 +203,8 @@ def _lean_imports() -> Iterator[None]:
     do they see wandb, which its inference engine would log to (together 3.5 s of CPU to 2.0)."""
     compile_, wandb = torch.compile, "wandb" in sys.modules
     torch.compile = lambda model=None, **_: model  # type: ignore[assignment]
+    # With a torch for CUDA and nvcc, but no GPU, it warns that there is none.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     if not wandb:
         sys.modules["wandb"] = None  # type: ignore[assignment]
     try:

@@ -160,10 +160,6 @@ _TILE = 64
 def feed_forward(x: Tensor, counts: Tensor, fc1: Tensor, fc2: Tensor, fuse: bool) -> Tensor:
     """``W2 swiglu(W1 x)`` of every expert's rows.
 
-    Where oneDNN multiplies (engine/host.py) every expert gets rows of zeros up to a multiple of 64:
-    it writes machine code for each new shape, and at the demo's size that takes up to twenty times
-    as long as the product.
-
     Args:
         x: [T, H], sorted by expert.
         counts: [E], integers, each expert's rows.
@@ -174,23 +170,52 @@ def feed_forward(x: Tensor, counts: Tensor, fc1: Tensor, fc2: Tensor, fuse: bool
     Returns:
         [T, H].
     """
-    if x.device.type != "cpu" or not host.onednn_multiplies(x.dtype):
-        ends = counts.cumsum(0).to(device=x.device, dtype=torch.int32)
-        return _FeedForward.apply(x, fc1, fc2, ends, fuse)
-    short = -counts % _TILE
-    pieces = [
-        piece
-        for rows, missing in zip(x.split(counts.tolist()), short.tolist(), strict=True)
-        for piece in (rows, rows.new_zeros(missing, x.shape[1]))
-    ]
-    ends = (counts + short).cumsum(0).to(torch.int32)
-    out = _FeedForward.apply(torch.cat(pieces), fc1, fc2, ends, fuse)
-    return torch.cat(out.split([len(piece) for piece in pieces])[::2])
+    tile = _TILE if x.device.type == "cpu" and host.onednn_multiplies(x.dtype) else 1
+    return _FeedForward.apply(x, fc1, fc2, counts, fuse, tile)
+
+
+class _Tiles:
+    """Every expert's rows moved apart, to places that are multiples of a tile; between them zeros.
+
+    Where oneDNN multiplies (engine/host.py) each new number of rows costs it machine code: twenty
+    times the product's time at the demo's size, and half a megabyte. The memory that the rows are
+    moved into is of few different sizes, so that what one step frees fits the next.
+    """
+
+    def __init__(self, counts: Tensor, tile: int, device: torch.device) -> None:
+        self.apart = tile > 1
+        padded = counts + -counts % tile
+        self.ends = padded.cumsum(0).to(device=device, dtype=torch.int32)
+        """[E], where each expert's rows end; what follows the last is neither read nor written."""
+        if self.apart:
+            self.counts = counts.tolist()
+            self.starts = (padded.cumsum(0) - padded).tolist()
+            self.used = self.starts[-1] + int(padded[-1])
+            rows = sum(self.counts) + len(self.counts) * tile
+            step = max(tile, 1 << max(0, rows.bit_length() - 4))
+            self.room = -(-rows // step) * step
+
+    def spread(self, x: Tensor) -> Tensor:
+        """[T, H] -> [R, H]."""
+        if not self.apart:
+            return x
+        out = x.new_empty(self.room, x.shape[1])
+        ends = [*self.starts[1:], self.used]
+        for rows, start, end in zip(x.split(self.counts), self.starts, ends, strict=True):
+            out[start : start + len(rows)] = rows
+            out[start + len(rows) : end] = 0
+        return out
+
+    def collect(self, x: Tensor) -> Tensor:
+        """[R, H] -> [T, H]."""
+        if not self.apart:
+            return x
+        places = zip(self.starts, self.counts, strict=True)
+        return torch.cat([x[start : start + count] for start, count in places])
 
 
 class _FeedForward(torch.autograd.Function):
-    """``feed_forward``, given ``ends`` [E], int32, where each expert's rows end. A matrix costs one
-    grouped product, and two more for the gradients.
+    """``feed_forward``. A matrix costs one grouped product, and two more for the gradients.
 
     Keeps ``x`` and ``W1 x``; the second product's input is computed again, along with the gradient
     of the activation. Written out because the built-in backward refuses the strided gradients that
@@ -199,25 +224,33 @@ class _FeedForward(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, fc1: Tensor, fc2: Tensor, ends: Tensor, fuse: bool) -> Tensor:
-        gate_up = grouped_mm(x, fc1.transpose(1, 2), offs=ends)
-        ctx.save_for_backward(x, gate_up, fc1, fc2, ends)
+    def forward(  # noqa: PLR0913
+        ctx: Any, x: Tensor, fc1: Tensor, fc2: Tensor, counts: Tensor, fuse: bool, tile: int
+    ) -> Tensor:
+        tiles = _Tiles(counts, tile, x.device)
+        x = tiles.spread(x)
+        gate_up = grouped_mm(x, fc1.transpose(1, 2), offs=tiles.ends)
+        ctx.save_for_backward(x, gate_up, fc1, fc2)
+        ctx.tiles = tiles
         # The parameters themselves: saved ones come back as other objects, without `main_grad`.
         ctx.parameters = (fc1, fc2) if fuse and hasattr(fc1, "main_grad") else (None, None)
-        return grouped_mm(swiglu.activate(gate_up), fc2.transpose(1, 2), offs=ends)
+        inner = swiglu.activate(gate_up)
+        return tiles.collect(grouped_mm(inner, fc2.transpose(1, 2), offs=tiles.ends))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, gate_up, fc1, fc2, ends = ctx.saved_tensors
+        x, gate_up, fc1, fc2 = ctx.saved_tensors
+        tiles, ends = ctx.tiles, ctx.tiles.ends
         # Without a single row grouped_mm rejects the strides.
-        grad = grad.contiguous() if len(x) else grad.new_empty(grad.shape)
+        grad = tiles.spread(grad.contiguous() if len(grad) else grad.new_empty(grad.shape))
         inner = x.new_empty(len(x), fc2.shape[2])
         grad_gate_up = swiglu.gradient(gate_up, grouped_mm(grad, fc2, offs=ends), again=inner)
         grad_fc1 = grad_fc2 = None
         if ctx.needs_input_grad[1]:  # not frozen
             grad_fc1 = _weight_gradient(ctx.parameters[0], grad_gate_up, x, ends)
             grad_fc2 = _weight_gradient(ctx.parameters[1], grad, inner, ends)
-        return grouped_mm(grad_gate_up, fc1, offs=ends), grad_fc1, grad_fc2, None, None
+        grad_x = tiles.collect(grouped_mm(grad_gate_up, fc1, offs=ends))
+        return grad_x, grad_fc1, grad_fc2, None, None, None
 
 
 def _weight_gradient(weights: Any, grad: Tensor, x: Tensor, ends: Tensor) -> Tensor:

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import ctypes
 import os
-import re
-from pathlib import Path
 
 import torch
 
+from megatron_btx import processor
+
 # mallopt(3)
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 _TOP_PAD = 64 << 20
+_POOLED = 1 << 20
+"""Bytes. Larger blocks are not kept: those of an MoE and of collectives come in so many sizes that
+keeping them takes half as much memory again, and a large model's products outweigh their cost."""
 
 
 def install() -> None:
@@ -24,10 +27,10 @@ def install() -> None:
 
 
 def keep_memory() -> bool:
-    """Let glibc keep what is freed, for the next step will ask for it again.
+    """Let glibc keep what is freed up to a megabyte, for the next step will ask for it again.
 
-    By default every tensor above some hundred kilobytes comes from ``mmap`` and goes back with
-    ``munmap``, so that each step has the kernel clear all its pages anew.
+    By default a tensor above some hundred kilobytes comes from ``mmap`` and goes back with
+    ``munmap``, or the top of the heap does, so that each step has the kernel clear its pages anew.
 
     Returns:
         Whether it does; not with another C library, nor where the user's own ``MALLOC_...`` is set.
@@ -37,7 +40,7 @@ def keep_memory() -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:
         return False
-    options = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1, _M_TOP_PAD: _TOP_PAD}
+    options = {_M_MMAP_THRESHOLD: _POOLED, _M_TRIM_THRESHOLD: 2**31 - 1, _M_TOP_PAD: _TOP_PAD}
     return all(mallopt(option, value) for option, value in options.items())
 
 
@@ -54,9 +57,8 @@ def multiply_with_onednn() -> bool:
     """
     if (
         torch.get_float32_matmul_precision() != "highest"
-        or torch.backends.cpu.get_cpu_capability() != "AVX512"
         or not torch.backends.mkldnn.is_available()
-        or _maker() == "GenuineIntel"
+        or not processor.has_avx512_without_mkl()
     ):
         return False
     torch.set_float32_matmul_precision("medium")
@@ -78,12 +80,3 @@ def rounds_fp32() -> bool:
     one = torch.eye(64)
     stacked = torch.bmm(numbers.expand(4, 64, 64), one.expand(4, 64, 64))
     return not (torch.equal(numbers @ one, numbers) and bool((stacked == numbers).all()))
-
-
-def _maker() -> str | None:
-    """``GenuineIntel``, ``AuthenticAMD``, ...; ``None`` where Linux does not say."""
-    try:
-        found = re.search(r"^vendor_id\s*: (\S+)", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        return None
-    return found[1] if found else None

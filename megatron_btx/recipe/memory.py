@@ -1,28 +1,32 @@
 """Bytes: what a rank holds while it trains, and what a checkpoint takes on disk.
 
 Two totals: what is *allocated*, which is what a GPU reports, and what is *resident* on a CPU, where
-the runtime and what the C library does not give back come on top. The formulae follow the modules
-of megatron_btx/engine (``scaled_dot_product_attention``, grouped experts, gradients accumulated in
-fp32) and were read off the tensors that autograd keeps.
+the runtime and what the C library and oneDNN do not give back come on top. The formulae follow the
+modules of megatron_btx/engine (``scaled_dot_product_attention``, grouped experts, gradients
+accumulated in fp32) and were read off the tensors that autograd keeps.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
 from dataclasses import dataclass
 
+from megatron_btx import processor
 from megatron_btx.recipe import count
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.layouts import sequence_parallel
 from megatron_btx.recipe.schema import Layout, Training
 
-RUNTIME = 350_000_000
+RUNTIME = {"cpu": 350_000_000, "cuda": 840_000_000}
 """Resident size of a CPU rank that has imported torch and Megatron-Core and joined its process
-groups, before it builds a model. A GPU's context is outside of what its allocator reports."""
+groups, before it builds a model, by what its torch was built for. A GPU's context is outside of
+what its allocator reports."""
 
-SLACK = {"dense": 0.55, "moe": 0.75}
-"""What glibc's allocator keeps on top on a CPU, as a share of the activations: their blocks come
-back in another order than the next step asks for them. Measured at hidden 64 and 512, fp32, bf16.
-With ``MALLOC_MMAP_THRESHOLD_=1000000`` it is nothing, and small models are slower."""
+HELD = {"dense": 30_000_000, "moe": 170_000_000}
+"""What a CPU rank holds on top: small blocks that glibc keeps (engine/host.py), and the machine
+code that oneDNN writes for each number of an expert's tokens. Measured at hidden 64 and 512, fp32
+and bf16, on one and two ranks. Where oneDNN does not multiply, a dense model's holds for an MoE."""
 
 _ELEMENT = {"fp32": 4, "bf16": 2}
 _ITEM = 2400
@@ -44,8 +48,8 @@ class Memory:
     transient: int
     """The most that comes on top: the loss's softmax, the logits' gradient and the output layer's,
     or later the layers that are recomputed."""
-    slack: int
-    """Held by a CPU's allocator, see ``SLACK``."""
+    held: int
+    """On a CPU, see ``HELD``; with the distributed optimizer, its collectives' fp32 copy too."""
 
     @property
     def allocated(self) -> int:
@@ -56,7 +60,17 @@ class Memory:
     @property
     def resident(self) -> int:
         """On a CPU: the process's peak resident set."""
-        return self.allocated + RUNTIME + self.slack
+        return self.allocated + runtime() + self.held
+
+
+@functools.cache
+def runtime() -> int:
+    """``RUNTIME`` of the torch that is installed here, which is not imported."""
+    try:
+        built = importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        built = "+cpu"
+    return RUNTIME["cpu" if "+cpu" in built else "cuda"]
 
 
 def rank_parameters(architecture: Architecture, layout: Layout, stage: int) -> tuple[int, int]:
@@ -132,7 +146,8 @@ def _stage(architecture: Architecture, training: Training, stage: int) -> Memory
     dense, experts = rank_parameters(architecture, layout, stage)
     state = 8 if training.precision == "fp32" else 12
     optimizer = state * (dense + experts)
-    if training.use_distributed_optimizer:
+    distributed = training.use_distributed_optimizer
+    if distributed:
         dense_ranks = layout.data_parallel_size * layout.context_parallel_size
         expert_ranks = layout.world_size // (layout.etp * layout.expert_model_parallel_size * pp)
         optimizer = state * (-(-dense // dense_ranks) - (-experts // max(1, expert_ranks)))
@@ -156,8 +171,13 @@ def _stage(architecture: Architecture, training: Training, stage: int) -> Memory
         optimizer=optimizer,
         activations=activations,
         transient=transient,
-        slack=int(SLACK["moe" if architecture.routing else "dense"] * activations),
+        held=_held(architecture, training) + distributed * 4 * (dense + experts),
     )
+
+
+def _held(architecture: Architecture, training: Training) -> int:
+    onednn = training.precision == "bf16" or processor.has_avx512_without_mkl()
+    return HELD["moe" if architecture.routing and onednn else "dense"]
 
 
 def _layers(architecture: Architecture, training: Training) -> tuple[int, int]:

@@ -1,68 +1,88 @@
-"""Trains a stage's model for some steps on one rank and prints what it took, as JSON.
+"""One rank that trains a stage's model for some steps and prints what it took, as JSON.
 
-A program of its own, so that the peak resident set is its own. Arguments: a recipe, the stage, a
-directory to save a checkpoint into.
+A program of its own, so that the peak resident set is its own; as many are started as the stage's
+layout has ranks, with torch's RANK and WORLD_SIZE. Arguments: a recipe, the stage, a directory to
+save a checkpoint into.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-import tempfile
-from dataclasses import replace
 from pathlib import Path
+
+STEPS = 6
+MICRO_BATCHES = 4
+
+
+def peak() -> int:
+    """Bytes. Not ru_maxrss: across fork and exec it keeps the size of what started this process."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
 def main() -> None:
-    import os
-
     import torch
 
     from megatron_btx.engine import distributed
     from megatron_btx.recipe import check, count
     from megatron_btx.recipe.load import load_recipe
-    from megatron_btx.recipe.schema import Layout
 
     recipe, stage = load_recipe(sys.argv[1]), sys.argv[2]
-    training = replace(check.stages(recipe)[stage], layout=Layout())
+    training = check.stages(recipe)[stage]
     architecture = count.dense_architecture(recipe)
     if stage == "finetune":
         architecture = architecture.mixed(recipe)
-    with tempfile.TemporaryDirectory() as meeting:
-        os.environ["BTX_INIT_METHOD"] = f"file://{meeting}/rendezvous"
-        distributed.initialize(training.layout, 0)
+    distributed.initialize(training.layout, 0)
     from megatron_btx.engine import checkpoint
     from megatron_btx.engine.model import build_model, wrap_ddp
     from megatron_btx.engine.optimizer import build_optimizer, build_schedule
+    from megatron_btx.train.step import train_step
 
-    model = build_model(architecture, training.layout, training.precision)
+    model = build_model(
+        architecture, training.layout, training.precision, options=training.megatron
+    )
     parameters = sum(parameter.numel() for parameter in model.parameters())
     torch.manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(0, 0.02) if parameter.dim() > 1 else parameter.fill_(1)
-    ddp = wrap_ddp(model, use_distributed_optimizer=False)
+    ddp = wrap_ddp(model, use_distributed_optimizer=training.use_distributed_optimizer)
     optimizer = build_optimizer(ddp, training)
-    shape = (training.micro_batch_size, recipe.model.seq_length)
-    positions = torch.arange(shape[1]).expand(shape)
-    for _ in range(6):
-        ddp.zero_grad_buffer()
-        optimizer.zero_grad()
-        for _ in range(2):
-            tokens = torch.randint(0, architecture.vocab_size, shape)
-            ddp(tokens, positions, None, labels=tokens.roll(-1, 1)).float().mean().backward()
-        ddp.finish_grad_sync()
-        optimizer.step()
-    # Not ru_maxrss: across fork and exec it keeps the size of the process that started this one.
-    status = Path("/proc/self/status").read_text()
-    peak = 1024 * int(status.split("VmHWM:")[1].split()[0])
+    started = peak()
+    rows, seq = training.micro_batch_size, recipe.model.seq_length
+    for step in range(STEPS):
+        batches = []
+        for number in range(MICRO_BATCHES):
+            tokens = torch.randint(0, architecture.vocab_size, (rows, seq))
+            batches.append(
+                {
+                    "tokens": tokens,
+                    "labels": tokens.roll(-1, 1),
+                    "loss_mask": torch.ones(rows, seq),
+                    "position_ids": torch.arange(seq).expand(rows, seq),
+                    "samples": torch.arange(rows) + rows * number,
+                }
+            )
+        train_step(
+            ddp,
+            optimizer,
+            None,
+            iter(batches),
+            step=step,
+            num_microbatches=MICRO_BATCHES,
+            micro_batch_size=rows,
+            seq_length=seq,
+        )
+    trained = peak()
     state = checkpoint.TrainingState(
         model=ddp, optimizer=optimizer, schedule=build_schedule(optimizer, training, 10)
     )
     directory = Path(sys.argv[3]) / "step_00000006"
     checkpoint.save(directory, state, checkpoint.manifest_of(architecture))
     disk = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
-    sys.stdout.write(json.dumps({"parameters": parameters, "peak": peak, "disk": disk}) + "\n")
+    found = {"parameters": parameters, "started": started, "peak": trained, "disk": disk}
+    sys.stdout.write(json.dumps(found | {"saved": peak()}) + "\n")
     distributed.shutdown()
 
 

@@ -19,27 +19,75 @@ from megatron_btx.recipe.schema import Layout, MegatronOptions, Model, Routing, 
 DEMO = Path(__file__).parents[2] / "examples" / "demo" / "recipe.yaml"
 
 
-@pytest.mark.parametrize("stage", ["seed", "finetune"])
-def test_a_demo_stage(stage: str, tmp_path: Path) -> None:
-    out = subprocess.run(
-        [sys.executable, str(Path(__file__).with_name("measure.py")), str(DEMO), stage, tmp_path],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=180,
+WIDE = """
+model: {num_layers: 2, hidden_size: 512, ffn_hidden_size: 1408, num_attention_heads: 8,
+  num_query_groups: 8, seq_length: 256}
+tokenizer: {vocab_size: 8192}
+"""
+ONE = "data_parallel_size: 1"
+EP2 = "data_parallel_size: 2, expert_model_parallel_size: 2"
+CASES = {
+    "the demo's seed": ("", "seed", ONE, "fp32"),
+    "the demo's MoE on two ranks": ("", "finetune", EP2, "fp32"),
+    "hidden 512, TP2": (WIDE, "seed", ONE + ", tensor_model_parallel_size: 2", "fp32"),
+    "hidden 512, MoE, bf16": (
+        WIDE,
+        "finetune",
+        ONE + ", expert_model_parallel_size: 1",
+        "bf16",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_stage(case: str, tmp_path: Path) -> None:
+    text, stage, layout, precision = CASES[case]
+    file = tmp_path / "recipe.yaml"
+    file.write_text(
+        f"base: {DEMO}\nname: measured\n{text}\n{stage}: {{layout: {{{layout}}}}}\n"
+        f"training: {{precision: {precision}, micro_batch_size: 4}}\n"
     )
-    assert out.returncode == 0, out.stderr[-3000:]
-    measured = json.loads(out.stdout.splitlines()[-1])
-    recipe = load_recipe(DEMO)
-    training = replace(check.stages(recipe)[stage], layout=Layout())
+    recipe = load_recipe(file)
+    training = check.stages(recipe)[stage]
     architecture = count.dense_architecture(recipe)
     if stage == "finetune":
         architecture = architecture.mixed(recipe)
-    assert measured["parameters"] == count.parameters(architecture).total
+    measured = run_ranks(file, stage, training.layout.world_size, tmp_path)
+    held = sum(one["parameters"] for one in measured)
+    shards = [memory.rank_parameters(architecture, training.layout, 0)] * len(measured)
+    assert held == sum(map(sum, shards))
     planned = memory.training_memory(architecture, training).resident
-    assert planned == pytest.approx(measured["peak"], rel=0.10)
+    assert planned == pytest.approx(max(one["peak"] for one in measured), rel=0.10)
     disk = memory.checkpoint_bytes(architecture, training)
-    assert disk == pytest.approx(measured["disk"], rel=0.05)
+    assert disk == pytest.approx(measured[0]["disk"], rel=0.05)
+
+
+def run_ranks(file: Path, stage: str, ranks: int, folder: Path) -> list[dict[str, int]]:
+    """What each rank of the stage's layout measured."""
+    command = [sys.executable, str(Path(__file__).with_name("measure.py")), str(file), stage]
+    environment = {name: text for name, text in os.environ.items() if "MALLOC" not in name} | {
+        "OMP_NUM_THREADS": "1",
+        "WORLD_SIZE": str(ranks),
+        "BTX_INIT_METHOD": f"file://{folder}/rendezvous",
+    }
+    running = [
+        subprocess.Popen(
+            [*command, str(folder)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment | {"RANK": str(rank)},
+        )
+        for rank in range(ranks)
+    ]
+    try:
+        written = [process.communicate(timeout=180) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    for process, (_, errors) in zip(running, written, strict=True):
+        assert process.returncode == 0, errors[-3000:]
+    return [json.loads(out.splitlines()[-1]) for out, _ in written]
 
 
 MODEL = Model(
