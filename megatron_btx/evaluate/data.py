@@ -16,6 +16,7 @@ from megatron_btx.data.documents import find_files, read_documents
 from megatron_btx.errors import UserError
 from megatron_btx.evaluate import btm
 from megatron_btx.evaluate.btm_heldout import cost
+from megatron_btx.evaluate.choice import expert_choices
 from megatron_btx.evaluate.heldout import label_log_probs
 from megatron_btx.evaluate.models import (
     given_tokenizer,
@@ -70,7 +71,8 @@ def evaluate_data(
     Returns:
         ``{"data": {name: {"nats_per_token", "bits_per_byte", "documents", "tokens", "bytes"}},
         "mean": of nats per token over the texts, "seq_length", "inference_flops_per_token",
-        "params_active", "params_total"}``, and of a set the mean ``weights`` of its models by text.
+        "params_active", "params_total"}``, of a set the mean ``weights`` of its models by text, and
+        of Sample Top-1 the ``expert_choice``.
     """
     checkpoints = opened(subject)
     texts = packed(subject, data, setting, min_length(checkpoints, setting))
@@ -110,6 +112,9 @@ def evaluate_data(
     losses = [entry["nats_per_token"] for entry in result["data"].values()]
     result["mean"] = sum(losses) / len(losses)
     result["seq_length"] = next(iter(texts.values())).seq_length
+    choice = expert_choices(one.architecture.routing for one in checkpoints.values())
+    if choice is not None:
+        result["expert_choice"] = choice
     spent = cost([one.architecture for one in checkpoints.values()], subject.method)
     return result | asdict(spent)
 

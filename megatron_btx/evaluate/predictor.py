@@ -26,6 +26,7 @@ from torch import Tensor
 from megatron_btx.data.tokenizer import Tokenizer
 from megatron_btx.engine.noise import set_routing_context
 from megatron_btx.evaluate import btm
+from megatron_btx.evaluate.choice import expert_choices
 from megatron_btx.evaluate.models import (
     Live,
     given_tokenizer,
@@ -98,6 +99,8 @@ class Predictor:
             for label, checkpoint in opened(subject).items()
         }
         architectures = [member.architecture for member in self._members.values()]
+        self.expert_choice = expert_choices(one.routing for one in architectures)
+        """Of Sample Top-1 (choice.py)."""
         self.vocab_size = architectures[0].vocab_size
         self.seq_length = min(one.model.seq_length for one in architectures)
         self._index: TfIdf | None = similarity_index(subject, random_seed)

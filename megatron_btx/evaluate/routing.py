@@ -9,6 +9,7 @@ from typing import Any
 from megatron.core import parallel_state
 
 from megatron_btx.errors import UserError
+from megatron_btx.evaluate.choice import expert_choice
 from megatron_btx.evaluate.data import Setting, min_length, packed
 from megatron_btx.evaluate.heldout import evaluate
 from megatron_btx.evaluate.models import load, opened
@@ -31,7 +32,8 @@ def measure(
         progress: told how much is done.
 
     Returns:
-        ``{"experts": names, "load": {text: [[share] by layer]}, "gate": likewise}``.
+        ``{"experts": names, "load": {text: [[share] by layer]}, "gate": likewise,
+        "expert_choice": of Sample Top-1}``.
 
     Raises:
         UserError: it has no experts, or a text is too short.
@@ -44,7 +46,12 @@ def measure(
     texts = packed(subject, data, setting, seq_length)
     dp = parallel_state.get_data_parallel_world_size()
     live = load(checkpoint, setting.layout, setting.precision, setting.random_seed)
-    result: dict[str, Any] = {"experts": list(architecture.experts), "load": {}, "gate": {}}
+    result: dict[str, Any] = {
+        "experts": list(architecture.experts),
+        "expert_choice": expert_choice(architecture.routing),
+        "load": {},
+        "gate": {},
+    }
     for number, (name, text) in enumerate(texts.items(), 1):
         whole = [text[place] for place in range(text.size.tokens // seq_length)]
         if len(whole) < dp:

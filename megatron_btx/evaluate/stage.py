@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from megatron_btx.engine.checkpoint import final_checkpoint
 from megatron_btx.engine.initializer import initialize
 from megatron_btx.engine.model import DTYPES, build_model
 from megatron_btx.evaluate.btm_heldout import btm_heldout, training_text
+from megatron_btx.evaluate.choice import expert_choice
 from megatron_btx.evaluate.heldout import HeldOut, evaluate
 from megatron_btx.evaluate.models import dropless
 from megatron_btx.files import read_json, write_json
@@ -44,6 +45,8 @@ class Measured:
     inference_flops_per_token: int
     experts: tuple[str, ...] = ()
     """Of an MoE."""
+    expert_choice: str | None = None
+    """Of one that samples them."""
 
 
 def run(recipe: Recipe, run_dir: Path) -> dict[str, Any]:
@@ -134,6 +137,7 @@ def _measured(architecture: Architecture, found: HeldOut) -> Measured:
         params_active=parameters.active,
         inference_flops_per_token=count.forward_flops_per_token(architecture),
         experts=architecture.experts,
+        expert_choice=expert_choice(architecture.routing),
     )
 
 
@@ -171,13 +175,14 @@ def _ensemble(recipe: Recipe, run_dir: Path, row: Row, domains: Domains) -> Meas
 
 
 def _entry(recipe: Recipe, run_dir: Path, row: Row, measured: Measured) -> dict[str, Any]:
-    """A system's entry in ``results.json``; tokens and FLOPs by stage and in all."""
+    """A system's entry in ``results.json``; tokens and FLOPs by stage and in all, ``None`` where a
+    stage's are not known."""
     stages = {stage: _cost(recipe, run_dir, stage) for stage in row.made_by}
     checkpoints = [final_checkpoint(directory(run_dir, stage)) for stage in row.models]
     entry: dict[str, Any] = {
         "loss": measured.heldout.loss,
-        "train_tokens": sum(stage["tokens"] for stage in stages.values()),
-        "train_flops": sum(stage["flops"] for stage in stages.values()),
+        "train_tokens": _sum(stage["tokens"] for stage in stages.values()),
+        "train_flops": _sum(stage["flops"] for stage in stages.values()),
         "params_total": measured.params_total,
         "params_active": measured.params_active,
         "inference_flops_per_token": measured.inference_flops_per_token,
@@ -192,13 +197,30 @@ def _entry(recipe: Recipe, run_dir: Path, row: Row, measured: Measured) -> dict[
             "gate": measured.heldout.gate,
             "experts": list(measured.experts),
         }
+    if measured.expert_choice is not None:
+        entry["expert_choice"] = measured.expert_choice
     return entry
 
 
-def _cost(recipe: Recipe, run_dir: Path, stage: str) -> dict[str, Any]:
-    """Tokens and training FLOPs of a stage, of the model that it trained."""
+def _cost(recipe: Recipe, run_dir: Path, stage: str) -> dict[str, int | None]:
+    """Tokens and training FLOPs of a stage, of the model that it trained. What was taken instead of
+    trained says itself how many tokens it has seen, or nobody knows: a Hugging Face model does not,
+    and its conversion counts none."""
     block = training(recipe, stage)
-    architecture, _ = read_manifest(final_checkpoint(directory(run_dir, stage)))
-    tokens = count.trained_tokens(block, recipe.model)
+    architecture, manifest = read_manifest(final_checkpoint(directory(run_dir, stage)))
+    taken = block.from_ is not None
+    tokens = manifest.get("tokens") or None if taken else count.trained_tokens(block, recipe.model)
+    if tokens is None:
+        return {"tokens": None, "flops": None}
     flops = tokens * count.training_flops_per_token(architecture, block.freeze_experts)
     return {"tokens": tokens, "flops": flops}
+
+
+def _sum(parts: Iterable[int | None]) -> int | None:
+    """The sum, if every part is known."""
+    total = 0
+    for part in parts:
+        if part is None:
+            return None
+        total += part
+    return total

@@ -44,6 +44,7 @@ def evaluate_tasks(
         ``{"tasks": {name: {"score", "stderr", "metric", "shots", "items", "cut", "metrics": all}},
         "average": mean of the scores, each task once, as in the paper's table 2}``; ``cut`` counts
         the contexts that were too long for the model and lost their beginning, examples first.
+        Of Sample Top-1 also its ``expert_choice``.
 
     Raises:
         UserErrors: no lm-eval, unknown tasks, items that do not fit, code that may not be run.
@@ -72,7 +73,10 @@ def evaluate_tasks(
             part = functools.partial(_part, progress, number, len(tasks))
             found[name] = _score(predictor, parts, one, part)
     average = sum(one["score"] for one in found.values()) / len(found)
-    return {"tasks": found, "average": average}
+    result = {"tasks": found, "average": average}
+    if predictor.expert_choice is not None:
+        result["expert_choice"] = predictor.expert_choice
+    return result
 
 
 def _part(progress: Callable[[float], None], number: int, many: int, share: float) -> None:

@@ -139,7 +139,7 @@ def write(
         "precision": _precision(plan),
         "step": 0,
         "consumed_samples": 0,
-        "tokens": 0,
+        "tokens": models[0].manifest.get("tokens") if request.method == "copy" else 0,
         "tokenizer": models[0].manifest.get("tokenizer"),
         "huggingface": carried(models[0]),
         "layout": {},

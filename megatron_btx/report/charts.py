@@ -107,8 +107,8 @@ def compute(facts: Facts) -> str | None:
     ]
     lines = []
     for name, stage, start in _courses(facts, spent):
-        if name in spent:
-            points = _course(stage, start / scale, spent[name] / scale)
+        points = _course(stage, start / scale, spent[name] / scale) if name in spent else []
+        if points:  # none of a model that was taken
             if name != "btx" and "seed" in spent:
                 points = [(0.0, systems["seed"].loss["mean"]), *points]
             label = f"{table.title(name)}, during training"

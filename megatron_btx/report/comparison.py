@@ -17,13 +17,17 @@ from pathlib import Path
 from typing import Any
 
 from megatron_btx.errors import UserError
+from megatron_btx.evaluate.choice import in_words
 from megatron_btx.files import read_json
 from megatron_btx.pipeline.view import amount, clock
 from megatron_btx.recipe.schema import Recipe
 from megatron_btx.recipe.stages import directory
 from megatron_btx.recipe.systems import SYSTEMS, rows
+from megatron_btx.report.table import untold
 
 MEAN = "mean"
+UNKNOWN = "?"
+"""In the place of a number that nobody knows."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,19 +59,27 @@ class System:
     scores: Mapping[str, Score]
     """By column."""
     runs: int
-    train_tokens: int
-    train_flops: int
-    train_flops_by_stage: Mapping[str, int]
+    train_tokens: int | None
+    """``None``, as FLOPs: a model that was taken does not say how it was trained."""
+    train_flops: int | None
+    train_flops_by_stage: Mapping[str, int | None]
     train_seconds: float | None
     """Measured, over all its stages, as if they had run one after the other; mean over the runs."""
     params_total: int
     params_active: int
     inference_flops_per_token: int
+    expert_choice: str | None = None
+    """Of Sample Top-1, how it was evaluated (evaluate/choice.py)."""
 
     @property
-    def moe_share(self) -> float:
+    def moe_share(self) -> float | None:
         """Share of the training FLOPs that is spent on a mixture of experts (table 3)."""
-        return self.train_flops_by_stage.get("finetune", 0) / (self.train_flops or 1)
+        if "finetune" not in self.train_flops_by_stage:
+            return 0.0
+        mixture = self.train_flops_by_stage["finetune"]
+        if mixture is None or self.train_flops is None:
+            return None
+        return mixture / (self.train_flops or 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -149,6 +161,7 @@ def _system(
         params_total=row["params_total"],
         params_active=row["params_active"],
         inference_flops_per_token=row["inference_flops_per_token"],
+        expert_choice=row.get("expert_choice"),
     )
 
 
@@ -192,9 +205,9 @@ def cells(comparison: Comparison) -> list[list[str]]:
         [
             system.name,
             *(shown(comparison, system, column) for column in comparison.columns),
-            amount(system.train_tokens),
-            f"{system.train_flops:.3g}",
-            f"{system.moe_share:.0%}" if system.moe_share else "-",
+            UNKNOWN if system.train_tokens is None else amount(system.train_tokens),
+            _flops(system.train_flops),
+            _share(system.moe_share),
             clock(system.train_seconds) if system.train_seconds is not None else "-",
             amount(system.params_total),
             amount(system.params_active),
@@ -202,6 +215,12 @@ def cells(comparison: Comparison) -> list[list[str]]:
         ]
         for system in comparison.systems
     ]
+
+
+def _share(share: float | None) -> str:
+    if share is None:
+        return UNKNOWN
+    return f"{share:.0%}" if share else "-"
 
 
 def shown(comparison: Comparison, system: System, column: str) -> str:
@@ -228,6 +247,12 @@ def notes(comparison: Comparison) -> list[str]:
             f"Mean ± sample standard deviation over {runs} random seeds; ~ differs from the best "
             "by less than the larger spread of the two."
         )
+    chosen = {s.name: s.expert_choice for s in comparison.systems if s.expert_choice is not None}
+    lines += [f"{name}: {in_words(choice)}." for name, choice in chosen.items()]
+    costs = [system.train_flops_by_stage.items() for system in comparison.systems]
+    taken = [stage for items in costs for stage, flops in items if flops is None]
+    if taken:
+        lines.append(f"{UNKNOWN}: {untold(dict.fromkeys(taken))}")
     return lines
 
 
@@ -240,14 +265,20 @@ def markdown(comparison: Comparison) -> str:
         dict.fromkeys(name for s in comparison.systems for name in s.train_flops_by_stage)
     )
     table = [
-        [s.name, *(_flops(s.train_flops_by_stage.get(stage)) for stage in stages)]
+        [
+            s.name,
+            *(
+                _flops(s.train_flops_by_stage[stage]) if stage in s.train_flops_by_stage else "-"
+                for stage in stages
+            ),
+        ]
         for s in comparison.systems
     ]
     return text + "\nTraining FLOPs by stage:\n\n" + _markdown_table(["system", *stages], table)
 
 
 def _flops(number: int | None) -> str:
-    return "-" if number is None else f"{number:.3g}"
+    return UNKNOWN if number is None else f"{number:.3g}"
 
 
 def _markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -286,6 +317,7 @@ def as_json(comparison: Comparison, tasks: Mapping[str, Any] | None = None) -> s
             "params_total": system.params_total,
             "params_active": system.params_active,
             "inference_flops_per_token": system.inference_flops_per_token,
+            "expert_choice": system.expert_choice,
         }
         for system in comparison.systems
     }

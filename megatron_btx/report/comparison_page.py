@@ -46,18 +46,20 @@ def _tasks(table: str) -> str:
 
 def picture(comparison: Comparison) -> str:
     """Mean score of every system against its training FLOPs, as SVG. Single experts are left out:
-    they are parts of a system."""
+    they are parts of a system; so are systems whose FLOPs are not known."""
     systems = [system for system in comparison.systems if system.system != "experts"]
-    top = max((_spent(system) for system in systems), default=0.0)
+    spent = [(system, _spent(system)) for system in systems]
+    known = [(system, flops) for system, flops in spent if flops is not None]
+    top = max((flops for _, flops in known), default=0.0)
     exponent = math.floor(math.log10(top)) if top else 0
     dots = [
         Dot(
             label=system.name,
-            x=_spent(system) / 10.0**exponent,
+            x=flops / 10.0**exponent,
             y=system.scores[MEAN].value,
             style=_style(system),
         )
-        for system in systems
+        for system, flops in known
     ]
     values = [dot.y for dot in dots]
     margin = 0.06 * (max(values) - min(values) or 1.0)
@@ -76,8 +78,8 @@ def picture(comparison: Comparison) -> str:
     return axes.render()
 
 
-def _spent(system: System) -> float:
-    return 0.0 if system.system == "seed" else float(system.train_flops)
+def _spent(system: System) -> float | None:
+    return 0.0 if system.system == "seed" else system.train_flops
 
 
 def _style(system: System) -> str:

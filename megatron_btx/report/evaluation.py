@@ -12,6 +12,7 @@ from typing import Any
 
 from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.evaluate import subject
+from megatron_btx.evaluate.choice import in_words
 from megatron_btx.files import write_json
 from megatron_btx.pipeline import measure
 from megatron_btx.recipe.schema import Layout
@@ -322,7 +323,14 @@ def data_table(result: Mapping[str, Any]) -> str:
         models = list(next(iter(weights.values())))
         rows = [[n, *(f"{weights[n][m]:.0%}" for m in models)] for n in names]
         parts.append(columns([f"{checkpoint}: weights", *models], rows))
-    return "\n".join(parts)
+    return "\n".join(parts) + _choices(result)
+
+
+def _choices(result: Mapping[str, Any]) -> str:
+    """How each checkpoint of Sample Top-1 was evaluated."""
+    chosen = {name: found["expert_choice"] for name, found in result.items()
+              if "expert_choice" in found}  # fmt: skip
+    return "".join(f"{name}: {in_words(choice)}\n" for name, choice in chosen.items())
 
 
 def tasks_table(result: Mapping[str, Any]) -> str:
@@ -346,7 +354,7 @@ def tasks_table(result: Mapping[str, Any]) -> str:
                     f"{checkpoint}, {name}: {entry['cut']} contexts were longer than the model's "
                     "and lost their beginning\n"
                 )
-    return text
+    return text + _choices(result)
 
 
 def columns(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

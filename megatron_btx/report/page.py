@@ -125,7 +125,8 @@ def _results(facts: Facts) -> str:
         "<h2>Held-out loss</h2>"
         '<p class="soft">Nats per token, lower is better; ★ is the best of its column. Tokens and '
         "FLOPs count everything that made a system after the seed; the seed's row counts its own."
-        "</p>" + _table(head, body)
+        f"{html.escape(''.join(f' {note}' for note in table.notes(facts.results)))}</p>"
+        + _table(head, body)
     )
 
 

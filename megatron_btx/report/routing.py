@@ -14,6 +14,7 @@ from typing import Any
 
 from megatron_btx.errors import UserError
 from megatron_btx.evaluate import subject
+from megatron_btx.evaluate.choice import expert_choice, in_words
 from megatron_btx.files import read_json, written
 from megatron_btx.pipeline import measure
 from megatron_btx.recipe.load import load_recipe
@@ -53,15 +54,18 @@ class View:
     """Domain -> share of the choices; rows sum to one."""
     gate: dict[str, Matrix]
     """Domain -> mean gate, likewise."""
+    expert_choice: str | None = None
+    """Of Sample Top-1 (evaluate/choice.py)."""
 
     @property
     def title(self) -> str:
         """For people."""
-        alpha = self.balance_loss_coeff
-        if alpha is None:
-            return f"{self.name}, {self.moment}"
-        loss = f"balance loss {alpha:g}" if alpha else "no balance loss"
-        return f"{self.name}, {self.moment}, {loss}"
+        alpha, said = self.balance_loss_coeff, [self.name, self.moment]
+        if alpha is not None:
+            said.append(f"balance loss {alpha:g}" if alpha else "no balance loss")
+        if self.expert_choice is not None:
+            said.append(in_words(self.expert_choice))
+        return ", ".join(said)
 
     def dead(self) -> dict[str, list[int]]:
         """Dead experts and the layers (from 1) in which they are: less than ``DEAD`` of the
@@ -180,6 +184,7 @@ def _view(recipe: Recipe, moment: str, record: Mapping[str, Any]) -> View:
         experts=list(record.get("experts") or recipe.expert_names),
         load=dict(record["load"]),
         gate=dict(record.get("gate") or {}),
+        expert_choice=expert_choice(recipe.routing),
     )
 
 

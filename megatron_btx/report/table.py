@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import IO, Any
+
+from megatron_btx.evaluate.choice import in_words
+from megatron_btx.pipeline.view import amount
 
 Results = Mapping[str, Any]
 """The content of ``results.json``."""
@@ -113,14 +116,43 @@ def verdict(results: Results) -> str:
 
 
 def _cost(btx: Mapping[str, Any], dense: Mapping[str, Any]) -> str:
-    """At what expense."""
+    """At what expense; nothing where it is not known."""
     if not btx.get("train_flops") or not dense.get("train_flops"):
         return ""
     ratio = btx["train_flops"] / dense["train_flops"]
-    same = btx.get("train_tokens") == dense.get("train_tokens") is not None
-    return f" It took {ratio:.2f} times the dense baseline's training compute" + (
-        ", on the same number of tokens." if same else "."
+    text = f" It took {ratio:.2f} times the dense baseline's training compute"
+    ours, theirs = btx.get("train_tokens"), dense.get("train_tokens")
+    if ours is None or theirs is None:
+        return f"{text}."
+    if ours == theirs:
+        return f"{text}, on the same number of tokens."
+    return f"{text}, on {amount(ours)} tokens, the dense baseline on {amount(theirs)}."
+
+
+def notes(results: Results) -> list[str]:
+    """What must be known to read the table."""
+    systems = results["systems"]
+    lines = [
+        f"{title(name)}: {in_words(system['expert_choice'])}."
+        for name, system in systems.items()
+        if system.get("expert_choice")
+    ]
+    taken = unknown(systems.values())
+    return [*lines, untold(taken)] if taken else lines
+
+
+def untold(taken: Iterable[str]) -> str:
+    """Why numbers are missing."""
+    return (
+        f"What was taken as {' and '.join(map(title, taken))} does not say how many tokens it was "
+        "trained on: tokens and FLOPs of what was made of it are not known."
     )
+
+
+def unknown(systems: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Stages whose model was taken from a checkpoint that does not say how it was trained."""
+    stages = (item for system in systems for item in system.get("stages", {}).items())
+    return list(dict.fromkeys(name for name, cost in stages if cost["tokens"] is None))
 
 
 def show(results: Results, stream: IO[str] | None = None) -> None:
@@ -130,8 +162,9 @@ def show(results: Results, stream: IO[str] | None = None) -> None:
         _rich(results, stream)
     else:
         stream.write(plain(results))
-    if verdict(results):
-        stream.write(verdict(results) + "\n")
+    for line in (verdict(results), *notes(results)):
+        if line:
+            stream.write(line + "\n")
 
 
 def plain(results: Results) -> str:

@@ -12,8 +12,8 @@ import torch
 from megatron_btx import cli
 from megatron_btx.errors import UserError
 from megatron_btx.evaluate.subject import Subject, find, parse
-from megatron_btx.recipe.schema import Layout
-from megatron_btx.report import routing
+from megatron_btx.recipe.schema import Layout, Routing
+from megatron_btx.report import evaluation, routing
 from tests.evaluate import made, ranks_side
 from tests.ranks import Ranks
 from tests.report.made import make_run
@@ -158,6 +158,28 @@ def test_routing_of_a_checkpoint(here: Path, ranks: Ranks) -> None:
     loads, gates = shares(here / "moe")
     for mine, theirs in ((view["load"], loads), (view["gate"], gates)):
         assert [cell for row in mine["x"] for cell in row] == pytest.approx(theirs, abs=1e-4)
+
+
+def test_how_experts_are_taken_is_named(here: Path, ranks: Ranks, tmp_path: Path) -> None:
+    """Of Sample Top-1 by losses and routing, in JSON and in words; of other MoEs nothing."""
+    subjects = [Subject(name="moe", models={"model": here / "moe"})]
+    for name, greedy in (("drawn", False), ("argmax", True)):
+        routing_ = Routing(type="sample_top1", greedy=greedy)
+        spoken = made.tokenizer()
+        made.write_megatron(made.moe(spoken, routing_), tmp_path / name, spoken)
+        subjects.append(Subject(name=name, models={"model": tmp_path / name}))
+    files = {"x": [str(here / "x.jsonl")]}
+    (found,) = ranks.run(ranks_side.data, 1, subjects, Layout(), files)
+    assert [one.get("expert_choice") for one in found] == [None, "drawn", "argmax"]
+    said = evaluation.data_table({one.name: row for one, row in zip(subjects, found, strict=True)})
+    assert said.splitlines()[-2:] == [
+        "drawn: one expert a token, drawn with seeded noise",
+        "argmax: one expert a token, the argmax of its logits",
+    ]
+    (view,) = ranks.run(ranks_side.route, 1, subjects[1], Layout(), files)
+    seen = routing.View(name="drawn", moment="as it is", balance_loss_coeff=None, **view)
+    assert seen.as_json()["expert_choice"] == "drawn"
+    assert seen.title == "drawn, as it is, one expert a token, drawn with seeded noise"
 
 
 def shares(path: Path) -> tuple[list[float], list[float]]:

@@ -182,6 +182,18 @@ def test_the_tokenizer_comes_along(sources, tmp_path):
         btx("mix", *pair)
 
 
+def test_a_copy_was_trained_on_what_its_source_was(sources, tmp_path):
+    """A Hugging Face model does not say on how many tokens."""
+    source = tmp_path / "code"
+    shutil.copytree(sources / "megatron" / "code", source)
+    said = json.loads((source / "manifest.json").read_text())
+    (source / "manifest.json").write_text(json.dumps(said | {"tokens": 12288}))
+    for given, tokens in ((source, 12288), (sources / "hf" / "code", None)):
+        out = tmp_path / f"of_{given.parent.name}"
+        btx("mix", "--method", "copy", "--sources", given, "--format", "megatron", "--out", out)
+        assert json.loads((out / "manifest.json").read_text())["tokens"] == tokens
+
+
 def test_other_methods(sources, tmp_path):
     one = named(sources)[:1]
     btx("mix", "--method", "upcycle", "--copies", 3, "--sources", *one, "--out", tmp_path / "up")

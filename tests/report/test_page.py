@@ -98,6 +98,21 @@ def test_dots_lie_where_their_numbers_are(made: tuple[Recipe, Path]) -> None:
         assert seen == pytest.approx(told, abs=0.002)
 
 
+def test_what_is_not_known_is_said_and_not_drawn(tmp_path: Path) -> None:
+    recipe, run_dir = make_run(tmp_path)
+    results = json.loads((run_dir / "results.json").read_text())
+    unknown = {"train_tokens": None, "train_flops": None}
+    results["systems"]["expert:math"] |= unknown
+    results["systems"]["btx"] |= unknown | {"stages": {"expert:math": {"tokens": None}}}
+    (run_dir / "results.json").write_text(json.dumps(results))
+    facts = gather(recipe, run_dir)
+    assert "taken as math expert does not say" in page.render(facts)
+    picture = charts.compute(facts)
+    assert picture is not None
+    assert "Branch-Train-MiX" not in picture
+    assert picture.count('r="5"') == len(FINAL) - 2
+
+
 def test_routing_in_words(made: tuple[Recipe, Path]) -> None:
     facts = gather(*made)
     assert facts.routing is not None

@@ -71,6 +71,41 @@ def test_the_verdict_goes_either_way(results: dict[str, Any], gap: float, words:
     assert table.verdict(results) == ""
 
 
+@pytest.mark.parametrize(
+    ("tokens", "words"),
+    [
+        (11_000_000, "training compute, on the same number of tokens."),
+        (12_300_000, "compute, on 12.3M tokens, the dense baseline on 11M."),
+        (None, None),
+    ],
+)
+def test_the_same_tokens_are_claimed_only_of_the_same(
+    results: dict[str, Any], tokens: int | None, words: str | None
+) -> None:
+    """Of a model that was taken and does not say what it was trained on, nothing is claimed."""
+    results = copy.deepcopy(results)
+    btx = results["systems"]["btx"]
+    btx["train_tokens"] = tokens
+    if tokens is None:
+        btx |= {"train_flops": None, "stages": {"expert:code": {"tokens": None, "flops": None}}}
+    stream = io.StringIO()
+    table.show(results, stream)
+    said = stream.getvalue()
+    if words is None:
+        assert "times" not in said
+        assert "taken as code expert does not say how many tokens it was trained on" in said
+    else:
+        assert said.endswith(f"{words}\n")
+
+
+def test_how_experts_were_taken_is_named(results: dict[str, Any]) -> None:
+    results = copy.deepcopy(results)
+    results["systems"]["btx"]["expert_choice"] = "argmax"
+    assert table.notes(results) == [
+        "Branch-Train-MiX: one expert a token, the argmax of its logits."
+    ]
+
+
 def test_ticks_are_round_and_inside() -> None:
     assert ticks(0, 3, 5) == [0, 1, 2, 3]
     assert ticks(2.513, 3.13, 5) == [2.6, 2.8, 3.0]

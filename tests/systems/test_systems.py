@@ -17,15 +17,19 @@ from megatron_btx.data.mixture import Stream, stage_stream
 from megatron_btx.engine.checkpoint import final_checkpoint
 from megatron_btx.errors import UserError
 from megatron_btx.evaluate import subject
+from megatron_btx.families.export import export_hf
 from megatron_btx.pipeline import graph, state
 from megatron_btx.pipeline.begin import begin
 from megatron_btx.recipe import count
+from megatron_btx.recipe.load import load_recipe
 from megatron_btx.recipe.stages import btx_flops, training
 from megatron_btx.report import comparison, comparison_page
 from megatron_btx.report.comparison import Run
 from megatron_btx.weights.megatron import open_megatron
 from megatron_btx.weights.source import read_whole
+from tests.ranks import Ranks
 from tests.systems.conftest import EXAMPLES, NAMES
+from tests.systems.ranks_side import run_stage
 
 Systems = Mapping[str, Run]
 
@@ -148,6 +152,62 @@ def test_matched_in_compute(systems: Systems, name: str) -> None:
     reference = results(systems["btx_top2"])["btx"]["train_flops"]
     assert row["train_flops"] == pytest.approx(reference, rel=0.01)
     assert btx_flops(run.recipe) == pytest.approx(reference, rel=0.01)
+
+
+TAKEN = """
+base: {base}
+name: taken
+run_dir: {run}
+system: btm
+btm: {{select: posterior}}
+experts:
+  math: {{from: {math}, tokens: 0}}
+  web: {{from: {web}, tokens: 0}}
+  more: {{tokens: 0}}
+"""
+
+
+def test_what_is_taken_says_what_it_was_trained_on(
+    systems: Systems, ranks: Ranks, tmp_path: Path
+) -> None:
+    """Its manifest does; a Hugging Face model does not, so of it and of what is made of it nothing
+    is claimed; an expert of no tokens is the seed."""
+    shared = systems["btx_top2"]
+    export_hf(final_checkpoint(shared.run_dir / "expert-web"), tmp_path / "hf")
+    file = tmp_path / "recipe.yaml"
+    base, math = shared.run_dir.parents[1] / "base.yaml", shared.run_dir / "expert-math"
+    run_dir = tmp_path / "run"
+    file.write_text(TAKEN.format(base=base, run=run_dir, math=math, web=tmp_path / "hf"))
+    recipe = load_recipe(file)
+    run_dir.mkdir()
+    stages = tuple(stage for stage in graph.build(recipe) if stage.kind != "report")
+    state.link_shared(run_dir, stages, [str(shared.run_dir)])
+    for stage in state.left(run_dir, stages):
+        assert ranks.run(run_stage, 1, str(file), stage.name) == [0]
+    taken = Run(recipe=recipe, run_dir=run_dir)
+    table, theirs = results(taken), results(shared)
+    for key in ("train_tokens", "train_flops"):
+        assert table["expert:math"][key] == theirs["expert:math"][key] > 0
+        assert table["expert:more"][key] == 0
+        assert table["expert:web"][key] is None
+        assert table["btm"][key] is None
+    assert table["btm"]["stages"]["expert:math"] == theirs["btx"]["stages"]["expert:math"]
+    made = comparison.compare([taken])
+    rows = {row[0]: row[len(made.columns) + 1 :] for row in comparison.cells(made)}
+    assert rows["taken"][:3] == ["?", "?", "-"]
+    assert "What was taken as web expert does not say how many tokens" in comparison.plain(made)
+    assert json.loads(comparison.as_json(made))["systems"]["taken"]["train_tokens"] is None
+    assert "<svg" in comparison_page.render(made, "taken")
+
+
+def test_an_evaluation_names_how_experts_are_taken(systems: Systems) -> None:
+    """Of Sample Top-1, and of no other."""
+    choices = {name: results(run).get("btx", {}).get("expert_choice") for name, run in
+               systems.items()}  # fmt: skip
+    assert {name for name, choice in choices.items() if choice} == {"btx_sample_top1"}
+    assert choices["btx_sample_top1"] == "drawn"
+    said = comparison.notes(comparison.compare([systems["btx_sample_top1"]]))
+    assert "btx_sample_top1: one expert a token, drawn with seeded noise." in said
 
 
 def test_frozen_experts_stay_as_they_are(systems: Systems) -> None:
