@@ -59,10 +59,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_USER
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
-    except BrokenPipeError:  # ... | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_PIPE
     except OSError as error:
+        # ... | head, or a terminal that has been closed
+        if error.errno == errno.EPIPE or (error.errno == errno.EIO and error.filename is None):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return EXIT_PIPE
         if error.errno not in _DISK:
             raise
         where, what = error.filename or "the disk", str(error.strerror).lower()

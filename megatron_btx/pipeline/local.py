@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from megatron_btx.errors import UserError
+from megatron_btx.files import written
 from megatron_btx.pipeline import guard, state
 from megatron_btx.pipeline.graph import Stage
 from megatron_btx.pipeline.job import Job, Setting
@@ -70,7 +71,7 @@ def run(
         UserError: another run holds the directory.
     """
     with contextlib.ExitStack() as stack:
-        undo = stack.enter_context(_Undo(run_dir))
+        undo = stack.enter_context(_Undo(run_dir, stages, view))
         token = uuid.uuid4().hex
         scratch = Path(tempfile.mkdtemp(prefix="btx-"))
         stack.callback(shutil.rmtree, scratch, ignore_errors=True)
@@ -79,7 +80,8 @@ def run(
         stack.enter_context(state.run_lock(run_dir))
         undo.arm()
         undo.wanted = True  # until the first stage begins
-        _write_recipe(run_dir, recipe_text)
+        with written(run_dir / "recipe.yaml") as file:
+            file.write(recipe_text)
         setting = Setting(
             recipe=run_dir / "recipe.yaml",
             run_dir=run_dir,
@@ -91,7 +93,7 @@ def run(
             view.note(f"{name}: shared with {there.parent}")
         signals = stack.enter_context(_Signals())
         stack.enter_context(view)
-        runner = _Runner(stages, setting, view, signals, inline or {}, max_parallel, grace)
+        runner = _Runner(stages, setting, view, signals, inline or {}, max_parallel, grace, undo)
         # Links to checkpoints that were taken are nothing anybody would miss.
         taken = {stage.name for stage in stages if stage.kind == "import"}
         undo.wanted = False
@@ -128,9 +130,10 @@ class _Runner:
         inline: Mapping[str, Callable[[], object]],
         max_parallel: int | None,
         grace: float,
+        undo: _Undo,
     ) -> None:
         self.stages, self.setting, self.view, self.signals = stages, setting, view, signals
-        self.inline, self.grace = inline, grace
+        self.inline, self.grace, self.undo = inline, grace, undo
         self.max_parallel = max_parallel or len(stages)
         self.cores, self.gpus = cores(), gpus()
         left = state.left(setting.run_dir, stages)
@@ -160,12 +163,13 @@ class _Runner:
         return bool(self.signals.count or self.outcome.code)
 
     def _wind_up(self) -> None:
-        for job in self.jobs:
-            if not job.stopping:
-                self.view.note(f"{job.stage.name}: saving (Ctrl-C again: stop at once)")
+        asked = [job for job in self.jobs if not job.stopping]
+        for job in self.jobs:  # before a word is said: there may be nobody left to say it to
             job.stop(self.grace)
             if self.signals.count > 1:
                 job.kill()
+        for job in asked:
+            self.view.note(f"{job.stage.name}: saving (Ctrl-C again: stop at once)")
         time.sleep(0.1)
         self.view.update(self.jobs)
 
@@ -205,6 +209,7 @@ class _Runner:
         run_dir = self.setting.run_dir
         aside = state.claim(run_dir, stage)
         if aside is not None:
+            self.undo.set_aside[run_dir / stage.directory] = aside
             self.view.note(
                 f"{stage.name}: its part of the recipe has changed; the former one is kept in "
                 f"{aside} (delete it if it is not wanted)"
@@ -274,14 +279,18 @@ class _Signals:
 
 
 class _Undo:
-    """A run that fails by a mistake in its input before anything is finished has changed nothing:
-    what it made is removed, the recipe kept beside it is the former one."""
+    """A run that fails by a mistake in its input before it has made anything worth keeping has
+    changed nothing: what it made is removed, a stage that it set aside is back in its place, the
+    recipe kept beside it is the former one. Whatever was saved on the way keeps all of it."""
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, stages: tuple[Stage, ...], view: View) -> None:
         self.wanted = False
-        self.run_dir = run_dir
+        self.set_aside: dict[Path, Path] = {}
+        """Directories of stages, and where under ``old/`` their former content is."""
+        self.run_dir, self.stages, self.view = run_dir, stages, view
         self._made: list[Path] = []
         self._entries: set[Path] | None = None
+        self._saved: set[tuple[Path, int]] = set()
         self._recipe: bytes | None = None
 
     def __enter__(self) -> _Undo:
@@ -301,28 +310,40 @@ class _Undo:
         """Note what is there. Only once the directory is locked: what appears in it before that
         may be another run's."""
         self._entries = set() if self._made else set(self.run_dir.iterdir())
+        self._saved = state.saved(self.run_dir, self.stages)
         recipe = self.run_dir / "recipe.yaml"
         self._recipe = recipe.read_bytes() if recipe.exists() else None
 
     def __exit__(self, *_: object) -> None:
-        if self.wanted and self._entries is not None:
+        if self.wanted and self._entries is not None and not self._anything_saved():
+            self._put_back()
             recipe = self.run_dir / "recipe.yaml"
             if self._recipe is not None and recipe.read_bytes() != self._recipe:
                 recipe.write_bytes(self._recipe)
             for entry in set(self.run_dir.iterdir()) - self._entries:
-                if entry.is_dir() and not entry.is_symlink():
-                    shutil.rmtree(entry)
-                else:
-                    entry.unlink()
+                if entry.name != "old":
+                    _remove(entry)
         for path in self._made:  # those that are empty
             with contextlib.suppress(OSError):
                 path.rmdir()
 
+    def _anything_saved(self) -> bool:
+        return not state.saved(self.run_dir, self.stages) <= self._saved
 
-def _write_recipe(run_dir: Path, text: str) -> None:
-    temporary = run_dir / f".recipe.yaml.{os.getpid()}"
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, run_dir / "recipe.yaml")
+    def _put_back(self) -> None:
+        for place, aside in self.set_aside.items():
+            _remove(place)
+            os.rename(aside, place)
+            self.view.note(f"{place.name}: what was kept in {aside} is back in its place")
+            with contextlib.suppress(OSError):  # others are kept there
+                aside.parent.rmdir()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def cores() -> int:

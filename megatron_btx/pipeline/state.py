@@ -46,6 +46,19 @@ def left(run_dir: Path, stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
     return tuple(stage for stage in stages if done(run_dir, stage) is None)
 
 
+def saved(run_dir: Path, stages: tuple[Stage, ...]) -> set[tuple[Path, int]]:
+    """What a failure must not take with it, each with the time of its last change (ns): whole
+    checkpoints that these stages were trained to, and the word of those that were stopped. What is
+    linked, or taken from elsewhere, can be had again."""
+    trained = [run_dir / stage.directory for stage in stages if stage.kind != "import"]
+    found = set()
+    for directory in trained:
+        if not directory.is_symlink():
+            paths = [*directory.glob("checkpoints/step_????????"), directory / "stopped.json"]
+            found |= {(path, path.stat().st_mtime_ns) for path in paths if path.exists()}
+    return found
+
+
 def claim(run_dir: Path, stage: Stage) -> Path | None:
     """Make the stage's directory the one for ``stage.key``, ready for an attempt.
 
@@ -128,8 +141,12 @@ def next_attempt(directory: Path) -> int:
 
 
 def begin(directory: Path, attempt: int, world_size: int, **more: Any) -> None:
-    """Note the start of an attempt and forget how the last one ended. ``more`` goes into its line:
-    under Slurm the job, and how far the stage had come."""
+    """Note the start of an attempt, and until when the one before it was at work, and forget how
+    that one ended. ``more`` goes into its line: under Slurm the job, and how far the stage had
+    come."""
+    attempts = _lines(directory / "attempts.jsonl")
+    if attempts:
+        more["former_ended"] = _last_sign(directory, attempts[-1]["attempt"])
     for name in ("stopped.json", "error.json", "progress.json"):
         (directory / name).unlink(missing_ok=True)
     line = {"attempt": attempt, "time": time.time(), "world_size": world_size, **more}
@@ -139,14 +156,20 @@ def begin(directory: Path, attempt: int, world_size: int, **more: Any) -> None:
 
 def seconds(directory: Path) -> float:
     """Wall-clock seconds spent on a stage over all its attempts; one that was killed counts until
-    the last line of its log or metrics."""
-    spent = 0.0
+    the last sign of it."""
     attempts = _lines(directory / "attempts.jsonl")
-    for index, line in enumerate(attempts):
-        last = index == len(attempts) - 1
-        ended = time.time() if last else _changed(directory / "log" / _log(line["attempt"]))
-        spent += max(0.0, ended - line["time"])
-    return spent
+    ends = [line.get("former_ended", 0.0) for line in attempts[1:]] + [time.time()]
+    # The last end is one too many before the first attempt.
+    spent = (end - line["time"] for line, end in zip(attempts, ends, strict=False))
+    return sum(max(0.0, seconds) for seconds in spent)
+
+
+def _last_sign(directory: Path, attempt: int) -> float:
+    """When an attempt, the latest so far, last wrote anything. Its log is silent while it trains,
+    its metrics while it saves."""
+    names = ("metrics.jsonl", "progress.json", "stopped.json", "error.json")
+    paths = [log_file(directory, attempt), *(directory / name for name in names)]
+    return max(path.stat().st_mtime if path.exists() else 0.0 for path in paths)
 
 
 def log_file(directory: Path, attempt: int) -> Path:
@@ -240,10 +263,6 @@ def _flock(file: IO[str], kind: int) -> bool:
 
 def _log(attempt: int) -> str:
     return f"attempt-{attempt}.log"
-
-
-def _changed(path: Path) -> float:
-    return path.stat().st_mtime if path.exists() else 0.0
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

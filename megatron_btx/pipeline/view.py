@@ -94,11 +94,42 @@ class Standing:
         return "  ".join(parts)
 
 
+class _Patient:
+    """A stream whose reader may go away: a closed terminal or pipe is no reason to end a run. What
+    is said after that, also when Python ends, goes nowhere."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """Write, to whom is still there."""
+        try:
+            return self._stream.write(text)
+        except OSError:
+            self._turn_away()
+            return len(text)
+
+    def flush(self) -> None:
+        """Flush, likewise."""
+        try:
+            self._stream.flush()
+        except OSError:
+            self._turn_away()
+
+    def _turn_away(self) -> None:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, self._stream.fileno())
+        os.close(nowhere)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 class View:
     """Plain lines: when a stage starts and ends, and every ``interval`` seconds between."""
 
     def __init__(self, stream: IO[str] | None = None, interval: float = 20.0) -> None:
-        self.stream = stream or sys.stderr
+        self.stream: Any = _Patient(stream or sys.stderr)
         self.interval = interval
         self._standing: dict[str, Standing] = {}
         self._said: dict[str, float] = {}
@@ -131,9 +162,8 @@ class View:
 
     def note(self, text: str) -> None:
         """Say something."""
-        with contextlib.suppress(BrokenPipeError):
-            self.stream.write(f"{time.strftime('%H:%M:%S')} {text}\n")
-            self.stream.flush()
+        self.stream.write(f"{time.strftime('%H:%M:%S')} {text}\n")
+        self.stream.flush()
 
 
 class Bars(View):

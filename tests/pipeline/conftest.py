@@ -28,19 +28,21 @@ class Run:
         self.recipe.write_text(f"base: {TINY}\nrun_dir: {self.run_dir}\n")
         self.started: list[subprocess.Popen[str]] = []
 
-    def start(self, *options: str, wish: dict[str, Any] | None = None) -> subprocess.Popen[str]:
-        environment = {
+    def environment(self, wish: dict[str, Any] | None = None) -> dict[str, str]:
+        return {
             **os.environ,
             "PYTHONPATH": str(ROOT),
             "TMPDIR": str(self.directory),
             "BTX_FAKE": json.dumps(wish or {}),
             "BTX_TEST_RUN": str(self.directory),  # by which the tests know their processes
         }
+
+    def start(self, *options: str, wish: dict[str, Any] | None = None) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "tests.pipeline.fake_btx", "run", str(self.recipe)]
         process = subprocess.Popen(
             [*command, *options],
             cwd=self.directory,
-            env=environment,
+            env=self.environment(wish),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

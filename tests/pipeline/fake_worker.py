@@ -1,12 +1,13 @@
 """The real worker with stages that only pass the time, as ``behaviour`` in the environment says.
 
-``BTX_FAKE`` is JSON: stage name -> {"seconds", "fail", "deaf", "child", "early", "after"}:
+``BTX_FAKE`` is JSON: stage name -> {"seconds", "fail", "deaf", "child", "early", "after", "save"}:
 see ``_stage``.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -53,6 +54,10 @@ def _stage(recipe: Recipe, stage: Stage, run_dir: Path) -> dict[str, object]:
             _write(metrics, rank, {"kind": "train", "step": step, "loss": 4.0 / step})
             if rank == 0:
                 write_json(directory / "saved.json", {"step": step})
+                if wish.get("save") and step % wish["save"] == 0:
+                    (directory / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)
+            if wish.get("fail") == "full" and step == STEPS // 2:
+                raise OSError(errno.ENOSPC, "No space left on device")
             if stop and not wish.get("deaf"):
                 if rank == 0:
                     write_json(directory / "stopped.json", {"step": step})

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import pty
 import signal
+import subprocess
+import sys
+import termios
 import time
 from pathlib import Path
 
@@ -171,6 +176,78 @@ def test_a_mistake_later_keeps_what_is_done(run: Run) -> None:
     code, _, _ = run("--until", "expert:code", wish={"expert:code": {"fail": "user"}})
     assert code == 2
     assert _tree(run.run_dir) == before
+
+
+def _checkpoints(run: Run, *stages: str) -> list[bool]:
+    return [bool(list((run.run_dir / s / "checkpoints").glob("step_*"))) for s in stages]
+
+
+def test_a_full_disk_takes_no_checkpoint_with_it(run: Run) -> None:
+    """The seed has saved twice when it fails by something that a user can put right."""
+    assert run("--until", "prepare")[0] == 0
+    wish = {"seed": {"fail": "full", "save": 5, "seconds": 1}}
+    code, _, errors = run("--until", "seed", wish=wish)
+    assert code == 2
+    assert "no space left" in errors
+    assert _checkpoints(run, "seed") == [True]
+    code, _, errors = run("--until", "seed")
+    assert code == 0, errors
+    assert "attempt 2" in errors
+    assert run.steps("seed") == [*range(1, 11), *range(11, 21)]  # went on
+
+
+def test_a_stage_stopped_by_anothers_failure_stays(run: Run) -> None:
+    assert run("--until", "seed")[0] == 0
+    wish = {
+        "expert:code": {"fail": "user", "after": "dense"},
+        "dense": {"seconds": 20},
+    }
+    code, _, errors = run(wish=wish)
+    assert code == 2, errors
+    assert (run.run_dir / "dense" / "stopped.json").exists()
+    assert run("--until", "evaluate")[0] == 0
+    assert run.steps("dense") == list(range(1, 21))
+
+
+@pytest.mark.parametrize("save", [0, 5])
+def test_what_was_set_aside_outlives_a_mistake(run: Run, save: int) -> None:
+    """A changed stage that fails with nothing saved leaves all as it was; one that has saved
+    something stays, and the former one in ``old/``."""
+    assert run("--until", "expert:math")[0] == 0
+    run.recipe.write_text(run.recipe.read_text() + "experts:\n  math: {lr: 5e-4}\n")
+    before = _tree(run.run_dir)
+    wish = {"expert:math": {"fail": "full", "save": save, "seconds": 1}}
+    code, _, errors = run("--until", "expert:math", wish=wish)
+    assert code == 2
+    if save:
+        assert list(run.run_dir.glob("old/expert-math-*/done.json"))
+        assert _checkpoints(run, "expert-math") == [True]
+    else:
+        assert "is back in its place" in errors
+        assert _tree(run.run_dir) == before
+        assert not (run.run_dir / "old").exists()
+
+
+def test_a_closed_terminal_lets_the_ranks_save(run: Run) -> None:
+    """Its hang-up is one wish to stop; that nothing can be said there any more is no second."""
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "tests.pipeline.fake_btx", "run", str(run.recipe)]
+    process = subprocess.Popen(
+        command,
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env=run.environment({"seed": {"seconds": 20}}) | {"TERM": "xterm"},
+        cwd=run.directory,
+        start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )
+    os.close(theirs)
+    run.wait(lambda: len(run.steps("seed")) >= 2)
+    os.close(ours)
+    assert process.wait(timeout=20) == 130
+    assert (run.run_dir / "seed" / "stopped.json").exists()
+    assert not run.processes()
 
 
 def test_two_runs_of_one_recipe(run: Run) -> None:
