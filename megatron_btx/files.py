@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+from megatron_btx.errors import UserError
+
 
 @contextmanager
 def written(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
@@ -43,6 +45,47 @@ def read_json(path: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
     return content if isinstance(content, dict) else None
+
+
+def check_file(path: Path) -> None:
+    """Before any work: that a file can be written at ``path``.
+
+    Raises:
+        UserError: something else is there, or no directory that would hold it.
+    """
+    if path.exists() and not path.is_file():
+        raise UserError(str(path), "is there and is no file", "give the name of a file")
+    parent = path.absolute().parent
+    if not parent.is_dir():
+        raise UserError(str(path.parent), "no such directory", "make it first")
+    _check_writable(parent)
+
+
+def check_directory(path: Path) -> None:
+    """Before any work: that there is a directory at ``path`` to write in, or that one can be made.
+
+    Raises:
+        UserError: it, or what it would lie in, is no directory, or cannot be written.
+    """
+    there = path.absolute()
+    while not os.path.lexists(there):
+        there = there.parent
+    if not there.is_dir():
+        raise UserError(str(there), "is not a directory", "give the name of a directory")
+    _check_writable(there)
+
+
+def _check_writable(directory: Path) -> None:
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise UserError(str(directory), "cannot be written", "make it writable, or choose another")
+
+
+def newest_step(directory: Path) -> Path | None:
+    """The last checkpoint (``step_XXXXXXXX``) of a stage, in its ``checkpoints/`` or in itself."""
+    for place in (directory / "checkpoints", directory):
+        if steps := sorted(place.glob("step_????????")):
+            return steps[-1]
+    return None
 
 
 def sync_directory(directory: Path) -> None:

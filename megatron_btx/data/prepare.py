@@ -38,6 +38,7 @@ from megatron_btx.data.tokenizer import (
     train_tokenizer,
 )
 from megatron_btx.errors import UserError, UserErrors
+from megatron_btx.files import newest_step
 from megatron_btx.recipe.schema import Domain, Recipe
 
 logger = logging.getLogger(__name__)
@@ -227,8 +228,7 @@ def _tokenizer(
 def _seeds_tokenizer(seed: Path, given: Tokenizer | None) -> Tokenizer:
     """The tokenizer that lies beside the seed's weights, or the one given, if it fits them. The
     seed is a checkpoint of Megatron's or a Hugging Face directory."""
-    steps = sorted(seed.glob("step_????????")) or sorted(seed.glob("checkpoints/step_????????"))
-    checkpoint = steps[-1] if steps else seed
+    checkpoint = newest_step(seed) or seed
     theirs = None
     if (checkpoint / "tokenizer").is_dir():
         theirs = load_tokenizer(checkpoint / "tokenizer")

@@ -126,7 +126,7 @@ def min_length(checkpoints: Mapping[str, Any], setting: Setting) -> int:
         UserError: the models cannot take what is asked for.
     """
     most = min(one.architecture.model.seq_length for one in checkpoints.values())
-    wanted = setting.seq_length or most
+    wanted = most if setting.seq_length is None else setting.seq_length
     if not 1 <= wanted <= most:
         raise UserError("--seq-length", f"{wanted} is not from 1 to the model's {most}")
     tp = setting.layout.tensor_model_parallel_size

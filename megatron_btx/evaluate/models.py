@@ -12,15 +12,17 @@ from megatron_btx.data.documents import find_files, read_documents
 from megatron_btx.data.tokenizer import INFO, Tokenizer, load_tokenizer, read_tokenizer
 from megatron_btx.engine.initializer import initialize
 from megatron_btx.engine.model import DTYPES, build_model
-from megatron_btx.errors import UserError
+from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.evaluate.btm_heldout import training_text
 from megatron_btx.evaluate.subject import Subject
 from megatron_btx.evaluate.tfidf import TfIdf
 from megatron_btx.mix.asked import open_source
 from megatron_btx.mix.copy import copy
+from megatron_btx.recipe import count, layouts
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.load import load_recipe
-from megatron_btx.recipe.schema import Layout, Precision
+from megatron_btx.recipe.schema import Layout, Mix, Precision, Recipe, Training
+from megatron_btx.recipe.schema import Tokenizer as TokenizerBlock
 from megatron_btx.weights.plan import Checkpoint
 
 
@@ -50,18 +52,35 @@ def load(
         UserError: the layout cannot hold it.
     """
     precision = precision or precision_of(checkpoint)
-    many = len(checkpoint.architecture.experts)
-    if many % layout.expert_model_parallel_size:
-        what = f"{many} experts do not divide over {layout.expert_model_parallel_size} ranks"
-        raise UserError("expert_model_parallel_size", what, "choose a divisor")
-    if not many:  # the groups of experts may be there for other models
+    if not checkpoint.architecture.experts:  # the groups of experts may be there for other models
         layout = dataclasses.replace(
             layout, expert_model_parallel_size=1, expert_tensor_parallel_size=None
         )
+    _check_layout(checkpoint.architecture, layout)
     architecture = dropless(checkpoint.architecture)
     module = build_model(architecture, layout, precision, random_seed=random_seed)
     initialize(module, copy(checkpoint, dtype=DTYPES[precision]))
     return Live(architecture, module.eval())
+
+
+def _check_layout(architecture: Architecture, layout: Layout) -> None:
+    """As a recipe's layouts are checked, on a recipe that would make this model; how long its
+    sequences are is looked at where they are made (data.py)."""
+    model, experts = architecture.model, architecture.experts
+    width = count.expert_width(model) if experts else model.ffn_hidden_size
+    recipe = Recipe(
+        name="model",
+        model=dataclasses.replace(model, ffn_hidden_size=width, seq_length=2 * layout.world_size),
+        tokenizer=TokenizerBlock(vocab_size=architecture.vocab_size),
+        domains={},
+        seed=Training(),
+        experts={name: Training() for name in experts},
+        mix=Mix(include_seed=False),
+        finetune=Training(),
+    )
+    wrong = list(layouts.problems(recipe, "--layout", layout, moe=bool(experts)))
+    if wrong:
+        raise UserErrors([UserError(p.key.replace(".", " ", 1), p.what, p.fix) for p in wrong])
 
 
 def dropless(architecture: Architecture) -> Architecture:

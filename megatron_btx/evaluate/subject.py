@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_btx.errors import UserError, UserErrors
+from megatron_btx.files import newest_step
 
 METHODS = ("top1", "top2", "posterior")
 CONTEXTS = ("prefix", "document")
@@ -76,9 +77,8 @@ def find(path: str | Path) -> Path:
     path = Path(path)
     if (path / ".metadata").exists() or (path / "config.json").exists():
         return path
-    steps = sorted(path.glob("step_????????")) or sorted(path.glob("checkpoints/step_????????"))
-    if steps:
-        return steps[-1]
+    if (newest := newest_step(path)) is not None:
+        return newest
     what = "holds no checkpoint" if path.exists() else "does not exist"
     raise UserError(
         str(path),

@@ -11,6 +11,7 @@ import torch
 
 from megatron_btx.errors import UserError, UserErrors, noted
 from megatron_btx.families.hf import open_hf
+from megatron_btx.files import newest_step
 from megatron_btx.mix.agreement import disagreements
 from megatron_btx.mix.average import average
 from megatron_btx.mix.command import Request
@@ -47,9 +48,9 @@ def open_source(path: Path, label: str, given: Mapping[str, Any] | None = None) 
         return open_megatron(path, label, given)
     if (path / "config.json").exists():
         return open_hf(path, label)
-    patterns = ("step_????????", "checkpoints/step_????????", "iter_???????")
-    steps = [step for pattern in patterns for step in sorted(path.glob(pattern))]
-    fix = f"give {steps[-1]}" if steps else "give a step_XXXXXXXX or a Hugging Face directory"
+    theirs = sorted(path.glob("iter_???????"))  # Megatron-LM's
+    newest = newest_step(path) or (theirs[-1] if theirs else None)
+    fix = f"give {newest}" if newest else "give a step_XXXXXXXX or a Hugging Face directory"
     raise UserError(str(path), "not a checkpoint (no .metadata and no config.json)", fix)
 
 

@@ -5,7 +5,6 @@ What is averaged well has drifted little; experts that have hardly drifted are h
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from rich.table import Table
 from torch import Tensor
 
 from megatron_btx.errors import UserErrors
+from megatron_btx.files import check_directory, write_json, written
 from megatron_btx.mix.agreement import disagreements
 from megatron_btx.mix.asked import open_sources
 from megatron_btx.mix.command import Request
@@ -34,6 +34,8 @@ Grams = dict[tuple[str, int], Tensor]
 
 def show(request: Request, out: TextIO) -> None:
     """Print the table; write ``drift.json`` and ``drift.svg`` into ``--out`` where one is given."""
+    if request.out:
+        check_directory(Path(request.out))
     models = open_sources(request)
     grams = drift(models)
     labels = [model.label for model in models]
@@ -43,8 +45,9 @@ def show(request: Request, out: TextIO) -> None:
     if request.out:
         directory = Path(request.out)
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / "drift.json").write_text(json.dumps(rows, indent=1) + "\n", "utf-8")
-        (directory / "drift.svg").write_text(_heatmap(rows), "utf-8")
+        write_json(directory / "drift.json", rows)
+        with written(directory / "drift.svg") as file:
+            file.write(_heatmap(rows))
 
 
 def drift(models: Sequence[Checkpoint]) -> Grams:

@@ -10,8 +10,15 @@ from typing import Any
 
 from megatron_btx.errors import UserError
 from megatron_btx.evaluate import subject
+from megatron_btx.files import check_file
 from megatron_btx.pipeline import measure
-from megatron_btx.report.evaluation import add_how, data_of, layout_of, setting_of
+from megatron_btx.report.evaluation import (
+    add_how,
+    check_numbers,
+    data_of,
+    layout_of,
+    setting_of,
+)
 
 _EPILOG = """examples:
   btx mix --sources code=DIR math=DIR seed=DIR --router-init zeros --out MOE
@@ -62,6 +69,7 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """The command; its exit code."""
+    check_numbers(options)
     subjects = subject.parse([options.checkpoint])
     if subjects[0].method is not None:
         raise UserError(subjects[0].name, "is a set of models: it has no router", "give one model")
@@ -69,8 +77,7 @@ def run(options: argparse.Namespace) -> int:
         raise UserError("--spread", f"is {options.spread}", "give a positive number")
     if options.out.exists():
         raise UserError(str(options.out), "exists already", "remove it, or give another name")
-    if not options.out.absolute().parent.is_dir():
-        raise UserError(str(options.out.parent), "no such directory", "make it first")
+    check_file(options.out)
     request = measure.request_of(
         "centroids",
         subjects,

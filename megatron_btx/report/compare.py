@@ -13,7 +13,7 @@ from typing import Any
 from megatron_btx.errors import UserError
 from megatron_btx.evaluate import subject
 from megatron_btx.evaluate.subject import Subject
-from megatron_btx.files import read_json, write_json, written
+from megatron_btx.files import check_directory, read_json, write_json, written
 from megatron_btx.pipeline import graph, measure, state
 from megatron_btx.pipeline.fingerprint import Memo
 from megatron_btx.recipe.load import digest, load_recipe
@@ -61,12 +61,14 @@ def run(options: argparse.Namespace) -> int:
     """The command; its exit code."""
     if options.seeds < 1:
         raise UserError("--seeds", f"is {options.seeds}", "give at least 1")
+    evaluation.check_numbers(options)
     runs = _runs(_files(options.recipes), options.base, options.seeds)
+    out = options.out or _common([one.run_dir for one in runs])
+    check_directory(out)
     asked = evaluation.tasks_of(options)  # before hours of training: a file may not be there
     if options.dry_run:
         _print_left(runs)
         return 0
-    out = options.out or _common([one.run_dir for one in runs])
     for number, one in enumerate(runs, 1):
         code = _run_one(one, runs, f"{number}/{len(runs)}")
         if code != 0:

@@ -13,7 +13,7 @@ from typing import Any
 from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.evaluate import subject
 from megatron_btx.evaluate.choice import in_words
-from megatron_btx.files import write_json
+from megatron_btx.files import check_file, write_json
 from megatron_btx.pipeline import measure
 from megatron_btx.recipe.schema import Layout
 
@@ -151,17 +151,50 @@ def layout_of(words: Sequence[str]) -> Layout:
             given[key] = int(value)
     if errors:
         raise UserErrors(errors)
-    world_size = Layout(**given).world_size
-    return Layout(**{"num_threads": measure.threads(world_size), **given})
+    layout = Layout(**given)
+    ep, etp, pp = (
+        layout.expert_model_parallel_size,
+        layout.etp,
+        layout.pipeline_model_parallel_size,
+    )
+    if layout.world_size % (ep * etp * pp):
+        what = (
+            f"EP x ETP x PP ({ep} x {etp} x {pp}) does not divide the {layout.world_size} rank(s) "
+            "(TP x PP x CP x DP)"
+        )
+        raise UserError("--layout expert_model_parallel_size", what, "raise data_parallel_size")
+    return dataclasses.replace(
+        layout, num_threads=given.get("num_threads", measure.threads(layout.world_size))
+    )
+
+
+_LEAST = {"micro_batch_size": 1, "seq_length": 1, "tokens": 1, "limit": 1, "shots": 0}
+
+
+def check_numbers(options: argparse.Namespace) -> None:
+    """That those of the flags that a command has are in range.
+
+    Raises:
+        UserErrors: all that are not.
+    """
+    given = {name: getattr(options, name, None) for name in _LEAST}
+    errors = [
+        UserError("--" + name.replace("_", "-"), f"is {value}", f"give at least {_LEAST[name]}")
+        for name, value in given.items()
+        if value is not None and value < _LEAST[name]
+    ]
+    if errors:
+        raise UserErrors(errors)
 
 
 def run_evaluate(options: argparse.Namespace) -> int:
     """``btx evaluate``."""
+    check_numbers(options)
+    if options.out is not None:
+        check_file(options.out)
     subjects = subject.parse(options.checkpoints)
     if not options.data and not options.tasks:
         raise UserError("btx evaluate", "neither --data nor --tasks", "say what to evaluate on")
-    if options.micro_batch_size < 1:
-        raise UserError("--micro-batch-size", f"is {options.micro_batch_size}", "give at least 1")
     data, tasks = data_of(options.data), tasks_of(options)
     layout = layout_of(options.layout)
     result: dict[str, Any] = {
@@ -195,6 +228,7 @@ def run_evaluate(options: argparse.Namespace) -> int:
 
 def run_generate(options: argparse.Namespace) -> int:
     """``btx generate``."""
+    check_numbers(options)
     subjects = subject.parse([options.checkpoint])
     if not options.prompt:
         raise UserError("--prompt", "is missing", "give the text to continue")
@@ -202,6 +236,7 @@ def run_generate(options: argparse.Namespace) -> int:
         ("max_new_tokens", options.max_new_tokens >= 1),
         ("temperature", options.temperature >= 0),
         ("top_p", 0 < options.top_p <= 1),
+        ("random_seed", 0 <= options.random_seed < 2**31),
     ):
         if not good:
             what = f"{getattr(options, flag)} is out of range"

@@ -15,11 +15,19 @@ from typing import Any
 from megatron_btx.errors import UserError
 from megatron_btx.evaluate import subject
 from megatron_btx.evaluate.choice import expert_choice, in_words
-from megatron_btx.files import read_json, written
+from megatron_btx.evaluate.subject import Subject
+from megatron_btx.files import check_directory, read_json, written
 from megatron_btx.pipeline import measure
 from megatron_btx.recipe.load import load_recipe
 from megatron_btx.recipe.schema import Recipe
-from megatron_btx.report.evaluation import add_how, columns, data_of, layout_of, setting_of
+from megatron_btx.report.evaluation import (
+    add_how,
+    check_numbers,
+    columns,
+    data_of,
+    layout_of,
+    setting_of,
+)
 from megatron_btx.report.style import sheet
 from megatron_btx.report.svg import heatmap
 from megatron_btx.train import metrics
@@ -116,14 +124,18 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """The command; its exit code."""
+    check_numbers(options)
+    if options.out is not None:
+        check_directory(options.out)
     runs = [Path(source) for source in options.sources if _is_run(Path(source))]
     others = [source for source in options.sources if not _is_run(Path(source))]
-    if others and not options.data:
+    subjects = subject.parse(others)
+    if subjects and not options.data:
         raise UserError(others[0], "is a checkpoint", "say on what to measure it: --data NAME=FILE")
     views = [view for run_dir in runs for view in of_run(run_dir)]
-    if others:
+    if subjects:
         try:
-            views += _measured(others, options)
+            views += _measured(subjects, options)
         except measure.Ended as ended:
             return ended.code
     if not views:  # a rank that is not the first
@@ -188,8 +200,7 @@ def _view(recipe: Recipe, moment: str, record: Mapping[str, Any]) -> View:
     )
 
 
-def _measured(words: list[str], options: argparse.Namespace) -> list[View]:
-    subjects = subject.parse(words)
+def _measured(subjects: list[Subject], options: argparse.Namespace) -> list[View]:
     sets = [one.name for one in subjects if one.method is not None]
     if sets:
         raise UserError(sets[0], "is a set of models: it has no router", "give one model")

@@ -170,6 +170,20 @@ def test_megatron_lm_is_told_the_same_model(tmp_path, tool, name):
     assert computed(found) == computed(want)
 
 
+def test_mistakes_are_one_message(tmp_path, tool, released):
+    step = tmp_path / "step"
+    assert tool("hf_to_megatron.py", released, step)[0] == 0
+    for tp in (0, -2):
+        said = tool("megatron_lm_args.py", step, "--tensor-model-parallel-size", tp)
+        assert said[0] == 2
+        assert f"--tensor-model-parallel-size: is {tp}" in said[1]
+    (step / "manifest.json").write_text("{")
+    code, text = tool("megatron_to_hf.py", step, tmp_path / "out")
+    assert code == 2
+    assert "manifest.json: damaged" in text
+    assert [path.name for path in tmp_path.iterdir()] == ["step"]
+
+
 @pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("name", ["qwen2", "qwen3"])
 def test_mixes_of_every_family_are_verified(tmp_path, name, fused):

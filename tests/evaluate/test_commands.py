@@ -11,13 +11,14 @@ import torch
 
 from megatron_btx import cli
 from megatron_btx.errors import UserError
+from megatron_btx.evaluate.models import load, opened
 from megatron_btx.evaluate.subject import Subject, find, parse
 from megatron_btx.recipe.schema import Layout, Routing
 from megatron_btx.report import evaluation, routing
 from tests.evaluate import made, ranks_side
 from tests.ranks import Ranks
 from tests.report.made import make_run
-from tests.small import btx
+from tests.small import btx, tree_hash
 
 
 def test_evaluate(here: Path, tmp_path: Path) -> None:
@@ -74,16 +75,56 @@ def test_help_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> 
         ("evaluate {here}/a --data x={here}/x.jsonl --layout tp=2", "tp is no key"),
         ("evaluate btm:{here}/a --data x={here}/x.jsonl", "fewer than two"),
         ("evaluate x={here}/a x={here}/a --data x={here}/x.jsonl", "named twice"),
+        ("evaluate {here}/a --data x={here}/x.jsonl --out no/x.json", "no: no such directory"),
+        ("evaluate {here}/a --data x={here}/x.jsonl --out {here}/b", "b: is there and is no file"),
+        ("evaluate {here}/a --data x={here}/x.jsonl --seq-length 0", "--seq-length: is 0"),
+        ("evaluate {here}/a --data x={here}/x.jsonl --tokens -1", "--tokens: is -1"),
+        (
+            "evaluate {here}/moe --data x={here}/x.jsonl --layout expert_model_parallel_size=2",
+            "EP x ETP x PP (2 x 1 x 1) does not divide the 1 rank(s)",
+        ),
+        ("generate {here}/a --prompt x --micro-batch-size 0", "--micro-batch-size: is 0"),
+        ("generate {here}/a --prompt x --random-seed -1", "out of range"),
         ("generate {here}/a", "--prompt: is missing"),
         ("generate {here}/a --prompt x --top-p 0", "out of range"),
         ("routing {here}/a", "say on what to measure it"),
+        ("routing nope", "nope: does not exist"),
+        ("routing {here}/moe --data x={here}/x.jsonl --out {here}/x.jsonl", "is not a directory"),
+        (
+            "routing {here}/moe --data x={here}/x.jsonl --out {here}/x.jsonl/deep",
+            "x.jsonl: is not a directory",
+        ),
+        ("centroids {here}/moe --data x={here}/x.jsonl --out no/c", "no: no such directory"),
     ],
 )
 def test_mistakes(
     here: Path, arguments: str, words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """One clear error, before any work."""
+    before = tree_hash(here)
     assert cli.main(arguments.format(here=here).split()) == 2
-    assert words in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert words in said.err
+    assert said.out == ""
+    assert tree_hash(here) == before
+
+
+@pytest.mark.parametrize(
+    ("model", "layout", "words"),
+    [
+        ("a", {"pipeline_model_parallel_size": 5}, "5 does not divide model.num_layers (2)"),
+        ("a", {"tensor_model_parallel_size": 8}, "8 does not divide model.num_attention_heads (4)"),
+        ("moe", {"data_parallel_size": 3, "expert_model_parallel_size": 3}, "the 4 experts"),
+    ],
+)
+def test_a_layout_that_does_not_fit_the_model(
+    here: Path, model: str, layout: dict[str, int], words: str
+) -> None:
+    (checkpoint,) = opened(Subject(name=model, models={model: here / model})).values()
+    with pytest.raises(UserError) as raised:
+        load(checkpoint, Layout(**layout), None)
+    assert words in str(raised.value)
+    assert f"--layout {list(layout)[-1]}: " in str(raised.value)
 
 
 def test_a_mistake_that_a_rank_finds(here: Path, tmp_path: Path) -> None:

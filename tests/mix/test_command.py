@@ -368,10 +368,11 @@ def test_what_is_wrong_with_every_source_is_told_at_once(sources, tmp_path):
             "--noise: has no meaning for method btx",
         ),
         (["--sources", *named(sources), "--moe-router-topk", "5"], "cannot take 5 of 4 experts"),
+        (["--report", "--sources", *named(sources), "--out", __file__], "is not a directory"),
     ]
     for words, found in cases:
         with pytest.raises(UserError, match=found):
-            btx("mix", *words, "--out", tmp_path / "out")
+            btx("mix", "--out", tmp_path / "out", *words)
     with pytest.raises(UserError, match="missing"):
         btx("mix", "--out", tmp_path / "out")
     assert tree_hash(tmp_path) == before

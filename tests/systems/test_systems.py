@@ -305,6 +305,8 @@ def test_scores_on_tasks(
         (["{recipe}", "--seeds", "0"], "give at least 1"),
         (["{recipe}", "--tasks", "arc_easy={tmp}/none.jsonl"], "none.jsonl does not exist"),
         (["{recipe}", "--base", "{tmp}/none.yaml"], "none.yaml"),
+        (["{recipe}", "--out", "{recipe}"], "dense.yaml: is not a directory"),
+        (["{recipe}", "--limit", "0"], "--limit: is 0"),
     ],
 )
 def test_bad_comparisons(

@@ -80,6 +80,8 @@ def arguments(checkpoint: Checkpoint, tp: int) -> Iterator[tuple[str, Any]]:
 
 def _model(architecture: Architecture, tp: int) -> Iterator[tuple[str, Any]]:
     model, padded = architecture.model, architecture.padded_vocab_size
+    if tp < 1:
+        raise UserError("--tensor-model-parallel-size", f"is {tp}", "give at least 1")
     if padded % tp:
         what = f"{tp} does not divide the padded vocabulary ({padded})"
         raise UserError("--tensor-model-parallel-size", what, "choose a divisor")
