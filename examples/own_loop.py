@@ -15,7 +15,7 @@ import torch
 from megatron_btx.engine import cpu, kernels, repairs
 
 cpu.install()  # before any other import of Megatron; does nothing where there is a GPU
-repairs.install(kernels.detect())  # does nothing where Transformer Engine is
+repairs.install(kernels.detect())  # does nothing where Transformer Engine and Apex are
 
 from megatron.core import distributed, parallel_state, tensor_parallel  # noqa: E402
 from megatron.core.models.gpt import GPTModel  # noqa: E402
@@ -23,7 +23,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # n
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 
 from megatron_btx.engine.initializer import btx_plan, initialize  # noqa: E402
-from megatron_btx.engine.model import transformer_config  # noqa: E402
+from megatron_btx.engine.model import mask_padding, model_fields, transformer_config  # noqa: E402
 from megatron_btx.engine.spec import block_spec  # noqa: E402
 from megatron_btx.recipe.schema import Layout, Mix, Routing  # noqa: E402
 
@@ -48,13 +48,8 @@ models = [(Path(path).name, Path(path)) for path in sys.argv[1:]]
 plan = btx_plan(models, mix=Mix(), routing=routing, precision="fp32", random_seed=1)
 layout = Layout(data_parallel_size=world, expert_model_parallel_size=world)
 config = transformer_config(plan.architecture, layout, "fp32")  # a TransformerConfig
-shape, vocabulary = plan.architecture.model, plan.architecture.padded_vocab_size
-rope = {"position_embedding_type": "rope", "rotary_base": shape.rotary_base}
-tied = not shape.untie_embeddings_and_output_weights
-spec = block_spec(config, routing)
-model = GPTModel(
-    config, spec, vocabulary, shape.seq_length, share_embeddings_and_output_weights=tied, **rope
-)
+model = GPTModel(config, block_spec(config, routing), **model_fields(plan.architecture))
+mask_padding(model, plan.architecture)
 initialize(model.to(torch.cuda.current_device()), plan)  # a rank reads its own experts only
 
 ddp = distributed.DistributedDataParallel(
@@ -62,8 +57,8 @@ ddp = distributed.DistributedDataParallel(
 )
 config.finalize_model_grads_func = distributed.finalize_model_grads
 optimizer = get_megatron_optimizer(OptimizerConfig(lr=1e-3, clip_grad=1.0), [ddp])
-size = (2, shape.seq_length + 1)
-batch = torch.randint(plan.architecture.vocab_size, size, device=torch.cuda.current_device())
+shape = (2, plan.architecture.model.seq_length + 1)
+batch = torch.randint(plan.architecture.vocab_size, shape, device=torch.cuda.current_device())
 for step in range(5):
     ddp.zero_grad_buffer()
     optimizer.zero_grad()
@@ -72,7 +67,7 @@ for step in range(5):
         data_iterator=iter([batch]),
         model=[ddp],
         num_microbatches=1,
-        seq_length=shape.seq_length,
+        seq_length=batch.shape[1] - 1,
         micro_batch_size=len(batch),
         forward_only=False,
     )

@@ -121,7 +121,7 @@ def _band(seq: int, window: int, device: torch.device) -> Tensor:
 
 
 def _heads_first(x_SBGD: Tensor, repeats: int) -> Tensor:
-    """[S, B, G, D] -> [B, N, S, D]; the repeats of a head are a view, as is the transposition."""
+    """[S, B, G, D] -> [B, N, S, D]: a view where nothing is repeated, or one head is."""
     seq, batch, heads, width = x_SBGD.shape
     x_BGSD = x_SBGD.permute(1, 2, 0, 3)
     if repeats == 1:

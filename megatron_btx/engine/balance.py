@@ -26,9 +26,12 @@ def pop_balance_loss(num_microbatches: int) -> dict[str, float]:
     for name, entry in tracker.items():
         values: Tensor = entry["values"].clone()
         dist.all_reduce(values, group=parallel_state.get_pipeline_model_parallel_group())
-        if entry.get("reduce_group") is not None:
-            dist.all_reduce(values, group=entry["reduce_group"])
-        values = _mean_over(values, entry.get("avg_group"))
+        summed, averaged = entry.get("reduce_group"), entry.get("avg_group")
+        if summed is None and averaged is None:  # the z-loss: each rank has its own tokens'
+            averaged = parallel_state.get_tensor_and_context_parallel_group()
+        if summed is not None:
+            dist.all_reduce(values, group=summed)
+        values = _mean_over(values, averaged)
         if not entry.get("reduce_group_has_dp", False):
             values = _mean_over(values, parallel_state.get_data_parallel_group())
         losses[_LOGGED_AS.get(name, name)] = values.mean().item() / num_microbatches

@@ -7,6 +7,7 @@ disk; what bears the name ``step_00000123`` can be loaded, however the writer di
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import shutil
@@ -23,6 +24,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_btx.engine import helpers
 from megatron_btx.engine.distributed import is_first_rank
@@ -33,6 +35,8 @@ from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.weights.manifest import FORMAT, MANIFEST, read_manifest
 
 logger = logging.getLogger(__name__)
+
+_PARTIAL, _OLD = ".partial", ".old"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,9 +111,9 @@ def save(
     Raises:
         UserError: the disk is full or the directory cannot be written.
     """
-    partial = directory.with_name(directory.name + ".partial")
+    partial = directory.with_name(directory.name + _PARTIAL)
     helpers.start()
-    with _disk_errors(directory):
+    with _written(directory, partial):
         if is_first_rank():
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
@@ -164,7 +168,10 @@ def _refusals(directory: Path) -> Iterator[None]:
     """What Megatron's loader makes of a checkpoint that it cannot use, in a user's words."""
     try:
         yield
-    except (CheckpointingException, OSError, EOFError, KeyError, ValueError, RuntimeError) as error:
+    except (
+        *(CheckpointingException, CheckpointException, OSError, EOFError),
+        *(KeyError, ValueError, RuntimeError),
+    ) as error:
         lines = str(error).splitlines() or [repr(error)]
         # Its optimizers group experts apart only under expert parallelism: between EP > 1 and
         # EP = 1 the weights move, the state of the optimizer does not.
@@ -172,7 +179,7 @@ def _refusals(directory: Path) -> Iterator[None]:
             str(directory),
             f"cannot be loaded: {type(error).__name__}: {lines[0][:300]}",
             "go on under the layout that wrote it, or take a checkpoint that is whole and of this "
-            "model",
+            "model (a stage's own may be deleted: it goes on from the one before)",
         ) from error
 
 
@@ -217,11 +224,43 @@ def final_checkpoint(stage_directory: Path) -> Path:
     return found
 
 
+def prune(checkpoints: Path, keep: int) -> None:
+    """Delete all but the last ``keep`` checkpoints of a stage. The first rank calls it."""
+    for old in sorted(checkpoints.glob("step_????????"))[:-keep]:
+        # Renamed first: a half-deleted checkpoint must not bear its name.
+        doomed = old.with_name(old.name + _OLD)
+        old.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def sweep(checkpoints: Path) -> None:
+    """Delete what a killed run had half written or half deleted. The first rank calls it."""
+    for suffix in (_PARTIAL, _OLD):
+        for left in checkpoints.glob("step_????????" + suffix):
+            shutil.rmtree(left)
+
+
 @contextlib.contextmanager
-def _disk_errors(directory: Path) -> Iterator[None]:
+def _written(directory: Path, partial: Path) -> Iterator[None]:
+    """What the writers of a checkpoint meet on the disk, in a user's words; ``partial`` is gone
+    then, for it may be what fills the disk."""
     try:
         yield
-    except OSError as error:
+    except (OSError, CheckpointException) as error:
+        if is_first_rank():
+            shutil.rmtree(partial, ignore_errors=True)
+        found = error if isinstance(error, OSError) else _disk_error(error)
+        if found is None:
+            raise RuntimeError(f"{directory} was not written: {error}") from error
         raise UserError(
-            str(directory), f"cannot be written: {error.strerror or error}", "free some space"
+            str(directory), f"cannot be written: {found.strerror or found}", "free some space"
         ) from error
+
+
+def _disk_error(error: CheckpointException) -> OSError | None:
+    """What the system said, where torch's writers met it: they pass on its words alone."""
+    words = str(error)
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS):
+        if os.strerror(number) in words:
+            return OSError(number, os.strerror(number))
+    return None

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from megatron_btx.engine import kernels
-from megatron_btx.engine.router import transformer_fields
+from megatron_btx.engine.options import TORCH_LAYERS, refusals, refuse_unfollowed
+from megatron_btx.engine.router import check_config, transformer_fields
 from megatron_btx.engine.spec import block_spec
 from megatron_btx.errors import UserError
 from megatron_btx.recipe import check, count
@@ -38,7 +39,7 @@ def transformer_config(
     """Megatron's configuration of this model under this layout.
 
     Raises:
-        UserError: Megatron refuses the combination.
+        UserError: Megatron refuses the combination, or our modules would not follow an option.
     """
     model, platform = architecture.model, kernels.detect()
     if not platform.use_transformer_engine:
@@ -104,12 +105,15 @@ def transformer_config(
             "moe_grouped_gemm": True,
         }
         fields |= transformer_fields(architecture.routing, len(architecture.experts))
-    try:
-        return TransformerConfig(**(fields | options.transformer))
-    except (ValueError, AssertionError) as refusal:
-        raise UserError(
-            "megatron.transformer", f"Megatron-Core refuses this combination: {refusal}"
-        ) from refusal
+    if platform.layers == "torch":
+        refuse_unfollowed(
+            options.transformer, TORCH_LAYERS, "the layers without Transformer Engine"
+        )
+    with refusals("transformer"):
+        config = TransformerConfig(**(fields | options.transformer))
+    if architecture.routing is not None:
+        check_config(config, architecture.routing)
+    return config
 
 
 def _leave_unset(_weight: Tensor) -> None: ...
@@ -136,25 +140,31 @@ def build_model(
     model = GPTModel(
         config=config,
         transformer_layer_spec=block_spec(config, architecture.routing, random_seed),
-        vocab_size=architecture.padded_vocab_size,
-        max_sequence_length=architecture.model.seq_length,
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
-        share_embeddings_and_output_weights=(
-            not architecture.model.untie_embeddings_and_output_weights
-        ),
-        position_embedding_type="rope",
-        rotary_base=architecture.model.rotary_base,
-        rope_scaling=architecture.model.rope_scaling,
-        rope_scaling_factor=architecture.model.rope_scaling_factor,
-        seq_len_interpolation_factor=architecture.model.seq_len_interpolation_factor,
+        **model_fields(architecture),
     )
-    _mask_padding(model, architecture)
+    mask_padding(model, architecture)
     model.to(torch.cuda.current_device())
     return Float16Module(config, model) if precision == "bf16" else model
 
 
-def _mask_padding(model: GPTModel, architecture: Architecture) -> None:
+def model_fields(architecture: Architecture) -> dict[str, Any]:
+    """Arguments of Megatron's ``GPTModel`` that say which model this is."""
+    model = architecture.model
+    return {
+        "vocab_size": architecture.padded_vocab_size,
+        "max_sequence_length": model.seq_length,
+        "share_embeddings_and_output_weights": not model.untie_embeddings_and_output_weights,
+        "position_embedding_type": "rope",
+        "rotary_base": model.rotary_base,
+        "rope_scaling": model.rope_scaling,
+        "rope_scaling_factor": model.rope_scaling_factor,
+        "seq_len_interpolation_factor": model.seq_len_interpolation_factor,
+    }
+
+
+def mask_padding(model: GPTModel, architecture: Architecture) -> None:
     """Keep the rows that pad the vocabulary out of the softmax, in training and evaluation: an
     exported model, which does not have them, then computes the same loss."""
     if not model.post_process or architecture.padded_vocab_size == architecture.vocab_size:
@@ -173,6 +183,30 @@ def _mask_padding(model: GPTModel, architecture: Architecture) -> None:
     model.output_layer.register_forward_hook(mask)
 
 
+def data_parallel_config(
+    use_distributed_optimizer: bool, options: MegatronOptions = NO_OPTIONS
+) -> DistributedDataParallelConfig:
+    """Megatron's configuration of data parallelism; gradients accumulate in fp32.
+
+    Raises:
+        UserError: Megatron refuses the combination.
+    """
+    fields: dict[str, Any] = {
+        "grad_reduce_in_fp32": True,
+        "use_distributed_optimizer": use_distributed_optimizer,
+        "overlap_grad_reduce": False,
+        "check_for_nan_in_grad": False,
+    }
+    if options.ddp.get("overlap_param_gather") and not use_distributed_optimizer:
+        raise UserError(
+            "megatron.ddp.overlap_param_gather",
+            "there is nothing to gather without the distributed optimizer",
+            "set `use_distributed_optimizer: true`, or remove it",
+        )
+    with refusals("ddp"):
+        return DistributedDataParallelConfig(**(fields | options.ddp))
+
+
 def wrap_ddp(
     model: GPTModel | Float16Module,
     *,
@@ -180,7 +214,7 @@ def wrap_ddp(
     freeze_experts: bool = False,
     options: MegatronOptions = NO_OPTIONS,
 ) -> DistributedDataParallel:
-    """Megatron's gradient buffers around the model; gradients accumulate in fp32.
+    """Megatron's gradient buffers around the model.
 
     Frozen experts get no gradient and take no part in the optimizer, not even in its weight decay.
 
@@ -191,13 +225,7 @@ def wrap_ddp(
     for name, parameter in model.named_parameters() if freeze_experts else ():
         if ".mlp.experts." in name:
             parameter.requires_grad_(False)
-    ddp_fields: dict[str, Any] = {
-        "grad_reduce_in_fp32": True,
-        "use_distributed_optimizer": use_distributed_optimizer,
-        "overlap_grad_reduce": False,
-        "check_for_nan_in_grad": False,
-    }
-    ddp_config = DistributedDataParallelConfig(**(ddp_fields | options.ddp))
+    ddp_config = data_parallel_config(use_distributed_optimizer, options)
     ddp = DistributedDataParallel(config, ddp_config, model)
     config.finalize_model_grads_func = finalize_model_grads
     if ddp_config.overlap_grad_reduce:

@@ -8,12 +8,16 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from megatron_btx.engine.options import refusals
 from megatron_btx.recipe.schema import Training
 
 
-def build_optimizer(model: DistributedDataParallel, training: Training) -> MegatronOptimizer:
-    """AdamW with the stage's settings. Its state is fresh; master weights start from the model's
-    (rounded) weights, so set those first, or call ``reload_model_params`` after."""
+def optimizer_config(training: Training) -> OptimizerConfig:
+    """Megatron's configuration of the stage's AdamW.
+
+    Raises:
+        UserError: Megatron refuses the combination.
+    """
     fields: dict[str, Any] = {
         "optimizer": "adam",
         "lr": training.lr,
@@ -26,15 +30,22 @@ def build_optimizer(model: DistributedDataParallel, training: Training) -> Megat
         "bf16": training.precision == "bf16",
         "use_distributed_optimizer": training.use_distributed_optimizer,
     }
-    config = OptimizerConfig(**(fields | training.megatron.optimizer))
-    return get_megatron_optimizer(config, [model])
+    with refusals("optimizer"):
+        return OptimizerConfig(**(fields | training.megatron.optimizer))
+
+
+def build_optimizer(model: DistributedDataParallel, training: Training) -> MegatronOptimizer:
+    """AdamW with the stage's settings. Its state is fresh; master weights start from the model's
+    (rounded) weights, so set those first, or call ``reload_model_params`` after."""
+    with refusals("optimizer"):
+        return get_megatron_optimizer(optimizer_config(training), [model])
 
 
 def build_schedule(
     optimizer: MegatronOptimizer, training: Training, steps: int
 ) -> OptimizerParamScheduler:
-    """Warm-up, then decay to ``min_lr`` at the last step (the paper: cosine, to a tenth). It is
-    stepped by one an optimizer step."""
+    """Warm-up, then decay to ``min_lr`` (the paper: cosine, to a tenth), which a step after the
+    last would use. It is stepped by one an optimizer step."""
     warmup = min(training.lr_warmup_iters, max(0, steps - 1))
     return OptimizerParamScheduler(
         optimizer,

@@ -1,10 +1,11 @@
-"""Repairs of Megatron-Core 0.16.1 that any machine without Transformer Engine needs, GPU or not.
+"""Repairs of Megatron-Core 0.16.1 where a fused library is missing, on a GPU or without one.
 
-Each row of ``install`` says its condition; where the fused libraries are present nothing is done.
+Each row of ``install`` says its condition; where the libraries are present nothing is done.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import types
@@ -19,9 +20,17 @@ from megatron_btx.engine.kernels import Platform
 @functools.cache
 def install(platform: Platform) -> None:
     """Apply what this platform needs. Call it after ``cpu.install()``, before building a model."""
+    # Weight gradients into DDP's buffer without a copy between: Apex has a kernel for it, which
+    # Megatron's own layers (under Transformer Engine the output layer) will not do without.
+    layers = importlib.import_module("megatron.core.tensor_parallel.layers")
+    if not layers._grad_accum_fusion_available:
+        _bind(layers.__name__, _grad_accum_fusion_available=True)
+        _new(layers.__name__, fused_weight_gradient_mlp_cuda=_WEIGHT_GRADIENT)
     if not platform.use_transformer_engine:
-        # Bound only inside `try: import transformer_engine`, then read by router_gating_linear.
+        # Bound only inside `try: import transformer_engine`, then read: by the router's product,
+        # and where norms are recomputed (`recompute_modules: [layernorm]`).
         _new("megatron.core.transformer.moe.moe_utils", te_general_gemm=None)
+        _new("megatron.core.tensor_parallel.random", **_NO_FP8)
         # Megatron's own places for fused kernels, given plain torch's. The model's configuration
         # asks for them: fused_single_qkv_rope, cross_entropy_loss_fusion, bias_activation_fusion.
         from megatron_btx.engine.cross_entropy import cross_entropy
@@ -34,11 +43,6 @@ def install(platform: Platform) -> None:
         language_module = "megatron.core.models.common.language_module.language_module"
         _bind(language_module, fused_vocab_parallel_cross_entropy=cross_entropy)
         _bind("megatron.core.transformer.mlp", bias_swiglu_impl=bias_swiglu)
-        # Weight gradients into DDP's buffer without a copy between; Apex may have a kernel for it.
-        layers = importlib.import_module("megatron.core.tensor_parallel.layers")
-        if not layers._grad_accum_fusion_available:
-            _bind(layers.__name__, _grad_accum_fusion_available=True)
-            _new(layers.__name__, fused_weight_gradient_mlp_cuda=_WEIGHT_GRADIENT)
     if platform.optimizer == "torch":
         # Its stand-in for Apex's kernel scales gradients into new memory and copies them back.
         _bind("megatron.core.optimizer.clip_grads", multi_tensor_scale_impl=_scale)
@@ -70,6 +74,13 @@ def _scale(
     for source, target in zip(*tensor_lists, strict=True):
         torch.mul(source, scale, out=target)
 
+
+# For Transformer Engine's of these names.
+_NO_FP8 = {
+    "FP8GlobalStateManager": types.SimpleNamespace(is_fp8_enabled=lambda: False),
+    "activation_recompute_forward": lambda **_: contextlib.nullcontext(),
+    "fp8_autocast": lambda **_: contextlib.nullcontext(),
+}
 
 # For Apex's CUDA extension of that name.
 _WEIGHT_GRADIENT = types.SimpleNamespace(

@@ -28,8 +28,9 @@ from torch import Tensor
 from torch.distributed import all_gather_into_tensor
 
 from megatron_btx.engine import noise, routing
+from megatron_btx.engine.options import Supported, refuse_unfollowed
 from megatron_btx.engine.routing import Routes
-from megatron_btx.errors import UserError, UserErrors
+from megatron_btx.errors import UserError, UserErrors, noted
 from megatron_btx.recipe.schema import Routing
 
 BALANCE_LOSS = "btx_balance_loss"
@@ -71,8 +72,8 @@ def transformer_fields(routing: Routing, num_experts: int) -> dict[str, Any]:
     }
 
 
-# Options of Megatron's router that this one would not follow, with the values it can.
-_SUPPORTED: dict[str, tuple[Any, ...]] = {
+# Of Megatron's router and its dispatchers.
+_SUPPORTED: Supported = {
     "moe_router_dtype": ("fp32", "fp64"),
     "moe_router_load_balancing_type": ("none", "aux_loss", "seq_aux_loss"),
     "moe_router_score_function": ("softmax",),
@@ -102,7 +103,7 @@ class BTXRouter(TopKRouter):
         random_seed: keys the noise of Sample Top-1.
 
     Raises:
-        UserErrors: the configuration asks for what this router does not do.
+        ValueError: the configuration asks for what this router does not do.
     """
 
     def __init__(
@@ -113,7 +114,11 @@ class BTXRouter(TopKRouter):
         routing: Routing,
         random_seed: int = 0,
     ) -> None:
-        _check(config, routing)
+        try:
+            check_config(config, routing)
+        except UserError as wrong:
+            # Megatron, building a layer, makes what it catches anew, of its text alone.
+            raise ValueError(str(wrong)) from None
         super().__init__(config, pg_collection)
         self.recipe = routing
         self.random_seed = random_seed
@@ -238,16 +243,15 @@ class BTXRouter(TopKRouter):
         ).to(device)
 
 
-def _check(config: TransformerConfig, routing: Routing) -> None:
-    wrong = [
-        UserError(
-            f"megatron.transformer.{name}",
-            f"{getattr(config, name)!r} is not supported by BTXRouter",
-            f"use {' or '.join(map(repr, values))}",
-        )
-        for name, values in _SUPPORTED.items()
-        if getattr(config, name) not in values
-    ]
+def check_config(config: TransformerConfig, routing: Routing) -> None:
+    """That the router does what the configuration asks for.
+
+    Raises:
+        UserErrors: all that it does not.
+    """
+    wrong: list[UserError] = []
+    with noted(wrong):
+        refuse_unfollowed(vars(config), _SUPPORTED, "BTXRouter")
     fields = transformer_fields(routing, config.num_moe_experts)
     wrong += [
         UserError(

@@ -6,7 +6,6 @@ a run going on from a checkpoint has logged all up to it.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -33,6 +32,10 @@ class Log(Callback):
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """One record to both."""
         self.tracker.log(self.metrics.write(kind, step, **values))
+
+    def sync(self) -> None:
+        """What is logged is on the disk when this returns: a checkpoint must not outlive it."""
+        self.metrics.sync()
 
     def after_step(self, run: Run, record: dict[str, Any]) -> None:
         """Log the step."""
@@ -87,7 +90,8 @@ class CheckReplicas(Callback):
 
 
 class Checkpoints(Callback):
-    """A whole checkpoint every so many steps, when stopped, and at the end.
+    """A whole checkpoint every so many steps, when stopped, and at the end; what a killed run had
+    half written or half deleted goes first.
 
     The last one is what later stages start from: weights only, since an optimizer is fresh in every
     stage.
@@ -99,15 +103,20 @@ class Checkpoints(Callback):
         training: Training,
         manifest: Callable[[Run], dict[str, Any]],
         add_tokenizer: Callable[[Path], None],
+        log: Log | None,
     ) -> None:
-        self.directory, self.training = directory, training
+        self.directory, self.training, self.log = directory, training, log
         self.manifest, self.add_tokenizer = manifest, add_tokenizer
+        if is_first_rank():
+            checkpoint.sweep(directory)
 
     def after_step(self, run: Run, record: dict[str, Any]) -> None:
         """Save where it is time to, then drop what is older than the recipe keeps."""
         last = run.step == run.total_steps
         if not (last or run.stopped or run.step % self.training.save_interval == 0):
             return
+        if self.log is not None:
+            self.log.sync()
         state = (
             TrainingState(model=run.model)
             if last
@@ -117,11 +126,4 @@ class Checkpoints(Callback):
         manifest = {**self.manifest(run), "has_optimizer": not last}
         checkpoint.save(target, state, manifest, self.add_tokenizer)
         if is_first_rank():
-            self._prune(1 if last else self.training.keep_checkpoints)
-
-    def _prune(self, keep: int) -> None:
-        for old in sorted(self.directory.glob("step_????????"))[:-keep]:
-            # Renamed first: a half-deleted checkpoint must not bear its name.
-            doomed = old.with_name(old.name + ".old")
-            old.rename(doomed)
-            shutil.rmtree(doomed)
+            checkpoint.prune(self.directory, 1 if last else self.training.keep_checkpoints)

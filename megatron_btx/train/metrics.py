@@ -40,10 +40,14 @@ class MetricsLog:
         self._file.flush()
         return record
 
-    def close(self) -> None:
-        """Make the file durable and close it."""
+    def sync(self) -> None:
+        """Make what is written durable."""
         self._file.flush()
         os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Make the file durable and close it."""
+        self.sync()
         self._file.close()
 
 

@@ -19,7 +19,7 @@ from megatron_btx.engine.checkpoint import (
 )
 from megatron_btx.engine.initializer import btx_plan, initialize
 from megatron_btx.engine.model import DTYPES, build_model, wrap_ddp
-from megatron_btx.engine.optimizer import build_optimizer, build_schedule
+from megatron_btx.engine.optimizer import build_optimizer, build_schedule, min_lr
 from megatron_btx.files import write_json
 from megatron_btx.mix.copy import copy
 from megatron_btx.mix.fresh import fresh
@@ -115,7 +115,7 @@ def _begin(
         seq_length=recipe.model.seq_length,
         step=manifest["step"] if manifest else 0,
     )
-    lineage = manifest["lineage"] if manifest else _lineage(recipe, name, plan)
+    lineage = manifest["lineage"] if manifest else _lineage(recipe, name, training, plan)
     return progress, _callbacks(recipe, name, training, run_dir, progress, architecture, lineage)
 
 
@@ -155,8 +155,11 @@ def check_mix(recipe: Recipe, run_dir: Path) -> dict[str, Any]:
     return {"plan": plan.hash, "made_of": plan.describe().splitlines()}
 
 
-def _lineage(recipe: Recipe, name: str, plan: Plan | None) -> dict[str, Any]:
-    """Where a model comes from: stage, plan, sources, seeds and code."""
+_SCHEDULE = ("lr", "lr_warmup_iters", "lr_decay_style")
+
+
+def _lineage(recipe: Recipe, name: str, training: Training, plan: Plan | None) -> dict[str, Any]:
+    """Where a model comes from: stage, plan, sources, schedule, seeds and code."""
     assert plan is not None
     return {
         "recipe": recipe.name,
@@ -166,6 +169,11 @@ def _lineage(recipe: Recipe, name: str, plan: Plan | None) -> dict[str, Any]:
         "made_of": plan.describe().splitlines(),
         "sources": {label: str(source) for label, source in plan.sources.items()},
         "optimizer_state": "fresh",
+        "schedule": {
+            **{name: getattr(training, name) for name in _SCHEDULE},
+            "min_lr": min_lr(training),
+            "steps": count.steps(training, recipe.model),
+        },
         "versions": versions(),
         "code_revision": code_revision(),
     }
@@ -222,5 +230,6 @@ def _callbacks(
             training,
             manifest,
             lambda target: tokenizer.save(target / "tokenizer"),
+            log,
         ),
     ]

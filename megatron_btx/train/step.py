@@ -30,7 +30,6 @@ class StepResult:
     """Mean over the global batch, nats per token."""
     grad_norm: float
     """L2 norm of the whole gradient before clipping."""
-    found_nan: bool
 
 
 def forward_step(
@@ -85,10 +84,10 @@ def train_step(
         forward_only=False,
     )
     loss = global_mean([forward["loss"] for forward in forwards])
-    updated, grad_norm, _ = optimizer.step()
+    _, grad_norm, _ = optimizer.step()
     if schedule is not None:
         schedule.step(increment=1)
-    return StepResult(loss=loss, grad_norm=float(grad_norm or 0.0), found_nan=not updated)
+    return StepResult(loss=loss, grad_norm=float(grad_norm or 0.0))
 
 
 def global_mean(micro_losses: list[Tensor]) -> float:

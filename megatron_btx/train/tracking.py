@@ -14,6 +14,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from megatron_btx.engine import helpers
+from megatron_btx.files import written
 from megatron_btx.recipe.schema import Recipe, WandB
 
 logger = logging.getLogger(__name__)
@@ -156,12 +157,11 @@ def _netrc() -> bool:
 def _run_id(recipe: Recipe, stage: str, directory: Path) -> str:
     """Kept in a file once drawn, so that a run that is started anew elsewhere is another run."""
     path = directory / "wandb_run_id"
-    try:
-        return path.read_text(encoding="utf-8").strip()
-    except FileNotFoundError:
+    if not path.exists():
         digest = hashlib.sha256(f"{recipe.name}/{stage}/{os.urandom(8).hex()}".encode())
-        path.write_text(digest.hexdigest()[:12], encoding="utf-8")
-        return path.read_text(encoding="utf-8")
+        with written(path) as file:
+            file.write(digest.hexdigest()[:12])
+    return path.read_text(encoding="utf-8")
 
 
 def _flat(prefix: str, value: Any) -> list[tuple[str, Any]]:

@@ -138,3 +138,56 @@ def test_saved_under_one_layout_loaded_under_another(
         np.testing.assert_allclose(
             moved[0][1], unstopped[2:], atol=LOSS[case.precision], rtol=0, err_msg=str(layout)
         )
+
+
+def save_on_a_full_disk(folder: Path) -> tuple[str, list[str]]:
+    """What a save says whose files may not grow beyond 20 kB, and what it leaves."""
+    import resource
+
+    from megatron_btx.engine import checkpoint, distributed
+    from megatron_btx.engine.model import build_model
+    from megatron_btx.errors import UserError
+    from tests.engine.harness import set_weights
+
+    distributed.initialize(Layout(), 1)
+    model = build_model(DENSE, Layout(), "fp32")
+    set_weights(model)
+    state = checkpoint.TrainingState(model=model)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        checkpoint.save(checkpoint.step_directory(folder, 1), state, {})
+    except UserError as error:
+        return str(error), [path.name for path in folder.iterdir()]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    raise AssertionError("it was written")
+
+
+def test_a_save_that_finds_no_space_says_so_and_leaves_nothing(
+    ranks: Ranks, tmp_path: Path
+) -> None:
+    said, left = ranks.run(save_on_a_full_disk, 1, tmp_path)[0]
+    assert "step_00000001: cannot be written: File too large" in said
+    assert "fix: free some space" in said
+    assert left == []
+
+
+def load_what_is_cut(folder: Path) -> str:
+    """What loading step 2 says."""
+    from megatron_btx.errors import UserError
+
+    try:
+        session(Case(DENSE), folder, 2, 1, False)
+    except UserError as error:
+        return str(error)
+    raise AssertionError("it was loaded")
+
+
+def test_a_truncated_checkpoint_is_told(ranks: Ranks, tmp_path: Path) -> None:
+    ranks.run(session, 1, Case(DENSE), tmp_path, None, 2, True)
+    (payload,) = tmp_path.glob("step_00000002/*.distcp")
+    payload.write_bytes(payload.read_bytes()[: payload.stat().st_size // 2])
+    said = ranks.run(load_what_is_cut, 1, tmp_path)[0]
+    assert "step_00000002: cannot be loaded" in said
+    assert "fix:" in said

@@ -71,3 +71,21 @@ def test_a_foreign_apex_is_warned_of_and_ignored(tmp_path: Path, modules: tuple[
     )
     assert done.stdout.strip() == "False"
     assert "not NVIDIA's Apex" in done.stderr
+
+
+def test_gradients_are_accumulated_without_apex_whoever_makes_the_layers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Megatron's layers ask for Apex's kernel, the output layer under Transformer Engine too."""
+    from megatron.core.tensor_parallel import layers
+
+    from megatron_btx.engine import repairs
+
+    for cuda, transformer_engine in ((False, False), (True, False), (True, True)):
+        monkeypatch.setattr(layers, "_grad_accum_fusion_available", False)
+        monkeypatch.delattr(layers, "fused_weight_gradient_mlp_cuda", raising=False)
+        repairs.install.__wrapped__(
+            Platform(cuda=cuda, transformer_engine=transformer_engine, apex=False)
+        )
+        assert layers._grad_accum_fusion_available
+        assert layers.fused_weight_gradient_mlp_cuda.wgrad_gemm_accum_fp32

@@ -261,6 +261,23 @@ def test_logged_loss_is_averaged_over_data_parallel_ranks(ranks: Ranks) -> None:
     assert mean0 == mean1 == pytest.approx((own0 + own1) / 2)
 
 
+def logged_z_loss(layout: Layout) -> float:
+    from megatron_btx.engine.balance import pop_balance_loss
+    from megatron_btx.engine.router import routers
+
+    router, mine = build(layout, Routing(moe_z_loss_coeff=1e-3, balance_loss_coeff=0.0))
+    assert routers(router)
+    router(mine(HIDDEN_STATES))
+    return pop_balance_loss(1)["router_z_loss"]
+
+
+def test_the_logged_z_loss_is_all_ranks(ranks: Ranks) -> None:
+    alone = ranks.run(logged_z_loss, 1, ONE)[0]
+    assert alone > 0
+    for layout in (Layout(tensor_model_parallel_size=2, expert_tensor_parallel_size=2),):
+        assert ranks.run(logged_z_loss, 2, layout) == pytest.approx([alone, alone])
+
+
 def loss_per_token(layout: Layout) -> Tensor:
     router, mine = build(layout, ROUTINGS["topk"], calculate_per_token_loss=True)
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
@@ -418,7 +435,6 @@ def test_whole_models_train_as_on_one_rank(ranks: Ranks, name: str) -> None:
 
 
 def refusals() -> list[str]:
-    from megatron_btx.errors import UserErrors
 
     found = []
     for megatron in (
@@ -426,7 +442,7 @@ def refusals() -> list[str]:
         {"moe_router_topk": 3, "moe_expert_capacity_factor": 2.0},
         {"tensor_model_parallel_size": 2, "sequence_parallel": False},
     ):
-        with pytest.raises(UserErrors) as error:
+        with pytest.raises(ValueError) as error:
             build(ONE, ROUTINGS["topk"], **megatron)
         found.append(str(error.value))
     return found

@@ -51,7 +51,11 @@ def run(
         layout=case.layout,
     )
     model = build_model(
-        case.architecture, case.layout, training.precision, random_seed=case.random_seed
+        case.architecture,
+        case.layout,
+        training.precision,
+        random_seed=case.random_seed,
+        options=case.megatron,
     )
     set_weights(model)
     ddp = wrap_ddp(model, use_distributed_optimizer=case.use_distributed_optimizer)
@@ -88,14 +92,21 @@ def run(
     )
     off = Recipe.__new__(Recipe)
     object.__setattr__(off, "wandb", WandB(mode="disabled"))
-    log = []
+    log = None
     if distributed.is_first_rank():
-        log = [Log(where / "metrics.jsonl", Tracker(off, "x", where, {}), step)]
-    saved = functools.partial(manifest_of, case.architecture, layout={"world_size": 0}, lineage={})
+        log = Log(where / "metrics.jsonl", Tracker(off, "x", where, {}), step)
+    saved = functools.partial(
+        manifest_of,
+        case.architecture,
+        layout={"world_size": case.layout.world_size},
+        lineage={},
+    )
     callbacks = [
-        *log,
+        *([] if log is None else [log]),
         CheckReplicas(training),
-        Checkpoints(where / "checkpoints", training, lambda r: saved(step=r.step), lambda _: None),
+        Checkpoints(
+            where / "checkpoints", training, lambda r: saved(step=r.step), lambda _: None, log
+        ),
     ]
     with signals.listening() as stop:
         train(progress, callbacks, stop)

@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_btx.recipe.schema import Layout
+from megatron_btx.recipe.schema import Layout, MegatronOptions
 from tests.engine.harness import DENSE, MOE, Case, assemble
 from tests.ranks import RankError, Ranks
 from tests.train.stages import run
 
 EP2 = Layout(data_parallel_size=2, expert_model_parallel_size=2)
+DROPOUT = MegatronOptions(transformer={"hidden_dropout": 0.1})
 CASES = {
     "dense": Case(DENSE),
     "dense-dp2-distopt-bf16": Case(
@@ -23,6 +24,8 @@ CASES = {
     "moe-ep2": Case(MOE, EP2),
     "moe-ep2-distopt": Case(MOE, EP2, use_distributed_optimizer=True),
     "moe-pp2": Case(MOE, Layout(pipeline_model_parallel_size=2)),
+    # Draws from the generators at every step.
+    "dense-tp2-dropout": Case(DENSE, Layout(tensor_model_parallel_size=2), megatron=DROPOUT),
 }
 
 
@@ -45,8 +48,12 @@ def test_stop_and_go_on(name: str, ranks: Ranks, tmp_path: Path) -> None:
     # As if killed later: step 3's checkpoint never got its name, its metrics are there.
     shutil.rmtree(tmp_path / "pieces" / "checkpoints" / "step_00000003")
     (tmp_path / "pieces" / "checkpoints" / "step_00000003.partial").mkdir()
+    (tmp_path / "pieces" / "checkpoints" / "step_00000001.partial").mkdir()
+    (tmp_path / "pieces" / "checkpoints" / "step_00000001.old").mkdir()
     together = ranks.run(run, world, case, str(tmp_path / "pieces"), 6)
 
+    left = [path.name for path in (tmp_path / "pieces" / "checkpoints").iterdir()]
+    assert left == ["step_00000006"], "nothing half written or half deleted stays"
     assert _losses(together[0][0]) == _losses(whole[0][0])
     assert [step for step, *_ in _losses(whole[0][0])] == [1, 2, 3, 4, 5, 6]
     ours, theirs = (assemble([rank[1] for rank in result]) for result in (together, whole))
