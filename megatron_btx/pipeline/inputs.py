@@ -89,9 +89,9 @@ def _machine(recipe: Recipe, stage: Stage, gpus: int) -> None:
 
 
 def _space(recipe: Recipe, run_dir: Path, left: tuple[Stage, ...]) -> None:
-    """That the checkpoints of what is left fit the disk."""
+    """That the checkpoints of what is left fit the disk, all the way to its end."""
     names = {stage.name for stage in left}
-    needed = sum(stage.disk_bytes for stage in plan.plan(recipe).stages if stage.name in names)
+    needed = plan.peak_disk(stage for stage in plan.plan(recipe).stages if stage.name in names)
     for stage in left:
         for file in (run_dir / stage.directory / "checkpoints").glob("step_????????/*"):
             needed -= file.stat().st_size

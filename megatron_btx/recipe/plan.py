@@ -5,13 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_btx.recipe import check, count, memory, systems
+from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.load import load_recipe
-from megatron_btx.recipe.schema import Recipe
+from megatron_btx.recipe.schema import Recipe, Training
 from megatron_btx.recipe.stages import training
 
 
@@ -34,8 +36,11 @@ class StagePlan:
     ranks: int
     memory_per_rank: memory.Memory
     checkpoint_bytes: int
+    """A checkpoint to go on from, with the optimizer."""
     disk_bytes: int
-    """The stage's checkpoints when it is done."""
+    """What is left when the stage is done: the last checkpoint, weights only."""
+    peak_disk_bytes: int
+    """The most on the way: the checkpoints that are kept, and one that is being written."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,6 +55,9 @@ class Plan:
     system_flops: int
     total_flops: int
     total_disk_bytes: int
+    """All checkpoints when the run is done."""
+    peak_disk_bytes: int
+    """The most that they take at one time (:func:`peak_disk`)."""
 
 
 def plan(recipe: Recipe) -> Plan:
@@ -68,7 +76,26 @@ def plan(recipe: Recipe) -> Plan:
         system_flops=sum(stage.train_flops for stage in own),
         total_flops=sum(stage.train_flops for stage in stages),
         total_disk_bytes=sum(stage.disk_bytes for stage in stages),
+        peak_disk_bytes=peak_disk(stages),
     )
+
+
+_AT_WORK = {"seed": (0, 0), "expert": (1, 1), "dense": (1, 2), "finetune": (2, 2)}
+"""From which moment of a run to which a kind of stage may be at work."""
+
+
+def peak_disk(stages: Iterable[StagePlan]) -> int:
+    """The most bytes that the checkpoints of these stages take at one time: the seed's, then those
+    of experts and dense baseline side by side, then the finetuning's beside the baseline's."""
+
+    def held(stage: StagePlan, moment: int) -> int:
+        first, last = _AT_WORK[stage.name.partition(":")[0]]
+        if moment < first:
+            return 0
+        return stage.peak_disk_bytes if moment <= last else stage.disk_bytes
+
+    stages = tuple(stages)
+    return max(sum(held(stage, moment) for stage in stages) for moment in range(3))
 
 
 def _stage(recipe: Recipe, name: str) -> StagePlan:
@@ -81,7 +108,7 @@ def _stage(recipe: Recipe, name: str) -> StagePlan:
     tokens = steps * stage.global_batch_size * recipe.model.seq_length
     flops = count.training_flops_per_token(architecture, stage.freeze_experts)
     checkpoint = memory.checkpoint_bytes(architecture, stage)
-    saved = min(stage.keep_checkpoints, -(-steps // stage.save_interval))
+    done, peak = _disk(stage, architecture, steps, _ancestors(recipe, name))
     return StagePlan(
         name=name,
         taken_from=stage.from_,
@@ -96,8 +123,34 @@ def _stage(recipe: Recipe, name: str) -> StagePlan:
         ranks=stage.layout.world_size,
         memory_per_rank=memory.training_memory(architecture, stage),
         checkpoint_bytes=checkpoint,
-        disk_bytes=checkpoint * saved,
+        disk_bytes=done,
+        peak_disk_bytes=peak,
     )
+
+
+_MANIFEST = 4500
+"""Bytes of a checkpoint's manifest for its model and for each that this was made from."""
+
+
+def _disk(
+    stage: Training, architecture: Architecture, steps: int, ancestors: int
+) -> tuple[int, int]:
+    """Bytes of a stage's checkpoints: (when it is done, at most). The last step's has no optimizer,
+    and what is older than the recipe keeps goes when a new one is whole."""
+    if not steps:
+        return 0, 0
+    whole = memory.checkpoint_bytes(architecture, stage)
+    done = memory.checkpoint_bytes(architecture, stage, has_optimizer=False)
+    done += _MANIFEST * (1 + ancestors)
+    saved, keep = (steps - 1) // stage.save_interval, stage.keep_checkpoints
+    return done, max(min(saved, keep + 1) * whole, min(saved, keep) * whole + done)
+
+
+def _ancestors(recipe: Recipe, name: str) -> int:
+    """How many models a stage's was made from."""
+    if name == "finetune":
+        return len({"seed", *recipe.model_names})
+    return int(name != "seed")
 
 
 _SYSTEM = {
@@ -111,7 +164,7 @@ _SYSTEM = {
 
 _COLUMNS = (
     *("stage", "params", "active", "tokens", "steps", "FLOPs", "ranks"),
-    *("GPU memory", "CPU memory", "disk"),
+    *("GPU memory", "CPU memory", "disk", "disk peak"),
 )
 
 
@@ -129,12 +182,13 @@ def rows(plan: Plan) -> list[tuple[str, ...]]:
             human(stage.memory_per_rank.allocated, "B") if stage.steps else "-",
             human(stage.memory_per_rank.resident, "B") if stage.steps else "-",
             human(stage.disk_bytes, "B") if stage.steps else "-",
+            human(stage.peak_disk_bytes, "B") if stage.steps else "-",
         )
         for stage in plan.stages
     ]
     total = f"{plan.total_flops:.2e}"
-    disk = human(plan.total_disk_bytes, "B")
-    return [*table, ("all stages", "", "", "", "", total, "", "", "", disk)]
+    disk = (human(plan.total_disk_bytes, "B"), human(plan.peak_disk_bytes, "B"))
+    return [*table, ("all stages", "", "", "", "", total, "", "", "", *disk)]
 
 
 def render(plan: Plan) -> str:
@@ -158,7 +212,8 @@ def notes(plan: Plan) -> list[str]:
     lines = [
         f"{_SYSTEM[plan.system]}: {human(plan.system_tokens)} tokens, "
         f"{plan.system_flops:.2e} FLOPs.",
-        "Memory is a rank's peak: allocated on a GPU, or resident on a CPU. Disk: the checkpoints.",
+        "Memory is a rank's peak: allocated on a GPU, or resident on a CPU.",
+        "Disk: the checkpoints that are left when a stage is done, and the most on the way to it.",
     ]
     for stage in plan.stages:
         if stage.taken_from is not None:

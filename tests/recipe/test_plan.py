@@ -54,6 +54,21 @@ def test_the_papers_run() -> None:
         assert row.split()[2] == active
 
 
+def test_disk_on_the_way() -> None:
+    """A checkpoint every 8 steps, two kept: a third is whole before the first of them goes; the
+    last of a stage has no optimizer."""
+    made = plan.plan(load_recipe(EXAMPLES / "tiny" / "recipe.yaml"))
+    stages = {stage.name: stage for stage in made.stages}
+    whole, left = stages["seed"].checkpoint_bytes, stages["expert:math"].disk_bytes
+    assert stages["seed"].peak_disk_bytes == 3 * whole  # 32 steps
+    assert stages["expert:math"].peak_disk_bytes == 2 * whole + left  # 24 steps
+    beside = 3 * stages["expert:math"].peak_disk_bytes + stages["dense"].peak_disk_bytes
+    assert made.peak_disk_bytes == stages["seed"].disk_bytes + beside
+    assert made.total_disk_bytes == sum(stage.disk_bytes for stage in made.stages)
+    assert plan.peak_disk(stages[name] for name in ("seed",)) == 3 * whole
+    assert plan.peak_disk(()) == 0
+
+
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     parser = argparse.ArgumentParser()
     plan.add_parser(parser.add_subparsers())
