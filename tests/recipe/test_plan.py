@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from megatron_btx.pipeline import graph
 from megatron_btx.recipe import plan
 from megatron_btx.recipe.load import dump, load_recipe, parse_recipe
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
 RECIPES = sorted(EXAMPLES.rglob("*.yaml"))
 
 
@@ -27,6 +30,21 @@ def test_examples_parse_plan_and_round_trip(path: Path) -> None:
         assert stage.name in text
         assert stage.memory_per_rank.allocated < stage.memory_per_rank.resident
     assert json.loads(plan.as_json(made))["recipe"] == recipe.name
+
+
+def test_the_readmes_recipe_loads_and_plans(tmp_path: Path) -> None:
+    """And the block that README goes on to show, on top of it."""
+    first, more = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[:2]
+    (tmp_path / "mine.yaml").write_text(first)
+    (tmp_path / "more.yaml").write_text(f"base: mine.yaml\n{more}")
+    for name in ("mine.yaml", "more.yaml"):
+        recipe = load_recipe(tmp_path / name)
+        made = plan.plan(recipe)
+        assert [stage.name for stage in made.stages][-1] == "dense"
+        assert "finetune" in plan.render(made)
+        assert len(graph.build(recipe)) == len(made.stages) + 4  # prepare, evaluate, export, report
+    assert recipe.finetune.megatron.transformer["recompute_granularity"] == "full"
+    assert recipe.num_moe_experts == 4
 
 
 def test_the_papers_run() -> None:
