@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -18,8 +19,9 @@ from megatron_btx.mix.command import Request
 from megatron_btx.mix.copy import copy
 from megatron_btx.mix.extend import append, drop
 from megatron_btx.mix.method import averaging_of, mix_plan, router_of
-from megatron_btx.recipe.mixing import misplaced
-from megatron_btx.recipe.schema import Mix, Routing
+from megatron_btx.recipe import check
+from megatron_btx.recipe.mixing import misplaced, weights
+from megatron_btx.recipe.schema import Mix, Model, Recipe, Routing, Training
 from megatron_btx.weights.megatron import open_megatron
 from megatron_btx.weights.plan import Checkpoint, Plan
 
@@ -91,12 +93,43 @@ def plan_of(request: Request, models: list[Checkpoint]) -> Plan:
     )
 
 
+def out_of_range(request: Request) -> list[UserError]:
+    """What a recipe's check says of a request's numbers, by the flags' names. They are put into a
+    recipe that is none otherwise: only what it says of ranges is about them."""
+    given = {name: getattr(request, name) for name in _same()}
+    numbers = {name: value for name, value in given.items() if type(value) in (int, float)}
+    recipe = Recipe(
+        name="mix",
+        random_seed=request.random_seed,
+        model=Model(num_layers=1, hidden_size=1, ffn_hidden_size=1, num_attention_heads=1),
+        domains={},
+        seed=Training(),
+        experts={},
+        mix=Mix(**numbers),
+        routing=Routing(moe_router_topk=request.moe_router_topk),
+        finetune=Training(),
+    )
+    errors = [
+        UserError(
+            "--" + problem.key.rpartition(".")[2].replace("_", "-"), problem.what, problem.fix
+        )
+        for problem in check.problems(recipe)
+        if problem.what.endswith("out of range")
+    ]
+    if request.workers < 1:
+        errors.append(UserError("--workers", f"is {request.workers}, out of range", "give 1"))
+    return errors
+
+
+def _same() -> set[str]:
+    """Names that ``Mix`` and a request have in common."""
+    mix, asked = dataclasses.fields(Mix), dataclasses.fields(Request)
+    return {one.name for one in mix} & {one.name for one in asked}
+
+
 def mix_of(request: Request) -> Mix:
     """A request's part that a recipe has too."""
-    same = {one.name for one in dataclasses.fields(Mix)} & {
-        one.name for one in dataclasses.fields(Request)
-    }
-    options: dict[str, Any] = {name: getattr(request, name) for name in same}
+    options: dict[str, Any] = {name: getattr(request, name) for name in _same()}
     if request.method in ("average", "append", "drop", "copy"):
         options["method"] = "btx"
     options["average"] = _weights(request.average)
@@ -119,10 +152,15 @@ def _weights(given: tuple[str, ...]) -> Literal["uniform", "tokens"] | dict[str,
 def _by_name(flag: str, given: tuple[str, ...]) -> dict[str, float]:
     try:
         pairs = [entry.rsplit("=", 1) for entry in given]
-        return {name: float(weight) for name, weight in pairs}
+        found = {name: float(weight) for name, weight in pairs}
+        if len(found) < len(pairs) or not all(map(math.isfinite, found.values())):
+            raise ValueError
     except ValueError:
-        what = f"{' '.join(given)} is not NAME=WEIGHT ..."
+        what = f"{' '.join(given)} is not NAME=WEIGHT ..., each name once"
         raise UserError(flag, what, "write code=2 math=1") from None
+    if wrong := list(weights(flag, found, found, "model")):
+        raise UserErrors([UserError(*one) for one in wrong])
+    return found
 
 
 def _common_dtype(models: list[Checkpoint]) -> torch.dtype:

@@ -18,7 +18,7 @@ from megatron_btx.errors import UserError, UserErrors, noted
 from megatron_btx.families.export import carried, write_hf
 from megatron_btx.families.hf import to_hf
 from megatron_btx.families.tokenizer_files import tokenizer_files
-from megatron_btx.mix.asked import DTYPES, open_sources, plan_of
+from megatron_btx.mix.asked import DTYPES, open_sources, out_of_range, plan_of
 from megatron_btx.mix.command import Request
 from megatron_btx.mix.progress import Watch
 from megatron_btx.recipe.count import parameters
@@ -92,9 +92,12 @@ def _prepared(request: Request) -> tuple[list[Checkpoint], Plan, Execution]:
         execution = _execution(request)
     with noted(errors):
         parse_bytes(request.shard, "--shard")
+    wrong = out_of_range(request)
+    errors += wrong
     with noted(errors):
         models = open_sources(request)
-        plan = plan_of(request, models)
+        if not wrong:
+            plan = plan_of(request, models)
     if errors:
         raise UserErrors(errors)
     return models, plan, execution
@@ -242,10 +245,14 @@ def parse_bytes(text: str, where: str = "--memory") -> int:
     match = re.fullmatch(r"([0-9.]+)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
     try:
         if match is None:
-            return int(float(text))
-        power = "KMGT".index(match[2].upper()) + 1 if match[2] else 0
-        return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
-    except ValueError:
+            size = int(float(text))
+        else:
+            power = "KMGT".index(match[2].upper()) + 1 if match[2] else 0
+            size = int(float(match[1]) * (1024 if match[3] else 1000) ** power)
+        if size < 1:
+            raise ValueError
+        return size
+    except (ValueError, OverflowError):
         raise UserError(where, f"{text!r} is no size", "write 2GiB or 500MiB") from None
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -135,6 +137,23 @@ def test_a_mistake_that_a_rank_finds(here: Path, tmp_path: Path) -> None:
     assert done.stderr.startswith("error: ")
     assert "bad.jsonl:1: has no text under 'text'" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("model", "payload"), [("switch", "*.distcp"), ("a", "*.safetensors")])
+def test_a_truncated_checkpoint(here: Path, tmp_path: Path, model: str, payload: str) -> None:
+    """Cut in the middle of a file of weights, of either format: the file is named."""
+    given = Path(shutil.copytree(here / model, tmp_path / "given"))
+    file = max(given.glob(payload), key=lambda path: path.stat().st_size)
+    os.truncate(file, file.stat().st_size // 2)
+    before = tree_hash(tmp_path)
+    done = btx(
+        "evaluate", given, "--data", f"x={here / 'x.jsonl'}", "--out", "x.json", cwd=tmp_path
+    )
+    assert done.returncode == 2, done.stderr
+    assert f"{file}: truncated: " in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    assert tree_hash(tmp_path) == before
 
 
 def test_a_set_in_a_file(here: Path, tmp_path: Path) -> None:

@@ -378,6 +378,55 @@ def test_what_is_wrong_with_every_source_is_told_at_once(sources, tmp_path):
     assert tree_hash(tmp_path) == before
 
 
+@pytest.mark.parametrize(("form", "payload"), [("megatron", "*.distcp"), ("hf", "*.safetensors")])
+def test_a_truncated_source(sources, tmp_path, capsys, form, payload):
+    """Cut in the middle of a file of weights: the file is named."""
+    shutil.copytree(sources / form / "math", tmp_path / "math")
+    file = max((tmp_path / "math").glob(payload), key=lambda path: path.stat().st_size)
+    os.truncate(file, file.stat().st_size // 2)
+    before = tree_hash(tmp_path)
+    words = ["mix", "--sources", f"code={sources / form / 'code'}", f"math={tmp_path / 'math'}"]
+    assert cli.main([*words, "--out", str(tmp_path / "out")]) == 2
+    assert f"{file}: truncated: " in capsys.readouterr().err
+    assert tree_hash(tmp_path) == before
+
+
+RANGES = {
+    "--moe-router-topk 0": "is 0, out of range\n  fix: give at least 1",
+    "--dare 2": "is 2.0, out of range\n  fix: give 0 to 0.999",
+    "--dare -1": "is -1.0, out of range",
+    "--dare nan": "is nan, out of range",
+    "--router-init-std -1": "is -1.0, out of range",
+    "--random-seed -1": "is -1, out of range",
+    "--copies 0": "is 0, out of range\n  fix: give at least 1",
+    "--num-chunks 0": "is 0, out of range",
+    "--drop-ratio 3": "is 3.0, out of range",
+    "--noise -3": "is -3.0, out of range",
+    "--workers 0": "is 0, out of range",
+    "--shard 0": "'0' is no size",
+    "--shard inf": "'inf' is no size",
+    "--average code=-1 math=2 prose=1 seed=1": "the weight -1.0 is negative",
+    "--average code=0 math=0 prose=0 seed=0": "every weight is zero",
+    "--average code=nan math=0 prose=0 seed=0": "is not NAME=WEIGHT",
+    "--average code=1 code=1 math=1 prose=0 seed=0": "each name once",
+    "--average-groups norms:code=1 norms:math=-2": "the weight -2.0 is negative",
+}
+
+
+@pytest.mark.parametrize("options", RANGES)
+def test_numbers_are_refused_as_a_recipe_refuses_them(sources, tmp_path, capsys, options):
+    flag, *values = options.split()
+    words = ["--sources", *named(sources)]
+    if flag in ("--copies", "--num-chunks", "--drop-ratio", "--noise"):
+        words = ["--sources", named(sources)[0], "--method", "upcycle"]
+    assert cli.main(["mix", *words, "--out", str(tmp_path / "out"), flag, *values]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {flag}")
+    assert RANGES[options] in said
+    assert said.count(" fix: ") == 1, "of each mistake one error"
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_command_loads_no_torch():
     code = "import sys, megatron_btx.mix.command; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
