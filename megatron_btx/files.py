@@ -13,19 +13,21 @@ from megatron_btx.errors import UserError
 
 
 @contextmanager
-def written(path: Path, mode: str = "w") -> Iterator[IO[Any]]:
+def written(path: Path, mode: str = "w", *, durable: bool = True) -> Iterator[IO[Any]]:
     """A file to write; it takes the place of ``path`` when the block ends well, else it is gone.
 
     Args:
         path: the final name; its directory exists.
         mode: ``"w"`` (UTF-8) or ``"wb"``.
+        durable: wait until it is on the disk. What is written anew all the time need not be.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with temporary.open(mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -173,6 +173,20 @@ LAYOUTS = [
         {"WORLD_SIZE": "four", "RANK": "0"},
     ),
     Bad(
+        "ranks that cannot find each other",
+        change(FINETUNE, LAYOUT + "{data_parallel_size: 2, expert_model_parallel_size: 2}"),
+        ("MASTER_ADDR", "2 ranks would not find each other", "export MASTER_ADDR"),
+        ("stage", "recipe.yaml", "finetune"),
+        {"WORLD_SIZE": "2", "RANK": "0"},
+    ),
+    Bad(
+        "local rank that is no number",
+        lambda directory: None,
+        ("LOCAL_RANK", "'x'", "whole number"),
+        ("stage", "recipe.yaml", "seed"),
+        {"LOCAL_RANK": "x"},
+    ),
+    Bad(
         "rank outside the world",
         lambda directory: None,
         ("RANK", "3", "0 to 0"),

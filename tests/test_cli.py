@@ -12,6 +12,7 @@ import pytest
 
 from megatron_btx import __version__, cli
 from tests.report.made import make_run
+from tests.small import btx, write_small
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ROOT / "examples" / "tiny" / "recipe.yaml"
@@ -90,6 +91,15 @@ def test_a_mistake_is_one_clear_error_and_leaves_nothing(
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_stages_by_hand(tmp_path: Path) -> None:
+    """One rank needs nothing in its environment, as `btx stage --help` says."""
+    write_small(tmp_path)
+    for stage in ("prepare", "seed"):
+        done = btx("stage", "recipe.yaml", stage, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / "runs" / "small" / stage / "done.json").exists()
 
 
 def test_report_prints_the_table_and_writes_the_page(tmp_path: Path) -> None:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
+
+from megatron_btx.files import written
 
 _PIECE = 1 << 20
 _PIECES = 16
@@ -59,9 +60,8 @@ class Memo:
         """Write the memo, if it has a place and anything new to say."""
         if self.path is None or not self._changed:
             return
-        temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(self._known), encoding="utf-8")
-        os.replace(temporary, self.path)
+        with written(self.path, durable=False) as file:
+            json.dump(self._known, file)
         self._changed = False
 
 

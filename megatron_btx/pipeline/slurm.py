@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_btx.errors import UserError
+from megatron_btx.files import written
 from megatron_btx.pipeline import begin, cluster, preflight, sbatch, state
 from megatron_btx.pipeline.graph import Stage
 from megatron_btx.recipe import slurm
@@ -163,9 +164,8 @@ def _keep(recipe: Recipe, run_dir: Path, directory: Path, scripts: dict[str, str
     absolute = dataclasses.replace(recipe, run_dir=str(run_dir))
     text = dump(absolute)
     for path in (run_dir / "recipe.yaml", directory / "recipe.yaml"):
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        with written(path) as file:
+            file.write(text)
     for name, script in scripts.items():
         (directory / _file(name)).write_text(script, encoding="utf-8")
     kept = {

@@ -7,18 +7,21 @@ by the file it leaves (``done.json``, ``stopped.json``, ``error.json``), never b
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import json
 import os
 import sys
+import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from megatron_btx.errors import UserError
+from megatron_btx.files import written
 from megatron_btx.pipeline import adopt, graph, guard, state
 from megatron_btx.pipeline.graph import Stage
 from megatron_btx.recipe.load import load_recipe
@@ -41,9 +44,8 @@ class Progress:
         now = time.monotonic()
         if now >= self._next or done >= 1:
             self._next = now + 0.2
-            temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
-            temporary.write_text(json.dumps({"what": what, "done": done}), encoding="utf-8")
-            os.replace(temporary, self.path)
+            with written(self.path, durable=False) as file:
+                json.dump({"what": what, "done": done}, file)
 
 
 def _megatron() -> None:
@@ -133,7 +135,7 @@ def run_rank(recipe: Recipe, stage: Stage, run_dir: Path) -> int:
     directory = run_dir / stage.directory
     if "BTX_ATTEMPT" not in os.environ:  # started by srun or by hand, not by the local runner
         _begin_unaided(recipe, stage, run_dir, rank)
-    with state.stage_lock(directory):
+    with state.stage_lock(directory), _rendezvous():
         try:
             outputs = KINDS[stage.kind](recipe, stage, run_dir)
         except Exception as error:
@@ -160,6 +162,14 @@ def _place(stage: Stage) -> int:
         )
     if not 0 <= rank < world_size:
         raise UserError("RANK", f"is {rank}", f"give a number from 0 to {world_size - 1}")
+    _number("LOCAL_RANK")
+    if world_size > 1 and not _can_meet():
+        raise UserError(
+            "MASTER_ADDR",
+            f"is not set, or MASTER_PORT is not: the {world_size} ranks would not find each other",
+            "export MASTER_ADDR (the host of rank 0) and MASTER_PORT (a free port there, the same "
+            "for all ranks), or use `btx run` or `btx submit`",
+        )
     for name in _THREADS:
         os.environ[name] = str(stage.num_threads)
     # oneDNN keeps a compiled primitive for every new shape, 1024 of them by default. The number of
@@ -167,6 +177,23 @@ def _place(stage: Stage) -> int:
     # step 90 to 120 a rank grew by 125 MB with the default, by 17 MB with this).
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     return rank
+
+
+def _can_meet() -> bool:
+    """Whether the environment says where the ranks of a job find each other."""
+    return "BTX_INIT_METHOD" in os.environ or {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+
+
+@contextlib.contextmanager
+def _rendezvous() -> Iterator[None]:
+    """A place where a rank that was started by hand, alone, meets itself."""
+    if _can_meet():
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="btx-") as scratch:
+        os.environ["BTX_INIT_METHOD"] = f"file://{scratch}/rank"
+        yield
+        del os.environ["BTX_INIT_METHOD"]
 
 
 def _number(name: str) -> int:
