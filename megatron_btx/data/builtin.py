@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -21,6 +20,7 @@ from megatron_btx.data.documents import read_documents
 from megatron_btx.data.overlap import HeldOut
 from megatron_btx.data.processes import run_side_by_side
 from megatron_btx.errors import UserError
+from megatron_btx.files import written
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ def write_builtin(
         others = [name for name, (documents, _) in trains.items() if documents]
         others.remove("general")
         trains["general"] = _without(Path(directory), "general", others)
-    written = {}
+    corpora = {}
     for name, train in trains.items():
         held = write_jsonl(Path(directory, name, "valid.jsonl"), valid[name])
         if not train[0] or not held[0]:
@@ -92,9 +92,9 @@ def write_builtin(
                 "this Python comes without the text of which it is made",
                 "use a Python with the sources of its standard library, or give files instead",
             )
-        written[name] = Corpus(*train, *held)
-        logger.info("built-in %s: %s", name, written[name])
-    return written
+        corpora[name] = Corpus(*train, *held)
+        logger.info("built-in %s: %s", name, corpora[name])
+    return corpora
 
 
 def _without(directory: Path, name: str, others: Sequence[str]) -> tuple[int, int]:
@@ -110,19 +110,12 @@ def _without(directory: Path, name: str, others: Sequence[str]) -> tuple[int, in
 def write_jsonl(path: Path, documents: Iterable[str]) -> tuple[int, int]:
     """Write ``documents`` to ``path``, whole or not at all; returns (documents, bytes of text)."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     count = size = 0
-    try:
-        with temporary.open("w", encoding="utf-8") as out:
-            for document in documents:
-                out.write(json.dumps({"text": document}, ensure_ascii=False) + "\n")
-                count += 1
-                size += len(document.encode())
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with written(path) as out:
+        for document in documents:
+            out.write(json.dumps({"text": document}, ensure_ascii=False) + "\n")
+            count += 1
+            size += len(document.encode())
     return count, size
 
 

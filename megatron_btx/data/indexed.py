@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_btx.data.tokenizer import Tokenizer
+from megatron_btx.files import write_json
 
 _BATCH = 2_000_000
 """Characters that are tokenized at once."""
@@ -69,10 +70,7 @@ def write_indexed(
         for path in temporary.values():
             path.unlink(missing_ok=True)
     piece = Piece(key=key, documents=count, tokens=tokens, bytes=size, sha256=digest.hexdigest())
-    text = json.dumps(asdict(piece), indent=1) + "\n"
-    whole = _beside(prefix, f"json.{os.getpid()}.tmp")
-    whole.write_text(text, encoding="utf-8")
-    os.replace(whole, json_path)
+    write_json(json_path, asdict(piece))
     return piece
 
 

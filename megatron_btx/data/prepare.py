@@ -20,7 +20,6 @@ import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -37,8 +36,8 @@ from megatron_btx.data.tokenizer import (
     read_tokenizer,
     train_tokenizer,
 )
-from megatron_btx.errors import UserError, UserErrors
-from megatron_btx.files import newest_step
+from megatron_btx.errors import UserError, UserErrors, noted
+from megatron_btx.files import newest_step, read_json, write_json
 from megatron_btx.recipe.schema import Domain, Recipe
 
 logger = logging.getLogger(__name__)
@@ -78,7 +77,7 @@ def prepare(
                 )
     described = {**tokenizer.describe(), "vocab_size": tokenizer.vocab_size}
     summary = {"tokenizer": described, "domains": domains}
-    _write_json(out_dir / "data.json", summary)
+    write_json(out_dir / "data.json", summary)
     return summary
 
 
@@ -92,7 +91,7 @@ def check(recipe: Recipe, *, most: int = 256_000_000) -> None:
     """
     errors: list[UserError] = []
     if recipe.tokenizer.path is not None:
-        with _collected(errors):
+        with noted(errors):
             path, wanted = recipe.tokenizer.path, recipe.tokenizer.vocab_size
             size = read_tokenizer(path, recipe.tokenizer.type, where="tokenizer.path").vocab_size
             if size > wanted and recipe.seed.from_ is None:
@@ -103,20 +102,12 @@ def check(recipe: Recipe, *, most: int = 256_000_000) -> None:
                 )
     for name, domain in recipe.domains.items():
         for split, paths in (("train", domain.train), ("valid", domain.valid)):
-            with _collected(errors):
+            with noted(errors):
                 for file in find_files(paths, where=f"domains.{name}.{split}"):
-                    with _collected(errors):
+                    with noted(errors):
                         _read_through(file, domain.text_key, most)
     if errors:
         raise UserErrors(errors)
-
-
-@contextmanager
-def _collected(errors: list[UserError]) -> Iterator[None]:
-    try:
-        yield
-    except UserError as error:
-        errors.append(error)
 
 
 def _read_through(file: Path, text_key: str, most: int) -> None:
@@ -171,7 +162,7 @@ def _find(recipe: Recipe) -> dict[str, dict[str, list[Path]]]:
     for name, domain in recipe.domains.items():
         found[name] = {}
         for split, paths in (("train", domain.train), ("valid", domain.valid)):
-            with _collected(errors):
+            with noted(errors):
                 found[name][split] = find_files(paths, where=f"domains.{name}.{split}")
     if errors:
         raise UserErrors(errors)
@@ -191,7 +182,7 @@ def _write_corpora(recipe: Recipe, directory: Path, progress: Progress) -> None:
         return
     made.unlink(missing_ok=True)
     corpora = write_builtin(directory, sizes, seed=recipe.random_seed, progress=progress)
-    _write_json(made, {"key": key, **{name: asdict(corpus) for name, corpus in corpora.items()}})
+    write_json(made, {"key": key, **{name: asdict(corpus) for name, corpus in corpora.items()}})
 
 
 def _tokenizer(
@@ -218,7 +209,7 @@ def _tokenizer(
     temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     tokenizer.save(temporary)
-    _write_json(temporary / "made.json", {"key": key})
+    write_json(temporary / "made.json", {"key": key})
     shutil.rmtree(directory, ignore_errors=True)
     os.replace(temporary, directory)
     progress("tokenizer", 1.0)
@@ -326,15 +317,5 @@ def _sha256(file: Path) -> str:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    """What there is; nothing where there is no whole file."""
+    return read_json(path) or {}

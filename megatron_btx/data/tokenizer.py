@@ -25,6 +25,7 @@ import sentencepiece
 
 from megatron_btx.data.tokenizer_export import write_huggingface
 from megatron_btx.errors import UserError
+from megatron_btx.files import write_json
 
 INFO = "tokenizer_info.json"
 """Beside the tokenizer's own file: ``{"type", "file", "sha256"}``."""
@@ -69,9 +70,7 @@ class Tokenizer(ABC):
         return {"type": self.type, "file": self.file, "sha256": self.sha256}
 
     def _save_info(self, directory: Path) -> None:
-        temporary = directory / f".{INFO}.{os.getpid()}"
-        temporary.write_text(json.dumps(self.describe(), indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, directory / INFO)
+        write_json(directory / INFO, self.describe())
 
 
 class SentencePiece(Tokenizer):

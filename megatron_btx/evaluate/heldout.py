@@ -51,7 +51,7 @@ def evaluate(
     """
     gather_parameters(model)
     loss, load, gate = {}, {}, {}
-    moe = bool(_all_layers(model))
+    moe = bool(_has_routers(model))
     for name, sequences in domains.items():
         loss[name], counts = _domain(model, name, sequences, micro_batch_size, step)
         if counts is not None:
@@ -146,10 +146,10 @@ def _run(
 
 
 def _load(model: torch.nn.Module) -> Any:
-    return collect_load(model) if _all_layers(model) else nullcontext()
+    return collect_load(model) if _has_routers(model) else nullcontext()
 
 
-def _all_layers(model: torch.nn.Module) -> bool:
+def _has_routers(model: torch.nn.Module) -> bool:
     return bool(routers(model))
 
 

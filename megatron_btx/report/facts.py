@@ -96,23 +96,21 @@ def _stage(recipe: Recipe, run_dir: Path, stage: Stage) -> StageFacts:
     train = [record for record in records if record.get("kind") == "train"]
     starts = [record for record in records if record.get("kind") == "start"]
     total = int(starts[-1].get("total_steps", 0)) if starts else 0
-    done = state.done(run_dir, stage)
     return StageFacts(
         stage=stage,
-        done=done,
+        done=state.done(run_dir, stage),
         total_steps=total,
         train=train,
         evals=[record for record in records if record.get("kind") == "eval"],
-        flops=_flops(recipe, stage, done, train[-1]["step"] / total if train and total else 0.0),
+        flops=_flops(recipe, stage, train[-1]["step"] / total if train and total else 0.0),
     )
 
 
-def _flops(recipe: Recipe, stage: Stage, done: Mapping[str, Any] | None, share: float) -> float:
-    """What the stage itself has counted, else the recipe's arithmetic for what is trained."""
+def _flops(recipe: Recipe, stage: Stage, share: float) -> float:
+    """The recipe's arithmetic, for the share of a stage's steps that is done."""
     if stage.kind not in graph.TRAINED:
         return 0.0
-    counted = (done or {}).get("outputs", {}).get("train_flops")
-    return float(counted) if counted else graph.training_flops(recipe, stage.name) * share
+    return graph.training_flops(recipe, stage.name) * share
 
 
 def _routing(

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import html
-import os
 import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from megatron_btx.files import written
 from megatron_btx.pipeline.view import amount, clock
 from megatron_btx.recipe.load import dump
 from megatron_btx.recipe.schema import Recipe
@@ -23,9 +23,8 @@ def write(recipe: Recipe, run_dir: Path) -> Path:
     """Write ``report.html`` from what the run has left so far; returns its path."""
     page = render(gather(recipe, run_dir))
     path = run_dir / "report.html"
-    temporary = run_dir / f".report.html.{os.getpid()}"
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, path)
+    with written(path) as file:
+        file.write(page)
     return path
 
 

@@ -42,7 +42,6 @@ def make_run(directory: Path, upto: int = 99) -> tuple[Recipe, Path]:
         outputs: dict[str, Any] = {}
         if stage.kind in graph.TRAINED:
             flops[stage.name] = graph.training_flops(recipe, stage.name)
-            outputs["train_flops"] = flops[stage.name]
             records = _records(recipe, stage.name, chance)
             text = "".join(json.dumps(record) + "\n" for record in records)
             (path / "metrics.jsonl").write_text(text)
