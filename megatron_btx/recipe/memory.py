@@ -23,10 +23,14 @@ RUNTIME = {"cpu": 350_000_000, "cuda": 840_000_000}
 groups, before it builds a model, by what its torch was built for. A GPU's context is outside of
 what its allocator reports."""
 
-HELD = {"dense": 30_000_000, "moe": 170_000_000}
-"""What a CPU rank holds on top: small blocks that glibc keeps (engine/host.py), and the machine
-code that oneDNN writes for each number of an expert's tokens. Measured at hidden 64 and 512, fp32
-and bf16, on one and two ranks. Where oneDNN does not multiply, a dense model's holds for an MoE."""
+HELD = {"dense": 45_000_000, "moe": 105_000_000}
+"""What a CPU rank holds on top: small things, and for an MoE the machine code that oneDNN writes
+for each number of an expert's tokens. Where oneDNN does not multiply, a dense model's holds."""
+
+KEPT = {"dense": 0.4, "moe": 0.9, "scattered moe": 1.9}
+"""Blocks that glibc keeps (engine/host.py) and cannot use again for others, as a share of the
+activations; most where tokens go to experts of other ranks, in other numbers at every step.
+Measured, as ``HELD`` is, at hidden 64 and 512, fp32 and bf16, on one and two ranks."""
 
 _ELEMENT = {"fp32": 4, "bf16": 2}
 _ITEM = 2400
@@ -49,7 +53,8 @@ class Memory:
     """The most that comes on top: the loss's softmax, the logits' gradient and the output layer's,
     or later the layers that are recomputed."""
     held: int
-    """On a CPU, see ``HELD``; with the distributed optimizer, its collectives' fp32 copy too."""
+    """On a CPU, see ``HELD`` and ``KEPT``; with the distributed optimizer also its collectives'
+    fp32 copy."""
 
     @property
     def allocated(self) -> int:
@@ -171,13 +176,17 @@ def _stage(architecture: Architecture, training: Training, stage: int) -> Memory
         optimizer=optimizer,
         activations=activations,
         transient=transient,
-        held=_held(architecture, training) + distributed * 4 * (dense + experts),
+        held=_held(architecture, training, activations) + distributed * 4 * (dense + experts),
     )
 
 
-def _held(architecture: Architecture, training: Training) -> int:
+def _held(architecture: Architecture, training: Training, activations: int) -> int:
+    layout = training.layout
+    ranks = layout.tensor_model_parallel_size * layout.expert_model_parallel_size
+    kind = "moe" if architecture.routing else "dense"
+    kept = KEPT["scattered moe" if kind == "moe" and ranks > 1 else kind] * activations
     onednn = training.precision == "bf16" or processor.has_avx512_without_mkl()
-    return HELD["moe" if architecture.routing and onednn else "dense"]
+    return HELD[kind if onednn else "dense"] + int(kept)
 
 
 def _layers(architecture: Architecture, training: Training) -> tuple[int, int]:

@@ -25,17 +25,14 @@ model: {num_layers: 2, hidden_size: 512, ffn_hidden_size: 1408, num_attention_he
 tokenizer: {vocab_size: 8192}
 """
 ONE = "data_parallel_size: 1"
+EP1 = ONE + ", expert_model_parallel_size: 1"
 EP2 = "data_parallel_size: 2, expert_model_parallel_size: 2"
 CASES = {
     "the demo's seed": ("", "seed", ONE, "fp32"),
-    "the demo's MoE on two ranks": ("", "finetune", EP2, "fp32"),
-    "hidden 512, TP2": (WIDE, "seed", ONE + ", tensor_model_parallel_size: 2", "fp32"),
-    "hidden 512, MoE, bf16": (
-        WIDE,
-        "finetune",
-        ONE + ", expert_model_parallel_size: 1",
-        "bf16",
-    ),
+    "the demo's MoE on two ranks": ("", "finetune", EP2, "bf16"),
+    "the demo's MoE on one rank": ("", "finetune", EP1, "fp32"),
+    "hidden 512, TP2": (WIDE, "seed", ONE + ", tensor_model_parallel_size: 2", "bf16"),
+    "hidden 512, MoE": (WIDE, "finetune", EP1, "bf16"),
 }
 
 
