@@ -8,6 +8,7 @@ import dataclasses
 import errno
 import json
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -186,7 +187,7 @@ def _run_left(
 
     outcome = run_left(recipe, run_dir, stages)
     if outcome.code == EXIT_INTERRUPTED:
-        again = f"btx run {options.recipe}"
+        again = f"btx run {shlex.quote(options.recipe)}"
         sys.stderr.write(f"stopped; run again to go on: {again}\n")
     return outcome.code, outcome.problem
 
@@ -196,7 +197,9 @@ def _report(options: argparse.Namespace) -> int:
 
     recipe, run_dir, _ = _open(options.recipe)
     if not run_dir.is_dir():
-        raise UserError(str(run_dir), "nothing has been run", f"btx run {options.recipe}")
+        raise UserError(
+            str(run_dir), "nothing has been run", f"btx run {shlex.quote(options.recipe)}"
+        )
     written = page.write(recipe, run_dir)
     results = state.read_json(run_dir / "results.json")
     if options.json:

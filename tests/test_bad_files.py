@@ -257,7 +257,8 @@ def test_a_disk_that_cannot_be_written(disk: Callable[[str], Path], small: Comma
     small.refuse(Bad("read-only", edit, words, RUN))
 
 
-def test_a_run_dir_that_is_a_file(small: Commands) -> None:
+@pytest.mark.parametrize("run_dir", ["taken", "taken/under/it"])
+def test_a_run_dir_that_is_a_file(run_dir: str, small: Commands) -> None:
     (small.directory / "taken").write_text("")
-    edit = change("name: small", "name: small\nrun_dir: taken")
+    edit = change("name: small", f"name: small\nrun_dir: {run_dir}")
     small.refuse(Bad("file", edit, ("taken", "is not a directory", "run_dir:"), RUN))

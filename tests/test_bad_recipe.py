@@ -80,6 +80,67 @@ VALUES = [
     ),
 ]
 
+SLIPS = [
+    Bad(
+        "a name too long for a directory",
+        change("name: small", f"name: {'x' * 300}"),
+        ("recipe.yaml:", "name", "cannot name a directory", "100 of them at most"),
+        RUN,
+    ),
+    Bad(
+        "a run's directory with a NUL in it",
+        change("name: small", 'name: small\nrun_dir: "a\\0b"'),
+        ("recipe.yaml:", "run_dir", "has a NUL character", "give another path"),
+        RUN,
+    ),
+    Bad(
+        "a data file's name too long for a file",
+        change("train: data/math.jsonl", f"train: {'x' * 300}"),
+        ("recipe.yaml:", "domains.math.train", "too long for a path", "correct the path"),
+        RUN,
+    ),
+    Bad(
+        "a base with a NUL in its name",
+        change("name: small", 'name: small\nbase: "a\\0b"'),
+        ("recipe.yaml:", "base", "has a NUL character"),
+    ),
+    Bad(
+        "more tokens than a float holds",
+        change("tokens: 6144", f"tokens: {'9' * 400}"),
+        ("recipe.yaml:", "seed.tokens", "(400 characters), out of range", "give at most 1e+18"),
+    ),
+    Bad(
+        "a rate beyond all floats",
+        change("lr: 2e-3", f"lr: {'9' * 400}"),
+        ("recipe.yaml:", "training.lr", "not a number"),
+    ),
+    Bad(
+        "more layers than memory holds",
+        change("num_layers: 2", "num_layers: 1e15"),
+        ("recipe.yaml:", "model.num_layers", "out of range", "give at most 10000"),
+    ),
+    Bad(
+        "weights whose sum is none",
+        change("data: {web: 1}", "data: {web: 1e308, math: 1e308}"),
+        ("recipe.yaml:", "seed.data.web", "is too large", "give shares"),
+    ),
+    Bad(
+        "a number that YAML reads as octal",
+        change("tokens: 6144", "tokens: 010"),
+        ("recipe.yaml:", "seed.tokens", "010 is 8 for YAML 1.1", "write it as a plain number"),
+    ),
+    Bad(
+        "a leading zero before an 8",
+        change("tokens: 6144", "tokens: 08192"),
+        ("recipe.yaml:", "seed.tokens", "'08192', not a whole number"),
+    ),
+    Bad(
+        "a number that YAML reads by sixties",
+        change("tokens: 6144", "tokens: 1:30"),
+        ("recipe.yaml:", "seed.tokens", "1:30 is 90 for YAML 1.1", "in quotes if text is meant"),
+    ),
+]
+
 DIVISIONS = [
     Bad(
         "batch",
@@ -196,6 +257,9 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.parametrize("bad", [*KEYS, *VALUES, *DIVISIONS, *LAYOUTS], ids=lambda bad: bad.name)
+ALL = [*KEYS, *VALUES, *SLIPS, *DIVISIONS, *LAYOUTS]
+
+
+@pytest.mark.parametrize("bad", ALL, ids=lambda bad: bad.name)
 def test_bad_recipe(bad: Bad, small: Commands) -> None:
     small.refuse(bad)

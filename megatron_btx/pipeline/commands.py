@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -113,7 +114,9 @@ def submit(options: argparse.Namespace) -> int:
         sys.stderr.write(f"warning: {note}\n")
     for stage, line in zip(chosen, slurm.graph_lines(recipe, chosen), strict=True):
         sys.stdout.write(f"{jobs[stage.name]:>8}  {line}\n")
-    sys.stdout.write(f"everything goes to {run_dir}; see btx status {options.recipe}\n")
+    sys.stdout.write(
+        f"everything goes to {run_dir}; see btx status {shlex.quote(options.recipe)}\n"
+    )
     return 0
 
 
@@ -160,7 +163,7 @@ def logs(options: argparse.Namespace) -> int:
     stage = graph.find(stages, options.stage)
     path = standing.log_file(run_dir, stage)
     if path is None and not options.follow:
-        raise UserError(stage.name, "has no log yet", f"btx status {options.recipe}")
+        raise UserError(stage.name, "has no log yet", f"btx status {shlex.quote(options.recipe)}")
     offset = 0
     while True:
         latest = standing.log_file(run_dir, stage)

@@ -294,16 +294,7 @@ class _Undo:
         self._recipe: bytes | None = None
 
     def __enter__(self) -> _Undo:
-        path = self.run_dir
-        while not path.exists():
-            self._made.append(path)
-            path = path.parent
-        try:
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-        except FileExistsError:
-            raise UserError(
-                str(self.run_dir), "is not a directory", "give another `run_dir:` or `name:`"
-            ) from None
+        self._made = state.make(self.run_dir)
         return self
 
     def arm(self) -> None:

@@ -64,11 +64,19 @@ def answer(request: Request) -> Any:
     """
     world_size = Layout(**request["layout"]).world_size
     for rank, size, local_rank in _PLACES:
-        if int(os.environ.get(size, "1")) > 1 and rank in os.environ:
+        if rank in os.environ and _number(size) > 1:
             os.environ["RANK"], os.environ["WORLD_SIZE"] = os.environ[rank], os.environ[size]
             os.environ["LOCAL_RANK"] = os.environ.get(local_rank, "0")
             return _work(request)
     return _start(request, world_size)
+
+
+def _number(name: str) -> int:
+    """A variable that is a whole number, 1 where there is none."""
+    text = os.environ.get(name, "1")
+    if not text.strip().isdecimal():
+        raise UserError(name, f"is {text!r}", "give a whole number, or unset it")
+    return int(text)
 
 
 def _start(request: Request, world_size: int) -> Any:

@@ -256,12 +256,7 @@ def _next(run_dir: Path) -> Path:
 def _removed_unless_kept(run_dir: Path) -> Iterator[list[Path]]:
     """Make ``run_dir``. The directories added to the list are removed at the end, and with them
     what this has made on the way and is empty."""
-    made = []
-    path = run_dir
-    while not path.exists():
-        made.append(path)
-        path = path.parent
-    run_dir.mkdir(parents=True, exist_ok=True)
+    made = state.make(run_dir)
     added: list[Path] = []
     kept = False
     try:

@@ -46,6 +46,28 @@ def left(run_dir: Path, stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
     return tuple(stage for stage in stages if done(run_dir, stage) is None)
 
 
+def make(run_dir: Path) -> list[Path]:
+    """Make the run's directory.
+
+    Returns:
+        The directories that were not there before, innermost first.
+
+    Raises:
+        UserError: something else is in its place or in its way.
+    """
+    made, path = [], run_dir
+    while not path.exists():
+        made.append(path)
+        path = path.parent
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(
+            str(path), "is not a directory", "give another `run_dir:` or `name:`"
+        ) from None
+    return made
+
+
 def saved(run_dir: Path, stages: tuple[Stage, ...]) -> set[tuple[Path, int]]:
     """What a failure must not take with it, each with the time of its last change (ns): whole
     checkpoints that these stages were trained to, and the word of those that were stopped. What is

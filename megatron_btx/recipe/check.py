@@ -8,7 +8,7 @@ engine, which knows the machine.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from megatron_btx.recipe.schema import (
     Training,
 )
 from megatron_btx.recipe.stages import mismatch
-from megatron_btx.recipe.words import near_key
+from megatron_btx.recipe.words import near_key, path_problem, show
 
 RESERVED = ("seed", "dense", "upcycling", "btm", "btx", "mean", "finetune")
 """Names of systems and columns of the final table, so no names of domains or experts."""
@@ -69,6 +69,29 @@ _SIZES: dict[type, tuple[str, ...]] = {
     Recipe: ("max_parallel_jobs",),
 }
 """Counts that are at least 1."""
+
+_MOST = {
+    "num_layers": 10_000,
+    "hidden_size": 10**6,
+    "ffn_hidden_size": 10**7,
+    "num_attention_heads": 10**5,
+    "num_query_groups": 10**5,
+    "kv_channels": 10**5,
+    "seq_length": 10**9,
+    "max_position_embeddings": 10**9,
+    "make_vocab_size_divisible_by": 10**6,
+    "vocab_size": 10**8,
+    **dict.fromkeys(_SIZES[Layout], 10**6),
+    "global_batch_size": 10**9,
+    "micro_batch_size": 10**6,
+    "copies": 1000,
+    "num_chunks": 1000,
+}
+"""Highest value of a field by its name, far above all that exists: what is beyond is a slip of the
+hand, and a plan of it would not end."""
+
+_UTMOST = 10**18
+"""That of any other number."""
 
 _INF = float("inf")
 _RANGES: dict[type, dict[str, tuple[float, float]]] = {
@@ -113,12 +136,10 @@ _RANGES: dict[type, dict[str, tuple[float, float]]] = {
 
 def problems(recipe: Recipe) -> list[Problem]:
     """Everything wrong with a recipe whose fields have the right types."""
-    found = list(
-        _ranges(recipe, "", {cls: dict.fromkeys(s, (1, _INF)) for cls, s in _SIZES.items()})
-    )
+    found = list(_sizes(recipe))
     if found:  # a size of zero would only divide by zero below
         return found
-    found += _ranges(recipe, "", _RANGES)
+    found += _ranges(recipe)
     found += _names(recipe)
     found += _model(recipe.model)
     found += _tokenizer(recipe)
@@ -210,37 +231,54 @@ def refuse_context_parallel(layout: Layout, key: str = "layout") -> None:
         )
 
 
-def _ranges(
-    value: Any, key: str, table: Mapping[type, Mapping[str, tuple[float, float]]]
-) -> Iterator[Problem]:
-    limits = table.get(type(value), {})
+def _numbers(value: Any, key: str = "") -> Iterator[tuple[type, str, str, float]]:
+    """Every number in a block and in those under it: class and name of its field, dotted key, and
+    the number."""
     for field in fields(value):
         item = getattr(value, field.name)
         dotted = f"{key}.{field.name.rstrip('_')}".lstrip(".")
-        if field.name in limits and item is not None:
-            low, high = limits[field.name]
-            if not low <= item <= high:
-                wanted = f"at least {low:g}" if high == _INF else f"{low:g} to {high:.10g}"
-                yield Problem(dotted, f"is {item}, out of range", f"give {wanted}")
+        if isinstance(item, (int, float)) and not isinstance(item, bool):
+            yield type(value), field.name, dotted, item
         entries = {dotted: item}
         if isinstance(item, dict):
             entries = {f"{dotted}.{name}": entry for name, entry in item.items()}
         for name, entry in entries.items():
             if is_dataclass(entry):
-                yield from _ranges(entry, name, table)
+                yield from _numbers(entry, name)
+
+
+def _sizes(recipe: Recipe) -> Iterator[Problem]:
+    for cls, name, key, item in _numbers(recipe):
+        most = _MOST.get(name, _UTMOST)
+        if name in _SIZES.get(cls, ()) and item < 1:
+            yield Problem(key, f"is {show(item)}, out of range", "give at least 1")
+        elif item > most:
+            yield Problem(key, f"is {show(item)}, out of range", f"give at most {most:.10g}")
+
+
+def _ranges(recipe: Recipe) -> Iterator[Problem]:
+    for cls, name, key, item in _numbers(recipe):
+        low, high = _RANGES.get(cls, {}).get(name, (-_INF, _INF))
+        if not low <= item <= high:
+            wanted = f"at least {low:g}" if high == _INF else f"{low:g} to {high:.10g}"
+            yield Problem(key, f"is {show(item)}, out of range", f"give {wanted}")
 
 
 def _names(recipe: Recipe) -> Iterator[Problem]:
-    pattern = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
-    rule = "use letters, digits, `_`, `-` and `.`"
+    pattern = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
+    rule = "use letters, digits, `_`, `-` and `.`, 100 of them at most"
     if not pattern.fullmatch(recipe.name):
-        yield Problem("name", f"{recipe.name!r} cannot name a directory", rule)
+        yield Problem("name", f"{show(recipe.name)} cannot name a directory", rule)
+    elif wrong := path_problem(recipe.run_dir):
+        yield Problem("run_dir", wrong, "give another path")
+    for wrong in filter(None, map(path_problem, recipe.share)):
+        yield Problem("share", wrong, "correct the path")
     for key, names in (("domains", recipe.domains), ("experts", recipe.experts)):
         if not names:
             yield Problem(key, "is empty", f"name at least one of the {key}")
         for name in names:
             if not pattern.fullmatch(name):
-                yield Problem(f"{key}.{name}", f"{name!r} cannot name a directory", rule)
+                yield Problem(f"{key}.{name}", f"{show(name)} cannot name a directory", rule)
             elif name in RESERVED:
                 yield Problem(
                     f"{key}.{name}",

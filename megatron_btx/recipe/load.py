@@ -13,6 +13,7 @@ Three conveniences, all resolved on reading (``dump`` writes the result out in f
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -28,7 +29,16 @@ from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.recipe import check, stages
 from megatron_btx.recipe.schema import Domain, Mix, Recipe, Tokenizer, Training
 from megatron_btx.recipe.tree import Node, parse_tree, read_tree
-from megatron_btx.recipe.words import describe, guess, nearest, number, options, show, yaml_name
+from megatron_btx.recipe.words import (
+    describe,
+    guess,
+    nearest,
+    number,
+    options,
+    path_problem,
+    show,
+    yaml_name,
+)
 
 _BAD: Any = object()  # stands for a value whose error has been noted
 
@@ -112,6 +122,9 @@ def _with_bases(tree: Node, seen: tuple[Path, ...]) -> list[Node]:
         return [tree]
     if not isinstance(base.value, str):
         raise UserError(base.where, f"is {base.kind}, not a path", "base: other.yaml")
+    wrong = path_problem(base.value)
+    if wrong is not None:
+        raise UserError(base.where, wrong, "base: other.yaml")
     seen = (*seen, tree.file.resolve())
     path = tree.file.parent / base.value
     if path.resolve() in seen:
@@ -242,9 +255,21 @@ class _Builder:
                 missing |= required
                 continue
             if (cls, field.name) in _PATH_FIELDS:
-                value = _resolve(value, given[-1].file.parent)
+                value = self.path(value, given[-1])
             values[field.name] = value
         return _BAD if missing else cls(**values)
+
+    def path(self, value: Any, node: Node) -> Any:
+        """A path, or several, from the directory of the file in which it is written."""
+        if isinstance(value, tuple):
+            return tuple(self.path(item, node) for item in value)
+        if value is None:
+            return None
+        wrong = path_problem(value)
+        if wrong is not None:
+            return self.error(node, wrong, "correct the path")
+        # As the shell does, a name of no user's is left as it is.
+        return os.path.abspath(node.file.parent / os.path.expanduser(value))
 
     def value(self, hint: Any, layers: list[Node], key: str) -> Any:
         """A value of type ``hint``; ``_BAD`` after noting an error."""
@@ -313,7 +338,8 @@ class _Builder:
         if hint is int and amount is not None and amount == int(amount):
             return int(amount)
         if hint is float and amount is not None:
-            return float(amount)
+            with contextlib.suppress(OverflowError):
+                return float(amount)
         if hint is bool and isinstance(value, bool):
             return value
         if hint is str and isinstance(value, str):
@@ -322,11 +348,3 @@ class _Builder:
         if hint is str and value is not None and not isinstance(value, (dict, list)):
             fix = "put it in quotes if text is meant"
         return self.error(node, f"is {show(value)}, not {wanted}", fix)
-
-
-def _resolve(value: Any, directory: Path) -> Any:
-    if isinstance(value, tuple):
-        return tuple(_resolve(item, directory) for item in value)
-    if value is None:
-        return None
-    return os.path.abspath(directory / Path(value).expanduser())

@@ -98,5 +98,7 @@ def weights(
             yield Problem(f"{key}.{name}", f"there is no {kind} {name}", known)
         elif weight < 0:
             yield Problem(f"{key}.{name}", f"the weight {weight} is negative", "give 0 or more")
+        elif weight > 1e9:
+            yield Problem(f"{key}.{name}", f"the weight {weight} is too large", "give shares")
     if given and not any(weight > 0 for weight in given.values()):
         yield Problem(key, "every weight is zero", "give at least one a positive weight")

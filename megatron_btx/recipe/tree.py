@@ -7,6 +7,7 @@ not text (``on:`` is a boolean in YAML 1.1).
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,13 @@ class _Reader:
         if isinstance(node, yaml.SequenceNode):
             items = [self.node(n, f"{key}[{i}]", above) for i, n in enumerate(node.value)]
             return Node(items, self.path, line, key)
+        if node.tag == "tag:yaml.org,2002:int" and re.match("[-+]?0[0-9_]|.*:", node.value):
+            raise UserError(
+                locate(self.path, line, key),
+                f"{node.value} is {self.loader.construct_object(node)} for YAML 1.1, which counts "
+                f"{'by sixties' if ':' in node.value else 'by eights after a zero'} there",
+                "write it as a plain number, or put it in quotes if text is meant",
+            )
         return Node(self.loader.construct_object(node), self.path, line, key)
 
     def _mapping(

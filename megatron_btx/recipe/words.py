@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import re
 import types
 import typing
@@ -29,7 +30,9 @@ def options(hint: Any) -> tuple[Any, ...]:
 def number(value: Any) -> int | float | None:
     """A finite number from YAML's own numbers, ``1e-4`` (text for YAML 1.1), ``4M`` and ``80B``."""
     if isinstance(value, str):
-        match = re.fullmatch(r"([+-]?[\d_]*\.?\d+(?:[eE][+-]?\d+)?)\s*([KMBT]?)", value.strip())
+        match = re.fullmatch(
+            r"([+-]?(?!0\d)[\d_]*\.?\d+(?:[eE][+-]?\d+)?)\s*([KMBT]?)", value.strip()
+        )
         if match is None:
             return None
         digits = match[1].replace("_", "")
@@ -40,9 +43,9 @@ def number(value: Any) -> int | float | None:
             value = float(digits if "e" in digits.lower() else f"{digits}e{exponent}")
             if "e" in digits.lower():
                 value *= _SUFFIXES[match[2]]
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
-    return value
+    return value if isinstance(value, int) or math.isfinite(value) else None
 
 
 def describe(hint: Any) -> str:
@@ -70,7 +73,21 @@ def show(value: Any) -> str:
         return "empty"
     if isinstance(value, (dict, list)):
         return "a mapping" if isinstance(value, dict) else "a list"
-    return {True: "true", False: "false"}[value] if isinstance(value, bool) else repr(value)
+    text = {True: "true", False: "false"}[value] if isinstance(value, bool) else repr(value)
+    return text if len(text) <= 60 else f"{text[:20]}... ({len(text)} characters)"
+
+
+def path_problem(text: str) -> str | None:
+    """Why no file system has a place for a path, if none has."""
+    try:
+        names = os.fsencode(text).split(b"/")
+    except UnicodeEncodeError:
+        return f"{ascii(text)} is no text that can name a file"
+    if "\0" in text:
+        return f"{show(text)} has a NUL character in it"
+    if max(map(len, names)) > 255 or len(text) > 3000:
+        return f"{show(text)} is too long for a path"
+    return None
 
 
 def guess(value: Any, choices: typing.Iterable[Any]) -> str:

@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import pty
+import shlex
 import signal
 import subprocess
 import sys
@@ -110,6 +111,16 @@ def test_a_stop_lets_the_ranks_save(run: Run, number: int) -> None:
     assert code == 0
     assert run.steps("seed") == list(range(1, 21))
     assert not (run.run_dir / "seed" / "stopped.json").exists()
+
+
+def test_the_way_on_can_be_pasted_into_a_shell(run: Run) -> None:
+    run.recipe = run.recipe.rename(run.directory / "my recipe.yaml")
+    process = run.start(wish={"seed": {"seconds": 20}})
+    run.wait(lambda: len(run.steps("seed")) >= 1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=20)
+    line = next(line for line in errors.splitlines() if "run again" in line)
+    assert shlex.split(line.partition("go on: ")[2]) == ["btx", "run", str(run.recipe)]
 
 
 def test_a_second_ctrl_c_does_not_wait(run: Run) -> None:
