@@ -131,7 +131,18 @@ def gradients(ddp: Any, micro: list[Any], case: Case) -> Pieces:
         micro_batch_size=case.micro_batch_size,
         forward_only=False,
     )
-    return [] if case.use_distributed_optimizer else pieces(ddp, lambda p: p.main_grad)
+    if case.use_distributed_optimizer:
+        gather_gradients(ddp)
+    return pieces(ddp, lambda p: p.main_grad)
+
+
+def gather_gradients(ddp: Any) -> None:
+    """Make every rank's gradient whole where reducing has left each a shard of it."""
+    for group in (*ddp.bucket_groups, *ddp.expert_parallel_bucket_groups):
+        peers = group.intra_distributed_optimizer_instance_group
+        for bucket in group.buckets:
+            shards = bucket.grad_data.chunk(peers.size())
+            torch.distributed.all_gather(list(shards), shards[peers.rank()].clone(), group=peers)
 
 
 def microbatches(case: Case, step: int) -> Iterator[dict[str, torch.Tensor]]:
