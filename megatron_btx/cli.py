@@ -19,10 +19,9 @@ from megatron_btx.errors import UserError
 from megatron_btx.mix import command as mixing
 from megatron_btx.pipeline import commands as slurm_commands
 from megatron_btx.pipeline import graph, state
-from megatron_btx.pipeline.fingerprint import Memo
+from megatron_btx.pipeline.commands import open_recipe
 from megatron_btx.pipeline.graph import Stage
 from megatron_btx.recipe import plan
-from megatron_btx.recipe.load import load_recipe
 from megatron_btx.recipe.schema import Recipe
 from megatron_btx.report import centroids, compare, evaluation, routing
 
@@ -43,9 +42,11 @@ _EPILOG = """examples:
 
 exit codes: 0 done, 1 a crash, 2 a mistake in the input, 130 interrupted (run again to go on)"""
 
-_PLAN_EPILOG = """examples:
-  btx plan examples/paper_7b/recipe.yaml
-  btx plan recipe.yaml --json | python -m json.tool"""
+_VERIFY_EPILOG = """examples:
+  btx mix --sources code=DIR math=DIR seed=DIR --out MIXTRAL
+  btx verify MIXTRAL
+
+exit codes: 0 every tensor agrees, 1 one does not, 2 it is no result of btx mix"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -82,12 +83,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"megatron-btx {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _add_run(commands)
-    planning = plan.add_parser(commands)
-    planning.epilog = _PLAN_EPILOG
-    planning.formatter_class = argparse.RawDescriptionHelpFormatter
+    plan.add_parser(commands)
     _add_report(commands)
     _add_stage(commands)
     mixing.add_parser(commands)
+    commands.choices["mix"].description = "Mix models offline: several checkpoints in, one out."
+    verify = commands.choices["verify"]
+    verify.description = "Compute a result of btx mix again by plain loops, and compare."
+    verify.epilog, verify.formatter_class = _VERIFY_EPILOG, argparse.RawDescriptionHelpFormatter
     compare.add_parser(commands)
     evaluation.add_parsers(commands)
     routing.add_parser(commands)
@@ -155,7 +158,7 @@ def _add_stage(commands: Any) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    recipe, run_dir, stages = _open(options.recipe)
+    recipe, run_dir, stages = open_recipe(options.recipe)
     if options.until is not None:
         stages = graph.until(stages, options.until)
     left = state.left(run_dir, stages)
@@ -195,13 +198,14 @@ def _run_left(
 def _report(options: argparse.Namespace) -> int:
     from megatron_btx.report import page
 
-    recipe, run_dir, _ = _open(options.recipe)
+    recipe, run_dir, _ = open_recipe(options.recipe)
+    again = f"btx run {shlex.quote(options.recipe)}"
     if not run_dir.is_dir():
-        raise UserError(
-            str(run_dir), "nothing has been run", f"btx run {shlex.quote(options.recipe)}"
-        )
+        raise UserError(str(run_dir), "nothing has been run", again)
+    results = _results(run_dir)
+    if options.json and results is None:
+        raise UserError(str(run_dir), "has no results yet", again)
     written = page.write(recipe, run_dir)
-    results = state.read_json(run_dir / "results.json")
     if options.json:
         sys.stdout.write(json.dumps(results, indent=1) + "\n")
         return 0
@@ -212,7 +216,7 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _stage(options: argparse.Namespace) -> int:
-    recipe, run_dir, stages = _open(options.recipe)
+    recipe, run_dir, stages = open_recipe(options.recipe)
     stage = graph.find(graph.with_mix(stages), options.stage)
     if stage.kind == "report":
         _report_stage(recipe, run_dir, stage)
@@ -236,15 +240,23 @@ def _report_stage(recipe: Recipe, run_dir: Path, stage: Stage) -> None:
     state.finish(directory, stage, {})
 
 
-def _open(path: str) -> tuple[Recipe, Path, tuple[Stage, ...]]:
-    recipe = load_recipe(path)
-    run_dir = Path(recipe.run_dir)
-    return recipe, run_dir, graph.build(recipe, Memo(run_dir / "fingerprints.json"))
+def _results(run_dir: Path) -> dict[str, Any] | None:
+    """The run's ``results.json``; ``None`` before there is any.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    path = run_dir / "results.json"
+    results = state.read_json(path)
+    if path.exists() and not isinstance((results or {}).get("systems"), dict):
+        again = f"remove it and {run_dir / 'evaluate'}; `btx run` makes both again"
+        raise UserError(str(path), "is damaged: it holds no systems", again)
+    return results
 
 
 def _print_results(run_dir: Path) -> None:
     """The table of systems and where the page is, as far as they are there."""
-    results = state.read_json(run_dir / "results.json")
+    results = _results(run_dir)
     if results is not None:
         from megatron_btx.report import table
 

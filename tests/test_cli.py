@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from megatron_btx import __version__, cli
+from tests.bad import Bad, Commands
 from tests.report.made import make_run
 from tests.small import btx, write_small
 
@@ -26,14 +30,30 @@ def _btx(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize(
-    "command", ["run", "plan", "report", "stage", "submit", "status", "logs", "cancel"]
-)
-def test_every_command_shows_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        cli.main([command, "--help"])
+def _help(*command: str) -> str:
+    with pytest.raises(SystemExit) as ended, contextlib.redirect_stdout(io.StringIO()) as said:
+        cli.main([*command, "--help"])
     assert ended.value.code == 0
-    assert f"btx {command} " in capsys.readouterr().out.partition("example")[2]
+    return said.getvalue()
+
+
+COMMANDS = re.findall(r"^    (\w+)\b", _help().partition("commands:")[2], re.MULTILINE)
+
+
+def test_all_commands_are_found() -> None:
+    assert set(COMMANDS) >= {"run", "plan", "mix", "verify", "compare", "centroids", "submit"}
+    assert len(COMMANDS) == len(set(COMMANDS)) > 12
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_is_described_and_shows_examples(command: str) -> None:
+    usage, description, *_ = _help(command).split("\n\n")
+    assert description[0].isupper(), "a sentence about what it does comes first"
+    assert description.endswith(".")
+    assert f"btx {command} " in _help(command).partition("example")[2]
+    if command in ("run", "plan", "report", "stage", "submit", "status", "logs", "cancel"):
+        assert usage.split()[:2] == ["usage:", "btx"]
+        assert " RECIPE" in usage
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -110,6 +130,24 @@ def test_report_prints_the_table_and_writes_the_page(tmp_path: Path) -> None:
     assert (run_dir / "report.html").stat().st_size > 50_000
     table = json.loads(_btx("report", "recipe.yaml", "--json", cwd=tmp_path).stdout)
     assert set(table["systems"]) >= {"seed", "dense", "btx"}
+
+
+@pytest.mark.parametrize(
+    ("content", "arguments", "words"),
+    [
+        (None, ["--json"], "runs/small: has no results yet\n  fix: btx run recipe.yaml"),
+        ("{}", [], "results.json: is damaged: it holds no systems\n  fix: remove it and "),
+        ('{"systems"', ["--json"], "results.json: is damaged"),
+    ],
+)
+def test_a_report_of_no_results(
+    content: str | None, arguments: list[str], words: str, small: Commands
+) -> None:
+    run_dir = small.directory / "runs" / "small"
+    run_dir.mkdir(parents=True)
+    if content is not None:
+        (run_dir / "results.json").write_text(content)
+    small.refuse(Bad("results", lambda _: None, (words,), ("report", "recipe.yaml", *arguments)))
 
 
 def test_a_closed_pipe_is_no_crash(tmp_path: Path) -> None:

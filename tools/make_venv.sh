@@ -23,6 +23,9 @@ done
 
 if [ -n "$without_venv" ]; then
   echo "Python $without_venv has no 'venv': install it (Debian, Ubuntu: apt-get install python$without_venv-venv)" >&2
+elif present=$(python3 -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null); then
+  # The distribution's python3 is another: installing that again would not help.
+  echo "no Python from 3.10 to 3.13 was found (python3 is $present): install one (Debian, Ubuntu: apt-get install python3.13 python3.13-venv; elsewhere: https://www.python.org/downloads)" >&2
 else
   echo "no Python from 3.10 to 3.13 was found: install one (Debian, Ubuntu: apt-get install python3 python3-venv)" >&2
 fi

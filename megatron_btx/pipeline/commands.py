@@ -98,7 +98,7 @@ def submit(options: argparse.Namespace) -> int:
     """``btx submit``."""
     from megatron_btx.pipeline import inputs, selection, slurm
 
-    recipe, run_dir, stages = _open(options.recipe)
+    recipe, run_dir, stages = open_recipe(options.recipe, on_slurm=True)
     wished = selection.select(stages, only=options.only, first=options.first, last=options.until)
     chosen = selection.to_submit(run_dir, wished)
     selection.check_needs(run_dir, stages, chosen)
@@ -145,7 +145,7 @@ def _standing(recipe: str, as_json: bool) -> tuple[str, bool]:
     """Where every stage stands, as text, and whether any is still in the queue."""
     from megatron_btx.pipeline import standing
 
-    _, run_dir, stages = _open(recipe)
+    _, run_dir, stages = open_recipe(recipe, on_slurm=True)
     rows = standing.rows(run_dir.absolute(), stages)
     if as_json:
         text = json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n"
@@ -158,7 +158,7 @@ def logs(options: argparse.Namespace) -> int:
     """``btx logs``."""
     from megatron_btx.pipeline import standing
 
-    _, run_dir, stages = _open(options.recipe)
+    _, run_dir, stages = open_recipe(options.recipe, on_slurm=True)
     run_dir = run_dir.absolute()
     stage = graph.find(stages, options.stage)
     path = standing.log_file(run_dir, stage)
@@ -195,7 +195,7 @@ def cancel(options: argparse.Namespace) -> int:
     """``btx cancel``."""
     from megatron_btx.pipeline import cluster
 
-    recipe, run_dir, stages = _open(options.recipe)
+    recipe, run_dir, stages = open_recipe(options.recipe, on_slurm=True)
     wished = {graph.find(stages, name).name for name in options.stage}
     jobs = [
         job
@@ -210,8 +210,9 @@ def cancel(options: argparse.Namespace) -> int:
     return 0
 
 
-def _open(path: str) -> tuple[Recipe, Path, tuple[Stage, ...]]:
+def open_recipe(path: str, *, on_slurm: bool = False) -> tuple[Recipe, Path, tuple[Stage, ...]]:
+    """A recipe, its run's directory and its stages, as this machine or as Slurm runs them."""
     recipe = load_recipe(path)
     run_dir = Path(recipe.run_dir)
-    memo = Memo(run_dir / "fingerprints.json")
-    return recipe, run_dir, graph.with_mix(graph.build(recipe, memo))
+    stages = graph.build(recipe, Memo(run_dir / "fingerprints.json"))
+    return recipe, run_dir, graph.with_mix(stages) if on_slurm else stages

@@ -162,6 +162,10 @@ _SYSTEM = {
     "btx": "Branch-Train-MiX after the seed (experts and finetune)",
 }
 
+_EPILOG = """examples:
+  btx plan examples/paper_7b/recipe.yaml
+  btx plan recipe.yaml --json | python -m json.tool"""
+
 _COLUMNS = (
     *("stage", "params", "active", "tokens", "steps", "FLOPs", "ranks"),
     *("GPU memory", "CPU memory", "disk", "disk peak"),
@@ -244,9 +248,13 @@ def as_json(plan: Plan) -> str:
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     """Add ``plan`` to the command line."""
     parser: argparse.ArgumentParser = subparsers.add_parser(
-        "plan", help="what a recipe will cost: parameters, tokens, FLOPs, memory, disk"
+        "plan",
+        help="what a recipe will cost: parameters, tokens, FLOPs, memory, disk",
+        description="What every stage of a recipe will cost, before anything runs.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("recipe", type=Path, help="a recipe's YAML file")
+    parser.add_argument("recipe", metavar="RECIPE", type=Path, help="the recipe (YAML)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.set_defaults(run=run)
     return parser

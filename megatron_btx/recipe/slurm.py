@@ -179,7 +179,7 @@ def _flag(key: str, index: int, flag: str) -> Iterator[Problem]:
         yield Problem(
             key, f"{flag!r} is btx's own to set", "use the recipe's keys, or leave it out"
         )
-    elif _secret(name.replace("-", "_"), flag.partition("=")[2]):
+    elif secret(name.replace("-", "_"), flag.partition("=")[2]):
         yield Problem(key, f"--{name} looks like a key or token", "never write one into a recipe")
 
 
@@ -192,16 +192,12 @@ def _variable(key: str, name: str, value: Any) -> Iterator[Problem]:
         yield Problem(key, f"is {value!r}, not text", "put it in quotes")
     elif isinstance(value, str) and _CONTROL.search(value):
         yield Problem(key, "has a line break or a control character", "remove it")
-    elif _secret(name, str(value)):
+    elif secret(name, str(value)):
         yield Problem(
             key,
             "looks like a key or token, and scripts are kept",
             f"`export {name}=...` in the shell from which you submit: the jobs inherit it",
         )
-
-
-def _secret(name: str, value: str) -> bool:
-    return bool(_SECRET_NAME.search(name.upper())) or bool(_SECRET_VALUE.fullmatch(value))
 
 
 def printable(text: str) -> bool:
@@ -210,8 +206,8 @@ def printable(text: str) -> bool:
 
 
 def secret(name: str, value: str) -> bool:
-    """Whether an environment variable must not be written anywhere."""
-    return _secret(name, value)
+    """Whether a variable or an option must not be written anywhere."""
+    return bool(_SECRET_NAME.search(name.upper())) or bool(_SECRET_VALUE.fullmatch(value))
 
 
 def _shapes(recipe: Recipe) -> Iterator[Problem]:

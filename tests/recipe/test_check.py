@@ -13,7 +13,7 @@ from megatron_btx.recipe.schema import Layout
 
 
 def test_files(good: str, tmp_path: Path) -> None:
-    recipe = parse_recipe(good.replace("dense: {}", "tokenizer_: 1").replace("tokenizer_: 1", ""))
+    recipe = parse_recipe(good)
     with pytest.raises(UserErrors, match=r"domains\.math\.train: .*does not exist"):
         check.files(recipe)
     data = tmp_path / "data"
