@@ -18,7 +18,7 @@ from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from megatron_btx.engine.causal import attend
+from megatron_btx.engine import causal
 
 # Shapes: S sequence, B micro-batch, N query heads here, G key/value heads here, D width of a head.
 
@@ -88,28 +88,45 @@ class ScaledDotProductAttention(MegatronModule):
         """
         if attention_bias is not None or packed_seq_params is not None:
             raise ValueError("attention bias and packed sequences need Transformer Engine")
-        groups, seq = query.shape[2] // key.shape[2], len(query)
-        query_BNSD = query.permute(1, 2, 0, 3)
-        key_BNSD, value_BNSD = _heads_first(key, groups), _heads_first(value, groups)
-        if query.device.type == "cpu":
-            context_HSD = attend(
-                *(part.flatten(0, 1) for part in (query_BNSD, key_BNSD, value_BNSD)),
-                window=self.window,
-                scale=self.softmax_scale,
-            )
-            return context_HSD.transpose(0, 1).reshape(seq, query.shape[1], -1)
-        within = None
-        if self.window is not None and self.window + 1 < seq:
-            within = _band(seq, self.window, query.device)
-        context_BNSD = scaled_dot_product_attention(
-            query_BNSD,
-            key_BNSD,
-            value_BNSD,
-            attn_mask=within,
-            is_causal=within is None,
-            scale=self.softmax_scale,
+        repeats = query.shape[2] // key.shape[2]
+        attend = _by_products if query.device.type == "cpu" else _fused
+        context_BNSD = attend(
+            query.permute(1, 2, 0, 3),
+            _heads_first(key, repeats),
+            _heads_first(value, repeats),
+            self.window,
+            self.softmax_scale,
         )
         return context_BNSD.permute(2, 0, 1, 3).flatten(2)
+
+
+def _by_products(
+    query_BNSD: Tensor,
+    key_BNSD: Tensor,
+    value_BNSD: Tensor,
+    window: int | None,
+    scale: float | None,
+) -> Tensor:
+    """On a CPU."""
+    heads = (part.flatten(0, 1) for part in (query_BNSD, key_BNSD, value_BNSD))
+    context_HSD = causal.attend(*heads, window=window, scale=scale)
+    return context_HSD.unflatten(0, query_BNSD.shape[:2])
+
+
+def _fused(
+    query_BNSD: Tensor,
+    key_BNSD: Tensor,
+    value_BNSD: Tensor,
+    window: int | None,
+    scale: float | None,
+) -> Tensor:
+    """torch's kernel."""
+    seq, within = query_BNSD.shape[2], None
+    if window is not None and window + 1 < seq:
+        within = _band(seq, window, query_BNSD.device)
+    return scaled_dot_product_attention(
+        query_BNSD, key_BNSD, value_BNSD, attn_mask=within, is_causal=within is None, scale=scale
+    )
 
 
 @functools.lru_cache(maxsize=4)

@@ -15,7 +15,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from megatron_btx.engine import blocks, causal, dispatch, swiglu
+from megatron_btx.engine import attention as attention_module
+from megatron_btx.engine import blocks, causal, dispatch, host, swiglu
 from megatron_btx.engine.adam import Adam
 from megatron_btx.engine.attention import ScaledDotProductAttention
 from megatron_btx.engine.cross_entropy import cross_entropy
@@ -80,10 +81,13 @@ def attention(**fields: Any) -> ScaledDotProductAttention:
     return ScaledDotProductAttention(config, 1, AttnMaskType.causal, "self")
 
 
-@pytest.fixture(params=["one block", "many"])
-def heads_a_block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(params=["one block", "many", "torch's kernel"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU's, and the one that a GPU without Transformer Engine uses."""
     if request.param == "many":
         monkeypatch.setattr(causal, "ELEMENTS", 64 * 150)
+    if request.param == "torch's kernel":
+        monkeypatch.setattr(attention_module, "_by_products", attention_module._fused)
 
 
 @dtypes
@@ -91,7 +95,7 @@ def heads_a_block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("seq", "window"), [(7, None), (150, None), (7, 2), (150, 5), (150, 64), (150, 149), (1, None)]
 )
-@pytest.mark.usefixtures("heads_a_block")
+@pytest.mark.usefixtures("kernel")
 def test_attention(groups: int, seq: int, window: int | None, dtype: torch.dtype) -> None:
     module = attention(num_query_groups=groups, window_size=None if window is None else (window, 0))
 
@@ -251,8 +255,16 @@ def test_chunks_as_megatrons_own() -> None:
 @dtypes
 @pytest.mark.parametrize("counts", [(3, 4, 2), (0, 9, 0), (70, 0, 64), (0, 0, 0)], ids=str)
 @pytest.mark.parametrize("fuse", [False, True], ids=["plain", "fused"])
+@pytest.mark.parametrize("in_tiles", [False, True], ids=["as they come", "in tiles"])
 @pytest.mark.usefixtures("small_blocks")
-def test_feed_forward(counts: tuple[int, ...], dtype: torch.dtype, fuse: bool) -> None:
+def test_feed_forward(
+    counts: tuple[int, ...],
+    dtype: torch.dtype,
+    fuse: bool,
+    in_tiles: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(host, "onednn_multiplies", lambda _dtype: in_tiles)
     x = draw(0, sum(counts), 8, dtype=dtype)
     weights = [draw(1, 3, 32, 8, dtype=dtype), draw(2, 3, 8, 16, dtype=dtype)]
     x64, *weights64 = exact(x, *weights)
