@@ -151,7 +151,8 @@ def _add_stage(commands: Any) -> None:
         "examples:\n"
         "  srun btx stage recipe.yaml expert:math     one task a rank\n"
         "  btx stage recipe.yaml export               a stage of one rank\n\n"
-        "RANK, WORLD_SIZE and LOCAL_RANK, or Slurm's names for them, say which rank it is.",
+        "RANK, WORLD_SIZE and LOCAL_RANK, or Slurm's names for them, say which rank it is;\n"
+        "where there are several, MASTER_ADDR and MASTER_PORT, where they find each other.",
     )
     parser.add_argument("stage", metavar="STAGE", help="seed, expert:math, finetune, ...")
     parser.set_defaults(run=_stage)
