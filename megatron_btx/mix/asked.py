@@ -19,7 +19,7 @@ from megatron_btx.mix.command import Request
 from megatron_btx.mix.copy import copy
 from megatron_btx.mix.extend import append, drop
 from megatron_btx.mix.method import averaging_of, mix_plan, router_of
-from megatron_btx.recipe import check
+from megatron_btx.recipe import ranges
 from megatron_btx.recipe.mixing import misplaced, weights
 from megatron_btx.recipe.schema import Mix, Model, Recipe, Routing, Training
 from megatron_btx.weights.megatron import open_megatron
@@ -94,8 +94,7 @@ def plan_of(request: Request, models: list[Checkpoint]) -> Plan:
 
 
 def out_of_range(request: Request) -> list[UserError]:
-    """What a recipe's check says of a request's numbers, by the flags' names. They are put into a
-    recipe that is none otherwise: only what it says of ranges is about them."""
+    """A request's numbers outside a recipe's ranges, by the flags' names."""
     given = {name: getattr(request, name) for name in _same()}
     numbers = {name: value for name, value in given.items() if type(value) in (int, float)}
     recipe = Recipe(
@@ -113,11 +112,12 @@ def out_of_range(request: Request) -> list[UserError]:
         UserError(
             "--" + problem.key.rpartition(".")[2].replace("_", "-"), problem.what, problem.fix
         )
-        for problem in check.problems(recipe)
-        if problem.what.endswith("out of range")
+        for problem in list(ranges.sizes(recipe)) or ranges.problems(recipe)
     ]
     if request.workers < 1:
-        errors.append(UserError("--workers", f"is {request.workers}, out of range", "give 1"))
+        errors.append(
+            UserError("--workers", f"is {request.workers}, out of range", "give at least 1")
+        )
     return errors
 
 
