@@ -31,6 +31,12 @@ KEYS = [
         ("recipe.yaml:", "recompute_granularty", "recompute_granularity"),
     ),
     Bad(
+        "an option of Megatron's for a later stage, which its layers do not follow",
+        change(FINETUNE, FINETUNE + ", megatron: {transformer: {moe_permute_fusion: true}}"),
+        ("finetune: megatron.transformer.moe_permute_fusion", "True is not supported", "use False"),
+        RUN,
+    ),
+    Bad(
         "misspelt domain in a mixture",
         change("data: {web: 1}", "data: {wab: 1}"),
         ("recipe.yaml:", "seed.data.wab", "there is no domain wab", "did you mean `web`?"),

@@ -2,7 +2,8 @@
 
 torch's fused kernel on a CPU multiplies blocks of 32 by one head; products over many heads at once
 are faster, and here the processor's best library does them (engine/host.py). No more than a block's
-scores are in memory at a time, and the backward pass computes them again.
+scores are in memory at a time, and the backward pass computes them again; those of a short sequence
+weigh no more than queries, keys and values, and are kept.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_btx.engine.blocks import ELEMENTS
+from megatron_btx.recipe.memory import keeps_gates
 
 # Shapes: H heads of all sequences of the micro-batch, S sequence, D width of a head.
 
@@ -47,32 +49,36 @@ def attend(
 
 
 class _Attend(torch.autograd.Function):
-    """Keeps its inputs and nothing else."""
+    """Keeps its inputs, and of a short sequence the gates."""
 
     @staticmethod
     def forward(  # noqa: PLR0913
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, window: int | None, scale: float
     ) -> Tensor:
-        ctx.save_for_backward(query, key, value)
         ctx.window, ctx.scale = window, scale
-        out = _sequence_first(query)
+        out, inputs, kept = _sequence_first(query), (query, key, value), []
+        keeps = keeps_gates(*query.shape[1:])
         query, key, value = query.float() * scale, key.float(), value.float()
         for heads, rows, seen in _blocks(query, window):
             gates = _gates(query[heads, rows], key[heads, seen], window)
             out[heads, rows] = torch.bmm(gates, value[heads, seen])
+            if keeps:
+                kept.append(gates)
+        ctx.save_for_backward(*inputs, *kept)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         dtype = grad_out.dtype
-        query, key, value = (saved.float() for saved in ctx.saved_tensors)
+        query, key, value, *kept = (saved.float() for saved in ctx.saved_tensors)
+        kept.reverse()
         query, grad_out = query * ctx.scale, grad_out.float()
         grad_query, grad_key = torch.empty_like(query), torch.zeros_like(key)
         grad_value = torch.zeros_like(value)
         for heads, rows, seen in _blocks(query, ctx.window):
             q, grad = query[heads, rows], grad_out[heads, rows]
             k, v = key[heads, seen], value[heads, seen]
-            gates = _gates(q, k, ctx.window)
+            gates = kept.pop() if kept else _gates(q, k, ctx.window)
             grad_gates = torch.bmm(grad, v.mT)
             grad_scores = torch._softmax_backward_data(grad_gates, gates, -1, gates.dtype)
             grad_query[heads, rows] = torch.bmm(grad_scores, k)

@@ -59,7 +59,9 @@ def _megatron() -> None:
 def _prepare(recipe: Recipe, stage: Stage, run_dir: Path) -> Any:
     _megatron()
     from megatron_btx.data.prepare import prepare
+    from megatron_btx.train.stage import check_options
 
+    check_options(recipe)
     directory = run_dir / stage.directory
     return prepare(recipe, directory, Progress(directory / "progress.json"))
 

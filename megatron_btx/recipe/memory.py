@@ -53,8 +53,8 @@ class Memory:
     """The most that comes on top: the loss's softmax, the logits' gradient and the output layer's,
     or later the layers that are recomputed."""
     held: int
-    """On a CPU, see ``HELD`` and ``KEPT``; with the distributed optimizer also its collectives'
-    fp32 copy."""
+    """On a CPU, see ``HELD``, ``KEPT`` and ``keeps_gates``; with the distributed optimizer also its
+    collectives' fp32 copy."""
 
     @property
     def allocated(self) -> int:
@@ -136,6 +136,25 @@ def layer_activations(architecture: Architecture, training: Training) -> tuple[i
     return attention * element, ffn * element
 
 
+def keeps_gates(seq_length: int, width: int) -> bool:
+    """Whether attention on a CPU (engine/causal.py) keeps its softmax for the backward pass: where
+    the half of it that is not zero weighs no more than queries, keys, values and output, whose
+    heads have that ``width``."""
+    return seq_length <= 8 * width
+
+
+def _gates(architecture: Architecture, training: Training) -> int:
+    """Bytes of that in one layer: blocks of 64 rows at least, from the first token on, fp32."""
+    model, options = architecture.model, training.megatron.transformer
+    seq, granularity = model.seq_length, options.get("recompute_granularity")
+    modules = options.get("recompute_modules") or ["core_attn"]
+    recomputed = granularity == "full" or (granularity == "selective" and "core_attn" in modules)
+    if recomputed or not keeps_gates(seq, count.kv_channels(model)):
+        return 0
+    heads = model.num_attention_heads // training.layout.tensor_model_parallel_size
+    return 4 * heads * training.micro_batch_size * seq * (seq + max(64, seq // 8)) // 2
+
+
 def training_memory(architecture: Architecture, training: Training) -> Memory:
     """Peak memory of the pipeline stage that needs most, under the stage's own layout."""
     stages = range(training.layout.pipeline_model_parallel_size)
@@ -176,7 +195,9 @@ def _stage(architecture: Architecture, training: Training, stage: int) -> Memory
         optimizer=optimizer,
         activations=activations,
         transient=transient,
-        held=_held(architecture, training, activations) + distributed * 4 * (dense + experts),
+        held=_held(architecture, training, activations)
+        + in_flight * model.num_layers // pp * _gates(architecture, training)
+        + distributed * 4 * (dense + experts),
     )
 
 

@@ -115,6 +115,10 @@ _FIXED = {
             "mtp_num_layers",
             "is_hybrid_model",
             "heterogeneous_block_specs",
+            "softmax_scale",
+            "qk_l2_norm",
+            "activation_func_clamp_value",
+            "moe_apply_probs_on_input",
         ),
         "the mix knows Llama's layers, and this makes others of them",
     ),
@@ -140,6 +144,11 @@ _FIXED = {
         ),
         "layers are split evenly over the pipeline's stages",
     ),
+    "perform_initialization": (
+        "all weights come from a plan, and without it Megatron's gradient norm takes the shards of "
+        "tensor parallelism for replicas"
+    ),
+    "calculate_per_token_loss": "every micro-batch has as many tokens as any other",
     "optimizer": "the paper's optimizer is AdamW, and checkpoints hold its two moments",
 }
 """Keys that would make another model or optimizer than the project's, with the reason."""

@@ -18,12 +18,24 @@ from megatron_btx.engine.checkpoint import (
     manifest_of,
 )
 from megatron_btx.engine.initializer import btx_plan, initialize
-from megatron_btx.engine.model import DTYPES, build_model, wrap_ddp
-from megatron_btx.engine.optimizer import build_optimizer, build_schedule, min_lr
+from megatron_btx.engine.model import (
+    DTYPES,
+    build_model,
+    data_parallel_config,
+    transformer_config,
+    wrap_ddp,
+)
+from megatron_btx.engine.optimizer import (
+    build_optimizer,
+    build_schedule,
+    min_lr,
+    optimizer_config,
+)
+from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.files import write_json
 from megatron_btx.mix.copy import copy
 from megatron_btx.mix.fresh import fresh
-from megatron_btx.recipe import count
+from megatron_btx.recipe import check, count
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.schema import Recipe, Training
 from megatron_btx.recipe.stages import directory as stage_directory
@@ -139,6 +151,27 @@ def starting_point(recipe: Recipe, name: str, training: Training, run_dir: Path)
         )
     seed = final_checkpoint(stage_directory(run_dir, "seed"))
     return copy(open_megatron(seed, "seed"), dtype=dtype)
+
+
+def check_options(recipe: Recipe) -> None:
+    """Make every stage's configurations of Megatron's, before any is trained for hours.
+
+    Raises:
+        UserErrors: what Megatron or our modules would refuse, stage by stage.
+    """
+    wrong: list[UserError] = []
+    dense = count.dense_architecture(recipe)
+    for name, training in check.stages(recipe).items():
+        architecture = dense.mixed(recipe) if name == "finetune" else dense
+        try:
+            options = training.megatron
+            transformer_config(architecture, training.layout, training.precision, options)
+            data_parallel_config(training.use_distributed_optimizer, options)
+            optimizer_config(training)
+        except UserError as error:
+            wrong.append(UserError(name, str(error)))
+    if wrong:
+        raise UserErrors(wrong)
 
 
 def check_mix(recipe: Recipe, run_dir: Path) -> dict[str, Any]:

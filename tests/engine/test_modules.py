@@ -93,7 +93,8 @@ def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 @dtypes
 @pytest.mark.parametrize("groups", [4, 2, 1])
 @pytest.mark.parametrize(
-    ("seq", "window"), [(7, None), (150, None), (7, 2), (150, 5), (150, 64), (150, 149), (1, None)]
+    ("seq", "window"),
+    [(7, None), (60, 20), (150, None), (7, 2), (150, 5), (150, 64), (150, 149), (1, None)],
 )
 @pytest.mark.usefixtures("kernel")
 def test_attention(groups: int, seq: int, window: int | None, dtype: torch.dtype) -> None:
