@@ -71,6 +71,10 @@ def answer(request: Request) -> Any:
     return _start(request, world_size)
 
 
+_RANKS = 16
+"""That many may be started on any machine; each holds some 400 MB before it has a model."""
+
+
 def _number(name: str) -> int:
     """A variable that is a whole number, 1 where there is none."""
     text = os.environ.get(name, "1")
@@ -80,6 +84,13 @@ def _number(name: str) -> int:
 
 
 def _start(request: Request, world_size: int) -> Any:
+    most = max(_RANKS, 4 * local.cores())
+    if world_size > most:
+        raise UserError(
+            "--layout",
+            f"asks for {world_size} ranks, and this machine has {local.cores()} core(s)",
+            f"give a layout of {most} ranks or fewer, or start the command's ranks by srun",
+        )
     with tempfile.TemporaryDirectory(prefix="btx-") as name:
         scratch = Path(name)
         write_json(scratch / "request.json", dict(request))

@@ -85,6 +85,10 @@ def test_help_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> 
             "evaluate {here}/moe --data x={here}/x.jsonl --layout expert_model_parallel_size=2",
             "EP x ETP x PP (2 x 1 x 1) does not divide the 1 rank(s)",
         ),
+        (
+            "evaluate {here}/a --data x={here}/x.jsonl --layout data_parallel_size=99999",
+            "asks for 99999 ranks, and this machine has",
+        ),
         ("generate {here}/a --prompt x --micro-batch-size 0", "--micro-batch-size: is 0"),
         ("generate {here}/a --prompt x --random-seed -1", "out of range"),
         ("generate {here}/a", "--prompt: is missing"),
