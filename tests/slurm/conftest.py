@@ -199,7 +199,7 @@ def whole(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 NODES = "slurm: {environment: {GLOO_SOCKET_IFNAME: lo}, stages: {finetune: {nodes: 2}}}\n"
 MENDED = NODES + "wandb: {mode: offline}\n"
-BROKEN = MENDED + "experts: {math: {megatron: {transformer: {attention_dropout: 2.0}}}}\n"
+BROKEN = MENDED + "experts: {math: {megatron: {transformer: {hidden_dropout: 2.0}}}}\n"
 
 
 def branch(whole: Run, directory: Path, text: str, *stages: str) -> Run:
