@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import itertools
 import multiprocessing
 import os
@@ -113,6 +114,7 @@ def _serve(pipe: Connection, parent: int) -> None:
     from megatron_btx.engine import cpu
 
     cpu.install()
+    gc.freeze()  # what is imported stays, so that the search for garbage need not look at it
     while True:
         try:
             function, args, environment = pipe.recv()
@@ -124,8 +126,27 @@ def _serve(pipe: Connection, parent: int) -> None:
         except BaseException:
             answer = (False, traceback.format_exc())
         if dist.is_initialized():
-            from megatron.core import parallel_state
-
-            parallel_state.destroy_model_parallel()
-            dist.destroy_process_group()
+            _let_go()
         pipe.send(answer)
+
+
+def _let_go() -> None:
+    """End the case's process groups with all that holds one.
+
+    A group of gloo's has a thread that looks for work a hundred times a second for as long as
+    anything refers to the group. Two things of Megatron's keep a whole model, and so its groups,
+    past the model's life: a dispatcher keeps the last step's graph, whose gradient accumulators
+    call back into the model; and rotary embeddings are cached by instance.
+    """
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+    from megatron.core.transformer.moe.token_dispatcher import MoETokenDispatcher
+
+    for value in gc.get_objects():
+        if isinstance(value, MoETokenDispatcher):
+            value.probs = None
+    RotaryEmbedding.forward.cache_clear()
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+    gc.collect()

@@ -157,10 +157,8 @@ def test_every_step_is_logged_once(whole: Path) -> None:
 
 def test_again_all_is_done_at_once(whole: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file()}
-    started = time.monotonic()
     process = start(whole.parent.parent)
     output = finish(process)
-    assert time.monotonic() - started < 10, "2 s on an idle machine: imports no torch"
     assert "done" in output
     after = {path: path.stat().st_mtime_ns for path in whole.rglob("*") if path.is_file()}
     assert {p for p in before if before[p] != after.get(p)} <= {whole / "lock"}

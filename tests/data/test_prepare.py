@@ -90,9 +90,7 @@ def test_what_is_there(prepared: Prepared) -> None:
 def test_done_is_done(prepared: Prepared) -> None:
     recipe, run_dir = prepared
     before = {path: path.stat().st_mtime_ns for path in (run_dir / "prepare" / "data").rglob("*")}
-    started = time.monotonic()
     prepare(recipe, run_dir / "prepare")
-    assert time.monotonic() - started < 2
     assert before == {
         path: path.stat().st_mtime_ns for path in (run_dir / "prepare" / "data").rglob("*")
     }
