@@ -4,12 +4,31 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from megatron_btx.errors import UserError
+
+
+def unfinished(path: Path) -> Path:
+    """The name under which this process makes what is to be at ``path``: ``.NAME.PID.tmp``."""
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+
+def sweep(directory: Path) -> None:
+    """Delete what killed processes left unfinished in ``directory`` and below. Whoever calls it
+    knows that none is at work there."""
+    for left in directory.rglob(".*.tmp"):
+        if not re.search(r"\.\d+\.tmp$", left.name):
+            continue
+        if left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left)
+        else:
+            left.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -21,7 +40,7 @@ def written(path: Path, mode: str = "w", *, durable: bool = True) -> Iterator[IO
         mode: ``"w"`` (UTF-8) or ``"wb"``.
         durable: wait until it is on the disk. What is written anew all the time need not be.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = unfinished(path)
     try:
         with temporary.open(mode, encoding=None if "b" in mode else "utf-8") as file:
             yield file

@@ -196,6 +196,7 @@ def test_killed_twenty_times(whole: Path, tmp_path: Path) -> None:
     assert losses(run_dir) == losses(whole)
     assert results(run_dir) == results(whole)
     assert not list(run_dir.glob("*/checkpoints/*.partial"))
+    assert not list(run_dir.glob("*/**/.*.tmp"))
 
 
 def saving(run_dir: Path, since: float) -> bool:

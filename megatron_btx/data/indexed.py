@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_btx.data.tokenizer import Tokenizer
-from megatron_btx.files import write_json
+from megatron_btx.files import unfinished, write_json
 
 _BATCH = 2_000_000
 """Characters that are tokenized at once."""
@@ -47,7 +47,7 @@ def write_indexed(
     prefix.parent.mkdir(parents=True, exist_ok=True)
     json_path = _beside(prefix, "json")
     json_path.unlink(missing_ok=True)  # from here on the old pair is not whole any more
-    temporary = {kind: _beside(prefix, f"{kind}.{os.getpid()}.tmp") for kind in ("bin", "idx")}
+    temporary = {kind: unfinished(_beside(prefix, kind)) for kind in ("bin", "idx")}
     dtype = DType.optimal_dtype(tokenizer.vocab_size)
     digest = hashlib.sha256()
     count = tokens = size = 0

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from megatron_btx.data.interleave import Interleaved
 from megatron_btx.data.prepare import prefix
 from megatron_btx.data.tokenizer import load_tokenizer
 from megatron_btx.errors import UserError
+from megatron_btx.files import sweep, unfinished
 from megatron_btx.recipe import count
 from megatron_btx.recipe.schema import Recipe, Training
 from megatron_btx.recipe.stages import Part, directory, reads, training
@@ -183,12 +183,11 @@ def _build(
     cache = index / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
     with _one_rank_at_least():
         first = dist.get_rank() == 0
-        building = [str(cache) if cache.is_dir() else f"{cache}.{os.getpid()}.tmp"]
+        building = [str(cache if cache.is_dir() else unfinished(cache))]
         dist.broadcast_object_list(building, src=0)  # the first rank decides for all
         path = Path(building[0])
         if first and path != cache:
-            for left_over in index.glob(f"{cache.name}.*.tmp"):
-                shutil.rmtree(left_over, ignore_errors=True)
+            sweep(index)
             path.mkdir(parents=True)
         config = GPTDatasetConfig(
             random_seed=seed,

@@ -37,7 +37,7 @@ from megatron_btx.data.tokenizer import (
     train_tokenizer,
 )
 from megatron_btx.errors import UserError, UserErrors, noted
-from megatron_btx.files import newest_step, read_json, write_json
+from megatron_btx.files import newest_step, read_json, sweep, unfinished, write_json
 from megatron_btx.recipe.schema import Domain, Recipe
 
 logger = logging.getLogger(__name__)
@@ -61,6 +61,7 @@ def prepare(
     """
     out_dir = Path(out_dir)
     sources = _find(recipe)
+    sweep(out_dir)
     _write_corpora(recipe, out_dir / "corpus", progress)
     texts = {name: _Text(name, domain, sources[name], out_dir) for name, domain in
              recipe.domains.items()}  # fmt: skip
@@ -206,7 +207,7 @@ def _tokenizer(
     tokenizer = given or train_tokenizer(
         _sample(readers, wanted.train_bytes), wanted.vocab_size, where="tokenizer.vocab_size"
     )
-    temporary = directory.with_name(f".{directory.name}.{os.getpid()}.tmp")
+    temporary = unfinished(directory)
     shutil.rmtree(temporary, ignore_errors=True)
     tokenizer.save(temporary)
     write_json(temporary / "made.json", {"key": key})

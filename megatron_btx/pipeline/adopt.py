@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_btx.errors import UserError, UserErrors
+from megatron_btx.files import newest_step, unfinished
 from megatron_btx.pipeline import graph
 from megatron_btx.pipeline.graph import Stage
 from megatron_btx.recipe import count
@@ -97,7 +98,7 @@ def link(recipe: Recipe, name: str, run_dir: Path) -> dict[str, Any]:
             _convert(directory, target)
         return {"checkpoint": str(target.relative_to(run_dir)), "from": str(directory)}
     _whole(directory)
-    temporary = checkpoints / f".{target.name}.{os.getpid()}"
+    temporary = unfinished(target)
     temporary.unlink(missing_ok=True)
     inside = source == "seed"  # relative: the run's directory may be moved
     temporary.symlink_to(os.path.relpath(directory, checkpoints) if inside else directory.resolve())
@@ -114,11 +115,7 @@ def newest_checkpoint(path: Path) -> Path:
     """The checkpoint at ``path``: itself, or the newest under it or its ``checkpoints/``."""
     if (path / "manifest.json").is_file() or is_hugging_face(path):
         return path
-    for parent in (path / "checkpoints", path):
-        steps = sorted(parent.glob("step_????????"))
-        if steps:
-            return steps[-1]
-    return path
+    return newest_step(path) or path
 
 
 def _key(name: str) -> str:

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatron_btx.errors import UserError
-from megatron_btx.files import read_json, write_json
+from megatron_btx.files import read_json, sweep, write_json
 from megatron_btx.pipeline.graph import Stage
 from megatron_btx.versions import code_revision, versions
 
@@ -256,7 +256,8 @@ def stage_lock(directory: Path) -> Iterator[None]:
 
 
 def wait_until_idle(directory: Path, timeout: float = 20.0) -> None:
-    """Wait for what a killed run may have left behind for a moment.
+    """Wait for what a killed run may have left behind for a moment, and clear away what it had
+    begun to write.
 
     Raises:
         UserError: it does not go away.
@@ -271,6 +272,7 @@ def wait_until_idle(directory: Path, timeout: float = 20.0) -> None:
                     f"see who holds it with: fuser -v {directory / 'lock'}",
                 )
             time.sleep(0.1)
+        sweep(directory)
 
 
 def _flock(file: IO[str], kind: int) -> bool:

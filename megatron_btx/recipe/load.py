@@ -26,6 +26,7 @@ from typing import Any, Literal
 import yaml
 
 from megatron_btx.errors import UserError, UserErrors
+from megatron_btx.files import newest_step, read_json
 from megatron_btx.recipe import check, stages
 from megatron_btx.recipe.schema import Domain, Mix, Recipe, Tokenizer, Training
 from megatron_btx.recipe.tree import Node, parse_tree, read_tree
@@ -163,14 +164,12 @@ def _derive(recipe: Recipe) -> Recipe:
 def _taken_vocabulary(seed: Path) -> int | None:
     """Size of the vocabulary that comes along with a checkpoint, Megatron's or Hugging Face's;
     whether there is a whole one is asked later (pipeline/adopt.py)."""
-    steps = ("", "checkpoints/step_????????/", "step_????????/")
-    for name in (*(step + "manifest.json" for step in steps), "config.json"):
-        for path in sorted(seed.glob(name), reverse=True):
-            try:
-                return int(json.loads(path.read_text(encoding="utf-8"))["vocab_size"])
-            except (OSError, ValueError, KeyError, TypeError):
-                return None
-    return None
+    directory = seed if (seed / "manifest.json").exists() else newest_step(seed) or seed
+    try:
+        manifest = read_json(directory / "manifest.json")
+        return int((manifest or read_json(directory / "config.json") or {})["vocab_size"])
+    except (OSError, KeyError, ValueError, TypeError):
+        return None
 
 
 class _Builder:

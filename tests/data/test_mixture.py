@@ -156,7 +156,7 @@ def test_two_ranks_at_once(prepared: Prepared, ranks: Ranks, tmp_path: Path) -> 
                 ]
         assert sorted(found) == expected
         (cache,) = (tmp_path / "finetune" / "index").iterdir()
-        assert not cache.name.endswith(".tmp")
+        assert not cache.name.startswith(".")
 
 
 def test_dense_reads_what_the_experts_and_the_finetuning_read(prepared: Prepared) -> None:
@@ -233,7 +233,7 @@ def test_a_killed_build_is_not_trusted(prepared: Prepared, tmp_path: Path) -> No
     shutil.copytree(run_dir / "prepare", tmp_path / "prepare")
     expected = rows(stage_stream(recipe, "seed", tmp_path), range(2))
     (cache,) = (tmp_path / "seed" / "index").iterdir()
-    left = cache.rename(cache.with_name(f"{cache.name}.12345.tmp"))
+    left = cache.rename(cache.with_name(f".{cache.name}.12345.tmp"))
     for file in left.glob("*.npy"):
         file.write_bytes(file.read_bytes()[:100])
     assert rows(stage_stream(recipe, "seed", tmp_path), range(2)) == expected
