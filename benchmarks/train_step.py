@@ -178,7 +178,7 @@ def theirs(
         "max_position_embeddings": model.seq_length,
         "rms_norm_eps": model.layernorm_epsilon,
         "rope_parameters": {"rope_type": "default", "rope_theta": model.rotary_base},
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": not model.untie_embeddings_and_output_weights,
         "use_cache": False,
         "attn_implementation": "sdpa",
     }
@@ -228,10 +228,11 @@ def hugging_face_names(case: Case, ours: dict[str, Tensor]) -> dict[str, Tensor]
     model = case.model
     groups = model.num_query_groups or model.num_attention_heads
     width = model.hidden_size // model.num_attention_heads
+    embedding = ours["embedding.word_embeddings.weight"]
     named = {
-        "model.embed_tokens.weight": ours["embedding.word_embeddings.weight"][: case.vocab_size],
+        "model.embed_tokens.weight": embedding[: case.vocab_size],
         "model.norm.weight": ours["decoder.final_layernorm.weight"],
-        "lm_head.weight": ours["output_layer.weight"][: case.vocab_size],
+        "lm_head.weight": ours.get("output_layer.weight", embedding)[: case.vocab_size],
     }
     for layer in range(model.num_layers):
         here, there = f"decoder.layers.{layer}.", f"model.layers.{layer}."

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_btx.engine.blocks import ELEMENTS
-from megatron_btx.recipe.memory import keeps_gates
+from megatron_btx.recipe.memory import keeps_gates, query_rows
 
 # Shapes: H heads of all sequences of the micro-batch, S sequence, D width of a head.
 
@@ -110,7 +110,7 @@ def _hidden(rows: int, keys: int, window: int | None) -> Tensor:
 def _blocks(query: Tensor, window: int | None) -> Iterator[tuple[slice, slice, slice]]:
     """(heads, queries, the keys that those see): their scores stay in the cores' caches."""
     heads, seq, _ = query.shape
-    rows = max(64, seq // 8)
+    rows = query_rows(seq)
     for first in range(0, seq, rows):
         last = min(first + rows, seq)
         start = 0 if window is None else max(0, first - window)

@@ -184,6 +184,8 @@ class _Tiles:
 
     def __init__(self, counts: Tensor, tile: int, device: torch.device) -> None:
         self.apart = tile > 1
+        self.used: int | None = None
+        """Rows up to the last expert's last; ``None``: all."""
         padded = counts + -counts % tile
         self.ends = padded.cumsum(0).to(device=device, dtype=torch.int32)
         """[E], where each expert's rows end; what follows the last is neither read nor written."""
@@ -234,7 +236,7 @@ class _FeedForward(torch.autograd.Function):
         ctx.tiles = tiles
         # The parameters themselves: saved ones come back as other objects, without `main_grad`.
         ctx.parameters = (fc1, fc2) if fuse and hasattr(fc1, "main_grad") else (None, None)
-        inner = swiglu.activate(gate_up)
+        inner = swiglu.activate(gate_up, tiles.used)
         return tiles.collect(grouped_mm(inner, fc2.transpose(1, 2), offs=tiles.ends))
 
     @staticmethod
@@ -244,7 +246,8 @@ class _FeedForward(torch.autograd.Function):
         # Without a single row grouped_mm rejects the strides.
         grad = tiles.spread(grad.contiguous() if len(grad) else grad.new_empty(grad.shape))
         inner = x.new_empty(len(x), fc2.shape[2])
-        grad_gate_up = swiglu.gradient(gate_up, grouped_mm(grad, fc2, offs=ends), again=inner)
+        grad_inner = grouped_mm(grad, fc2, offs=ends)
+        grad_gate_up = swiglu.gradient(gate_up, grad_inner, tiles.used, again=inner)
         grad_fc1 = grad_fc2 = None
         if ctx.needs_input_grad[1]:  # not frozen
             grad_fc1 = _weight_gradient(ctx.parameters[0], grad_gate_up, x, ends)

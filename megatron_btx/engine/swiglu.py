@@ -48,20 +48,22 @@ class _SwiGLU(torch.autograd.Function):
         return gradient(gate_up, grad_out)
 
 
-def activate(gate_up: Tensor) -> Tensor:
-    """``swiglu`` of rows [T, 2F], outside of autograd."""
+def activate(gate_up: Tensor, used: int | None = None) -> Tensor:
+    """``swiglu`` of rows [T, 2F], of the first ``used`` of them, outside of autograd: [T, F]."""
     out = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
-    for rows in blocks(gate_up):
+    for rows in blocks(gate_up[:used]):
         gate, up = gate_up[rows].chunk(2, dim=-1)
         torch.mul(silu(gate), up, out=out[rows])
     return out
 
 
-def gradient(gate_up: Tensor, grad_out: Tensor, again: Tensor | None = None) -> Tensor:
-    """The gradient [T, 2F] of ``activate(gate_up)``, given that of its result [T, F]; the result
-    itself is written into ``again`` [T, F] where that is given."""
+def gradient(
+    gate_up: Tensor, grad_out: Tensor, used: int | None = None, again: Tensor | None = None
+) -> Tensor:
+    """The gradient [T, 2F] of ``activate(gate_up, used)``, given that of its result [T, F]; the
+    result itself is written into ``again`` [T, F] where that is given."""
     grad = torch.empty_like(gate_up)
-    for rows in blocks(gate_up):
+    for rows in blocks(gate_up[:used]):
         gate, up = gate_up[rows].chunk(2, dim=-1)
         grad_gate, grad_up = grad[rows].chunk(2, dim=-1)
         activated = silu(gate)

@@ -61,4 +61,4 @@ def test_a_step_against_transformers() -> None:
         run("train_step.py", "--case", "dense-demo-fp32", "--rounds", "1", "--threads", "1")
     )
     assert found["ratio"] > 0
-    assert found["parameters"] == 213_440
+    assert found["parameters"] == 80_112
