@@ -57,7 +57,7 @@ def test_equal_losses_are_both_the_best(results: dict[str, Any]) -> None:
         (-0.02, "Branch-Train-MiX is ahead of the dense baseline: its mean held-out loss is 0.020"),
         (0.02, "The dense baseline is ahead of Branch-Train-MiX: its mean held-out loss is 0.020"),
         (-0.006, "Branch-Train-MiX is ahead of the dense baseline"),
-        (0.004, "Branch-Train-MiX and the dense baseline are level: their mean held-out losses are"),
+        (0.004, "Branch-Train-MiX and the dense baseline are level: their mean held-out"),
         (0.0, "Branch-Train-MiX and the dense baseline are level"),
     ],
 )
