@@ -3,7 +3,7 @@
 torch's fused kernel on a CPU multiplies blocks of 32 by one head; products over many heads at once
 are faster, and here the processor's best library does them (engine/host.py). No more than a block's
 scores are in memory at a time, and the backward pass computes them again; those of a short sequence
-weigh no more than queries, keys and values, and are kept.
+(recipe/memory.py says which) are kept.
 """
 
 from __future__ import annotations

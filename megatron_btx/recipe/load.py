@@ -164,8 +164,8 @@ def _derive(recipe: Recipe) -> Recipe:
 def _taken_vocabulary(seed: Path) -> int | None:
     """Size of the vocabulary that comes along with a checkpoint, Megatron's or Hugging Face's;
     whether there is a whole one is asked later (pipeline/adopt.py)."""
-    directory = seed if (seed / "manifest.json").exists() else newest_step(seed) or seed
     try:
+        directory = seed if (seed / "manifest.json").exists() else newest_step(seed) or seed
         manifest = read_json(directory / "manifest.json")
         return int((manifest or read_json(directory / "config.json") or {})["vocab_size"])
     except (OSError, KeyError, ValueError, TypeError):

@@ -27,11 +27,14 @@ HELD = {"dense": 25_000_000, "moe": 55_000_000}
 """What a CPU rank holds on top: small things, and for an MoE the machine code that oneDNN writes
 for each number of an expert's tokens. Where oneDNN does not multiply, a dense model's holds."""
 
-KEPT, EXCHANGED = {"dense": 0.7, "moe": 1.6}, 1.65
+KEPT = {"dense": 0.7, "moe": 1.6}
 """Blocks that glibc keeps (engine/host.py) and cannot use again for others, as a share of what the
-activations are in fp32; so many times more where ranks exchange them (tensor or expert
-parallelism). Measured, as ``HELD`` is, at hidden 48, 64 and 512, with tied and untied embeddings,
-in fp32 and bf16, on one and two ranks: 32 runs, the plan within 0.94 and 1.07 of each peak."""
+activations are in fp32. Measured, as ``HELD`` is, at hidden 48, 64 and 512, with tied and untied
+embeddings, in fp32 and bf16, on one and two ranks: 32 runs, the plan within 0.94 and 1.07 of each
+peak."""
+
+EXCHANGED = 1.65
+"""So many times more where ranks exchange activations (tensor or expert parallelism)."""
 
 _ELEMENT = {"fp32": 4, "bf16": 2}
 _ITEM = 2400
@@ -140,18 +143,19 @@ def layer_activations(architecture: Architecture, training: Training) -> tuple[i
 def keeps_gates(seq_length: int, width: int) -> bool:
     """Whether attention on a CPU (engine/causal.py) keeps its softmax for the backward pass: where
     the half of it that is not zero weighs no more than queries, keys, values and output, whose
-    heads have that ``width``; and of 256 tokens at most, where it is a matter of kilobytes."""
+    heads have that ``width``; and of 256 tokens at most, where it is 200 kB a head."""
     return seq_length <= max(256, 8 * width)
 
 
 def query_rows(seq_length: int) -> int:
-    """How many queries that attention works through at a time. Fewer leave out more of the scores
-    that are masked anyway, but below 128 the products become too small for their price."""
+    """How many queries attention on a CPU works through at a time. Fewer leave out more of the
+    scores that are masked anyway, but below 128 the products become too small for their price."""
     return min(seq_length, max(128, seq_length // 8))
 
 
 def _gates(architecture: Architecture, training: Training) -> int:
-    """Bytes of that in one layer: of a block's queries, from the first token on, fp32."""
+    """Bytes of the softmax that one layer keeps, fp32: a block of queries holds the scores of all
+    tokens up to its last, masked ones too."""
     model, options = architecture.model, training.megatron.transformer
     seq, granularity = model.seq_length, options.get("recompute_granularity")
     modules = options.get("recompute_modules") or ["core_attn"]

@@ -88,8 +88,8 @@ def best(results: Results) -> dict[str, set[str]]:
 
 
 LEVEL = 0.005
-"""Nats per token; a smaller difference says nothing. Twice the standard deviation of the demo's own
-over four runs on text that other versions of packages had changed a little: -0.001 to 0.005."""
+"""Nats per token; a smaller gap says nothing. Twice the standard deviation of the demo's gap in
+five runs on text that other versions of packages had changed a little: -0.001 to 0.005."""
 
 
 def verdict(results: Results) -> str:

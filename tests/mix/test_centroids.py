@@ -19,8 +19,8 @@ from megatron_btx.mix.forced import forced
 from megatron_btx.recipe.schema import Layout
 from tests.engine.test_layouts import PP2, TP2
 from tests.evaluate.made import TEXTS, moe, random_model, tokenizer, write
+from tests.mix.commands import btx
 from tests.mix.ranks_side import measure_centroids
-from tests.mix.test_command import btx
 
 DP2 = Layout(data_parallel_size=2)
 NAMES = ("a", "b", "c", "d")

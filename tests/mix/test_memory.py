@@ -16,7 +16,7 @@ from megatron_btx.families.llama import LLAMA
 from megatron_btx.recipe import memory
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.schema import Model
-from tests.mix.test_command import RUN
+from tests.mix.commands import RUN
 
 LARGE = Architecture(
     model=Model(

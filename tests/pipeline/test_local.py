@@ -48,8 +48,8 @@ def test_all_stages_once_and_then_all_is_done(run: Run) -> None:
     code, output, errors = run()
     assert code == 0
     assert "all 10 stages are done" in output
-    # README promises two seconds, the start of Python too. Of the processor, so that a machine
-    # with other work beside it fails nobody: an import of torch alone is more.
+    # The start of Python too. Of the processor, so that other work beside it fails nobody; an
+    # import of torch alone is more.
     assert _children_seconds() - began < 2
     assert _tree(run.run_dir) == before
 

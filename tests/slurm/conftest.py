@@ -27,7 +27,7 @@ SECRET = "0123456789abcdef" * 2 + "01234567"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Eight minutes of their own: they run where they are asked for."""
+    """Five minutes of their own: they run where they are asked for."""
     if os.environ.get("BTX_TEST_SLURM"):
         return
     reason = missing() or "a real Slurm is started by `make test-slurm`"

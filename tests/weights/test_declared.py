@@ -19,7 +19,7 @@ from megatron_btx.recipe.schema import Routing
 from megatron_btx.weights import open_megatron
 from megatron_btx.weights.source import read_whole
 from megatron_btx.weights.write_torch_dist import write_torch_dist
-from tests.mix.test_command import btx
+from tests.mix.commands import btx
 from tests.weights.models import DENSE, dense, moe_plan
 
 ARGS = {

@@ -1,0 +1,161 @@
+"""What ``btx mix`` refuses: one clear error for each mistake, and nothing written."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import replace
+
+import pytest
+
+from megatron_btx import cli
+from megatron_btx.errors import UserError
+from megatron_btx.weights.source import read_whole
+from tests.mix.commands import btx, named, save
+from tests.weights.models import dense
+from tests.weights.test_directories import tree_hash
+
+
+def test_nan_and_infinity_are_found_by_name(sources, tmp_path):
+    bad = dense("math", 1)
+    tensors = {n: read_whole(bad.source, n).clone() for n in bad.tensors}
+    tensors["decoder.layers.1.mlp.linear_fc2.weight"][3, 4] = float("nan")
+    tensors["output_layer.weight"][0, 0] = float("inf")
+    from megatron_btx.weights import MemorySource
+
+    save_raw = replace(bad, source=MemorySource(tensors))
+    with pytest.raises(UserError, match="holds NaN or infinity"):
+        save(save_raw, tmp_path / "never", "hf")
+    from safetensors.torch import load_file, save_file
+
+    save(bad, tmp_path / "bad", "hf")
+    path = tmp_path / "bad" / "model.safetensors"
+    stored = load_file(path)
+    stored["model.layers.1.mlp.down_proj.weight"][3, 4] = float("nan")
+    stored["lm_head.weight"][0, 0] = float("inf")
+    save_file(stored, path)
+    with pytest.raises(UserError) as caught:
+        btx(
+            "mix",
+            "--sources",
+            named(sources)[0],
+            f"math={tmp_path / 'bad'}",
+            "--out",
+            tmp_path / "o",
+        )
+    text = str(caught.value)
+    assert "math: tensor model.layers.1.mlp.down_proj.weight holds NaN" in text
+    assert "math: tensor lm_head.weight holds NaN or infinity" in text
+    assert "code:" not in text
+    assert sorted(os.listdir(tmp_path)) == ["bad"]
+
+
+def test_all_that_is_wrong_is_told_at_once_with_exit_code_2(sources, tmp_path, capsys):
+    """Sources, models that differ, the request and the result's place; nothing is written."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "empty").mkdir()
+    shutil.copytree(sources / "hf" / "code", tmp_path / "pickled")
+    (tmp_path / "pickled" / "model.safetensors").rename(tmp_path / "pickled" / "model.bin")
+    shutil.copytree(sources / "megatron" / "math", tmp_path / "cut")
+    part = tmp_path / "cut" / "__0_1.distcp"
+    part.write_bytes(part.read_bytes()[:-9])
+    (tmp_path / "cut" / "__0_0.distcp").unlink()
+    shutil.copytree(sources / "hf" / "prose", tmp_path / "stretched")
+    config = tmp_path / "stretched" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"rope_theta": 5e5}))
+    before = tree_hash(tmp_path)
+    words = ["mix", "--out", tmp_path / "out", "--shard", "big", "--memory", "some", "--sources"]
+    words += [sources / "hf" / "seed", *(tmp_path / n for n in ("stretched", "pickled", "cut"))]
+    assert cli.main([str(word) for word in [*words, tmp_path / "empty"]]) == 2
+    text = capsys.readouterr().err
+    for found in (
+        "out: exists already",
+        "--shard: 'big' is no size",
+        "--memory: 'some' is no size",
+        "rotary_base is 500000.0, that of seed is 10000.0",
+        "model.bin: a pickle, which can run any code",
+        "__0_1.distcp: truncated",
+        "__0_0.distcp: missing",
+        "empty: not a checkpoint",
+    ):
+        assert found in text, found
+    assert tree_hash(tmp_path) == before
+
+
+def test_what_is_wrong_with_every_source_is_told_at_once(sources, tmp_path):
+    (tmp_path / "empty").mkdir()
+    before = tree_hash(tmp_path)
+    with pytest.raises(UserError) as caught:
+        btx("mix", "--sources", tmp_path / "empty", tmp_path / "none", "--out", tmp_path / "out")
+    assert str(caught.value).count("not a checkpoint") == 2
+    cases = [
+        (["--sources", named(sources)[0], named(sources)[0]], "given twice"),
+        (["--sources", *named(sources), "--average", "code"], "NAME=WEIGHT"),
+        (["--sources", *named(sources), "--dare", "0.5", "--seed-model", "z"], "no model z"),
+        (["--method", "upcycle", "--sources", *named(sources)], "takes 1 source"),
+        (["--method", "blend", "--sources", *named(sources)[:2], "--memory", "1MiB"], "too little"),
+        (["--sources", *named(sources), "--memory", "much"], "no size"),
+        (["--sources", sources / "hf"], "not a checkpoint"),
+        (
+            ["--sources", *named(sources), "--noise", "0.1"],
+            "--noise: has no meaning for method btx",
+        ),
+        (["--sources", *named(sources), "--moe-router-topk", "5"], "cannot take 5 of 4 experts"),
+        (["--report", "--sources", *named(sources), "--out", __file__], "is not a directory"),
+    ]
+    for words, found in cases:
+        with pytest.raises(UserError, match=found):
+            btx("mix", "--out", tmp_path / "out", *words)
+    with pytest.raises(UserError, match="missing"):
+        btx("mix", "--out", tmp_path / "out")
+    assert tree_hash(tmp_path) == before
+
+
+@pytest.mark.parametrize(("form", "payload"), [("megatron", "*.distcp"), ("hf", "*.safetensors")])
+def test_a_truncated_source(sources, tmp_path, capsys, form, payload):
+    """Cut in the middle of a file of weights: the file is named."""
+    shutil.copytree(sources / form / "math", tmp_path / "math")
+    file = max((tmp_path / "math").glob(payload), key=lambda path: path.stat().st_size)
+    os.truncate(file, file.stat().st_size // 2)
+    before = tree_hash(tmp_path)
+    words = ["mix", "--sources", f"code={sources / form / 'code'}", f"math={tmp_path / 'math'}"]
+    assert cli.main([*words, "--out", str(tmp_path / "out")]) == 2
+    assert f"{file}: truncated: " in capsys.readouterr().err
+    assert tree_hash(tmp_path) == before
+
+
+RANGES = {
+    "--moe-router-topk 0": "is 0, out of range\n  fix: give at least 1",
+    "--dare 2": "is 2.0, out of range\n  fix: give 0 to 0.999",
+    "--dare -1": "is -1.0, out of range",
+    "--dare nan": "is nan, out of range",
+    "--router-init-std -1": "is -1.0, out of range",
+    "--random-seed -1": "is -1, out of range",
+    "--copies 0": "is 0, out of range\n  fix: give at least 1",
+    "--num-chunks 0": "is 0, out of range",
+    "--drop-ratio 3": "is 3.0, out of range",
+    "--noise -3": "is -3.0, out of range",
+    "--workers 0": "is 0, out of range",
+    "--shard 0": "'0' is no size",
+    "--shard inf": "'inf' is no size",
+    "--average code=-1 math=2 prose=1 seed=1": "the weight -1.0 is negative",
+    "--average code=0 math=0 prose=0 seed=0": "every weight is zero",
+    "--average code=nan math=0 prose=0 seed=0": "is not NAME=WEIGHT",
+    "--average code=1 code=1 math=1 prose=0 seed=0": "each name once",
+    "--average-groups norms:code=1 norms:math=-2": "the weight -2.0 is negative",
+}
+
+
+@pytest.mark.parametrize("options", RANGES)
+def test_numbers_are_refused_as_a_recipe_refuses_them(sources, tmp_path, capsys, options):
+    flag, *values = options.split()
+    words = ["--sources", *named(sources)]
+    if flag in ("--copies", "--num-chunks", "--drop-ratio", "--noise"):
+        words = ["--sources", named(sources)[0], "--method", "upcycle"]
+    assert cli.main(["mix", *words, "--out", str(tmp_path / "out"), flag, *values]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {flag}")
+    assert RANGES[options] in said
+    assert said.count(" fix: ") == 1, "of each mistake one error"
+    assert not list(tmp_path.iterdir())
