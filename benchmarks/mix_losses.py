@@ -139,7 +139,7 @@ def centroids(
     seed of the domain that no expert has."""
     from megatron_btx.evaluate.centroids import as_file
     from megatron_btx.evaluate.centroids import centroids as measure
-    from megatron_btx.mix.asked import open_sources, plan_of
+    from megatron_btx.mix.plan_of_request import open_sources, plan_of
 
     if not torch.distributed.is_initialized():
         os.environ["BTX_INIT_METHOD"] = f"file://{folder / 'ranks'}"

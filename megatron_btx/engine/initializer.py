@@ -15,7 +15,7 @@ import torch
 
 from megatron_btx.engine.checkpoint import model_sharded_state_dict
 from megatron_btx.engine.model import DTYPES
-from megatron_btx.mix.method import mix_plan
+from megatron_btx.mix.plan_of_recipe import mix_plan
 from megatron_btx.recipe.schema import Mix, Precision, Routing
 from megatron_btx.weights.megatron import open_megatron
 from megatron_btx.weights.plan import Plan

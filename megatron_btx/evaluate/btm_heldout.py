@@ -20,8 +20,8 @@ from megatron_btx.evaluate import btm
 from megatron_btx.evaluate.btm import Context, Method
 from megatron_btx.evaluate.heldout import Batch, HeldOut, label_log_probs
 from megatron_btx.evaluate.tfidf import DOCUMENTS, TfIdf
-from megatron_btx.mix.asked import open_source
 from megatron_btx.mix.copy import copy
+from megatron_btx.mix.plan_of_request import open_source
 from megatron_btx.recipe import count
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.schema import Evaluate, Precision, Recipe

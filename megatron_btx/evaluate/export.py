@@ -18,7 +18,7 @@ from megatron_btx.engine.checkpoint import final_checkpoint
 from megatron_btx.errors import UserError
 from megatron_btx.evaluate.stage import evaluate_plan
 from megatron_btx.families.export import export_hf
-from megatron_btx.families.gates import Gates
+from megatron_btx.families.hf_routing import Gates
 from megatron_btx.files import sync_directory
 from megatron_btx.mix.copy import copy
 from megatron_btx.recipe.schema import Recipe

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from megatron_btx.errors import UserError
-from megatron_btx.families.gates import Gates
 from megatron_btx.families.harmless import HARMLESS
+from megatron_btx.families.hf_routing import Gates
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.count import expert_width, kv_channels, query_groups, windows
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron_btx.errors import UserErrors
 from megatron_btx.families.config import Part, Reading
-from megatron_btx.families.gates import Gates
+from megatron_btx.families.hf_routing import Gates
 from megatron_btx.families.table import Table
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.count import expert_width, kv_channels, query_groups, windows

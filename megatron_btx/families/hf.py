@@ -12,7 +12,7 @@ import torch
 
 from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.families.family import Family
-from megatron_btx.families.gates import Gates
+from megatron_btx.families.hf_routing import Gates
 from megatron_btx.families.llama import LLAMA, MISTRAL, QWEN2, QWEN3
 from megatron_btx.families.mixtral import MIXTRAL, QWEN2_MOE, QWEN3_MOE
 from megatron_btx.families.table import Table

@@ -14,7 +14,7 @@ from megatron_btx.families.config import (
     Window,
 )
 from megatron_btx.families.family import Family
-from megatron_btx.families.names import ATTENTION, EMBEDDING, FFN, HEAD, HEAD_NORMS, QKV_BIAS
+from megatron_btx.families.rows import ATTENTION, EMBEDDING, FFN, HEAD, HEAD_NORMS, QKV_BIAS
 from megatron_btx.families.table import Table
 
 LAYERS: tuple[Part, ...] = (

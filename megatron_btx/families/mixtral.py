@@ -14,7 +14,7 @@ from megatron_btx.families.config import (
 )
 from megatron_btx.families.family import Family
 from megatron_btx.families.llama import GROUPS, HEAD_DIM, LAYERS, WIDTH
-from megatron_btx.families.names import (
+from megatron_btx.families.rows import (
     ATTENTION,
     EMBEDDING,
     FUSED_EXPERTS,

@@ -9,11 +9,11 @@ from typing import Literal
 import torch
 
 from megatron_btx.errors import UserError, UserErrors
-from megatron_btx.mix.agreement import disagreements, labels_of
+from megatron_btx.mix.compatibility import disagreements, labels_of
 from megatron_btx.recipe.mixing import AVERAGED, GROUPS
-from megatron_btx.weights.build import mean
 from megatron_btx.weights.expression import Draw, Expression, Product, WeightedSum
 from megatron_btx.weights.names import canonical_tensors, group_of
+from megatron_btx.weights.ops import mean
 from megatron_btx.weights.plan import Checkpoint, Plan
 
 _GIVE = "give weights instead: its manifest counts no tokens"

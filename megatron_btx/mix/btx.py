@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 
 from megatron_btx.errors import UserError, UserErrors
-from megatron_btx.mix.agreement import disagreements, labels_of
 from megatron_btx.mix.average import UNIFORM, Averaging
+from megatron_btx.mix.compatibility import disagreements, labels_of
 from megatron_btx.mix.parts import moe_targets
 from megatron_btx.mix.router import NORMAL, RouterInit
 from megatron_btx.recipe.schema import Mix, Routing

@@ -129,7 +129,7 @@ def run(options: argparse.Namespace) -> int:
 
 def run_verify(options: argparse.Namespace) -> int:
     """``btx verify``: 0 where every tensor agrees, 1 where one does not."""
-    from megatron_btx.mix import verify
+    from megatron_btx.mix.reference import verify
 
     return verify.show(Path(options.result), sys.stdout)
 

@@ -10,8 +10,8 @@ import torch
 
 from megatron_btx.errors import UserError
 from megatron_btx.weights.box import Shape
-from megatron_btx.weights.build import stack
 from megatron_btx.weights.expression import Draw, Expression, Fill, Take
+from megatron_btx.weights.ops import stack
 from megatron_btx.weights.source import Source
 
 CENTROIDS = "centroids"

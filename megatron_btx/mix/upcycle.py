@@ -12,15 +12,15 @@ from typing import Literal
 import torch
 
 from megatron_btx.errors import UserError, UserErrors
-from megatron_btx.mix.agreement import disagreements
+from megatron_btx.mix.compatibility import disagreements
+from megatron_btx.mix.drop_upcycling import moments_of, redrawn
 from megatron_btx.mix.parts import chunk, moe_targets
-from megatron_btx.mix.redraw import moments_of, redrawn
 from megatron_btx.mix.router import NORMAL, RouterInit
 from megatron_btx.recipe.schema import Mix, Routing
 from megatron_btx.weights.box import Shape
-from megatron_btx.weights.build import reshape
 from megatron_btx.weights.expression import Cat, Draw, Expression, Reshape, WeightedSum
 from megatron_btx.weights.names import canonical_tensors
+from megatron_btx.weights.ops import reshape
 from megatron_btx.weights.plan import Checkpoint, Plan
 from megatron_btx.weights.source import Source
 
@@ -50,7 +50,7 @@ def upcycle(
         dtype: of the result.
         router: how the rows of the router are drawn.
         noise: standard deviation of normal noise added to each expert, from ``router.seed``.
-        drop_ratio: share of each expert's inner units that are drawn anew (mix/redraw.py), before
+        drop_ratio: share of each expert's inner units that are drawn anew (mix/drop_upcycling.py), before
             any scaling and noise; seeded by ``router.seed``.
         num_chunks: G, of which each has ``ffn_hidden_size / G`` inner units.
         scale: makes up for gates that sum to one over chunks that should be summed. ``down``: the

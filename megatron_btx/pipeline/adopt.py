@@ -132,10 +132,10 @@ def _whole(directory: Path) -> None:
 
 def _convert(directory: Path, target: Path) -> None:
     """A Hugging Face directory as Megatron's, with its tokenizer; an interrupted one goes on."""
-    from megatron_btx.mix import asked, offline  # these import torch: ranks only
+    from megatron_btx.mix import offline, plan_of_request
     from megatron_btx.mix.command import Request
 
-    model = asked.open_source(directory, "model")
+    model = plan_of_request.open_source(directory, "model")
     dtypes = {dtype for _, dtype in model.source.tensors.values()}
     request = Request(
         sources=(f"model={directory}",),

@@ -4,7 +4,6 @@ A source answers "give me this box of that tensor"; an expression says what a te
 plan gives every target its expression and accounts for every source tensor; a sink takes boxes.
 """
 
-from megatron_btx.weights.build import item, mean, rows, scaled, stack
 from megatron_btx.weights.expression import (
     Cast,
     Cat,
@@ -18,6 +17,7 @@ from megatron_btx.weights.expression import (
 )
 from megatron_btx.weights.megatron import open_megatron
 from megatron_btx.weights.names import canonical_tensors
+from megatron_btx.weights.ops import item, mean, rows, scaled, stack
 from megatron_btx.weights.plan import Checkpoint, Ignore, Plan
 from megatron_btx.weights.safetensors import SafetensorsSource
 from megatron_btx.weights.sharded import load_into_sharded

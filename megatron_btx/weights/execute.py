@@ -10,8 +10,8 @@ from torch import Tensor
 
 from megatron_btx.errors import UserError
 from megatron_btx.weights.box import Box, slabs, whole
-from megatron_btx.weights.build import takes
 from megatron_btx.weights.expression import Expression
+from megatron_btx.weights.ops import takes
 from megatron_btx.weights.plan import Plan
 
 SLAB = 32 << 20

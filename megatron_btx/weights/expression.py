@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from megatron_btx.weights.arithmetic import Product, WeightedSum
 from megatron_btx.weights.arrange import Cast, Cat, Read, Reshape, Slice, Take
-from megatron_btx.weights.born import Draw, Fill
+from megatron_btx.weights.random_fill import Draw, Fill
 
 Expression = Take | Slice | Cat | Reshape | WeightedSum | Product | Cast | Draw | Fill
 

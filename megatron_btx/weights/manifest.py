@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_btx.errors import UserError
 from megatron_btx.recipe.architecture import Architecture
-from megatron_btx.weights.declared import architecture_of, settings_of
+from megatron_btx.weights.megatron_lm_args import architecture_of, settings_of
 
 FORMAT = "megatron_btx/1"
 MANIFEST = "manifest.json"

@@ -16,7 +16,6 @@ from typing import Any
 from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.weights.box import Shape
-from megatron_btx.weights.build import item, rows, stack
 from megatron_btx.weights.expression import Cat, Expression, Fill
 from megatron_btx.weights.manifest import read_manifest
 from megatron_btx.weights.names import (
@@ -27,6 +26,7 @@ from megatron_btx.weights.names import (
     QKV_NORM,
     canonical_tensors,
 )
+from megatron_btx.weights.ops import item, rows, stack
 from megatron_btx.weights.plan import Checkpoint, Ignore, mismatches, unmatched
 from megatron_btx.weights.source import View, take_all
 from megatron_btx.weights.torch_dist import TorchDistSource

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.weights.box import Box, Shape
-from megatron_btx.weights.mapped import read_box, stamp_of
+from megatron_btx.weights.mmap_io import read_box, stamp_of
 from megatron_btx.weights.source import FileSource
 
 DTYPES = {

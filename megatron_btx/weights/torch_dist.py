@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from megatron_btx.errors import UserError, UserErrors
-from megatron_btx.weights import pickles
+from megatron_btx.weights import safe_unpickle
 from megatron_btx.weights.box import Box, Shape, extent, intersection, shifted, slices
-from megatron_btx.weights.mapped import read_box, stamp_of
+from megatron_btx.weights.mmap_io import read_box, stamp_of
 from megatron_btx.weights.source import FileSource
 
 _AGAIN = "copy the checkpoint again, or take an earlier step"
@@ -129,7 +129,7 @@ class TorchDistSource(FileSource[_Stored]):
                 "give the directory of one saved step",
             )
         with path.open("rb") as file:
-            return pickles.load(file, path, pickles.METADATA_NAMES)
+            return safe_unpickle.load(file, path, safe_unpickle.METADATA_NAMES)
 
     def _fill(self, metadata: Any) -> None:
         """Join what each tensor is (``state_dict_metadata``) with where its chunks lie."""
@@ -214,7 +214,7 @@ def _payload(name: str, dtype: torch.dtype, chunk: Chunk) -> tuple[int, Shape]:
             if archive.read(members["byteorder"]) != b"little":
                 raise UserError(where, "big-endian", "save it on a little-endian machine")
             header = archive.read(members["data.pkl"])
-            tensor = pickles.loads(header, where, pickles.TENSOR_NAMES)
+            tensor = safe_unpickle.loads(header, where, safe_unpickle.TENSOR_NAMES)
             (_, stored_dtype, key, _, _), first, size, strides = tensor.arguments[:4]
             entry = members[f"data/{key}"]
             file.seek(chunk.offset + entry.header_offset)

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from megatron_btx.errors import UserError, UserErrors
-from megatron_btx.weights.build import nbytes
 from megatron_btx.weights.directory import Piece, as_json, write_directory
 from megatron_btx.weights.execute import ONE_BY_ONE, Execution
+from megatron_btx.weights.ops import nbytes
 from megatron_btx.weights.plan import Plan
 from megatron_btx.weights.safetensors import DTYPES
 

@@ -28,7 +28,6 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_btx.errors import UserError, UserErrors
-from megatron_btx.weights.archive import ALIGN, Archive
 from megatron_btx.weights.box import Box, Shape, extent, slabs, whole
 from megatron_btx.weights.directory import Piece, as_json, write_directory
 from megatron_btx.weights.execute import ONE_BY_ONE, Execution
@@ -36,6 +35,7 @@ from megatron_btx.weights.expression import Expression
 from megatron_btx.weights.megatron import stored
 from megatron_btx.weights.names import EMBEDDING, HEAD
 from megatron_btx.weights.plan import Plan
+from megatron_btx.weights.torch_zip import ALIGN, Archive
 
 SHARD = 2 << 30
 """Bytes a file, about: what an interrupted run loses at most."""

@@ -21,13 +21,14 @@ from megatron_btx.data.tokenizer import train_tokenizer
 from megatron_btx.errors import UserError
 from megatron_btx.families import open_hf
 from megatron_btx.families.family import computed
-from megatron_btx.mix import offline, verify
+from megatron_btx.mix import offline
 from megatron_btx.mix.command import Request
+from megatron_btx.mix.reference import verify
 from megatron_btx.pipeline import adopt
 from megatron_btx.recipe.load import load_recipe
 from megatron_btx.recipe.schema import Model, Recipe
-from megatron_btx.weights.declared import architecture_of
 from megatron_btx.weights.megatron import open_megatron
+from megatron_btx.weights.megatron_lm_args import architecture_of
 from megatron_btx.weights.source import read_whole
 from tests.families.made import make
 

@@ -36,7 +36,7 @@ def test_plans_between_hugging_face_names_are_simple(tmp_path):
     """Joining and splitting cancel: nothing is interleaved only to be taken apart again."""
     from megatron_btx.families.llama import QWEN2
     from megatron_btx.weights import SafetensorsSource
-    from megatron_btx.weights.build import mean
+    from megatron_btx.weights.ops import mean
     from megatron_btx.weights.source import take_all
 
     make("qwen2", tmp_path / "in")

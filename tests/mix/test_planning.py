@@ -11,8 +11,8 @@ from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.count import parameters
 from megatron_btx.recipe.schema import Model, Routing
 from megatron_btx.weights import Checkpoint, canonical_tensors
-from megatron_btx.weights.build import nbytes, takes
 from megatron_btx.weights.megatron import stored
+from megatron_btx.weights.ops import nbytes, takes
 
 LLAMA_70B = Architecture(
     model=Model(

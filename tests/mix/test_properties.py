@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 
 from megatron_btx.errors import UserError
 from megatron_btx.mix.average import Averaging, Dare, average
-from megatron_btx.mix.extend import append, drop
-from megatron_btx.mix.method import mix_plan
+from megatron_btx.mix.edit_experts import append, drop
+from megatron_btx.mix.plan_of_recipe import mix_plan
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.schema import Mix, Model, Routing
 from megatron_btx.weights import MemorySource, Plan
-from megatron_btx.weights.build import takes
 from megatron_btx.weights.execute import Execution
+from megatron_btx.weights.ops import takes
 from megatron_btx.weights.source import read_whole
 from tests.mix.test_mixes import memory
 from tests.weights.models import dense

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from megatron_btx.weights import MemorySource
 from megatron_btx.weights.box import contiguous, extent, runs, slabs, whole
-from megatron_btx.weights.build import item, mean, nbytes, rows, scaled, stack, takes
 from megatron_btx.weights.expression import (
     Cast,
     Cat,
@@ -23,6 +22,7 @@ from megatron_btx.weights.expression import (
     Reshape,
     Take,
 )
+from megatron_btx.weights.ops import item, mean, nbytes, rows, scaled, stack, takes
 
 SHAPES = st.lists(st.integers(1, 5), min_size=1, max_size=3).map(tuple)
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float64])

@@ -19,7 +19,7 @@ from typing import Any
 from one_model import reported
 
 from megatron_btx.errors import UserError
-from megatron_btx.families.gates import Gates
+from megatron_btx.families.hf_routing import Gates
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.count import expert_width, kv_channels, query_groups
 from megatron_btx.weights.plan import Checkpoint
@@ -39,7 +39,7 @@ def main() -> int:
 
 
 def _print(source: Path, tp: int) -> None:
-    from megatron_btx.mix.asked import open_source
+    from megatron_btx.mix.plan_of_request import open_source
 
     checkpoint = open_source(source, "model")
     words = [f"--{name} {value}".rstrip() for name, value in arguments(checkpoint, tp)]

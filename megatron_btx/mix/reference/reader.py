@@ -1,6 +1,6 @@
 """Directories of either format read whole tensor by whole tensor, without the engine.
 
-What :mod:`megatron_btx.mix.verify` stands on: of the weights engine only the safe reading of
+What :mod:`megatron_btx.mix.reference.verify` stands on: of the weights engine only the safe reading of
 pickles is used, the rest is ``safetensors`` and ``torch.load``. Names are Hugging Face's, in one
 dialect: ``model.layers.L.mlp.experts.E.gate_proj.weight`` and ``model.layers.L.mlp.gate.weight``
 also for a Mixtral, which has words of its own for them.
@@ -19,7 +19,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from megatron_btx.weights import pickles
+from megatron_btx.weights import safe_unpickle
 
 _MIXTRAL = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 _WHOLE = {
@@ -106,7 +106,7 @@ class PlainMegatron:
     def __init__(self, path: Path, declared: Mapping[str, Any]) -> None:
         self.path = path
         data = (path / ".metadata").read_bytes()
-        self._stored = pickles.loads(data, path, pickles.METADATA_NAMES)
+        self._stored = safe_unpickle.loads(data, path, safe_unpickle.METADATA_NAMES)
         self._last: tuple[str, Tensor] | None = None
         own = path / "manifest.json"
         self._manifest = json.loads(own.read_text()) if own.exists() else declared

@@ -1,7 +1,7 @@
 """``btx verify``: compute a result again by another path and compare it.
 
-Nothing of plans, expressions or the executor is used: tensors are read whole (mix/plain.py) and
-every rule is written out once more (mix/rules.py), in float64 over whole tensors.
+Nothing of plans, expressions or the executor is used: tensors are read whole (mix/reference/reader.py) and
+every rule is written out once more (mix/reference/rules.py), in float64 over whole tensors.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any, TextIO
 import torch
 
 from megatron_btx.errors import UserError
-from megatron_btx.mix.plain import open_plain
-from megatron_btx.mix.rules import Rules
+from megatron_btx.mix.reference.reader import open_plain
+from megatron_btx.mix.reference.rules import Rules
 
 
 def show(result: Path, out: TextIO) -> int:

@@ -17,7 +17,7 @@ import yaml
 from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.schema import Model, Routing
-from megatron_btx.weights import pickles
+from megatron_btx.weights import safe_unpickle
 
 Settings = Mapping[str, Any]
 
@@ -88,7 +88,7 @@ def settings_of(directory: Path) -> dict[str, Any] | None:
     try:
         with zipfile.ZipFile(common) as archive:
             (name,) = (n for n in archive.namelist() if n.endswith("/data.pkl"))
-            content = pickles.loads(archive.read(name), common, pickles.COMMON_NAMES)
+            content = safe_unpickle.loads(archive.read(name), common, safe_unpickle.COMMON_NAMES)
     except (zipfile.BadZipFile, ValueError, OSError) as error:
         what = f"not what torch.save writes: {error}"
         raise UserError(str(common), what, "copy the checkpoint again") from error

@@ -19,7 +19,7 @@ from zlib import crc32
 import torch
 
 from megatron_btx.weights.box import Shape
-from megatron_btx.weights.pickles import STORAGES
+from megatron_btx.weights.safe_unpickle import STORAGES
 
 ALIGN = 64
 """Archives begin, and payloads lie, at multiples of this."""

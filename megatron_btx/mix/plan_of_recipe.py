@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from megatron_btx.errors import UserError
-from megatron_btx.mix.agreement import labels_of
 from megatron_btx.mix.average import Averaging, Dare
 from megatron_btx.mix.btx import btx
+from megatron_btx.mix.compatibility import labels_of
 from megatron_btx.mix.router import RouterInit
 from megatron_btx.mix.split import blend, split
 from megatron_btx.mix.upcycle import upcycle

@@ -13,12 +13,12 @@ import torch
 from megatron_btx.errors import UserError, UserErrors, noted
 from megatron_btx.families.hf import open_hf
 from megatron_btx.files import newest_step
-from megatron_btx.mix.agreement import disagreements
 from megatron_btx.mix.average import average
 from megatron_btx.mix.command import Request
+from megatron_btx.mix.compatibility import disagreements
 from megatron_btx.mix.copy import copy
-from megatron_btx.mix.extend import append, drop
-from megatron_btx.mix.method import averaging_of, mix_plan, router_of
+from megatron_btx.mix.edit_experts import append, drop
+from megatron_btx.mix.plan_of_recipe import averaging_of, mix_plan, router_of
 from megatron_btx.recipe import ranges
 from megatron_btx.recipe.mixing import misplaced, weights
 from megatron_btx.recipe.schema import Mix, Model, Recipe, Routing, Training

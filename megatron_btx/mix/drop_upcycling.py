@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import torch
 
-from megatron_btx.weights.build import reshape, rows
 from megatron_btx.weights.expression import (
     Cat,
     Draw,
@@ -20,6 +19,7 @@ from megatron_btx.weights.expression import (
     Take,
     WeightedSum,
 )
+from megatron_btx.weights.ops import reshape, rows
 from megatron_btx.weights.plan import Checkpoint
 from megatron_btx.weights.source import Moments
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_btx.errors import UserError
-from megatron_btx.mix.plain import open_plain
+from megatron_btx.mix.reference.reader import open_plain
 
 _EXPERT = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(\d+)\.(gate|up|down)_proj\.weight")
 _ROUTER = re.compile(r"model\.layers\.(\d+)\.mlp\.gate\.weight")

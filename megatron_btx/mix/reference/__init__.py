@@ -1,0 +1,1 @@
+"""The second implementation: every rule of a mix by plain loops, for ``btx verify``."""
