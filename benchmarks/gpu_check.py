@@ -299,7 +299,7 @@ def main() -> None:
         if options.reference:
             print(json.dumps({kind: reference(kind, *large(kind, options)) for kind in LARGE}))
             return
-        from megatron_btx.engine.kernels import detect
+        from megatron_btx.engine.platform import detect
 
         platform = detect()
         line: dict[str, Any] = {

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
-from megatron_btx.engine import cpu, kernels, repairs
+from megatron_btx.engine import cpu, mcore_patches, platform
 
 cpu.install()  # before any other import of Megatron; does nothing where there is a GPU
-repairs.install(kernels.detect())  # does nothing where Transformer Engine and Apex are
+mcore_patches.install(platform.detect())  # does nothing where Transformer Engine and Apex are
 
 from megatron.core import distributed, parallel_state, tensor_parallel  # noqa: E402
 from megatron.core.models.gpt import GPTModel  # noqa: E402

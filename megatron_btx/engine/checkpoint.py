@@ -26,7 +26,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_btx.engine import helpers
+from megatron_btx.engine import checkpoint_workers
 from megatron_btx.engine.distributed import is_first_rank
 from megatron_btx.engine.model import gather_parameters, unwrap
 from megatron_btx.errors import UserError
@@ -112,7 +112,7 @@ def save(
         UserError: the disk is full or the directory cannot be written.
     """
     partial = directory.with_name(directory.name + _PARTIAL)
-    helpers.start()
+    checkpoint_workers.start()
     with _written(directory, partial):
         if is_first_rank():
             shutil.rmtree(partial, ignore_errors=True)

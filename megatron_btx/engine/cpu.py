@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 
-from megatron_btx.engine import dispatch, host
+from megatron_btx.engine import cpu_tuning
+from megatron_btx.engine.moe import dispatch
 
 _DEVICE = torch.device("cpu")
 
@@ -177,7 +178,7 @@ def install() -> bool:
     """
     if torch.cuda.is_available():
         return False
-    host.install()
+    cpu_tuning.install()
     with _lean_imports():
         for module_name in _IMPORTED:
             importlib.import_module(module_name)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_btx.engine import cpu, kernels, repairs
+from megatron_btx.engine import cpu, mcore_patches, platform
 from megatron_btx.errors import UserError
 from megatron_btx.recipe import check
 from megatron_btx.recipe.schema import Layout
@@ -30,7 +30,7 @@ def initialize(layout: Layout, random_seed: int) -> None:
         UserError: the number of ranks does not fit the layout, or the layout cannot run here.
     """
     cpu.install()
-    repairs.install(kernels.detect())
+    mcore_patches.install(platform.detect())
     from megatron.core import parallel_state, tensor_parallel
     from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
 

@@ -17,10 +17,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.functional import silu
 
-from megatron_btx.engine import kernels
-from megatron_btx.engine.options import TORCH_LAYERS, refusals, refuse_unfollowed
-from megatron_btx.engine.router import check_config, transformer_fields
+from megatron_btx.engine import platform
+from megatron_btx.engine.moe.router import check_config, transformer_fields
 from megatron_btx.engine.spec import block_spec
+from megatron_btx.engine.unsupported_options import TORCH_LAYERS, refusals, refuse_unfollowed
 from megatron_btx.errors import UserError
 from megatron_btx.recipe import check, count
 from megatron_btx.recipe.architecture import Architecture
@@ -41,7 +41,7 @@ def transformer_config(
     Raises:
         UserError: Megatron refuses the combination, or our modules would not follow an option.
     """
-    model, platform = architecture.model, kernels.detect()
+    model, platform = architecture.model, platform.detect()
     if not platform.use_transformer_engine:
         check.refuse_context_parallel(layout)
     is_moe = architecture.routing is not None

@@ -8,7 +8,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_btx.engine.options import refusals
+from megatron_btx.engine.unsupported_options import refusals
 from megatron_btx.recipe.schema import Training
 
 

@@ -25,11 +25,11 @@ from megatron.core.transformer.transformer_block import (
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
-from megatron_btx.engine import kernels
-from megatron_btx.engine.attention import ScaledDotProductAttention
-from megatron_btx.engine.experts import GroupedExperts
-from megatron_btx.engine.norm import RMSNorm
-from megatron_btx.engine.router import BTXRouter
+from megatron_btx.engine import platform
+from megatron_btx.engine.moe.experts import GroupedExperts
+from megatron_btx.engine.moe.router import BTXRouter
+from megatron_btx.engine.ops.attention import ScaledDotProductAttention
+from megatron_btx.engine.ops.norm import RMSNorm
 from megatron_btx.recipe.schema import Routing
 
 # One name for a norm, whichever kernels ran: Transformer Engine fuses a norm into the linear layer
@@ -45,7 +45,7 @@ def block_spec(
     """This pipeline stage's layers, for ``GPTModel(transformer_layer_spec=...)``; arguments as
     ``layer_spec``'s."""
     layer = layer_spec(routing, random_seed, qk_layernorm=config.qk_layernorm)
-    if kernels.detect().layers == "transformer_engine":
+    if platform.detect().layers == "transformer_engine":
         return layer
     # Spelled out for the sake of the final norm: given one layer, Megatron takes its own norm,
     # which refuses sequence parallelism.
@@ -57,7 +57,7 @@ def block_spec(
 def layer_spec(
     routing: Routing | None = None,
     random_seed: int = 0,
-    platform: kernels.Platform | None = None,
+    platform: platform.Platform | None = None,
     *,
     qk_layernorm: bool = False,
 ) -> ModuleSpec:
@@ -69,7 +69,7 @@ def layer_spec(
         platform: ``None``: this machine's.
         qk_layernorm: as in the configuration, which Megatron does not ask here.
     """
-    platform = platform or kernels.detect()
+    platform = platform or platform.detect()
     if platform.layers == "transformer_engine":
         spec = get_gpt_layer_with_transformer_engine_spec(
             num_experts=None if routing is None else 1,

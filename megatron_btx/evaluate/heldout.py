@@ -15,8 +15,8 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_btx.engine.model import gather_parameters, unwrap
-from megatron_btx.engine.noise import set_routing_context
-from megatron_btx.engine.router import collect_load, routers
+from megatron_btx.engine.moe.noise import set_routing_context
+from megatron_btx.engine.moe.router import collect_load, routers
 from megatron_btx.errors import UserError
 
 Batch = dict[str, Tensor]

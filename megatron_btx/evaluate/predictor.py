@@ -24,7 +24,7 @@ from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_regi
 from torch import Tensor
 
 from megatron_btx.data.tokenizer import Tokenizer
-from megatron_btx.engine.noise import set_routing_context
+from megatron_btx.engine.moe.noise import set_routing_context
 from megatron_btx.evaluate import btm
 from megatron_btx.evaluate.choice import expert_choices
 from megatron_btx.evaluate.models import (

@@ -16,7 +16,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_btx.engine.noise import set_routing_context
+from megatron_btx.engine.moe.noise import set_routing_context
 
 Batch = dict[str, Tensor]
 """``tokens``, ``labels``, ``loss_mask``, ``position_ids`` [B, S]; ``samples`` [B], their ids."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from megatron_btx.engine import helpers
+from megatron_btx.engine import checkpoint_workers
 from megatron_btx.files import written
 from megatron_btx.recipe.schema import Recipe, WandB
 
@@ -68,7 +68,7 @@ class Tracker:
         mode = _mode(recipe.wandb)
         # A launcher's signals reach every process of a task, and its service dies of USR1. TERM it
         # takes in any case.
-        with helpers.deaf():
+        with checkpoint_workers.deaf():
             try:
                 self._run = wandb.init(mode=mode, **arguments)
             except (wandb.errors.Error, OSError) as error:

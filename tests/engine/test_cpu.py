@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_btx.engine import cpu, repairs
+from megatron_btx.engine import cpu, mcore_patches
 
 install = cpu.install.__wrapped__
 
@@ -78,7 +78,7 @@ def test_a_replaced_name_that_is_gone(
 
 def test_a_repair_of_a_name_that_is_gone(upstream: Any) -> None:
     with pytest.raises(LookupError, match="gone from this Megatron-Core"):
-        repairs._bind(upstream.__name__, another_name=1)
+        mcore_patches._bind(upstream.__name__, another_name=1)
 
 
 def test_nothing_is_touched_where_cuda_is_present(monkeypatch: pytest.MonkeyPatch) -> None:

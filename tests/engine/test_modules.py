@@ -15,14 +15,16 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from megatron_btx.engine import attention as attention_module
-from megatron_btx.engine import blocks, causal, dispatch, host, swiglu
-from megatron_btx.engine.adam import Adam
-from megatron_btx.engine.attention import ScaledDotProductAttention
-from megatron_btx.engine.cross_entropy import cross_entropy
-from megatron_btx.engine.experts import feed_forward
-from megatron_btx.engine.norm import RMSNorm
-from megatron_btx.engine.rotary import split_and_rotate
+from megatron_btx.engine import cpu_tuning
+from megatron_btx.engine.moe import dispatch
+from megatron_btx.engine.moe.experts import feed_forward
+from megatron_btx.engine.ops import attention as attention_module
+from megatron_btx.engine.ops import blocks, cpu_attention, swiglu
+from megatron_btx.engine.ops.adam import Adam
+from megatron_btx.engine.ops.attention import ScaledDotProductAttention
+from megatron_btx.engine.ops.cross_entropy import cross_entropy
+from megatron_btx.engine.ops.norm import RMSNorm
+from megatron_btx.engine.ops.rotary import split_and_rotate
 
 FP32, BF16 = torch.float32, torch.bfloat16
 TOLERANCE = {FP32: {"rtol": 1e-5, "atol": 1e-5}, BF16: {"rtol": 2e-2, "atol": 4e-2}}
@@ -85,7 +87,7 @@ def attention(**fields: Any) -> ScaledDotProductAttention:
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU's, and the one that a GPU without Transformer Engine uses."""
     if request.param == "many":
-        monkeypatch.setattr(causal, "ELEMENTS", 64 * 150)
+        monkeypatch.setattr(cpu_attention, "ELEMENTS", 64 * 150)
     if request.param == "torch's kernel":
         monkeypatch.setattr(attention_module, "_by_products", attention_module._fused)
 
@@ -266,7 +268,7 @@ def test_feed_forward(
     in_tiles: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(host, "onednn_multiplies", lambda _dtype: in_tiles)
+    monkeypatch.setattr(cpu_tuning, "onednn_multiplies", lambda _dtype: in_tiles)
     x = draw(0, sum(counts), 8, dtype=dtype)
     weights = [draw(1, 3, 32, 8, dtype=dtype), draw(2, 3, 8, 16, dtype=dtype)]
     x64, *weights64 = exact(x, *weights)

@@ -19,7 +19,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.functional import grouped_mm
 
-from megatron_btx.engine import host, swiglu
+from megatron_btx.engine import cpu_tuning
+from megatron_btx.engine.ops import swiglu
 
 # Shapes: T tokens that reached this rank, E experts here, H hidden, F width of an expert here.
 
@@ -170,14 +171,14 @@ def feed_forward(x: Tensor, counts: Tensor, fc1: Tensor, fc2: Tensor, fuse: bool
     Returns:
         [T, H].
     """
-    tile = _TILE if x.device.type == "cpu" and host.onednn_multiplies(x.dtype) else 1
+    tile = _TILE if x.device.type == "cpu" and cpu_tuning.onednn_multiplies(x.dtype) else 1
     return _FeedForward.apply(x, fc1, fc2, counts, fuse, tile)
 
 
 class _Tiles:
     """Every expert's rows moved apart, to places that are multiples of a tile; between them zeros.
 
-    Where oneDNN multiplies (engine/host.py) each new number of rows costs it machine code: twenty
+    Where oneDNN multiplies (engine/cpu_tuning.py) each new number of rows costs it machine code: twenty
     times the product's time at the demo's size, and half a megabyte. The memory that the rows are
     moved into is of few different sizes, so that what one step frees fits the next.
     """

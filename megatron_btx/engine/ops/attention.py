@@ -1,5 +1,5 @@
 """Attention without Transformer Engine: torch's fused kernel behind Megatron's interface, and on a
-CPU batched products (engine/causal.py).
+CPU batched products (engine/ops/cpu_attention.py).
 
 Megatron's own fallback builds the S x S matrix of every head; neither of the two does.
 """
@@ -18,7 +18,7 @@ from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from megatron_btx.engine import causal
+from megatron_btx.engine.ops import cpu_attention
 
 # Shapes: S sequence, B micro-batch, N query heads here, G key/value heads here, D width of a head.
 
@@ -109,7 +109,7 @@ def _by_products(
 ) -> Tensor:
     """On a CPU."""
     heads = (part.flatten(0, 1) for part in (query_BNSD, key_BNSD, value_BNSD))
-    context_HSD = causal.attend(*heads, window=window, scale=scale)
+    context_HSD = cpu_attention.attend(*heads, window=window, scale=scale)
     return context_HSD.unflatten(0, query_BNSD.shape[:2])
 
 

@@ -61,7 +61,7 @@ def routing_context() -> RoutingContext:
     state = get_cuda_rng_tracker().get_states().get(_STATE)
     if state is None:
         raise RuntimeError(
-            "this model's routing draws noise: call megatron_btx.engine.noise."
+            "this model's routing draws noise: call megatron_btx.engine.moe.noise."
             "set_routing_context(step, sequences) before each micro-batch's forward pass"
         )
     return RoutingContext(state[0], state[1:])

@@ -27,9 +27,9 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.distributed import all_gather_into_tensor
 
-from megatron_btx.engine import noise, routing
-from megatron_btx.engine.options import Supported, refuse_unfollowed
-from megatron_btx.engine.routing import Routes
+from megatron_btx.engine.moe import noise, routing
+from megatron_btx.engine.moe.routing import Routes
+from megatron_btx.engine.unsupported_options import Supported, refuse_unfollowed
 from megatron_btx.errors import UserError, UserErrors, noted
 from megatron_btx.recipe.schema import Routing
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from megatron_btx.engine import noise, routing
+from megatron_btx.engine.moe import noise, routing
 
 TOKENS, EXPERTS = 37, 5
 

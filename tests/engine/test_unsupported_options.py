@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from megatron_btx.engine.kernels import detect
 from megatron_btx.engine.model import data_parallel_config, transformer_config
 from megatron_btx.engine.optimizer import optimizer_config
-from megatron_btx.engine.options import TORCH_LAYERS
+from megatron_btx.engine.platform import detect
+from megatron_btx.engine.unsupported_options import TORCH_LAYERS
 from megatron_btx.errors import UserError
 from megatron_btx.recipe import upstream
 from megatron_btx.recipe.schema import Layout, MegatronOptions, Training

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_btx.recipe.schema import Layout, MegatronOptions, Routing
 from tests.engine.harness import MOE, Case, train
-from tests.engine.test_routing import paper_balance, paper_sample, paper_soft, paper_topk
+from tests.engine.moe.test_routing import paper_balance, paper_sample, paper_soft, paper_topk
 from tests.ranks import Ranks
 
 LENGTH, BATCH, HIDDEN, EXPERTS, LAYERS = 12, 3, 16, 4, 3
@@ -46,7 +46,7 @@ def build(layout: Layout, routing: Routing, layer: int = 2, **megatron: Any) -> 
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from megatron_btx.engine import distributed
-    from megatron_btx.engine.router import BTXRouter, transformer_fields
+    from megatron_btx.engine.moe.router import BTXRouter, transformer_fields
 
     distributed.initialize(layout, 1)
     tp, cp = layout.tensor_model_parallel_size, layout.context_parallel_size
@@ -79,7 +79,7 @@ def train_once(layout: Layout, routing: Routing, recompute: bool = False) -> dic
     from megatron.core import tensor_parallel
     from megatron.core.transformer.moe import moe_utils
 
-    from megatron_btx.engine.noise import set_routing_context
+    from megatron_btx.engine.moe.noise import set_routing_context
 
     router, mine = build(layout, routing)
     moe_utils.MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
@@ -143,7 +143,7 @@ def paper(routing: Routing, gumbel: Tensor) -> tuple[Tensor, float]:
 
 
 def noise_of(sequences: list[int]) -> Tensor:
-    from megatron_btx.engine import noise
+    from megatron_btx.engine.moe import noise
 
     context = noise.RoutingContext(torch.tensor(20), torch.tensor(sequences))
     return noise.gumbel(noise.layer_key(0, 2), context, torch.arange(LENGTH), EXPERTS)
@@ -214,7 +214,7 @@ def test_recomputation_routes_alike(
 
 
 def inference() -> None:
-    from megatron_btx.engine.noise import set_routing_context
+    from megatron_btx.engine.moe.noise import set_routing_context
 
     greedy = dataclasses.replace(ROUTINGS["sample_top1"], greedy=True)
     best = (HIDDEN_STATES @ WEIGHT.t()).view(-1, EXPERTS).argmax(1)
@@ -245,7 +245,7 @@ def test_inference_rules(ranks: Ranks) -> None:
 
 
 def first_layer() -> None:
-    from megatron_btx.engine.noise import set_routing_context
+    from megatron_btx.engine.moe.noise import set_routing_context
 
     set_routing_context(0, torch.tensor(SEQUENCES))
     for layer, soft_first, experts in ((1, True, EXPERTS), (2, True, 1), (1, False, 1)):
@@ -276,8 +276,8 @@ def moe_layers(name: str) -> None:
     from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
     from megatron.core.transformer.moe.moe_layer import MoELayer
 
-    from megatron_btx.engine.noise import set_routing_context
-    from megatron_btx.engine.router import BTXRouter, collect_load, forced_routing
+    from megatron_btx.engine.moe.noise import set_routing_context
+    from megatron_btx.engine.moe.router import BTXRouter, collect_load, forced_routing
 
     recipe = ROUTINGS[name]
     config = build(ONE, recipe, moe_ffn_hidden_size=8, gradient_accumulation_fusion=False)[0].config
@@ -371,7 +371,7 @@ def test_what_the_router_would_not_follow_is_refused(ranks: Ranks) -> None:
 
 @pytest.mark.parametrize("k", [1, 5])
 def test_impossible_k(k: int) -> None:
-    from megatron_btx.engine.router import transformer_fields
+    from megatron_btx.engine.moe.router import transformer_fields
     from megatron_btx.errors import UserError
 
     with pytest.raises(UserError, match="routing.moe_router_topk"):

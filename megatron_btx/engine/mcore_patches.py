@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_btx.engine.kernels import Platform
+from megatron_btx.engine.platform import Platform
 
 
 @functools.cache
@@ -33,9 +33,9 @@ def install(platform: Platform) -> None:
         _new("megatron.core.tensor_parallel.random", **_NO_FP8)
         # Megatron's own places for fused kernels, given plain torch's. The model's configuration
         # asks for them: fused_single_qkv_rope, cross_entropy_loss_fusion, bias_activation_fusion.
-        from megatron_btx.engine.cross_entropy import cross_entropy
-        from megatron_btx.engine.rotary import split_and_rotate
-        from megatron_btx.engine.swiglu import bias_swiglu
+        from megatron_btx.engine.ops.cross_entropy import cross_entropy
+        from megatron_btx.engine.ops.rotary import split_and_rotate
+        from megatron_btx.engine.ops.swiglu import bias_swiglu
 
         attention = "megatron.core.transformer.attention"
         _bind(attention, HAVE_FUSED_QKV_ROPE=True)
@@ -48,7 +48,7 @@ def install(platform: Platform) -> None:
         _bind("megatron.core.optimizer.clip_grads", multi_tensor_scale_impl=_scale)
         # torch's AdamW keeps `step` per tensor, the fused ones per group, and the distributed
         # optimizer's checkpoints are written for the latter: `KeyError: 'step'` when loading.
-        from megatron_btx.engine.adam import Adam
+        from megatron_btx.engine.ops.adam import Adam
 
         _bind("megatron.core.optimizer", Adam=Adam, USING_PYTORCH_OPTIMIZER=False)
         _bind(

@@ -10,7 +10,7 @@ from megatron.core.transformer.moe.moe_utils import (
 )
 from torch import Tensor
 
-from megatron_btx.engine.router import BALANCE_LOSS
+from megatron_btx.engine.moe.router import BALANCE_LOSS
 
 _LOGGED_AS = {BALANCE_LOSS: "balance_loss", "z_loss": "router_z_loss"}
 

@@ -1,7 +1,7 @@
 """Causal attention on a CPU, a block of queries at a time, by torch's own batched products.
 
 torch's fused kernel on a CPU multiplies blocks of 32 by one head; products over many heads at once
-are faster, and here the processor's best library does them (engine/host.py). No more than a block's
+are faster, and here the processor's best library does them (engine/cpu_tuning.py). No more than a block's
 scores are in memory at a time, and the backward pass computes them again; those of a short sequence
 (recipe/memory.py says which) are kept.
 """
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_btx.engine.blocks import ELEMENTS
+from megatron_btx.engine.ops.blocks import ELEMENTS
 from megatron_btx.recipe.memory import keeps_gates, query_rows
 
 # Shapes: H heads of all sequences of the micro-batch, S sequence, D width of a head.

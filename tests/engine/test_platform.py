@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_btx.engine.kernels import Platform, detect
+from megatron_btx.engine.platform import Platform, detect
 
 TE, APEX, TORCH = "transformer_engine", "apex", "torch"
 USED = {  # (CUDA, Transformer Engine, Apex): (layers, optimizer)
@@ -38,9 +38,9 @@ def test_this_machine_trains_with_torch_where_it_has_no_gpu() -> None:
 
 
 def test_layers_without_transformer_engine_are_the_same_with_and_without_cuda() -> None:
-    from megatron_btx.engine.attention import ScaledDotProductAttention
-    from megatron_btx.engine.experts import GroupedExperts
-    from megatron_btx.engine.norm import RMSNorm
+    from megatron_btx.engine.moe.experts import GroupedExperts
+    from megatron_btx.engine.ops.attention import ScaledDotProductAttention
+    from megatron_btx.engine.ops.norm import RMSNorm
     from megatron_btx.engine.spec import layer_spec
     from megatron_btx.recipe.schema import Routing
 
@@ -60,7 +60,7 @@ def test_a_foreign_apex_is_warned_of_and_ignored(tmp_path: Path, modules: tuple[
     for module in modules:
         (tmp_path / "apex" / f"{module}.py").write_text("")
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-    code = "from megatron_btx.engine.kernels import detect; print(detect().apex)"
+    code = "from megatron_btx.engine.platform import detect; print(detect().apex)"
     done = subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ | {"PYTHONPATH": path},
@@ -79,12 +79,12 @@ def test_gradients_are_accumulated_without_apex_whoever_makes_the_layers(
     """Megatron's layers ask for Apex's kernel, the output layer under Transformer Engine too."""
     from megatron.core.tensor_parallel import layers
 
-    from megatron_btx.engine import repairs
+    from megatron_btx.engine import mcore_patches
 
     for cuda, transformer_engine in ((False, False), (True, False), (True, True)):
         monkeypatch.setattr(layers, "_grad_accum_fusion_available", False)
         monkeypatch.delattr(layers, "fused_weight_gradient_mlp_cuda", raising=False)
-        repairs.install.__wrapped__(
+        mcore_patches.install.__wrapped__(
             Platform(cuda=cuda, transformer_engine=transformer_engine, apex=False)
         )
         assert layers._grad_accum_fusion_available

@@ -31,8 +31,8 @@ def move_between(layout: Layout, folder: Path) -> dict[str, Any]:
     from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
 
     from megatron_btx.engine import distributed
-    from megatron_btx.engine.experts import GroupedExperts
     from megatron_btx.engine.model import transformer_config
+    from megatron_btx.engine.moe.experts import GroupedExperts
 
     distributed.initialize(layout, 1)
     config = transformer_config(MOE, layout, "fp32")
@@ -105,7 +105,7 @@ def logits_of(routing: Routing | None, experts: list[int], forced: int | None) -
 
     from megatron_btx.engine import distributed
     from megatron_btx.engine.model import build_model
-    from megatron_btx.engine.router import forced_routing
+    from megatron_btx.engine.moe.router import forced_routing
 
     distributed.initialize(Layout(), 1)
     architecture = DENSE

@@ -9,8 +9,8 @@ import torch
 from megatron.core import tensor_parallel
 from torch import Tensor
 
-from megatron_btx.engine import noise
-from megatron_btx.engine.noise import RoutingContext
+from megatron_btx.engine.moe import noise
+from megatron_btx.engine.moe.noise import RoutingContext
 
 EULER = 0.5772156649015329
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_btx.recipe.schema import Layout, Routing
-from tests.engine.test_router import (
+from tests.engine.moe.test_router import (
     BATCH,
     HIDDEN,
     HIDDEN_STATES,
@@ -74,8 +74,8 @@ def test_logged_loss_is_averaged_over_data_parallel_ranks(ranks: Ranks) -> None:
 
 
 def logged_z_loss(layout: Layout) -> float:
-    from megatron_btx.engine.balance import pop_balance_loss
-    from megatron_btx.engine.router import routers
+    from megatron_btx.engine.moe.moe_metrics import pop_balance_loss
+    from megatron_btx.engine.moe.router import routers
 
     router, mine = build(layout, Routing(moe_z_loss_coeff=1e-3, balance_loss_coeff=0.0))
     assert routers(router)
@@ -105,7 +105,7 @@ def test_loss_per_token_keeps_alpha(ranks: Ranks) -> None:
     two = sum(ranks.run(loss_per_token, 2, Layout(tensor_model_parallel_size=2)))
     weight = WEIGHT.double().requires_grad_()
     logits = HIDDEN_STATES.double().view(-1, HIDDEN) @ weight.t()
-    from megatron_btx.engine import routing
+    from megatron_btx.engine.moe import routing
 
     u, p = routing.topk(logits, 2)[0].mean(0), logits.softmax(1).mean(0)
     routing.balance_loss(u, p, 0.5).backward()

@@ -13,7 +13,7 @@ import torch
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from torch import Tensor
 
-from megatron_btx.engine.blocks import blocks
+from megatron_btx.engine.ops.blocks import blocks
 
 
 def cross_entropy(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from megatron_btx.engine.blocks import blocks
+from megatron_btx.engine.ops.blocks import blocks
 
 
 def swiglu(gate_up: Tensor) -> Tensor:

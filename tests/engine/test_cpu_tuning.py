@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron_btx import processor
-from megatron_btx.engine import host
+from megatron_btx.engine import cpu_tuning
 
 STEPS = """
 import resource, sys, torch
@@ -50,9 +50,9 @@ def test_freed_memory_is_kept() -> None:
 
 def test_products_keep_every_bit() -> None:
     """As the conftest's ``cpu.install()`` left this process."""
-    assert not host.rounds_fp32()
+    assert not cpu_tuning.rounds_fp32()
     with torch.autocast("cpu", torch.bfloat16):
-        assert host.rounds_fp32()
+        assert cpu_tuning.rounds_fp32()
 
 
 @pytest.fixture
@@ -61,22 +61,22 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     monkeypatch.setattr(processor, "has_avx512_without_mkl", lambda: True)
-    monkeypatch.setattr(host, "rounds_fp32", lambda: False)
+    monkeypatch.setattr(cpu_tuning, "rounds_fp32", lambda: False)
     yield monkeypatch
     torch.set_float32_matmul_precision(before)
 
 
 def test_onednn_where_it_keeps_every_bit(fresh: pytest.MonkeyPatch) -> None:
-    assert host.multiply_with_onednn()
-    assert host.onednn_multiplies(torch.float32)
+    assert cpu_tuning.multiply_with_onednn()
+    assert cpu_tuning.onednn_multiplies(torch.float32)
 
 
 def test_not_where_it_rounds(fresh: pytest.MonkeyPatch) -> None:
-    fresh.setattr(host, "rounds_fp32", lambda: True)
-    assert not host.multiply_with_onednn()
+    fresh.setattr(cpu_tuning, "rounds_fp32", lambda: True)
+    assert not cpu_tuning.multiply_with_onednn()
     assert torch.get_float32_matmul_precision() == "highest"
-    assert not host.onednn_multiplies(torch.float32)
-    assert host.onednn_multiplies(torch.bfloat16)
+    assert not cpu_tuning.onednn_multiplies(torch.float32)
+    assert cpu_tuning.onednn_multiplies(torch.bfloat16)
 
 
 @pytest.mark.parametrize("reason", ["processor", "chosen"])
@@ -86,5 +86,5 @@ def test_not_where_it_does_not_apply(fresh: pytest.MonkeyPatch, reason: str) -> 
     else:
         torch.set_float32_matmul_precision("high")
     before = torch.get_float32_matmul_precision()
-    assert not host.multiply_with_onednn()
+    assert not cpu_tuning.multiply_with_onednn()
     assert torch.get_float32_matmul_precision() == before

@@ -1,0 +1,1 @@
+"""The MoE layer: router, routing functions, noise, experts, token dispatch, metrics."""
