@@ -24,11 +24,11 @@ from torch import Tensor
 from megatron_btx.engine.initializer import initialize
 from megatron_btx.engine.model import DTYPES, build_model, unwrap
 from megatron_btx.errors import UserError, UserErrors
-from megatron_btx.evaluate.data import Setting, min_length, packed
 from megatron_btx.evaluate.heldout import Batch, evaluate
+from megatron_btx.evaluate.loss_on_text import Setting, min_length, packed
+from megatron_btx.evaluate.model_spec import Subject
 from megatron_btx.evaluate.models import opened, precision_of
 from megatron_btx.evaluate.predictor import NO_PROGRESS
-from megatron_btx.evaluate.subject import Subject
 from megatron_btx.files import written
 from megatron_btx.mix.copy import copy
 from megatron_btx.mix.forced import forced

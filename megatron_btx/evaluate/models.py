@@ -14,7 +14,7 @@ from megatron_btx.engine.initializer import initialize
 from megatron_btx.engine.model import DTYPES, build_model
 from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.evaluate.btm_heldout import training_text
-from megatron_btx.evaluate.subject import Subject
+from megatron_btx.evaluate.model_spec import Subject
 from megatron_btx.evaluate.tfidf import TfIdf
 from megatron_btx.mix.copy import copy
 from megatron_btx.mix.plan_of_request import open_source

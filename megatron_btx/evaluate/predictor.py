@@ -1,7 +1,7 @@
 """Next-token predictions of a model or a set of models, on the ranks of a job.
 
 Every rank calls with the same rows and gets the same answers: a harness that decides what to ask
-next by what came back (:mod:`megatron_btx.evaluate.harness`) simply runs on all of them. Rows are
+next by what came back (:mod:`megatron_btx.evaluate.lm_eval_adapter`) simply runs on all of them. Rows are
 dealt to the data-parallel ranks; under expert parallelism all of those run together, so each runs
 the same number of batches, short ones filled up.
 
@@ -26,7 +26,7 @@ from torch import Tensor
 from megatron_btx.data.tokenizer import Tokenizer
 from megatron_btx.engine.moe.noise import set_routing_context
 from megatron_btx.evaluate import btm
-from megatron_btx.evaluate.choice import expert_choices
+from megatron_btx.evaluate.model_spec import Subject
 from megatron_btx.evaluate.models import (
     Live,
     given_tokenizer,
@@ -36,7 +36,7 @@ from megatron_btx.evaluate.models import (
     start_id,
     tokenizer_of,
 )
-from megatron_btx.evaluate.subject import Subject
+from megatron_btx.evaluate.sample_top1_mode import expert_choices
 from megatron_btx.evaluate.tfidf import TfIdf
 from megatron_btx.recipe.schema import Layout, Precision
 

@@ -9,12 +9,12 @@ from typing import Any
 from megatron.core import parallel_state
 
 from megatron_btx.errors import UserError
-from megatron_btx.evaluate.choice import expert_choice
-from megatron_btx.evaluate.data import Setting, min_length, packed
 from megatron_btx.evaluate.heldout import evaluate
+from megatron_btx.evaluate.loss_on_text import Setting, min_length, packed
+from megatron_btx.evaluate.model_spec import Subject
 from megatron_btx.evaluate.models import load, opened
 from megatron_btx.evaluate.predictor import NO_PROGRESS
-from megatron_btx.evaluate.subject import Subject
+from megatron_btx.evaluate.sample_top1_mode import expert_choice
 
 
 def measure(

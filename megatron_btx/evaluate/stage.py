@@ -16,9 +16,9 @@ from megatron_btx.engine.checkpoint import final_checkpoint
 from megatron_btx.engine.initializer import initialize
 from megatron_btx.engine.model import DTYPES, build_model
 from megatron_btx.evaluate.btm_heldout import btm_heldout, training_text
-from megatron_btx.evaluate.choice import expert_choice
 from megatron_btx.evaluate.heldout import HeldOut, evaluate
 from megatron_btx.evaluate.models import dropless
+from megatron_btx.evaluate.sample_top1_mode import expert_choice
 from megatron_btx.files import read_json, write_json
 from megatron_btx.mix.average import average
 from megatron_btx.mix.copy import copy

@@ -183,7 +183,7 @@ def _score(
 ) -> dict[str, Any]:
     from lm_eval.evaluator import evaluate
 
-    from megatron_btx.evaluate.harness import Harness
+    from megatron_btx.evaluate.lm_eval_adapter import Harness
 
     harness = Harness(predictor, progress)
     found = evaluate(

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_btx.errors import UserError, UserErrors
-from megatron_btx.evaluate.subject import Subject
+from megatron_btx.evaluate.model_spec import Subject
 from megatron_btx.files import read_json, write_json
 from megatron_btx.pipeline import guard, local
 from megatron_btx.recipe.schema import Layout
@@ -200,7 +200,7 @@ def _subjects(request: Request) -> list[Subject]:
 
 
 def _data(request: Request, layout: Layout) -> dict[str, Any]:
-    from megatron_btx.evaluate.data import Setting, evaluate_data
+    from megatron_btx.evaluate.loss_on_text import Setting, evaluate_data
 
     setting = Setting(layout=layout, **request["setting"])
     return {
@@ -232,7 +232,7 @@ def _generate(request: Request, layout: Layout) -> list[dict[str, Any]]:
 
 
 def _routing(request: Request, layout: Layout) -> dict[str, Any]:
-    from megatron_btx.evaluate.data import Setting
+    from megatron_btx.evaluate.loss_on_text import Setting
     from megatron_btx.evaluate.routing import measure
 
     setting = Setting(layout=layout, **request["setting"])
@@ -244,7 +244,7 @@ def _routing(request: Request, layout: Layout) -> dict[str, Any]:
 
 def _centroids(request: Request, layout: Layout) -> dict[str, Any]:
     from megatron_btx.evaluate.centroids import measure
-    from megatron_btx.evaluate.data import Setting
+    from megatron_btx.evaluate.loss_on_text import Setting
 
     (subject,) = _subjects(request)
     return measure(

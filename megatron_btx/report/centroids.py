@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_btx.errors import UserError
-from megatron_btx.evaluate import subject
+from megatron_btx.evaluate import model_spec
 from megatron_btx.files import check_file
 from megatron_btx.pipeline import measure
 from megatron_btx.report.evaluation import (
@@ -70,7 +70,7 @@ def add_parser(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """The command; its exit code."""
     check_numbers(options)
-    subjects = subject.parse([options.checkpoint])
+    subjects = model_spec.parse([options.checkpoint])
     if subjects[0].method is not None:
         raise UserError(subjects[0].name, "is a set of models: it has no router", "give one model")
     if not options.spread > 0:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_btx.errors import UserError
-from megatron_btx.evaluate import subject
-from megatron_btx.evaluate.subject import Subject
+from megatron_btx.evaluate import model_spec
+from megatron_btx.evaluate.model_spec import Subject
 from megatron_btx.files import check_directory, read_json, write_json, written
 from megatron_btx.pipeline import graph, measure, state
 from megatron_btx.pipeline.fingerprint import Memo
@@ -131,9 +131,9 @@ def measure_tasks(
 
 def _score(run: Run, row: Row, tasks: list[dict[str, Any]]) -> dict[str, Any]:
     if len(row.models) > 1:
-        (one,) = subject.parse([f"btm:{run.run_dir}"])
+        (one,) = model_spec.parse([f"btm:{run.run_dir}"])
     else:
-        place = subject.find(directory(run.run_dir, row.models[0]))
+        place = model_spec.find(directory(run.run_dir, row.models[0]))
         one = Subject(name="model", models={"model": place})
     layout = Layout(num_threads=measure.threads(1))
     predictor = {"precision": None, "micro_batch_size": 8, "tokenizer": None}

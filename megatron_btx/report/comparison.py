@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_btx.errors import UserError
-from megatron_btx.evaluate.choice import in_words
+from megatron_btx.evaluate.sample_top1_mode import in_words
 from megatron_btx.files import read_json
 from megatron_btx.pipeline.view import amount, clock
 from megatron_btx.recipe.schema import Recipe
@@ -69,7 +69,7 @@ class System:
     params_active: int
     inference_flops_per_token: int
     expert_choice: str | None = None
-    """Of Sample Top-1, how it was evaluated (evaluate/choice.py)."""
+    """Of Sample Top-1, how it was evaluated (evaluate/sample_top1_mode.py)."""
 
     @property
     def moe_share(self) -> float | None:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_btx.errors import UserError, UserErrors
-from megatron_btx.evaluate import subject
-from megatron_btx.evaluate.choice import in_words
+from megatron_btx.evaluate import model_spec
+from megatron_btx.evaluate.sample_top1_mode import in_words
 from megatron_btx.files import check_file, write_json
 from megatron_btx.pipeline import measure
 from megatron_btx.recipe.schema import Layout
@@ -192,7 +192,7 @@ def run_evaluate(options: argparse.Namespace) -> int:
     check_numbers(options)
     if options.out is not None:
         check_file(options.out)
-    subjects = subject.parse(options.checkpoints)
+    subjects = model_spec.parse(options.checkpoints)
     if not options.data and not options.tasks:
         raise UserError("btx evaluate", "neither --data nor --tasks", "say what to evaluate on")
     data, tasks = data_of(options.data), tasks_of(options)
@@ -229,7 +229,7 @@ def run_evaluate(options: argparse.Namespace) -> int:
 def run_generate(options: argparse.Namespace) -> int:
     """``btx generate``."""
     check_numbers(options)
-    subjects = subject.parse([options.checkpoint])
+    subjects = model_spec.parse([options.checkpoint])
     if not options.prompt:
         raise UserError("--prompt", "is missing", "give the text to continue")
     for flag, good in (

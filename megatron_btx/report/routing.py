@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_btx.errors import UserError
-from megatron_btx.evaluate import subject
-from megatron_btx.evaluate.choice import expert_choice, in_words
-from megatron_btx.evaluate.subject import Subject
+from megatron_btx.evaluate import model_spec
+from megatron_btx.evaluate.model_spec import Subject
+from megatron_btx.evaluate.sample_top1_mode import expert_choice, in_words
 from megatron_btx.files import check_directory, read_json, written
 from megatron_btx.pipeline import measure
 from megatron_btx.recipe.load import load_recipe
@@ -63,7 +63,7 @@ class View:
     gate: dict[str, Matrix]
     """Domain -> mean gate, likewise."""
     expert_choice: str | None = None
-    """Of Sample Top-1 (evaluate/choice.py)."""
+    """Of Sample Top-1 (evaluate/sample_top1_mode.py)."""
 
     @property
     def title(self) -> str:
@@ -129,7 +129,7 @@ def run(options: argparse.Namespace) -> int:
         check_directory(options.out)
     runs = [Path(source) for source in options.sources if _is_run(Path(source))]
     others = [source for source in options.sources if not _is_run(Path(source))]
-    subjects = subject.parse(others)
+    subjects = model_spec.parse(others)
     if subjects and not options.data:
         raise UserError(others[0], "is a checkpoint", "say on what to measure it: --data NAME=FILE")
     views = [view for run_dir in runs for view in of_run(run_dir)]

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import IO, Any
 
-from megatron_btx.evaluate.choice import in_words
+from megatron_btx.evaluate.sample_top1_mode import in_words
 from megatron_btx.pipeline.view import amount
 
 Results = Mapping[str, Any]

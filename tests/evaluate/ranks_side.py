@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from megatron_btx.evaluate.subject import Subject
+from megatron_btx.evaluate.model_spec import Subject
 from megatron_btx.recipe.schema import Evaluate, Layout
 
 
@@ -42,7 +42,7 @@ def generate(subject: Subject, prompts: list[str], decodings: list[dict[str, Any
 def data(subjects: list[Subject], layout: Layout, files: dict[str, list[str]]) -> Any:
     """``evaluate_data`` of each."""
     from megatron_btx.engine import distributed
-    from megatron_btx.evaluate.data import Setting, evaluate_data
+    from megatron_btx.evaluate.loss_on_text import Setting, evaluate_data
 
     distributed.initialize(layout, 0)
     setting = Setting(layout=layout, micro_batch_size=2)
@@ -53,7 +53,7 @@ def heldout(models: dict[str, Path], layout: Layout, texts: dict[str, list[str]]
     """``btm_heldout`` by every method: loss and weights."""
     from megatron_btx.engine import distributed
     from megatron_btx.evaluate.btm_heldout import btm_heldout
-    from megatron_btx.evaluate.text import PackedText
+    from megatron_btx.evaluate.packed_text import PackedText
     from tests.evaluate.made import tokenizer
 
     distributed.initialize(layout, 0)
@@ -95,7 +95,7 @@ def rolling(subject: Subject, texts: list[str]) -> list[float]:
     from lm_eval.api.instance import Instance
 
     from megatron_btx.engine import distributed
-    from megatron_btx.evaluate.harness import Harness
+    from megatron_btx.evaluate.lm_eval_adapter import Harness
     from megatron_btx.evaluate.predictor import Predictor
 
     distributed.initialize(Layout(), 0)
@@ -110,7 +110,7 @@ def rolling(subject: Subject, texts: list[str]) -> list[float]:
 def route(subject: Subject, layout: Layout, files: dict[str, list[str]]) -> Any:
     """``routing.measure``, a sequence at a time."""
     from megatron_btx.engine import distributed
-    from megatron_btx.evaluate.data import Setting
+    from megatron_btx.evaluate.loss_on_text import Setting
     from megatron_btx.evaluate.routing import measure
 
     distributed.initialize(layout, 0)

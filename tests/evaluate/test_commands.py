@@ -13,8 +13,8 @@ import torch
 
 from megatron_btx import cli
 from megatron_btx.errors import UserError
+from megatron_btx.evaluate.model_spec import Subject, find, parse
 from megatron_btx.evaluate.models import load, opened
-from megatron_btx.evaluate.subject import Subject, find, parse
 from megatron_btx.recipe.schema import Layout, Routing
 from megatron_btx.report import evaluation, routing
 from tests.evaluate import made, ranks_side

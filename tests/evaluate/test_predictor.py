@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_btx.evaluate import btm
-from megatron_btx.evaluate.subject import Subject
+from megatron_btx.evaluate.model_spec import Subject
 from megatron_btx.evaluate.tfidf import TfIdf
 from megatron_btx.recipe.schema import Layout
 from tests.evaluate import made, ranks_side
@@ -100,7 +100,7 @@ def posterior(here: Path, ids: list[int], prior: list[float]) -> Tensor:
 def test_a_set_by_its_posterior(here: Path, ranks: Ranks, name: str) -> None:
     prior = {"a": 0.5, "b": 0.3, "c": 0.2}
     subject, layout = several(here, "posterior", prior=prior), LAYOUTS[name]
-    answers = ranks.run(ranks_side.predict, layout.world_size, subject, layout, rows())
+    answers = ranks.run(ranks_side.predict, layout.world_size, model_spec, layout, rows())
     weights = [posterior(here, ids, list(prior.values())) for ids, _ in rows()]
     wanted = [mixed(here, ids, w) for (ids, _), w in zip(rows(), weights, strict=True)]
     check(answers[-1], wanted)
@@ -109,7 +109,7 @@ def test_a_set_by_its_posterior(here: Path, ranks: Ranks, name: str) -> None:
 @pytest.mark.parametrize("context", ["prefix", "document"])
 def test_a_set_by_its_text(here: Path, ranks: Ranks, context: str) -> None:
     subject = several(here, "top2", context=context)
-    (found,) = ranks.run(ranks_side.predict, 1, subject, ONE, rows())
+    (found,) = ranks.run(ranks_side.predict, 1, model_spec, ONE, rows())
     index = TfIdf({"a": made.TEXTS["x"], "b": made.TEXTS["y"], "c": made.TEXTS["x"]})
     wanted = []
     for ids, first in rows():
@@ -214,6 +214,6 @@ def test_draws_follow_the_distribution() -> None:
 
 
 def test_method_names_agree() -> None:
-    from megatron_btx.evaluate import subject
+    from megatron_btx.evaluate import model_spec
 
-    assert set(subject.METHODS) == {*btm.TOP, "posterior"}
+    assert set(model_spec.METHODS) == {*btm.TOP, "posterior"}

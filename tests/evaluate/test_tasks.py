@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from megatron_btx.evaluate import answers
-from megatron_btx.evaluate.subject import Subject
+from megatron_btx.evaluate import code_exec
+from megatron_btx.evaluate.model_spec import Subject
 from megatron_btx.recipe.schema import Layout
 from tests.evaluate import made, ranks_side
 from tests.ranks import Ranks
@@ -147,17 +147,17 @@ def test_mistakes_are_told_all_at_once(here: Path, ranks: Ranks, tmp_path: Path)
 
 
 def test_programs_are_run_with_limits() -> None:
-    assert answers.passes("print('x' * 10_000)")
-    assert not answers.passes("raise SystemExit(1)")
-    assert not answers.passes("while True: pass", seconds=0.3)
-    assert not answers.passes("x = bytearray(3 << 30)")
-    assert not answers.passes("import os; assert 'PYTEST_CURRENT_TEST' not in os.environ; 1/0")
-    assert answers.passes("import os; assert 'PYTEST_CURRENT_TEST' not in os.environ")
+    assert code_exec.passes("print('x' * 10_000)")
+    assert not code_exec.passes("raise SystemExit(1)")
+    assert not code_exec.passes("while True: pass", seconds=0.3)
+    assert not code_exec.passes("x = bytearray(3 << 30)")
+    assert not code_exec.passes("import os; assert 'PYTEST_CURRENT_TEST' not in os.environ; 1/0")
+    assert code_exec.passes("import os; assert 'PYTEST_CURRENT_TEST' not in os.environ")
 
 
 def test_boxed_answers() -> None:
-    assert answers.boxed("so \\boxed{1} and \\boxed{\\frac{1}{2}}.") == "\\frac{1}{2}"
-    assert answers.boxed("nothing") == ""
+    assert code_exec.boxed("so \\boxed{1} and \\boxed{\\frac{1}{2}}.") == "\\frac{1}{2}"
+    assert code_exec.boxed("nothing") == ""
     item = {"solution": "\\boxed{x + 1}"}
-    assert answers.boxed_match(item, ["it is \\boxed{x+1}"]) == {"exact_match": 1.0}
-    assert answers.boxed_match(item, ["it is x+1"]) == {"exact_match": 0.0}
+    assert code_exec.boxed_match(item, ["it is \\boxed{x+1}"]) == {"exact_match": 1.0}
+    assert code_exec.boxed_match(item, ["it is x+1"]) == {"exact_match": 0.0}

@@ -79,7 +79,7 @@ def measure_centroids(
     from megatron_btx.engine import distributed
     from megatron_btx.errors import UserError
     from megatron_btx.evaluate.centroids import measure
-    from megatron_btx.evaluate.data import Setting
+    from megatron_btx.evaluate.loss_on_text import Setting
 
     distributed.initialize(layout, 0)
     setting = Setting(layout=layout, micro_batch_size=2, seq_length=seq_length)

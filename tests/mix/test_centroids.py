@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_btx.errors import UserError
-from megatron_btx.evaluate.subject import parse
-from megatron_btx.evaluate.text import PackedText
+from megatron_btx.evaluate.model_spec import parse
+from megatron_btx.evaluate.packed_text import PackedText
 from megatron_btx.families import open_hf
 from megatron_btx.families.export import write_hf
 from megatron_btx.mix.copy import copy

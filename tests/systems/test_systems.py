@@ -16,7 +16,7 @@ from megatron_btx.cli import main
 from megatron_btx.data.mixture import Stream, stage_stream
 from megatron_btx.engine.checkpoint import final_checkpoint
 from megatron_btx.errors import UserError
-from megatron_btx.evaluate import subject
+from megatron_btx.evaluate import model_spec
 from megatron_btx.families.export import export_hf
 from megatron_btx.pipeline import graph, state
 from megatron_btx.pipeline.begin import begin
@@ -321,11 +321,11 @@ def test_bad_comparisons(
 
 def test_a_set_is_what_its_run_mixes(systems: Systems) -> None:
     """``btm:RUN_DIR``; an average of weights is no set, and a copied seed is alone."""
-    (found,) = subject.parse([f"btm:{systems['btm_top1'].run_dir}"])
+    (found,) = model_spec.parse([f"btm:{systems['btm_top1'].run_dir}"])
     assert (list(found.models), found.method) == (["math", "web", "more", "seed"], "top1")
     for name, words in (("btm_average", "one model"), ("upcycling_dm", "mixes seed alone")):
         with pytest.raises(UserError, match=words):
-            subject.parse([f"btm:{systems[name].run_dir}"])
+            model_spec.parse([f"btm:{systems[name].run_dir}"])
 
 
 def test_spread_over_seeds() -> None:

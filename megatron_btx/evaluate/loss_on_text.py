@@ -16,8 +16,8 @@ from megatron_btx.data.documents import find_files, read_documents
 from megatron_btx.errors import UserError
 from megatron_btx.evaluate import btm
 from megatron_btx.evaluate.btm_heldout import cost
-from megatron_btx.evaluate.choice import expert_choices
 from megatron_btx.evaluate.heldout import label_log_probs
+from megatron_btx.evaluate.model_spec import Subject
 from megatron_btx.evaluate.models import (
     given_tokenizer,
     load,
@@ -26,9 +26,9 @@ from megatron_btx.evaluate.models import (
     start_id,
     tokenizer_of,
 )
+from megatron_btx.evaluate.packed_text import Filled, PackedText
 from megatron_btx.evaluate.predictor import NO_PROGRESS
-from megatron_btx.evaluate.subject import Subject
-from megatron_btx.evaluate.text import Filled, PackedText
+from megatron_btx.evaluate.sample_top1_mode import expert_choices
 from megatron_btx.recipe.schema import Layout, Precision
 
 
