@@ -10,7 +10,7 @@ import os
 
 import torch
 
-from megatron_btx import processor
+from megatron_btx import cpu_info
 
 # mallopt(3)
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
@@ -59,7 +59,7 @@ def multiply_with_onednn() -> bool:
     if (
         torch.get_float32_matmul_precision() != "highest"
         or not torch.backends.mkldnn.is_available()
-        or not processor.has_avx512_without_mkl()
+        or not cpu_info.has_avx512_without_mkl()
     ):
         return False
     torch.set_float32_matmul_precision("medium")

@@ -18,7 +18,7 @@ from megatron_btx.evaluate.model_spec import Subject
 from megatron_btx.evaluate.tfidf import TfIdf
 from megatron_btx.mix.copy import copy
 from megatron_btx.mix.plan_of_request import open_source
-from megatron_btx.recipe import count, layouts
+from megatron_btx.recipe import check_layout, count
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.load import load_recipe
 from megatron_btx.recipe.schema import Layout, Mix, Precision, Recipe, Training
@@ -78,7 +78,7 @@ def _check_layout(architecture: Architecture, layout: Layout) -> None:
         mix=Mix(include_seed=False),
         finetune=Training(),
     )
-    wrong = list(layouts.problems(recipe, "--layout", layout, moe=bool(experts)))
+    wrong = list(check_layout.problems(recipe, "--layout", layout, moe=bool(experts)))
     if wrong:
         raise UserErrors([UserError(p.key.replace(".", " ", 1), p.what, p.fix) for p in wrong])
 

@@ -10,7 +10,7 @@ import torch
 
 from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.mix.compatibility import disagreements, labels_of
-from megatron_btx.recipe.mixing import AVERAGED, GROUPS
+from megatron_btx.recipe.check_mix import AVERAGED, GROUPS
 from megatron_btx.weights.expression import Draw, Expression, Product, WeightedSum
 from megatron_btx.weights.names import canonical_tensors, group_of
 from megatron_btx.weights.ops import mean

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_btx.errors import UserError, UserErrors
-from megatron_btx.versions import code_revision
+from megatron_btx.provenance import code_revision
 
 Method = Literal["btx", "upcycle", "split", "blend", "average", "append", "drop", "copy"]
 

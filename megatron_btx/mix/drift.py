@@ -21,7 +21,7 @@ from megatron_btx.files import check_directory, write_json, written
 from megatron_btx.mix.command import Request
 from megatron_btx.mix.compatibility import disagreements
 from megatron_btx.mix.plan_of_request import open_sources
-from megatron_btx.recipe.mixing import GROUPS
+from megatron_btx.recipe.check_mix import GROUPS
 from megatron_btx.weights.box import slabs, whole
 from megatron_btx.weights.names import group_of
 from megatron_btx.weights.plan import Checkpoint

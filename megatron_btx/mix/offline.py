@@ -21,8 +21,8 @@ from megatron_btx.families.tokenizer_files import tokenizer_files
 from megatron_btx.mix.command import Request
 from megatron_btx.mix.plan_of_request import DTYPES, open_sources, out_of_range, plan_of
 from megatron_btx.mix.progress import Watch
+from megatron_btx.provenance import versions
 from megatron_btx.recipe.count import parameters
-from megatron_btx.versions import versions
 from megatron_btx.weights.directory import as_json
 from megatron_btx.weights.execute import ONE_BY_ONE, SLAB, Execution
 from megatron_btx.weights.manifest import FORMAT, MANIFEST

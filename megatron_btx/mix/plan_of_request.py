@@ -19,8 +19,8 @@ from megatron_btx.mix.compatibility import disagreements
 from megatron_btx.mix.copy import copy
 from megatron_btx.mix.edit_experts import append, drop
 from megatron_btx.mix.plan_of_recipe import averaging_of, mix_plan, router_of
-from megatron_btx.recipe import ranges
-from megatron_btx.recipe.mixing import misplaced, weights
+from megatron_btx.recipe import check_ranges
+from megatron_btx.recipe.check_mix import misplaced, weights
 from megatron_btx.recipe.schema import Mix, Model, Recipe, Routing, Training
 from megatron_btx.weights.megatron import open_megatron
 from megatron_btx.weights.plan import Checkpoint, Plan
@@ -112,7 +112,7 @@ def out_of_range(request: Request) -> list[UserError]:
         UserError(
             "--" + problem.key.rpartition(".")[2].replace("_", "-"), problem.what, problem.fix
         )
-        for problem in list(ranges.sizes(recipe)) or ranges.problems(recipe)
+        for problem in list(check_ranges.sizes(recipe)) or check_ranges.problems(recipe)
     ]
     if request.workers < 1:
         errors.append(

@@ -18,10 +18,10 @@ from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.files import newest_step, unfinished
 from megatron_btx.pipeline import graph
 from megatron_btx.pipeline.graph import Stage
+from megatron_btx.provenance import code_revision
 from megatron_btx.recipe import count
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.schema import Model, Recipe
-from megatron_btx.versions import code_revision
 
 _FREE = frozenset({"seq_length", "max_position_embeddings", "init_method_std"})
 """Fields of ``Model`` in which a checkpoint may differ: they shape no weight and no result."""

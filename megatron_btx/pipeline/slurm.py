@@ -34,10 +34,10 @@ from megatron_btx.errors import UserError
 from megatron_btx.files import written
 from megatron_btx.pipeline import begin, cluster, preflight, sbatch, state
 from megatron_btx.pipeline.graph import Stage
+from megatron_btx.provenance import code_revision, versions
 from megatron_btx.recipe import slurm
 from megatron_btx.recipe.load import dump
 from megatron_btx.recipe.schema import Recipe
-from megatron_btx.versions import code_revision, versions
 
 _KEPT = re.compile(
     r"(CUDA|NCCL|GLOO|OMP|MKL|UCX|FI|TORCH|PYTORCH|CONDA|LMOD|NVTE|HF|WANDB|TRITON)_.*|CUDA\w*"

@@ -28,7 +28,7 @@ from typing import IO, Any
 from megatron_btx.errors import UserError
 from megatron_btx.files import read_json, sweep, write_json
 from megatron_btx.pipeline.graph import Stage
-from megatron_btx.versions import code_revision, versions
+from megatron_btx.provenance import code_revision, versions
 
 EXIT_STOPPED = 75
 """Exit code of a rank that was stopped and has saved (``EX_TEMPFAIL``)."""

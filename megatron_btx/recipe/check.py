@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_btx.errors import UserError, UserErrors
-from megatron_btx.recipe import count, layouts, mixing, ranges, slurm, upstream
-from megatron_btx.recipe.layouts import Problem
+from megatron_btx.recipe import check_layout, check_mix, check_ranges, count, slurm, upstream
+from megatron_btx.recipe.check_layout import Problem
+from megatron_btx.recipe.messages import near_key, path_problem, show
 from megatron_btx.recipe.schema import Layout, Model, Recipe, Training
 from megatron_btx.recipe.stages import mismatch
-from megatron_btx.recipe.words import near_key, path_problem, show
 
 RESERVED = ("seed", "dense", "upcycling", "btm", "btx", "mean", "finetune")
 """Names of systems and columns of the final table, so no names of domains or experts."""
@@ -24,19 +24,19 @@ RESERVED = ("seed", "dense", "upcycling", "btm", "btx", "mean", "finetune")
 
 def problems(recipe: Recipe) -> list[Problem]:
     """Everything wrong with a recipe whose fields have the right types."""
-    found = list(ranges.sizes(recipe))
+    found = list(check_ranges.sizes(recipe))
     if found:  # a size of zero would only divide by zero below
         return found
-    found += ranges.problems(recipe)
+    found += check_ranges.problems(recipe)
     found += _names(recipe)
     found += _model(recipe.model)
     found += _tokenizer(recipe)
     found += _routing(recipe)
-    found += mixing.problems(recipe)
+    found += check_mix.problems(recipe)
     found += _system(recipe)
     for key, stage in stages(recipe).items():
         found += _stage(recipe, key, stage)
-    found += layouts.problems(recipe, "evaluate.layout", recipe.evaluate.layout, moe=True)
+    found += check_layout.problems(recipe, "evaluate.layout", recipe.evaluate.layout, moe=True)
     if recipe.evaluate.tokens < recipe.model.seq_length:
         found.append(Problem("evaluate.tokens", *_too_few(recipe.evaluate.tokens, recipe.model)))
     found += slurm.problems(recipe)
@@ -273,14 +273,14 @@ def _stage(recipe: Recipe, key: str, stage: Training) -> Iterator[Problem]:
     trains = stage.tokens > 0 and stage.from_ is None
     if key != "dense":
         if stage.data:
-            yield from mixing.weights(f"{key}.data", stage.data, recipe.domains, "domain")
+            yield from check_mix.weights(f"{key}.data", stage.data, recipe.domains, "domain")
         elif trains:
             name = key.removeprefix("experts.")
             hint = near_key(name, recipe.domains) if key.startswith("experts.") else ""
             yield Problem(
                 f"{key}.data", "is missing: which domains?", f"add `data: {{domain: weight}}`{hint}"
             )
-    yield from layouts.problems(recipe, f"{key}.layout", layout, moe=moe)
+    yield from check_layout.problems(recipe, f"{key}.layout", layout, moe=moe)
     if moe and not any(_model(model)):
         yield from _widths(key, stage, model, recipe.mix.chunks)
     batch = stage.micro_batch_size * layout.data_parallel_size

@@ -28,9 +28,7 @@ import yaml
 from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.files import newest_step, read_json
 from megatron_btx.recipe import check, stages
-from megatron_btx.recipe.schema import Domain, Mix, Recipe, Tokenizer, Training
-from megatron_btx.recipe.tree import Node, parse_tree, read_tree
-from megatron_btx.recipe.words import (
+from megatron_btx.recipe.messages import (
     describe,
     guess,
     nearest,
@@ -40,6 +38,8 @@ from megatron_btx.recipe.words import (
     show,
     yaml_name,
 )
+from megatron_btx.recipe.schema import Domain, Mix, Recipe, Tokenizer, Training
+from megatron_btx.recipe.yaml_tree import Node, parse_tree, read_tree
 
 _BAD: Any = object()  # stands for a value whose error has been noted
 

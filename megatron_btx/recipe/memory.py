@@ -12,10 +12,10 @@ import functools
 import importlib.metadata
 from dataclasses import dataclass
 
-from megatron_btx import processor
+from megatron_btx import cpu_info
 from megatron_btx.recipe import count
 from megatron_btx.recipe.architecture import Architecture
-from megatron_btx.recipe.layouts import sequence_parallel
+from megatron_btx.recipe.check_layout import sequence_parallel
 from megatron_btx.recipe.schema import Layout, Training
 
 RUNTIME = {"cpu": 350_000_000, "cuda": 840_000_000}
@@ -218,7 +218,7 @@ def _held(architecture: Architecture, training: Training, activations: int) -> i
     kind = "moe" if architecture.routing else "dense"
     in_fp32 = activations * 4 // _ELEMENT[training.precision]
     kept = KEPT[kind] * (EXCHANGED if ranks > 1 else 1) * in_fp32
-    onednn = training.precision == "bf16" or processor.has_avx512_without_mkl()
+    onednn = training.precision == "bf16" or cpu_info.has_avx512_without_mkl()
     return HELD[kind if onednn else "dense"] + int(kept)
 
 

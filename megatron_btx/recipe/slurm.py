@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_btx.recipe.layouts import Problem
+from megatron_btx.recipe.check_layout import Problem
 from megatron_btx.recipe.schema import Recipe, SlurmJob
 
 KINDS = ("prepare", "seed", "expert", "mix", "finetune", "dense", "evaluate", "export", "report")

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from megatron_btx.report import table
-from megatron_btx.report.facts import Facts, Matrix, Routing, StageFacts
+from megatron_btx.report.run_data import Facts, Matrix, Routing, StageFacts
 from megatron_btx.report.style import series
 from megatron_btx.report.svg import Axes, Dot, Line, heatmap, power_of_ten, thin
 

@@ -20,7 +20,7 @@ from megatron_btx.recipe.load import digest, load_recipe
 from megatron_btx.recipe.schema import Layout
 from megatron_btx.recipe.stages import directory
 from megatron_btx.recipe.systems import SYSTEMS, Row, rows
-from megatron_btx.recipe.tree import read_tree
+from megatron_btx.recipe.yaml_tree import read_tree
 from megatron_btx.report import comparison, comparison_page, evaluation
 from megatron_btx.report.comparison import Run
 

@@ -13,7 +13,7 @@ from megatron_btx.pipeline.view import amount, clock
 from megatron_btx.recipe.load import dump
 from megatron_btx.recipe.schema import Recipe
 from megatron_btx.report import charts, table
-from megatron_btx.report.facts import Facts, StageFacts, gather
+from megatron_btx.report.run_data import Facts, StageFacts, gather
 from megatron_btx.report.style import sheet
 
 _COUNTED = ("documents", "tokens")

@@ -35,6 +35,7 @@ from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.files import write_json
 from megatron_btx.mix.copy import copy
 from megatron_btx.mix.fresh import fresh
+from megatron_btx.provenance import code_revision, versions
 from megatron_btx.recipe import check, count
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.schema import Recipe, Training
@@ -44,7 +45,6 @@ from megatron_btx.train import signals
 from megatron_btx.train.callbacks import Callback, Checkpoints, CheckReplicas, HeldOutLoss, Log
 from megatron_btx.train.loop import Run, train
 from megatron_btx.train.tracking import Tracker
-from megatron_btx.versions import code_revision, versions
 from megatron_btx.weights.manifest import read_manifest
 from megatron_btx.weights.megatron import open_megatron
 from megatron_btx.weights.plan import Plan

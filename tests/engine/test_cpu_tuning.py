@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from megatron_btx import processor
+from megatron_btx import cpu_info
 from megatron_btx.engine import cpu_tuning
 
 STEPS = """
@@ -60,7 +60,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """A process that has chosen nothing, on another maker's processor with AVX-512."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
-    monkeypatch.setattr(processor, "has_avx512_without_mkl", lambda: True)
+    monkeypatch.setattr(cpu_info, "has_avx512_without_mkl", lambda: True)
     monkeypatch.setattr(cpu_tuning, "rounds_fp32", lambda: False)
     yield monkeypatch
     torch.set_float32_matmul_precision(before)
@@ -82,7 +82,7 @@ def test_not_where_it_rounds(fresh: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("reason", ["processor", "chosen"])
 def test_not_where_it_does_not_apply(fresh: pytest.MonkeyPatch, reason: str) -> None:
     if reason == "processor":
-        fresh.setattr(processor, "has_avx512_without_mkl", lambda: False)
+        fresh.setattr(cpu_info, "has_avx512_without_mkl", lambda: False)
     else:
         torch.set_float32_matmul_precision("high")
     before = torch.get_float32_matmul_precision()

@@ -12,7 +12,7 @@ import pytest
 
 from megatron_btx.recipe.schema import Recipe
 from megatron_btx.report import charts, page
-from megatron_btx.report.facts import gather
+from megatron_btx.report.run_data import gather
 from tests.report.made import FINAL, make_run
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_btx.errors import UserError
 from megatron_btx.mix.command import Request
-from megatron_btx.versions import code_revision
+from megatron_btx.provenance import code_revision
 
 if TYPE_CHECKING:
     from megatron_btx.mix.offline import Besides

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-from megatron_btx.recipe.layouts import Problem
+from megatron_btx.recipe.check_layout import Problem
+from megatron_btx.recipe.messages import show
 from megatron_btx.recipe.schema import (
     Domain,
     Evaluate,
@@ -18,7 +19,6 @@ from megatron_btx.recipe.schema import (
     Tokenizer,
     Training,
 )
-from megatron_btx.recipe.words import show
 
 _SIZES: dict[type, tuple[str, ...]] = {
     Model: (

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
-from megatron_btx.recipe.layouts import Problem
+from megatron_btx.recipe.check_layout import Problem
+from megatron_btx.recipe.messages import near_key
 from megatron_btx.recipe.schema import Mix, Recipe
-from megatron_btx.recipe.words import near_key
 
 GROUPS = ("embeddings", "attention", "norms", "ffn", "head")
 """Kinds of tensors, by which drift is told."""
