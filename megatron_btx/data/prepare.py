@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_btx.data import Progress, no_progress
-from megatron_btx.data.builtin import write_builtin
+from megatron_btx.data.builtin.corpora import write_builtin
 from megatron_btx.data.documents import find_files, read_documents
 from megatron_btx.data.tokenizer import (
     HuggingFace,

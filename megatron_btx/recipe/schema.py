@@ -90,7 +90,7 @@ class Domain:
     valid: tuple[str, ...] = ()
     text_key: str = "text"
     builtin: Literal["general", "code", "math", "prose"] | None = None
-    """Text found on this machine (megatron_btx/data/builtin.py) instead of files."""
+    """Text found on this machine (megatron_btx/data/builtin/corpora.py) instead of files."""
     builtin_bytes: int = 6_000_000
     """At most this much built-in training text."""
 

@@ -12,9 +12,8 @@ from random import Random
 import pytest
 import sympy
 
-from megatron_btx.data import builtin_math, builtin_text
-from megatron_btx.data.builtin import NAMES, Corpus, write_builtin
-from megatron_btx.data.builtin_steps import check
+from megatron_btx.data.builtin.corpora import NAMES, Corpus, mathematics, text, write_builtin
+from megatron_btx.data.builtin.steps import check
 from megatron_btx.errors import UserError
 from tests.data.oracle import shared, texts
 
@@ -67,9 +66,9 @@ def test_seed_and_experts_have_no_document_in_common(corpora: Corpora) -> None:
 
 
 def test_each_file_has_one_role() -> None:
-    from megatron_btx.data.builtin import _ROLES, _role
+    from megatron_btx.data.builtin.corpora import _ROLES, _role
 
-    sources = builtin_text.stdlib_sources() + builtin_text.package_sources()
+    sources = text.stdlib_sources() + text.package_sources()
     assert len({source.name for source in sources}) == len(sources)
     roles = [_role(source.order(7)) for source in sources]
     for role, share in _ROLES.items():
@@ -81,7 +80,7 @@ def test_the_same_again_in_another_process_with_forks(directory: Path, tmp_path:
     """Here torch is loaded and the corpora are made one by one; there they are made by children."""
     program = (
         "import sys\n"
-        "from megatron_btx.data.builtin import NAMES, write_builtin\n"
+        "from megatron_btx.data.builtin.corpora import NAMES, write_builtin\n"
         f"write_builtin({str(tmp_path)!r}, dict.fromkeys(NAMES, {BYTES}), seed=7)\n"
         "assert 'torch' not in sys.modules\n"
     )
@@ -128,7 +127,7 @@ def test_general_is_a_mix(corpora: Corpora) -> None:
     assert all(0.2 < size / total < 0.45 for size in sizes.values()), sizes
 
 
-@pytest.mark.parametrize("family", builtin_math.FAMILIES, ids=lambda family: family.__name__[1:])
+@pytest.mark.parametrize("family", mathematics.FAMILIES, ids=lambda family: family.__name__[1:])
 def test_every_kind_of_problem_holds_and_varies(family: object) -> None:
     random = Random("test")
     problems = [family(random) for _ in range(60)]  # type: ignore[operator]
@@ -157,7 +156,7 @@ def test_a_wrong_solution_is_caught() -> None:
 
 def test_problems_are_named_by_their_seed() -> None:
     def first(name: str) -> list[str]:
-        return list(itertools.islice(builtin_math.problems(name), 20))
+        return list(itertools.islice(mathematics.problems(name), 20))
 
     assert first("a") == first("a")
     assert not set(first("a")) & set(first("b"))
@@ -179,7 +178,7 @@ def test_looking_for_packages_leaves_setuptools_importable() -> None:
     """find_spec("pip") would bring back the standard library's distutils (before Python 3.12), and
     torch, which imports setuptools, would not load any more."""
     program = (
-        "from megatron_btx.data.builtin_text import package_sources\n"
+        "from megatron_btx.data.builtin.text import package_sources\n"
         "assert package_sources()\n"
         "try:\n"
         "    import distutils.core\n"

@@ -12,7 +12,7 @@ from sympy.polys.domains import QQ, ZZ
 from sympy.polys.matrices import DomainMatrix
 from sympy.polys.rings import ring
 
-from megatron_btx.data.builtin_steps import check, frac, steps
+from megatron_btx.data.builtin.steps import check, frac, steps
 
 _X_RING = ring("x", QQ)[0]
 Poly = list[Fraction]

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-from megatron_btx.data import Progress, builtin_math, builtin_text, no_progress
+from megatron_btx.data import Progress, no_progress
+from megatron_btx.data.builtin.corpora import mathematics, text
 from megatron_btx.data.documents import read_documents
 from megatron_btx.data.overlap import HeldOut
 from megatron_btx.data.processes import run_side_by_side
@@ -139,8 +140,8 @@ class _Library:
 
     def __init__(self, seed: int) -> None:
         self._seed = seed
-        self._prose = builtin_text.Prose()
-        self._listed: dict[str, list[builtin_text.Source]] = {}
+        self._prose = text.Prose()
+        self._listed: dict[str, list[text.Source]] = {}
 
     def branch(self) -> _Library:
         """A copy that has met the same paragraphs, and meets the next ones for itself.
@@ -167,33 +168,33 @@ class _Library:
 
     def _of_kind(self, kind: str, role: str) -> Iterator[str]:
         if kind == "math":
-            return builtin_math.problems(f"{self._seed}/math/{role}")
+            return mathematics.problems(f"{self._seed}/math/{role}")
         return self._code(role) if kind == "code" else self._english(role)
 
     def _code(self, role: str) -> Iterator[str]:
-        modules = self._sources("stdlib", builtin_text.stdlib_sources, role)
-        yield from filter(None, (builtin_text.code(source.read()) for source in modules))
+        modules = self._sources("stdlib", text.stdlib_sources, role)
+        yield from filter(None, (text.code(source.read()) for source in modules))
         # Python's own test suite, where it is installed, is second best.
-        tests = self._sources("tests", lambda: builtin_text.stdlib_sources(tests=True), role)
-        yield from filter(None, (builtin_text.code(source.read()) for source in tests))
+        tests = self._sources("tests", lambda: text.stdlib_sources(tests=True), role)
+        yield from filter(None, (text.code(source.read()) for source in tests))
 
     def _package_code(self, role: str) -> Iterator[str]:
-        for source in self._sources("packages", builtin_text.package_sources, role):
-            if text := builtin_text.code_without_docstrings(source.read()):
+        for source in self._sources("packages", text.package_sources, role):
+            if text := text.code_without_docstrings(source.read()):
                 yield text
 
     def _english(self, role: str) -> Iterator[str]:
-        for name, text in builtin_text.documentation():
-            place = builtin_text.Source(name, Path()).order(self._seed)
+        for name, text in text.documentation():
+            place = text.Source(name, Path()).order(self._seed)
             if _role(place) == role and (prose := self._prose.of_texts([text])):
                 yield prose
-        for source in self._sources("packages", builtin_text.package_sources, role):
+        for source in self._sources("packages", text.package_sources, role):
             if prose := self._prose.of_module(source.read()):
                 yield prose
 
     def _sources(
-        self, name: str, find: Callable[[], list[builtin_text.Source]], role: str
-    ) -> Iterator[builtin_text.Source]:
+        self, name: str, find: Callable[[], list[text.Source]], role: str
+    ) -> Iterator[text.Source]:
         if name not in self._listed:
             self._listed[name] = sorted(find(), key=lambda source: source.order(self._seed))
         return (s for s in self._listed[name] if _role(s.order(self._seed)) == role)

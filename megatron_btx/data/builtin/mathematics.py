@@ -14,8 +14,8 @@ from random import Random
 
 import sympy
 
-from megatron_btx.data import builtin_algebra
-from megatron_btx.data.builtin_steps import check, frac, steps
+from megatron_btx.data.builtin.corpora import algebra
+from megatron_btx.data.builtin.steps import check, frac, steps
 
 
 def problems(name: str) -> Iterator[str]:
@@ -313,6 +313,6 @@ FAMILIES: tuple[Callable[[Random], str], ...] = (
     _binomial,
     _statistics,
     _primality,
-    *builtin_algebra.FAMILIES,
+    *algebra.FAMILIES,
 )
 """Every kind of problem; each is as likely as the others."""

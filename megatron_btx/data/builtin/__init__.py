@@ -1,0 +1,1 @@
+"""The built-in text: code, prose, mathematics and a broad mix, found on this machine."""
