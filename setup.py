@@ -13,7 +13,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10,<3.14",
     packages=find_packages(include=["megatron_btx", "megatron_btx.*"]),
-    package_data={"megatron_btx": ["py.typed", "pipeline/*.sh", "evaluate/items/*.yaml"]},
+    package_data={"megatron_btx": ["py.typed", "pipeline/slurm/*.sh", "evaluate/items/*.yaml"]},
     install_requires=[
         "torch>=2.10",
         "megatron-core==0.16.1",

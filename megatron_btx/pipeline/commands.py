@@ -96,23 +96,24 @@ def _add(commands: Any, name: str, help_text: str, examples: str) -> argparse.Ar
 
 def submit(options: argparse.Namespace) -> int:
     """``btx submit``."""
-    from megatron_btx.pipeline import inputs, selection, slurm
+    from megatron_btx.pipeline import run_checks
+    from megatron_btx.pipeline.slurm.submit import selection, submit
 
     recipe, run_dir, stages = open_recipe(options.recipe, on_slurm=True)
     wished = selection.select(stages, only=options.only, first=options.first, last=options.until)
     chosen = selection.to_submit(run_dir, wished)
     selection.check_needs(run_dir, stages, chosen)
     if options.dry_run:
-        sys.stdout.write(slurm.dry_run(recipe, run_dir, chosen))
+        sys.stdout.write(submit.dry_run(recipe, run_dir, chosen))
         return 0
     if not chosen:
         sys.stdout.write(f"{recipe.name}: all that was asked for is done ({run_dir})\n")
         return 0
-    inputs.check(recipe, run_dir, chosen, gpus=None)
-    jobs, notes = slurm.submit(recipe, run_dir, chosen, probe=not options.no_probe)
-    for note in [*inputs.warnings(recipe), *notes]:
+    run_checks.check(recipe, run_dir, chosen, gpus=None)
+    jobs, notes = submit.submit(recipe, run_dir, chosen, probe=not options.no_probe)
+    for note in [*run_checks.warnings(recipe), *notes]:
         sys.stderr.write(f"warning: {note}\n")
-    for stage, line in zip(chosen, slurm.graph_lines(recipe, chosen), strict=True):
+    for stage, line in zip(chosen, submit.graph_lines(recipe, chosen), strict=True):
         sys.stdout.write(f"{jobs[stage.name]:>8}  {line}\n")
     sys.stdout.write(
         f"everything goes to {run_dir}; see btx status {shlex.quote(options.recipe)}\n"
@@ -126,13 +127,13 @@ def status(options: argparse.Namespace) -> int:
         text, _ = _standing(options.recipe, options.json)
         sys.stdout.write(text)
         return 0
-    from megatron_btx.pipeline import cluster
+    from megatron_btx.pipeline.slurm.submit import commands
 
     left = True
     while left:
         try:
             text, left = _standing(options.recipe, options.json)
-        except cluster.Silent as error:  # the controller is being restarted, or busy
+        except commands.Silent as error:  # the controller is being restarted, or busy
             text = f"{error}\n"
         sys.stdout.write(f"\x1b[H\x1b[J{text}" if sys.stdout.isatty() else text)
         sys.stdout.flush()
@@ -143,30 +144,30 @@ def status(options: argparse.Namespace) -> int:
 
 def _standing(recipe: str, as_json: bool) -> tuple[str, bool]:
     """Where every stage stands, as text, and whether any is still in the queue."""
-    from megatron_btx.pipeline import standing
+    from megatron_btx.pipeline.slurm.submit import status
 
     _, run_dir, stages = open_recipe(recipe, on_slurm=True)
-    rows = standing.rows(run_dir.absolute(), stages)
+    rows = status.rows(run_dir.absolute(), stages)
     if as_json:
         text = json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n"
     else:
-        text = standing.table(rows)
+        text = status.table(rows)
     return text, any(row.active for row in rows)
 
 
 def logs(options: argparse.Namespace) -> int:
     """``btx logs``."""
-    from megatron_btx.pipeline import standing
+    from megatron_btx.pipeline.slurm.submit import status
 
     _, run_dir, stages = open_recipe(options.recipe, on_slurm=True)
     run_dir = run_dir.absolute()
     stage = graph.find(stages, options.stage)
-    path = standing.log_file(run_dir, stage)
+    path = status.log_file(run_dir, stage)
     if path is None and not options.follow:
         raise UserError(stage.name, "has no log yet", f"btx status {shlex.quote(options.recipe)}")
     offset = 0
     while True:
-        latest = standing.log_file(run_dir, stage)
+        latest = status.log_file(run_dir, stage)
         if latest != path:  # another attempt has begun
             path, offset = latest, 0
         if path is not None:
@@ -183,26 +184,26 @@ def logs(options: argparse.Namespace) -> int:
 
 def _over(run_dir: Path, stage: Stage) -> bool:
     """Whether nothing more will be logged."""
-    from megatron_btx.pipeline import cluster, slurm
+    from megatron_btx.pipeline.slurm.submit import commands, submit
 
     if state.done(run_dir, stage) is not None:
         return True
-    job = cluster.show(str(slurm.jobs(run_dir).get(stage.name, {}).get("job", "0")))
+    job = commands.show(str(submit.jobs(run_dir).get(stage.name, {}).get("job", "0")))
     return job is None or not job.active
 
 
 def cancel(options: argparse.Namespace) -> int:
     """``btx cancel``."""
-    from megatron_btx.pipeline import cluster
+    from megatron_btx.pipeline.slurm.submit import commands
 
     recipe, run_dir, stages = open_recipe(options.recipe, on_slurm=True)
     wished = {graph.find(stages, name).name for name in options.stage}
     jobs = [
         job
-        for job in cluster.queued(str(run_dir.absolute()))
+        for job in commands.queued(str(run_dir.absolute()))
         if not wished or job.name.partition("@")[0] in wished
     ]
-    cluster.cancel(job.number for job in jobs)
+    commands.cancel(job.number for job in jobs)
     for job in jobs:
         sys.stdout.write(f"cancelled {job.number} ({job.name.partition('@')[0]})\n")
     if not jobs:

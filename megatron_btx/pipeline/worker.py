@@ -22,8 +22,9 @@ from typing import Any
 
 from megatron_btx.errors import UserError
 from megatron_btx.files import written
-from megatron_btx.pipeline import adopt, graph, guard, state
+from megatron_btx.pipeline import graph, import_checkpoint, state
 from megatron_btx.pipeline.graph import Stage
+from megatron_btx.pipeline.local.runner import reaper
 from megatron_btx.recipe.load import load_recipe
 from megatron_btx.recipe.schema import Recipe
 
@@ -96,7 +97,7 @@ def _export(recipe: Recipe, stage: Stage, run_dir: Path) -> Any:
 
 
 def _import(recipe: Recipe, stage: Stage, run_dir: Path) -> Any:
-    return adopt.link(recipe, stage.name, run_dir)
+    return import_checkpoint.link(recipe, stage.name, run_dir)
 
 
 KINDS: dict[str, Callable[[Recipe, Stage, Path], Any]] = {
@@ -117,7 +118,7 @@ KINDS: dict[str, Callable[[Recipe, Stage, Path], Any]] = {
 def main(arguments: list[str] | None = None) -> int:
     """Run one rank; the exit code is 0 (done), 75 (stopped and saved), 2 (the user's mistake) or
     1 (a crash)."""
-    guard.die_with_parent()
+    reaper.die_with_parent()
     recipe_path, stage_name = sys.argv[1:] if arguments is None else arguments
     try:
         recipe = load_recipe(recipe_path)

@@ -163,7 +163,7 @@ def _derive(recipe: Recipe) -> Recipe:
 
 def _taken_vocabulary(seed: Path) -> int | None:
     """Size of the vocabulary that comes along with a checkpoint, Megatron's or Hugging Face's;
-    whether there is a whole one is asked later (pipeline/adopt.py)."""
+    whether there is a whole one is asked later (pipeline/import_checkpoint.py)."""
     try:
         directory = seed if (seed / "manifest.json").exists() else newest_step(seed) or seed
         manifest = read_json(directory / "manifest.json")

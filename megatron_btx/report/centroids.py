@@ -11,7 +11,7 @@ from typing import Any
 from megatron_btx.errors import UserError
 from megatron_btx.evaluate import model_spec
 from megatron_btx.files import check_file
-from megatron_btx.pipeline import measure
+from megatron_btx.pipeline import eval_ranks
 from megatron_btx.report.evaluation import (
     add_how,
     check_numbers,
@@ -78,7 +78,7 @@ def run(options: argparse.Namespace) -> int:
     if options.out.exists():
         raise UserError(str(options.out), "exists already", "remove it, or give another name")
     check_file(options.out)
-    request = measure.request_of(
+    request = eval_ranks.request_of(
         "centroids",
         subjects,
         layout_of(options.layout),
@@ -88,8 +88,8 @@ def run(options: argparse.Namespace) -> int:
         out=str(options.out.absolute()),
     )
     try:
-        found = measure.answer(request)
-    except measure.Ended as ended:
+        found = eval_ranks.answer(request)
+    except eval_ranks.Ended as ended:
         return ended.code
     if found is None:  # a rank that is not the first
         return 0

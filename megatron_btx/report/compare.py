@@ -14,7 +14,7 @@ from megatron_btx.errors import UserError
 from megatron_btx.evaluate import model_spec
 from megatron_btx.evaluate.model_spec import Subject
 from megatron_btx.files import check_directory, read_json, write_json, written
-from megatron_btx.pipeline import graph, measure, state
+from megatron_btx.pipeline import eval_ranks, graph, state
 from megatron_btx.pipeline.fingerprint import Memo
 from megatron_btx.recipe.load import digest, load_recipe
 from megatron_btx.recipe.schema import Layout
@@ -76,7 +76,7 @@ def run(options: argparse.Namespace) -> int:
     made = comparison.compare(runs)
     try:
         tasks = measure_tasks(runs, asked, out / "tasks")
-    except measure.Ended as ended:
+    except eval_ranks.Ended as ended:
         return ended.code
     text = comparison.as_json(made, tasks)
     table = evaluation.tasks_table(tasks) if tasks else ""
@@ -135,10 +135,10 @@ def _score(run: Run, row: Row, tasks: list[dict[str, Any]]) -> dict[str, Any]:
     else:
         place = model_spec.find(directory(run.run_dir, row.models[0]))
         one = Subject(name="model", models={"model": place})
-    layout = Layout(num_threads=measure.threads(1))
+    layout = Layout(num_threads=eval_ranks.threads(1))
     predictor = {"precision": None, "micro_batch_size": 8, "tokenizer": None}
-    asked = measure.request_of("tasks", [one], layout, tasks=tasks, predictor=predictor)
-    answer: dict[str, Any] = measure.answer(asked)[one.name]
+    asked = eval_ranks.request_of("tasks", [one], layout, tasks=tasks, predictor=predictor)
+    answer: dict[str, Any] = eval_ranks.answer(asked)[one.name]
     return answer
 
 

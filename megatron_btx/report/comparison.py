@@ -19,7 +19,7 @@ from typing import Any
 from megatron_btx.errors import UserError
 from megatron_btx.evaluate.sample_top1_mode import in_words
 from megatron_btx.files import read_json
-from megatron_btx.pipeline.view import amount, clock
+from megatron_btx.pipeline.local.progress import amount, clock
 from megatron_btx.recipe.schema import Recipe
 from megatron_btx.recipe.stages import directory
 from megatron_btx.recipe.systems import SYSTEMS, rows

@@ -14,7 +14,7 @@ from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.evaluate import model_spec
 from megatron_btx.evaluate.sample_top1_mode import in_words
 from megatron_btx.files import check_file, write_json
-from megatron_btx.pipeline import measure
+from megatron_btx.pipeline import eval_ranks
 from megatron_btx.recipe.schema import Layout
 
 _CHECKPOINT = """a CHECKPOINT is
@@ -164,7 +164,7 @@ def layout_of(words: Sequence[str]) -> Layout:
         )
         raise UserError("--layout expert_model_parallel_size", what, "raise data_parallel_size")
     return dataclasses.replace(
-        layout, num_threads=given.get("num_threads", measure.threads(layout.world_size))
+        layout, num_threads=given.get("num_threads", eval_ranks.threads(layout.world_size))
     )
 
 
@@ -203,14 +203,14 @@ def run_evaluate(options: argparse.Namespace) -> int:
     try:
         if data:
             setting = setting_of(options) | {"tokens": options.tokens}
-            asked = measure.request_of("data", subjects, layout, data=data, setting=setting)
-            result["data"] = measure.answer(asked)
+            asked = eval_ranks.request_of("data", subjects, layout, data=data, setting=setting)
+            result["data"] = eval_ranks.answer(asked)
         if tasks:
-            asked = measure.request_of(
+            asked = eval_ranks.request_of(
                 "tasks", subjects, layout, tasks=tasks, predictor=predictor_of(options)
             )
-            result["tasks"] = measure.answer(asked)
-    except measure.Ended as ended:
+            result["tasks"] = eval_ranks.answer(asked)
+    except eval_ranks.Ended as ended:
         return ended.code
     if result.get("data", result.get("tasks")) is None:  # a rank that is not the first
         return 0
@@ -249,7 +249,7 @@ def run_generate(options: argparse.Namespace) -> int:
         "random_seed": options.random_seed,
         "until": options.until,
     }
-    asked = measure.request_of(
+    asked = eval_ranks.request_of(
         "generate",
         subjects,
         layout_of(options.layout),
@@ -258,8 +258,8 @@ def run_generate(options: argparse.Namespace) -> int:
         predictor=predictor_of(options),
     )
     try:
-        found = measure.answer(asked)
-    except measure.Ended as ended:
+        found = eval_ranks.answer(asked)
+    except eval_ranks.Ended as ended:
         return ended.code
     if found is None:
         return 0

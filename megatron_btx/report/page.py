@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_btx.files import written
-from megatron_btx.pipeline.view import amount, clock
+from megatron_btx.pipeline.local.progress import amount, clock
 from megatron_btx.recipe.load import dump
 from megatron_btx.recipe.schema import Recipe
 from megatron_btx.report import charts, table

@@ -17,7 +17,7 @@ from megatron_btx.evaluate import model_spec
 from megatron_btx.evaluate.model_spec import Subject
 from megatron_btx.evaluate.sample_top1_mode import expert_choice, in_words
 from megatron_btx.files import check_directory, read_json, written
-from megatron_btx.pipeline import measure
+from megatron_btx.pipeline import eval_ranks
 from megatron_btx.recipe.load import load_recipe
 from megatron_btx.recipe.schema import Recipe
 from megatron_btx.report.evaluation import (
@@ -136,7 +136,7 @@ def run(options: argparse.Namespace) -> int:
     if subjects:
         try:
             views += _measured(subjects, options)
-        except measure.Ended as ended:
+        except eval_ranks.Ended as ended:
             return ended.code
     if not views:  # a rank that is not the first
         return 0
@@ -204,14 +204,14 @@ def _measured(subjects: list[Subject], options: argparse.Namespace) -> list[View
     sets = [one.name for one in subjects if one.method is not None]
     if sets:
         raise UserError(sets[0], "is a set of models: it has no router", "give one model")
-    asked = measure.request_of(
+    asked = eval_ranks.request_of(
         "routing",
         subjects,
         layout_of(options.layout),
         data=data_of(options.data),
         setting=setting_of(options) | {"tokens": options.tokens},
     )
-    found = measure.answer(asked) or {}
+    found = eval_ranks.answer(asked) or {}
     return [
         View(name=name, moment="as it is", balance_loss_coeff=None, **one)
         for name, one in found.items()

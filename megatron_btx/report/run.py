@@ -7,11 +7,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_btx.pipeline import graph, inputs, local, slurm, state
+from megatron_btx.pipeline import graph, run_checks, state
 from megatron_btx.pipeline.fingerprint import Memo
 from megatron_btx.pipeline.graph import Stage
-from megatron_btx.pipeline.local import Outcome
-from megatron_btx.pipeline.view import view
+from megatron_btx.pipeline.local.progress import view
+from megatron_btx.pipeline.local.runner import Outcome, runner
+from megatron_btx.pipeline.slurm.submit import submit
 from megatron_btx.recipe.load import dump
 from megatron_btx.recipe.schema import Recipe
 from megatron_btx.report import page
@@ -31,13 +32,13 @@ def run_left(
     Raises:
         UserError: the input is wrong, jobs are at work in the directory, or another run is.
     """
-    slurm.refuse_beside_jobs(run_dir.absolute())
-    inputs.check(recipe, run_dir, state.left(run_dir, stages), len(local.gpus()))
-    for line in inputs.warnings(recipe):
+    submit.refuse_beside_jobs(run_dir.absolute())
+    run_checks.check(recipe, run_dir, state.left(run_dir, stages), len(runner.gpus()))
+    for line in run_checks.warnings(recipe):
         sys.stderr.write(f"warning: {line}\n")
     absolute = dataclasses.replace(recipe, run_dir=str(run_dir.absolute()))
     try:
-        outcome = local.run(
+        outcome = runner.run(
             stages,
             run_dir,
             dump(absolute),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import IO, Any
 
 from megatron_btx.evaluate.sample_top1_mode import in_words
-from megatron_btx.pipeline.view import amount
+from megatron_btx.pipeline.local.progress import amount
 
 Results = Mapping[str, Any]
 """The content of ``results.json``."""

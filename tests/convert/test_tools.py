@@ -24,7 +24,7 @@ from megatron_btx.families.family import computed
 from megatron_btx.mix import offline
 from megatron_btx.mix.command import Request
 from megatron_btx.mix.reference import verify
-from megatron_btx.pipeline import adopt
+from megatron_btx.pipeline import import_checkpoint
 from megatron_btx.recipe.load import load_recipe
 from megatron_btx.recipe.schema import Model, Recipe
 from megatron_btx.weights.megatron import open_megatron
@@ -223,16 +223,16 @@ def taking(tmp_path, tool, released) -> Recipe:
 
 def test_a_recipe_begins_with_a_hugging_face_directory(tmp_path, taking, released):
     assert taking.tokenizer.vocab_size == 512  # the model's, which has rows for more
-    adopt.check(taking, "seed")
+    import_checkpoint.check(taking, "seed")
     for name in ("seed", "expert:web"):
-        outputs = adopt.link(taking, name, tmp_path)
+        outputs = import_checkpoint.link(taking, name, tmp_path)
         assert outputs["from"] == str(released)
         opened = open_megatron(tmp_path / outputs["checkpoint"], "m")
         original = open_hf(released, "m")
         assert opened.architecture == original.architecture
         for each in original.tensors:
             assert torch.equal(read_whole(opened.source, each), read_whole(original.source, each))
-        assert adopt.link(taking, name, tmp_path) == outputs  # once is enough
+        assert import_checkpoint.link(taking, name, tmp_path) == outputs  # once is enough
     summary = prepare(taking, tmp_path / "prepare")
     assert summary["tokenizer"]["type"] == "huggingface"
     assert summary["tokenizer"]["sha256"] == opened.manifest["tokenizer"]["sha256"]
@@ -241,7 +241,7 @@ def test_a_recipe_begins_with_a_hugging_face_directory(tmp_path, taking, release
 def test_a_block_of_another_model_is_refused(taking):
     changed = replace(taking, model=replace(taking.model, window_size=None))
     with pytest.raises(UserError, match=r"window_size: \(6, 0\) there, None here") as caught:
-        adopt.check(changed, "seed")
+        import_checkpoint.check(changed, "seed")
     assert "hf_to_megatron.py" in caught.value.fix
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 
 from megatron_btx import cli
-from megatron_btx.pipeline import local
+from megatron_btx.pipeline.local.runner import runner
 
 if __name__ == "__main__":
-    local.WORKER = (sys.executable, "-m", "tests.pipeline.fake_worker")
+    runner.WORKER = (sys.executable, "-m", "tests.pipeline.fake_worker")
     sys.exit(cli.main())

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from megatron_btx.errors import UserError
-from megatron_btx.pipeline import graph, local
+from megatron_btx.pipeline import graph
 from megatron_btx.pipeline.fingerprint import Memo
+from megatron_btx.pipeline.local.runner import runner
 from megatron_btx.recipe.load import load_recipe
 from megatron_btx.recipe.schema import Recipe
 
@@ -189,7 +190,7 @@ def test_a_large_file_is_sampled_at_both_ends(tmp_path: Path) -> None:
 
 
 def test_the_longest_way_starts_first(recipe: Recipe) -> None:
-    names = [stage.name for stage in local.in_order(graph.build(recipe))]
+    names = [stage.name for stage in runner.in_order(graph.build(recipe))]
     assert names.index("dense") < names.index("expert:math") < names.index("finetune")
 
 

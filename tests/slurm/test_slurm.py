@@ -6,7 +6,7 @@ import json
 import random
 import subprocess
 
-from megatron_btx.pipeline import sbatch
+from megatron_btx.pipeline.slurm.submit import script
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import ROOT, SECRET, Run
 
@@ -76,7 +76,7 @@ def test_slurm_reads_a_flag_as_it_was_written(cluster: Cluster) -> None:
     signs = "$`\"'\\;&|<>(){}[]*?!#~ %=:,abc"
     texts = ["".join(letters.choices(signs, k=12)).strip() for _ in range(40)]
     for text in ["$(touch hit)", "x # y", "a 'b \"c", *filter(None, texts)]:
-        flag = sbatch.flag(f"--comment={text}")
+        flag = script.flag(f"--comment={text}")
         script = f"#!/bin/bash\n#SBATCH {flag}\ntrue\n"
         job = cluster("sbatch", "--parsable", "--hold", "--output=/dev/null", text=script).strip()
         lines = cluster("scontrol", "show", "job", job).splitlines()
@@ -100,7 +100,7 @@ def test_every_script_is_accepted(cluster: Cluster, whole: Run) -> None:
     shell = [
         ROOT / ".ci" / "run",
         *ROOT.glob("tools/*.sh"),
-        ROOT / "megatron_btx/pipeline/batch.sh",
+        ROOT / "megatron_btx/pipeline/slurm/batch.sh",
     ]
     command = ["shellcheck", "--shell=bash", "--exclude=SC2154", *map(str, [*scripts, *shell])]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -19,7 +19,7 @@ from megatron_btx.errors import UserError
 from megatron_btx.evaluate import model_spec
 from megatron_btx.families.export import export_hf
 from megatron_btx.pipeline import graph, state
-from megatron_btx.pipeline.begin import begin
+from megatron_btx.pipeline.slurm.attempt import begin
 from megatron_btx.recipe import count
 from megatron_btx.recipe.load import load_recipe
 from megatron_btx.recipe.stages import btx_flops, training

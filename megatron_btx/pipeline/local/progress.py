@@ -18,7 +18,7 @@ from megatron_btx.pipeline import state
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from megatron_btx.pipeline.job import Job, Verdict
+    from megatron_btx.pipeline.local.job import Job, Verdict
 
 _WORDS = {"done": "done", "stopped": "stopped", "failed": "failed"}
 

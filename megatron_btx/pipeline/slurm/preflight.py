@@ -10,13 +10,13 @@ import sys
 from pathlib import Path
 
 from megatron_btx.errors import UserError, UserErrors
-from megatron_btx.pipeline import begin, cluster, sbatch
 from megatron_btx.pipeline.graph import Stage
+from megatron_btx.pipeline.slurm.submit import attempt, commands, script
 from megatron_btx.recipe import slurm
 from megatron_btx.recipe.schema import Recipe
 
 
-def fits(recipe: Recipe, chosen: tuple[Stage, ...], there: list[cluster.Nodes]) -> None:
+def fits(recipe: Recipe, chosen: tuple[Stage, ...], there: list[commands.Nodes]) -> None:
     """That each stage fits its partition.
 
     Raises:
@@ -40,8 +40,8 @@ def _misfit(
     partition: str | None,
     limit: str | None,
     shape: slurm.Shape,
-    nodes: list[cluster.Nodes],
-    there: list[cluster.Nodes],
+    nodes: list[commands.Nodes],
+    there: list[commands.Nodes],
 ) -> tuple[str, str, str] | None:
     """Key, what and fix of the first thing that does not fit."""
     if not nodes:
@@ -66,7 +66,7 @@ def _misfit(
     if count < shape.nodes:
         what = f"{shape.nodes} nodes, and {name} has {count} that would do"
         return "slurm.nodes", what, "choose another partition, or a smaller layout"
-    wanted, most_minutes = cluster.minutes(limit or ""), nodes[0].limit
+    wanted, most_minutes = commands.minutes(limit or ""), nodes[0].limit
     if wanted is not None and most_minutes is not None and wanted > most_minutes:
         what = f"{limit} is more than {name} allows ({most_minutes:g} minutes)"
         return "slurm.time", what, "lower it: a stage goes on after a requeue"
@@ -82,8 +82,8 @@ def accepted(scripts: dict[str, str]) -> None:
     errors = []
     for name, text in scripts.items():
         try:
-            cluster.call("sbatch", "--test-only", text=text, environment=cluster.environment())
-        except cluster.Refused as error:
+            commands.call("sbatch", "--test-only", text=text, environment=commands.environment())
+        except commands.Refused as error:
             errors.append(UserError(f"{name}: sbatch", str(error), "change the `slurm:` block"))
     if errors:
         raise UserErrors(errors)
@@ -119,15 +119,21 @@ def probe(recipe: Recipe, run_dir: Path, chosen: tuple[Stage, ...], token: str) 
 def _probe_one(recipe: Recipe, run_dir: Path, place: dict[str, str], token: str) -> str | None:
     python = recipe.slurm.python or sys.executable
     command = ["srun", "--immediate=20", "--nodes=1", "--ntasks=1", "--time=2", "--quiet"]
-    command += ["--job-name=" + sbatch.job_name(recipe, "probe"), "--chdir=/"]
+    command += ["--job-name=" + script.job_name(recipe, "probe"), "--chdir=/"]
     command += [f"--{name}={value}" for name, value in place.items()]
     command += [*shlex.split(recipe.slurm.launch_prefix), python]
-    command += ["-m", "megatron_btx.pipeline.begin", "--probe", str(run_dir / begin.TOKEN), token]
+    command += [
+        "-m",
+        "megatron_btx.pipeline.slurm.attempt",
+        "--probe",
+        str(run_dir / attempt.TOKEN),
+        token,
+    ]
     extra = slurm.resolve(recipe, "probe").environment
-    environment = cluster.environment() | {name: str(value) for name, value in extra.items()}
+    environment = commands.environment() | {name: str(value) for name, value in extra.items()}
     try:
-        cluster.call(*command, environment=environment)
-    except cluster.Refused as error:
+        commands.call(*command, environment=environment)
+    except commands.Refused as error:
         text = str(error)
         if re.search(
             r"Unable to allocate|busy|queued|not available|Immediate", text, re.IGNORECASE

@@ -16,11 +16,12 @@ from pathlib import Path
 
 from megatron_btx.errors import UserError
 from megatron_btx.files import written
-from megatron_btx.pipeline import guard, state
+from megatron_btx.pipeline import state
 from megatron_btx.pipeline.graph import Stage
-from megatron_btx.pipeline.job import Job, Setting
-from megatron_btx.pipeline.undo import Undo
-from megatron_btx.pipeline.view import View
+from megatron_btx.pipeline.local.job import Job, Setting
+from megatron_btx.pipeline.local.progress import View
+from megatron_btx.pipeline.local.rollback import Undo
+from megatron_btx.pipeline.local.runner import reaper
 
 WORKER = (sys.executable, "-m", "megatron_btx.pipeline.worker")
 GRACE = 600.0
@@ -77,7 +78,7 @@ def run(
         scratch = Path(tempfile.mkdtemp(prefix="btx-"))
         stack.callback(shutil.rmtree, scratch, ignore_errors=True)
         # Before the lock: the watcher must not share it.
-        stack.enter_context(guard.watcher(token, scratch))
+        stack.enter_context(reaper.watcher(token, scratch))
         stack.enter_context(state.run_lock(run_dir))
         undo.arm()
         undo.wanted = True  # until the first stage begins

@@ -8,9 +8,10 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_btx.pipeline import cluster, slurm, state
+from megatron_btx.pipeline import state
 from megatron_btx.pipeline.graph import Stage
-from megatron_btx.pipeline.view import Standing, amount, clock
+from megatron_btx.pipeline.local.progress import Standing, amount, clock
+from megatron_btx.pipeline.slurm.submit import commands, submit
 
 COLUMNS = ("stage", "job", "state", "nodes", "step", "loss", "tokens/s", "left", "restarts")
 
@@ -48,9 +49,9 @@ class Row:
 
 def rows(run_dir: Path, stages: tuple[Stage, ...]) -> list[Row]:
     """A row a stage; ``run_dir`` is absolute."""
-    known = slurm.jobs(run_dir)
+    known = submit.jobs(run_dir)
     # Those whose submission was killed before it could write them down are in the queue.
-    stray = {job.name.partition("@")[0]: job.number for job in cluster.queued(str(run_dir))}
+    stray = {job.name.partition("@")[0]: job.number for job in commands.queued(str(run_dir))}
     return [
         _row(run_dir, stage, stray.get(stage.name) or known.get(stage.name, {}).get("job"))
         for stage in stages
@@ -59,7 +60,7 @@ def rows(run_dir: Path, stages: tuple[Stage, ...]) -> list[Row]:
 
 def _row(run_dir: Path, stage: Stage, number: str | None) -> Row:
     directory = run_dir / stage.directory
-    job = cluster.show(number) if number else None
+    job = commands.show(number) if number else None
     if job is not None and job.directory not in ("", str(run_dir)):
         job = None  # Slurm counts anew: another run's job
     done = state.done(run_dir, stage) is not None
@@ -87,12 +88,12 @@ def _row(run_dir: Path, stage: Stage, number: str | None) -> Row:
     )
 
 
-def _left(seen: Standing, job: cluster.Job) -> str:
+def _left(seen: Standing, job: commands.Job) -> str:
     limit = job.time_left or "no limit"
     return limit if seen.seconds_left is None else f"{clock(seen.seconds_left)} of {limit}"
 
 
-def _ended(directory: Path, job: cluster.Job | None) -> str:
+def _ended(directory: Path, job: commands.Job | None) -> str:
     """How a stage that is neither done nor in the queue ended."""
     if (directory / "error.json").exists():
         return "failed"
@@ -105,7 +106,7 @@ def _ended(directory: Path, job: cluster.Job | None) -> str:
     return "ended" if (directory / "attempts.jsonl").exists() else "left"
 
 
-def _last_words(run_dir: Path, stage: Stage, word: str, job: cluster.Job | None) -> str:
+def _last_words(run_dir: Path, stage: Stage, word: str, job: commands.Job | None) -> str:
     record = state.read_json(run_dir / stage.directory / "error.json")
     if record is not None:
         return str(record.get("message"))
@@ -124,7 +125,7 @@ def log_file(run_dir: Path, stage: Stage) -> Path | None:
     these are newer or no rank has started."""
     attempt = state.next_attempt(run_dir / stage.directory) - 1
     ranks = state.log_file(run_dir / stage.directory, attempt)
-    record = slurm.jobs(run_dir).get(stage.name)
+    record = submit.jobs(run_dir).get(stage.name)
     batch = run_dir / "slurm" / str((record or {}).get("submission")) / f"{stage.directory}.out"
     found = [path for path in (ranks, batch) if path.is_file() and path.stat().st_size]
     return max(found, key=lambda path: path.stat().st_mtime, default=None)

@@ -32,8 +32,9 @@ from typing import Any
 
 from megatron_btx.errors import UserError
 from megatron_btx.files import written
-from megatron_btx.pipeline import begin, cluster, preflight, sbatch, state
+from megatron_btx.pipeline import state
 from megatron_btx.pipeline.graph import Stage
+from megatron_btx.pipeline.slurm.submit import attempt, commands, preflight, script
 from megatron_btx.provenance import code_revision, versions
 from megatron_btx.recipe import slurm
 from megatron_btx.recipe.load import dump
@@ -46,7 +47,7 @@ _KEPT = re.compile(
 """Environment variables that are written down, unless they look like a key."""
 
 
-_WRITTEN = (begin.TOKEN, "recipe.yaml", "slurm/jobs.json")
+_WRITTEN = (attempt.TOKEN, "recipe.yaml", "slurm/jobs.json")
 """What a submission writes anew in the run's directory."""
 
 
@@ -60,7 +61,7 @@ def prepared(
             "run_dir", f"{str(run_dir)!r} has a line break or a control character", "rename it"
         )
     return {
-        stage.name: sbatch.script(
+        stage.name: script.script(
             recipe,
             stage,
             run_dir=run_dir,
@@ -116,14 +117,14 @@ def submit(
         undo = stack.enter_context(_removed_unless_kept(run_dir))
         stack.enter_context(state.run_lock(run_dir))
         refuse_active(run_dir)
-        preflight.fits(recipe, chosen, cluster.nodes())
+        preflight.fits(recipe, chosen, commands.nodes())
         token, directory = uuid.uuid4().hex, _next(run_dir)
         scripts = prepared(recipe, run_dir, chosen, directory, token)
         preflight.accepted(scripts)
         directory.mkdir(parents=True)
         undo.append(directory)
         with _restored(*(run_dir / name for name in _WRITTEN)):
-            (run_dir / begin.TOKEN).write_text(token, encoding="utf-8")
+            (run_dir / attempt.TOKEN).write_text(token, encoding="utf-8")
             notes = preflight.probe(recipe, run_dir, chosen, token) if probe else []
             _keep(recipe, run_dir, directory, scripts)
             jobs = _send(run_dir, directory, chosen)
@@ -137,7 +138,7 @@ def refuse_active(run_dir: Path) -> None:
     Raises:
         UserError: some are.
     """
-    active = cluster.queued(str(run_dir))
+    active = commands.queued(str(run_dir))
     if active:
         names = ", ".join(f"{job.number} ({job.name.partition('@')[0]})" for job in active)
         raise UserError(
@@ -155,7 +156,7 @@ def refuse_beside_jobs(run_dir: Path) -> None:
     """
     if not (run_dir / "slurm" / "jobs.json").exists() or shutil.which("squeue") is None:
         return
-    with contextlib.suppress(cluster.Silent):
+    with contextlib.suppress(commands.Silent):
         refuse_active(run_dir)
 
 
@@ -201,8 +202,8 @@ def _send(run_dir: Path, directory: Path, chosen: tuple[Stage, ...]) -> dict[str
             command = ["sbatch", "--parsable"]
             if after:
                 command += [f"--dependency=afterok:{':'.join(after)}", "--kill-on-invalid-dep=yes"]
-            output = cluster.call(
-                *command, str(directory / _file(stage.name)), environment=cluster.environment()
+            output = commands.call(
+                *command, str(directory / _file(stage.name)), environment=commands.environment()
             )
             numbers[stage.name] = output.strip().partition(";")[0]
             record[stage.name] = {
@@ -214,8 +215,8 @@ def _send(run_dir: Path, directory: Path, chosen: tuple[Stage, ...]) -> dict[str
             state.write_json(directory / "jobs.json", numbers)
             state.write_json(run_dir / "slurm" / "jobs.json", record)
     except BaseException as error:
-        cluster.cancel(numbers.values())
-        if isinstance(error, cluster.Refused):
+        commands.cancel(numbers.values())
+        if isinstance(error, commands.Refused):
             where = f"{stage.name}: sbatch"
             raise UserError(where, str(error), "nothing was submitted; try again") from None
         raise

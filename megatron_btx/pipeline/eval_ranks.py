@@ -22,7 +22,7 @@ from typing import Any
 from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.evaluate.model_spec import Subject
 from megatron_btx.files import read_json, write_json
-from megatron_btx.pipeline import guard, local
+from megatron_btx.pipeline.local.runner import reaper, runner
 from megatron_btx.recipe.schema import Layout
 
 Request = Mapping[str, Any]
@@ -84,11 +84,11 @@ def _number(name: str) -> int:
 
 
 def _start(request: Request, world_size: int) -> Any:
-    most = max(_RANKS, 4 * local.cores())
+    most = max(_RANKS, 4 * runner.cores())
     if world_size > most:
         raise UserError(
             "--layout",
-            f"asks for {world_size} ranks, and this machine has {local.cores()} core(s)",
+            f"asks for {world_size} ranks, and this machine has {runner.cores()} core(s)",
             f"give a layout of {most} ranks or fewer, or start the command's ranks by srun",
         )
     with tempfile.TemporaryDirectory(prefix="btx-") as name:
@@ -105,7 +105,7 @@ def _start(request: Request, world_size: int) -> Any:
             "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
             "TMPDIR": name,
         }
-        command = [sys.executable, "-m", "megatron_btx.pipeline.measure", name]
+        command = [sys.executable, "-m", "megatron_btx.pipeline.eval_ranks", name]
         ranks = [
             subprocess.Popen(
                 command,
@@ -148,7 +148,7 @@ def _mistake(errors: list[list[str]]) -> UserError:
 
 def main(arguments: list[str] | None = None) -> int:
     """A rank's life: 0, or 2 for a user's mistake, or 1 for a crash."""
-    guard.die_with_parent()
+    reaper.die_with_parent()
     (name,) = sys.argv[1:] if arguments is None else arguments
     scratch = Path(name)
     request = read_json(scratch / "request.json")
@@ -301,7 +301,7 @@ class Progress:
 
 def threads(world_size: int) -> int:
     """CPU threads a rank, where nobody says: the cores shared out."""
-    return max(1, local.cores() // world_size)
+    return max(1, runner.cores() // world_size)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_btx.errors import UserError
-from megatron_btx.pipeline import adopt
+from megatron_btx.pipeline import import_checkpoint
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.load import load_recipe
 from megatron_btx.recipe.schema import Recipe
@@ -35,7 +35,7 @@ def test_a_fitting_checkpoint_passes(tmp_path: Path) -> None:
     recipe = load_recipe(TINY)
     path = _checkpoint(tmp_path / "seed" / "checkpoints" / "step_00000007", recipe)
     for given in (path, path.parent, path.parent.parent):
-        adopt.check(_taking(given), "seed")
+        import_checkpoint.check(_taking(given), "seed")
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path, change: str, message: str)
         model = dataclasses.asdict(dataclasses.replace(recipe.model, hidden_size=64))
         manifest.write_text(json.dumps({**json.loads(manifest.read_text()), "model": model}))
     with pytest.raises(UserError, match=message) as error:
-        adopt.check(_taking(path), "seed")
+        import_checkpoint.check(_taking(path), "seed")
     assert error.value.where == "seed.from"
     assert error.value.fix
 
@@ -80,8 +80,10 @@ def test_an_expert_of_zero_tokens_is_a_link_to_the_seed(
     math = dataclasses.replace(recipe.experts["math"], tokens=0)
     recipe = dataclasses.replace(recipe, experts={**recipe.experts, "math": math})
     seed = _checkpoint(tmp_path / "run" / "seed" / "checkpoints" / "step_00000032", recipe, step=32)
-    monkeypatch.setattr(adopt, "_whole", lambda directory: None)  # no tensors in this one
-    adopt.link(recipe, "expert:math", tmp_path / "run")
+    monkeypatch.setattr(
+        import_checkpoint, "_whole", lambda directory: None
+    )  # no tensors in this one
+    import_checkpoint.link(recipe, "expert:math", tmp_path / "run")
     moved = (tmp_path / "run").rename(tmp_path / "moved")
     link = moved / "expert-math" / "checkpoints" / "step_00000032"
     assert link.is_symlink()

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_btx.pipeline.view import Standing, amount, clock
+from megatron_btx.pipeline.local.progress import Standing, amount, clock
 from tests.pipeline.conftest import ROOT, Run
 
 

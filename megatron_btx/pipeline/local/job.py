@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from megatron_btx.pipeline import guard, state
+from megatron_btx.pipeline import state
 from megatron_btx.pipeline.graph import Stage
+from megatron_btx.pipeline.local.runner import reaper
 
 Verdict = Literal["done", "stopped", "failed"]
 
@@ -68,7 +69,7 @@ class Job:
             "BTX_ATTEMPT": str(self.attempt),
             "BTX_STAGE_KEY": stage.key,
             "BTX_PARENT": str(os.getpid()),
-            guard.MARK: self.mark,
+            reaper.MARK: self.mark,
             "OMP_NUM_THREADS": str(stage.num_threads),
             "PYTHONUNBUFFERED": "1",
             # All ranks are here: no need of a name server that knows this machine.
@@ -106,7 +107,7 @@ class Job:
         if any(code not in (None, 0, state.EXIT_STOPPED) for code in codes):
             self._failed_at = self._failed_at or time.monotonic()
         if None not in codes:
-            guard.kill_marked(self.mark, grace=2.0)
+            reaper.kill_marked(self.mark, grace=2.0)
             return self._verdict()
         if self._failed_at is not None:
             waited = time.monotonic() - self._failed_at
@@ -129,7 +130,7 @@ class Job:
     def kill(self) -> None:
         """End the ranks and all that they started, now."""
         self._send(signal.SIGKILL)
-        guard.kill_marked(self.mark)
+        reaper.kill_marked(self.mark)
 
     def message(self) -> tuple[str, bool]:
         """What went wrong, and whether the user can put it right."""

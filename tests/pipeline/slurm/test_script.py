@@ -16,7 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megatron_btx.errors import UserError
-from megatron_btx.pipeline import begin, graph, sbatch, selection
+from megatron_btx.pipeline import graph
+from megatron_btx.pipeline.slurm.submit import attempt, script, selection
 from megatron_btx.recipe import check
 from megatron_btx.recipe import slurm as slurm_recipe
 from megatron_btx.recipe.load import dump, load_recipe, parse_recipe
@@ -58,7 +59,7 @@ def test_no_value_runs_a_command(
     if re.search(r"[\x00-\x1f\x7f]", place):
         return  # refused by submit
     run_dir = tmp_path / place
-    text = sbatch.script(
+    text = script.script(
         recipe,
         _stage("seed"),
         run_dir=run_dir,
@@ -92,7 +93,7 @@ def test_a_flag_is_one_word_to_slurm(word: str) -> None:
     """By sbatch's own rule: in quotes a character after a backslash is taken as it is. The
     cluster's tests ask sbatch itself."""
     out, escaped = "", False
-    written = sbatch.flag(word)
+    written = script.flag(word)
     quoted = written[0] == '"'
     assert not quoted or written[-1] == '"'
     for letter in written[1:-1] if quoted else written:
@@ -109,8 +110,8 @@ def test_a_flag_is_one_word_to_slurm(word: str) -> None:
 def test_the_templates_are_what_is_submitted() -> None:
     for kind in slurm_recipe.KINDS:
         path = ROOT / "slurm" / f"{kind}.sbatch"
-        assert path.read_text() == sbatch.template(kind), (
-            "python -m megatron_btx.pipeline.sbatch slurm"
+        assert path.read_text() == script.template(kind), (
+            "python -m megatron_btx.pipeline.slurm.script slurm"
         )
     assert {path.stem for path in ROOT.glob("slurm/*.sbatch")} == set(slurm_recipe.KINDS)
 
@@ -214,7 +215,7 @@ def test_without_slurm_the_error_says_so(tmp_path: Path) -> None:
 
 def _begin(recipe: Path, restart: int, job: str = "7") -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "megatron_btx.pipeline.begin", str(recipe), "seed"],
+        [sys.executable, "-m", "megatron_btx.pipeline.slurm.attempt", str(recipe), "seed"],
         env={
             **os.environ,
             "PYTHONPATH": str(ROOT),
@@ -247,4 +248,4 @@ def test_three_restarts_without_progress_are_enough(tmp_path: Path) -> None:
     assert "restarted 3 times without progress" in done.stderr
     assert (tmp_path / "run" / "seed" / "error.json").exists()
     assert _begin(recipe, 0, job="8").returncode == 0  # submitted again
-    assert begin.progress(tmp_path / "run" / "seed") == "step_00000008"
+    assert attempt.progress(tmp_path / "run" / "seed") == "step_00000008"

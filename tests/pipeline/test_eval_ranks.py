@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 
 from megatron_btx.errors import UserError
-from megatron_btx.pipeline import measure
+from megatron_btx.pipeline import eval_ranks
 from megatron_btx.recipe.schema import Layout
 
 
@@ -16,4 +16,4 @@ def test_a_number_of_ranks_that_is_none(name: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv({"WORLD_SIZE": "RANK"}.get(name, "SLURM_PROCID"), "0")
     monkeypatch.setenv(name, "four")
     with pytest.raises(UserError, match=f"{name}: is 'four'\n  fix: give a whole number"):
-        measure.answer({"what": "data", "layout": dataclasses.asdict(Layout()), "subjects": []})
+        eval_ranks.answer({"what": "data", "layout": dataclasses.asdict(Layout()), "subjects": []})

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_btx.errors import UserError, UserErrors, noted
-from megatron_btx.pipeline import adopt
+from megatron_btx.pipeline import import_checkpoint
 from megatron_btx.pipeline.graph import Stage
 from megatron_btx.recipe import check as recipe_check
 from megatron_btx.recipe import plan
@@ -38,7 +38,7 @@ def check(recipe: Recipe, run_dir: Path, left: tuple[Stage, ...], gpus: int | No
             with noted(errors):
                 _machine(recipe, stage, gpus)
     with noted(errors):
-        adopt.check_all(recipe, left)
+        import_checkpoint.check_all(recipe, left)
     if any(stage.kind == "prepare" for stage in left):
         from megatron_btx.data import prepare
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_btx.pipeline import state
 from megatron_btx.pipeline.graph import Stage
-from megatron_btx.pipeline.view import View
+from megatron_btx.pipeline.local.progress import View
 
 
 class Undo:

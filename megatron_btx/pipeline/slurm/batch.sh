@@ -1,4 +1,4 @@
-# From here on the same for every stage (megatron_btx/pipeline/batch.sh).
+# From here on the same for every stage (megatron_btx/pipeline/slurm/batch.sh).
 set -u
 export PYTHONUNBUFFERED=1
 export SLURM_EXPORT_ENV=ALL # srun would inherit --export=NONE, and find nothing
@@ -28,7 +28,7 @@ requeue() {
 # One task a node. Each must see the run's directory; the first makes the stage's ready for another
 # attempt, unless the stage is done, or has been restarted too often without getting on.
 begun=$(srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
-  --cpus-per-task=1 "${launch[@]}" "$python" -m megatron_btx.pipeline.begin "$recipe" "$stage")
+  --cpus-per-task=1 "${launch[@]}" "$python" -m megatron_btx.pipeline.slurm.attempt "$recipe" "$stage")
 code=$?
 if [ "$asked" = USR1 ]; then requeue "nothing had begun"; fi
 if [ "$code" != 0 ]; then exit "$code"; fi

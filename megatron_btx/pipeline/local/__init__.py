@@ -1,0 +1,1 @@
+"""Running the stages on this machine: its processes, progress and clean-up."""

@@ -1,0 +1,1 @@
+"""Running the stages as Slurm jobs: scripts, submission, attempts and status."""
