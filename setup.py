@@ -45,5 +45,5 @@ setup(
             "types-PyYAML",
         ],
     },
-    entry_points={"console_scripts": ["btx=megatron_btx.cli:main"]},
+    entry_points={"console_scripts": ["btx=megatron_btx.cli.main:main"]},
 )

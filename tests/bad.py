@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_btx import cli
+from megatron_btx.cli.main import main
 from tests.small import btx, tree_hash
 
 
@@ -79,7 +79,7 @@ class Commands:
             patch.chdir(self.directory)
             for name, value in (environment or {}).items():
                 patch.setenv(name, value)
-            code = cli.main(list(arguments))
+            code = main(list(arguments))
         said = self.capture.readouterr()
         return Answer(code, said.out, said.err)
 

@@ -223,8 +223,8 @@ def test_no_space_left_on_the_way(left: int, disk: Callable[[str], Path], small:
     filler = small.directory / "fill.py"
     filler.write_text(
         "import os, sys\n"
-        "from megatron_btx import cli\n"
-        "from megatron_btx.pipeline import inputs\n"
+        "from megatron_btx.cli.main import main\n"
+        "from megatron_btx.pipeline import run_checks as inputs\n"
         "check = inputs.check\n"
         "def full(*arguments):\n"
         "    check(*arguments)\n"
@@ -232,7 +232,7 @@ def test_no_space_left_on_the_way(left: int, disk: Callable[[str], Path], small:
         f"        free = os.statvfs({str(where)!r})\n"
         f"        file.write(bytes(free.f_bavail * free.f_frsize - {left}))\n"
         "inputs.check = full\n"
-        "sys.exit(cli.main(['run', 'recipe.yaml']))\n"
+        "sys.exit(main(['run', 'recipe.yaml']))\n"
     )
     done = subprocess.run(
         [sys.executable, "fill.py"],

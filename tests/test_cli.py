@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_btx import __version__, cli
+from megatron_btx import __version__
+from megatron_btx.cli.main import main
 from tests.bad import Bad, Commands
 from tests.report.made import make_run
 from tests.small import btx, write_small
@@ -32,7 +33,7 @@ def _btx(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 def _help(*command: str) -> str:
     with pytest.raises(SystemExit) as ended, contextlib.redirect_stdout(io.StringIO()) as said:
-        cli.main([*command, "--help"])
+        main([*command, "--help"])
     assert ended.value.code == 0
     return said.getvalue()
 
@@ -58,7 +59,7 @@ def test_every_command_is_described_and_shows_examples(command: str) -> None:
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        cli.main(["--version"])
+        main(["--version"])
     assert capsys.readouterr().out.strip() == f"megatron-btx {__version__}"
 
 

@@ -13,37 +13,40 @@ import megatron_btx
 
 PACKAGE = Path(megatron_btx.__file__).parent
 ORDER = (
-    "errors files processor versions recipe weights families mix engine data evaluate train "
+    "errors files cpu_info provenance recipe weights families mix engine data evaluate train "
     "pipeline report cli"
 )
 ROOMS = ORDER.split()
 """Each may import itself and those before it."""
 
 TORCH_FREE = (
-    "cli",
-    "evaluate.subject",
-    "pipeline.adopt",
-    "pipeline.begin",
-    "pipeline.commands",
+    "cli.centroids",
+    "cli.compare",
+    "cli.evaluate",
+    "cli.main",
+    "cli.routing",
+    "cli.slurm",
+    "evaluate.model_spec",
+    "pipeline.eval_ranks",
     "pipeline.graph",
-    "pipeline.inputs",
-    "pipeline.local",
-    "pipeline.measure",
-    "pipeline.sbatch",
-    "pipeline.preflight",
-    "pipeline.selection",
-    "pipeline.slurm",
-    "pipeline.standing",
+    "pipeline.import_checkpoint",
+    "pipeline.local.runner",
+    "pipeline.run_checks",
+    "pipeline.slurm.attempt",
+    "pipeline.slurm.commands",
+    "pipeline.slurm.preflight",
+    "pipeline.slurm.script",
+    "pipeline.slurm.selection",
+    "pipeline.slurm.status",
+    "pipeline.slurm.submit",
     "pipeline.state",
     "pipeline.worker",
     "recipe.check",
-    "processor",
+    "cpu_info",
     "recipe.load",
-    "report.evaluation",
     "report.page",
-    "report.routing",
     "report.table",
-    "versions",
+    "provenance",
 )
 
 

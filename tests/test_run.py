@@ -17,9 +17,9 @@ import psutil
 import pytest
 import yaml
 
+from megatron_btx.cli import routing
 from megatron_btx.recipe import plan
 from megatron_btx.recipe.load import load_recipe
-from megatron_btx.report import routing
 from megatron_btx.train.metrics import read
 
 ROOT = Path(__file__).parent.parent

@@ -41,8 +41,8 @@ def transformer_config(
     Raises:
         UserError: Megatron refuses the combination, or our modules would not follow an option.
     """
-    model, platform = architecture.model, platform.detect()
-    if not platform.use_transformer_engine:
+    model, machine = architecture.model, platform.detect()
+    if not machine.use_transformer_engine:
         check.refuse_context_parallel(layout)
     is_moe = architecture.routing is not None
     sequence_parallel = layout.sequence_parallel
@@ -82,17 +82,17 @@ def transformer_config(
         "init_method": _leave_unset,
         "output_layer_init_method": _leave_unset,
         "embedding_init_method": _leave_unset,
-        "gradient_accumulation_fusion": True,  # everywhere: repairs.py
-        "bias_activation_fusion": not platform.use_transformer_engine,  # rotary.py, swiglu.py and
-        "cross_entropy_loss_fusion": not platform.use_transformer_engine,  # cross_entropy.py do it
-        "fused_single_qkv_rope": not platform.use_transformer_engine
+        "gradient_accumulation_fusion": True,  # everywhere: mcore_patches.py
+        "bias_activation_fusion": not machine.use_transformer_engine,  # rotary.py, swiglu.py and
+        "cross_entropy_loss_fusion": not machine.use_transformer_engine,  # cross_entropy.py do it
+        "fused_single_qkv_rope": not machine.use_transformer_engine
         and not model.qk_layernorm
         and (model.num_query_groups or model.num_attention_heads)
         % layout.tensor_model_parallel_size
         == 0,
         "masked_softmax_fusion": False,
-        "bias_dropout_fusion": platform.cuda,
-        "persist_layer_norm": platform.use_transformer_engine,
+        "bias_dropout_fusion": machine.cuda,
+        "persist_layer_norm": machine.use_transformer_engine,
         "moe_token_dispatcher_type": "alltoall",
         "moe_router_dtype": "fp32",
     }
@@ -105,7 +105,7 @@ def transformer_config(
             "moe_grouped_gemm": True,
         }
         fields |= transformer_fields(architecture.routing, len(architecture.experts))
-    if platform.layers == "torch":
+    if machine.layers == "torch":
         refuse_unfollowed(
             options.transformer, TORCH_LAYERS, "the layers without Transformer Engine"
         )

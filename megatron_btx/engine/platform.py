@@ -36,7 +36,8 @@ class Platform:
     @property
     def layers(self) -> Literal["transformer_engine", "torch"]:
         """Whose layers: Megatron's Transformer Engine spec, or ours on plain torch, with
-        ``scaled_dot_product_attention`` (on a CPU engine/ops/cpu_attention.py) and ``grouped_mm``."""
+        ``scaled_dot_product_attention`` (on a CPU engine/ops/cpu_attention.py) and
+        ``grouped_mm``."""
         return "transformer_engine" if self.use_transformer_engine else "torch"
 
     @property

@@ -57,7 +57,7 @@ def block_spec(
 def layer_spec(
     routing: Routing | None = None,
     random_seed: int = 0,
-    platform: platform.Platform | None = None,
+    machine: platform.Platform | None = None,
     *,
     qk_layernorm: bool = False,
 ) -> ModuleSpec:
@@ -66,11 +66,11 @@ def layer_spec(
     Args:
         routing: the recipe's routing function; ``None`` for the dense models.
         random_seed: seeds the routing's noise (``sample_top1``).
-        platform: ``None``: this machine's.
+        machine: ``None``: this one.
         qk_layernorm: as in the configuration, which Megatron does not ask here.
     """
-    platform = platform or platform.detect()
-    if platform.layers == "transformer_engine":
+    machine = machine or platform.detect()
+    if machine.layers == "transformer_engine":
         spec = get_gpt_layer_with_transformer_engine_spec(
             num_experts=None if routing is None else 1,
             moe_grouped_gemm=routing is not None,

@@ -50,8 +50,8 @@ def upcycle(
         dtype: of the result.
         router: how the rows of the router are drawn.
         noise: standard deviation of normal noise added to each expert, from ``router.seed``.
-        drop_ratio: share of each expert's inner units that are drawn anew (mix/drop_upcycling.py), before
-            any scaling and noise; seeded by ``router.seed``.
+        drop_ratio: share of each expert's inner units that are drawn anew (mix/drop_upcycling.py),
+            before any scaling and noise; seeded by ``router.seed``.
         num_chunks: G, of which each has ``ffn_hidden_size / G`` inner units.
         scale: makes up for gates that sum to one over chunks that should be summed. ``down``: the
             whole factor G on the down matrix, which is exact: step 0 equals the dense model.

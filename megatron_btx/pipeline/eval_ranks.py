@@ -22,7 +22,7 @@ from typing import Any
 from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.evaluate.model_spec import Subject
 from megatron_btx.files import read_json, write_json
-from megatron_btx.pipeline.local.runner import reaper, runner
+from megatron_btx.pipeline.local import reaper, runner
 from megatron_btx.recipe.schema import Layout
 
 Request = Mapping[str, Any]

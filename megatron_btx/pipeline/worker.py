@@ -24,7 +24,7 @@ from megatron_btx.errors import UserError
 from megatron_btx.files import written
 from megatron_btx.pipeline import graph, import_checkpoint, state
 from megatron_btx.pipeline.graph import Stage
-from megatron_btx.pipeline.local.runner import reaper
+from megatron_btx.pipeline.local import reaper
 from megatron_btx.recipe.load import load_recipe
 from megatron_btx.recipe.schema import Recipe
 

@@ -10,9 +10,10 @@ from pathlib import Path
 from megatron_btx.pipeline import graph, run_checks, state
 from megatron_btx.pipeline.fingerprint import Memo
 from megatron_btx.pipeline.graph import Stage
+from megatron_btx.pipeline.local import runner
 from megatron_btx.pipeline.local.progress import view
-from megatron_btx.pipeline.local.runner import Outcome, runner
-from megatron_btx.pipeline.slurm.submit import submit
+from megatron_btx.pipeline.local.runner import Outcome
+from megatron_btx.pipeline.slurm import submit
 from megatron_btx.recipe.load import dump
 from megatron_btx.recipe.schema import Recipe
 from megatron_btx.report import page

@@ -12,7 +12,9 @@ from random import Random
 import pytest
 import sympy
 
-from megatron_btx.data.builtin.corpora import NAMES, Corpus, mathematics, text, write_builtin
+from megatron_btx.data.builtin import mathematics
+from megatron_btx.data.builtin import text as builtin_text
+from megatron_btx.data.builtin.corpora import NAMES, Corpus, write_builtin
 from megatron_btx.data.builtin.steps import check
 from megatron_btx.errors import UserError
 from tests.data.oracle import shared, texts
@@ -68,7 +70,7 @@ def test_seed_and_experts_have_no_document_in_common(corpora: Corpora) -> None:
 def test_each_file_has_one_role() -> None:
     from megatron_btx.data.builtin.corpora import _ROLES, _role
 
-    sources = text.stdlib_sources() + text.package_sources()
+    sources = builtin_text.stdlib_sources() + builtin_text.package_sources()
     assert len({source.name for source in sources}) == len(sources)
     roles = [_role(source.order(7)) for source in sources]
     for role, share in _ROLES.items():

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_btx import cli
+from megatron_btx.cli import evaluate, routing
+from megatron_btx.cli.main import main
 from megatron_btx.errors import UserError
 from megatron_btx.evaluate.model_spec import Subject, find, parse
 from megatron_btx.evaluate.models import load, opened
 from megatron_btx.recipe.schema import Layout, Routing
-from megatron_btx.report import evaluation, routing
 from tests.evaluate import made, ranks_side
 from tests.ranks import Ranks
 from tests.report.made import make_run
@@ -61,7 +61,7 @@ def test_generate_on_two_ranks(here: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("command", ["evaluate", "generate", "routing"])
 def test_help_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        cli.main([command, "--help"])
+        main([command, "--help"])
     assert f"btx {command} " in capsys.readouterr().out.partition("example")[2]
 
 
@@ -108,7 +108,7 @@ def test_mistakes(
 ) -> None:
     """One clear error, before any work."""
     before = tree_hash(here)
-    assert cli.main(arguments.format(here=here).split()) == 2
+    assert main(arguments.format(here=here).split()) == 2
     said = capsys.readouterr()
     assert words in said.err
     assert said.out == ""
@@ -203,7 +203,7 @@ def test_routing_of_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     rows = [line.split() for line in table.splitlines()]
     assert ["code", "1", *["50.0", "30.0", "19.6", "0.4"] * 2] in rows
     assert "Dead in layer 1 (below 1% of the choices): seed." in table
-    assert cli.main(["routing", str(run_dir), "--out", str(tmp_path / "out"), "--json"]) == 0
+    assert main(["routing", str(run_dir), "--out", str(tmp_path / "out"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found == json.loads((tmp_path / "out" / "routing.json").read_text())
     assert found[0]["dead"] == {"seed": [1]}
@@ -235,7 +235,7 @@ def test_how_experts_are_taken_is_named(here: Path, ranks: Ranks, tmp_path: Path
     files = {"x": [str(here / "x.jsonl")]}
     (found,) = ranks.run(ranks_side.data, 1, subjects, Layout(), files)
     assert [one.get("expert_choice") for one in found] == [None, "drawn", "argmax"]
-    said = evaluation.data_table({one.name: row for one, row in zip(subjects, found, strict=True)})
+    said = evaluate.data_table({one.name: row for one, row in zip(subjects, found, strict=True)})
     assert said.splitlines()[-2:] == [
         "drawn: one expert a token, drawn with seeded noise",
         "argmax: one expert a token, the argmax of its logits",

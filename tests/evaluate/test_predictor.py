@@ -99,8 +99,8 @@ def posterior(here: Path, ids: list[int], prior: list[float]) -> Tensor:
 @pytest.mark.parametrize("name", ["one", "dp2"])
 def test_a_set_by_its_posterior(here: Path, ranks: Ranks, name: str) -> None:
     prior = {"a": 0.5, "b": 0.3, "c": 0.2}
-    subject, layout = several(here, "posterior", prior=prior), LAYOUTS[name]
-    answers = ranks.run(ranks_side.predict, layout.world_size, model_spec, layout, rows())
+    spec, layout = several(here, "posterior", prior=prior), LAYOUTS[name]
+    answers = ranks.run(ranks_side.predict, layout.world_size, spec, layout, rows())
     weights = [posterior(here, ids, list(prior.values())) for ids, _ in rows()]
     wanted = [mixed(here, ids, w) for (ids, _), w in zip(rows(), weights, strict=True)]
     check(answers[-1], wanted)
@@ -108,8 +108,8 @@ def test_a_set_by_its_posterior(here: Path, ranks: Ranks, name: str) -> None:
 
 @pytest.mark.parametrize("context", ["prefix", "document"])
 def test_a_set_by_its_text(here: Path, ranks: Ranks, context: str) -> None:
-    subject = several(here, "top2", context=context)
-    (found,) = ranks.run(ranks_side.predict, 1, model_spec, ONE, rows())
+    spec = several(here, "top2", context=context)
+    (found,) = ranks.run(ranks_side.predict, 1, spec, ONE, rows())
     index = TfIdf({"a": made.TEXTS["x"], "b": made.TEXTS["y"], "c": made.TEXTS["x"]})
     wanted = []
     for ids, first in rows():

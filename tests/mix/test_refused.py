@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_btx import cli
+from megatron_btx.cli.main import main
 from megatron_btx.errors import UserError
 from megatron_btx.weights.source import read_whole
 from tests.mix.commands import btx, named, save
@@ -67,7 +67,7 @@ def test_all_that_is_wrong_is_told_at_once_with_exit_code_2(sources, tmp_path, c
     before = tree_hash(tmp_path)
     words = ["mix", "--out", tmp_path / "out", "--shard", "big", "--memory", "some", "--sources"]
     words += [sources / "hf" / "seed", *(tmp_path / n for n in ("stretched", "pickled", "cut"))]
-    assert cli.main([str(word) for word in [*words, tmp_path / "empty"]]) == 2
+    assert main([str(word) for word in [*words, tmp_path / "empty"]]) == 2
     text = capsys.readouterr().err
     for found in (
         "out: exists already",
@@ -120,7 +120,7 @@ def test_a_truncated_source(sources, tmp_path, capsys, form, payload):
     os.truncate(file, file.stat().st_size // 2)
     before = tree_hash(tmp_path)
     words = ["mix", "--sources", f"code={sources / form / 'code'}", f"math={tmp_path / 'math'}"]
-    assert cli.main([*words, "--out", str(tmp_path / "out")]) == 2
+    assert main([*words, "--out", str(tmp_path / "out")]) == 2
     assert f"{file}: truncated: " in capsys.readouterr().err
     assert tree_hash(tmp_path) == before
 
@@ -153,7 +153,7 @@ def test_numbers_are_refused_as_a_recipe_refuses_them(sources, tmp_path, capsys,
     words = ["--sources", *named(sources)]
     if flag in ("--copies", "--num-chunks", "--drop-ratio", "--noise"):
         words = ["--sources", named(sources)[0], "--method", "upcycle"]
-    assert cli.main(["mix", *words, "--out", str(tmp_path / "out"), flag, *values]) == 2
+    assert main(["mix", *words, "--out", str(tmp_path / "out"), flag, *values]) == 2
     said = capsys.readouterr().err
     assert said.startswith(f"error: {flag}")
     assert RANGES[options] in said

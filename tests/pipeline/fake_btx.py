@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 
-from megatron_btx import cli
-from megatron_btx.pipeline.local.runner import runner
+from megatron_btx.cli.main import main
+from megatron_btx.pipeline.local import runner
 
 if __name__ == "__main__":
     runner.WORKER = (sys.executable, "-m", "tests.pipeline.fake_worker")
-    sys.exit(cli.main())
+    sys.exit(main())

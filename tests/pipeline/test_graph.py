@@ -13,7 +13,7 @@ import pytest
 from megatron_btx.errors import UserError
 from megatron_btx.pipeline import graph
 from megatron_btx.pipeline.fingerprint import Memo
-from megatron_btx.pipeline.local.runner import runner
+from megatron_btx.pipeline.local import runner
 from megatron_btx.recipe.load import load_recipe
 from megatron_btx.recipe.schema import Recipe
 

@@ -6,7 +6,7 @@ import json
 import random
 import subprocess
 
-from megatron_btx.pipeline.slurm.submit import script
+from megatron_btx.pipeline.slurm import script
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import ROOT, SECRET, Run
 
@@ -77,8 +77,8 @@ def test_slurm_reads_a_flag_as_it_was_written(cluster: Cluster) -> None:
     texts = ["".join(letters.choices(signs, k=12)).strip() for _ in range(40)]
     for text in ["$(touch hit)", "x # y", "a 'b \"c", *filter(None, texts)]:
         flag = script.flag(f"--comment={text}")
-        script = f"#!/bin/bash\n#SBATCH {flag}\ntrue\n"
-        job = cluster("sbatch", "--parsable", "--hold", "--output=/dev/null", text=script).strip()
+        batch = f"#!/bin/bash\n#SBATCH {flag}\ntrue\n"
+        job = cluster("sbatch", "--parsable", "--hold", "--output=/dev/null", text=batch).strip()
         lines = cluster("scontrol", "show", "job", job).splitlines()
         seen = next(line.strip() for line in lines if line.strip().startswith("Comment="))
         assert seen == f"Comment={text}"

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_btx.cli import main
+from megatron_btx.cli.main import main
 from megatron_btx.data.mixture import Stream, stage_stream
 from megatron_btx.engine.checkpoint import final_checkpoint
 from megatron_btx.errors import UserError

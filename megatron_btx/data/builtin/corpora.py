@@ -16,7 +16,8 @@ from itertools import chain
 from pathlib import Path
 
 from megatron_btx.data import Progress, no_progress
-from megatron_btx.data.builtin.corpora import mathematics, text
+from megatron_btx.data.builtin import mathematics
+from megatron_btx.data.builtin import text as sources
 from megatron_btx.data.documents import read_documents
 from megatron_btx.data.overlap import HeldOut
 from megatron_btx.data.processes import run_side_by_side
@@ -140,8 +141,8 @@ class _Library:
 
     def __init__(self, seed: int) -> None:
         self._seed = seed
-        self._prose = text.Prose()
-        self._listed: dict[str, list[text.Source]] = {}
+        self._prose = sources.Prose()
+        self._listed: dict[str, list[sources.Source]] = {}
 
     def branch(self) -> _Library:
         """A copy that has met the same paragraphs, and meets the next ones for itself.
@@ -172,29 +173,29 @@ class _Library:
         return self._code(role) if kind == "code" else self._english(role)
 
     def _code(self, role: str) -> Iterator[str]:
-        modules = self._sources("stdlib", text.stdlib_sources, role)
-        yield from filter(None, (text.code(source.read()) for source in modules))
+        modules = self._sources("stdlib", sources.stdlib_sources, role)
+        yield from filter(None, (sources.code(source.read()) for source in modules))
         # Python's own test suite, where it is installed, is second best.
-        tests = self._sources("tests", lambda: text.stdlib_sources(tests=True), role)
-        yield from filter(None, (text.code(source.read()) for source in tests))
+        tests = self._sources("tests", lambda: sources.stdlib_sources(tests=True), role)
+        yield from filter(None, (sources.code(source.read()) for source in tests))
 
     def _package_code(self, role: str) -> Iterator[str]:
-        for source in self._sources("packages", text.package_sources, role):
-            if text := text.code_without_docstrings(source.read()):
+        for source in self._sources("packages", sources.package_sources, role):
+            if text := sources.code_without_docstrings(source.read()):
                 yield text
 
     def _english(self, role: str) -> Iterator[str]:
-        for name, text in text.documentation():
-            place = text.Source(name, Path()).order(self._seed)
+        for name, text in sources.documentation():
+            place = sources.Source(name, Path()).order(self._seed)
             if _role(place) == role and (prose := self._prose.of_texts([text])):
                 yield prose
-        for source in self._sources("packages", text.package_sources, role):
+        for source in self._sources("packages", sources.package_sources, role):
             if prose := self._prose.of_module(source.read()):
                 yield prose
 
     def _sources(
-        self, name: str, find: Callable[[], list[text.Source]], role: str
-    ) -> Iterator[text.Source]:
+        self, name: str, find: Callable[[], list[sources.Source]], role: str
+    ) -> Iterator[sources.Source]:
         if name not in self._listed:
             self._listed[name] = sorted(find(), key=lambda source: source.order(self._seed))
         return (s for s in self._listed[name] if _role(s.order(self._seed)) == role)

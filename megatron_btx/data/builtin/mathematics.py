@@ -14,7 +14,7 @@ from random import Random
 
 import sympy
 
-from megatron_btx.data.builtin.corpora import algebra
+from megatron_btx.data.builtin import algebra
 from megatron_btx.data.builtin.steps import check, frac, steps
 
 

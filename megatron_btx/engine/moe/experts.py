@@ -178,8 +178,8 @@ def feed_forward(x: Tensor, counts: Tensor, fc1: Tensor, fc2: Tensor, fuse: bool
 class _Tiles:
     """Every expert's rows moved apart, to places that are multiples of a tile; between them zeros.
 
-    Where oneDNN multiplies (engine/cpu_tuning.py) each new number of rows costs it machine code: twenty
-    times the product's time at the demo's size, and half a megabyte. The memory that the rows are
+    Where oneDNN multiplies (engine/cpu_tuning.py) each new number of rows costs it machine code:
+    twenty times the product's time at the demo's size, and half a megabyte. The memory that the rows are
     moved into is of few different sizes, so that what one step frees fits the next.
     """
 

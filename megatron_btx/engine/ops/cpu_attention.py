@@ -1,8 +1,8 @@
 """Causal attention on a CPU, a block of queries at a time, by torch's own batched products.
 
 torch's fused kernel on a CPU multiplies blocks of 32 by one head; products over many heads at once
-are faster, and here the processor's best library does them (engine/cpu_tuning.py). No more than a block's
-scores are in memory at a time, and the backward pass computes them again; those of a short sequence
+are faster, and here the processor's best library does them (engine/cpu_tuning.py). No more than a
+block's scores are in memory at a time, and the backward pass computes them again; those of a short sequence
 (recipe/memory.py says which) are kept.
 """
 

@@ -14,7 +14,7 @@ from typing import Literal
 
 from megatron_btx.pipeline import state
 from megatron_btx.pipeline.graph import Stage
-from megatron_btx.pipeline.local.runner import reaper
+from megatron_btx.pipeline.local import reaper
 
 Verdict = Literal["done", "stopped", "failed"]
 

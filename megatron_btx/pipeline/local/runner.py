@@ -18,10 +18,10 @@ from megatron_btx.errors import UserError
 from megatron_btx.files import written
 from megatron_btx.pipeline import state
 from megatron_btx.pipeline.graph import Stage
+from megatron_btx.pipeline.local import reaper
 from megatron_btx.pipeline.local.job import Job, Setting
 from megatron_btx.pipeline.local.progress import View
 from megatron_btx.pipeline.local.rollback import Undo
-from megatron_btx.pipeline.local.runner import reaper
 
 WORKER = (sys.executable, "-m", "megatron_btx.pipeline.worker")
 GRACE = 600.0

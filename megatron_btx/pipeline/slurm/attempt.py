@@ -1,4 +1,4 @@
-"""The first step of a batch job, one task a node: ``python -m megatron_btx.pipeline.slurm.attempt``.
+"""The first step of a batch job, one task a node.
 
 Each task sees whether its node shares the run's directory. The first one makes the stage's
 directory ready and prints ``begun ATTEMPT KEY DIRECTORY`` for the batch script, attempt 0 where the

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.pipeline.graph import Stage
-from megatron_btx.pipeline.slurm.submit import attempt, commands, script
+from megatron_btx.pipeline.slurm import attempt, commands, script
 from megatron_btx.recipe import slurm
 from megatron_btx.recipe.schema import Recipe
 

@@ -1,7 +1,8 @@
 """A stage as a batch script. Data in, text out; imports no torch and asks no Slurm.
 
 A script is its ``#SBATCH`` lines, a few assignments, and ``batch.sh``, the same for all. The
-templates in ``slurm/`` are made here as well: ``python -m megatron_btx.pipeline.slurm.script slurm``.
+templates in ``slurm/`` are made here as well:
+``python -m megatron_btx.pipeline.slurm.script slurm``.
 
 Every value of a recipe goes through ``quoted`` (a word of the shell) or ``flag`` (a word of a
 ``#SBATCH`` line, which Slurm reads without a shell), and control characters are refused before

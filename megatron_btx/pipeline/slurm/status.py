@@ -11,7 +11,7 @@ from pathlib import Path
 from megatron_btx.pipeline import state
 from megatron_btx.pipeline.graph import Stage
 from megatron_btx.pipeline.local.progress import Standing, amount, clock
-from megatron_btx.pipeline.slurm.submit import commands, submit
+from megatron_btx.pipeline.slurm import commands, submit
 
 COLUMNS = ("stage", "job", "state", "nodes", "step", "loss", "tokens/s", "left", "restarts")
 

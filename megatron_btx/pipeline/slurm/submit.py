@@ -34,7 +34,7 @@ from megatron_btx.errors import UserError
 from megatron_btx.files import written
 from megatron_btx.pipeline import state
 from megatron_btx.pipeline.graph import Stage
-from megatron_btx.pipeline.slurm.submit import attempt, commands, preflight, script
+from megatron_btx.pipeline.slurm import attempt, commands, preflight, script
 from megatron_btx.provenance import code_revision, versions
 from megatron_btx.recipe import slurm
 from megatron_btx.recipe.load import dump
@@ -167,8 +167,8 @@ def _keep(recipe: Recipe, run_dir: Path, directory: Path, scripts: dict[str, str
     for path in (run_dir / "recipe.yaml", directory / "recipe.yaml"):
         with written(path) as file:
             file.write(text)
-    for name, script in scripts.items():
-        (directory / _file(name)).write_text(script, encoding="utf-8")
+    for name, text in scripts.items():
+        (directory / _file(name)).write_text(text, encoding="utf-8")
     kept = {
         name: value
         for name, value in sorted(os.environ.items())

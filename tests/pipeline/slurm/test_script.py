@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from megatron_btx.errors import UserError
 from megatron_btx.pipeline import graph
-from megatron_btx.pipeline.slurm.submit import attempt, script, selection
+from megatron_btx.pipeline.slurm import attempt, script, selection
 from megatron_btx.recipe import check
 from megatron_btx.recipe import slurm as slurm_recipe
 from megatron_btx.recipe.load import dump, load_recipe, parse_recipe

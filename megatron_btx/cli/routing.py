@@ -12,6 +12,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_btx.cli.evaluate import (
+    add_how,
+    check_numbers,
+    columns,
+    data_of,
+    layout_of,
+    setting_of,
+)
 from megatron_btx.errors import UserError
 from megatron_btx.evaluate import model_spec
 from megatron_btx.evaluate.model_spec import Subject
@@ -20,14 +28,6 @@ from megatron_btx.files import check_directory, read_json, written
 from megatron_btx.pipeline import eval_ranks
 from megatron_btx.recipe.load import load_recipe
 from megatron_btx.recipe.schema import Recipe
-from megatron_btx.report.evaluation import (
-    add_how,
-    check_numbers,
-    columns,
-    data_of,
-    layout_of,
-    setting_of,
-)
 from megatron_btx.report.style import sheet
 from megatron_btx.report.svg import heatmap
 from megatron_btx.train import metrics

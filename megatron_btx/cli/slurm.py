@@ -97,7 +97,7 @@ def _add(commands: Any, name: str, help_text: str, examples: str) -> argparse.Ar
 def submit(options: argparse.Namespace) -> int:
     """``btx submit``."""
     from megatron_btx.pipeline import run_checks
-    from megatron_btx.pipeline.slurm.submit import selection, submit
+    from megatron_btx.pipeline.slurm import selection, submit
 
     recipe, run_dir, stages = open_recipe(options.recipe, on_slurm=True)
     wished = selection.select(stages, only=options.only, first=options.first, last=options.until)
@@ -127,7 +127,7 @@ def status(options: argparse.Namespace) -> int:
         text, _ = _standing(options.recipe, options.json)
         sys.stdout.write(text)
         return 0
-    from megatron_btx.pipeline.slurm.submit import commands
+    from megatron_btx.pipeline.slurm import commands
 
     left = True
     while left:
@@ -144,7 +144,7 @@ def status(options: argparse.Namespace) -> int:
 
 def _standing(recipe: str, as_json: bool) -> tuple[str, bool]:
     """Where every stage stands, as text, and whether any is still in the queue."""
-    from megatron_btx.pipeline.slurm.submit import status
+    from megatron_btx.pipeline.slurm import status
 
     _, run_dir, stages = open_recipe(recipe, on_slurm=True)
     rows = status.rows(run_dir.absolute(), stages)
@@ -157,7 +157,7 @@ def _standing(recipe: str, as_json: bool) -> tuple[str, bool]:
 
 def logs(options: argparse.Namespace) -> int:
     """``btx logs``."""
-    from megatron_btx.pipeline.slurm.submit import status
+    from megatron_btx.pipeline.slurm import status
 
     _, run_dir, stages = open_recipe(options.recipe, on_slurm=True)
     run_dir = run_dir.absolute()
@@ -184,7 +184,7 @@ def logs(options: argparse.Namespace) -> int:
 
 def _over(run_dir: Path, stage: Stage) -> bool:
     """Whether nothing more will be logged."""
-    from megatron_btx.pipeline.slurm.submit import commands, submit
+    from megatron_btx.pipeline.slurm import commands, submit
 
     if state.done(run_dir, stage) is not None:
         return True
@@ -194,7 +194,7 @@ def _over(run_dir: Path, stage: Stage) -> bool:
 
 def cancel(options: argparse.Namespace) -> int:
     """``btx cancel``."""
-    from megatron_btx.pipeline.slurm.submit import commands
+    from megatron_btx.pipeline.slurm import commands
 
     recipe, run_dir, stages = open_recipe(options.recipe, on_slurm=True)
     wished = {graph.find(stages, name).name for name in options.stage}

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_btx.cli import evaluate
 from megatron_btx.errors import UserError
 from megatron_btx.evaluate import model_spec
 from megatron_btx.evaluate.model_spec import Subject
@@ -21,7 +22,7 @@ from megatron_btx.recipe.schema import Layout
 from megatron_btx.recipe.stages import directory
 from megatron_btx.recipe.systems import SYSTEMS, Row, rows
 from megatron_btx.recipe.yaml_tree import read_tree
-from megatron_btx.report import comparison, comparison_page, evaluation
+from megatron_btx.report import comparison, comparison_page
 from megatron_btx.report.comparison import Run
 
 _EPILOG = """examples:
@@ -50,7 +51,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--base", metavar="RECIPE", help="stands in for the `base:` of each")
     parser.add_argument("--seeds", metavar="N", type=int, default=1, help="random seeds (1)")
-    evaluation.add_tasks(parser)
+    evaluate.add_tasks(parser)
     parser.add_argument("--out", metavar="DIR", type=Path, help="where the comparison goes")
     parser.add_argument("--dry-run", action="store_true", help="print what is left, do nothing")
     parser.add_argument("--json", action="store_true", help="print compare.json, no table")
@@ -61,11 +62,11 @@ def run(options: argparse.Namespace) -> int:
     """The command; its exit code."""
     if options.seeds < 1:
         raise UserError("--seeds", f"is {options.seeds}", "give at least 1")
-    evaluation.check_numbers(options)
+    evaluate.check_numbers(options)
     runs = _runs(_files(options.recipes), options.base, options.seeds)
     out = options.out or _common([one.run_dir for one in runs])
     check_directory(out)
-    asked = evaluation.tasks_of(options)  # before hours of training: a file may not be there
+    asked = evaluate.tasks_of(options)  # before hours of training: a file may not be there
     if options.dry_run:
         _print_left(runs)
         return 0
@@ -79,7 +80,7 @@ def run(options: argparse.Namespace) -> int:
     except eval_ranks.Ended as ended:
         return ended.code
     text = comparison.as_json(made, tasks)
-    table = evaluation.tasks_table(tasks) if tasks else ""
+    table = evaluate.tasks_table(tasks) if tasks else ""
     _write(out / "compare.json", text)
     _write(out / "compare.md", comparison.markdown(made) + (table and f"\n```\n{table}```\n"))
     _write(out / "compare.html", comparison_page.render(made, out.name or "systems", table))

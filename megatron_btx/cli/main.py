@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from megatron_btx import __version__
+from megatron_btx.cli import centroids, compare, evaluate, routing
+from megatron_btx.cli import slurm as slurm_commands
+from megatron_btx.cli.slurm import open_recipe
 from megatron_btx.errors import UserError
 from megatron_btx.mix import command as mixing
-from megatron_btx.pipeline import commands as slurm_commands
 from megatron_btx.pipeline import graph, state
-from megatron_btx.pipeline.commands import open_recipe
 from megatron_btx.pipeline.graph import Stage
 from megatron_btx.recipe import plan
 from megatron_btx.recipe.schema import Recipe
-from megatron_btx.report import centroids, compare, evaluation, routing
 
 EXIT_USER, EXIT_INTERRUPTED, EXIT_PIPE = 2, 130, 141
 
@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.description = "Compute a result of btx mix again by plain loops, and compare."
     verify.epilog, verify.formatter_class = _VERIFY_EPILOG, argparse.RawDescriptionHelpFormatter
     compare.add_parser(commands)
-    evaluation.add_parsers(commands)
+    evaluate.add_parsers(commands)
     routing.add_parser(commands)
     centroids.add_parser(commands)
     slurm_commands.add_parsers(commands)
@@ -314,7 +314,3 @@ def _print_stages(
 def _red(text: str) -> str:
     colour = sys.stderr.isatty() and "NO_COLOR" not in os.environ
     return f"\x1b[1;31m{text}\x1b[0m" if colour else text
-
-
-if __name__ == "__main__":
-    sys.exit(main())

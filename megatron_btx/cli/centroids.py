@@ -8,17 +8,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_btx.errors import UserError
-from megatron_btx.evaluate import model_spec
-from megatron_btx.files import check_file
-from megatron_btx.pipeline import eval_ranks
-from megatron_btx.report.evaluation import (
+from megatron_btx.cli.evaluate import (
     add_how,
     check_numbers,
     data_of,
     layout_of,
     setting_of,
 )
+from megatron_btx.errors import UserError
+from megatron_btx.evaluate import model_spec
+from megatron_btx.files import check_file
+from megatron_btx.pipeline import eval_ranks
 
 _EPILOG = """examples:
   btx mix --sources code=DIR math=DIR seed=DIR --router-init zeros --out MOE

@@ -1,0 +1,1 @@
+"""The command line: every parser, and nothing that other rooms need."""
