@@ -1,9 +1,9 @@
 """Next-token predictions of a model or a set of models, on the ranks of a job.
 
 Every rank calls with the same rows and gets the same answers: a harness that decides what to ask
-next by what came back (:mod:`megatron_btx.evaluate.lm_eval_adapter`) simply runs on all
-of them. Rows are dealt to the data-parallel ranks; under expert parallelism all of those run together, so each runs
-the same number of batches, short ones filled up.
+next by what came back (:mod:`megatron_btx.evaluate.lm_eval_adapter`) simply runs on all of them.
+Rows are dealt to the data-parallel ranks; under expert parallelism all of those run together, so
+each runs the same number of batches, short ones filled up.
 
 Nothing is kept between calls, no keys and values either: a token that is generated costs a pass
 over all that stands before it.

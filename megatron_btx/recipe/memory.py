@@ -28,10 +28,10 @@ HELD = {"dense": 25_000_000, "moe": 55_000_000}
 for each number of an expert's tokens. Where oneDNN does not multiply, a dense model's holds."""
 
 KEPT = {"dense": 0.7, "moe": 1.6}
-"""Blocks that glibc keeps (engine/cpu_tuning.py) and cannot use again for others, as a share of what
-the activations are in fp32. Measured, as ``HELD`` is, at hidden 48, 64 and 512, with tied and untied
-embeddings, in fp32 and bf16, on one and two ranks: 32 runs, the plan within 0.94 and 1.07 of each
-peak."""
+"""Blocks that glibc keeps (engine/cpu_tuning.py) and cannot use again for others, as a share of
+what the activations are in fp32. Measured, as ``HELD`` is, at hidden 48, 64 and 512, with tied and
+untied embeddings, in fp32 and bf16, on one and two ranks: 32 runs, the plan within 0.94 and 1.07 of
+each peak."""
 
 EXCHANGED = 1.65
 """So many times more where ranks exchange activations (tensor or expert parallelism)."""
@@ -112,12 +112,12 @@ def layer_activations(architecture: Architecture, training: Training) -> tuple[i
 
     With T tokens, N heads of d channels, elements of e bytes: attention keeps its input, its
     normalised input, q, k, v and the output in two layouts, 2 T H + 5 T N d; a dense FFN its input
-    and normalised input, [gate; up] and the input of the second matrix, 2 T H + 3 T F; an MoE
-    2 T H and, for k T tokens sent to experts, k T (2 H + 2 F), the activation being computed again
+    and normalised input, [gate; up] and the input of the second matrix, 2 T H + 3 T F; an MoE 2 T H
+    and, for k T tokens sent to experts, k T (2 H + 2 F), the activation being computed again
     (engine/moe/experts.py); a shared expert is a dense FFN beside them that keeps its output too
-    where a gate scales it. Norms of heads keep the mixed projection as well and the queries cut from it,
-    T (2 N + 2 G) d. Tensor parallelism divides N d and F, sequence parallelism T H as well.
-    Balanced experts are assumed.
+    where a gate scales it. Norms of heads keep the mixed projection as well and the queries cut
+    from it, T (2 N + 2 G) d. Tensor parallelism divides N d and F, sequence parallelism T H as
+    well. Balanced experts are assumed.
     """
     model, layout = architecture.model, training.layout
     tp, element = layout.tensor_model_parallel_size, _ELEMENT[training.precision]
@@ -142,8 +142,9 @@ def layer_activations(architecture: Architecture, training: Training) -> tuple[i
 
 def keeps_gates(seq_length: int, width: int) -> bool:
     """Whether attention on a CPU (engine/ops/cpu_attention.py) keeps its softmax for the backward
-    pass: where the half of it that is not zero weighs no more than queries, keys, values and output, whose
-    heads have that ``width``; and of 256 tokens at most, where it is 200 kB a head."""
+    pass: where the half of it that is not zero weighs no more than queries, keys, values and
+    output, whose heads have that ``width``; and of 256 tokens at most, where it is 200 kB a
+    head."""
     return seq_length <= max(256, 8 * width)
 
 

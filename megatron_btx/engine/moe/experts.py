@@ -179,8 +179,8 @@ class _Tiles:
     """Every expert's rows moved apart, to places that are multiples of a tile; between them zeros.
 
     Where oneDNN multiplies (engine/cpu_tuning.py) each new number of rows costs it machine code:
-    twenty times the product's time at the demo's size, and half a megabyte. The memory that the rows are
-    moved into is of few different sizes, so that what one step frees fits the next.
+    twenty times the product's time at the demo's size, and half a megabyte. The memory that the
+    rows are moved into is of few different sizes, so that what one step frees fits the next.
     """
 
     def __init__(self, counts: Tensor, tile: int, device: torch.device) -> None:

@@ -2,8 +2,8 @@
 
 torch's fused kernel on a CPU multiplies blocks of 32 by one head; products over many heads at once
 are faster, and here the processor's best library does them (engine/cpu_tuning.py). No more than a
-block's scores are in memory at a time, and the backward pass computes them again; those of a short sequence
-(recipe/memory.py says which) are kept.
+block's scores are in memory at a time, and the backward pass computes them again; those of a short
+sequence (recipe/memory.py says which) are kept.
 """
 
 from __future__ import annotations

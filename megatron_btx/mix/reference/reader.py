@@ -1,7 +1,7 @@
 """Directories of either format read whole tensor by whole tensor, without the engine.
 
-What :mod:`megatron_btx.mix.reference.verify` stands on: of the weights engine only the safe
-reading of pickles is used, the rest is ``safetensors`` and ``torch.load``. Names are Hugging Face's, in one
+What :mod:`megatron_btx.mix.reference.verify` stands on: of the weights engine only the safe reading
+of pickles is used, the rest is ``safetensors`` and ``torch.load``. Names are Hugging Face's, in one
 dialect: ``model.layers.L.mlp.experts.E.gate_proj.weight`` and ``model.layers.L.mlp.gate.weight``
 also for a Mixtral, which has words of its own for them.
 """

@@ -1,7 +1,8 @@
 """``btx verify``: compute a result again by another path and compare it.
 
 Nothing of plans, expressions or the executor is used: tensors are read whole
-(mix/reference/reader.py) and every rule is written out once more (mix/reference/rules.py), in float64 over whole tensors.
+(mix/reference/reader.py) and every rule is written out once more (mix/reference/rules.py), in
+float64 over whole tensors.
 """
 
 from __future__ import annotations
