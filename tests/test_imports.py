@@ -47,6 +47,7 @@ TORCH_FREE = (
     "report.page",
     "report.table",
     "provenance",
+    "weights.manifest",
 )
 
 

@@ -14,7 +14,8 @@ from itertools import accumulate
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.count import expert_width, kv_channels, query_groups
 from megatron_btx.recipe.schema import Model
-from megatron_btx.weights.expression import Cat, Expression
+from megatron_btx.weights.arrange import Cat
+from megatron_btx.weights.expression import Expression
 from megatron_btx.weights.ops import item, reshape, rows, stack
 
 

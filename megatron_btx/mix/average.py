@@ -11,10 +11,12 @@ import torch
 from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.mix.compatibility import disagreements, labels_of
 from megatron_btx.recipe.check_mix import AVERAGED, GROUPS
-from megatron_btx.weights.expression import Draw, Expression, Product, WeightedSum
+from megatron_btx.weights.arithmetic import Product, WeightedSum
+from megatron_btx.weights.expression import Expression
 from megatron_btx.weights.names import canonical_tensors, group_of
 from megatron_btx.weights.ops import mean
 from megatron_btx.weights.plan import Checkpoint, Plan
+from megatron_btx.weights.random_fill import Draw
 
 _GIVE = "give weights instead: its manifest counts no tokens"
 

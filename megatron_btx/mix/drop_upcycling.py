@@ -10,17 +10,12 @@ from __future__ import annotations
 
 import torch
 
-from megatron_btx.weights.expression import (
-    Cat,
-    Draw,
-    Expression,
-    Fill,
-    Product,
-    Take,
-    WeightedSum,
-)
+from megatron_btx.weights.arithmetic import Product, WeightedSum
+from megatron_btx.weights.arrange import Cat, Take
+from megatron_btx.weights.expression import Expression
 from megatron_btx.weights.ops import reshape, rows
 from megatron_btx.weights.plan import Checkpoint
+from megatron_btx.weights.random_fill import Draw, Fill
 from megatron_btx.weights.source import Moments
 
 _F64 = torch.float64

@@ -11,9 +11,10 @@ import math
 import torch
 
 from megatron_btx.recipe.architecture import Architecture
-from megatron_btx.weights.expression import Draw, Expression, Fill
+from megatron_btx.weights.expression import Expression
 from megatron_btx.weights.names import canonical_tensors
 from megatron_btx.weights.plan import Plan
+from megatron_btx.weights.random_fill import Draw, Fill
 
 _RESIDUAL = ("linear_proj.weight", "linear_fc2.weight")
 

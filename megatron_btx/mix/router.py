@@ -9,9 +9,11 @@ from typing import Literal
 import torch
 
 from megatron_btx.errors import UserError
+from megatron_btx.weights.arrange import Take
 from megatron_btx.weights.box import Shape
-from megatron_btx.weights.expression import Draw, Expression, Fill, Take
+from megatron_btx.weights.expression import Expression
 from megatron_btx.weights.ops import stack
+from megatron_btx.weights.random_fill import Draw, Fill
 from megatron_btx.weights.source import Source
 
 CENTROIDS = "centroids"

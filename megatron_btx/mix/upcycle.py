@@ -17,11 +17,14 @@ from megatron_btx.mix.drop_upcycling import moments_of, redrawn
 from megatron_btx.mix.parts import chunk, moe_targets
 from megatron_btx.mix.router import NORMAL, RouterInit
 from megatron_btx.recipe.schema import Mix, Routing
+from megatron_btx.weights.arithmetic import WeightedSum
+from megatron_btx.weights.arrange import Cat, Reshape
 from megatron_btx.weights.box import Shape
-from megatron_btx.weights.expression import Cat, Draw, Expression, Reshape, WeightedSum
+from megatron_btx.weights.expression import Expression
 from megatron_btx.weights.names import canonical_tensors
 from megatron_btx.weights.ops import reshape
 from megatron_btx.weights.plan import Checkpoint, Plan
+from megatron_btx.weights.random_fill import Draw
 from megatron_btx.weights.source import Source
 
 

@@ -6,15 +6,15 @@ it can tell the difference. A Hugging Face directory is converted to that place.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
-import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_btx.errors import UserError, UserErrors
+from megatron_btx.errors import UserError, UserErrors, noted
 from megatron_btx.files import newest_step, unfinished
 from megatron_btx.pipeline import graph
 from megatron_btx.pipeline.graph import Stage
@@ -22,6 +22,7 @@ from megatron_btx.provenance import code_revision
 from megatron_btx.recipe import count
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.schema import Model, Recipe
+from megatron_btx.weights.manifest import MANIFEST, read_manifest
 
 _FREE = frozenset({"seq_length", "max_position_embeddings", "init_method_std"})
 """Fields of ``Model`` in which a checkpoint may differ: they shape no weight and no result."""
@@ -182,17 +183,12 @@ def _read(recipe: Recipe, where: str, path: Path) -> tuple[Path, dict[str, Any]]
 
 
 def _manifest(where: str, directory: Path) -> tuple[Architecture, dict[str, Any]]:
-    """As ``weights.manifest.read_manifest``, without the torch that comes with that room."""
-    fix = "give a step_XXXXXXXX directory written by btx"
-    try:
-        manifest = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
-        return Architecture.from_json(manifest), manifest
-    except FileNotFoundError:
-        raise UserError(where, f"{directory} has no manifest.json", fix) from None
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            where, f"{directory / 'manifest.json'} is damaged: {error!r}", fix
-        ) from None
+    """What one of our checkpoints says of itself."""
+    if not (directory / MANIFEST).is_file():
+        fix = "give a step_XXXXXXXX directory written by btx, or a Hugging Face directory"
+        raise UserError(where, f"{directory} has no {MANIFEST}", fix)
+    with _under(where):
+        return read_manifest(directory)
 
 
 def _hugging_face(where: str, directory: Path) -> tuple[Architecture, dict[str, Any]]:
@@ -200,13 +196,19 @@ def _hugging_face(where: str, directory: Path) -> tuple[Architecture, dict[str, 
     from megatron_btx.families.hf import read_config  # imports torch: only where it is needed
     from megatron_btx.families.tokenizer_files import describe_tokenizer
 
-    try:
+    with _under(where):
         _, architecture, _ = read_config(directory)
-    except UserErrors as found:
-        raise UserErrors(
-            [UserError(where, f"{error.where}: {error.what}", error.fix) for error in found.errors]
-        ) from None
-    return architecture, {"step": 0, "tokenizer": describe_tokenizer(directory)}
+        return architecture, {"step": 0, "tokenizer": describe_tokenizer(directory)}
+
+
+@contextlib.contextmanager
+def _under(where: str) -> Iterator[None]:
+    """Errors of a checkpoint named with the recipe's key that gives it."""
+    errors: list[UserError] = []
+    with noted(errors):
+        yield
+    if errors:
+        raise UserErrors([UserError(where, f"{one.where}: {one.what}", one.fix) for one in errors])
 
 
 def _differences(checkpoint: Model, model: Model) -> list[tuple[str, Any, Any]]:

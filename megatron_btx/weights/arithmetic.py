@@ -5,16 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from megatron_btx.weights.arrange import Read
 from megatron_btx.weights.box import Box, Shape, extent, slabs
-
-if TYPE_CHECKING:
-    from megatron_btx.weights.expression import Expression
+from megatron_btx.weights.expression import Expression, Read
 
 _BLOCK = 1 << 22
 """Elements of each part that are read at a time."""

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import prod
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from megatron_btx.weights.box import Box, Shape, contiguous, extent, runs, shifted, slices
-
-if TYPE_CHECKING:
-    from megatron_btx.weights.expression import Expression
-
-Read = Callable[[str, str, Box], Tensor]
-"""(source, tensor name, box) -> the box's elements; the result is never written to."""
+from megatron_btx.weights.expression import Expression, Read
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,9 @@
 
 An expression knows its shape and dtype without touching a tensor, can be printed, compared and
 hashed, and evaluates any box of itself by reading only the boxes of the sources that it needs.
-There are nine; everything else (``build.stack``, ``mean``, ``scaled``, ...) is made of them.
+There are nine: Take, Slice, Cat, Reshape and Cast (arrange.py), WeightedSum and Product
+(arithmetic.py), Draw and Fill (random_fill.py); everything else (``ops.stack``, ``mean``, ...) is
+made of them.
 
 Rounding: averages accumulate in fp64 and are rounded once, to the dtype asked for.
 Randomness: a value depends on (seed, name, position) alone, never on the box it is read through.
@@ -10,22 +12,41 @@ Randomness: a value depends on (seed, name, position) alone, never on the box it
 
 from __future__ import annotations
 
-from megatron_btx.weights.arithmetic import Product, WeightedSum
-from megatron_btx.weights.arrange import Cast, Cat, Read, Reshape, Slice, Take
-from megatron_btx.weights.random_fill import Draw, Fill
+from collections.abc import Callable
+from typing import Protocol
 
-Expression = Take | Slice | Cat | Reshape | WeightedSum | Product | Cast | Draw | Fill
+import torch
+from torch import Tensor
 
-__all__ = [
-    "Cast",
-    "Cat",
-    "Draw",
-    "Expression",
-    "Fill",
-    "Product",
-    "Read",
-    "Reshape",
-    "Slice",
-    "Take",
-    "WeightedSum",
-]
+from megatron_btx.weights.box import Box, Shape
+
+Read = Callable[[str, str, Box], Tensor]
+"""(source, tensor name, box) -> the box's elements; the result is never written to."""
+
+
+class Expression(Protocol):
+    """What each of the nine classes is. All are frozen dataclasses: compared and hashed by value,
+    and ``str()`` tells what they compute (a plan's hash is made of it)."""
+
+    @property
+    def shape(self) -> Shape:
+        """Of the whole tensor."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its elements."""
+        ...
+
+    @property
+    def parts(self) -> tuple[Expression, ...]:
+        """The expressions that it is made of."""
+        ...
+
+    def evaluate(self, box: Box, read: Read) -> Tensor:
+        """The elements of ``box`` (half-open ranges, one a dimension), of the box's extent."""
+        ...
+
+    def to(self, dtype: torch.dtype) -> Expression:
+        """The same values in ``dtype``, rounded once."""
+        ...

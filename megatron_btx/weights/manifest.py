@@ -1,4 +1,4 @@
-"""``manifest.json``: what a checkpoint directory says of itself."""
+"""``manifest.json``: what a checkpoint directory says of itself. Imports no torch for ours."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 
 from megatron_btx.errors import UserError
 from megatron_btx.recipe.architecture import Architecture
-from megatron_btx.weights.megatron_lm_args import architecture_of, settings_of
 
 FORMAT = "megatron_btx/1"
 MANIFEST = "manifest.json"
@@ -37,16 +36,19 @@ def read_manifest(
     except FileNotFoundError:
         return _declared(directory, given or {})
     except ValueError as error:
-        raise UserError(str(path), f"damaged: {error}", again) from error
+        raise UserError(str(path), f"is damaged: {error}", again) from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise UserError(str(path), f"not of the format {FORMAT}", again)
     try:
         return Architecture.from_json(manifest), manifest
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(str(path), f"damaged: {error!r}", again) from error
+        raise UserError(str(path), f"is damaged: {error!r}", again) from error
 
 
 def _declared(directory: Path, given: Mapping[str, Any]) -> tuple[Architecture, dict[str, Any]]:
+    # Here, because it imports torch, which our own manifests need not.
+    from megatron_btx.weights.megatron_lm_args import architecture_of, settings_of
+
     found = settings_of(directory)
     if found is None and not given:
         what = f"no {MANIFEST}, no run_config.yaml and no arguments of Megatron-LM in common.pt"

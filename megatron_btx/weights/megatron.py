@@ -15,8 +15,9 @@ from typing import Any
 
 from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.recipe.architecture import Architecture
+from megatron_btx.weights.arrange import Cat
 from megatron_btx.weights.box import Shape
-from megatron_btx.weights.expression import Cat, Expression, Fill
+from megatron_btx.weights.expression import Expression
 from megatron_btx.weights.manifest import read_manifest
 from megatron_btx.weights.names import (
     DENSE_NORM,
@@ -28,6 +29,7 @@ from megatron_btx.weights.names import (
 )
 from megatron_btx.weights.ops import item, rows, stack
 from megatron_btx.weights.plan import Checkpoint, Ignore, mismatches, unmatched
+from megatron_btx.weights.random_fill import Fill
 from megatron_btx.weights.source import View, take_all
 from megatron_btx.weights.torch_dist import TorchDistSource
 

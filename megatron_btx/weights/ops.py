@@ -8,17 +8,10 @@ from math import prod
 
 import torch
 
+from megatron_btx.weights.arithmetic import Product, WeightedSum
+from megatron_btx.weights.arrange import Cast, Cat, Reshape, Slice, Take
 from megatron_btx.weights.box import Shape, whole
-from megatron_btx.weights.expression import (
-    Cast,
-    Cat,
-    Expression,
-    Product,
-    Reshape,
-    Slice,
-    Take,
-    WeightedSum,
-)
+from megatron_btx.weights.expression import Expression
 
 
 def rows(of: Expression, start: int, stop: int, dim: int = 0) -> Expression:

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.recipe.architecture import Architecture
+from megatron_btx.weights.arrange import Take
 from megatron_btx.weights.box import Box, Shape, whole
-from megatron_btx.weights.expression import Expression, Take
+from megatron_btx.weights.expression import Expression
 from megatron_btx.weights.ops import nbytes, rebuilt, takes
 from megatron_btx.weights.source import Source, View, take_all
 

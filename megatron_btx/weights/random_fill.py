@@ -5,17 +5,14 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, replace
 from math import prod
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy
 import torch
 from torch import Tensor
 
-from megatron_btx.weights.arrange import Read
 from megatron_btx.weights.box import Box, Shape, extent, position, slices
-
-if TYPE_CHECKING:
-    from megatron_btx.weights.expression import Expression
+from megatron_btx.weights.expression import Expression, Read
 
 _DRAW_BLOCK = 1 << 16
 """Elements drawn by one generator. Part of the definition of every draw: never change it."""

@@ -13,8 +13,9 @@ import numpy
 import torch
 from torch import Tensor
 
+from megatron_btx.weights.arrange import Take
 from megatron_btx.weights.box import Box, Shape, extent, slabs, slices, whole
-from megatron_btx.weights.expression import Expression, Take
+from megatron_btx.weights.expression import Expression
 
 _BLOCK = 1 << 20
 """Elements of which a sum is taken at a time. Part of the definition of every moment."""

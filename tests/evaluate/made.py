@@ -16,9 +16,11 @@ from megatron_btx.mix.copy import copy
 from megatron_btx.mix.router import RouterInit
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.schema import Model, Routing
-from megatron_btx.weights import Checkpoint, MemorySource, Plan, canonical_tensors
 from megatron_btx.weights.directory import as_json
 from megatron_btx.weights.manifest import FORMAT, MANIFEST
+from megatron_btx.weights.names import canonical_tensors
+from megatron_btx.weights.plan import Checkpoint, Plan
+from megatron_btx.weights.source import MemorySource
 from megatron_btx.weights.write_torch_dist import write_torch_dist
 
 VOCABULARY = 420

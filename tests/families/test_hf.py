@@ -35,8 +35,8 @@ def test_canonical_layout_of_attention_and_gate(tmp_path):
 def test_plans_between_hugging_face_names_are_simple(tmp_path):
     """Joining and splitting cancel: nothing is interleaved only to be taken apart again."""
     from megatron_btx.families.llama import QWEN2
-    from megatron_btx.weights import SafetensorsSource
     from megatron_btx.weights.ops import mean
+    from megatron_btx.weights.safetensors import SafetensorsSource
     from megatron_btx.weights.source import take_all
 
     make("qwen2", tmp_path / "in")

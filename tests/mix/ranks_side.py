@@ -58,7 +58,8 @@ def mix_live(sources: dict[str, Path], layout: Layout, precision: Any) -> tuple[
     from megatron_btx.engine.model import build_model
     from megatron_btx.mix.btx import btx
     from megatron_btx.mix.router import RouterInit
-    from megatron_btx.weights import load_into_sharded, open_megatron
+    from megatron_btx.weights.megatron import open_megatron
+    from megatron_btx.weights.sharded import load_into_sharded
 
     distributed.initialize(layout, 0)
     models = [open_megatron(directory, label) for label, directory in sources.items()]

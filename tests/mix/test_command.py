@@ -18,7 +18,7 @@ import yaml
 
 from megatron_btx.errors import UserError
 from megatron_btx.families import open_hf
-from megatron_btx.weights import open_megatron
+from megatron_btx.weights.megatron import open_megatron
 from megatron_btx.weights.source import read_whole
 from tests.mix.commands import LABELS, RUN, btx, named, save
 from tests.weights.models import DENSE, dense
@@ -225,7 +225,7 @@ def test_options_from_a_file(sources, tmp_path):
 def test_how_far_models_have_drifted(sources, tmp_path):
     near = dense("code", 0)
     tensors = {n: read_whole(near.source, n) for n in near.tensors}
-    from megatron_btx.weights import MemorySource
+    from megatron_btx.weights.source import MemorySource
 
     moved = {n: t * 1.25 if "linear_fc" in n and "norm" not in n else t for n, t in tensors.items()}
     save(near, tmp_path / "seed", "hf", torch.float32)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_btx.recipe.schema import Layout
-from megatron_btx.weights import open_megatron
+from megatron_btx.weights.megatron import open_megatron
 from tests.engine.harness import assemble, named_tensor
 from tests.engine.test_layouts import EP2, EP4, PP2, TP2, TP2_EP2, TP2_ETP2, TP2_PP2_EP2
 from tests.mix.ranks_side import mix_live, save_dense

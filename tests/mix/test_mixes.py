@@ -16,8 +16,8 @@ from megatron_btx.mix.router import RouterInit
 from megatron_btx.mix.split import blend, split
 from megatron_btx.mix.upcycle import upcycle
 from megatron_btx.recipe.schema import Routing
-from megatron_btx.weights import Checkpoint, MemorySource
-from megatron_btx.weights.source import read_whole
+from megatron_btx.weights.plan import Checkpoint
+from megatron_btx.weights.source import MemorySource, read_whole
 from tests.weights.models import DENSE, dense
 
 TOP2 = Routing(type="topk", moe_router_topk=2)
@@ -323,7 +323,7 @@ def test_a_copy_is_the_model():
 
 
 def test_plans_account_for_both_sides():
-    from megatron_btx.weights import Plan
+    from megatron_btx.weights.plan import Plan
 
     model = dense("a", 1)
     good = copy(model, dtype=torch.float32)

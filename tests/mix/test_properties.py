@@ -13,10 +13,10 @@ from megatron_btx.mix.edit_experts import append, drop
 from megatron_btx.mix.plan_of_recipe import mix_plan
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.schema import Mix, Model, Routing
-from megatron_btx.weights import MemorySource, Plan
 from megatron_btx.weights.execute import Execution
 from megatron_btx.weights.ops import takes
-from megatron_btx.weights.source import read_whole
+from megatron_btx.weights.plan import Plan
+from megatron_btx.weights.source import MemorySource, read_whole
 from tests.mix.test_mixes import memory
 from tests.weights.models import dense
 from tests.weights.test_expression import boxes

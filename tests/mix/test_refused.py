@@ -22,7 +22,7 @@ def test_nan_and_infinity_are_found_by_name(sources, tmp_path):
     tensors = {n: read_whole(bad.source, n).clone() for n in bad.tensors}
     tensors["decoder.layers.1.mlp.linear_fc2.weight"][3, 4] = float("nan")
     tensors["output_layer.weight"][0, 0] = float("inf")
-    from megatron_btx.weights import MemorySource
+    from megatron_btx.weights.source import MemorySource
 
     save_raw = replace(bad, source=MemorySource(tensors))
     with pytest.raises(UserError, match="holds NaN or infinity"):

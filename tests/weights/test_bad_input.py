@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_btx.errors import UserError
-from megatron_btx.weights import SafetensorsSource, open_megatron
+from megatron_btx.weights.megatron import open_megatron
+from megatron_btx.weights.safetensors import SafetensorsSource
 from megatron_btx.weights.source import read_whole
 from megatron_btx.weights.torch_dist import Chunk, _payload
 from megatron_btx.weights.write_torch_dist import write_torch_dist

@@ -15,10 +15,11 @@ from safetensors.torch import load_file
 from megatron_btx.errors import UserError
 from megatron_btx.families.export import write_hf
 from megatron_btx.mix.copy import copy
-from megatron_btx.weights import TorchDistSource, open_megatron
 from megatron_btx.weights.directory import Piece, write_directory
 from megatron_btx.weights.execute import Execution
+from megatron_btx.weights.megatron import open_megatron
 from megatron_btx.weights.source import read_whole
+from megatron_btx.weights.torch_dist import TorchDistSource
 from megatron_btx.weights.write_safetensors import write_safetensors
 from megatron_btx.weights.write_torch_dist import write_torch_dist
 from tests.engine.harness import assemble

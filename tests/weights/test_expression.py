@@ -10,19 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_btx.weights import MemorySource
+from megatron_btx.weights.arithmetic import Product
+from megatron_btx.weights.arrange import Cast, Cat, Reshape, Take
 from megatron_btx.weights.box import contiguous, extent, runs, slabs, whole
-from megatron_btx.weights.expression import (
-    Cast,
-    Cat,
-    Draw,
-    Expression,
-    Fill,
-    Product,
-    Reshape,
-    Take,
-)
+from megatron_btx.weights.expression import Expression
 from megatron_btx.weights.ops import item, mean, nbytes, rows, scaled, stack, takes
+from megatron_btx.weights.random_fill import Draw, Fill
+from megatron_btx.weights.source import MemorySource
 
 SHAPES = st.lists(st.integers(1, 5), min_size=1, max_size=3).map(tuple)
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float64])

@@ -16,7 +16,7 @@ from megatron.core.transformer.enums import AttnBackend
 from megatron_btx.errors import UserError
 from megatron_btx.mix.copy import copy
 from megatron_btx.recipe.schema import Routing
-from megatron_btx.weights import open_megatron
+from megatron_btx.weights.megatron import open_megatron
 from megatron_btx.weights.source import read_whole
 from megatron_btx.weights.write_torch_dist import write_torch_dist
 from tests.mix.commands import btx

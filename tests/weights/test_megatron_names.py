@@ -7,10 +7,9 @@ from itertools import product
 import pytest
 import torch
 
-from megatron_btx.weights import MemorySource
 from megatron_btx.weights.box import whole
 from megatron_btx.weights.megatron import canonical, stored
-from megatron_btx.weights.source import read_whole, take_all
+from megatron_btx.weights.source import MemorySource, read_whole, take_all
 from tests.engine.test_layouts import TP2
 from tests.weights.models import dense, moe_plan, tied
 from tests.weights.ranks_side import save_as
@@ -91,7 +90,7 @@ def test_a_name_that_nobody_knows():
 
 def test_real_directories_of_other_forms(ranks, tmp_path):
     """Per-layer keys and fc1 in halves, as Megatron writes them when it is asked to."""
-    from megatron_btx.weights import open_megatron
+    from megatron_btx.weights.megatron import open_megatron
 
     ranks.run(save_as, 2, tmp_path / "plain", TP2, {})
     forms = {"singleton_local_shards": True, "non_homogeneous_layers": True}
