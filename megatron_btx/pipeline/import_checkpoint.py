@@ -207,8 +207,9 @@ def _under(where: str) -> Iterator[None]:
     errors: list[UserError] = []
     with noted(errors):
         yield
+    errors = [UserError(where, f"{one.where}: {one.what}", one.fix) for one in errors]
     if errors:
-        raise UserErrors([UserError(where, f"{one.where}: {one.what}", one.fix) for one in errors])
+        raise errors[0] if len(errors) == 1 else UserErrors(errors)
 
 
 def _differences(checkpoint: Model, model: Model) -> list[tuple[str, Any, Any]]:
