@@ -17,7 +17,19 @@ class UserError(Exception):
 
     def __init__(self, where: str, what: str, fix: str = "") -> None:
         self.where, self.what, self.fix = where, what, fix
-        super().__init__(f"{where}: {what}" + (f"\n  fix: {fix}" if fix else ""))
+        said = [_printable(part) for part in (where, what, fix)]
+        super().__init__(f"{said[0]}: {said[1]}" + (f"\n  fix: {said[2]}" if fix else ""))
+
+
+def _printable(text: str) -> str:
+    """Text that may come from a file, as a terminal can show it: escapes for what is not printed
+    (control characters, halves of surrogates, marks that turn the direction of a line), and of what
+    has more than 4000 characters the beginning."""
+    if len(text) > 4000:
+        text = f"{text[:2000]}... ({len(text)} characters)"
+    return "".join(
+        char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text
+    )
 
 
 class UserErrors(UserError):

@@ -6,12 +6,19 @@ import json
 import os
 import re
 import shutil
+import stat
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from megatron_btx.errors import UserError
+
+JSON_LIMIT = 16 << 20
+"""Bytes that a JSON file may have which describes a model or a run."""
+_DEPTH = 64
+"""Levels of lists and objects in such a file, far more than any of them has."""
 
 
 def unfinished(path: Path) -> Path:
@@ -59,13 +66,114 @@ def write_json(path: Path, content: Any) -> None:
         file.write("\n")
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in a JSON file; ``None`` where there is no whole one."""
+def read_bytes(path: Path, limit: int) -> bytes:
+    """The content of a regular file of at most ``limit`` bytes.
+
+    Raises:
+        UserError: there is none, it cannot be read, is a pipe or a device, or is larger.
+    """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return _content(path, limit)
+    except FileNotFoundError:
+        raise UserError(str(path), "there is no such file", "correct the path") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        what = f"cannot be read: {getattr(error, 'strerror', None) or error}"
+        raise UserError(str(path), what, "give the path of a file that can be read") from None
+
+
+def _content(path: Path, limit: int) -> bytes:
+    """:func:`read_bytes`, what the system says as it says it."""
+    # A pipe without a writer would block in open(), and /dev/zero has no end.
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise UserError(str(path), "is a pipe or a device, not a file", "give a file")
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        size = max(status.st_size, len(content))
+        what = f"is too large: {size:,} bytes, and at most {limit:,} are read"
+        raise UserError(str(path), what, "give the file that is meant")
+    return content
+
+
+def read_json(path: Path, limit: int = JSON_LIMIT) -> dict[str, Any]:
+    """The object in a JSON file that describes something.
+
+    Raises:
+        UserError: there is no such file (:func:`read_bytes`), or none that can be read as such
+            (:func:`parse_json`).
+    """
+    return parse_json(read_bytes(path, limit), str(path))
+
+
+def find_json(path: Path, limit: int = JSON_LIMIT) -> dict[str, Any] | None:
+    """The object in a JSON file; ``None`` where there is no whole one.
+
+    Raises:
+        UserError: what is there cannot be read, is a pipe or a device, or above ``limit`` bytes.
+    """
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    return content if isinstance(content, dict) else None
+    except (OSError, ValueError):
+        pass  # said below
+    content = read_bytes(path, limit)
+    try:
+        return parse_json(content, str(path))
+    except UserError:
+        return None
+
+
+def parse_json(content: bytes, where: str) -> dict[str, Any]:
+    """The object that JSON text (UTF-8) describes.
+
+    Args:
+        content: the text.
+        where: what errors name.
+
+    Raises:
+        UserError: it is no JSON or no object, gives a key twice, is nested more than 64 deep, or
+            has an integer of more than 100 digits.
+    """
+    again = "make the file anew, or copy it again"
+    try:
+        found = json.loads(
+            content.decode("utf-8"), object_pairs_hook=_unique, parse_int=_sane_integer
+        )
+    except (ValueError, RecursionError) as error:
+        what = "is nested too deep" if isinstance(error, RecursionError) else str(error)
+        raise UserError(where, f"is not JSON that can be read: {what}", again) from None
+    if not isinstance(found, dict):
+        raise UserError(where, "holds no JSON object (`{...}`)", again)
+    if _deep(found):
+        raise UserError(where, f"is nested more than {_DEPTH} deep", again)
+    return found
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        counts = Counter(name for name, _ in pairs)
+        double = next(name for name, count in counts.items() if count > 1)
+        raise ValueError(f"the key {double[:100]!r} stands there twice")
+    return found
+
+
+def _sane_integer(digits: str) -> int:
+    if len(digits) > 100:
+        raise ValueError(f"an integer of {len(digits)} digits")
+    return int(digits)
+
+
+def _deep(content: Any) -> bool:
+    level = [content]
+    for _ in range(_DEPTH):
+        inner = (each.values() if isinstance(each, dict) else each for each in level)
+        level = [item for each in inner for item in each if isinstance(item, (dict, list))]
+        if not level:
+            return False
+    return True
 
 
 def check_file(path: Path) -> None:

@@ -14,7 +14,7 @@ from megatron_btx.cli import evaluate
 from megatron_btx.errors import UserError
 from megatron_btx.evaluate import model_spec
 from megatron_btx.evaluate.model_spec import Subject
-from megatron_btx.files import check_directory, read_json, write_json, written
+from megatron_btx.files import check_directory, find_json, write_json, written
 from megatron_btx.pipeline import eval_ranks, graph, state
 from megatron_btx.pipeline.fingerprint import Memo
 from megatron_btx.recipe.load import digest, load_recipe
@@ -117,10 +117,10 @@ def measure_tasks(
             if name in found or averaged or run.recipe.random_seed != seed:
                 continue
             files = [memo.paths([*task["files"], *task["shots"]]) for task in tasks]
-            models = [read_json(directory(run.run_dir, m) / "stage.json") for m in row.models]
+            models = [find_json(directory(run.run_dir, m) / "stage.json") for m in row.models]
             method = run.recipe.btm if ensemble else None
             path = kept / f"{digest([tasks, files, models, method])[:16]}.json"
-            score = read_json(path)
+            score = find_json(path)
             if score is None:
                 sys.stderr.write(f"{name}: tasks\n")
                 score = _score(run, row, tasks)

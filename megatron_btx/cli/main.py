@@ -248,7 +248,7 @@ def _results(run_dir: Path) -> dict[str, Any] | None:
         UserError: it is damaged.
     """
     path = run_dir / "results.json"
-    results = state.read_json(path)
+    results = state.find_json(path)
     if path.exists() and not isinstance((results or {}).get("systems"), dict):
         again = f"remove it and {run_dir / 'evaluate'}; `btx run` makes both again"
         raise UserError(str(path), "is damaged: it holds no systems", again)
@@ -297,7 +297,7 @@ def _print_stages(
             "code": code,
             "problem": problem,
             "stages": rows,
-            "results": state.read_json(run_dir / "results.json"),
+            "results": state.find_json(run_dir / "results.json"),
         }
         sys.stdout.write(json.dumps(outcome, indent=1) + "\n")
         return

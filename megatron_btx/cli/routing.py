@@ -24,7 +24,7 @@ from megatron_btx.errors import UserError
 from megatron_btx.evaluate import model_spec
 from megatron_btx.evaluate.model_spec import Subject
 from megatron_btx.evaluate.sample_top1_mode import expert_choice, in_words
-from megatron_btx.files import check_directory, read_json, written
+from megatron_btx.files import check_directory, find_json, written
 from megatron_btx.pipeline import eval_ranks
 from megatron_btx.recipe.load import load_recipe
 from megatron_btx.recipe.schema import Recipe
@@ -184,7 +184,7 @@ def of_run(run_dir: Path) -> list[View]:
 
 
 def _final(run_dir: Path, record: Mapping[str, Any]) -> Mapping[str, Any]:
-    systems = (read_json(run_dir / "results.json") or {}).get("systems", {})
+    systems = (find_json(run_dir / "results.json") or {}).get("systems", {})
     return next((system for system in systems.values() if system.get("load")), record)
 
 

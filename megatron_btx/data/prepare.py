@@ -37,7 +37,7 @@ from megatron_btx.data.tokenizer import (
     train_tokenizer,
 )
 from megatron_btx.errors import UserError, UserErrors, noted
-from megatron_btx.files import newest_step, read_json, sweep, unfinished, write_json
+from megatron_btx.files import find_json, newest_step, sweep, unfinished, write_json
 from megatron_btx.recipe.schema import Domain, Recipe
 
 logger = logging.getLogger(__name__)
@@ -319,4 +319,4 @@ def _sha256(file: Path) -> str:
 
 def _read_json(path: Path) -> dict[str, Any]:
     """What there is; nothing where there is no whole file."""
-    return read_json(path) or {}
+    return find_json(path) or {}

@@ -19,7 +19,7 @@ from megatron_btx.evaluate.btm_heldout import btm_heldout, training_text
 from megatron_btx.evaluate.heldout import HeldOut, evaluate
 from megatron_btx.evaluate.models import dropless
 from megatron_btx.evaluate.sample_top1_mode import expert_choice
-from megatron_btx.files import read_json, write_json
+from megatron_btx.files import find_json, write_json
 from megatron_btx.mix.average import average
 from megatron_btx.mix.copy import copy
 from megatron_btx.recipe import count
@@ -109,10 +109,10 @@ def _single(recipe: Recipe, run_dir: Path, row: Row, domains: Domains) -> Measur
     """One model, taken from what is kept beside it where it has been evaluated on this text."""
     (stage,) = row.models
     checkpoint = final_checkpoint(directory(run_dir, stage))
-    key = (read_json(directory(run_dir, stage) / "stage.json") or {}).get("key")
+    key = (find_json(directory(run_dir, stage) / "stage.json") or {}).get("key")
     text = [[name, each.sha256, len(each)] for name, each in domains.items()]
     kept = directory(run_dir, stage) / "heldout" / f"{digest([key, text])[:16]}.json"
-    known = distributed.from_first_rank(read_json(kept))
+    known = distributed.from_first_rank(find_json(kept))
     if known is None:
         architecture, found = evaluate_checkpoint(
             checkpoint,

@@ -21,7 +21,7 @@ from typing import Any
 
 from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.evaluate.model_spec import Subject
-from megatron_btx.files import read_json, write_json
+from megatron_btx.files import find_json, write_json
 from megatron_btx.pipeline.local import reaper, runner
 from megatron_btx.recipe.schema import Layout
 
@@ -123,10 +123,10 @@ def _start(request: Request, world_size: int) -> Any:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(rank.pid, signal.SIGKILL)
                 rank.wait()
-        found = read_json(scratch / "error.json")
+        found = find_json(scratch / "error.json")
         if found is not None:
             raise _mistake(found["errors"])
-        found = read_json(scratch / "answer.json")
+        found = find_json(scratch / "answer.json")
         if found is None:
             raise Ended(1)
         return found["answer"]
@@ -151,7 +151,7 @@ def main(arguments: list[str] | None = None) -> int:
     reaper.die_with_parent()
     (name,) = sys.argv[1:] if arguments is None else arguments
     scratch = Path(name)
-    request = read_json(scratch / "request.json")
+    request = find_json(scratch / "request.json")
     assert request is not None
     try:
         found = _work(request)

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatron_btx.errors import UserError
-from megatron_btx.files import read_json, sweep, write_json
+from megatron_btx.files import find_json, sweep, write_json
 from megatron_btx.pipeline.graph import Stage
 from megatron_btx.provenance import code_revision, versions
 
@@ -36,7 +36,7 @@ EXIT_STOPPED = 75
 
 def done(run_dir: Path, stage: Stage) -> dict[str, Any] | None:
     """The stage's ``done.json`` if it is finished for the key that the recipe asks for."""
-    record = read_json(run_dir / stage.directory / "done.json")
+    record = find_json(run_dir / stage.directory / "done.json")
     return record if record is not None and record.get("key") == stage.key else None
 
 
@@ -91,7 +91,7 @@ def claim(run_dir: Path, stage: Stage) -> Path | None:
         Where the former content went, if there was any.
     """
     directory = run_dir / stage.directory
-    former = (read_json(directory / "stage.json") or {}).get("key")
+    former = (find_json(directory / "stage.json") or {}).get("key")
     if directory.is_symlink() and former != stage.key:  # another run's: it stays as it is there
         directory.unlink()
         former = None

@@ -212,7 +212,7 @@ def _begin_unaided(recipe: Recipe, stage: Stage, run_dir: Path, rank: int) -> No
     directory = run_dir / stage.directory
     if rank != 0:
         deadline = time.monotonic() + 120
-        while (state.read_json(directory / "stage.json") or {}).get("key") != stage.key:
+        while (state.find_json(directory / "stage.json") or {}).get("key") != stage.key:
             if time.monotonic() > deadline:
                 raise UserError(str(directory), "rank 0 has not made it", "look at rank 0's log")
             time.sleep(0.2)

@@ -26,7 +26,7 @@ from typing import Any, Literal
 import yaml
 
 from megatron_btx.errors import UserError, UserErrors
-from megatron_btx.files import newest_step, read_json
+from megatron_btx.files import find_json, newest_step
 from megatron_btx.recipe import check, stages
 from megatron_btx.recipe.messages import (
     describe,
@@ -166,8 +166,8 @@ def _taken_vocabulary(seed: Path) -> int | None:
     whether there is a whole one is asked later (pipeline/import_checkpoint.py)."""
     try:
         directory = seed if (seed / "manifest.json").exists() else newest_step(seed) or seed
-        manifest = read_json(directory / "manifest.json")
-        return int((manifest or read_json(directory / "config.json") or {})["vocab_size"])
+        manifest = find_json(directory / "manifest.json")
+        return int((manifest or find_json(directory / "config.json") or {})["vocab_size"])
     except (OSError, KeyError, ValueError, TypeError):
         return None
 

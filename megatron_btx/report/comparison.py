@@ -18,7 +18,7 @@ from typing import Any
 
 from megatron_btx.errors import UserError
 from megatron_btx.evaluate.sample_top1_mode import in_words
-from megatron_btx.files import read_json
+from megatron_btx.files import find_json
 from megatron_btx.pipeline.local.progress import amount, clock
 from megatron_btx.recipe.schema import Recipe
 from megatron_btx.recipe.stages import directory
@@ -113,7 +113,7 @@ def compare(runs: Sequence[Run]) -> Comparison:
     found: dict[str, list[tuple[Run, Mapping[str, Any]]]] = {}
     columns: tuple[str, ...] | None = None
     for run in runs:
-        results = read_json(run.run_dir / "results.json")
+        results = find_json(run.run_dir / "results.json")
         if results is None:
             raise UserError(str(run.run_dir), "has no results.json", "run its recipe first")
         here = (*results["domains"], MEAN)
@@ -188,7 +188,7 @@ def _seconds(run_dir: Path, stages: Iterable[str]) -> float | None:
     """What the stages' own records say; ``None`` where one of them says nothing."""
     total = 0.0
     for stage in stages:
-        done = read_json(directory(run_dir, stage) / "done.json") or {}
+        done = find_json(directory(run_dir, stage) / "done.json") or {}
         if "seconds" not in done:
             return None
         total += done["seconds"]

@@ -81,7 +81,7 @@ class Facts:
 def gather(recipe: Recipe, run_dir: Path) -> Facts:
     """Read a run, finished or not."""
     stages = [_stage(recipe, run_dir, stage) for stage in graph.build(recipe)]
-    results = state.read_json(run_dir / "results.json")
+    results = state.find_json(run_dir / "results.json")
     return Facts(
         recipe=recipe,
         run_dir=run_dir,

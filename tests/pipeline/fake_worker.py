@@ -19,7 +19,7 @@ from pathlib import Path
 from megatron_btx.errors import UserError
 from megatron_btx.pipeline import worker
 from megatron_btx.pipeline.graph import Stage
-from megatron_btx.pipeline.state import read_json, write_json
+from megatron_btx.pipeline.state import find_json, write_json
 from megatron_btx.recipe.schema import Recipe
 
 STEPS = 20
@@ -43,7 +43,7 @@ def _stage(recipe: Recipe, stage: Stage, run_dir: Path) -> dict[str, object]:
         os._exit(3)
     first = 0
     with contextlib.suppress(TypeError):
-        first = read_json(directory / "saved.json")["step"]
+        first = find_json(directory / "saved.json")["step"]
     pause = wish.get("seconds", 0.2) / STEPS
     with (directory / "metrics.jsonl").open("a") as metrics:
         attempt = int(os.environ["BTX_ATTEMPT"])

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_btx.pipeline.state import read_json
+from megatron_btx.pipeline.state import find_json
 from megatron_btx.report import table
 from megatron_btx.report.svg import spread, thin, ticks
 from tests.report.made import make_run
@@ -16,7 +16,7 @@ from tests.report.made import make_run
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    found = read_json(make_run(tmp_path_factory.mktemp("made"))[1] / "results.json")
+    found = find_json(make_run(tmp_path_factory.mktemp("made"))[1] / "results.json")
     assert found is not None
     return found
 

@@ -36,12 +36,12 @@ def _besides(checkpoint: Path) -> Besides:
     """The tokenizer in the form that `transformers` reads, and its tokens; of a checkpoint that
     came from Hugging Face both have been kept as they were."""
     from megatron_btx.data.tokenizer import INFO, load_tokenizer
-    from megatron_btx.files import read_json
+    from megatron_btx.files import find_json
     from megatron_btx.mix.offline import Besides
     from megatron_btx.weights.manifest import MANIFEST
 
     directory = checkpoint / "tokenizer"
-    kept = (read_json(checkpoint / MANIFEST) or {}).get("huggingface")
+    kept = (find_json(checkpoint / MANIFEST) or {}).get("huggingface")
     if kept or not (directory / INFO).is_file():
         return Besides()
     tokenizer = load_tokenizer(directory)

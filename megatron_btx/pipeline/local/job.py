@@ -134,7 +134,7 @@ class Job:
 
     def message(self) -> tuple[str, bool]:
         """What went wrong, and whether the user can put it right."""
-        record = state.read_json(self.directory / "error.json")
+        record = state.find_json(self.directory / "error.json")
         if record is not None:
             return str(record.get("message")), record.get("kind") == "user"
         if shutil.disk_usage(self.directory).free < 1 << 20:  # not even for error.json

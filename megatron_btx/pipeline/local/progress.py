@@ -52,7 +52,7 @@ class Standing:
             for line in whole.splitlines():
                 with contextlib.suppress(ValueError):
                     self._take(json.loads(line))
-        progress = state.read_json(self.directory / "progress.json")
+        progress = state.find_json(self.directory / "progress.json")
         if progress is not None:
             self.done, self.total = float(progress["done"]), 1.0
             self.text = f"{progress['what']} {self.done:.0%}"

@@ -107,7 +107,7 @@ def _ended(directory: Path, job: commands.Job | None) -> str:
 
 
 def _last_words(run_dir: Path, stage: Stage, word: str, job: commands.Job | None) -> str:
-    record = state.read_json(run_dir / stage.directory / "error.json")
+    record = state.find_json(run_dir / stage.directory / "error.json")
     if record is not None:
         return str(record.get("message"))
     if word == "cancelled" and job is not None and job.reason:

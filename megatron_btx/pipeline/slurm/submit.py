@@ -225,7 +225,7 @@ def _send(run_dir: Path, directory: Path, chosen: tuple[Stage, ...]) -> dict[str
 
 def jobs(run_dir: Path) -> dict[str, Any]:
     """The latest job of every stage: ``{stage: {"job", "key", "submission", "after"}}``."""
-    return state.read_json(run_dir / "slurm" / "jobs.json") or {}
+    return state.find_json(run_dir / "slurm" / "jobs.json") or {}
 
 
 @contextlib.contextmanager

@@ -1,0 +1,85 @@
+"""Files that describe something: read whole, or refused by name."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from megatron_btx.errors import UserError, UserErrors
+from megatron_btx.files import find_json, parse_json, read_json
+
+DAMAGED = [
+    (b"", "is not JSON"),
+    (b'{"a": 1', "is not JSON"),
+    (b"[1, 2]", "no JSON object"),
+    (b'{"a": 1, "a": 2}', "'a' stands there twice"),
+    (b'{"a": "\xff"}', "is not JSON"),
+    (b"[" * 100_000, "nested too deep"),
+    (b'{"a": ' + b"[" * 100 + b"]" * 100 + b"}", "nested more than 64 deep"),
+    (b'{"a": ' + b"9" * 5000 + b"}", "an integer of 5000 digits"),
+    (b'{"a": "\x1b[31m"}', "is not JSON"),
+]
+
+
+@pytest.mark.parametrize(("content", "words"), DAMAGED, ids=[row[1] for row in DAMAGED])
+def test_a_damaged_one(tmp_path: Path, content: bytes, words: str) -> None:
+    path = tmp_path / "config.json"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        read_json(path)
+    assert words in str(caught.value)
+    assert caught.value.where == str(path)
+    assert find_json(path) is None
+
+
+def test_a_whole_one(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    content = {"a": [1, 2.5, None, True, {"b": "c" * 10_000}], "n": 10**99}
+    path.write_text(json.dumps(content))
+    assert read_json(path) == find_json(path) == content
+    assert parse_json(path.read_bytes(), "header") == content
+
+
+def test_what_is_no_file(tmp_path: Path) -> None:
+    """Each is answered at once: a pipe without a writer does not wait, a device has no end."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    missing = tmp_path / "missing"
+    places = {
+        pipe: "a pipe or a device",
+        Path("/dev/zero"): "a pipe or a device",
+        tmp_path: "Is a directory",
+        missing: "no such file",
+        tmp_path / ("x" * 300): "File name too long",
+        tmp_path / "a\0b": "null",
+    }
+    for path, words in places.items():
+        with pytest.raises(UserError, match=words):
+            read_json(path)
+    assert find_json(missing) is None
+    with pytest.raises(UserError, match="a pipe"):
+        find_json(pipe)
+
+
+def test_a_file_without_end(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    with path.open("wb") as file:
+        file.truncate(1 << 40)
+    for read in (read_json, find_json):
+        with pytest.raises(UserError, match="too large: 1,099,511,627,776 bytes"):
+            read(path)
+    path.write_text('{"a": 1}' + " " * 100)
+    with pytest.raises(UserError, match="at most 20"):
+        read_json(path, limit=20)
+
+
+def test_nothing_from_a_file_reaches_the_terminal_unescaped() -> None:
+    error = UserError("a\x1b[31m\ud800.json: k\u202ey", "is " + "x" * 10**6, "one\ntwo\rthree")
+    for shown in (str(error), str(UserErrors([error]))):
+        assert shown.startswith(r"a\x1b[31m\ud800.json: k\u202ey: is xxx")
+        assert shown.endswith("... (1000003 characters)\n  fix: one\ntwo\\rthree")
+        assert len(shown) < 3000
+    assert error.where == "a\x1b[31m\ud800.json: k\u202ey", "the parts stay as they are"
