@@ -1,13 +1,41 @@
-"""The one exception that a user is meant to see."""
+"""The one exception that a user is meant to see, and how a name from a file is shown."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+_NAME, _TEXT = 200, 4000
+"""Characters of a name, and of a whole message, at most."""
+
+
+def shown(name: object, most: int = _NAME) -> str:
+    """A name that comes from a file, as it may go to a terminal: on one line, of bounded length,
+    with everything that is not printable (control characters, bidirectional marks, lone
+    surrogates) as Python escapes it.
+
+    Args:
+        name: a tensor's name, a key, a file's name.
+        most: characters; of a longer one the beginning, its length and the end are shown.
+    """
+    return _bounded(str(name), most, keep="")
+
+
+def _bounded(text: str, most: int, keep: str) -> str:
+    if len(text) > most:
+        text = f"{text[: most - most // 4]} ... ({len(text):,} characters) ... {text[-most // 4 :]}"
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() or c in keep else _escaped(c) for c in text)
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
+
 
 class UserError(Exception):
-    """Something the user can put right: printed without a traceback, exit code 2.
+    """Something the user can put right: printed without a traceback, exit code 2. Whatever it is
+    made of, its text holds no control character but the end of a line, and is of bounded length.
 
     Args:
         where: the file, key or option that is wrong (``recipe.yaml: finetune.layout``).
@@ -16,20 +44,13 @@ class UserError(Exception):
     """
 
     def __init__(self, where: str, what: str, fix: str = "") -> None:
-        self.where, self.what, self.fix = where, what, fix
-        said = [_printable(part) for part in (where, what, fix)]
-        super().__init__(f"{said[0]}: {said[1]}" + (f"\n  fix: {said[2]}" if fix else ""))
+        self.where, self.what, self.fix = (_bounded(t, _TEXT, "\n") for t in (where, what, fix))
+        more = f"\n  fix: {self.fix}" if fix else ""
+        super().__init__(f"{self.where}: {self.what}{more}")
 
-
-def _printable(text: str) -> str:
-    """Text that may come from a file, as a terminal can show it: escapes for what is not printed
-    (control characters, halves of surrogates, marks that turn the direction of a line), and of what
-    has more than 4000 characters the beginning."""
-    if len(text) > 4000:
-        text = f"{text[:2000]}... ({len(text)} characters)"
-    return "".join(
-        char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text
-    )
+    def __reduce__(self) -> tuple[object, ...]:
+        """One rank's error is told to the others."""
+        return type(self), (self.where, self.what, self.fix)
 
 
 class UserErrors(UserError):
@@ -38,6 +59,10 @@ class UserErrors(UserError):
     def __init__(self, errors: list[UserError]) -> None:
         self.errors = errors
         Exception.__init__(self, "\n".join(str(error) for error in errors))
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """One rank's errors are told to the others."""
+        return type(self), (self.errors,)
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import re
@@ -224,3 +226,45 @@ def sync_directory(directory: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def try_lock(file: IO[Any], kind: int = fcntl.LOCK_EX) -> bool:
+    """Lock an open file (flock) if nobody else has it, until it is closed or the process ends.
+
+    Args:
+        file: the file.
+        kind: ``fcntl.LOCK_EX`` or ``fcntl.LOCK_SH``.
+
+    Returns:
+        Whether it is locked.
+
+    Raises:
+        UserError: its file system has no locks.
+    """
+    try:
+        fcntl.flock(file, kind | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            return False
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
+            raise
+        raise UserError(
+            str(Path(file.name).parent),
+            f"its file system has no file locks (flock: {error.strerror}), by which two processes "
+            "writing to one place are told apart",
+            "use another file system, or mount this one with locks (Lustre: -o flock; NFS: a "
+            "running lock manager, or -o local_lock=flock where one machine uses it)",
+        ) from error
+    return True
+
+
+def named_path(word: str) -> tuple[str, Path]:
+    """``NAME=PATH`` or ``PATH`` of the command line; the name is empty where none is given.
+
+    A name holds no ``/``, so that an ``=`` in a directory's name (``runs/lr=1e-4``) is no label;
+    what exists as it stands is a path.
+    """
+    name, equals, path = word.partition("=")
+    if not equals or "/" in name or os.path.lexists(word):
+        return "", Path(word)
+    return name, Path(path)

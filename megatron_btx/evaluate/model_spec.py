@@ -7,6 +7,7 @@ each may stand ``NAME=``.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_btx.errors import UserError, UserErrors
-from megatron_btx.files import newest_step
+from megatron_btx.files import named_path, newest_step
 
 METHODS = ("top1", "top2", "posterior")
 CONTEXTS = ("prefix", "document")
@@ -88,7 +89,8 @@ def find(path: str | Path) -> Path:
 
 
 def _parse(word: str) -> Subject:
-    named = re.fullmatch(r"([\w.+-]+)=(.+)", word)
+    is_path = os.path.lexists(word)  # an `=` in a directory's name is no label
+    named = None if is_path else re.fullmatch(r"([\w.+-]+)=(.+)", word)
     name, rest = (named[1], named[2]) if named else ("", word)
     if rest.startswith("btm:"):
         return _listed(name or "btm", rest.removeprefix("btm:"))
@@ -111,7 +113,7 @@ def _listed(name: str, rest: str) -> Subject:
         return _of_run(name, Path(rest))
     models: dict[str, Path] = {}
     for word in rest.split(","):
-        label, _, path = word.rpartition("=")
+        label, path = named_path(word)
         checkpoint = find(path)
         models[label or _name_of(checkpoint)] = checkpoint
     if len(models) < 2:

@@ -12,7 +12,7 @@ import torch
 
 from megatron_btx.errors import UserError, UserErrors, noted
 from megatron_btx.families.hf import open_hf
-from megatron_btx.files import newest_step
+from megatron_btx.files import named_path, newest_step
 from megatron_btx.mix.average import average
 from megatron_btx.mix.command import Request
 from megatron_btx.mix.compatibility import disagreements
@@ -33,10 +33,10 @@ def open_sources(request: Request) -> list[Checkpoint]:
     models: list[Checkpoint] = []
     errors: list[UserError] = []
     for source in request.sources:
-        label, _, path = source.rpartition("=")
+        label, path = named_path(source)
         with noted(errors):
-            label = label or Path(path).resolve().name
-            models.append(open_source(Path(path), label, request.model))
+            label = label or path.resolve().name
+            models.append(open_source(path, label, request.model))
     if errors and models and request.method != "append":
         errors += disagreements(models)
     if errors:

@@ -14,7 +14,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import glob
 import json
@@ -23,10 +22,10 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from megatron_btx.errors import UserError
-from megatron_btx.files import find_json, sweep, write_json
+from megatron_btx.files import find_json, sweep, try_lock, write_json
 from megatron_btx.pipeline.graph import Stage
 from megatron_btx.provenance import code_revision, versions
 
@@ -226,7 +225,7 @@ def run_lock(run_dir: Path) -> Iterator[None]:
         UserError: another process has it; names the process.
     """
     with (run_dir / "lock").open("a+", encoding="utf-8") as file:
-        if not _flock(file, fcntl.LOCK_EX):
+        if not try_lock(file, fcntl.LOCK_EX):
             file.seek(0)
             raise UserError(
                 str(run_dir),
@@ -250,7 +249,7 @@ def stage_lock(directory: Path) -> Iterator[None]:
     """For a rank and whatever it forks: says as long as one of them lives that the stage is busy.
     A fork shares the lock, so that a checkpoint writer outliving its rank still counts."""
     with (directory / "lock").open("a") as file:
-        if not _flock(file, fcntl.LOCK_SH):
+        if not try_lock(file, fcntl.LOCK_SH):
             raise UserError(str(directory), "is being written by another run", "stop that one")
         yield
 
@@ -264,7 +263,7 @@ def wait_until_idle(directory: Path, timeout: float = 20.0) -> None:
     """
     deadline = time.monotonic() + timeout
     with (directory / "lock").open("a") as file:
-        while not _flock(file, fcntl.LOCK_EX):
+        while not try_lock(file, fcntl.LOCK_EX):
             if time.monotonic() > deadline:
                 raise UserError(
                     str(directory),
@@ -273,16 +272,6 @@ def wait_until_idle(directory: Path, timeout: float = 20.0) -> None:
                 )
             time.sleep(0.1)
         sweep(directory)
-
-
-def _flock(file: IO[str], kind: int) -> bool:
-    try:
-        fcntl.flock(file, kind | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            return False
-        raise
-    return True
 
 
 def _log(attempt: int) -> str:
