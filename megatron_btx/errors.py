@@ -74,3 +74,11 @@ def noted(errors: list[UserError]) -> Iterator[None]:
         errors += found.errors
     except UserError as found:
         errors.append(found)
+
+
+def capped(errors: list[UserError], most: int = 8) -> list[UserError]:
+    """The first of many errors of one kind, and how many more there are."""
+    if len(errors) <= most + 1:
+        return errors
+    last = errors[most]
+    return [*errors[:most], UserError(last.where, f"and {len(errors) - most} more like these")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +16,12 @@ from megatron_btx.families.family import Family
 from megatron_btx.families.hf_routing import Gates
 from megatron_btx.families.llama import LLAMA, MISTRAL, QWEN2, QWEN3
 from megatron_btx.families.mixtral import MIXTRAL, QWEN2_MOE, QWEN3_MOE
+from megatron_btx.families.recognise import not_as_saved, quantised
 from megatron_btx.families.table import Table
 from megatron_btx.families.tokenizer_files import describe_tokenizer
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.weights.box import Shape
+from megatron_btx.weights.model_files import foreign
 from megatron_btx.weights.names import canonical_tensors
 from megatron_btx.weights.plan import Checkpoint, Ignore, Plan, mismatches, unmatched
 from megatron_btx.weights.random_fill import Fill
@@ -33,7 +36,8 @@ FAMILIES = {
 
 IGNORED = (Ignore(r".*\.rotary_emb\.inv_freq", "derived from the RoPE base"),)
 """Stored tensors that are not weights. All else must be used."""
-TIED = Ignore(r"lm_head\.weight", "tied to the embedding")
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+TIED = Ignore(re.escape(HEAD), "tied to the embedding")
 
 
 def open_hf(path: Path | str, label: str) -> Checkpoint:
@@ -46,7 +50,11 @@ def open_hf(path: Path | str, label: str) -> Checkpoint:
     path = Path(path)
     family, architecture, config = read_config(path)
     source = SafetensorsSource(path)
+    if (unlike := not_as_saved(source.tensors, str(path))) is not None:
+        raise unlike
     untied = architecture.model.untie_embeddings_and_output_weights
+    if not untied:
+        _check_tied(source, path)
     weights = unmatched(source.tensors, IGNORED if untied else (*IGNORED, TIED))
     takes = take_all(label, source)
     tensors = {name: takes[name] for name in weights}
@@ -69,6 +77,8 @@ def read_config(path: Path) -> tuple[Family, Architecture, dict[str, Any]]:
     """
     where = path / "config.json"
     config = _read_json(path)
+    if config.get("quantization_config"):
+        raise quantised(config["quantization_config"], str(where))
     family = FAMILIES.get(config.get("model_type", ""))
     if family is None:
         what = f"model_type is {config.get('model_type')!r}"
@@ -164,14 +174,41 @@ def _is_fused(names: Iterable[str]) -> bool:
     return any(name.endswith(".experts.gate_up_proj") for name in names)
 
 
+def _check_tied(source: SafetensorsSource, path: Path) -> None:
+    """That a head which is stored beside the embedding it is tied to is the same tensor.
+
+    Where they differ, ``transformers`` 4 drops the head and 5 unties them: a directory of two
+    meanings.
+    """
+    stored = source.tensors
+    if HEAD not in stored or EMBEDDING not in stored:
+        return
+    same = stored[HEAD][0] == stored[EMBEDDING][0]
+    shape = stored[HEAD][0]
+    rows = max(1, (1 << 22) // max(1, *shape[1:]))  # 16 MiB of fp32 at a time
+    for first in range(0, shape[0] if same else 0, rows):
+        box = ((first, min(first + rows, shape[0])), *((0, size) for size in shape[1:]))
+        head, embedding = (source.read(name, box) for name in (HEAD, EMBEDDING))
+        same = same and torch.equal(head.float(), embedding.float())
+    if not same:
+        raise UserError(
+            str(path / "config.json"),
+            f"tie_word_embeddings is true, but the {HEAD} that is stored differs from {EMBEDDING}: "
+            "transformers 4 ignores it, 5 computes with it",
+            "set tie_word_embeddings to false if the model was trained untied, else remove "
+            f"{HEAD} from the weights",
+        )
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     where = path / "config.json"
     try:
         config = json.loads(where.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         what = "not a Hugging Face model directory (no config.json)"
-        raise UserError(str(path), what, "give the directory that save_pretrained wrote") from None
-    except ValueError as error:
+        fix = "give the directory that save_pretrained wrote"
+        raise foreign(path) or UserError(str(path), what, fix) from None
+    except (ValueError, RecursionError) as error:
         raise UserError(str(where), f"not JSON: {error}", "copy the file again") from error
     if not isinstance(config, dict):
         raise UserError(str(where), "not a JSON object", "copy the file again")

@@ -23,6 +23,7 @@ from megatron_btx.recipe import check_ranges
 from megatron_btx.recipe.check_mix import misplaced, weights
 from megatron_btx.recipe.schema import Mix, Model, Recipe, Routing, Training
 from megatron_btx.weights.megatron import open_megatron
+from megatron_btx.weights.model_files import foreign
 from megatron_btx.weights.plan import Checkpoint, Plan
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
@@ -52,8 +53,14 @@ def open_source(path: Path, label: str, given: Mapping[str, Any] | None = None) 
         return open_hf(path, label)
     theirs = sorted(path.glob("iter_???????"))  # Megatron-LM's
     newest = newest_step(path) or (theirs[-1] if theirs else None)
+    inside = path.is_file() and any(
+        (path.parent / n).exists() for n in (".metadata", "config.json")
+    )
+    if inside:
+        newest = path.parent
     fix = f"give {newest}" if newest else "give a step_XXXXXXXX or a Hugging Face directory"
-    raise UserError(str(path), "not a checkpoint (no .metadata and no config.json)", fix)
+    unread = UserError(str(path), "not a checkpoint (no .metadata and no config.json)", fix)
+    raise unread if newest and path.suffix != ".gguf" else foreign(path) or unread
 
 
 def plan_of(request: Request, models: list[Checkpoint]) -> Plan:

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_btx.errors import UserError, UserErrors
+from megatron_btx.errors import UserError, UserErrors, capped
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.weights.arrange import Take
 from megatron_btx.weights.box import Box, Shape, whole
@@ -77,15 +77,19 @@ class Plan:
         for label, source in self.sources.items():
             there = take_all(label, source)
             unused = [name for name, take in there.items() if take not in used]
-            errors += [
-                UserError(label, f"tensor {name} is used by nothing in the result")
-                for name in unmatched(unused, self.ignored.get(label, ()))
-            ]
+            errors += capped(
+                [
+                    UserError(label, f"tensor {name} is used by nothing in the result")
+                    for name in unmatched(unused, self.ignored.get(label, ()))
+                ]
+            )
         absent = {take for take in used if not _holds(self.sources, take)}
-        errors += [
-            UserError(take.source, f"has no tensor {take.name} {take.shape} {take.dtype}")
-            for take in sorted(absent, key=str)
-        ]
+        errors += capped(
+            [
+                UserError(take.source, f"has no tensor {take.name} {take.shape} {take.dtype}")
+                for take in sorted(absent, key=str)
+            ]
+        )
         if errors:
             raise UserErrors(errors)
 
@@ -169,17 +173,19 @@ def unmatched(names: Iterable[str], ignored: Sequence[Ignore]) -> list[str]:
 def mismatches(
     found: Mapping[str, Expression], expected: Mapping[str, Shape], where: str, fix: str = ""
 ) -> list[UserError]:
-    """Every tensor that is missing, unexpected or of another shape."""
-    errors = [
-        UserError(where, f"tensor {name} is missing", fix) for name in expected if name not in found
+    """Every tensor that is missing, unexpected or of another shape; of many of one kind the first,
+    and their number."""
+    missing = [f"{name} is missing" for name in expected if name not in found]
+    more = [f"{name} is unexpected" for name in found if name not in expected]
+    other = [
+        f"{name} has shape {found[name].shape}, not {shape}"
+        for name, shape in expected.items()
+        if name in found and found[name].shape != shape
     ]
-    for name, expression in found.items():
-        if name not in expected:
-            errors.append(UserError(where, f"tensor {name} is unexpected", fix))
-        elif expression.shape != expected[name]:
-            what = f"tensor {name} has shape {expression.shape}, not {expected[name]}"
-            errors.append(UserError(where, what, fix))
-    return errors
+    kinds = (
+        [UserError(where, f"tensor {what}", fix) for what in w] for w in (missing, more, other)
+    )
+    return [error for kind in kinds for error in capped(kind)]
 
 
 def _holds(sources: Mapping[str, Source], take: Take) -> bool:

@@ -1,4 +1,4 @@
-"""Safetensors files: one file, or a directory of shards with or without an index.
+"""Safetensors files: one file, or those of a directory that are the model (model_files.py).
 
 The format is a little-endian length, a JSON header of that length (name -> dtype, shape, byte
 range) and the tensors' bytes; nothing in it can run code.
@@ -11,14 +11,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_btx.errors import UserError, UserErrors
+from megatron_btx.errors import UserError, UserErrors, capped
 from megatron_btx.weights.box import Box, Shape
 from megatron_btx.weights.mmap_io import read_box, stamp_of
+from megatron_btx.weights.model_files import index_of, weight_files
 from megatron_btx.weights.source import FileSource
 
 DTYPES = {
@@ -41,7 +41,7 @@ class _Stored:
 
 
 class SafetensorsSource(FileSource[_Stored]):
-    """The tensors of a ``.safetensors`` file or of every one in a directory.
+    """The tensors of a ``.safetensors`` file, or of a model's directory.
 
     Raises:
         UserErrors: a shard missing, truncated or corrupt, a tensor of an index that no file holds
@@ -52,7 +52,7 @@ class SafetensorsSource(FileSource[_Stored]):
         super().__init__()
         self.path = Path(path)
         errors: list[UserError] = []
-        for file in _files(self.path):
+        for file in weight_files(self.path):
             try:
                 found = _header(file)
             except UserError as error:
@@ -64,7 +64,7 @@ class SafetensorsSource(FileSource[_Stored]):
         if not errors:
             errors = _missing(self.path, self._stored)
         if errors:
-            raise UserErrors(errors)
+            raise UserErrors(capped(errors))
 
     @property
     def stamp(self) -> str:
@@ -75,38 +75,6 @@ class SafetensorsSource(FileSource[_Stored]):
         """A view of the file's pages."""
         stored = self._counted(name, box)
         return read_box(stored.path, stored.offset, stored.dtype, stored.strides, box)
-
-
-def read_index(directory: Path) -> dict[str, Any] | None:
-    """``model.safetensors.index.json`` of a directory, where there is one."""
-    path = directory / "model.safetensors.index.json"
-    if not path.exists():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(str(path), f"not JSON: {error}", "copy the directory again") from error
-
-
-def _files(path: Path) -> list[Path]:
-    """The files to read: those of the index, else every one there is."""
-    if path.is_file():
-        return [path]
-    index = read_index(path) if path.is_dir() else None
-    if index is not None:
-        return [path / name for name in sorted(set(index["weight_map"].values()))]
-    found = sorted(path.glob("*.safetensors"))
-    if found:
-        return found
-    pickles = sorted([*path.glob("*.bin"), *path.glob("*.pt"), *path.glob("*.pth")])
-    if pickles:
-        raise UserError(
-            str(pickles[0]),
-            "a pickle, which can run any code when it is read",
-            "convert it: AutoModelForCausalLM.from_pretrained(DIR)"
-            ".save_pretrained(NEW, safe_serialization=True)",
-        )
-    raise UserError(str(path), "no .safetensors file here", "give a Hugging Face model directory")
 
 
 def _header(path: Path) -> dict[str, _Stored]:
@@ -129,7 +97,8 @@ def _header(path: Path) -> dict[str, _Stored]:
             start, stop = entry["data_offsets"]
             if entry["dtype"] not in DTYPES:
                 what = f"tensor {name} has dtype {entry['dtype']}, not one of {', '.join(DTYPES)}"
-                raise UserError(str(path), what, "quantised weights are not supported")
+                fix = "give the model before it was quantised: weights are fp32, bf16 or fp16"
+                raise UserError(str(path), what, fix)
             dtype = DTYPES[entry["dtype"]]
             if not 0 <= start <= stop or stop - start != prod(shape) * dtype.itemsize:
                 raise ValueError(f"tensor {name}: {stop - start} bytes for shape {shape}")
@@ -145,11 +114,9 @@ def _header(path: Path) -> dict[str, _Stored]:
 
 
 def _missing(path: Path, stored: Mapping[str, _Stored]) -> list[UserError]:
-    index = read_index(path) if path.is_dir() else None
-    if index is None:
-        return []
-    absent = sorted(set(index["weight_map"]) - set(stored))
-    return [
-        UserError(str(path), f"tensor {name} of the index is in no file", "copy the files again")
-        for name in absent
-    ]
+    names = index_of(path) if path.is_dir() else None
+    absent = sorted(set(names or ()) - set(stored))
+    fix = "copy the files again"
+    return capped(
+        [UserError(str(path), f"tensor {n} of the index is in no file", fix) for n in absent]
+    )

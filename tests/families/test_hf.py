@@ -88,7 +88,7 @@ BAD = [
     ("llama", {"rope_parameters": {"full_attention": {}}}, "other positions in other layers"),
     ("llama", {"model_type": "gpt2"}, "model_type is 'gpt2'"),
     ("llama", {"logit_scale": 0.0625}, "logit_scale is 0.0625: a field that this converter does"),
-    ("llama", {"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}"),
+    ("llama", {"quantization_config": {"bits": 4}}, "the weights are quantised"),
     ("llama", {"num_hidden_layers": None}, "num_hidden_layers is missing"),
     ("llama", {"num_hidden_layers": 5}, "model.layers.4.mlp.down_proj.weight is missing"),
     ("llama", {"num_hidden_layers": 3}, "model.layers.3.mlp.down_proj.weight is unexpected"),

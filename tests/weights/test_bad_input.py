@@ -147,7 +147,8 @@ def test_everything_is_found_at_once(good, tmp_path):
     text = str(caught.value)
     assert "layers.2.mlp.router.weighs is unexpected" in text
     assert "decoder.layers.3.mlp.router.weight is missing" in text
-    assert "decoder.layers.3.mlp.experts.3.linear_fc2.weight has shape" in text
+    assert "decoder.layers.0.mlp.experts.0.linear_fc2.weight has shape" in text
+    assert "and 24 more like these" in text
 
 
 HEADER = b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}}'
