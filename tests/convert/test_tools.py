@@ -181,7 +181,7 @@ def test_mistakes_are_one_message(tmp_path, tool, released):
     (step / "manifest.json").write_text("{")
     code, text = tool("megatron_to_hf.py", step, tmp_path / "out")
     assert code == 2
-    assert "manifest.json: damaged" in text
+    assert "manifest.json: is damaged" in text
     assert [path.name for path in tmp_path.iterdir()] == ["step"]
 
 
