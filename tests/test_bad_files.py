@@ -121,7 +121,7 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "missing": (shutil.rmtree, ("does not exist", "correct the path")),
     "without manifest": (remove("manifest.json"), ("has no manifest.json", "fix: give")),
     "without metadata": (remove(".metadata"), ("is not whole", "copy the checkpoint again")),
-    "manifest cut off": (cut("manifest.json", 40), ("manifest.json is damaged", "fix: give")),
+    "manifest cut off": (cut("manifest.json", 40), ("is damaged", "fix: give")),
     "data cut off": (cut("*.distcp", 5000), (".distcp", "fix:")),
     "data missing": (remove("__0_0.distcp"), ("__0_0.distcp", "fix:")),
     "metadata cut off": (cut(".metadata", 50), (".metadata", "fix:")),
@@ -224,14 +224,14 @@ def test_no_space_left_on_the_way(left: int, disk: Callable[[str], Path], small:
     filler.write_text(
         "import os, sys\n"
         "from megatron_btx.cli.main import main\n"
-        "from megatron_btx.pipeline import run_checks as inputs\n"
-        "check = inputs.check\n"
+        "from megatron_btx.pipeline import run_checks\n"
+        "check = run_checks.check\n"
         "def full(*arguments):\n"
         "    check(*arguments)\n"
         f"    with open({str(where / 'fill')!r}, 'wb') as file:\n"
         f"        free = os.statvfs({str(where)!r})\n"
         f"        file.write(bytes(free.f_bavail * free.f_frsize - {left}))\n"
-        "inputs.check = full\n"
+        "run_checks.check = full\n"
         "sys.exit(main(['run', 'recipe.yaml']))\n"
     )
     done = subprocess.run(

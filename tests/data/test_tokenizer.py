@@ -147,7 +147,7 @@ def test_training_is_deterministic(documents: dict[str, list[str]]) -> None:
 def test_no_torch() -> None:
     program = (
         "import sys\n"
-        "from megatron_btx.data import builtin, documents, prepare, tokenizer\n"
+        "from megatron_btx.data import documents, prepare, tokenizer\n"
         "t = tokenizer.train_tokenizer(['some words to learn from. ' * 9] * 9, 280, where='x')\n"
         "t.encode(['words'])\n"
         "assert 'torch' not in sys.modules and 'megatron.core' not in sys.modules\n"

@@ -15,8 +15,8 @@ from megatron_btx.engine import cpu_tuning
 
 STEPS = """
 import resource, sys, torch
-from megatron_btx.engine import host
-kept = host.keep_memory() if sys.argv[1] == "keep" else None
+from megatron_btx.engine import cpu_tuning
+kept = cpu_tuning.keep_memory() if sys.argv[1] == "keep" else None
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(10):

@@ -46,7 +46,7 @@ def test_layers_without_transformer_engine_are_the_same_with_and_without_cuda() 
 
     for cuda, apex in itertools.product((False, True), repeat=2):
         platform = Platform(cuda=cuda, transformer_engine=False, apex=apex)
-        layer = layer_spec(Routing(), platform=platform).submodules
+        layer = layer_spec(Routing(), machine=platform).submodules
         assert layer.input_layernorm is RMSNorm
         assert layer.self_attention.submodules.core_attention is ScaledDotProductAttention
         assert layer.mlp.submodules.experts is GroupedExperts

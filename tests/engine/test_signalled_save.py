@@ -16,11 +16,11 @@ CODE = """
 import signal, sys
 from megatron_btx.engine import cpu
 cpu.install()
-from megatron_btx.engine import helpers
+from megatron_btx.engine import checkpoint_workers
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 for number in (signal.SIGTERM, signal.SIGUSR1):
     signal.signal(number, lambda *_: None)
-helpers.start()
+checkpoint_workers.start()
 print("ready", flush=True)
 sys.stdin.readline()
 queue = filesystem_async._get_write_results_queue()

@@ -23,7 +23,7 @@ from megatron_btx.recipe import slurm as slurm_recipe
 from megatron_btx.recipe.load import dump, load_recipe, parse_recipe
 from megatron_btx.recipe.schema import Slurm, SlurmJob
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 TINY = ROOT / "examples" / "tiny" / "recipe.yaml"
 RECIPE = load_recipe(TINY)
 STAGES = graph.with_mix(graph.build(RECIPE))
