@@ -110,8 +110,10 @@ def btm_heldout(
                 for row in range(scores[name].shape[1])
             ]  # fmt: skip
             used = torch.stack(rows, dim=1)
-        loss[name] = -btm.mixed(scores[name].double(), used).mean().item()
-        weights[name] = dict(btm.named(used, list(models)))
+        counts = torch.stack([sequences[row]["loss_mask"] for row in range(len(sequences))])
+        each = btm.mixed(scores[name].double(), used) * counts
+        loss[name] = -each.sum().item() / counts.sum().item()
+        weights[name] = dict(btm.named(used[:, counts.bool()], list(models)))
     loss["mean"] = sum(loss.values()) / len(loss)
     return Ensemble(
         heldout=HeldOut(loss=loss, load=None, gate=None),

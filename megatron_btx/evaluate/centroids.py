@@ -8,6 +8,7 @@ paper does not say how its routers are born; this is one way to begin with some 
 
 from __future__ import annotations
 
+import collections
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,9 +24,9 @@ from torch import Tensor
 
 from megatron_btx.engine.initializer import initialize
 from megatron_btx.engine.model import DTYPES, build_model, unwrap
-from megatron_btx.errors import UserError, UserErrors
-from megatron_btx.evaluate.heldout import Batch, evaluate
-from megatron_btx.evaluate.loss_on_text import Setting, min_length, packed
+from megatron_btx.errors import UserError, UserErrors, noted
+from megatron_btx.evaluate.heldout import Batch, Listener, evaluate
+from megatron_btx.evaluate.loss_on_text import Setting, min_length, packed, whole_sequences
 from megatron_btx.evaluate.model_spec import Subject
 from megatron_btx.evaluate.models import opened, precision_of
 from megatron_btx.evaluate.predictor import NO_PROGRESS
@@ -94,16 +95,11 @@ def measure(
     if errors:
         raise UserErrors(errors)
     length = min_length({"model": checkpoint}, setting)
+    given = packed(subject, {name: data[name] for name in names}, setting, length)
     texts: dict[str, list[Batch]] = {}
-    for name, text in packed(
-        subject, {name: data[name] for name in names}, setting, length
-    ).items():
-        texts[name] = [text[place] for place in range(text.size.tokens // length)]
-        if len(texts[name]) < parallel_state.get_data_parallel_world_size():
-            what = (
-                f"holds {len(texts[name])} whole sequence(s) of {length} tokens, fewer than ranks"
-            )
-            errors.append(UserError(f"--data {name}", what, "give more text"))
+    for name, text in given.items():
+        with noted(errors):
+            texts[name] = whole_sequences(name, text)
     if errors:
         raise UserErrors(errors)
     precision = setting.precision or precision_of(checkpoint)
@@ -163,8 +159,9 @@ def centroids(
         """The expert's domain through the model that is that expert alone."""
         initialize(module, plans[expert])
         text = {names[expert]: texts[names[expert]]}
-        with _watched(module, look):
-            loss.update(evaluate(module, text, micro_batch_size=micro_batch_size).loss)
+        with _watched(module, look) as listener:
+            found = evaluate(module, text, micro_batch_size=micro_batch_size, listener=listener)
+        loss.update(found.loss)
 
     sums = torch.zeros(layers, len(names), hidden + 1, dtype=torch.float64, device=device)
     for expert in range(len(names)):
@@ -214,22 +211,32 @@ def as_file(rows: Tensor, experts: Sequence[str]) -> bytes:
 
 
 @contextlib.contextmanager
-def _watched(module: torch.nn.Module, look: Callable[[int, Tensor], None]) -> Iterator[None]:
-    """Call ``look`` with every layer's number (from 0) and what its FFN is given, normed:
-    [tokens, H]."""
+def _watched(module: torch.nn.Module, look: Callable[[int, Tensor], None]) -> Iterator[Listener]:
+    """Call ``look`` with every layer's number (from 0) and what its FFN is given, normed: [tokens,
+    H], of the tokens that count. What it yields must be told of each micro-batch."""
+    masks: collections.deque[Tensor] = collections.deque(maxlen=1)
     handles = []
     for layer in unwrap(module).decoder.layers:
 
         def hook(_mlp: Any, arguments: tuple[Tensor, ...], layer: Any = layer) -> None:
-            inputs = _normed(layer, arguments[0].detach()).flatten(0, -2)
-            look(layer.layer_number - 1, inputs)
+            inputs = _normed(layer, arguments[0].detach())
+            look(layer.layer_number - 1, inputs[_local(masks[-1], len(inputs))])
 
         handles.append(layer.mlp.register_forward_pre_hook(hook))
     try:
-        yield
+        yield lambda batch: masks.append(batch["loss_mask"].bool())
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _local(mask: Tensor, length: int) -> Tensor:
+    """A mask [b, S] of a micro-batch as one [s, b] of the positions that this rank's FFN is given:
+    with sequence parallelism a slice of them."""
+    first = 0
+    if length < mask.shape[1]:
+        first = length * parallel_state.get_tensor_model_parallel_rank()
+    return mask.T[first : first + length]
 
 
 def _normed(layer: Any, inputs: Tensor) -> Tensor:

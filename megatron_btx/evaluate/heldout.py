@@ -1,10 +1,15 @@
-"""Held-out loss per domain and, of an MoE, where each domain's tokens went."""
+"""Held-out loss per domain and, of an MoE, where each domain's tokens went.
+
+Every sequence counts, whatever the micro-batch size and the layout: where a batch is not full, it
+is filled up with a sequence whose tokens are masked.
+"""
 
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,15 +21,21 @@ from torch import Tensor
 
 from megatron_btx.engine.model import gather_parameters, unwrap
 from megatron_btx.engine.moe.noise import set_routing_context
-from megatron_btx.engine.moe.router import collect_load, routers
+from megatron_btx.engine.moe.router import Load, collect_load, dropless, routers
 from megatron_btx.errors import UserError
 
 Batch = dict[str, Tensor]
 
+Listener = Callable[[Batch], None]
+"""Called with each micro-batch before its forward pass, on every rank that runs a part of it."""
+
+Keep = Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]]
+"""(loss mask, losses), both [B, S] -> (a loss for Megatron, what is kept)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class HeldOut:
-    """What a model makes of each domain's held-out text. JSON-ready."""
+    """Losses and routing of a model on each domain's held-out text. JSON-ready."""
 
     loss: dict[str, float]
     """Nats per token by domain, and their ``mean``."""
@@ -40,34 +51,83 @@ def evaluate(
     *,
     micro_batch_size: int,
     step: int = 0,
+    listener: Listener | None = None,
 ) -> HeldOut:
     """Evaluate a model on held-out sequences. Every rank calls it with the same sequences.
 
     Args:
         model: this rank's part, wrapped or not.
         domains: by name, sequences as ``tokens``, ``labels``, ``loss_mask``, ``position_ids`` [S].
-        micro_batch_size: sequences a rank runs at once.
+            Tokens whose ``loss_mask`` is 0 count neither in the loss nor in the load.
+        micro_batch_size: sequences a rank runs at once, at most.
         step: keys the noise of sampled routing.
+        listener: told of every micro-batch.
+
+    Raises:
+        UserError: a domain has no sequence.
     """
     gather_parameters(model)
     loss, load, gate = {}, {}, {}
-    moe = bool(_has_routers(model))
     for name, sequences in domains.items():
-        loss[name], counts = _domain(model, name, sequences, micro_batch_size, step)
+        run = _Pass(model, name, sequences, micro_batch_size, step)
+        loss[name], counts = _domain(run, listener)
         if counts is not None:
             tokens, gates = counts
             load[name] = _rounded(tokens / tokens.sum(1, keepdim=True).clamp_min(1))
             gate[name] = _rounded(gates / gates.sum(1, keepdim=True).clamp_min(1e-12))
     loss["mean"] = sum(loss.values()) / len(loss)
+    moe = _has_routers(model)
     return HeldOut(loss=loss, load=load if moe else None, gate=gate if moe else None)
 
 
-def _domain(
-    model: torch.nn.Module, name: str, sequences: Sequence[Batch], size: int, step: int
-) -> tuple[float, tuple[Tensor, Tensor] | None]:
+def label_log_probs(
+    model: torch.nn.Module, name: str, sequences: Sequence[Batch], *, micro_batch_size: int
+) -> Tensor:
+    """The log-probability of every single token of a domain. Every rank calls it.
+
+    Returns:
+        Log-probability (nats) of each label, fp32 [sequences, S] on the CPU of every rank; also of
+        labels whose ``loss_mask`` is 0.
+
+    Raises:
+        UserError: there is no sequence.
+    """
+    gather_parameters(model)
+    run = _Pass(model, name, sequences, micro_batch_size, 0)
+    outputs = run.outputs(_each)
+    dp = parallel_state.get_data_parallel_world_size()
+    rank = parallel_state.get_data_parallel_rank()
+    every = torch.zeros(run.count, dp, run.size, sequences[0]["tokens"].shape[-1])
+    if parallel_state.get_tensor_model_parallel_rank() == 0 and outputs:
+        every[:, rank] = torch.stack([-output["losses"].cpu() for output in outputs])
+    every = every.to(torch.cuda.current_device())
+    dist.all_reduce(every)  # each place is some one rank's, the others add zero
+    return every.flatten(0, 2)[: len(sequences)].cpu()
+
+
+def text_of(domains: Mapping[str, Sequence[Batch]]) -> dict[str, dict[str, Any]]:
+    """What must be equal for losses to be compared: by domain the number of ``tokens`` predicted,
+    and the ``sha256`` of all ids and masks, sequence by sequence."""
+    return {name: _identity(sequences) for name, sequences in domains.items()}
+
+
+def _identity(sequences: Sequence[Batch]) -> dict[str, Any]:
+    content, tokens = hashlib.sha256(), 0
+    for place in range(len(sequences)):
+        one = sequences[place]
+        for key in ("tokens", "labels", "loss_mask"):
+            content.update(one[key].to(torch.int32).numpy().astype("<i4").tobytes())
+        tokens += int(one["loss_mask"].sum())
+    return {"tokens": tokens, "sha256": content.hexdigest()}
+
+
+def _domain(run: _Pass, listener: Listener | None) -> tuple[float, tuple[Tensor, Tensor] | None]:
     """Mean loss of one domain, and its load [layers, experts] as (tokens, gates)."""
-    with _load(model) as load:
-        outputs = _run(model, name, sequences, size, step, _sums)
+    listeners = [] if listener is None else [listener]
+    with _load(run.model) as load:
+        if load is not None:
+            listeners.append(_expected(load))
+        outputs = run.outputs(_sums, listeners)
     sums = torch.zeros(2, dtype=torch.float64)
     for output in outputs:
         sums += output["sums"].double().cpu()
@@ -82,70 +142,74 @@ def _domain(
     return total / tokens, (counted[0].cpu(), counted[1].cpu())
 
 
-def label_log_probs(
-    model: torch.nn.Module, name: str, sequences: Sequence[Batch], *, micro_batch_size: int
-) -> Tensor:
-    """What a model makes of every single token of a domain. Every rank calls it.
+def _expected(load: Load) -> Listener:
+    """Tells the load which of the next micro-batch's tokens count."""
 
-    Returns:
-        Log-probability (nats) of each label, fp32 [sequences, S] on the CPU of every rank. As in
-        :func:`evaluate`, the sequences are those that fill whole batches.
+    def listener(batch: Batch) -> None:
+        load.mask = batch["loss_mask"]
+
+    return listener
+
+
+class _Pass:
+    """A domain's sequences through a model, dealt to the data-parallel ranks.
+
+    Every rank runs the same ``count`` micro-batches of the same ``size``, as expert parallelism and
+    pipelines ask for; the sizes are as even as they can be, so that few places are left to fill.
     """
-    gather_parameters(model)
-    outputs = _run(model, name, sequences, micro_batch_size, 0, _each)
-    size, count = _whole_batches(name, sequences, micro_batch_size)
-    dp = parallel_state.get_data_parallel_world_size()
-    rank = parallel_state.get_data_parallel_rank()
-    every = torch.zeros(count, dp, size, sequences[0]["tokens"].shape[-1])
-    if parallel_state.get_tensor_model_parallel_rank() == 0 and outputs:
-        every[:, rank] = torch.stack([-output["losses"].cpu() for output in outputs])
-    every = every.to(torch.cuda.current_device())
-    dist.all_reduce(every)  # each place is some one rank's, the others add zero
-    return every.flatten(0, 2).cpu()
+
+    def __init__(
+        self, model: torch.nn.Module, name: str, sequences: Sequence[Batch], most: int, step: int
+    ) -> None:
+        if not len(sequences):
+            what, fix = "holds no whole sequence", "give it more held-out text"
+            raise UserError(f"domains.{name}.valid", what, fix)
+        self.model, self.sequences, self.step = model, sequences, step
+        dp = parallel_state.get_data_parallel_world_size()
+        self.count = -(-len(sequences) // (most * dp))
+        self.size = -(-len(sequences) // (self.count * dp))
+
+    def outputs(self, keep: Keep, listeners: Sequence[Listener] = ()) -> list[dict[str, Tensor]]:
+        """What ``keep`` makes of the masks and losses [B, S] of each of this rank's micro-batches.
+        Empty where the last pipeline stage is elsewhere."""
+        modules = unwrap(self.model)
+        was_training = modules.training
+        self.model.eval()
+        forward = functools.partial(_forward, step=self.step, keep=keep, listeners=listeners)
+        with torch.no_grad(), dropless(modules):
+            outputs: list[dict[str, Tensor]] = get_forward_backward_func()(
+                forward_step_func=forward,
+                data_iterator=self._batches(),
+                model=[self.model],
+                num_microbatches=self.count,
+                seq_length=self.sequences[0]["tokens"].shape[-1],
+                micro_batch_size=self.size,
+                forward_only=True,
+            )
+        self.model.train(was_training)
+        return outputs
+
+    def _batches(self) -> Iterator[Batch]:
+        """This data-parallel rank's micro-batches; a sequence's id is its place in the text."""
+        dp = parallel_state.get_data_parallel_world_size()
+        rank = parallel_state.get_data_parallel_rank()
+        device = torch.cuda.current_device()
+        for index in range(self.count):
+            first = (index * dp + rank) * self.size
+            chosen = [self._sequence(first + row) for row in range(self.size)]
+            batch = {key: torch.stack([one[key] for one in chosen]) for key in chosen[0]}
+            batch["samples"] = torch.arange(first, first + self.size)
+            yield {key: value.to(device) for key, value in batch.items()}
+
+    def _sequence(self, place: int) -> Batch:
+        """A sequence; behind the last one, that one again, masked."""
+        if place < len(self.sequences):
+            return self.sequences[place]
+        last = self.sequences[len(self.sequences) - 1]
+        return {**last, "loss_mask": torch.zeros_like(last["loss_mask"])}
 
 
-def _whole_batches(name: str, sequences: Sequence[Batch], size: int) -> tuple[int, int]:
-    """Sequences of a rank's micro-batch, and how many micro-batches a rank runs."""
-    dp = parallel_state.get_data_parallel_world_size()
-    size = min(size, len(sequences) // dp)
-    if size == 0:
-        raise UserError(
-            f"domains.{name}.valid",
-            f"holds {len(sequences)} whole sequence(s), fewer than {dp} data-parallel ranks",
-            "give it more held-out text",
-        )
-    return size, len(sequences) // (size * dp)
-
-
-def _run(
-    model: torch.nn.Module,
-    name: str,
-    sequences: Sequence[Batch],
-    size: int,
-    step: int,
-    keep: Callable[[Tensor, Tensor], tuple[Tensor, dict[str, Tensor]]],
-) -> list[dict[str, Tensor]]:
-    """Run this data-parallel rank's micro-batches; what ``keep`` makes of the masks and losses
-    [B, S] of each. Empty where the last pipeline stage is elsewhere."""
-    size, count = _whole_batches(name, sequences, size)
-    modules = unwrap(model)
-    was_training = modules.training
-    model.eval()
-    with torch.no_grad():
-        outputs: list[dict[str, Tensor]] = get_forward_backward_func()(
-            forward_step_func=functools.partial(_forward, step=step, keep=keep),
-            data_iterator=_batches(sequences, size, count),
-            model=[model],
-            num_microbatches=count,
-            seq_length=sequences[0]["tokens"].shape[-1],
-            micro_batch_size=size,
-            forward_only=True,
-        )
-    model.train(was_training)
-    return outputs
-
-
-def _load(model: torch.nn.Module) -> Any:
+def _load(model: torch.nn.Module) -> AbstractContextManager[Load | None]:
     return collect_load(model) if _has_routers(model) else nullcontext()
 
 
@@ -153,24 +217,18 @@ def _has_routers(model: torch.nn.Module) -> bool:
     return bool(routers(model))
 
 
-def _batches(sequences: Sequence[Batch], size: int, count: int) -> Iterator[Batch]:
-    """This data-parallel rank's micro-batches; a sequence's id is its place in the held-out set."""
-    dp = parallel_state.get_data_parallel_world_size()
-    rank = parallel_state.get_data_parallel_rank()
-    for index in range(count):
-        first = (index * dp + rank) * size
-        chosen = [sequences[first + row] for row in range(size)]
-        batch = {key: torch.stack([one[key] for one in chosen]) for key in chosen[0]}
-        batch["samples"] = torch.arange(first, first + size)
-        device = torch.cuda.current_device()
-        yield {key: value.to(device) for key, value in batch.items()}
-
-
 def _forward(
-    batches: Iterator[Batch], model: torch.nn.Module, *, step: int, keep: Callable[..., Any]
+    batches: Iterator[Batch],
+    model: torch.nn.Module,
+    *,
+    step: int,
+    keep: Keep,
+    listeners: Sequence[Listener],
 ) -> tuple[Tensor, Any]:
     batch = next(batches)
     set_routing_context(step, batch["samples"])
+    for listener in listeners:
+        listener(batch)
     output = model(
         batch["tokens"], batch["position_ids"], attention_mask=None, labels=batch["labels"]
     )

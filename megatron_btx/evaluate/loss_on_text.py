@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_btx.data.documents import find_files, read_documents
+from megatron_btx.data.heldout import Sample
 from megatron_btx.errors import UserError
 from megatron_btx.evaluate import btm
 from megatron_btx.evaluate.btm_heldout import cost
@@ -26,7 +26,7 @@ from megatron_btx.evaluate.models import (
     start_id,
     tokenizer_of,
 )
-from megatron_btx.evaluate.packed_text import Filled, PackedText
+from megatron_btx.evaluate.packed_text import PackedText
 from megatron_btx.evaluate.predictor import NO_PROGRESS
 from megatron_btx.evaluate.sample_top1_mode import expert_choices
 from megatron_btx.recipe.schema import Layout, Precision
@@ -81,11 +81,8 @@ def evaluate_data(
     for checkpoint in checkpoints.values():
         live = load(checkpoint, setting.layout, setting.precision, setting.random_seed)
         for name, text in texts.items():
-            dp = parallel_state.get_data_parallel_world_size()
-            size = min(setting.micro_batch_size, -(-len(text) // dp))
-            filled = Filled(text, size * dp)
-            found = label_log_probs(live.module, name, filled, micro_batch_size=size)
-            scores[name].append(found[: len(text)])
+            size = setting.micro_batch_size
+            scores[name].append(label_log_probs(live.module, name, text, micro_batch_size=size))
             done += 1
             progress(done / work)
         del live
@@ -158,6 +155,19 @@ def packed(
         )
         for name, files in data.items()
     }
+
+
+def whole_sequences(name: str, text: PackedText) -> list[Sample]:
+    """The sequences of a text without the last one, where that is not full.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = [text[place] for place in range(text.size.tokens // text.seq_length)]
+    if not found:
+        what = f"holds less than one sequence of {text.seq_length} tokens"
+        raise UserError(f"--data {name}", what, "give more text, or a smaller --seq-length")
+    return found
 
 
 def _weights(subject: Subject, scores: Tensor, text: PackedText, index: Any) -> Tensor:

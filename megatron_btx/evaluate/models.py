@@ -39,9 +39,6 @@ def load(
 ) -> Live:
     """This rank's part of a checkpoint of either format.
 
-    Switch's capacity is left out: it is a rule for batches, and what a model makes of one text must
-    not depend on the others that run beside it.
-
     Args:
         checkpoint: opened.
         layout: of this job.
@@ -57,7 +54,7 @@ def load(
             layout, expert_model_parallel_size=1, expert_tensor_parallel_size=None
         )
     _check_layout(checkpoint.architecture, layout)
-    architecture = dropless(checkpoint.architecture)
+    architecture = checkpoint.architecture
     module = build_model(architecture, layout, precision, random_seed=random_seed)
     initialize(module, copy(checkpoint, dtype=DTYPES[precision]))
     return Live(architecture, module.eval())
@@ -81,16 +78,6 @@ def _check_layout(architecture: Architecture, layout: Layout) -> None:
     wrong = list(check_layout.problems(recipe, "--layout", layout, moe=bool(experts)))
     if wrong:
         raise UserErrors([UserError(p.key.replace(".", " ", 1), p.what, p.fix) for p in wrong])
-
-
-def dropless(architecture: Architecture) -> Architecture:
-    """Without Switch's capacity: room for every token at one expert."""
-    routing = architecture.routing
-    if routing is None or routing.type != "switch":
-        return architecture
-    all_of_them = float(len(architecture.experts))
-    routing = dataclasses.replace(routing, moe_expert_capacity_factor=all_of_them)
-    return dataclasses.replace(architecture, routing=routing)
 
 
 def opened(subject: Subject) -> dict[str, Checkpoint]:

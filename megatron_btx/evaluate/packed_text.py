@@ -94,27 +94,6 @@ class PackedText(Sequence[Sample]):
         }
 
 
-class Filled(Sequence[Sample]):
-    """A text with sequences that do not count behind it, up to a multiple of ``multiple``: the
-    ranks' batches are whole, and nothing is left out."""
-
-    def __init__(self, text: PackedText, multiple: int) -> None:
-        self._text = text
-        self._length = -(-len(text) // multiple) * multiple
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __getitem__(self, index: Any) -> Any:
-        """As the text's, and behind its last sequence that one again, masked."""
-        if not 0 <= index < self._length:
-            raise IndexError(index)
-        if index < len(self._text):
-            return self._text[index]
-        last = self._text[len(self._text) - 1]
-        return {**last, "loss_mask": torch.zeros_like(last["loss_mask"])}
-
-
 def _batches(documents: Iterable[str]) -> Iterable[list[str]]:
     batch: list[str] = []
     for document in documents:

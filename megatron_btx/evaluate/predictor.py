@@ -25,6 +25,7 @@ from torch import Tensor
 
 from megatron_btx.data.tokenizer import Tokenizer
 from megatron_btx.engine.moe.noise import set_routing_context
+from megatron_btx.engine.moe.router import dropless
 from megatron_btx.evaluate import btm
 from megatron_btx.evaluate.model_spec import Subject
 from megatron_btx.evaluate.models import (
@@ -180,15 +181,16 @@ class Predictor:
 
     def _logits(self, member: Live, batch: dict[str, Tensor]) -> Tensor | None:
         size, length = batch["tokens"].shape
-        outputs = get_forward_backward_func()(
-            forward_step_func=_forward,
-            data_iterator=iter([batch]),
-            model=[member.module],
-            num_microbatches=1,
-            seq_length=length,
-            micro_batch_size=size,
-            forward_only=True,
-        )
+        with dropless(member.module):
+            outputs = get_forward_backward_func()(
+                forward_step_func=_forward,
+                data_iterator=iter([batch]),
+                model=[member.module],
+                num_microbatches=1,
+                seq_length=length,
+                micro_batch_size=size,
+                forward_only=True,
+            )
         return outputs[0]["logits"][..., : self.vocab_size].float() if outputs else None
 
     def _scored(self, rows: Sequence[Row], logits: dict[str, Tensor]) -> Tensor:

@@ -6,11 +6,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from megatron.core import parallel_state
-
 from megatron_btx.errors import UserError
 from megatron_btx.evaluate.heldout import evaluate
-from megatron_btx.evaluate.loss_on_text import Setting, min_length, packed
+from megatron_btx.evaluate.loss_on_text import Setting, min_length, packed, whole_sequences
 from megatron_btx.evaluate.model_spec import Subject
 from megatron_btx.evaluate.models import load, opened
 from megatron_btx.evaluate.predictor import NO_PROGRESS
@@ -27,7 +25,7 @@ def measure(
 
     Args:
         subject: an MoE.
-        data: by name, JSONL files; whole sequences of it count.
+        data: by name, JSONL files; whole sequences of them count.
         setting: how.
         progress: told how much is done.
 
@@ -44,7 +42,6 @@ def measure(
         raise UserError(subject.name, "is a dense model: it routes nothing", "give an MoE")
     seq_length = min_length({"model": checkpoint}, setting)
     texts = packed(subject, data, setting, seq_length)
-    dp = parallel_state.get_data_parallel_world_size()
     live = load(checkpoint, setting.layout, setting.precision, setting.random_seed)
     result: dict[str, Any] = {
         "experts": list(architecture.experts),
@@ -53,14 +50,7 @@ def measure(
         "gate": {},
     }
     for number, (name, text) in enumerate(texts.items(), 1):
-        whole = [text[place] for place in range(text.size.tokens // seq_length)]
-        if len(whole) < dp:
-            raise UserError(
-                f"--data {name}",
-                f"holds {len(whole)} whole sequence(s) of {seq_length} tokens, fewer than {dp} "
-                "data-parallel ranks",
-                "give more text, or a smaller --seq-length",
-            )
+        whole = whole_sequences(name, text)
         found = evaluate(live.module, {name: whole}, micro_batch_size=setting.micro_batch_size)
         assert found.load is not None
         assert found.gate is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,7 @@ from megatron_btx.engine.checkpoint import final_checkpoint
 from megatron_btx.engine.initializer import initialize
 from megatron_btx.engine.model import DTYPES, build_model
 from megatron_btx.evaluate.btm_heldout import btm_heldout, training_text
-from megatron_btx.evaluate.heldout import HeldOut, evaluate
-from megatron_btx.evaluate.models import dropless
+from megatron_btx.evaluate.heldout import HeldOut, evaluate, text_of
 from megatron_btx.evaluate.sample_top1_mode import expert_choice
 from megatron_btx.files import find_json, write_json
 from megatron_btx.mix.average import average
@@ -64,18 +63,22 @@ def run(recipe: Recipe, run_dir: Path) -> dict[str, Any]:
     settings = recipe.evaluate
     distributed.initialize(settings.layout, recipe.random_seed)
     domains = held_out(recipe, run_dir, tokens=settings.tokens)
+    text = distributed.from_first_rank(text_of(domains) if distributed.is_first_rank() else None)
     progress = directory(run_dir, "evaluate") / "progress.json"
     table: dict[str, Any] = {}
     systems = rows(recipe)
     for index, row in enumerate(systems):
         if distributed.is_first_rank():
             write_json(progress, {"what": row.name, "done": index / len(systems)})
-        measured = _ensemble if recipe.system == row.name == "btm" else _single
-        table[row.name] = _entry(recipe, run_dir, row, measured(recipe, run_dir, row, domains))
+        if recipe.system == row.name == "btm":
+            measured = _ensemble(recipe, run_dir, row, domains)
+        else:
+            measured = _single(recipe, run_dir, row, domains, text)
+        table[row.name] = _entry(recipe, run_dir, row, measured)
     if distributed.is_first_rank():
         write_json(
             run_dir / "results.json",
-            {"recipe": recipe.name, "domains": list(domains), "systems": table},
+            {"recipe": recipe.name, "domains": list(domains), "text": text, "systems": table},
         )
     distributed.shutdown()
     return {"results": "results.json"}
@@ -84,9 +87,7 @@ def run(recipe: Recipe, run_dir: Path) -> dict[str, Any]:
 def evaluate_plan(
     plan: Plan, domains: Domains, settings: Evaluate, precision: Precision, random_seed: int
 ) -> HeldOut:
-    """Build a plan's model under the evaluation's layout, and evaluate it; as anywhere outside of
-    training (models.py) without Switch's capacity."""
-    plan = replace(plan, architecture=dropless(plan.architecture))
+    """Build a plan's model under the evaluation's layout, and evaluate it."""
     model = build_model(plan.architecture, settings.layout, precision, random_seed=random_seed)
     initialize(model, plan)
     with torch.no_grad():
@@ -105,21 +106,22 @@ def evaluate_checkpoint(
     return plan.architecture, evaluate_plan(plan, domains, settings, precision, random_seed)
 
 
-def _single(recipe: Recipe, run_dir: Path, row: Row, domains: Domains) -> Measured:
-    """One model, taken from what is kept beside it where it has been evaluated on this text."""
+def _single(
+    recipe: Recipe, run_dir: Path, row: Row, domains: Domains, text: Mapping[str, Any]
+) -> Measured:
+    """One model, taken from what is kept beside it where it has been evaluated on this text. All
+    that its losses depend on is in the file's name; layout and micro-batches change nothing."""
     (stage,) = row.models
     checkpoint = final_checkpoint(directory(run_dir, stage))
     key = (find_json(directory(run_dir, stage) / "stage.json") or {}).get("key")
-    text = [[name, each.sha256, len(each)] for name, each in domains.items()]
-    kept = directory(run_dir, stage) / "heldout" / f"{digest([key, text])[:16]}.json"
+    precision = training(recipe, stage).precision
+    depends = {"stage": key, "checkpoint": checkpoint.name, "text": text, "precision": precision,
+               "random_seed": recipe.random_seed}  # fmt: skip
+    kept = directory(run_dir, stage) / "heldout" / f"{digest(depends)[:16]}.json"
     known = distributed.from_first_rank(find_json(kept))
     if known is None:
         architecture, found = evaluate_checkpoint(
-            checkpoint,
-            domains,
-            recipe.evaluate,
-            training(recipe, stage).precision,
-            recipe.random_seed,
+            checkpoint, domains, recipe.evaluate, precision, recipe.random_seed
         )
         if distributed.is_first_rank():
             kept.parent.mkdir(exist_ok=True)

@@ -108,19 +108,22 @@ def compare(runs: Sequence[Run]) -> Comparison:
     expert) is one row.
 
     Raises:
-        UserError: a run has no results, or they are of other domains.
+        UserError: a run has no results, they are of other domains, or of other text.
     """
     found: dict[str, list[tuple[Run, Mapping[str, Any]]]] = {}
     columns: tuple[str, ...] | None = None
+    text: Mapping[str, Any] | None = None
     for run in runs:
         results = find_json(run.run_dir / "results.json")
         if results is None:
             raise UserError(str(run.run_dir), "has no results.json", "run its recipe first")
+        text = text or results.get("text")
         here = (*results["domains"], MEAN)
         columns = columns or here
         if here != columns:
             what = f"was evaluated on {', '.join(here)}, the others on {', '.join(columns)}"
             raise UserError(str(run.run_dir), what, "compare recipes with the same domains")
+        _check_text(run, results, runs[0], text)
         for name, row in results["systems"].items():
             known = found.setdefault(title(run.recipe, name), [])
             if all(other.recipe.random_seed != run.recipe.random_seed for other, _ in known):
@@ -134,6 +137,28 @@ def compare(runs: Sequence[Run]) -> Comparison:
         for column in columns
     }
     return Comparison(columns=columns, systems=systems, best=best)
+
+
+def _check_text(
+    run: Run, results: Mapping[str, Any], first: Run, text: Mapping[str, Any] | None
+) -> None:
+    """That the losses are of the first run's held-out text, token by token."""
+    own = results.get("text")
+    if own is None:
+        raise UserError(
+            str(run.run_dir / "results.json"),
+            "does not say which held-out text its losses are of (an earlier version wrote it)",
+            f"evaluate again: remove {run.run_dir / 'evaluate'}, then btx run",
+        )
+    for name, its in own.items():
+        theirs = (text or {})[name]
+        if its != theirs:
+            what = (
+                f"was evaluated on other text of {name} ({its['tokens']:,} tokens) than "
+                f"{first.run_dir} ({theirs['tokens']:,} tokens)"
+            )
+            fix = "give both the same domains, tokenizer, seq_length and evaluate.tokens"
+            raise UserError(str(run.run_dir), what, fix)
 
 
 def title(recipe: Recipe, row: str) -> str:

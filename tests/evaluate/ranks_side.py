@@ -115,3 +115,15 @@ def route(subject: Subject, layout: Layout, files: dict[str, list[str]]) -> Any:
 
     distributed.initialize(layout, 0)
     return measure(subject, files, Setting(layout=layout, micro_batch_size=1))
+
+
+def evaluate(model: Path, layout: Layout, text: Any, micro_batch_size: int) -> Any:
+    """Held-out loss and routing of a checkpoint on a text called ``t``."""
+    from megatron_btx.engine import distributed
+    from megatron_btx.evaluate import heldout
+    from megatron_btx.evaluate.models import load
+    from megatron_btx.mix.plan_of_request import open_source
+
+    distributed.initialize(layout, 0)
+    live = load(open_source(model, "model"), layout, "fp32")
+    return heldout.evaluate(live.module, {"t": text}, micro_batch_size=micro_batch_size)

@@ -43,8 +43,8 @@ def made(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def inputs(made):
-    """By ``transformers``: what the FFNs of each forced expert are given, [layers, sequences, S,
-    H]."""
+    """By ``transformers``: what the FFNs of each forced expert are given, [layers, tokens, H], of
+    every whole sequence."""
     import transformers
 
     plan = copy(open_hf(made / "moe", "moe"), dtype=torch.float32)
@@ -66,7 +66,7 @@ def inputs(made):
             layer.post_attention_layernorm.register_forward_hook(keep)
         with torch.no_grad():
             model(rows)
-        found[name] = torch.stack(seen)
+        found[name] = torch.stack(seen).flatten(1, 2)
     return found
 
 
@@ -74,11 +74,7 @@ def inputs(made):
 def test_centroids_are_the_means_of_what_the_experts_are_given(
     ranks, made, inputs, tmp_path, layout
 ):
-    whole = 2 * layout.data_parallel_size  # sequences of a batch of all ranks
-    seen = {
-        name: values[:, : values.shape[1] // whole * whole].flatten(1, 2)
-        for name, values in inputs.items()
-    }
+    seen = inputs
     out = tmp_path / "centroids.safetensors"
     files = {name: [str(made / f"{name}.jsonl")] for name in NAMES}
     (subject,) = parse([str(made / "moe")])

@@ -79,8 +79,13 @@ def results(recipe: Recipe, flops: dict[str, float]) -> dict[str, Any]:
             "train_flops": spent[name],
             "params_total": total,
             "params_active": active,
+            "inference_flops_per_token": 2 * active,
+            "stages": {name: {"tokens": int(tokens), "flops": spent[name]}},
         }
-    return {"systems": systems}
+    text = {
+        name: {"tokens": 65536, "sha256": f"{number:064x}"} for number, name in enumerate(DOMAINS)
+    }
+    return {"recipe": recipe.name, "domains": list(DOMAINS), "text": text, "systems": systems}
 
 
 def _records(recipe: Recipe, name: str, chance: random.Random) -> list[dict[str, Any]]:

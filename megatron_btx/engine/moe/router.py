@@ -125,7 +125,8 @@ class BTXRouter(TopKRouter):
         self.function: str = routing.type
         self.noise_key = 0
         self.forced_expert: int | None = None
-        self.load: Tensor | None = None  # [2, N] while collect_load() is on
+        self.dropless = False
+        self.load: Load | None = None  # while collect_load() is on
 
     def set_layer_number(self, layer_number: int) -> None:
         """Layers are counted from 1 over the whole model; Sample Top-1's first routes softly."""
@@ -150,12 +151,21 @@ class BTXRouter(TopKRouter):
         gates, routing_map = self._routes(logits, length)
         if self.training and torch.is_grad_enabled():
             gates = self._attach_balance_losses(gates, routing_map, logits, length, batch)
-        if self.function == "switch":
+        if self.function == "switch" and not self.dropless:
             routing_map = self._drop(routing_map, length)
             gates = gates * routing_map
         if self.load is not None:
-            self.load += torch.stack([routing_map.sum(0), gates.detach().sum(0)])
+            self._count(self.load, routing_map, gates.detach(), length)
         return gates, routing_map
+
+    def _count(self, load: Load, routing_map: Tensor, gates: Tensor, length: int) -> None:
+        """Add this micro-batch's tokens to the load, without those that only fill it up."""
+        if load.mask is not None:  # [b, S] -> this rank's [s * b, 1]
+            positions = self._positions(length, load.mask.device)
+            counts = load.mask.bool().T[positions].reshape(-1, 1).to(gates.device)
+            routing_map, gates = routing_map * counts, gates * counts
+        load.tokens[self.layer_number - 1] += routing_map.sum(0)
+        load.gates[self.layer_number - 1] += gates.sum(0)
 
     def _routes(self, logits: Tensor, length: int) -> Routes:
         if self.function == "topk":
@@ -296,7 +306,22 @@ def forced_routing(
             router.forced_expert = None
 
 
-@dataclass(frozen=True)
+@contextmanager
+def dropless(model: torch.nn.Module | Iterable[torch.nn.Module]) -> Iterator[None]:
+    """Within it Switch's capacity, a rule for batches, drops no token: for evaluations, where what
+    is computed of one text must not depend on the others in its batch."""
+    found = routers(model)
+    before = [router.dropless for router in found]
+    for router in found:
+        router.dropless = True
+    try:
+        yield
+    finally:
+        for router, was in zip(found, before, strict=True):
+            router.dropless = was
+
+
+@dataclass
 class Load:
     """What the experts were given, float64 [layers, N]: rows of other pipeline stages are 0, so
     that the sum over all ranks is the whole model's. Dropped tokens do not count."""
@@ -304,6 +329,8 @@ class Load:
     tokens: Tensor
     gates: Tensor
     """Sums of gate weights; over ``tokens`` they are an expert's mean weight."""
+    mask: Tensor | None = None
+    """[b, S] of the micro-batch that comes next: only tokens where it is not 0 are counted."""
 
 
 @contextmanager
@@ -315,10 +342,11 @@ def collect_load(model: torch.nn.Module | Iterable[torch.nn.Module]) -> Iterator
     totals = torch.zeros(
         2, config.num_layers, config.num_moe_experts, dtype=torch.float64, device=device
     )
+    load = Load(tokens=totals[0], gates=totals[1])
     for router in found:
-        router.load = totals[:, router.layer_number - 1]
+        router.load = load
     try:
-        yield Load(tokens=totals[0], gates=totals[1])
+        yield load
     finally:
         for router in found:
             router.load = None
