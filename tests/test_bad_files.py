@@ -121,7 +121,7 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "missing": (shutil.rmtree, ("does not exist", "correct the path")),
     "without manifest": (remove("manifest.json"), ("has no manifest.json", "fix: give")),
     "without metadata": (remove(".metadata"), ("is not whole", "copy the checkpoint again")),
-    "manifest cut off": (cut("manifest.json", 40), ("is damaged", "fix: give")),
+    "manifest cut off": (cut("manifest.json", 40), ("manifest.json: is damaged", "fix:")),
     "data cut off": (cut("*.distcp", 5000), (".distcp", "fix:")),
     "data missing": (remove("__0_0.distcp"), ("__0_0.distcp", "fix:")),
     "metadata cut off": (cut(".metadata", 50), (".metadata", "fix:")),

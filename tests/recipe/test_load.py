@@ -274,7 +274,8 @@ def test_experts_without_tokens_are_sparse_upcycling(good: str) -> None:
 
 def test_the_room_loads_no_torch() -> None:
     code = (
-        "import sys; from megatron_btx.recipe import check, check_layout, count, load, memory, plan; "
+        "import sys; from megatron_btx.recipe import check, check_layout, count, load; "
+        "from megatron_btx.recipe import memory, plan; "
         "from megatron_btx.recipe import upstream; assert upstream.fields('transformer'); "
         "print(sorted({'torch', 'numpy', 'megatron.core'} & set(sys.modules)))"
     )
