@@ -29,6 +29,8 @@ setup(
         "wandb",
     ],
     extras_require={
+        # Parquet, Arrow and Zstandard.
+        "data": ["pyarrow"],
         "hf": ["transformers>=4.57", "tokenizers"],
         # Exactly: we build its tasks ourselves, which is not part of its promised interface.
         "eval": ["lm-eval==0.4.13"],
@@ -39,6 +41,7 @@ setup(
             "hypothesis",
             "lm-eval==0.4.13",
             "mypy",
+            "pyarrow",
             "pytest",
             "pytest-xdist",
             "ruff",

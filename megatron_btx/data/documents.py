@@ -1,118 +1,175 @@
-"""Users' text: JSONL files, plain or gzipped, and directories of them, read as a stream.
+"""Users' text: files and directories of them, read as a stream.
 
-Every fault is a :class:`UserError` that names the file and the line, because a corpus of a
+Every fault is a :class:`UserError` that names the file and the line or row, because a corpus of a
 thousand shards is mended one line at a time.
 """
 
 from __future__ import annotations
 
-import gzip
-import json
-import zlib
+import os
+import re
+import stat
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
+from megatron_btx.data.formats import Part, format_of, token_pair
+from megatron_btx.data.formats.compression import COMPRESSIONS
 from megatron_btx.errors import UserError
+from megatron_btx.files import read_json
 
-SUFFIXES = (".jsonl", ".jsonl.gz")
+_JSON = tuple(
+    json + compressed
+    for json in (".jsonl", ".ndjson", ".json")
+    for compressed in ("", *(suffix for kind in COMPRESSIONS for suffix in kind.suffixes))
+)
+SUFFIXES = (*_JSON, ".parquet", ".arrow", ".idx")
+"""What is taken out of a directory, whatever the case of its letters. The content, not the name,
+says how a file is read. Of a Megatron pair the ``.idx`` stands for both files."""
+
+_COMPANIONS = re.compile(
+    r"readme.*|licen[cs]e.*|notice.*|copying.*|authors.*|citation.*|changelog.*|.*\.(md|rst|log)"
+    r"|_success|_metadata|_common_metadata|.*\.(md5|sha1|sha256|sha512|crc|sig|asc|lock)"
+    r"|(md5|sha1|sha256|sha512)sums?(\.txt)?|checksums?(\.txt)?"
+    r"|dataset_infos?\.json|dataset_dict\.json|state\.json|cache-.*\.arrow"
+)
+"""Files beside the text that everybody knows to hold none; hidden ones are passed over too."""
 
 
 def find_files(paths: Sequence[str | Path], *, where: str) -> list[Path]:
-    """The JSONL files that ``paths`` (files and directories) stand for.
+    """The files that ``paths`` (files, directories, prefixes of Megatron pairs) stand for.
 
     A directory is searched through, its files in the order of their names; the order of ``paths``
-    is kept. ``where`` is the recipe's key, for messages.
+    is kept. Of a directory that ``datasets`` saved, the files that its state.json lists. ``where``
+    is the recipe's key, for messages.
 
     Raises:
-        UserError: a path is missing, a directory holds no JSONL file, or a file is empty.
+        UserError: a path is missing or no regular file, a file is empty, or a directory holds
+            nothing to read, or something that is not read.
     """
     files: list[Path] = []
     for path in map(Path, paths):
         if path.is_dir():
-            found = sorted(f for f in path.rglob("*") if f.name.endswith(SUFFIXES) and f.is_file())
-            if not found:
-                raise UserError(
-                    where,
-                    f"the directory {path} holds no {' or '.join(SUFFIXES)} file",
-                    "name a directory with JSONL files, or the files themselves",
-                )
-            files.extend(found)
-        elif path.is_file():
+            files += _in_directory(path, where)
+        elif token_pair.is_prefix(path):
+            files.append(token_pair.index_file(path))
+        elif os.path.lexists(path):
             files.append(path)
         else:
             raise UserError(where, f"{path} does not exist", "correct the path")
     for file in files:
-        if file.stat().st_size == 0:
-            raise UserError(where, f"{file} is empty", "remove it, or write documents to it")
+        _check_file(file, where)
     return files
 
 
 def read_documents(files: Sequence[Path], text_key: str = "text") -> Iterator[str]:
-    """The documents of JSONL ``files``, one after the other; blank lines are passed over.
+    """The documents of ``files``, one after the other.
 
     Raises:
-        UserError: naming file and line, for text that is not UTF-8, a line that is not a JSON
-            object, an object without a string under ``text_key``, a broken gzip file, or a file
-            without a single document.
+        UserError: naming file and line or row, for whatever is no text; for a file without a
+            single document; and for a Megatron pair, which holds none.
     """
     for file in files:
         count = 0
-        for number, line in enumerate(_lines(file), 1):
-            if not line.strip():
-                continue
-            yield _document(line, f"{file}:{number}", text_key)
+        for _, text in format_of(file).read(Part(file), text_key):
+            yield text
             count += 1
         if not count:
-            raise UserError(str(file), "holds no document", "remove it, or write documents to it")
+            raise no_document(file)
 
 
-def _lines(file: Path) -> Iterator[bytes]:
-    with gzip.open(file, "rb") if file.name.endswith(".gz") else file.open("rb") as lines:
-        try:
-            yield from lines
-        except (gzip.BadGzipFile, zlib.error, EOFError) as error:
-            raise UserError(
-                str(file), f"is not a whole gzip file ({error})", "compress it again"
-            ) from error
+def no_document(file: Path) -> UserError:
+    """The error for a file that holds nothing."""
+    return UserError(str(file), "holds no document", "remove it, or write documents to it")
 
 
-def _document(line: bytes, where: str, text_key: str) -> str:
+def _check_file(file: Path, where: str) -> None:
     try:
-        record = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
+        status = file.stat()
+    except OSError as error:
         raise UserError(
-            where,
-            f"is not UTF-8 (byte {error.start + 1} of the line)",
-            "convert it, for example with iconv -t UTF-8",
+            where, f"{file} cannot be read ({error.strerror})", "mend that, or take it away"
         ) from error
-    except (json.JSONDecodeError, RecursionError) as error:
+    if not stat.S_ISREG(status.st_mode):
+        raise UserError(where, f"{file} is not a regular file", "write the text to one")
+    if status.st_size == 0:
+        raise UserError(where, f"{file} is empty", "remove it, or write documents to it")
+    if not os.access(file, os.R_OK):
+        raise UserError(where, f"{file} may not be read", "change its permissions")
+
+
+def _in_directory(directory: Path, where: str) -> list[Path]:
+    found: list[Path] = []
+    others: list[Path] = []
+    for file in sorted(_walk(directory, where)):
+        name = file.name.lower()
+        if _COMPANIONS.fullmatch(name) or (name.endswith(".bin") and token_pair.is_prefix(file)):
+            continue
+        (found if name.endswith(SUFFIXES) else others).append(file)
+    if others:
+        names = ", ".join(str(file.relative_to(directory)) for file in others[:5])
+        more = f" and {len(others) - 5} more" if len(others) > 5 else ""
         raise UserError(
             where,
-            f"is not a JSON object ({error})",
-            f'write one object a line: {{"{text_key}": "..."}}',
-        ) from error
-    if not isinstance(record, dict):
-        raise UserError(
-            where,
-            f"is a JSON {type(record).__name__}, not an object",
-            f'write one object a line: {{"{text_key}": "..."}}',
+            f"{directory} holds what is not read: {names}{more}",
+            f"take it away, or name the files to read (read are {', '.join(SUFFIXES)})",
         )
-    text = record.get(text_key)
-    if not isinstance(text, str):
-        has = f"{text_key!r} is a {type(text).__name__}" if text_key in record else "it is missing"
+    if not found:
         raise UserError(
             where,
-            f"has no text under {text_key!r} ({has}; its keys: {', '.join(record) or 'none'})",
-            "set the domain's text_key to the key that holds the text",
+            f"the directory {directory} holds no file that is read ({', '.join(SUFFIXES)})",
+            "name a directory with such files, or the files themselves",
         )
-    # json accepts "\ud800", half a character that no encoding of text can hold.
-    if not text.isascii():
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
+    return _as_saved(directory, found, where)
+
+
+def _walk(directory: Path, where: str) -> Iterator[Path]:
+    """Every file below that is not hidden; links to directories are not followed but told."""
+
+    def fail(error: OSError) -> None:
+        raise UserError(where, f"{error.filename} cannot be read ({error.strerror})", "mend that")
+
+    for place, directories, names in os.walk(directory, onerror=fail):
+        directories[:] = [name for name in directories if not name.startswith(".")]
+        for name in directories:
+            if Path(place, name).is_symlink():
+                raise UserError(
+                    where,
+                    f"{Path(place, name)} is a link to a directory, which is not followed",
+                    "name that directory itself",
+                )
+        yield from (Path(place, name) for name in names if not name.startswith("."))
+
+
+def _as_saved(directory: Path, found: list[Path], where: str) -> list[Path]:
+    """Of what ``datasets.save_to_disk`` wrote, the files in their order, and nothing else."""
+    listed: dict[Path, list[Path]] = {}
+    for place in dict.fromkeys([directory, *(file.parent for file in found)]):
+        if (place / "dataset_dict.json").is_file():
+            splits = (read_json(place / "dataset_dict.json") or {}).get("splits")
             raise UserError(
                 where,
-                f"holds half of a surrogate pair at character {error.start + 1}",
-                "write the character whole, or leave it out",
-            ) from error
-    return text
+                f"{place} holds the splits {splits} of a data set",
+                "name the directory of one of them",
+            )
+        state = read_json(place / "state.json")
+        if state is None or "_data_files" not in state:
+            continue
+        if state.get("_indices_data_files"):
+            raise UserError(
+                where, f"{place} is a selection of rows", "save it anew: flatten_indices() first"
+            )
+        try:
+            listed[place] = [place / str(entry["filename"]) for entry in state["_data_files"]]
+        except (TypeError, KeyError) as error:
+            raise UserError(where, f"{place}/state.json is damaged", "save it again") from error
+    here = [file for file in found if file.parent not in listed]
+    saved = list(chain.from_iterable(listed.values()))
+    wrong = {file for file in found if file.parent in listed} ^ set(saved)
+    if wrong:
+        raise UserError(
+            where,
+            f"{min(wrong)} and the state.json beside it disagree about what is there",
+            "save the data set again",
+        )
+    return here + saved

@@ -26,7 +26,9 @@ from typing import Any
 
 from megatron_btx.data import Progress, no_progress
 from megatron_btx.data.builtin.corpora import write_builtin
-from megatron_btx.data.documents import find_files, read_documents
+from megatron_btx.data.documents import find_files, no_document, read_documents
+from megatron_btx.data.formats import Part, format_of, json_lines, token_pair
+from megatron_btx.data.formats.compression import compression_of
 from megatron_btx.data.tokenizer import (
     HuggingFace,
     SentencePiece,
@@ -106,16 +108,25 @@ def check(recipe: Recipe, *, most: int = 256_000_000) -> None:
             with noted(errors):
                 for file in find_files(paths, where=f"domains.{name}.{split}"):
                     with noted(errors):
-                        _read_through(file, domain.text_key, most)
+                        _read_ahead(file, domain.text_key, most)
     if errors:
         raise UserErrors(errors)
 
 
-def _read_through(file: Path, text_key: str, most: int) -> None:
-    for document in read_documents([file], text_key):
-        most -= len(document)
-        if most < 0:
+def _read_ahead(file: Path, text_key: str, most: int) -> None:
+    form = format_of(file)
+    if form is token_pair:
+        token_pair.TokenPair(file)
+        return
+    part = Part(file, 0, most if form is json_lines else None)
+    left, count = most, 0
+    for _, document in form.read(part, text_key):
+        left, count = left - len(document), count + 1
+        if left < 0:
             return
+    whole = form is not json_lines or (not compression_of(file) and file.stat().st_size < most)
+    if whole and not count:
+        raise no_document(file)
 
 
 def prefix(run_dir: str | Path, domain: str, split: str) -> Path:
