@@ -146,14 +146,14 @@ def _as_saved(directory: Path, found: list[Path], where: str) -> list[Path]:
     listed: dict[Path, list[Path]] = {}
     for place in dict.fromkeys([directory, *(file.parent for file in found)]):
         if (place / "dataset_dict.json").is_file():
-            splits = (read_json(place / "dataset_dict.json") or {}).get("splits")
+            splits = read_json(place / "dataset_dict.json").get("splits")
             raise UserError(
                 where,
                 f"{place} holds the splits {splits} of a data set",
                 "name the directory of one of them",
             )
-        state = read_json(place / "state.json")
-        if state is None or "_data_files" not in state:
+        state = read_json(place / "state.json") if (place / "state.json").is_file() else {}
+        if "_data_files" not in state:
             continue
         if state.get("_indices_data_files"):
             raise UserError(
