@@ -50,9 +50,9 @@ TOKENIZER: dict[str, Any] = {
 
 RUN = """
 import argparse, sys
-from megatron_btx.mix import command
+from megatron_btx.cli import mix
 parser = argparse.ArgumentParser()
-command.add_parser(parser.add_subparsers())
+mix.add_parser(parser.add_subparsers())
 options = parser.parse_args()
 sys.exit(options.run(options))
 """

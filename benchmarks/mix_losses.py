@@ -30,7 +30,7 @@ from torch import Tensor
 from megatron_btx.data.heldout import HeldOutText
 from megatron_btx.engine import distributed
 from megatron_btx.mix import offline
-from megatron_btx.mix.command import Request
+from megatron_btx.mix.request import Request
 from megatron_btx.recipe.schema import Layout
 
 MIXES: dict[str, dict[str, Any]] = {

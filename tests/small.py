@@ -150,7 +150,7 @@ def export(directory: Path) -> Exported:
     (foreign / "__init__.py").write_text("raise ImportError('a web framework of another age')")
     home = directory / "home"
     home.mkdir()
-    arguments = ("run", "recipe.yaml", "--until", "expert:math")
+    arguments = ("run", "recipe.yaml", "--stop-after", "expert:math")
     environment = {
         **environ({"HOME": str(home)}),
         "PYTHONPATH": f"{ROOT}{os.pathsep}{foreign.parent}",

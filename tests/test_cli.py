@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from megatron_btx import __version__
-from megatron_btx.cli.main import main
+from megatron_btx.cli.main import _parser, main
 from tests.bad import Bad, Commands
 from tests.report.made import make_run
 from tests.small import btx, write_small
@@ -87,7 +87,7 @@ def test_dry_run_prints_the_graph_and_changes_nothing(tmp_path: Path) -> None:
         (f"base: {TINY}\nsed: {{}}\n", ["run"], "seed"),
         (f"base: {TINY}\nsed: {{}}\n", ["report"], "seed"),
         (f"base: {TINY}\n", ["report"], "nothing has been run"),
-        (f"base: {TINY}\n", ["run", "--until", "mix"], "there is no stage mix"),
+        (f"base: {TINY}\n", ["run", "--stop-after", "mix"], "there is no stage mix"),
         (f"base: {TINY}\n", ["stage", "mox"], "is not a stage of this recipe"),
         (f"base: {TINY}\n", ["stage", "seed"], "needs prepare first"),
         (f"base: {TINY}\n", ["stage", "finetune"], "2 rank(s), 1 were started"),
@@ -112,6 +112,20 @@ def test_a_mistake_is_one_clear_error_and_leaves_nothing(
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_old_names_of_flags_are_read_with_a_hint(tmp_path: Path) -> None:
+    write_small(tmp_path)
+    for flag in ("--stop-after", "--until"):
+        done = _btx("run", "recipe.yaml", "--dry-run", flag, "expert:math", cwd=tmp_path)
+        names = [line.split()[0] for line in done.stdout.splitlines()]
+        assert names[:3] == ["prepare", "seed", "expert:math"]
+        hint = "hint: --until is now called --stop-after" in done.stderr
+        assert hint == (flag == "--until")
+    options = _parser().parse_args(["generate", "M", "--until", ";", "--stop", "."])
+    assert options.stop == [";", "."]
+    options = _parser().parse_args(["evaluate", "M", "--shots", "3"])
+    assert options.num_fewshot == 3
 
 
 def test_stages_by_hand(tmp_path: Path) -> None:

@@ -20,13 +20,9 @@ ROOMS = ORDER.split()
 """Each may import itself and those before it."""
 
 TORCH_FREE = (
-    "cli.centroids",
-    "cli.compare",
-    "cli.evaluate",
     "cli.main",
-    "cli.routing",
-    "cli.slurm",
     "evaluate.model_spec",
+    "mix.request",
     "pipeline.eval_ranks",
     "pipeline.graph",
     "pipeline.import_checkpoint",
@@ -45,6 +41,7 @@ TORCH_FREE = (
     "cpu_info",
     "recipe.load",
     "report.page",
+    "report.routing",
     "report.table",
     "provenance",
     "weights.manifest",
@@ -82,6 +79,48 @@ def test_imports_go_one_way() -> None:
             if other in ROOMS and ROOMS.index(other) > ROOMS.index(room):
                 wrong.append(f"{path.relative_to(PACKAGE)}:{line} imports {name}")
     assert not wrong, "\n".join(wrong)
+
+
+def _graph() -> dict[str, set[str]]:
+    """Every file's module name, and the package's modules that it imports anywhere, under
+    ``TYPE_CHECKING`` and inside functions too."""
+    files = {
+        ".".join(("megatron_btx", *path.relative_to(PACKAGE).with_suffix("").parts)): path
+        for path in PACKAGE.rglob("*.py")
+        if path.name != "__init__.py"
+    }
+    graph: dict[str, set[str]] = {}
+    for module, path in files.items():
+        graph[module] = set()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom):
+                names = {f"{node.module}.{alias.name}" for alias in node.names}
+                graph[module] |= {str(node.module), *names} & files.keys()
+            elif isinstance(node, ast.Import):
+                graph[module] |= {alias.name for alias in node.names} & files.keys()
+    return graph
+
+
+def test_no_circle_of_imports() -> None:
+    graph = _graph()
+    while free := {module for module, needs in graph.items() if not needs & graph.keys()}:
+        graph = {module: needs for module, needs in graph.items() if module not in free}
+    # What is left imports, at some distance, itself.
+    rest = {module: sorted(needs & graph.keys()) for module, needs in graph.items()}
+    assert not rest, rest
+
+
+def test_parsers_of_the_command_line_are_in_cli() -> None:
+    elsewhere = [
+        str(path.relative_to(PACKAGE))
+        for path in PACKAGE.rglob("*.py")
+        if path.relative_to(PACKAGE).parts[0] != "cli"
+        and any(
+            isinstance(node, ast.Import) and "argparse" in [alias.name for alias in node.names]
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        )
+    ]
+    assert not elsewhere
 
 
 @pytest.mark.parametrize("module", TORCH_FREE)

@@ -17,9 +17,9 @@ import psutil
 import pytest
 import yaml
 
-from megatron_btx.cli import routing
 from megatron_btx.recipe import plan
 from megatron_btx.recipe.load import load_recipe
+from megatron_btx.report import routing
 from megatron_btx.train.metrics import read
 
 ROOT = Path(__file__).parent.parent
@@ -256,7 +256,7 @@ def test_ctrl_c_saves_and_goes_on(whole: Path, tmp_path: Path) -> None:
     seed = plan.plan(load_recipe(TINY)).stages[0]  # these are made to go on, with the optimizer
     whole_ones = len(list(saved.iterdir())) * seed.checkpoint_bytes
     assert whole_ones == pytest.approx(size(log.parent), rel=0.05)
-    finish(start(tmp_path, "--until", "seed"))
+    finish(start(tmp_path, "--stop-after", "seed"))
     resumed = [r for r in read(log) if r["kind"] == "train"]
     assert [(r["step"], r["loss"], r["grad_norm"]) for r in resumed] == losses(whole)["seed"]
 

@@ -8,13 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_btx.cli.evaluate import (
-    add_how,
-    check_numbers,
-    data_of,
-    layout_of,
-    setting_of,
-)
+from megatron_btx.cli import model_flags
+from megatron_btx.cli.common import command
 from megatron_btx.errors import UserError
 from megatron_btx.evaluate import model_spec
 from megatron_btx.files import check_file
@@ -33,21 +28,19 @@ Each text is read twice, all of it forced to the expert of its name. A recipe ta
 
 def add_parser(commands: Any) -> None:
     """Add ``centroids`` to the command line."""
-    parser: argparse.ArgumentParser = commands.add_parser(
+    parser = command(
+        commands,
         "centroids",
-        help="routers that know their experts' domains: mean inputs of each, for btx mix",
-        description="Write the mean feed-forward input of every expert's domain, for routers.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "routers that know their experts' domains: mean inputs of each, for btx mix",
+        _EPILOG,
+        "Write the mean feed-forward input of every expert's domain, for routers.",
     )
     parser.add_argument("checkpoint", metavar="MOE", help="the mixed model, of either format")
-    parser.add_argument(
-        "--data",
-        metavar="EXPERT=FILE[,FILE]",
-        nargs="+",
-        action="extend",
-        default=[],
-        help="JSONL files and directories of every expert's domain",
+    model_flags.add_text_flags(
+        parser,
+        "EXPERT=FILE[,FILE]",
+        "JSONL files and directories of every expert's domain",
+        tokens=65536,
     )
     parser.add_argument("--out", metavar="FILE", type=Path, required=True, help="the new file")
     parser.add_argument(
@@ -57,19 +50,14 @@ def add_parser(commands: Any) -> None:
         default=1.0,
         help="standard deviation over the experts of a token's logits (1)",
     )
-    add_how(parser)
-    parser.add_argument(
-        "--tokens", metavar="N", type=int, default=65536, help="of each text, at most (65536)"
-    )
-    parser.add_argument("--text-key", metavar="KEY", default="text", help="of the JSONL (text)")
-    parser.add_argument("--seq-length", metavar="N", type=int, help="tokens of a sequence")
+    model_flags.add_model_flags(parser)
     parser.add_argument("--json", action="store_true", help="print JSON, no table")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """The command; its exit code."""
-    check_numbers(options)
+    model_flags.check_numbers(options)
     subjects = model_spec.parse([options.checkpoint])
     if subjects[0].method is not None:
         raise UserError(subjects[0].name, "is a set of models: it has no router", "give one model")
@@ -81,9 +69,9 @@ def run(options: argparse.Namespace) -> int:
     request = eval_ranks.request_of(
         "centroids",
         subjects,
-        layout_of(options.layout),
-        data=data_of(options.data),
-        setting={**setting_of(options), "tokens": options.tokens},
+        model_flags.layout_of(options.layout),
+        data=model_flags.data_of(options.data),
+        setting={**model_flags.setting_of(options), "tokens": options.tokens},
         spread=options.spread,
         out=str(options.out.absolute()),
     )

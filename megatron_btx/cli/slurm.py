@@ -11,23 +11,23 @@ import time
 from pathlib import Path
 from typing import Any
 
+from megatron_btx.cli.common import open_recipe, recipe_command, renamed
 from megatron_btx.errors import UserError
 from megatron_btx.pipeline import graph, state
-from megatron_btx.pipeline.fingerprint import Memo
 from megatron_btx.pipeline.graph import Stage
-from megatron_btx.recipe.load import load_recipe
 from megatron_btx.recipe.schema import Recipe
 
 
-def add_parsers(commands: Any) -> None:
+def add_parser(commands: Any) -> None:
     """The four commands."""
-    parser = _add(
+    parser = recipe_command(
         commands,
         "submit",
         "submit the stages of a recipe as Slurm jobs, or what is left of them",
+        "examples:\n"
         "  btx submit recipe.yaml --dry-run            every script and the graph, nothing else\n"
         "  btx submit recipe.yaml\n"
-        "  btx submit recipe.yaml --until mix          all that comes before the finetuning\n"
+        "  btx submit recipe.yaml --stop-after mix     all that comes before the finetuning\n"
         "  btx submit recipe.yaml --from finetune      it and all that waits for it\n"
         "  btx submit recipe.yaml --only expert:math\n\n"
         "Stages that are done are not submitted again; a stopped one goes on. See docs/slurm.md.",
@@ -37,16 +37,18 @@ def add_parsers(commands: Any) -> None:
         "--only", metavar="STAGE", action="append", default=[], help="this one (may be repeated)"
     )
     parser.add_argument("--from", metavar="STAGE", dest="first", help="STAGE and what waits for it")
-    parser.add_argument("--until", metavar="STAGE", help="STAGE and what it waits for")
+    parser.add_argument("--stop-after", metavar="STAGE", help="STAGE and what it waits for")
+    renamed(parser, "--until", "--stop-after")
     parser.add_argument(
         "--no-probe", action="store_true", help="do not let a node look at the run's directory"
     )
     parser.set_defaults(run=submit)
 
-    parser = _add(
+    parser = recipe_command(
         commands,
         "status",
         "show where every stage of a submitted recipe stands",
+        "examples:\n"
         "  btx status recipe.yaml\n"
         "  btx status recipe.yaml --watch\n"
         "  btx status recipe.yaml --json | python -m json.tool",
@@ -62,36 +64,24 @@ def add_parsers(commands: Any) -> None:
     )
     parser.set_defaults(run=status)
 
-    parser = _add(
+    parser = recipe_command(
         commands,
         "logs",
         "print the log of a stage's latest attempt",
-        "  btx logs recipe.yaml finetune\n  btx logs recipe.yaml expert:math -f",
+        "examples:\n  btx logs recipe.yaml finetune\n  btx logs recipe.yaml expert:math -f",
     )
     parser.add_argument("stage", metavar="STAGE", help="seed, expert:math, finetune, ...")
     parser.add_argument("-f", "--follow", action="store_true", help="go on while it grows")
     parser.set_defaults(run=logs)
 
-    parser = _add(
+    parser = recipe_command(
         commands,
         "cancel",
         "cancel the jobs of a recipe; `btx submit` goes on from what they have saved",
-        "  btx cancel recipe.yaml\n  btx cancel recipe.yaml dense",
+        "examples:\n  btx cancel recipe.yaml\n  btx cancel recipe.yaml dense",
     )
     parser.add_argument("stage", metavar="STAGE", nargs="*", help="these only")
     parser.set_defaults(run=cancel)
-
-
-def _add(commands: Any, name: str, help_text: str, examples: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(
-        name,
-        help=help_text,
-        description=help_text[0].upper() + help_text[1:] + ".",
-        epilog=f"examples:\n{examples}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("recipe", metavar="RECIPE", help="the recipe (YAML)")
-    return parser
 
 
 def submit(options: argparse.Namespace) -> int:
@@ -99,8 +89,10 @@ def submit(options: argparse.Namespace) -> int:
     from megatron_btx.pipeline import run_checks
     from megatron_btx.pipeline.slurm import selection, submit
 
-    recipe, run_dir, stages = open_recipe(options.recipe, on_slurm=True)
-    wished = selection.select(stages, only=options.only, first=options.first, last=options.until)
+    recipe, run_dir, stages = _open(options.recipe)
+    wished = selection.select(
+        stages, only=options.only, first=options.first, last=options.stop_after
+    )
     chosen = selection.to_submit(run_dir, wished)
     selection.check_needs(run_dir, stages, chosen)
     if options.dry_run:
@@ -146,7 +138,7 @@ def _standing(recipe: str, as_json: bool) -> tuple[str, bool]:
     """Where every stage stands, as text, and whether any is still in the queue."""
     from megatron_btx.pipeline.slurm import status
 
-    _, run_dir, stages = open_recipe(recipe, on_slurm=True)
+    _, run_dir, stages = _open(recipe)
     rows = status.rows(run_dir.absolute(), stages)
     if as_json:
         text = json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n"
@@ -159,7 +151,7 @@ def logs(options: argparse.Namespace) -> int:
     """``btx logs``."""
     from megatron_btx.pipeline.slurm import status
 
-    _, run_dir, stages = open_recipe(options.recipe, on_slurm=True)
+    _, run_dir, stages = _open(options.recipe)
     run_dir = run_dir.absolute()
     stage = graph.find(stages, options.stage)
     path = status.log_file(run_dir, stage)
@@ -196,7 +188,7 @@ def cancel(options: argparse.Namespace) -> int:
     """``btx cancel``."""
     from megatron_btx.pipeline.slurm import commands
 
-    recipe, run_dir, stages = open_recipe(options.recipe, on_slurm=True)
+    recipe, run_dir, stages = _open(options.recipe)
     wished = {graph.find(stages, name).name for name in options.stage}
     jobs = [
         job
@@ -211,9 +203,6 @@ def cancel(options: argparse.Namespace) -> int:
     return 0
 
 
-def open_recipe(path: str, *, on_slurm: bool = False) -> tuple[Recipe, Path, tuple[Stage, ...]]:
-    """A recipe, its run's directory and its stages, as this machine or as Slurm runs them."""
-    recipe = load_recipe(path)
-    run_dir = Path(recipe.run_dir)
-    stages = graph.build(recipe, Memo(run_dir / "fingerprints.json"))
-    return recipe, run_dir, graph.with_mix(stages) if on_slurm else stages
+def _open(path: str) -> tuple[Recipe, Path, tuple[Stage, ...]]:
+    recipe, run_dir, stages = open_recipe(path)
+    return recipe, run_dir, graph.with_mix(stages)

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from megatron_btx.errors import UserErrors
 from megatron_btx.files import check_directory, write_json, written
-from megatron_btx.mix.command import Request
 from megatron_btx.mix.compatibility import disagreements
 from megatron_btx.mix.plan_of_request import open_sources
+from megatron_btx.mix.request import Request
 from megatron_btx.recipe.check_mix import GROUPS
 from megatron_btx.weights.box import slabs, whole
 from megatron_btx.weights.names import group_of

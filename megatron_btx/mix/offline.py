@@ -18,9 +18,9 @@ from megatron_btx.errors import UserError, UserErrors, noted
 from megatron_btx.families.export import carried, write_hf
 from megatron_btx.families.hf import to_hf
 from megatron_btx.families.tokenizer_files import tokenizer_files
-from megatron_btx.mix.command import Request
 from megatron_btx.mix.plan_of_request import DTYPES, open_sources, out_of_range, plan_of
 from megatron_btx.mix.progress import Watch
+from megatron_btx.mix.request import Request
 from megatron_btx.provenance import versions
 from megatron_btx.recipe.count import parameters
 from megatron_btx.weights.directory import as_json

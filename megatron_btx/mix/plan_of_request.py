@@ -14,11 +14,11 @@ from megatron_btx.errors import UserError, UserErrors, noted
 from megatron_btx.families.hf import open_hf
 from megatron_btx.files import named_path, newest_step
 from megatron_btx.mix.average import average
-from megatron_btx.mix.command import Request
 from megatron_btx.mix.compatibility import disagreements
 from megatron_btx.mix.copy import copy
 from megatron_btx.mix.edit_experts import append, drop
 from megatron_btx.mix.plan_of_recipe import averaging_of, mix_plan, router_of
+from megatron_btx.mix.request import Request
 from megatron_btx.recipe import check_ranges
 from megatron_btx.recipe.check_mix import misplaced, weights
 from megatron_btx.recipe.schema import Mix, Model, Recipe, Routing, Training

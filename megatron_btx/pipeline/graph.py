@@ -100,7 +100,7 @@ def until(stages: Iterable[Stage], name: str) -> tuple[Stage, ...]:
     """Stage ``name`` and all that it waits for."""
     by_name = {stage.name: stage for stage in stages}
     if name not in by_name:
-        raise UserError("--until", f"there is no stage {name}", "choose " + ", ".join(by_name))
+        raise UserError("--stop-after", f"there is no stage {name}", "choose " + ", ".join(by_name))
     wanted = {name}
     for stage in reversed(by_name.values()):
         if stage.name in wanted:

@@ -134,7 +134,7 @@ def _whole(directory: Path) -> None:
 def _convert(directory: Path, target: Path) -> None:
     """A Hugging Face directory as Megatron's, with its tokenizer; an interrupted one goes on."""
     from megatron_btx.mix import offline, plan_of_request
-    from megatron_btx.mix.command import Request
+    from megatron_btx.mix.request import Request
 
     model = plan_of_request.open_source(directory, "model")
     dtypes = {dtype for _, dtype in model.source.tensors.values()}

@@ -1,18 +1,14 @@
-"""``btx plan``: what every stage of a recipe will cost, before anything runs."""
+"""What every stage of a recipe will cost, before anything runs: ``btx plan``."""
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from megatron_btx.recipe import check, count, memory, systems
 from megatron_btx.recipe.architecture import Architecture
-from megatron_btx.recipe.load import load_recipe
 from megatron_btx.recipe.schema import Recipe, Training
 from megatron_btx.recipe.stages import training
 
@@ -162,14 +158,11 @@ _SYSTEM = {
     "btx": "Branch-Train-MiX after the seed (experts and finetune)",
 }
 
-_EPILOG = """examples:
-  btx plan examples/paper_7b/recipe.yaml
-  btx plan recipe.yaml --json | python -m json.tool"""
-
-_COLUMNS = (
+COLUMNS = (
     *("stage", "params", "active", "tokens", "steps", "FLOPs", "ranks"),
     *("GPU memory", "CPU memory", "disk", "disk peak"),
 )
+"""Heads of the table of :func:`rows`."""
 
 
 def rows(plan: Plan) -> list[tuple[str, ...]]:
@@ -197,8 +190,8 @@ def rows(plan: Plan) -> list[tuple[str, ...]]:
 
 def render(plan: Plan) -> str:
     """The plan as plain text."""
-    table = [_COLUMNS, *rows(plan)]
-    widths = [max(len(row[i]) for row in table) for i in range(len(_COLUMNS))]
+    table = [COLUMNS, *rows(plan)]
+    widths = [max(len(row[i]) for row in table) for i in range(len(COLUMNS))]
     lines = [
         "  ".join(
             cell.ljust(width) if i == 0 else cell.rjust(width)
@@ -243,58 +236,3 @@ def as_json(plan: Plan) -> str:
         used = stage.memory_per_rank
         entry["memory_per_rank"] |= {"allocated": used.allocated, "resident": used.resident}
     return json.dumps(content, indent=1)
-
-
-def add_parser(subparsers: Any) -> argparse.ArgumentParser:
-    """Add ``plan`` to the command line."""
-    parser: argparse.ArgumentParser = subparsers.add_parser(
-        "plan",
-        help="what a recipe will cost: parameters, tokens, FLOPs, memory, disk",
-        description="What every stage of a recipe will cost, before anything runs.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("recipe", metavar="RECIPE", type=Path, help="the recipe (YAML)")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.set_defaults(run=run)
-    return parser
-
-
-def run(args: argparse.Namespace) -> int:
-    """Print the plan; exit code 0.
-
-    Raises:
-        UserErrors: the recipe is wrong.
-    """
-    made = plan(load_recipe(args.recipe))
-    if args.json:
-        sys.stdout.write(as_json(made) + "\n")
-    elif sys.stdout.isatty():
-        _print_table(made)
-    else:
-        sys.stdout.write(render(made) + "\n")
-    return 0
-
-
-def _print_table(plan: Plan) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.measure import Measurement
-    from rich.table import Table
-
-    table = Table(title=f"Plan of {plan.recipe}", box=box.SIMPLE_HEAD, pad_edge=False)
-    for i, column in enumerate(_COLUMNS):
-        title = column.replace(" ", "\n")
-        table.add_column(title, justify="left" if i == 0 else "right", no_wrap=True)
-    *stages, total = rows(plan)
-    for row in stages:
-        table.add_row(*row)
-    table.add_section()
-    table.add_row(*total)
-    console = Console(highlight=False, markup=False)
-    # A number cut off to fit a narrow terminal would be a wrong number.
-    wide = Console(width=1000)
-    console.width = max(console.width, Measurement.get(wide, wide.options, table).maximum)
-    console.print(table)
-    for line in notes(plan):
-        console.print(line, soft_wrap=True)

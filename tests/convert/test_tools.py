@@ -22,8 +22,8 @@ from megatron_btx.errors import UserError
 from megatron_btx.families import open_hf
 from megatron_btx.families.family import computed
 from megatron_btx.mix import offline
-from megatron_btx.mix.command import Request
 from megatron_btx.mix.reference import verify
+from megatron_btx.mix.request import Request
 from megatron_btx.pipeline import import_checkpoint
 from megatron_btx.recipe.load import load_recipe
 from megatron_btx.recipe.schema import Model, Recipe

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_btx.cli import evaluate, routing
 from megatron_btx.cli.main import main
 from megatron_btx.errors import UserError
 from megatron_btx.evaluate.model_spec import Subject, find, parse
 from megatron_btx.evaluate.models import load, opened
 from megatron_btx.recipe.schema import Layout, Routing
+from megatron_btx.report import routing, text_tables
 from tests.evaluate import made, ranks_side
 from tests.ranks import Ranks
 from tests.report.made import make_run
@@ -235,13 +235,13 @@ def test_how_experts_are_taken_is_named(here: Path, ranks: Ranks, tmp_path: Path
     files = {"x": [str(here / "x.jsonl")]}
     (found,) = ranks.run(ranks_side.data, 1, subjects, Layout(), files)
     assert [one.get("expert_choice") for one in found] == [None, "drawn", "argmax"]
-    said = evaluate.data_table({one.name: row for one, row in zip(subjects, found, strict=True)})
+    said = text_tables.data_table({one.name: row for one, row in zip(subjects, found, strict=True)})
     assert said.splitlines()[-2:] == [
         "drawn: one expert a token, drawn with seeded noise",
         "argmax: one expert a token, the argmax of its logits",
     ]
     (view,) = ranks.run(ranks_side.route, 1, subjects[1], Layout(), files)
-    seen = routing.View(name="drawn", moment="as it is", balance_loss_coeff=None, **view)
+    seen = routing.RoutingView(name="drawn", moment="as it is", balance_loss_coeff=None, **view)
     assert seen.as_json()["expert_choice"] == "drawn"
     assert seen.title == "drawn, as it is, one expert a token, drawn with seeded noise"
 

@@ -8,8 +8,8 @@ import io
 
 import torch
 
+from megatron_btx.cli import mix
 from megatron_btx.families.export import write_hf
-from megatron_btx.mix import command
 from megatron_btx.mix.copy import copy
 from megatron_btx.weights.write_torch_dist import write_torch_dist
 from tests.weights.test_directories import manifest
@@ -18,9 +18,9 @@ LABELS = ("code", "math", "prose", "seed")
 
 RUN = """
 import sys, argparse
-from megatron_btx.mix import command
+from megatron_btx.cli import mix
 parser = argparse.ArgumentParser()
-command.add_parser(parser.add_subparsers(required=True))
+mix.add_parser(parser.add_subparsers(required=True))
 options = parser.parse_args(sys.argv[1:])
 sys.exit(options.run(options))
 """
@@ -29,7 +29,7 @@ sys.exit(options.run(options))
 def btx(*words: str) -> tuple[int, str]:
     """Run ``btx mix ...``; exit code and output."""
     parser = argparse.ArgumentParser()
-    command.add_parser(parser.add_subparsers(required=True))
+    mix.add_parser(parser.add_subparsers(required=True))
     options = parser.parse_args([str(word) for word in words])
     with contextlib.redirect_stdout(io.StringIO()) as out:
         code = options.run(options)

@@ -231,7 +231,7 @@ def test_how_far_models_have_drifted(sources, tmp_path):
     save(near, tmp_path / "seed", "hf", torch.float32)
     save(replace(near, source=MemorySource(moved)), tmp_path / "math", "hf", torch.float32)
     words = ["--sources", tmp_path / "seed", tmp_path / "math", "--out", tmp_path / "drift"]
-    _, text = btx("mix", "--report", *words)
+    _, text = btx("drift", *words)
     assert "seed - math" in text
     rows = json.loads((tmp_path / "drift" / "drift.json").read_text())
     assert len(rows) == 3 + 3 * DENSE.model.num_layers
@@ -243,7 +243,7 @@ def test_how_far_models_have_drifted(sources, tmp_path):
 
 
 def test_the_command_loads_no_torch():
-    code = "import sys, megatron_btx.mix.command; sys.exit('torch' in sys.modules)"
+    code = "import sys, megatron_btx.cli.mix; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import subprocess
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_btx.cli.main import main
 from megatron_btx.pipeline import graph
 from megatron_btx.recipe import plan
 from megatron_btx.recipe.load import dump, load_recipe, parse_recipe
@@ -88,10 +88,7 @@ def test_disk_on_the_way() -> None:
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
-    parser = argparse.ArgumentParser()
-    plan.add_parser(parser.add_subparsers())
-    args = parser.parse_args(["plan", str(EXAMPLES / "tiny" / "recipe.yaml"), "--json"])
-    assert args.run(args) == 0
+    assert main(["plan", str(EXAMPLES / "tiny" / "recipe.yaml"), "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert [stage["name"] for stage in printed["stages"]] == [
         *("seed", "expert:code", "expert:math", "expert:prose", "finetune", "dense")

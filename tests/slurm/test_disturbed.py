@@ -341,7 +341,7 @@ def the_same_by_hand_and_without_slurm(around: Around) -> None:
         check=True,
     ).stdout.strip()
     local = branch(whole, around.place("local"), "wandb: {mode: offline}\n", "prepare")
-    done = local.btx("run", "--until", "expert:math")
+    done = local.btx("run", "--stop-after", "expert:math")
     assert done.returncode == 0, done.stderr
     for stage in ("seed", "expert-math"):
         assert local.steps(stage) == whole.steps(stage)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_btx.errors import UserError
-from megatron_btx.mix.command import Request
+from megatron_btx.mix.request import Request
 from megatron_btx.provenance import code_revision
 
 if TYPE_CHECKING:

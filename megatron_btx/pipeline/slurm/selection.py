@@ -39,7 +39,7 @@ def select(
         chosen &= behind
     if last is not None:
         before: set[str] = set()
-        for name in _named(stages, last, "--until"):
+        for name in _named(stages, last, "--stop-after"):
             before |= {stage.name for stage in graph.until(stages, name)}
         chosen &= before
     return tuple(stage for stage in stages if stage.name in chosen)

@@ -76,7 +76,7 @@ def test_bars_on_a_terminal(run: Run) -> None:
         "BTX_TEST_RUN": str(run.directory),
     }
     process = subprocess.Popen(
-        [*command, "--until", "seed"],
+        [*command, "--stop-after", "seed"],
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,

@@ -67,15 +67,15 @@ def test_independent_stages_share_the_cores(run: Run) -> None:
 
 
 def test_until_a_stage_and_then_the_rest(run: Run) -> None:
-    code, _, errors = run("--until", "expert:math")
+    code, _, errors = run("--stop-after", "expert:math")
     assert code == 0
     done = {path.parent.name for path in run.run_dir.glob("*/done.json")}
     assert done == {"prepare", "seed", "expert-math"}
-    code, output, errors = run("--until", "export")
+    code, output, errors = run("--stop-after", "export")
     assert code == 0
     assert _attempts(run.run_dir / "seed") == 1
     assert not (run.run_dir / "dense").exists()
-    assert run("--until", "mix")[0] == 2
+    assert run("--stop-after", "mix")[0] == 2
 
 
 def test_kill_9_leaves_no_process_and_the_next_run_goes_on(run: Run) -> None:
@@ -86,7 +86,7 @@ def test_kill_9_leaves_no_process_and_the_next_run_goes_on(run: Run) -> None:
     process.wait()
     run.wait(lambda: not run.processes(), 5)
     reached = max(run.steps("seed"))
-    code, _, errors = run("--until", "seed")
+    code, _, errors = run("--stop-after", "seed")
     assert code == 0, errors
     assert "attempt 2" in errors
     assert run.steps("seed")[-1] == 20
@@ -116,7 +116,7 @@ def test_a_stop_lets_the_ranks_save(run: Run, number: int) -> None:
     assert (run.run_dir / "seed" / "stopped.json").exists()
     assert not (run.run_dir / "seed" / "done.json").exists()
     assert not run.processes()
-    code, _, errors = run("--until", "seed")
+    code, _, errors = run("--stop-after", "seed")
     assert code == 0
     assert run.steps("seed") == list(range(1, 21))
     assert not (run.run_dir / "seed" / "stopped.json").exists()
@@ -157,20 +157,20 @@ def test_a_crash_shows_the_log_and_stops_the_others_politely(run: Run) -> None:
     assert "Traceback" in errors
     assert str(run.run_dir / "expert-code" / "log" / "attempt-1.log") in errors
     assert (run.run_dir / "dense" / "stopped.json").exists()
-    code, _, errors = run("--until", "expert:code")
+    code, _, errors = run("--stop-after", "expert:code")
     assert code == 0
     assert _attempts(run.run_dir / "expert-code") == 2
 
 
 def test_one_failing_rank_takes_the_stage_with_it(run: Run) -> None:
     wish = {"finetune": {"fail": "crash", "seconds": 600}}  # rank 1 of 2; rank 0 would go on
-    code, _, errors = run("--until", "finetune", wish=wish)
+    code, _, errors = run("--stop-after", "finetune", wish=wish)
     assert code == 1
     assert "finetune failed" in errors
 
 
 def test_ranks_that_say_nothing(run: Run) -> None:
-    code, _, errors = run("--until", "prepare", wish={"prepare": {"fail": "exit"}})
+    code, _, errors = run("--stop-after", "prepare", wish={"prepare": {"fail": "exit"}})
     assert code == 1
     assert "rank 0 ended with exit code 3" in errors
 
@@ -187,9 +187,9 @@ def test_a_mistake_in_the_input_leaves_nothing_behind(run: Run) -> None:
 
 
 def test_a_mistake_later_keeps_what_is_done(run: Run) -> None:
-    assert run("--until", "seed")[0] == 0
+    assert run("--stop-after", "seed")[0] == 0
     before = _tree(run.run_dir)
-    code, _, _ = run("--until", "expert:code", wish={"expert:code": {"fail": "user"}})
+    code, _, _ = run("--stop-after", "expert:code", wish={"expert:code": {"fail": "user"}})
     assert code == 2
     assert _tree(run.run_dir) == before
 
@@ -200,20 +200,20 @@ def _checkpoints(run: Run, *stages: str) -> list[bool]:
 
 def test_a_full_disk_takes_no_checkpoint_with_it(run: Run) -> None:
     """The seed has saved twice when it fails by something that a user can put right."""
-    assert run("--until", "prepare")[0] == 0
+    assert run("--stop-after", "prepare")[0] == 0
     wish = {"seed": {"fail": "full", "save": 5, "seconds": 1}}
-    code, _, errors = run("--until", "seed", wish=wish)
+    code, _, errors = run("--stop-after", "seed", wish=wish)
     assert code == 2
     assert "no space left" in errors
     assert _checkpoints(run, "seed") == [True]
-    code, _, errors = run("--until", "seed")
+    code, _, errors = run("--stop-after", "seed")
     assert code == 0, errors
     assert "attempt 2" in errors
     assert run.steps("seed") == [*range(1, 11), *range(11, 21)]  # went on
 
 
 def test_a_stage_stopped_by_anothers_failure_stays(run: Run) -> None:
-    assert run("--until", "seed")[0] == 0
+    assert run("--stop-after", "seed")[0] == 0
     wish = {
         "expert:code": {"fail": "user", "after": "dense"},
         "dense": {"seconds": 20},
@@ -221,7 +221,7 @@ def test_a_stage_stopped_by_anothers_failure_stays(run: Run) -> None:
     code, _, errors = run(wish=wish)
     assert code == 2, errors
     assert (run.run_dir / "dense" / "stopped.json").exists()
-    assert run("--until", "evaluate")[0] == 0
+    assert run("--stop-after", "evaluate")[0] == 0
     assert run.steps("dense") == list(range(1, 21))
 
 
@@ -229,11 +229,11 @@ def test_a_stage_stopped_by_anothers_failure_stays(run: Run) -> None:
 def test_what_was_set_aside_outlives_a_mistake(run: Run, save: int) -> None:
     """A changed stage that fails with nothing saved leaves all as it was; one that has saved
     something stays, and the former one in ``old/``."""
-    assert run("--until", "expert:math")[0] == 0
+    assert run("--stop-after", "expert:math")[0] == 0
     run.recipe.write_text(run.recipe.read_text() + "experts:\n  math: {lr: 5e-4}\n")
     before = _tree(run.run_dir)
     wish = {"expert:math": {"fail": "full", "save": save, "seconds": 1}}
-    code, _, errors = run("--until", "expert:math", wish=wish)
+    code, _, errors = run("--stop-after", "expert:math", wish=wish)
     assert code == 2
     if save:
         assert list(run.run_dir.glob("old/expert-math-*/done.json"))
@@ -274,20 +274,20 @@ def test_two_runs_of_one_recipe(run: Run) -> None:
     assert f"another btx is at work in it (process {first.pid} on " in errors
     first.send_signal(signal.SIGINT)
     first.communicate(timeout=20)
-    assert run("--until", "seed")[0] == 0
+    assert run("--stop-after", "seed")[0] == 0
 
 
 def test_a_changed_recipe_keeps_the_former_stage_and_takes_it_back(run: Run) -> None:
-    assert run("--until", "expert:math")[0] == 0
+    assert run("--stop-after", "expert:math")[0] == 0
     former = run.recipe.read_text()
     seed = (run.run_dir / "seed" / "done.json").read_bytes()
     run.recipe.write_text(former + "experts:\n  math: {lr: 5e-4}\n")
-    code, _, errors = run("--until", "expert:math")
+    code, _, errors = run("--stop-after", "expert:math")
     assert code == 0, errors
     assert "its part of the recipe has changed" in errors
     assert (run.run_dir / "seed" / "done.json").read_bytes() == seed
     run.recipe.write_text(former)
-    code, _, errors = run("--until", "expert:math")
+    code, _, errors = run("--stop-after", "expert:math")
     assert code == 0
     assert "taken back" in errors
     assert _attempts(run.run_dir / "expert-math") == 1

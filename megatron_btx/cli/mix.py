@@ -1,4 +1,4 @@
-"""``btx mix``: the mixes offline, from and to both formats. Imports no torch until it runs."""
+"""``btx mix``, ``btx drift`` and ``btx verify``. Imports no torch until one runs."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import argparse
 import dataclasses
 import sys
 import typing
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_btx.cli.common import command
 from megatron_btx.errors import UserError, UserErrors
+from megatron_btx.mix.request import Request
 from megatron_btx.provenance import code_revision
-
-Method = Literal["btx", "upcycle", "split", "blend", "average", "append", "drop", "copy"]
 
 _EPILOG = """examples:
   btx mix --sources code=DIR math=DIR seed=DIR --out MIXTRAL
@@ -24,106 +24,71 @@ _EPILOG = """examples:
 A source is a Hugging Face directory (docs/convert.md) or a Megatron step directory of btx. Started
 again after an interruption, it goes on from the finished files."""
 
+_DRIFT = """examples:
+  btx drift --sources code=DIR math=DIR seed=DIR
+  btx drift --sources code=DIR math=DIR seed=DIR --out drift     drift.json and drift.svg as well
 
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """What to mix and how. Every field is a flag, and a key of ``--config``."""
+For every group of tensors (embeddings, attention, FFN, norms, head): relative L2 distance, cosine,
+and the cosine of what each model has learned since --seed-model. Nothing is mixed."""
 
-    sources: tuple[str, ...] = ()
-    """NAME=DIR or DIR, in the order of the experts"""
-    out: str = ""
-    """the new directory"""
-    method: Method = "btx"
-    """which mix"""
-    format: Literal["hf", "megatron"] = "hf"
-    """what the result is written as"""
-    family: str = ""
-    """the Hugging Face family to write, by its model_type (default: the first that computes it)"""
-    fused: bool = False
-    """stack the experts' tensors as transformers 5 names them (hf; default: one by one)"""
-    dtype: Literal["bf16", "fp32", "fp16"] | None = None
-    """of the result; without it, that of the sources"""
-    average: tuple[str, ...] = ()
-    """NAME=WEIGHT of every source in the average of what is no expert, or `tokens`: as many as each
-    was trained on since --seed-model (default: uniform)"""
-    average_groups: tuple[str, ...] = ()
-    """GROUP:NAME=WEIGHT, other weights for embeddings, attention, norms or head"""
-    dare: float | None = None
-    """share of the differences from the seed that DARE drops from what is averaged"""
-    seed_model: str = "seed"
-    """the source from which the others were branched"""
-    fold_norms: bool = False
-    """fold each expert's own pre-FFN norm gain into it (btx)"""
-    moe_router_topk: int = 2
-    """experts a token"""
-    router_init: Literal["normal", "zeros", "uniform", "centroids"] = "normal"
-    """how routers are born"""
-    centroids: str | None = None
-    """the file of `btx centroids`, for --router-init centroids"""
-    router_init_std: float = 0.02
-    """their standard deviation, or half their interval"""
-    random_seed: int = 1234
-    """of routers, noise, re-initialisation and DARE"""
-    copies: int = 8
-    """experts of an upcycled model"""
-    num_chunks: int = 1
-    """pieces that each FFN is cut into (upcycle, split)"""
-    scale: Literal["down", "cube_root", "none"] = "down"
-    """what makes up for the cutting"""
-    noise: float = 0.0
-    """standard deviation of what is added to upcycled experts"""
-    drop_ratio: float = 0.0
-    """share of each upcycled expert's inner units that are drawn anew (Drop-Upcycling)"""
-    expert: str = ""
-    """the expert that drop takes out"""
-    shard: str = "1GiB"
-    """size of a file of the result: what an interruption loses at most"""
-    memory: str = ""
-    """peak resident memory, such as 2GiB (default: what is fastest)"""
-    workers: int = 2
-    """files written side by side"""
-    model: dict[str, Any] = field(default_factory=dict)
-    """what Megatron sources are that do not say so, in Megatron's words; in a file only"""
-    dry_run: bool = False
-    """print the plan, write nothing"""
+_VERIFY = """examples:
+  btx mix --sources code=DIR math=DIR seed=DIR --out MIXTRAL
+  btx verify MIXTRAL
+
+exit codes: 0 every tensor agrees, 1 one does not, 2 it is no result of btx mix"""
 
 
 def add_parser(commands: Any) -> None:
-    """Mount ``btx mix`` and ``btx verify``."""
-    parser = commands.add_parser(
+    """Add ``mix``, ``verify`` and ``drift`` to the command line."""
+    parser = command(
+        commands,
         "mix",
-        help="mix models offline: several checkpoints in, one out",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "mix models offline: several checkpoints in, one out",
+        _EPILOG,
     )
     _add_flags(parser)
-    parser.add_argument("--config", metavar="YAML", help="these options from a file")
-    parser.add_argument(
-        "--report",
-        action="store_true",
-        help="how far the sources have drifted from --seed-model and each other; writes nothing",
-    )
+    parser.add_argument("--report", action="store_true", help=argparse.SUPPRESS)
     parser.set_defaults(run=run)
-    verify = commands.add_parser(
-        "verify", help="compute a result of btx mix again by plain loops and compare"
+    parser = command(
+        commands,
+        "drift",
+        "how far models have drifted from their seed and from each other",
+        _DRIFT,
+        "How far models have drifted from the seed they were branched from, and from each other.",
     )
-    verify.add_argument("result", metavar="RESULT", help="the directory that btx mix wrote")
-    verify.set_defaults(run=run_verify)
+    _add_flags(parser, ("sources", "out", "seed_model", "model"))
+    parser.set_defaults(run=run_drift)
+    parser = command(
+        commands,
+        "verify",
+        "compute a result of btx mix again by plain loops and compare",
+        _VERIFY,
+        "Compute a result of btx mix again by plain loops, and compare.",
+    )
+    parser.add_argument("result", metavar="RESULT", help="the directory that btx mix wrote")
+    parser.set_defaults(run=run_verify)
 
 
 def run(options: argparse.Namespace) -> int:
     """``btx mix``."""
-    request = request_of(options)
+    if options.report:
+        sys.stderr.write("hint: btx mix --report is now btx drift; the old name will go\n")
+        return run_drift(options)
+    request = request_of(options, "btx mix", ("sources", "out"))
     # Asks git, by a child that for an instant is as large as we are: now, while we are small.
     revision = code_revision()
-    if options.report:
-        from megatron_btx.mix import drift
-
-        drift.show(request, sys.stdout)
-        return 0
     from megatron_btx.mix import offline
 
     offline.run(request, sys.stdout, revision)
+    return 0
+
+
+def run_drift(options: argparse.Namespace) -> int:
+    """``btx drift``."""
+    request = request_of(options, "btx drift", ("sources",))
+    from megatron_btx.mix import drift
+
+    drift.show(request, sys.stdout)
     return 0
 
 
@@ -134,8 +99,13 @@ def run_verify(options: argparse.Namespace) -> int:
     return verify.show(Path(options.result), sys.stdout)
 
 
-def request_of(options: argparse.Namespace) -> Request:
+def request_of(options: argparse.Namespace, name: str, needed: Sequence[str]) -> Request:
     """The file's options, the flags' on top.
+
+    Args:
+        options: as parsed.
+        name: of the command.
+        needed: fields that may not be empty.
 
     Raises:
         UserErrors: unknown keys and values of wrong types in the file, all at once.
@@ -146,18 +116,20 @@ def request_of(options: argparse.Namespace) -> Request:
         if value is not None:
             given[one.name] = tuple(value) if isinstance(value, list) else value
     request = Request(**given)
-    missing = [name for name in ("sources", "out") if not getattr(request, name)]
-    if options.report:
-        missing = [name for name in missing if name != "out"]
+    missing = [name for name in needed if not getattr(request, name)]
     if missing:
-        raise UserError("btx mix", f"--{' and --'.join(missing)} missing", "see btx mix --help")
+        raise UserError(name, f"--{' and --'.join(missing)} missing", f"see {name} --help")
     return request
 
 
-def _add_flags(parser: argparse.ArgumentParser) -> None:
-    """One flag a field of :class:`Request`; absent flags are None, so that a file can say it."""
+def _add_flags(parser: argparse.ArgumentParser, names: Sequence[str] = ()) -> None:
+    """One flag a field of :class:`Request`, or of those named; absent flags are None, so that a
+    file can say it."""
+    parser.add_argument("--config", metavar="YAML", help="these options from a file")
     helps = _field_docs()
     for one, hint in zip(dataclasses.fields(Request), _hints(), strict=True):
+        if names and one.name not in names:
+            continue
         flag = "--" + one.name.replace("_", "-")
         if typing.get_origin(hint) is dict:  # in a file only
             continue

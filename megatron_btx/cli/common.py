@@ -1,0 +1,91 @@
+"""What the commands share: how a parser is made, and a recipe opened. Imports no torch."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_btx.pipeline import graph
+from megatron_btx.pipeline.fingerprint import Memo
+from megatron_btx.pipeline.graph import Stage
+from megatron_btx.recipe.load import load_recipe
+from megatron_btx.recipe.schema import Recipe
+
+
+def command(
+    commands: Any, name: str, what: str, epilog: str, description: str = ""
+) -> argparse.ArgumentParser:
+    """A command's parser.
+
+    Args:
+        commands: what ``add_subparsers`` returned.
+        name: ``run``, ``mix``, ...
+        what: one line for ``btx --help``, without a capital or a full stop.
+        epilog: examples and what else ``--help`` shows at its end, printed as written.
+        description: the line at the beginning of ``--help``; by default ``what`` as a sentence.
+    """
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=what,
+        description=description or f"{what[0].upper()}{what[1:]}.",
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    return parser
+
+
+def recipe_command(commands: Any, name: str, what: str, epilog: str) -> argparse.ArgumentParser:
+    """The parser of a command whose first argument is a recipe."""
+    parser = command(commands, name, what, epilog)
+    parser.add_argument("recipe", metavar="RECIPE", help="the recipe (YAML)")
+    return parser
+
+
+def renamed(parser: argparse.ArgumentParser, old: str, new: str) -> None:
+    """Let flag ``old`` stand for ``new`` in this release, with a hint on the standard error.
+
+    ``new`` has been added before; ``old`` takes what it takes.
+    """
+    (target,) = (action for action in parser._actions if new in action.option_strings)
+
+    class Renamed(argparse.Action):
+        """Stores as ``new`` does."""
+
+        def __call__(
+            self,
+            parser: argparse.ArgumentParser,
+            namespace: argparse.Namespace,
+            values: str | Sequence[Any] | None,
+            option_string: str | None = None,
+        ) -> None:
+            sys.stderr.write(f"hint: {old} is now called {new}; the old name will go\n")
+            target(parser, namespace, values, option_string)
+
+    kind: dict[str, Any] = {} if target.type is None else {"type": target.type}
+    parser.add_argument(
+        old,
+        action=Renamed,
+        dest=target.dest,
+        nargs=target.nargs,
+        default=target.default,
+        help=argparse.SUPPRESS,
+        **kind,
+    )
+
+
+def open_recipe(path: str) -> tuple[Recipe, Path, tuple[Stage, ...]]:
+    """A recipe, its run's directory and its stages."""
+    recipe = load_recipe(path)
+    run_dir = Path(recipe.run_dir)
+    stages = graph.build(recipe, Memo(run_dir / "fingerprints.json"))
+    return recipe, run_dir, stages
+
+
+def coloured(text: str) -> str:
+    """``text`` in bold red, where the standard error is a terminal that wants colours."""
+    wanted = sys.stderr.isatty() and "NO_COLOR" not in os.environ
+    return f"\x1b[1;31m{text}\x1b[0m" if wanted else text

@@ -1,0 +1,75 @@
+"""``btx report``: a run's table and page. Imports no torch."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from megatron_btx.cli.common import open_recipe, recipe_command
+from megatron_btx.errors import UserError
+from megatron_btx.pipeline import state
+
+
+def add_parser(commands: Any) -> None:
+    """Add ``report`` to the command line."""
+    parser = recipe_command(
+        commands,
+        "report",
+        "print the final table of a run and write its page anew",
+        "examples:\n"
+        "  btx report examples/demo/recipe.yaml\n"
+        "  btx report recipe.yaml --json | python -m json.tool\n\n"
+        "While a run is still on its way, the page shows what there is.",
+    )
+    parser.add_argument("--json", action="store_true", help="print results.json instead")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Write the page and print the table; the exit code."""
+    from megatron_btx.report import page
+
+    recipe, run_dir, _ = open_recipe(options.recipe)
+    again = f"btx run {shlex.quote(options.recipe)}"
+    if not run_dir.is_dir():
+        raise UserError(str(run_dir), "nothing has been run", again)
+    results = results_of(run_dir)
+    if options.json and results is None:
+        raise UserError(str(run_dir), "has no results yet", again)
+    written = page.write(recipe, run_dir)
+    if options.json:
+        sys.stdout.write(json.dumps(results, indent=1) + "\n")
+        return 0
+    print_results(run_dir)
+    if results is None:
+        sys.stdout.write(f"no results yet; what there is: {written}\n")
+    return 0
+
+
+def results_of(run_dir: Path) -> dict[str, Any] | None:
+    """The run's ``results.json``; ``None`` before there is any.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    path = run_dir / "results.json"
+    results = state.find_json(path)
+    if path.exists() and not isinstance((results or {}).get("systems"), dict):
+        again = f"remove it and {run_dir / 'evaluate'}; `btx run` makes both again"
+        raise UserError(str(path), "is damaged: it holds no systems", again)
+    return results
+
+
+def print_results(run_dir: Path) -> None:
+    """The table of systems and where the page is, as far as they are there."""
+    results = results_of(run_dir)
+    if results is not None:
+        from megatron_btx.report import table
+
+        table.show(results, sys.stdout)
+    if (run_dir / "report.html").exists():
+        sys.stdout.write(f"page: {run_dir / 'report.html'}\n")

@@ -1,0 +1,122 @@
+"""``btx run``: a recipe's stages on this machine, or what is left of them. Imports no torch."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from megatron_btx.cli.common import coloured, open_recipe, recipe_command, renamed
+from megatron_btx.cli.report import print_results
+from megatron_btx.pipeline import graph, state
+from megatron_btx.pipeline.graph import Stage
+from megatron_btx.pipeline.local.runner import EXIT_INTERRUPTED
+from megatron_btx.recipe.schema import Recipe
+
+
+def add_parser(commands: Any) -> None:
+    """Add ``run`` to the command line."""
+    parser = recipe_command(
+        commands,
+        "run",
+        "run all stages of a recipe on this machine, or what is left of them",
+        "examples:\n"
+        "  btx run examples/demo/recipe.yaml\n"
+        "  btx run recipe.yaml --dry-run              what is done and what is left\n"
+        "  btx run recipe.yaml --stop-after expert:math    this expert and what it needs\n"
+        "  btx run recipe.yaml --json > outcome.json\n\n"
+        "Ctrl-C lets the running stages save; the same command goes on from there.",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print the stages, do nothing")
+    parser.add_argument("--stop-after", metavar="STAGE", help="STAGE and what it needs, no more")
+    renamed(parser, "--until", "--stop-after")
+    parser.add_argument("--json", action="store_true", help="print the outcome as JSON")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run what is left; the exit code."""
+    recipe, run_dir, stages = open_recipe(options.recipe)
+    if options.stop_after is not None:
+        stages = graph.until(stages, options.stop_after)
+    left = state.left(run_dir, stages)
+    if options.dry_run:
+        _print_stages(recipe, run_dir, stages, options.json)
+        return 0
+    code, problem = 0, ""
+    if left:
+        code, problem = _run_left(options, recipe, run_dir, stages)
+    elif not options.json:
+        many = f"{stages[0].name} is" if len(stages) == 1 else f"all {len(stages)} stages are"
+        sys.stdout.write(f"{recipe.name}: {many} done ({run_dir})\n")
+    if options.json:
+        _print_stages(recipe, run_dir, stages, True, code=code, problem=problem)
+    elif code == 0 and any(stage.kind == "evaluate" for stage in stages):
+        print_results(run_dir)
+    if left and not options.json:
+        _print_sync(run_dir)
+    if problem:
+        sys.stderr.write(f"{coloured('error')}: {problem}\n")
+    return code
+
+
+def _run_left(
+    options: argparse.Namespace, recipe: Recipe, run_dir: Path, stages: tuple[Stage, ...]
+) -> tuple[int, str]:
+    """Run what is left; the exit code, and what went wrong."""
+    from megatron_btx.report.run import run_left
+
+    outcome = run_left(recipe, run_dir, stages)
+    if outcome.code == EXIT_INTERRUPTED:
+        again = f"btx run {shlex.quote(options.recipe)}"
+        sys.stderr.write(f"stopped; run again to go on: {again}\n")
+    return outcome.code, outcome.problem
+
+
+def _print_sync(run_dir: Path) -> None:
+    """How to upload what was logged offline, if anything was."""
+    from megatron_btx.train import tracking
+
+    if tracking.logged_offline(run_dir):
+        sys.stdout.write(f"W&B logged offline; to upload: {tracking.sync_command(run_dir)}\n")
+
+
+def _print_stages(
+    recipe: Recipe,
+    run_dir: Path,
+    stages: tuple[Stage, ...],
+    as_json: bool,
+    *,
+    code: int = 0,
+    problem: str = "",
+) -> None:
+    rows = []
+    for stage in stages:
+        record = state.done(run_dir, stage)
+        stopped = (run_dir / stage.directory / "stopped.json").exists()
+        standing = "done" if record else "stopped" if stopped else "left"
+        spent = record.get("seconds") if record else None
+        rows.append({**dataclasses.asdict(stage), "state": standing, "seconds": spent})
+    if as_json:
+        outcome = {
+            "recipe": recipe.name,
+            "run_dir": str(run_dir),
+            "code": code,
+            "problem": problem,
+            "stages": rows,
+            "results": state.find_json(run_dir / "results.json"),
+        }
+        sys.stdout.write(json.dumps(outcome, indent=1) + "\n")
+        return
+    width = max(len(stage.name) for stage in stages)
+    for stage, row in zip(stages, rows, strict=True):
+        size = f"{stage.world_size} x {stage.num_threads}"
+        after = f"after {', '.join(stage.needs)}" if stage.needs else ""
+        taken = " (taken from a checkpoint)" if stage.kind == "import" else ""
+        line = f"{stage.name:<{width}}  {row['state']:<7}  {size:>7}  {after}{taken}"
+        sys.stdout.write(line.rstrip() + "\n")
+    sys.stdout.write(f"ranks x threads; everything goes to {run_dir}\n")

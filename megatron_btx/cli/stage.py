@@ -1,0 +1,55 @@
+"""``btx stage``: one rank of one stage, for batch scripts. Imports no torch until it runs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+from megatron_btx.cli.common import open_recipe, recipe_command
+from megatron_btx.pipeline import graph, state
+from megatron_btx.pipeline.graph import Stage
+from megatron_btx.recipe.schema import Recipe
+
+
+def add_parser(commands: Any) -> None:
+    """Add ``stage`` to the command line."""
+    parser = recipe_command(
+        commands,
+        "stage",
+        "be one rank of one stage, for batch scripts",
+        "examples:\n"
+        "  srun btx stage recipe.yaml expert:math     one task a rank\n"
+        "  btx stage recipe.yaml export               a stage of one rank\n\n"
+        "RANK, WORLD_SIZE and LOCAL_RANK, or Slurm's names for them, say which rank it is;\n"
+        "where there are several, MASTER_ADDR and MASTER_PORT, where they find each other.",
+    )
+    parser.add_argument("stage", metavar="STAGE", help="seed, expert:math, finetune, ...")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Be a rank; its exit code."""
+    recipe, run_dir, stages = open_recipe(options.recipe)
+    stage = graph.find(graph.with_mix(stages), options.stage)
+    if stage.kind == "report":
+        _report_stage(recipe, run_dir, stage)
+        return 0
+    from megatron_btx.pipeline import worker
+
+    code = worker.run_rank(recipe, stage, run_dir)
+    worker.leave(code)
+    return code
+
+
+def _report_stage(recipe: Recipe, run_dir: Path, stage: Stage) -> None:
+    """The page as a stage: in a batch job there is no runner that would do it."""
+    from megatron_btx.report import page
+
+    state.claim(run_dir, stage)
+    directory = run_dir / stage.directory
+    if "BTX_ATTEMPT" not in os.environ:
+        state.begin(directory, state.next_attempt(directory), 1)
+    page.write(recipe, run_dir)
+    state.finish(directory, stage, {})

@@ -1,0 +1,71 @@
+"""What ``btx mix`` is asked for. Imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Method = Literal["btx", "upcycle", "split", "blend", "average", "append", "drop", "copy"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What to mix and how. Every field is a flag, and a key of ``--config``."""
+
+    sources: tuple[str, ...] = ()
+    """NAME=DIR or DIR, in the order of the experts"""
+    out: str = ""
+    """the new directory"""
+    method: Method = "btx"
+    """which mix"""
+    format: Literal["hf", "megatron"] = "hf"
+    """what the result is written as"""
+    family: str = ""
+    """the Hugging Face family to write, by its model_type (default: the first that computes it)"""
+    fused: bool = False
+    """stack the experts' tensors as transformers 5 names them (hf; default: one by one)"""
+    dtype: Literal["bf16", "fp32", "fp16"] | None = None
+    """of the result; without it, that of the sources"""
+    average: tuple[str, ...] = ()
+    """NAME=WEIGHT of every source in the average of what is no expert, or `tokens`: as many as each
+    was trained on since --seed-model (default: uniform)"""
+    average_groups: tuple[str, ...] = ()
+    """GROUP:NAME=WEIGHT, other weights for embeddings, attention, norms or head"""
+    dare: float | None = None
+    """share of the differences from the seed that DARE drops from what is averaged"""
+    seed_model: str = "seed"
+    """the source from which the others were branched"""
+    fold_norms: bool = False
+    """fold each expert's own pre-FFN norm gain into it (btx)"""
+    moe_router_topk: int = 2
+    """experts a token"""
+    router_init: Literal["normal", "zeros", "uniform", "centroids"] = "normal"
+    """how routers are born"""
+    centroids: str | None = None
+    """the file of `btx centroids`, for --router-init centroids"""
+    router_init_std: float = 0.02
+    """their standard deviation, or half their interval"""
+    random_seed: int = 1234
+    """of routers, noise, re-initialisation and DARE"""
+    copies: int = 8
+    """experts of an upcycled model"""
+    num_chunks: int = 1
+    """pieces that each FFN is cut into (upcycle, split)"""
+    scale: Literal["down", "cube_root", "none"] = "down"
+    """what makes up for the cutting"""
+    noise: float = 0.0
+    """standard deviation of what is added to upcycled experts"""
+    drop_ratio: float = 0.0
+    """share of each upcycled expert's inner units that are drawn anew (Drop-Upcycling)"""
+    expert: str = ""
+    """the expert that drop takes out"""
+    shard: str = "1GiB"
+    """size of a file of the result: what an interruption loses at most"""
+    memory: str = ""
+    """peak resident memory, such as 2GiB (default: what is fastest)"""
+    workers: int = 2
+    """files written side by side"""
+    model: dict[str, Any] = field(default_factory=dict)
+    """what Megatron sources are that do not say so, in Megatron's words; in a file only"""
+    dry_run: bool = False
+    """print the plan, write nothing"""

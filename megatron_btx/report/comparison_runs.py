@@ -1,0 +1,145 @@
+"""The runs of a comparison: recipes under several random seeds, run one after the other, sharing
+what they have in common. Imports no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_btx.errors import UserError
+from megatron_btx.evaluate import model_spec
+from megatron_btx.evaluate.model_spec import Subject
+from megatron_btx.files import find_json, write_json
+from megatron_btx.pipeline import eval_ranks, graph, state
+from megatron_btx.pipeline.fingerprint import Memo
+from megatron_btx.recipe.load import digest, load_recipe
+from megatron_btx.recipe.schema import Layout
+from megatron_btx.recipe.stages import directory
+from megatron_btx.recipe.systems import SYSTEMS, Row, rows
+from megatron_btx.recipe.yaml_tree import read_tree
+from megatron_btx.report import comparison
+from megatron_btx.report.comparison import Run
+
+
+def recipe_files(given: Sequence[Path]) -> list[Path]:
+    """The recipes; of a folder those in it that are no other's base."""
+    found: list[Path] = []
+    for path in given:
+        if not path.is_dir():
+            found.append(path)
+            continue
+        inside = sorted(path.glob("*.yaml"))
+        trees = {file: read_tree(file).value.get("base") for file in inside}
+        bases = {
+            (file.parent / base.value).resolve()
+            for file, base in trees.items()
+            if base is not None and isinstance(base.value, str)
+        }
+        recipes = [file for file in inside if file.resolve() not in bases]
+        if not recipes:
+            raise UserError(str(path), "has no recipe in it", "give a folder of *.yaml recipes")
+        found += recipes
+    return found
+
+
+def runs_of(files: Sequence[Path], base: str | None, seeds: int) -> list[Run]:
+    """Every recipe under every random seed, in the order of the paper's table 2: what systems
+    share is so trained by the simplest of them."""
+    recipes = [load_recipe(file, base) for file in files]
+    recipes.sort(key=lambda recipe: list(SYSTEMS).index(recipe.system))
+    runs: list[Run] = []
+    for more in range(seeds):
+        for recipe in recipes:
+            seed = recipe.random_seed + more
+            run_dir = recipe.run_dir if more == 0 else f"{recipe.run_dir}-{seed}"
+            one = dataclasses.replace(recipe, random_seed=seed, run_dir=run_dir)
+            runs.append(Run(recipe=one, run_dir=Path(run_dir)))
+    places = [made.run_dir for made in runs]
+    for place in places:
+        if places.count(place) > 1:
+            what = f"two recipes of the comparison run in {place}"
+            raise UserError("run_dir", what, "give each a `name:` of its own")
+    return runs
+
+
+def run_one(one: Run, runs: Sequence[Run], place: str) -> int:
+    """Run what is left of one; the exit code. ``place`` is told: ``2/6``."""
+    from megatron_btx.report.run import run_left
+
+    stages = graph.build(one.recipe, Memo(one.run_dir / "fingerprints.json"))
+    if not state.left(one.run_dir, stages):
+        return 0
+    sys.stderr.write(f"{one.recipe.name} ({place}), in {one.run_dir}\n")
+    share = [str(other.run_dir) for other in runs]
+    outcome = run_left(one.recipe, one.run_dir, stages, share=share)
+    if outcome.problem:
+        sys.stderr.write(f"error: {outcome.problem}\n")
+    elif outcome.code:
+        sys.stderr.write("stopped; run again to go on\n")
+    return outcome.code
+
+
+def print_left(runs: Sequence[Run]) -> None:
+    """What each run has, what it will take from another, and what is left."""
+    wanted: dict[str, str] = {}
+    width = max(len(one.recipe.name) for one in runs)
+    for one in runs:
+        words = []
+        for stage in graph.build(one.recipe, Memo(one.run_dir / "fingerprints.json")):
+            if stage.kind in ("evaluate", "export", "report"):
+                standing = "done" if state.done(one.run_dir, stage) else "left"
+            elif state.done(one.run_dir, stage):
+                standing = "done"
+            else:
+                owner = wanted.get(stage.key)
+                standing = f"from {owner}" if owner else "left"
+            wanted.setdefault(stage.key, one.recipe.name)
+            words.append(f"{stage.name} {standing}")
+        sys.stdout.write(f"{one.recipe.name:<{width}}  {', '.join(words)}\n")
+
+
+def measure_tasks(
+    runs: Sequence[Run], tasks: list[dict[str, Any]], kept: Path
+) -> dict[str, dict[str, Any]]:
+    """Scores on tasks of every system, under the first random seed: by name what ``btx evaluate
+    --tasks`` says of it. What has been measured lies in ``kept``, by what it is of. An average of
+    weights (``btm: {select: average}``) is no checkpoint, and left out.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    seed = runs[0].recipe.random_seed
+    memo = Memo()
+    for run in runs if tasks else ():
+        for row in rows(run.recipe):
+            name = comparison.title(run.recipe, row.name)
+            ensemble = len(row.models) > 1
+            averaged = ensemble and run.recipe.btm.select == "average"
+            if name in found or averaged or run.recipe.random_seed != seed:
+                continue
+            files = [memo.paths([*task["files"], *task["shots"]]) for task in tasks]
+            models = [find_json(directory(run.run_dir, m) / "stage.json") for m in row.models]
+            method = run.recipe.btm if ensemble else None
+            path = kept / f"{digest([tasks, files, models, method])[:16]}.json"
+            score = find_json(path)
+            if score is None:
+                sys.stderr.write(f"{name}: tasks\n")
+                score = _score(run, row, tasks)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_json(path, score)
+            found[name] = score
+    return found
+
+
+def _score(run: Run, row: Row, tasks: list[dict[str, Any]]) -> dict[str, Any]:
+    if len(row.models) > 1:
+        (one,) = model_spec.parse([f"btm:{run.run_dir}"])
+    else:
+        place = model_spec.find(directory(run.run_dir, row.models[0]))
+        one = Subject(name="model", models={"model": place})
+    layout = Layout(num_threads=eval_ranks.threads(1))
+    predictor = {"precision": None, "micro_batch_size": 8, "tokenizer": None}
+    asked = eval_ranks.request_of("tasks", [one], layout, tasks=tasks, predictor=predictor)
+    answer: dict[str, Any] = eval_ranks.answer(asked)[one.name]
+    return answer
