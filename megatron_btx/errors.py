@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -82,3 +85,10 @@ def capped(errors: list[UserError], most: int = 8) -> list[UserError]:
         return errors
     last = errors[most]
     return [*errors[:most], UserError(last.where, f"and {len(errors) - most} more like these")]
+
+
+@functools.cache
+def notice(text: str) -> None:
+    """Tell the user, once and by the first rank alone, what still works and should be changed."""
+    if os.environ.get("RANK", "0") == "0":
+        sys.stderr.write(f"hint: {shown(text, 1000)}\n")

@@ -68,8 +68,13 @@ def write_json(path: Path, content: Any) -> None:
         file.write("\n")
 
 
-def read_bytes(path: Path, limit: int) -> bytes:
+def read_bytes(path: Path, limit: int, wanted: str = "a file that can be read") -> bytes:
     """The content of a regular file of at most ``limit`` bytes.
+
+    Args:
+        path: the file.
+        limit: bytes.
+        wanted: what it should be, as errors call it.
 
     Raises:
         UserError: there is none, it cannot be read, is a pipe or a device, or is larger.
@@ -77,10 +82,11 @@ def read_bytes(path: Path, limit: int) -> bytes:
     try:
         return _content(path, limit)
     except FileNotFoundError:
-        raise UserError(str(path), "there is no such file", "correct the path") from None
+        fix = f"give the path of {wanted}"
+        raise UserError(str(path), "there is no such file", fix) from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         what = f"cannot be read: {getattr(error, 'strerror', None) or error}"
-        raise UserError(str(path), what, "give the path of a file that can be read") from None
+        raise UserError(str(path), what, f"give the path of {wanted}") from None
 
 
 def _content(path: Path, limit: int) -> bytes:

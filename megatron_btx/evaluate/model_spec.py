@@ -10,15 +10,17 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.files import named_path, newest_step
+from megatron_btx.recipe.fields import PATH, within
+from megatron_btx.recipe.typed import BAD, Reader
+from megatron_btx.recipe.yaml_tree import read_tree
 
 METHODS = ("top1", "top2", "posterior")
-CONTEXTS = ("prefix", "document")
 _FORM = """method: top2          # top1, top2 or posterior
 models: {code: DIR, math: DIR, seed: DIR}      # the seed last
 text: {code: code.jsonl, math: math.jsonl, seed: web.jsonl}     # for top1 and top2"""
@@ -147,62 +149,50 @@ def _of_run(name: str, run_dir: Path) -> Subject:
     )
 
 
-def _described(name: str, path: Path) -> Subject:
-    import yaml
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Set:
+    """The keys of a file that describes a set."""
 
-    where = str(path)
-    try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(where, f"cannot be read: {error}", "give a YAML file") from error
-    errors = _mistakes(given, where)
-    if errors:
-        raise UserErrors(errors)
-    beside = path.parent  # paths in the file are relative to it
-    models = {str(label): find(beside / one) for label, one in given["models"].items()}
-    text = given.get("text") or {}
-    files = {
-        str(label): tuple(str(beside / file) for file in ([one] if isinstance(one, str) else one))
-        for label, one in text.items()
-    }
+    models: dict[str, str] = field(metadata=PATH)
+    method: Literal["top1", "top2", "posterior"] = "posterior"
+    context: Literal["prefix", "document"] = "prefix"
+    text: dict[str, tuple[str, ...]] = field(default_factory=dict, metadata=PATH)
+    prior: dict[str, float] | None = within(1e-12, default=None)
+
+
+def _described(name: str, path: Path) -> Subject:
+    tree = read_tree(path, "a set of models")
+    if not isinstance(tree.value.get("models", tree).value, dict) or "models" not in tree.value:
+        raise UserError(str(path), "describes no set of models", f"write\n{_FORM}")
+    reader = Reader(noun="a set of models")
+    given = reader.instance(_Set, [tree], "")
+    if given is not BAD:
+        _check(given, reader)
+    reader.raise_errors()
     return Subject(
         name=name,
-        models=models,
-        method=given.get("method", "posterior"),
-        context=given.get("context", "prefix"),
-        text=files,
-        prior=given.get("prior"),
+        models={label: find(one) for label, one in given.models.items()},
+        method=given.method,
+        context=given.context,
+        text=given.text,
+        prior=given.prior,
     )
 
 
-def _mistakes(given: Any, where: str) -> list[UserError]:
-    if not isinstance(given, dict) or not isinstance(given.get("models"), dict):
-        return [UserError(where, "describes no set of models", f"write\n{_FORM}")]
-    errors = []
-    keys = ("method", "models", "text", "context", "prior")
-    for key in given:
-        if key not in keys:
-            errors.append(UserError(f"{where}: {key}", "no such key", f"use {', '.join(keys)}"))
-    for key, choices in (("method", METHODS), ("context", CONTEXTS)):
-        if given.get(key, choices[0]) not in choices:
-            fix = f"choose {', '.join(choices)}"
-            errors.append(UserError(f"{where}: {key}", f"is {given[key]!r}", fix))
-    names = set(map(str, given["models"]))
-    if len(names) < 2:
-        errors.append(UserError(f"{where}: models", "are fewer than two", "name two or more"))
-    if given.get("method") in ("top1", "top2"):
-        missing = sorted(names - set(map(str, given.get("text") or {})))
+def _check(given: _Set, reader: Reader) -> None:
+    """What no single key of a set can tell."""
+    marks = reader.marks
+    if len(given.models) < 2:
+        reader.error(marks["models"], "are fewer than two", "name two or more")
+    if given.method in ("top1", "top2"):
+        missing = sorted(given.models.keys() - given.text.keys())
         if missing:
-            what = f"lacks {', '.join(missing)}: {given['method']} compares with it"
-            errors.append(UserError(f"{where}: text", what, "name JSONL files of each"))
-    prior = given.get("prior")
-    if prior is not None and (
-        not isinstance(prior, dict)
-        or set(map(str, prior)) != names
-        or not all(isinstance(value, (int, float)) and value > 0 for value in prior.values())
-    ):
-        errors.append(UserError(f"{where}: prior", "is not a positive number for each model"))
-    return errors
+            what = f"lacks {', '.join(missing)}: {given.method} compares with it"
+            where = marks.get("text", replace(marks["method"], key="text"))
+            reader.error(where, what, "name JSONL files of each")
+    if given.prior is not None and given.prior.keys() != given.models.keys():
+        what = "is not a positive number for each model"
+        reader.error(marks["prior"], what, f"name {', '.join(given.models)}")
 
 
 def _told_apart(subjects: list[Subject]) -> list[Subject]:

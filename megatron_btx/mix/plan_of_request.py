@@ -19,9 +19,9 @@ from megatron_btx.mix.copy import copy
 from megatron_btx.mix.edit_experts import append, drop
 from megatron_btx.mix.plan_of_recipe import averaging_of, mix_plan, router_of
 from megatron_btx.mix.request import Request
-from megatron_btx.recipe import check_ranges
 from megatron_btx.recipe.check_mix import misplaced, weights
-from megatron_btx.recipe.schema import Mix, Model, Recipe, Routing, Training
+from megatron_btx.recipe.fields import COUNT, Range
+from megatron_btx.recipe.schema import Mix, Recipe, Routing
 from megatron_btx.weights.megatron import open_megatron
 from megatron_btx.weights.model_files import foreign
 from megatron_btx.weights.plan import Checkpoint, Plan
@@ -102,30 +102,19 @@ def plan_of(request: Request, models: list[Checkpoint]) -> Plan:
 
 def out_of_range(request: Request) -> list[UserError]:
     """A request's numbers outside a recipe's ranges, by the flags' names."""
-    given = {name: getattr(request, name) for name in _same()}
-    numbers = {name: value for name, value in given.items() if type(value) in (int, float)}
-    recipe = Recipe(
-        name="mix",
-        random_seed=request.random_seed,
-        model=Model(num_layers=1, hidden_size=1, ffn_hidden_size=1, num_attention_heads=1),
-        domains={},
-        seed=Training(),
-        experts={},
-        mix=Mix(**numbers),
-        routing=Routing(moe_router_topk=request.moe_router_topk),
-        finetune=Training(),
-    )
-    errors = [
-        UserError(
-            "--" + problem.key.rpartition(".")[2].replace("_", "-"), problem.what, problem.fix
-        )
-        for problem in list(check_ranges.sizes(recipe)) or check_ranges.problems(recipe)
-    ]
-    if request.workers < 1:
-        errors.append(
-            UserError("--workers", f"is {request.workers}, out of range", "give at least 1")
-        )
-    return errors
+    ranges = {
+        field.name: field.metadata["range"]
+        for cls in (Mix, Routing, Recipe)
+        for field in dataclasses.fields(cls)
+        if "range" in field.metadata
+    } | {"workers": Range(1, COUNT)}
+    numbers = {
+        name: value
+        for name, value in vars(request).items()
+        if type(value) in (int, float) and name in ranges
+    }
+    wrong = {name: ranges[name].problem(value) for name, value in numbers.items()}
+    return [UserError("--" + name.replace("_", "-"), *one) for name, one in wrong.items() if one]
 
 
 def _same() -> set[str]:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_btx.errors import UserError, UserErrors
-from megatron_btx.recipe import check_layout, check_mix, check_ranges, count, slurm, upstream
+from megatron_btx.recipe import check_layout, check_mix, count, slurm, upstream
 from megatron_btx.recipe.check_layout import Problem
 from megatron_btx.recipe.messages import near_key, path_problem, show
 from megatron_btx.recipe.schema import Layout, Model, Recipe, Training
@@ -23,12 +23,8 @@ RESERVED = ("seed", "dense", "upcycling", "btm", "btx", "mean", "finetune")
 
 
 def problems(recipe: Recipe) -> list[Problem]:
-    """Everything wrong with a recipe whose fields have the right types."""
-    found = list(check_ranges.sizes(recipe))
-    if found:  # a size of zero would only divide by zero below
-        return found
-    found += check_ranges.problems(recipe)
-    found += _names(recipe)
+    """Everything wrong with a recipe whose fields have the right types and ranges."""
+    found = list(_names(recipe))
     found += _model(recipe.model)
     found += _tokenizer(recipe)
     found += _routing(recipe)

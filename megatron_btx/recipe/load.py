@@ -8,49 +8,27 @@ Three conveniences, all resolved on reading (``dump`` writes the result out in f
 - ``training:`` at the top gives defaults that every stage inherits key by key; the blocks inside
   (``layout``, ``megatron``) merge, a mixture (``data``) is one value and replaces.
 - ``base: other.yaml`` starts from another recipe, key by key in the same way.
-- Counts may be written ``4_000_000``, ``4e6``, ``4M`` or ``80B``.
+- Counts may be written ``4_000_000``, ``4e6``, ``60k``, ``4M`` or ``80B``.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
-import os
-import typing
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
-from megatron_btx.errors import UserError, UserErrors
+from megatron_btx.errors import UserError
 from megatron_btx.files import find_json, newest_step
 from megatron_btx.recipe import check, stages
-from megatron_btx.recipe.messages import (
-    describe,
-    guess,
-    nearest,
-    number,
-    options,
-    path_problem,
-    show,
-    yaml_name,
-)
-from megatron_btx.recipe.schema import Domain, Mix, Recipe, Tokenizer, Training
+from megatron_btx.recipe.messages import homes, path_problem, yaml_name
+from megatron_btx.recipe.schema import Recipe, Training
+from megatron_btx.recipe.typed import BAD, Reader
 from megatron_btx.recipe.yaml_tree import Node, parse_tree, read_tree
-
-_BAD: Any = object()  # stands for a value whose error has been noted
-
-_PATH_FIELDS = {
-    (Domain, "train"),
-    (Domain, "valid"),
-    (Tokenizer, "path"),
-    (Training, "from_"),
-    (Mix, "centroids"),
-}
-"""Resolved against the directory of the file in which they are written."""
 
 
 def load_recipe(path: str | Path, base: str | Path | None = None) -> Recipe:
@@ -126,6 +104,7 @@ def _with_bases(tree: Node, seen: tuple[Path, ...]) -> list[Node]:
     wrong = path_problem(base.value)
     if wrong is not None:
         raise UserError(base.where, wrong, "base: other.yaml")
+    assert tree.file is not None
     seen = (*seen, tree.file.resolve())
     path = tree.file.parent / base.value
     if path.resolve() in seen:
@@ -134,9 +113,9 @@ def _with_bases(tree: Node, seen: tuple[Path, ...]) -> list[Node]:
 
 
 def _build(layers: list[Node]) -> Recipe:
-    builder = _Builder(layers)
+    builder = _Builder(noun="a recipe", homes=homes(Recipe), roots=layers)
     recipe = builder.instance(Recipe, layers, "", extra=("training", "base"))
-    if recipe is not _BAD:
+    if recipe is not BAD:
         recipe = _derive(recipe)
         builder.check(recipe)
         if not builder.errors:
@@ -172,25 +151,11 @@ def _taken_vocabulary(seed: Path) -> int | None:
         return None
 
 
-class _Builder:
-    """Builds values of a type from layers of nodes, the last one winning; collects errors."""
+@dataclasses.dataclass(kw_only=True)
+class _Builder(Reader):
+    """Reads a recipe: every stage starts from ``training:``."""
 
-    def __init__(self, roots: list[Node]) -> None:
-        self.errors: list[tuple[Node, UserError]] = []
-        self.root = roots[-1]
-        self.marks: dict[str, Node] = {}
-        """Where each resolved key (``seed.lr``) was written (line of ``training.lr``)."""
-        self.defaults = [root.value["training"] for root in roots if "training" in root.value]
-
-    def error(self, node: Node, what: str, fix: str) -> Any:
-        self.errors.append((node, UserError(node.where, what, fix)))
-        return _BAD
-
-    def raise_errors(self) -> None:
-        """All of them, each once, in the order of the file."""
-        ordered = sorted(self.errors, key=lambda pair: (str(pair[0].file), pair[0].line))
-        if ordered:
-            raise UserErrors(list({str(error): error for _, error in ordered}.values()))
+    roots: list[Node]
 
     def check(self, recipe: Recipe) -> None:
         """Note what check.py finds, except in blocks that have an error of their own already: what
@@ -200,7 +165,7 @@ class _Builder:
             near, node = key, self.marks.get(key)
             while node is None and near:
                 near = near.rpartition(".")[0]
-                node = self.marks.get(near) if near else self.root
+                node = self.marks.get(near) if near else self.roots[-1]
             assert node is not None
             written = node.key + key.removeprefix(near)
             if not broken & {written.split(".")[0], key.split(".")[0]}:
@@ -224,126 +189,9 @@ class _Builder:
             recipe, dense=dataclasses.replace(recipe.dense, tokens=tokens, data={})
         )
 
-    def instance(self, cls: type, layers: list[Node], key: str, extra: tuple[str, ...] = ()) -> Any:
-        """A dataclass from mappings; ``_BAD`` if a field without default could not be had."""
-        hints = typing.get_type_hints(cls)
-        fields = {yaml_name(field.name): field for field in dataclasses.fields(cls)}
-        for layer in layers:
-            for name, node in layer.value.items():
-                if name not in fields and name not in extra:
-                    self.error(node, "is not a key of a recipe", nearest(name, fields, key))
-        values: dict[str, Any] = {}
-        missing = False
-        for name, field in fields.items():
-            given = [layer.value[name] for layer in layers if name in layer.value]
-            dotted = f"{key}.{name}".lstrip(".")
-            required = (
-                field.default is dataclasses.MISSING
-                and field.default_factory is dataclasses.MISSING
-            )
-            if not given:
-                if required:
-                    where = Node(None, layers[-1].file, layers[-1].line, dotted)
-                    self.error(
-                        where, "is missing", f"add `{name}:` ({describe(hints[field.name])})"
-                    )
-                    missing = True
-                continue
-            value = self.value(hints[field.name], given, dotted)
-            if value is _BAD:
-                missing |= required
-                continue
-            if (cls, field.name) in _PATH_FIELDS:
-                value = self.path(value, given[-1])
-            values[field.name] = value
-        return _BAD if missing else cls(**values)
-
-    def path(self, value: Any, node: Node) -> Any:
-        """A path, or several, from the directory of the file in which it is written."""
-        if isinstance(value, tuple):
-            return tuple(self.path(item, node) for item in value)
-        if value is None:
-            return None
-        wrong = path_problem(value)
-        if wrong is not None:
-            return self.error(node, wrong, "correct the path")
-        # As the shell does, a name of no user's is left as it is.
-        return os.path.abspath(node.file.parent / os.path.expanduser(value))
-
-    def value(self, hint: Any, layers: list[Node], key: str) -> Any:
-        """A value of type ``hint``; ``_BAD`` after noting an error."""
-        last = layers[-1]
-        self.marks[key] = last
-        nulls = [i for i, layer in enumerate(layers) if layer.value is None]
-        if nulls:  # an empty key forgets what the layers below say
-            layers = layers[nulls[-1] + 1 :]
-        if last.value is None and type(None) in options(hint):
-            return None
-        kinds = [kind for kind in options(hint) if kind is not type(None)]
-        if dataclasses.is_dataclass(kinds[0]):
-            return self._block(kinds[0], layers, key)
-        is_mapping = [option for option in kinds if typing.get_origin(option) is dict]
-        if is_mapping and (isinstance(last.value, dict) or last.value is None or len(kinds) == 1):
-            return self._mapping(is_mapping[0], last, layers, key)
-        scalars = [option for option in kinds if option not in is_mapping]
-        return self._scalar(scalars[0], last, describe(hint))
-
-    def _block(self, cls: Any, layers: list[Node], key: str) -> Any:
+    def block(self, cls: Any, layers: list[Node], key: str) -> Any:
+        """A block; one of training has under it what ``training:`` says."""
         if cls is Training:
-            layers = [*(node for node in self.defaults if node.value is not None), *layers]
-        wrong = [layer for layer in layers if not isinstance(layer.value, dict)]
-        if wrong:
-            names = ", ".join(yaml_name(field.name) for field in dataclasses.fields(cls)[:4])
-            return self.error(
-                wrong[0],
-                f"is {wrong[0].kind}, not a block",
-                f"give keys under it: {names}, ...",
-            )
-        if not layers:  # an empty block, nothing to inherit
-            layers = [dataclasses.replace(self.marks[key], value={})]
-        return self.instance(cls, layers, key)
-
-    def _mapping(self, hint: Any, last: Node, layers: list[Node], key: str) -> Any:
-        item = typing.get_args(hint)[1]
-        if last.value is not None and not isinstance(last.value, dict):
-            return self.error(last, f"is {last.kind}, not a mapping", "write `name: value` lines")
-        merged: dict[str, list[Node]] = {}
-        # A mixture is one value: half of one under half of another would be neither.
-        for layer in layers if item is not float else layers[-1:]:
-            for name, node in layer.value.items() if isinstance(layer.value, dict) else ():
-                merged.setdefault(name, []).append(node)
-        values: dict[str, Any] = {}
-        for name, nodes in merged.items():
-            if item is Any:
-                self.marks[f"{key}.{name}"] = nodes[-1]
-                values[name] = nodes[-1].plain()
-            else:
-                values[name] = self.value(item, nodes, f"{key}.{name}")
-        return _BAD if any(value is _BAD for value in values.values()) else values
-
-    def _scalar(self, hint: Any, node: Node, wanted: str) -> Any:
-        value = node.value
-        if typing.get_origin(hint) is Literal:
-            choices = typing.get_args(hint)
-            if value in choices and not isinstance(value, bool):
-                return value
-            return self.error(node, f"is {show(value)}", f"choose {wanted}" + guess(value, choices))
-        if typing.get_origin(hint) is tuple:
-            items = value if isinstance(value, list) else [node]
-            kind = typing.get_args(hint)[0]
-            parts = [self._scalar(kind, item, describe(kind)) for item in items]
-            return _BAD if any(part is _BAD for part in parts) else tuple(parts)
-        amount = number(value) if hint in (int, float) else None
-        if hint is int and amount is not None and amount == int(amount):
-            return int(amount)
-        if hint is float and amount is not None:
-            with contextlib.suppress(OverflowError):
-                return float(amount)
-        if hint is bool and isinstance(value, bool):
-            return value
-        if hint is str and isinstance(value, str):
-            return value
-        fix = f"give {wanted}"
-        if hint is str and value is not None and not isinstance(value, (dict, list)):
-            fix = "put it in quotes if text is meant"
-        return self.error(node, f"is {show(value)}, not {wanted}", fix)
+            above = [root.value["training"] for root in self.roots if "training" in root.value]
+            layers = [*(node for node in above if node.value is not None), *layers]
+        return super().block(cls, layers, key)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import os
 import re
@@ -11,9 +12,8 @@ import typing
 from difflib import get_close_matches
 from typing import Any, Literal
 
-from megatron_btx.recipe.schema import Recipe
-
-_SUFFIXES = {"K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+SUFFIXES = {"K": 3, "M": 6, "B": 9, "G": 9, "T": 12}
+"""What may follow a number, small or capital: the power of ten that it stands for."""
 
 
 def yaml_name(field_name: str) -> str:
@@ -28,21 +28,18 @@ def options(hint: Any) -> tuple[Any, ...]:
 
 
 def number(value: Any) -> int | float | None:
-    """A finite number from YAML's own numbers, ``1e-4`` (text for YAML 1.1), ``4M`` and ``80B``."""
+    """A finite number: YAML's own, ``1e-4`` (text for YAML 1.1), ``60k`` and ``80B``."""
     if isinstance(value, str):
         match = re.fullmatch(
-            r"([+-]?(?!0\d)[\d_]*\.?\d+(?:[eE][+-]?\d+)?)\s*([KMBT]?)", value.strip()
+            r"([+-]?(?!0\d)[\d_]*\.?\d+(?:[eE][+-]?\d+)?)\s*([KMBGTkmbgt]?)", value.strip()
         )
-        if match is None:
+        if match is None or len(value) > 100:
             return None
-        digits = match[1].replace("_", "")
-        if not match[2]:
-            value = float(digits)
-        else:  # by decimal text, so that 1.1B is 1_100_000_000 and not a neighbour
-            exponent = len(str(_SUFFIXES[match[2]])) - 1
-            value = float(digits if "e" in digits.lower() else f"{digits}e{exponent}")
-            if "e" in digits.lower():
-                value *= _SUFFIXES[match[2]]
+        digits, power = match[1].replace("_", ""), SUFFIXES.get(match[2].upper(), 0)
+        if power and "e" not in digits.lower():
+            # by decimal text, so that 1.1B is 1_100_000_000 and not a neighbour
+            digits, power = f"{digits}e{power}", 0
+        value = float(digits) * 10**power
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     return value if isinstance(value, int) or math.isfinite(value) else None
@@ -73,6 +70,8 @@ def show(value: Any) -> str:
         return "empty"
     if isinstance(value, (dict, list)):
         return "a mapping" if isinstance(value, dict) else "a list"
+    if isinstance(value, int) and value.bit_length() > 10_000:  # Python writes no longer ones
+        return "a number without end"
     text = {True: "true", False: "false"}[value] if isinstance(value, bool) else repr(value)
     return text if len(text) <= 60 else f"{text[:20]}... ({len(text)} characters)"
 
@@ -92,38 +91,47 @@ def path_problem(text: str) -> str | None:
 
 def guess(value: Any, choices: typing.Iterable[Any]) -> str:
     """``; did you mean ...?`` where one of the choices is near, else nothing."""
-    near = get_close_matches(str(value).lower(), [str(choice) for choice in choices], n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+    near = _near(str(value).lower(), map(str, choices))
+    return f"; did you mean {near}?" if near else ""
+
+
+def _near(name: str, choices: typing.Iterable[str]) -> str | None:
+    """The choice that is nearest to a name; none is sought where that would take long."""
+    choices = list(itertools.islice(choices, 500))
+    near = get_close_matches(name, choices, n=1) if len(name) <= 200 else []
+    return near[0] if near else None
 
 
 def near_key(name: str, keys: typing.Iterable[str]) -> str:
     """:func:`guess` for keys, which errors write in backticks."""
-    near = get_close_matches(name, list(keys), n=1)
-    return f"; did you mean `{near[0]}`?" if near else ""
+    near = _near(name, keys)
+    return f"; did you mean `{near}`?" if near else ""
 
 
-def nearest(name: str, fields: typing.Iterable[str], key: str) -> str:
-    """What an unknown key may have meant: a key of another block, else the nearest name."""
+def nearest(
+    name: str, fields: typing.Iterable[str], key: str, homes: typing.Iterable[str] = ()
+) -> str:
+    """What an unknown key may have meant: a key of another block (one of ``homes``, dotted), else
+    the nearest name."""
     here = list(fields)
-    homes = [home for home in _homes(Recipe, "") if home.rsplit(".", 1)[-1] == name]
-    if homes:
-        return "it belongs in " + " or ".join(f"`{home}`" for home in homes[:3])
-    near = get_close_matches(name, here, n=1)
-    if near:
-        return f"did you mean `{near[0]}`?"
-    return f"the keys {'of ' + key if key else 'here'} are: {', '.join(here)}"
+    others = [home for home in homes if home.rsplit(".", 1)[-1] == name]
+    if others:
+        return "it belongs in " + " or ".join(f"`{home}`" for home in others[:3])
+    if near := _near(name, here):
+        return f"did you mean `{near}`?"
+    return f"the keys {'of ' + key if key else 'here'} are: {', '.join(here[:100])}"
 
 
-def _homes(cls: Any, key: str) -> list[str]:
-    """Every dotted key of the schema, names of a mapping's entries written ``*``."""
-    homes: list[str] = []
+def homes(cls: Any, key: str = "") -> list[str]:
+    """Every dotted key of a block, names of a mapping's entries written ``*``."""
+    found: list[str] = []
     for name, hint in typing.get_type_hints(cls).items():
         dotted = f"{key}.{yaml_name(name)}".lstrip(".")
-        homes.append(dotted)
+        found.append(dotted)
         for option in options(hint):
             if dataclasses.is_dataclass(option):
-                homes += _homes(option, dotted)
+                found += homes(option, dotted)
             elif typing.get_origin(option) is dict:
                 item = typing.get_args(option)[1]
-                homes += _homes(item, f"{dotted}.*") if dataclasses.is_dataclass(item) else []
-    return homes
+                found += homes(item, f"{dotted}.*") if dataclasses.is_dataclass(item) else []
+    return found

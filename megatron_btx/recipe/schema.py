@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from megatron_btx.recipe.fields import path, within
+
 Precision = Literal["fp32", "bf16"]
 
 
@@ -20,23 +22,23 @@ class Model:
     """The shape of the dense seed: RMSNorm, SwiGLU and rotary positions, as in Llama, and by the
     fields at the end as in its relatives (Llama 3, Mistral, Qwen)."""
 
-    num_layers: int
-    hidden_size: int
-    ffn_hidden_size: int
-    num_attention_heads: int
-    num_query_groups: int | None = None
+    num_layers: int = within(1, 10_000)
+    hidden_size: int = within(1, 10**6)
+    ffn_hidden_size: int = within(1, 10**7)
+    num_attention_heads: int = within(1, 10**5)
+    num_query_groups: int | None = within(1, 10**5, default=None)
     """Key/value heads (grouped-query attention); ``None``: as many as ``num_attention_heads``."""
-    kv_channels: int | None = None
+    kv_channels: int | None = within(1, 10**5, default=None)
     """Width of a head; ``None``: ``hidden_size / num_attention_heads``."""
-    seq_length: int = 4096
-    rotary_base: float = 10000.0
-    layernorm_epsilon: float = 1e-5
+    seq_length: int = within(1, 10**9, default=4096)
+    rotary_base: float = within(1, default=10000.0)
+    layernorm_epsilon: float = within(1e-12, 0.01, default=1e-5)
     untie_embeddings_and_output_weights: bool = True
-    init_method_std: float = 0.02
-    make_vocab_size_divisible_by: int = 128
+    init_method_std: float = within(0, 10, default=0.02)
+    make_vocab_size_divisible_by: int = within(1, 10**6, default=128)
     """The vocabulary is padded to a multiple of this, and of nothing else: a checkpoint's shapes
     never depend on the layout that wrote it. Tensor parallelism must divide the padded size."""
-    max_position_embeddings: int | None = None
+    max_position_embeddings: int | None = within(1, 10**9, default=None)
     """The longest sequence that the model was made for, kept for its export; ``None``:
     ``seq_length``."""
     add_qkv_bias: bool = False
@@ -46,18 +48,18 @@ class Model:
     rope_scaling: bool = False
     """Llama 3's stretching of the slow rotary frequencies, as Megatron computes it: from 8192
     positions, low and high factors 1 and 4."""
-    rope_scaling_factor: float = 8.0
+    rope_scaling_factor: float = within(1, default=8.0)
     """By how much: 8 in Llama 3.1, 32 in Llama 3.2."""
-    seq_len_interpolation_factor: float | None = None
+    seq_len_interpolation_factor: float | None = within(1, default=None)
     """Positions are divided by this (linear scaling, arXiv 2306.15595)."""
-    window_size: tuple[int, ...] | None = None
+    window_size: tuple[int, ...] | None = within(0, 10**9, default=None)
     """Sliding window: ``[n, 0]`` lets a token see the n before it and itself (Mistral's
     ``sliding_window`` is n + 1)."""
-    window_attn_skip_freq: tuple[int, ...] | None = None
+    window_attn_skip_freq: tuple[int, ...] | None = within(0, 1, default=None)
     """1 for every layer with the window, 0 for one that sees everything; ``None``: all with it."""
-    moe_ffn_hidden_size: int | None = None
+    moe_ffn_hidden_size: int | None = within(1, 10**7, default=None)
     """Width of an expert in an MoE that was not mixed here; ``None``: ``ffn_hidden_size``."""
-    moe_shared_expert_intermediate_size: int | None = None
+    moe_shared_expert_intermediate_size: int | None = within(1, 10**7, default=None)
     """Width of such an MoE's shared expert, which every token meets; ``None``: it has none."""
     moe_shared_expert_gate: bool = False
     """Whether a sigmoid gate scales the shared expert's output (Qwen2-MoE)."""
@@ -73,12 +75,12 @@ class Tokenizer:
     """SentencePiece (trained by the recipe or given) or a Hugging Face tokenizer."""
 
     type: Literal["sentencepiece", "huggingface"] = "sentencepiece"
-    path: str | None = None
+    path: str | None = path()
     """A ``.model`` file or a Hugging Face directory. ``None``: train SentencePiece on the seed's
     data, or take the tokenizer that comes with ``seed.from``."""
-    vocab_size: int = 32000
+    vocab_size: int = within(1, 10**8, default=32000)
     """Pieces to train; with a given ``path`` the tokenizer's own size counts."""
-    train_bytes: int = 20_000_000
+    train_bytes: int = within(1, default=20_000_000)
     """At most this much text, taken evenly from the seed's domains, trains the tokenizer."""
 
 
@@ -86,12 +88,12 @@ class Tokenizer:
 class Domain:
     """One body of text: JSONL files or directories of them, or a corpus every machine has."""
 
-    train: tuple[str, ...] = ()
-    valid: tuple[str, ...] = ()
+    train: tuple[str, ...] = path(())
+    valid: tuple[str, ...] = path(())
     text_key: str = "text"
     builtin: Literal["general", "code", "math", "prose"] | None = None
     """Text found on this machine (megatron_btx/data/builtin/corpora.py) instead of files."""
-    builtin_bytes: int = 6_000_000
+    builtin_bytes: int = within(1, default=6_000_000)
     """At most this much built-in training text."""
 
 
@@ -99,16 +101,16 @@ class Domain:
 class Layout:
     """How a job's ranks divide a model, in Megatron's terms. World size = TP x PP x CP x DP."""
 
-    tensor_model_parallel_size: int = 1
-    pipeline_model_parallel_size: int = 1
-    context_parallel_size: int = 1
-    data_parallel_size: int = 1
-    expert_model_parallel_size: int = 1
-    expert_tensor_parallel_size: int | None = None
+    tensor_model_parallel_size: int = within(1, 10**6, default=1)
+    pipeline_model_parallel_size: int = within(1, 10**6, default=1)
+    context_parallel_size: int = within(1, 10**6, default=1)
+    data_parallel_size: int = within(1, 10**6, default=1)
+    expert_model_parallel_size: int = within(1, 10**6, default=1)
+    expert_tensor_parallel_size: int | None = within(1, 10**6, default=None)
     """``None``: as ``tensor_model_parallel_size``, Megatron's own default."""
     sequence_parallel: bool | None = None
     """``None``: on where tensor parallelism meets experts (Megatron requires it there)."""
-    num_threads: int = 1
+    num_threads: int = within(1, 10**6, default=1)
     """CPU threads a rank. Fixed in the recipe: bit-for-bit resume depends on it."""
 
     @property
@@ -145,42 +147,42 @@ class Training:
     decay 0.1, peak learning rate 1e-4, 100 warm-up steps, cosine decay to a tenth; betas, epsilon
     and clipping are Llama-2's (arXiv 2307.09288, section 2.2), which the paper refers to."""
 
-    tokens: int = 0
+    tokens: int = within(0, default=0)
     """Training tokens; rounded up to whole steps of ``global_batch_size * seq_length``."""
     data: dict[str, float] = field(default_factory=dict)
     """Domain -> sampling weight (normalised)."""
-    global_batch_size: int = 1024
+    global_batch_size: int = within(1, 10**9, default=1024)
     """Sequences a step, over all ranks."""
-    micro_batch_size: int = 1
+    micro_batch_size: int = within(1, 10**6, default=1)
     """Sequences a rank runs at once."""
-    lr: float = 1e-4
-    min_lr: float | None = None
+    lr: float = within(1e-12, 10, default=1e-4)
+    min_lr: float | None = within(0, 10, default=None)
     """``None``: a tenth of ``lr``."""
-    lr_warmup_iters: int = 100
+    lr_warmup_iters: int = within(0, default=100)
     lr_decay_style: Literal["cosine", "linear", "constant", "inverse-square-root"] = "cosine"
-    weight_decay: float = 0.1
-    adam_beta1: float = 0.9
-    adam_beta2: float = 0.95
-    adam_eps: float = 1e-5
-    clip_grad: float = 1.0
+    weight_decay: float = within(0, 100, default=0.1)
+    adam_beta1: float = within(0, 0.999999, default=0.9)
+    adam_beta2: float = within(0, 0.9999999, default=0.95)
+    adam_eps: float = within(1e-20, 1, default=1e-5)
+    clip_grad: float = within(0, default=1.0)
     precision: Precision = "bf16"
     use_distributed_optimizer: bool = False
     layout: Layout = Layout()
-    save_interval: int = 1000
+    save_interval: int = within(1, default=1000)
     """Steps between checkpoints; the last step is always saved."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = within(1, default=2)
     """Whole checkpoints kept for resuming; the final one is kept for the stages that follow."""
-    eval_interval: int = 1000
+    eval_interval: int = within(0, default=1000)
     """Steps between held-out evaluations during training; 0: only at the end."""
-    eval_tokens: int = 65_536
+    eval_tokens: int = within(1, default=65_536)
     """Held-out tokens a domain for those, at most."""
-    check_replicas_interval: int = 100
+    check_replicas_interval: int = within(0, default=100)
     """Steps between hashes of replicated parameters across ranks; 0: never."""
     freeze_experts: bool = False
     """The finetuning only: attention, routers and the rest learn, the experts stay as they are (an
     ablation of section 4.3.2)."""
     megatron: MegatronOptions = MegatronOptions()
-    from_: str | None = None
+    from_: str | None = path()
     """A Megatron ``torch_dist`` directory (with its manifest) or a Hugging Face directory to take
     instead of training. Written ``from:`` in the YAML."""
 
@@ -190,17 +192,17 @@ class Routing:
     """The routing function g and its balance loss (sections 3.2, 3.3 and 4.3.1)."""
 
     type: Literal["topk", "switch", "sample_top1", "soft"] = "topk"
-    moe_router_topk: int = 2
+    moe_router_topk: int = within(1, 10_000, default=2)
     """k of ``topk``; the other types fix it (switch and sample_top1: 1; soft: all experts)."""
     moe_router_pre_softmax: bool = False
     """``topk``: softmax over all experts, then the k best as they are, so that gates do not sum to
     one (Qwen's MoEs). The paper's is the softmax over the k best."""
-    balance_loss_coeff: float = 0.01
+    balance_loss_coeff: float = within(0, 1000, default=0.01)
     """alpha of L_LB = alpha N sum_i u_i p_i (section 3.3), in every layer."""
-    moe_expert_capacity_factor: float = 1.5
+    moe_expert_capacity_factor: float = within(0.01, default=1.5)
     """``switch`` only (section 3.3): tokens over capacity are dropped."""
-    temperature_min: float = 0.5
-    temperature_rate: float = 1e-4
+    temperature_min: float = within(1e-6, default=0.5)
+    temperature_rate: float = within(0, default=1e-4)
     """``sample_top1``: tau = max(temperature_min, exp(-temperature_rate * step))."""
     first_layer_soft: bool = True
     """``sample_top1``: the first layer routes softly (section 3.3)."""
@@ -208,8 +210,8 @@ class Routing:
     """``sample_top1`` at inference: the argmax instead of a seeded draw."""
     moe_router_load_balancing_type: Literal["none", "aux_loss", "seq_aux_loss"] = "none"
     """Megatron's own balance losses, beside the paper's."""
-    moe_aux_loss_coeff: float = 0.0
-    moe_z_loss_coeff: float | None = None
+    moe_aux_loss_coeff: float = within(0, 1000, default=0.0)
+    moe_z_loss_coeff: float | None = within(0, 1000, default=None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -222,9 +224,9 @@ class Mix:
     the seed alone."""
     include_seed: bool = True
     """The untouched seed is one more expert, the generalist (section 4.1.1). It comes last."""
-    copies: int = 8
+    copies: int = within(1, 1000, default=8)
     """``upcycle``: experts, or virtual groups of them where ``num_chunks`` is more than 1."""
-    num_chunks: int = 1
+    num_chunks: int = within(1, 1000, default=1)
     """C, the experts that each FFN is cut into, ``ffn_hidden_size / C`` wide: of ``split``, and of
     a granular ``upcycle``."""
     scale: Literal["down", "cube_root", "none"] = "down"
@@ -236,23 +238,23 @@ class Mix:
     name (``seed`` and the domains), normalised."""
     average_groups: dict[str, dict[str, float]] = field(default_factory=dict)
     """Other weights for ``embeddings``, ``attention``, ``norms`` or ``head``."""
-    dare: float | None = None
+    dare: float | None = within(0, 0.999, default=None)
     """Share of the differences from the seed that DARE drops before averaging, rescaling the rest
     (arXiv 2311.03099)."""
     fold_norms: bool = False
     """``btx``: fold the ratio of each expert's own pre-FFN norm gain to the averaged one into its
     gate and up matrices."""
-    noise: float = 0.0
+    noise: float = within(0, 100, default=0.0)
     """``upcycle``: standard deviation of normal noise added to every expert."""
-    drop_ratio: float = 0.0
+    drop_ratio: float = within(0, 1, default=0.0)
     """``upcycle``: share of each expert's inner units that are drawn anew (Drop-Upcycling, arXiv
     2502.19261)."""
     router_init: Literal["normal", "zeros", "uniform", "centroids"] = "normal"
     """The paper does not give one; normal with Megatron's ``init_method_std`` by default.
     ``centroids``: each expert's row points to where its domain's hidden states are."""
-    router_init_std: float = 0.02
+    router_init_std: float = within(0, 100, default=0.02)
     """Standard deviation, or half the width of the interval."""
-    centroids: str | None = None
+    centroids: str | None = path()
     """The file of `btx centroids`, for ``router_init: centroids``."""
 
     def expert_names(self, models: Sequence[str]) -> tuple[str, ...]:
@@ -284,9 +286,9 @@ class BTM:
 class Evaluate:
     """Held-out loss of every system on every domain."""
 
-    tokens: int = 262_144
+    tokens: int = within(1, default=262_144)
     """Held-out tokens a domain, at most; whole sequences."""
-    micro_batch_size: int = 16
+    micro_batch_size: int = within(1, 10**6, default=16)
     layout: Layout = Layout()
 
 
@@ -319,15 +321,15 @@ class SlurmJob:
     constraint: str | None = None
     time: str | None = None
     """``"24:00:00"``, ``"2-12:00:00"`` (in quotes), or minutes."""
-    nodes: int | None = None
+    nodes: int | None = within(1, 10**6, default=None)
     """``None``: as few as the layout's ranks need, at ``gpus_per_node`` to a node; without GPUs
     one."""
-    gpus_per_node: int | None = None
+    gpus_per_node: int | None = within(0, 10**6, default=None)
     """GPUs of a node, a rank each. Stages that train nothing ask for none unless it stands in their
     own block."""
     gpu_type: str | None = None
     """``h100``: asks for ``h100:8`` instead of ``8``."""
-    cpus_per_task: int | None = None
+    cpus_per_task: int | None = within(1, 10**6, default=None)
     """Cores a rank; ``None``: the layout's ``num_threads``."""
     mem: str | None = None
     """Memory of a node, ``"200G"``; ``"0"``: all of it."""
@@ -351,9 +353,9 @@ class Slurm(SlurmJob):
     launch_prefix: str = ""
     """Stands between ``srun`` and the interpreter, split into words and nothing more: flags of srun
     (pyxis) or a command (``apptainer exec --nv image.sif``)."""
-    signal_seconds: int = 180
+    signal_seconds: int = within(1, 65_535, default=180)
     """So long before its time limit a job is told to save. Slurm looks every half minute."""
-    max_restarts: int = 100
+    max_restarts: int = within(0, 65_535, default=100)
     """Requeues of one job at most; three in a row without progress end it before."""
 
 
@@ -364,7 +366,7 @@ class Recipe:
     name: str
     run_dir: str = "runs/{name}"
     """Everything the run writes; ``{name}`` is the recipe's."""
-    random_seed: int = 1234
+    random_seed: int = within(0, 2**31 - 1, default=1234)
     system: Literal["seed", "experts", "dense", "upcycling", "btm", "btx"] = "btx"
     """Which of the paper's systems it is (systems.py); what they share is made once."""
     match: Literal["data", "compute"] = "data"
@@ -392,7 +394,7 @@ class Recipe:
     share: tuple[str, ...] = ()
     """Run directories, ``*`` allowed: what is finished there under the same key is linked here
     instead of made again."""
-    max_parallel_jobs: int | None = None
+    max_parallel_jobs: int | None = within(1, default=None)
     """Independent stages run side by side on this machine; ``None``: as many as its cores hold."""
 
     @property

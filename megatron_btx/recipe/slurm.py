@@ -115,12 +115,6 @@ def problems(recipe: Recipe) -> Iterator[Problem]:
         yield from _text("slurm.launch_prefix", slurm.launch_prefix)
     else:
         yield from _prefix("slurm.launch_prefix", slurm.launch_prefix)
-    for name, value, least in (
-        ("signal_seconds", slurm.signal_seconds, 1),
-        ("max_restarts", slurm.max_restarts, 0),
-    ):
-        if not least <= value <= 65535:
-            yield Problem(f"slurm.{name}", f"is {value}", f"give {least} to 65535")
     yield from _shapes(recipe)
 
 
@@ -136,10 +130,6 @@ def _job(key: str, job: SlurmJob) -> Iterator[Problem]:
         yield Problem(f"{key}.mem", f"{job.mem!r} is no amount of memory", 'write "200G"')
     if job.gpu_type is not None and not re.fullmatch(r"[\w.-]+", job.gpu_type):
         yield Problem(f"{key}.gpu_type", f"{job.gpu_type!r} is no type", "as `sinfo -o %G` says")
-    for name, least in (("nodes", 1), ("gpus_per_node", 0), ("cpus_per_task", 1)):
-        value = getattr(job, name)
-        if value is not None and value < least:
-            yield Problem(f"{key}.{name}", f"is {value}", f"give at least {least}")
     for index, flag in enumerate(job.sbatch or ()):
         yield from _flag(f"{key}.sbatch", index, flag)
     for name, value in job.environment.items():
@@ -221,8 +211,6 @@ def _shapes(recipe: Recipe) -> Iterator[Problem]:
         layouts["dense"] = recipe.dense.layout
     for name, layout in layouts.items():
         job = resolve(recipe, name)
-        if job.nodes is not None and job.nodes < 1 or (job.gpus_per_node or 0) < 0:
-            continue  # said above
         try:
             shape(job, layout.world_size, layout.num_threads)
         except ValueError as error:

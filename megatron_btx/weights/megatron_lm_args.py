@@ -12,11 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.schema import Model, Routing
+from megatron_btx.recipe.yaml_tree import read_tree
 from megatron_btx.weights import safe_unpickle
 
 Settings = Mapping[str, Any]
@@ -158,11 +157,7 @@ _GIVE = "say it under `model:` in a file of options, and give that by --config"
 
 
 def _from_bridge(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(str(path), f"not YAML: {error}", "copy the checkpoint again") from error
-    model = content.get("model") if isinstance(content, dict) else None
+    model = read_tree(path, "Megatron-Bridge's configuration").plain().get("model")
     if not isinstance(model, dict):
         raise UserError(str(path), "has no block `model`", "copy the checkpoint again")
     found = dict(model)

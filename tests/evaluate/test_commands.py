@@ -172,7 +172,7 @@ def test_a_set_in_a_file(here: Path, tmp_path: Path) -> None:
     path.write_text(f"methud: top1\nmethod: top3\nmodels: {{a: {here / 'a'}}}\n")
     with pytest.raises(UserError) as raised:
         parse([str(path)])
-    for words in ("methud: no such key", "is 'top3'", "are fewer than two"):
+    for words in ("1: methud: is not a key of a set of models", "is 'top3'", "are fewer than two"):
         assert words in str(raised.value)
 
 

@@ -1,0 +1,66 @@
+"""What a field of a block may hold, said beside the field: its range, or that it is a path."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_btx.recipe.messages import show
+
+UTMOST = 10**18
+"""The highest value of any number: what is beyond is a slip of the hand."""
+COUNT = 10**6
+"""That of ranks, sequences and the like, far above all that exists."""
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """The lowest and the highest value of a number, or of each number of a list."""
+
+    low: float
+    high: float
+
+    def problem(self, value: float) -> tuple[str, str] | None:
+        """What is wrong with a value and the fix; ``None``: nothing."""
+        if self.low <= value <= self.high:
+            return None
+        fix = (
+            f"give at least {self.low:g}" if value < self.low else f"give at most {self.high:.10g}"
+        )
+        if self.high < 1000:
+            fix = f"give {self.low:g} to {self.high:.10g}"
+        return f"is {show(value)}, out of range", fix
+
+    def __str__(self) -> str:
+        """As the reference of keys has it."""
+        return (
+            f"at least {self.low:g}" if self.high == UTMOST else f"{self.low:g} to {self.high:.10g}"
+        )
+
+
+def within(
+    low: float, high: float = UTMOST, *, default: Any = dataclasses.MISSING, **more: Any
+) -> Any:
+    """A field of one number (or a tuple of some) with its range, and with its default if any."""
+    return dataclasses.field(default=default, metadata={"range": Range(low, high), **more})
+
+
+PATH = {"path": True}
+"""Metadata of a field of a path, or several: from the directory of the file that names them."""
+
+
+def path(default: Any = None) -> Any:
+    """Such a field."""
+    return dataclasses.field(default=default, metadata=PATH)
+
+
+def renamed(default: Any, formerly: str) -> Any:
+    """A field that had another name: that is still read, and content hashes still have it."""
+    return dataclasses.field(default=default, metadata={"formerly": formerly})
+
+
+def like(cls: type, name: str) -> Any:
+    """A field with default and range of another block's."""
+    (field,) = (field for field in dataclasses.fields(cls) if field.name == name)
+    return dataclasses.field(default=field.default, metadata=field.metadata)
