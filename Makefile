@@ -1,14 +1,17 @@
 # make demo   a whole Branch-Train-MiX run on this machine, in a virtual environment of its own
 # make test   the test suite
+# make test-upstream   the part of the suite that leans on Megatron-Core, for the other release of it
 # make test-slurm   the tests on a real Slurm, which it installs (Debian, as root)
 # make check  ruff and mypy
+# PYTHON=3.11 or PYTHON=3.12 (with VENV=a directory) chooses the Python, and so the Megatron-Core
 
 SHELL := /bin/bash
 VENV ?= .venv
+PYTHON ?=
 BIN := $(VENV)/bin
 DEMO := examples/demo/recipe.yaml
 
-.PHONY: help demo test test-slurm check format clean
+.PHONY: help demo test test-upstream test-slurm check format clean
 
 help:
 	@sed -n 's/^# make /make /p' Makefile
@@ -18,6 +21,12 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -rs -n 2 --dist loadfile --no-loadscope-reorder
+
+UPSTREAM := tests/test_run.py tests/engine tests/weights tests/families tests/mix tests/train \
+  tests/convert tests/evaluate tests/recipe tests/data
+
+test-upstream: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -rs -n 2 --dist loadfile --no-loadscope-reorder $(UPSTREAM)
 
 test-slurm: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.slurm.cluster --install
@@ -33,7 +42,7 @@ format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .
 
 $(VENV)/bin/python:
-	@tools/make_venv.sh $(VENV)
+	@tools/make_venv.sh $(VENV) $(PYTHON)
 
 $(VENV)/.installed: setup.py constraints.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[hf]'

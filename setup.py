@@ -11,12 +11,15 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.10,<3.14",
+    python_requires=">=3.11,<3.14",
     packages=find_packages(include=["megatron_btx", "megatron_btx.*"]),
     package_data={"megatron_btx": ["py.typed", "pipeline/slurm/*.sh", "evaluate/items/*.yaml"]},
     install_requires=[
         "torch>=2.10",
-        "megatron-core==0.16.1",
+        # One code base for two releases (megatron_btx/engine/megatron_release.py): the newest for
+        # each Python, none between.
+        "megatron-core==0.16.1; python_version < '3.12'",
+        "megatron-core==0.19.2; python_version >= '3.12'",
         "numpy",
         # Megatron's checkpoint writer needs it without declaring it: its worker dies, the parent
         # waits for ever.

@@ -20,21 +20,35 @@ esac
 """
 
 
-def make(directory: Path, pythons: dict[str, str]) -> subprocess.CompletedProcess[str]:
-    """The script where these programs are all that is on the PATH: name -> what it is, ``"3.12"``,
-    ``"3.12 without venv"``, or ``"nothing"`` for a wrapper around none."""
-    programs = directory / "bin"
+UV = """#!/bin/sh
+[ "$*" = "python find --no-python-downloads 3.12" ] && echo "{python}"
+"""
+
+
+def make(
+    directory: Path, pythons: dict[str, str], version: str | None = None
+) -> subprocess.CompletedProcess[str]:
+    """The script where these programs are all there is: name -> what it is, ``"3.12"``, ``"3.12
+    without venv"``, or ``"nothing"`` for a wrapper around none. A name is one on the PATH, below
+    ``pyenv/`` one of pyenv's, or ``uv``, which knows of a 3.12 only."""
+    programs, pyenv = directory / "bin", directory / "pyenv"
     programs.mkdir()
     for name, what in pythons.items():
-        version, _, missing = what.partition(" ")
-        text = PYTHON.format(version=version, without_venv=int(bool(missing)))
-        (programs / name).write_text("#!/bin/sh\nexit 127\n" if what == "nothing" else text)
-        (programs / name).chmod(0o755)
+        of_version, _, missing = what.partition(" ")
+        text = PYTHON.format(version=of_version, without_venv=int(bool(missing)))
+        path = directory / name if name.startswith("pyenv/") else programs / name
+        if name == "uv":
+            path.write_text(UV.format(python=directory / "uv-python"))
+            path.chmod(0o755)
+            path = directory / "uv-python"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("#!/bin/sh\nexit 127\n" if what == "nothing" else text)
+        path.chmod(0o755)
     bash = shutil.which("bash")
     assert bash is not None
     return subprocess.run(
-        [bash, str(SCRIPT), str(directory / "venv")],
-        env={"PATH": str(programs)},
+        [bash, str(SCRIPT), str(directory / "venv"), *([version] if version else [])],
+        env={"PATH": str(programs), "PYENV_ROOT": str(pyenv)},
         capture_output=True,
         text=True,
         timeout=20,
@@ -45,12 +59,14 @@ def make(directory: Path, pythons: dict[str, str]) -> subprocess.CompletedProces
 @pytest.mark.parametrize(
     ("pythons", "taken"),
     [
-        ({"python3": "3.10"}, "3.10"),
-        ({"python": "3.11"}, "3.11"),
+        ({"python3": "3.11"}, "3.11"),
+        ({"python": "3.12"}, "3.12"),
         ({"python3.11": "3.11", "python3": "3.12", "python3.10": "3.10"}, "3.12"),
         ({"python3": "3.14", "python3.12": "3.12"}, "3.12"),
         ({"python3.13": "nothing", "python3.11": "3.11"}, "3.11"),
         ({"python3.13": "3.13 without venv", "python3.11": "3.11"}, "3.11"),
+        ({"python3.13": "nothing", "pyenv/versions/3.13.0/bin/python": "3.13"}, "3.13"),
+        ({"python3": "3.11", "uv": "3.12"}, "3.12"),
     ],
 )
 def test_the_newest_that_can(tmp_path: Path, pythons: dict[str, str], taken: str) -> None:
@@ -58,6 +74,29 @@ def test_the_newest_that_can(tmp_path: Path, pythons: dict[str, str], taken: str
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "venv" / "made_by").read_text().strip() == taken
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    "pythons",
+    [
+        {"python3": "3.13", "python3.12": "3.12"},
+        {"python3.12": "nothing", "pyenv/versions/3.12.1/bin/python": "3.12", "python3": "3.13"},
+        {"python3.13": "3.13", "uv": "3.12"},
+    ],
+)
+def test_the_one_that_is_asked_for(tmp_path: Path, pythons: dict[str, str]) -> None:
+    done = make(tmp_path, pythons, "3.12")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "venv" / "made_by").read_text().strip() == "3.12"
+
+
+@pytest.mark.parametrize("pythons", [{}, {"python3": "3.13", "python3.11": "3.11"}])
+def test_the_one_that_is_asked_for_is_not_there(tmp_path: Path, pythons: dict[str, str]) -> None:
+    done = make(tmp_path, pythons, "3.12")
+    assert done.returncode == 1
+    assert done.stderr.startswith("no Python 3.12 was found on the PATH, in pyenv or by uv ")
+    assert "apt-get install python3.12 python3.12-venv" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -69,9 +108,9 @@ def test_the_newest_that_can(tmp_path: Path, pythons: dict[str, str], taken: str
             {"python3": "3.14", "python": "3.14"},
             "(python3 is 3.14): install one (Debian, Ubuntu: apt-get install python3.13 ",
         ),
-        ({"python3": "3.9"}, "(python3 is 3.9): install one"),
+        ({"python3": "3.10"}, "(python3 is 3.10): install one"),
         (
-            {"python3": "3.12 without venv", "python3.10": "3.10 without venv"},
+            {"python3": "3.12 without venv", "python3.11": "3.11 without venv"},
             "Python 3.12 has no 'venv': install it (Debian, Ubuntu: apt-get install "
             "python3.12-venv)",
         ),

@@ -1,10 +1,10 @@
-"""The CPU as a platform: what stands in for CUDA, line by line, so that Megatron-Core 0.16.1 trains
-on gloo ranks with the same code that runs on GPUs.
+"""The CPU as a platform: what stands in for CUDA, line by line, so that Megatron-Core trains on
+gloo ranks with the same code that runs on GPUs.
 
-Three tables say everything that is replaced and why. ``install()`` applies them once, explicitly,
-before a model is built; where CUDA is present it does nothing. A row whose upstream symbol no
-longer exists, or no longer contains what is replaced, fails loudly: that is how an upgrade of
-Megatron-Core is noticed.
+Tables say everything that is replaced and why, with the rows of one release apart. ``install()``
+applies them once, explicitly, before a model is built; where CUDA is present it does nothing. A row
+whose upstream symbol no longer exists, or no longer contains what is replaced, fails loudly: that
+is how an upgrade of Megatron-Core is noticed.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from megatron_btx.engine import cpu_tuning
+from megatron_btx.engine.megatron_release import RELEASE, require_supported
 from megatron_btx.engine.moe import dispatch
 
 _DEVICE = torch.device("cpu")
@@ -37,6 +38,10 @@ _IMPORTED = (
 
 # (module, function, literal, replacement). A literal is a constant in the function's code.
 # `device="cuda"` would fail to allocate; `tensor.type()` of a CPU tensor lacks the `cuda.`.
+_OF_RELEASE: dict[tuple[int, ...], tuple[tuple[str, ...], ...]] = {
+    (0, 16): (("transformer.moe.moe_utils", "track_moe_metrics", "cuda", "cpu"),),
+    (0, 19): (("optimizer.optimizer", "MegatronOptimizer.has_grad_norm_group", "cuda", "cpu"),),
+}
 _LITERALS: tuple[tuple[str, str, dict[str, str]], ...] = tuple(
     (f"megatron.core.{module}", function, dict(zip(replaced[::2], replaced[1::2], strict=True)))
     for module, function, *replaced in (
@@ -81,8 +86,8 @@ _LITERALS: tuple[tuple[str, str, dict[str, str]], ...] = tuple(
             *("cuda", "cpu"),
         ),
         ("utils", "local_multi_tensor_l2_norm", "cuda", "cpu"),
-        ("transformer.moe.moe_utils", "track_moe_metrics", "cuda", "cpu"),
         ("dist_checkpointing.strategies.state_dict_saver", "verify_global_md_reuse", "cuda", "cpu"),
+        *_OF_RELEASE.get(RELEASE, ()),
     )
 )
 
@@ -174,8 +179,10 @@ def install() -> bool:
         True where the stand-ins are in place, False where CUDA is present and none is needed.
 
     Raises:
+        UserError: this release of Megatron-Core is not supported.
         LookupError: an upstream symbol that a row names has changed.
     """
+    require_supported()
     if torch.cuda.is_available():
         return False
     cpu_tuning.install()

@@ -27,12 +27,14 @@ def initialize(layout: Layout, random_seed: int) -> None:
         random_seed: seeds Megatron's RNG tracker (dropout, nothing else of ours).
 
     Raises:
-        UserError: the number of ranks does not fit the layout, or the layout cannot run here.
+        UserError: the number of ranks does not fit the layout, or the layout cannot run here, or
+            Megatron-Core is of a release that is not supported.
     """
     cpu.install()
     mcore_patches.install(platform.detect())
     from megatron.core import parallel_state, tensor_parallel
-    from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
+
+    from megatron_btx.engine.moe import loss_tracker
 
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if started != layout.world_size:
@@ -60,8 +62,7 @@ def initialize(layout: Layout, random_seed: int) -> None:
             timeout=datetime.timedelta(minutes=30),
         )
     parallel_state.destroy_model_parallel()
-    # It remembers the groups and the number of layers of the model before.
-    get_moe_layer_wise_logging_tracker().clear()
+    loss_tracker.forget()
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=layout.tensor_model_parallel_size,
         pipeline_model_parallel_size=layout.pipeline_model_parallel_size,

@@ -1,4 +1,5 @@
-"""Repairs of Megatron-Core 0.16.1 where a fused library is missing, on a GPU or without one.
+"""Repairs of Megatron-Core where a fused library is missing, on a GPU or without one; of 0.16 and
+0.19 alike unless a row says otherwise.
 
 Each row of ``install`` says its condition; where the libraries are present nothing is done.
 """
@@ -14,12 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_btx.engine import upstream_warnings
 from megatron_btx.engine.platform import Platform
 
 
 @functools.cache
 def install(platform: Platform) -> None:
     """Apply what this platform needs. Call it after ``cpu.install()``, before building a model."""
+    upstream_warnings.install()
     # Weight gradients into DDP's buffer without a copy between: Apex has a kernel for it, which
     # Megatron's own layers (under Transformer Engine the output layer) will not do without.
     layers = importlib.import_module("megatron.core.tensor_parallel.layers")
@@ -27,8 +30,8 @@ def install(platform: Platform) -> None:
         _bind(layers.__name__, _grad_accum_fusion_available=True)
         _new(layers.__name__, fused_weight_gradient_mlp_cuda=_WEIGHT_GRADIENT)
     if not platform.use_transformer_engine:
-        # Bound only inside `try: import transformer_engine`, then read: by the router's product,
-        # and where norms are recomputed (`recompute_modules: [layernorm]`).
+        # Bound only inside `try: import transformer_engine`, then read: by the router's product (in
+        # 0.16), and where norms are recomputed (`recompute_modules: [layernorm]`).
         _new("megatron.core.transformer.moe.moe_utils", te_general_gemm=None)
         _new("megatron.core.tensor_parallel.random", **_NO_FP8)
         # Megatron's own places for fused kernels, given plain torch's. The model's configuration

@@ -7,6 +7,7 @@ router in it; without, Megatron's layers with torch's kernels.
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_with_transformer_engine_spec
@@ -26,6 +27,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 
 from megatron_btx.engine import platform
+from megatron_btx.engine.megatron_release import MOE_SPEC_IS_PARTIAL
 from megatron_btx.engine.moe.experts import GroupedExperts
 from megatron_btx.engine.moe.router import BTXRouter
 from megatron_btx.engine.ops.attention import ScaledDotProductAttention
@@ -77,11 +79,16 @@ def layer_spec(
             qk_layernorm=qk_layernorm,
         )
         if routing is not None:
-            parts = spec.submodules.mlp.submodules
+            moe = spec.submodules.mlp
+            parts = moe.keywords["submodules"] if MOE_SPEC_IS_PARTIAL else moe.submodules
             spec.submodules.mlp = _moe(routing, random_seed, parts.experts, parts.shared_experts)
         return spec
     linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-    dense = ModuleSpec(module=MLP, submodules=linears)
+    dense: Any = (
+        functools.partial(MLP.as_mlp_submodule, submodules=linears)
+        if MOE_SPEC_IS_PARTIAL
+        else ModuleSpec(module=MLP, submodules=linears)
+    )
     shared = ModuleSpec(module=SharedExpertMLP, submodules=linears)
     head_norm = RMSNorm if qk_layernorm else IdentityOp
     return ModuleSpec(

@@ -235,13 +235,17 @@ def test_dispatch_as_megatrons_own(routes: str, dtype: torch.dtype) -> None:
     routing_map = ROUTES[routes].bool()
     gates = (draw(1, 5, 4).detach() * routing_map).requires_grad_()
     tokens = draw(0, 5, 6, dtype=dtype)
-    results = []
+    results, lengths = [], set()
     for module in (dispatch, moe_utils):
-        rows, probs, order = module.permute(tokens, routing_map, probs=gates)
+        count = int(routing_map.sum())
+        moved = module.permute(tokens, routing_map, probs=gates, num_out_tokens=count)
+        rows, probs, order = moved[:3]
+        lengths.add(len(moved))
         weighed = rows * (1 + probs.unsqueeze(-1)).to(dtype)
         out = module.unpermute(weighed, order, tokens.shape, routing_map=routing_map)
         pull = draw(2, 5, 6, dtype=dtype).detach()
         results.append((rows, probs, order, out, *torch.autograd.grad(out, (tokens, gates), pull)))
+    assert len(lengths) == 1
     for name, mine, theirs in zip(["rows", "probs", "order"], *results, strict=False):
         assert torch.equal(mine, theirs), name
     for mine, theirs in zip(results[0][3:], results[1][3:], strict=True):

@@ -23,7 +23,8 @@ for number in (signal.SIGTERM, signal.SIGUSR1):
 checkpoint_workers.start()
 print("ready", flush=True)
 sys.stdin.readline()
-queue = filesystem_async._get_write_results_queue()
+names = ("get_write_results_queue", "_get_write_results_queue")  # the second in 0.16
+queue = next(getattr(filesystem_async, n) for n in names if hasattr(filesystem_async, n))()
 queue.put("saved")
 print(queue.get(), flush=True)
 """

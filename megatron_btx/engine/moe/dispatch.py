@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from megatron_btx.engine.megatron_release import PERMUTE_RETURNS_PADDING
+
 # Shapes: T tokens, N experts, P rows of tokens sorted by expert, H hidden.
 
 
@@ -23,7 +25,7 @@ def permute(
     num_out_tokens: int | Tensor | None = None,
     fused: bool = False,
     drop_and_pad: bool = False,
-) -> tuple[Tensor, Tensor | None, Tensor]:
+) -> tuple[Any, ...]:
     """Rows of tokens sorted by expert, and within an expert by token.
 
     Args:
@@ -33,7 +35,8 @@ def permute(
         num_out_tokens, fused, drop_and_pad: Megatron's; P is counted, and the recipe pads nothing.
 
     Returns:
-        [P, H]; the rows' gates [P] or ``None``; the rows' tokens [P].
+        [P, H]; the rows' gates [P] or ``None``; the rows' tokens [P]; and ``None`` twice where
+        Megatron takes two values more, of padding.
     """
     assert not fused
     assert not drop_and_pad
@@ -41,7 +44,8 @@ def permute(
     pairs = routing_map.t().flatten().nonzero().squeeze(1)
     rows = pairs % len(tokens)
     gates = None if probs is None else probs.t().flatten().index_select(0, pairs)
-    return _Gather.apply(tokens, rows, routing_map), gates, rows
+    padding = (None, None) if PERMUTE_RETURNS_PADDING else ()
+    return _Gather.apply(tokens, rows, routing_map), gates, rows, *padding
 
 
 def unpermute(

@@ -33,6 +33,7 @@ class GroupedExperts(MegatronModule):
         config: Megatron's; ``moe_ffn_hidden_size`` is the width of an expert.
         submodules: unused; part of Megatron's interface for experts.
         pg_collection: expert-parallel groups (``ep``, ``expt_tp``, ``expt_dp``).
+        name: unused; part of Megatron's interface since 0.18.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class GroupedExperts(MegatronModule):
         config: TransformerConfig,
         submodules: Any = None,
         pg_collection: ProcessGroupCollection | None = None,
+        name: str | None = None,
     ) -> None:
         super().__init__(config=config)
         assert pg_collection is not None

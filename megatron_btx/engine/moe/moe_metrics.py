@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.transformer.moe.moe_utils import (
-    clear_aux_losses_tracker,
-    get_moe_layer_wise_logging_tracker,
-)
 from torch import Tensor
 
+from megatron_btx.engine.moe import loss_tracker
 from megatron_btx.engine.moe.router import BALANCE_LOSS
 
 _LOGGED_AS = {BALANCE_LOSS: "balance_loss", "z_loss": "router_z_loss"}
@@ -21,21 +18,20 @@ def pop_balance_loss(num_microbatches: int) -> dict[str, float]:
 
     Megatron's own reduction averages by an operation that gloo does not have.
     """
-    tracker = get_moe_layer_wise_logging_tracker()
     losses = {}
-    for name, entry in tracker.items():
-        values: Tensor = entry["values"].clone()
+    for name, entry in loss_tracker.tracked().items():
+        values = entry.values.clone()
         dist.all_reduce(values, group=parallel_state.get_pipeline_model_parallel_group())
-        summed, averaged = entry.get("reduce_group"), entry.get("avg_group")
-        if summed is None and averaged is None:  # the z-loss: each rank has its own tokens'
+        summed, averaged = entry.reduce_group, entry.avg_group
+        if summed is None and averaged is None:  # 0.16's z-loss: each rank has its own tokens'
             averaged = parallel_state.get_tensor_and_context_parallel_group()
         if summed is not None:
             dist.all_reduce(values, group=summed)
         values = _mean_over(values, averaged)
-        if not entry.get("reduce_group_has_dp", False):
+        if entry.needs_dp_avg:
             values = _mean_over(values, parallel_state.get_data_parallel_group())
         losses[_LOGGED_AS.get(name, name)] = values.mean().item() / num_microbatches
-    clear_aux_losses_tracker()
+    loss_tracker.clear()
     return losses
 
 

@@ -17,17 +17,13 @@ from typing import Any
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
-from megatron.core.transformer.moe.moe_utils import (
-    MoEAuxLossAutoScaler,
-    router_gating_linear,
-    save_to_aux_losses_tracker,
-)
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, router_gating_linear
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.distributed import all_gather_into_tensor
 
-from megatron_btx.engine.moe import noise, routing
+from megatron_btx.engine.moe import loss_tracker, noise, routing
 from megatron_btx.engine.moe.routing import Routes
 from megatron_btx.engine.unsupported_options import Supported, refuse_unfollowed
 from megatron_btx.errors import UserError, UserErrors, noted
@@ -82,6 +78,9 @@ _SUPPORTED: Supported = {
     "moe_router_group_topk": (None,),
     "moe_router_enable_expert_bias": (False,),
     "moe_router_force_load_balancing": (False,),
+    "moe_router_force_biased": (None,),
+    "moe_router_quantile_balancing_ema": (0.0,),
+    "moe_expert_rank_capacity_factor": (None,),
     "moe_router_fusion": (False,),
     "moe_enable_routing_replay": (False,),
     "moe_pad_expert_input_to_capacity": (False,),
@@ -99,6 +98,7 @@ class BTXRouter(TopKRouter):
     Args:
         config: with ``transformer_fields(routing, num_experts)`` in it.
         pg_collection: Megatron's process groups.
+        is_mtp_layer: Megatron's; layers that predict further tokens are refused with their options.
         routing: the recipe's.
         random_seed: keys the noise of Sample Top-1.
 
@@ -110,10 +110,12 @@ class BTXRouter(TopKRouter):
         self,
         config: TransformerConfig,
         pg_collection: ProcessGroupCollection | None = None,
+        is_mtp_layer: bool = False,
         *,
         routing: Routing,
         random_seed: int = 0,
     ) -> None:
+        assert not is_mtp_layer
         try:
             check_config(config, routing)
         except UserError as wrong:
@@ -213,7 +215,7 @@ class BTXRouter(TopKRouter):
         sums = torch.stack([gates.sum(0), probabilities.sum(0)])
         u, p = reduce_from_tensor_model_parallel_region(sums, self.tp_cp_group) / tokens
         loss = routing.balance_loss(u, p, alpha)
-        save_to_aux_losses_tracker(
+        loss_tracker.record(
             BALANCE_LOSS,
             loss / alpha,
             self.layer_number,

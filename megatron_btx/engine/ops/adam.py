@@ -24,6 +24,7 @@ class Adam(torch.optim.Optimizer):
         eps: added to the denominator.
         weight_decay: decoupled (AdamW) when ``adam_w_mode``, else added to the gradient.
         adam_w_mode: as ``FusedAdam``'s argument.
+        capturable: Megatron's (0.17) for steps inside CUDA graphs; only false is supported.
     """
 
     def __init__(
@@ -34,7 +35,9 @@ class Adam(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         adam_w_mode: bool = True,
+        capturable: bool = False,
     ) -> None:
+        assert not capturable, "optimizer_cuda_graph needs a fused optimizer"
         self.update = adamw if adam_w_mode else adam
         super().__init__(
             params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}

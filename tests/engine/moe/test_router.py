@@ -79,6 +79,7 @@ def train_once(layout: Layout, routing: Routing, recompute: bool = False) -> dic
     from megatron.core import tensor_parallel
     from megatron.core.transformer.moe import moe_utils
 
+    from megatron_btx.engine.moe.loss_tracker import tracked
     from megatron_btx.engine.moe.noise import set_routing_context
 
     router, mine = build(layout, routing)
@@ -91,10 +92,9 @@ def train_once(layout: Layout, routing: Routing, recompute: bool = False) -> dic
     else:
         gates, routing_map = router(x)
     (gates * mine(PULL).view_as(gates)).sum().backward()
-    tracker = moe_utils.get_moe_layer_wise_logging_tracker()
-    tracker.pop("z_loss", None)  # of which upstream logs this rank's share only
-    moe_utils.reduce_aux_losses_tracker_across_ranks()
-    logged = {name: entry["values"].clone() for name, entry in tracker.items()}
+    names = [name for name in tracked() if name != "z_loss"]  # 0.16 logs this rank's share only
+    moe_utils.reduce_aux_losses_tracker_across_ranks(names)
+    logged = {name: tracked()[name].values.clone() for name in names}
     positions = mine(torch.arange(LENGTH).view(-1, 1).expand(-1, BATCH))
     return {
         "place": (positions * BATCH + torch.arange(BATCH)).flatten(),
@@ -276,14 +276,14 @@ def moe_layers(name: str) -> None:
     from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
     from megatron.core.transformer.moe.moe_layer import MoELayer
 
+    from megatron_btx.engine.megatron_release import MOE_SPEC_IS_PARTIAL
     from megatron_btx.engine.moe.noise import set_routing_context
     from megatron_btx.engine.moe.router import BTXRouter, collect_load, forced_routing
 
     recipe = ROUTINGS[name]
     config = build(ONE, recipe, moe_ffn_hidden_size=8, gradient_accumulation_fusion=False)[0].config
-    submodules = get_moe_module_spec(
-        use_te=False, num_experts=EXPERTS, moe_grouped_gemm=False
-    ).submodules
+    spec = get_moe_module_spec(use_te=False, num_experts=EXPERTS, moe_grouped_gemm=False)
+    submodules = spec.keywords["submodules"] if MOE_SPEC_IS_PARTIAL else spec.submodules
     submodules.router = functools.partial(BTXRouter, routing=recipe)
     layers = torch.nn.ModuleList()
     for number in range(1, LAYERS + 1):

@@ -30,6 +30,8 @@ def own_losses_of_upstream() -> None:
     from megatron.core.transformer.moe import moe_utils
     from megatron.core.transformer.moe.router import TopKRouter
 
+    from megatron_btx.engine.moe import loss_tracker
+
     for kind in ("aux_loss", "seq_aux_loss"):
         recipe = dataclasses.replace(
             ROUTINGS["megatron's losses"], balance_loss_coeff=0, moe_router_load_balancing_type=kind
@@ -40,11 +42,10 @@ def own_losses_of_upstream() -> None:
         upstream.weight.data.copy_(WEIGHT)
         logged = []
         for router in (ours, upstream):
-            moe_utils.get_moe_layer_wise_logging_tracker().clear()
+            loss_tracker.forget()
             gates, _ = router(HIDDEN_STATES)
             (gates * PULL.view_as(gates)).sum().backward()
-            tracker = moe_utils.get_moe_layer_wise_logging_tracker()
-            logged.append({name: entry["values"] for name, entry in tracker.items()})
+            logged.append({name: e.values for name, e in loss_tracker.tracked().items()})
         torch.testing.assert_close(ours.weight.grad, upstream.weight.grad)
         assert logged[0].keys() == logged[1].keys()
         torch.testing.assert_close(logged[0], logged[1])
@@ -57,11 +58,13 @@ def test_megatrons_own_losses(ranks: Ranks) -> None:
 def logged_over_data_parallel() -> tuple[float, float]:
     from megatron.core.transformer.moe import moe_utils
 
+    from megatron_btx.engine.moe.loss_tracker import tracked
+
     router, _ = build(Layout(data_parallel_size=2), ROUTINGS["topk"])
     rank = torch.distributed.get_rank()
     for microbatch in (0, 1):
         router(draw(2 * rank + microbatch, LENGTH, BATCH, HIDDEN))
-    values = moe_utils.get_moe_layer_wise_logging_tracker()["btx_balance_loss"]["values"]
+    values = tracked()["btx_balance_loss"].values
     own = float(values[1])
     moe_utils.reduce_aux_losses_tracker_across_ranks()
     return own, float(values[1])
