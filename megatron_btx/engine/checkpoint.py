@@ -21,6 +21,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
@@ -30,7 +31,7 @@ from megatron_btx.engine import checkpoint_workers
 from megatron_btx.engine.distributed import is_first_rank
 from megatron_btx.engine.model import gather_parameters, unwrap
 from megatron_btx.errors import UserError
-from megatron_btx.files import sync_directory, write_json
+from megatron_btx.files import sync_directory, write_json, written
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.weights.manifest import FORMAT, MANIFEST, read_manifest
 
@@ -125,6 +126,7 @@ def save(
         )
         dist.barrier()
         if is_first_rank():
+            _write_common(partial)
             if add_files is not None:
                 add_files(partial)
             write_json(partial / MANIFEST, manifest)
@@ -132,6 +134,15 @@ def save(
             os.rename(partial, directory)
             sync_directory(directory.parent)
         dist.barrier()
+
+
+def _write_common(directory: Path) -> None:
+    """``common.pt``: what is stored once for all ranks. 0.19 stores it in a ``.distcp`` alone, and
+    would load it from here too, as 0.16 does."""
+    path = directory / "common.pt"
+    if not path.exists():
+        with written(path, "wb") as file:
+            torch.save(dist_checkpointing.load_common_state_dict(str(directory)), file)
 
 
 def _saved_form() -> dict[str, Any]:
@@ -244,22 +255,38 @@ def sweep(checkpoints: Path) -> None:
 def _written(directory: Path, partial: Path) -> Iterator[None]:
     """What the writers of a checkpoint meet on the disk, in a user's words; ``partial`` is gone
     then, for it may be what fills the disk."""
+    said = _Said()
+    writer = logging.getLogger(filesystem_async.__name__)
+    writer.addHandler(said)
     try:
         yield
     except (OSError, CheckpointException) as error:
         if is_first_rank():
             shutil.rmtree(partial, ignore_errors=True)
-        found = error if isinstance(error, OSError) else _disk_error(error)
+        found = error if isinstance(error, OSError) else _disk_error(f"{error} {said.words}")
         if found is None:
             raise RuntimeError(f"{directory} was not written: {error}") from error
         raise UserError(
             str(directory), f"cannot be written: {found.strerror or found}", "free some space"
         ) from error
+    finally:
+        writer.removeHandler(said)
 
 
-def _disk_error(error: CheckpointException) -> OSError | None:
+class _Said(logging.Handler):
+    """The errors that the writer logs: 0.19 raises the type of one alone."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.words = ""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep its words."""
+        self.words += record.getMessage() + "\n"
+
+
+def _disk_error(words: str) -> OSError | None:
     """What the system said, where torch's writers met it: they pass on its words alone."""
-    words = str(error)
     for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS):
         if os.strerror(number) in words:
             return OSError(number, os.strerror(number))

@@ -37,6 +37,7 @@ IGNORED = (
     Ignore(r"(chained_\d+\.)?optimizer\..*", "optimiser state: fresh after a mix"),
     Ignore(r"opt_param_scheduler.*", "schedule of a training run"),
     Ignore(r"rng_state.*", "random state of a training run"),
+    Ignore(r"common_state(/.*)?", "what is stored once for all ranks: settings, no weights"),
     Ignore(r"rerun_state_machine_state.*", "state of a training run"),
     Ignore(r"(.*\.)?_extra_state(/.*)?", "Transformer Engine's scaling state"),
     Ignore(r".*rotary_pos_emb\.inv_freq", "derived from the RoPE base"),

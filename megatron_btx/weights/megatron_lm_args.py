@@ -1,12 +1,14 @@
 """What a Megatron checkpoint that is not ours says of its model.
 
-Megatron-LM keeps its command line (an ``argparse.Namespace``) in ``common.pt``, Megatron-Bridge its
+Megatron-LM keeps its command line (an ``argparse.Namespace``) in ``common.pt`` or, from
+Megatron-Core 0.19 on, in the object ``common_state`` among the tensors; Megatron-Bridge its
 configuration in ``run_config.yaml``. Both say nearly the same words, those of Megatron-Core. Every
 one that changes what the model computes is mapped or asserted.
 """
 
 from __future__ import annotations
 
+import io
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +19,7 @@ from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.schema import Model, Routing
 from megatron_btx.recipe.yaml_tree import read_tree
 from megatron_btx.weights import safe_unpickle
+from megatron_btx.weights.torch_dist import read_object
 
 Settings = Mapping[str, Any]
 
@@ -81,16 +84,7 @@ def settings_of(directory: Path) -> dict[str, Any] | None:
     config = directory / "run_config.yaml"
     if config.is_file():
         return _from_bridge(config)
-    common = directory / "common.pt"
-    if not common.is_file():
-        return None
-    try:
-        with zipfile.ZipFile(common) as archive:
-            (name,) = (n for n in archive.namelist() if n.endswith("/data.pkl"))
-            content = safe_unpickle.loads(archive.read(name), common, safe_unpickle.COMMON_NAMES)
-    except (zipfile.BadZipFile, ValueError, OSError) as error:
-        what = f"not what torch.save writes: {error}"
-        raise UserError(str(common), what, "copy the checkpoint again") from error
+    content = _common_of(directory)
     args = content.get("args") if isinstance(content, dict) else None
     if args is None:
         return None
@@ -100,6 +94,27 @@ def settings_of(directory: Path) -> dict[str, Any] | None:
     seen = found.get("consumed_train_samples") or 0
     found["tokens"] = seen * (found.get("seq_length") or 0)
     return found
+
+
+def _common_of(directory: Path) -> Any:
+    """What Megatron-LM stored once for all ranks: in ``common.pt`` up to 0.18, from 0.19 on as an
+    object beside the tensors, a list of one; ``None``: nothing."""
+    path = directory / "common.pt"
+    file: Path | io.BytesIO = path
+    where = str(path)
+    if not path.is_file():
+        stored = read_object(directory, "common_state")
+        if stored is None:
+            return None
+        file, where = io.BytesIO(stored), f"{directory}: common_state"
+    try:
+        with zipfile.ZipFile(file) as archive:
+            (name,) = (n for n in archive.namelist() if n.endswith("/data.pkl"))
+            content = safe_unpickle.loads(archive.read(name), where, safe_unpickle.COMMON_NAMES)
+    except (zipfile.BadZipFile, ValueError, OSError) as error:
+        what = f"not what torch.save writes: {error}"
+        raise UserError(where, what, "copy the checkpoint again") from error
+    return content[0] if isinstance(content, list) and len(content) == 1 else content
 
 
 def architecture_of(settings: Settings, where: str) -> Architecture:

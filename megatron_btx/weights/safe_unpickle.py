@@ -109,11 +109,19 @@ COMMON_NAMES: Mapping[tuple[str, str], Any] = {
     **{("signal", name): Record for name in ("Signals", "SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2")},
     **{
         ("megatron.core.transformer.enums", name): Record
-        for name in ("AttnBackend", "AttnMaskType", "AttnType", "CudaGraphScope", "LayerType")
+        for name in (
+            *("AttnBackend", "AttnMaskType", "AttnType", "LayerType"),
+            *("CudaGraphScope", "CudaGraphModule", "InferenceCudaGraphScope"),
+        )
+    },
+    **{
+        ("megatron.core.rerun_state_machine", name): Record
+        for name in ("RerunDiagnostic", "RerunMode", "RerunState")
     },
     **{("megatron.core.enums", name): Record for name in ("Fp4Recipe", "Fp8Recipe", "ModelType")},
 }
-"""What ``common.pt`` may name: Megatron-LM keeps its arguments there."""
+"""What ``common.pt``, or the object that 0.19 stores in its place, may name: Megatron-LM keeps its
+arguments there."""
 
 
 class _ListedUnpickler(pickle.Unpickler):

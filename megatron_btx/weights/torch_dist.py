@@ -82,7 +82,7 @@ class TorchDistSource(FileSource[_Stored]):
     def __init__(self, path: Path | str) -> None:
         super().__init__()
         self.path = Path(path)
-        metadata = self._metadata()
+        metadata = read_metadata(self.path)
         self.objects: list[str] = []
         """Names of stored things that are not tensors."""
         self._archives: dict[Chunk, tuple[int, Shape]] = {}
@@ -119,17 +119,6 @@ class TorchDistSource(FileSource[_Stored]):
         offset, strides = self._archives[chunk]
         within = shifted(box, tuple(-start for start, _ in chunk.box))
         return read_box(chunk.path, offset, dtype, strides, within)
-
-    def _metadata(self) -> Any:
-        path = self.path / ".metadata"
-        if not path.is_file():
-            raise UserError(
-                str(self.path),
-                "not a Megatron torch_dist checkpoint (no .metadata)",
-                "give the directory of one saved step",
-            )
-        with path.open("rb") as file:
-            return safe_unpickle.load(file, path, safe_unpickle.METADATA_NAMES)
 
     def _fill(self, metadata: Any) -> None:
         """Join what each tensor is (``state_dict_metadata``) with where its chunks lie."""
@@ -168,6 +157,48 @@ class TorchDistSource(FileSource[_Stored]):
             if size < end:
                 what = "missing" if size < 0 else f"truncated: {size} bytes of {end}"
                 yield UserError(str(path), what, _AGAIN)
+
+
+def read_metadata(directory: Path) -> Any:
+    """``.metadata``: a :class:`~megatron_btx.weights.safe_unpickle.Record` of torch's ``Metadata``.
+
+    Raises:
+        UserError: there is none, or it is damaged, or it names what no checkpoint needs.
+    """
+    path = directory / ".metadata"
+    if not path.is_file():
+        raise UserError(
+            str(directory),
+            "not a Megatron torch_dist checkpoint (no .metadata)",
+            "give the directory of one saved step",
+        )
+    with path.open("rb") as file:
+        return safe_unpickle.load(file, path, safe_unpickle.METADATA_NAMES)
+
+
+def read_object(directory: Path, key: str) -> bytes | None:
+    """The bytes of a stored thing that is no tensor (``torch.save`` wrote them), whole: Megatron
+    calls its one shard ``KEY/shard_0_1``. ``None``: nothing of that name is stored.
+
+    Raises:
+        UserError: as :func:`read_metadata`; or the file that holds it is missing or truncated.
+    """
+    if not (directory / ".metadata").is_file():
+        return None
+    places = getattr(read_metadata(directory), "storage_data", None) or {}
+    found = [info for index, info in places.items() if index.fqn == f"{key}/shard_0_1"]
+    if not found:
+        return None
+    path = directory / Path(found[0].relative_path).name
+    content = b""
+    if path.is_file():
+        with path.open("rb") as file:
+            file.seek(found[0].offset)
+            content = file.read(found[0].length)
+    if len(content) < found[0].length:
+        what = "truncated" if path.is_file() else "missing"
+        raise UserError(str(path), f"{what}: it holds {key}", _AGAIN)
+    return content
 
 
 class _Window(io.RawIOBase):
