@@ -213,10 +213,9 @@ LAYOUTS = [
         RUN,
     ),
     Bad(
-        "context parallelism without Transformer Engine",
+        "context parallelism",
         change(FINETUNE, LAYOUT + "{context_parallel_size: 2}"),
-        ("finetune.layout.context_parallel_size", "Transformer Engine", "set it to 1"),
-        RUN,
+        ("finetune.layout.context_parallel_size", "is not supported", "set it to 1"),
     ),
     Bad(
         "more GPUs than there are",

@@ -22,7 +22,7 @@ from megatron_btx.engine.moe.router import check_config, transformer_fields
 from megatron_btx.engine.spec import block_spec
 from megatron_btx.engine.unsupported_options import TORCH_LAYERS, refusals, refuse_unfollowed
 from megatron_btx.errors import UserError
-from megatron_btx.recipe import check, count
+from megatron_btx.recipe import check_layout, count
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.schema import Layout, MegatronOptions, Precision
 
@@ -42,8 +42,8 @@ def transformer_config(
         UserError: Megatron refuses the combination, or our modules would not follow an option.
     """
     model, machine = architecture.model, platform.detect()
-    if not machine.use_transformer_engine:
-        check.refuse_context_parallel(layout)
+    for problem in check_layout.context(layout, "layout"):
+        raise UserError(*problem)
     is_moe = architecture.routing is not None
     sequence_parallel = layout.sequence_parallel
     if sequence_parallel is None:

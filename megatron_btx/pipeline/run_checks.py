@@ -84,8 +84,6 @@ def _machine(recipe: Recipe, stage: Stage, gpus: int) -> None:
             f"TP x PP x CP x DP is {stage.world_size} ranks of a GPU each; this machine has {gpus}",
             "lower it, or start the stage over several machines with `btx stage`",
         )
-    if importlib.util.find_spec("transformer_engine") is None or not gpus:
-        recipe_check.refuse_context_parallel(layout, key)
 
 
 def _space(recipe: Recipe, run_dir: Path, left: tuple[Stage, ...]) -> None:

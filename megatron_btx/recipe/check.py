@@ -1,8 +1,7 @@
 """What no single field can tell: every check for which two facts must be known together.
 
 ``problems`` looks at the recipe alone and needs no machine, so that a plan works on a login node;
-``files`` looks at the disk; ``refuse_on_gloo`` and ``refuse_context_parallel`` are asked by the
-engine, which knows the machine.
+``files`` looks at the disk; ``refuse_on_gloo`` is asked by the engine, which knows the machine.
 """
 
 from __future__ import annotations
@@ -98,20 +97,6 @@ def refuse_on_gloo(layout: Layout, key: str = "layout") -> None:
             f"EP {layout.expert_model_parallel_size} together with ETP {layout.etp} needs CUDA: "
             "gloo cannot gather the unequal numbers of tokens",
             "set it to 1 on this machine",
-        )
-
-
-def refuse_context_parallel(layout: Layout, key: str = "layout") -> None:
-    """Refuse context parallelism on a machine without Transformer Engine, whose attention it is.
-
-    Raises:
-        UserError: the layout asks for it.
-    """
-    if layout.context_parallel_size > 1:
-        raise UserError(
-            f"{key}.context_parallel_size",
-            "context parallelism needs Transformer Engine, which is not installed here",
-            "install megatron-btx[te] on a machine with CUDA, or set it to 1",
         )
 
 

@@ -26,9 +26,23 @@ def sequence_parallel(layout: Layout, *, moe: bool) -> bool:
 
 def problems(recipe: Recipe, key: str, layout: Layout, *, moe: bool) -> Iterator[Problem]:
     """Everything wrong with running the recipe's model under ``layout``."""
+    yield from context(layout, key)
     yield from _divides(recipe, key, layout, moe=moe)
     yield from _sequence(recipe, key, layout, moe=moe)
     yield from _experts(recipe, key, layout, moe=moe)
+
+
+def context(layout: Layout, key: str) -> Iterator[Problem]:
+    """Context parallelism: no machine has it here. Batches are not cut into the pieces of a
+    sequence that Transformer Engine's attention would take each rank's to be: every rank would hold
+    the whole, and its tokens attend to copies of their own future."""
+    if layout.context_parallel_size > 1:
+        yield Problem(
+            f"{key}.context_parallel_size",
+            f"is {layout.context_parallel_size}: context parallelism is not supported, also "
+            "with Transformer Engine: sequences are not divided over its ranks",
+            "set it to 1, and use tensor and pipeline parallelism for long sequences",
+        )
 
 
 def _divides(recipe: Recipe, key: str, layout: Layout, *, moe: bool) -> Iterator[Problem]:
@@ -75,7 +89,7 @@ def _divides(recipe: Recipe, key: str, layout: Layout, *, moe: bool) -> Iterator
 
 def _sequence(recipe: Recipe, key: str, layout: Layout, *, moe: bool) -> Iterator[Problem]:
     seq = recipe.model.seq_length
-    tp, cp = layout.tensor_model_parallel_size, layout.context_parallel_size
+    tp = layout.tensor_model_parallel_size
     if layout.sequence_parallel and tp == 1:
         yield Problem(
             f"{key}.sequence_parallel",
@@ -88,11 +102,10 @@ def _sequence(recipe: Recipe, key: str, layout: Layout, *, moe: bool) -> Iterato
             "is off, but Megatron trains experts under tensor parallelism only with it",
             "remove it",
         )
-    pieces = cp * (2 if cp > 1 else 1) * (tp if sequence_parallel(layout, moe=moe) else 1)
+    pieces = tp if sequence_parallel(layout, moe=moe) else 1
     if seq % pieces:
-        name = "context_parallel_size" if cp > 1 else "tensor_model_parallel_size"
         yield Problem(
-            f"{key}.{name}",
+            f"{key}.tensor_model_parallel_size",
             f"model.seq_length ({seq}) is not divisible into {pieces} pieces",
             f"use a seq_length that is a multiple of {pieces}",
         )

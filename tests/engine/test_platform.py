@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 
 from megatron_btx.engine.platform import Platform, detect
+from megatron_btx.errors import UserError
+from megatron_btx.recipe.architecture import Architecture
+from megatron_btx.recipe.schema import Layout, Model
 
 TE, APEX, TORCH = "transformer_engine", "apex", "torch"
 USED = {  # (CUDA, Transformer Engine, Apex): (layers, optimizer)
@@ -30,6 +33,22 @@ def test_every_combination() -> None:
     for (cuda, transformer_engine, apex), expected in USED.items():
         platform = Platform(cuda=cuda, transformer_engine=transformer_engine, apex=apex)
         assert (platform.layers, platform.optimizer) == expected, platform
+
+
+@pytest.mark.parametrize("there", itertools.product((False, True), repeat=3))
+def test_context_parallelism_is_refused_whatever_is_there(
+    there: tuple[bool, bool, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With Transformer Engine too: a rank's batch is the whole sequence, not its part of it."""
+    from megatron_btx.engine import model
+
+    cuda, engine, apex = there
+    machine = Platform(cuda=cuda, transformer_engine=engine, apex=apex)
+    monkeypatch.setattr(model.platform, "detect", lambda: machine)
+    shape = Model(num_layers=2, hidden_size=32, ffn_hidden_size=64, num_attention_heads=4)
+    architecture = Architecture(model=shape, vocab_size=100)
+    with pytest.raises(UserError, match=r"layout\.context_parallel_size: is 2: context"):
+        model.transformer_config(architecture, Layout(context_parallel_size=2), "fp32")
 
 
 def test_this_machine_trains_with_torch_where_it_has_no_gpu() -> None:

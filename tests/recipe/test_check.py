@@ -8,7 +8,7 @@ import pytest
 
 from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.recipe import check, upstream
-from megatron_btx.recipe.load import parse_recipe
+from megatron_btx.recipe.load import load_recipe, parse_recipe
 from megatron_btx.recipe.schema import Layout
 
 
@@ -29,14 +29,26 @@ def test_files(good: str, tmp_path: Path) -> None:
     check.files(recipe)
 
 
-def test_gloo_and_transformer_engine() -> None:
-    right = Layout(tensor_model_parallel_size=2, expert_model_parallel_size=2)
+def test_gloo() -> None:
     check.refuse_on_gloo(Layout(expert_model_parallel_size=4))
-    check.refuse_context_parallel(right)
     with pytest.raises(UserError, match="gloo"):
-        check.refuse_on_gloo(right)
-    with pytest.raises(UserError, match="Transformer Engine"):
-        check.refuse_context_parallel(Layout(context_parallel_size=2))
+        check.refuse_on_gloo(Layout(tensor_model_parallel_size=2, expert_model_parallel_size=2))
+
+
+@pytest.mark.parametrize("place", ["seed", "experts.math", "finetune", "evaluate", "training"])
+def test_context_parallelism_is_refused_everywhere(good: str, place: str, tmp_path: Path) -> None:
+    """Whatever is installed: no machine divides a sequence over ranks."""
+    block = "{layout: {context_parallel_size: 2}}"
+    for part in reversed(place.split(".")[1:]):
+        block = f"{{{part}: {block}}}"
+    (tmp_path / "base.yaml").write_text(good)
+    over = tmp_path / "over.yaml"
+    over.write_text(f"base: base.yaml\n{place.split('.')[0]}: {block}\n")
+    with pytest.raises(UserErrors) as caught:
+        load_recipe(over)
+    where = f"over.yaml:2: {place}.layout.context_parallel_size"
+    wrong = [error for error in caught.value.errors if error.where.endswith(where)]
+    assert "context parallelism is not supported" in wrong[0].what
 
 
 @pytest.mark.parametrize("block", upstream.SOURCES)
