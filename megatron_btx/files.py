@@ -11,7 +11,7 @@ import shutil
 import stat
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,6 +19,8 @@ from megatron_btx.errors import UserError
 
 JSON_LIMIT = 16 << 20
 """Bytes that a JSON file may have which describes a model or a run."""
+JOURNAL_LIMIT = 4 << 30
+"""Bytes that a journal may have: a line a step, of millions of steps."""
 _DEPTH = 64
 """Levels of lists and objects in such a file, far more than any of them has."""
 
@@ -112,6 +114,39 @@ def read_json(path: Path, limit: int = JSON_LIMIT) -> dict[str, Any]:
             (:func:`parse_json`).
     """
     return parse_json(read_bytes(path, limit), str(path))
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects in a journal, one a line; none where there is no file. A line that was cut off
+    (its writer was killed, the disk was full) is no object: it is passed over."""
+    try:
+        content = _content(path, JOURNAL_LIMIT)
+    except FileNotFoundError:
+        return []
+    lines = []
+    for text in content.decode("utf-8", errors="replace").split("\n"):
+        with suppress(ValueError, RecursionError):
+            lines.append(json.loads(text))
+    return [line for line in lines if isinstance(line, dict)]
+
+
+def append_line(path: Path, record: dict[str, Any]) -> None:
+    """Add an object to a journal, after a line that was cut off on a line of its own.
+
+    Raises:
+        OSError: it cannot be written whole, and the journal is as it was.
+    """
+    with path.open("a+b", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        start = b"" if file.read(1) in (b"", b"\n") else b"\n"
+        content = start + json.dumps(record).encode() + b"\n"
+        try:
+            while content:  # what fits comes first, and then the error
+                content = content[file.write(content) :]
+        except OSError:
+            file.truncate(size)
+            raise
 
 
 def find_json(path: Path, limit: int = JSON_LIMIT) -> dict[str, Any] | None:

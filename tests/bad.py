@@ -4,6 +4,7 @@ byte."""
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -96,3 +97,10 @@ class Commands:
         assert not re.search(r"\x1b", done.stderr)
         assert done.stdout == ""
         assert tree_hash(self.directory) == before
+
+
+def fill(place: Path) -> None:
+    """A disk, to its last byte."""
+    with contextlib.suppress(OSError), (place / "filler").open("ab", buffering=0) as filler:
+        while True:
+            filler.write(bytes(4096))

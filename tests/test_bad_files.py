@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -179,30 +179,6 @@ def test_a_tokenizer_that_is_none(small: Commands) -> None:
     edit = change("{vocab_size: 400}", "{path: data/web.jsonl}")
     words = ("data/web.jsonl", "is not a SentencePiece model", "spm_train")
     small.refuse(Bad("tokenizer", edit, words, RUN))
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
-    """Small disks of memory, mounted where a test may."""
-    mounted: list[Path] = []
-
-    def mount(options: str) -> Path:
-        path = tmp_path / f"disk{len(mounted)}"
-        path.mkdir()
-        done = subprocess.run(
-            ["mount", "-t", "tmpfs", "-o", options, "btx-test", str(path)],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode:
-            pytest.skip(f"a disk of memory cannot be mounted here: {done.stderr.strip()}")
-        mounted.append(path)
-        return path
-
-    yield mount
-    for path in mounted:
-        subprocess.run(["umount", "-l", str(path)], check=True)
 
 
 def test_the_disk_is_known_to_be_too_small(disk: Callable[[str], Path], small: Commands) -> None:

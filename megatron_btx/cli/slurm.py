@@ -176,29 +176,30 @@ def logs(options: argparse.Namespace) -> int:
 
 def _over(run_dir: Path, stage: Stage) -> bool:
     """Whether nothing more will be logged."""
-    from megatron_btx.pipeline.slurm import commands, submit
+    from megatron_btx.pipeline.slurm import commands, status
 
     if state.done(run_dir, stage) is not None:
         return True
-    job = commands.show(str(submit.jobs(run_dir).get(stage.name, {}).get("job", "0")))
-    return job is None or not job.active
+    try:
+        (row,) = status.rows(run_dir, (stage,))
+    except commands.Silent:  # it is being restarted, or busy: the ranks go on, and so does this
+        return False
+    return not row.active
 
 
 def cancel(options: argparse.Namespace) -> int:
     """``btx cancel``."""
-    from megatron_btx.pipeline.slurm import commands
+    from megatron_btx.pipeline.slurm import commands, jobs
 
     recipe, run_dir, stages = _open(options.recipe)
     wished = {graph.find(stages, name).name for name in options.stage}
-    jobs = [
-        job
-        for job in commands.queued(str(run_dir.absolute()))
-        if not wished or job.name.partition("@")[0] in wished
+    found = [
+        job for job in jobs.active(run_dir.absolute(), stages) if not wished or job.stage in wished
     ]
-    commands.cancel(job.number for job in jobs)
-    for job in jobs:
-        sys.stdout.write(f"cancelled {job.number} ({job.name.partition('@')[0]})\n")
-    if not jobs:
+    commands.cancel(job.number for job in found)
+    for job in found:
+        sys.stdout.write(f"cancelled {job.number} ({job.stage})\n")
+    if not found:
         sys.stdout.write(f"{recipe.name}: no jobs in the queue\n")
     return 0
 

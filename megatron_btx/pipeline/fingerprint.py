@@ -28,9 +28,14 @@ class Memo:
         if path is not None and path.is_file():
             try:
                 known = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError:
+            except (ValueError, RecursionError):
                 known = None  # a memo is only a memo: anything unreadable is asked again
-            self._known = known if isinstance(known, dict) else {}
+            entries = known.items() if isinstance(known, dict) else ()
+            self._known = {
+                name: entry
+                for name, entry in entries
+                if isinstance(entry, list) and len(entry) == 3
+            }
 
     def file(self, path: Path) -> str:
         """Hash (hex) of a file's size and content."""

@@ -1,33 +1,32 @@
 """What of a run is done and what is left, read from its directory alone. Imports no torch.
 
-<run_dir>/lock              held (flock) by the ``btx run`` at work; the kernel lets go of it
-                            when the process ends, however it ends
+<run_dir>/lock              held by the ``btx run`` or ``btx submit`` at work (locks.py)
 <run_dir>/<stage>/lock      held, shared, by every process of the stage's ranks
 <run_dir>/<stage>/stage.json    {"key": ...}: what the directory's content is being made for
 <run_dir>/<stage>/attempts.jsonl    one line a start
 <run_dir>/<stage>/done.json     the stage is finished, for the key in it
 <run_dir>/<stage>/stopped.json  it was stopped and has saved
 <run_dir>/<stage>/error.json    why it failed
+<run_dir>/<stage>/leave.json    asks ranks that outlived their job to save and end
 <run_dir>/old/<stage>-<key>/    what was made for another recipe, kept and brought back if asked
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import glob
-import json
 import os
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_btx.errors import UserError
-from megatron_btx.files import find_json, sweep, try_lock, write_json
+from megatron_btx.files import append_line, find_json, read_lines, write_json
 from megatron_btx.pipeline.graph import Stage
 from megatron_btx.provenance import code_revision, versions
+
+LEAVE = "leave.json"
 
 EXIT_STOPPED = 75
 """Exit code of a rank that was stopped and has saved (``EX_TEMPFAIL``)."""
@@ -165,20 +164,28 @@ def begin(directory: Path, attempt: int, world_size: int, **more: Any) -> None:
     """Note the start of an attempt, and until when the one before it was at work, and forget how
     that one ended. ``more`` goes into its line: under Slurm the job, and how far the stage had
     come."""
-    attempts = _lines(directory / "attempts.jsonl")
+    attempts = read_attempts(directory)
     if attempts:
         more["former_ended"] = _last_sign(directory, attempts[-1]["attempt"])
-    for name in ("stopped.json", "error.json", "progress.json"):
+    for name in ("stopped.json", "error.json", "progress.json", LEAVE):
         (directory / name).unlink(missing_ok=True)
     line = {"attempt": attempt, "time": time.time(), "world_size": world_size, **more}
-    with (directory / "attempts.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(line) + "\n")
+    append_line(directory / "attempts.jsonl", line)
+
+
+def read_attempts(directory: Path) -> list[dict[str, Any]]:
+    """What ``begin`` has noted of a stage, the oldest first."""
+    return [
+        line
+        for line in read_lines(directory / "attempts.jsonl")
+        if isinstance(line.get("attempt"), int) and isinstance(line.get("time"), int | float)
+    ]
 
 
 def seconds(directory: Path) -> float:
     """Wall-clock seconds spent on a stage over all its attempts; one that was killed counts until
     the last sign of it."""
-    attempts = _lines(directory / "attempts.jsonl")
+    attempts = read_attempts(directory)
     ends = [line.get("former_ended", 0.0) for line in attempts[1:]] + [time.time()]
     # The last end is one too many before the first attempt.
     spent = (end - line["time"] for line, end in zip(attempts, ends, strict=False))
@@ -205,7 +212,7 @@ def finish(directory: Path, stage: Stage, outputs: dict[str, Any]) -> None:
         "name": stage.name,
         "kind": stage.kind,
         "seconds": round(seconds(directory), 3),
-        "attempts": len(_lines(directory / "attempts.jsonl")),
+        "attempts": len(read_attempts(directory)),
         "world_size": stage.world_size,
         "num_threads": stage.num_threads,
         "finished": time.time(),
@@ -217,72 +224,5 @@ def finish(directory: Path, stage: Stage, outputs: dict[str, Any]) -> None:
     (directory / "progress.json").unlink(missing_ok=True)
 
 
-@contextlib.contextmanager
-def run_lock(run_dir: Path) -> Iterator[None]:
-    """The run directory for this process alone.
-
-    Raises:
-        UserError: another process has it; names the process.
-    """
-    with (run_dir / "lock").open("a+", encoding="utf-8") as file:
-        if not try_lock(file, fcntl.LOCK_EX):
-            file.seek(0)
-            raise UserError(
-                str(run_dir),
-                f"another btx is at work in it ({file.read().strip() or 'unknown process'})",
-                "wait for it or stop it; another recipe needs another `name:` or `run_dir:`",
-            )
-        file.truncate(0)
-        try:
-            os.write(file.fileno(), f"process {os.getpid()} on {os.uname().nodename}".encode())
-        except OSError:
-            (run_dir / "lock").unlink()  # no space for a line: leave as little as was found
-            raise
-        try:
-            yield
-        finally:
-            file.truncate(0)
-
-
-@contextlib.contextmanager
-def stage_lock(directory: Path) -> Iterator[None]:
-    """For a rank and whatever it forks: says as long as one of them lives that the stage is busy.
-    A fork shares the lock, so that a checkpoint writer outliving its rank still counts."""
-    with (directory / "lock").open("a") as file:
-        if not try_lock(file, fcntl.LOCK_SH):
-            raise UserError(str(directory), "is being written by another run", "stop that one")
-        yield
-
-
-def wait_until_idle(directory: Path, timeout: float = 20.0) -> None:
-    """Wait for what a killed run may have left behind for a moment, and clear away what it had
-    begun to write.
-
-    Raises:
-        UserError: it does not go away.
-    """
-    deadline = time.monotonic() + timeout
-    with (directory / "lock").open("a") as file:
-        while not try_lock(file, fcntl.LOCK_EX):
-            if time.monotonic() > deadline:
-                raise UserError(
-                    str(directory),
-                    "processes of another run are still at work in it",
-                    f"see who holds it with: fuser -v {directory / 'lock'}",
-                )
-            time.sleep(0.1)
-        sweep(directory)
-
-
 def _log(attempt: int) -> str:
     return f"attempt-{attempt}.log"
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(ValueError):  # the last line of a killed process
-            lines.append(json.loads(text))
-    return lines

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import json
 import os
 import sys
@@ -22,15 +21,15 @@ from typing import Any
 
 from megatron_btx.errors import UserError
 from megatron_btx.files import written
-from megatron_btx.pipeline import graph, import_checkpoint, state
+from megatron_btx.pipeline import failure, graph, import_checkpoint, locks, state, watchdog
 from megatron_btx.pipeline.graph import Stage
 from megatron_btx.pipeline.local import reaper
+from megatron_btx.pipeline.slurm import jobs
 from megatron_btx.recipe.load import load_recipe
 from megatron_btx.recipe.schema import Recipe
 
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 
 
@@ -138,7 +137,8 @@ def run_rank(recipe: Recipe, stage: Stage, run_dir: Path) -> int:
     directory = run_dir / stage.directory
     if "BTX_ATTEMPT" not in os.environ:  # started by srun or by hand, not by the local runner
         _begin_unaided(recipe, stage, run_dir, rank)
-    with state.stage_lock(directory), _rendezvous():
+    grace = recipe.slurm.signal_seconds
+    with locks.stage_lock(directory), watchdog.watching(directory, grace), _rendezvous():
         try:
             outputs = KINDS[stage.kind](recipe, stage, run_dir)
         except Exception as error:
@@ -226,34 +226,17 @@ def _begin_unaided(recipe: Recipe, stage: Stage, run_dir: Path, rank: int) -> No
     attempt = state.next_attempt(directory)
     os.environ["BTX_ATTEMPT"] = str(attempt)
     state.log_file(directory, attempt).touch()
-    state.begin(directory, attempt, stage.world_size)
+    state.begin(directory, attempt, stage.world_size, **jobs.this_job())
 
 
 def _failed(directory: Path, rank: int, error: Exception) -> int:
     """Leave ``error.json`` unless another rank was first, and the traceback in the log."""
-    if _no_space(error):
-        error = UserError(str(directory), "no space left on its disk", "free some and run again")
-    user = isinstance(error, UserError)
-    text = str(error) if user else f"{type(error).__name__}: {error}"
-    record = {"kind": "user" if user else "crash", "rank": rank, "message": text}
-    if not (directory / "error.json").exists():
-        try:
-            state.write_json(directory / "error.json", record)
-        except OSError as problem:
-            sys.stderr.write(f"{directory / 'error.json'}: {problem}\n")
-    if user:
-        sys.stderr.write(f"{text}\n")
-    else:
-        traceback.print_exception(error)
-    return 2 if user else 1
-
-
-def _no_space(error: BaseException | None) -> bool:
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in _FULL:
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+    seen = failure.leave(directory, rank, error)
+    if isinstance(seen, UserError):
+        sys.stderr.write(f"{seen}\n")
+        return 2
+    traceback.print_exception(error)
+    return 1
 
 
 def leave(code: int) -> None:

@@ -33,7 +33,7 @@ def run_left(
     Raises:
         UserError: the input is wrong, jobs are at work in the directory, or another run is.
     """
-    submit.refuse_beside_jobs(run_dir.absolute())
+    submit.refuse_beside_jobs(run_dir.absolute(), stages)
     run_checks.check(recipe, run_dir, state.left(run_dir, stages), len(runner.gpus()))
     for line in run_checks.warnings(recipe):
         sys.stderr.write(f"warning: {line}\n")

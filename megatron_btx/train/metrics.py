@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any, TextIO
 
-from megatron_btx.files import written
+from megatron_btx.files import read_lines, written
 
 
 class MetricsLog:
@@ -52,16 +52,12 @@ class MetricsLog:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The whole records of a log; none where there is no file. Ends at a line that was cut off."""
-    if not path.exists():
-        return []
-    records = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
-    return records
+    """The whole records of a log; none where there is no file."""
+    return [
+        record
+        for record in read_lines(path)
+        if isinstance(record.get("kind"), str) and isinstance(record.get("step"), int)
+    ]
 
 
 def _line(record: dict[str, Any]) -> str:

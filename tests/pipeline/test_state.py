@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from megatron_btx.pipeline import state
+from megatron_btx.pipeline.fingerprint import Memo
+from megatron_btx.pipeline.slurm import jobs
+from megatron_btx.train import metrics
+from tests.bad import fill
 
 
 @pytest.mark.parametrize("sign", ["metrics.jsonl", "progress.json", "log/attempt-1.log"])
@@ -33,3 +38,55 @@ def test_the_line_of_a_killed_process_is_left_out(tmp_path: Path) -> None:
     lines = [json.dumps({"attempt": 1, "time": time.time() - 50, "world_size": 1}), '{"att']
     (tmp_path / "attempts.jsonl").write_text("\n".join(lines))
     assert 49 < state.seconds(tmp_path) < 55
+
+
+TORN = '{"attempt": 1, "time": 100.0, "world_size": 1, "job": "7"}\n{"attempt": 2, "ti'
+"""A disk was full while the second start was noted."""
+
+
+def test_what_follows_a_torn_line_is_not_lost(tmp_path: Path) -> None:
+    journal = tmp_path / "attempts.jsonl"
+    journal.write_text(TORN)
+    state.begin(tmp_path, 3, world_size=1, job="8")
+    state.begin(tmp_path, 4, world_size=1, job="8")
+    assert [line["attempt"] for line in state.read_attempts(tmp_path)] == [1, 3, 4]
+    assert journal.read_text().startswith(TORN + "\n{")
+
+
+@pytest.mark.parametrize("line", ["[1]", "7", '{"attempt": "1", "time": 5}', '{"time": 5}', "\0\0"])
+def test_a_line_that_is_no_start_is_none(tmp_path: Path, line: str) -> None:
+    (tmp_path / "attempts.jsonl").write_text(f"{TORN}\n{line}\n")
+    assert [record["job"] for record in state.read_attempts(tmp_path)] == ["7"]
+
+
+def test_a_full_disk_leaves_a_journal_as_it_was(
+    tmp_path: Path, disk: Callable[[str], Path]
+) -> None:
+    place = disk("size=64k")
+    state.begin(place, 1, world_size=1)
+    before = (place / "attempts.jsonl").read_bytes()
+    fill(place)
+    with pytest.raises(OSError, match="No space"):
+        state.begin(place, 2, world_size=1, note="x" * 8192)
+    assert (place / "attempts.jsonl").read_bytes() == before
+
+
+def test_a_torn_last_line_of_the_metrics(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"kind": "train", "step": 1}\n{"kind": "tr\n{"kind": "train", "step": 2}\n7')
+    assert [record["step"] for record in metrics.read(path)] == [1, 2]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"seed": 5}', '{"seed": {"job": '])
+def test_a_damaged_list_of_jobs_knows_none(tmp_path: Path, content: str) -> None:
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm" / "jobs.json").write_text(content)
+    assert jobs.submitted(tmp_path) == {}
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'{"%s": 5}', b"\xff\xfe"])
+def test_a_damaged_memo_is_asked_anew(tmp_path: Path, content: bytes) -> None:
+    text, memo = tmp_path / "text", tmp_path / "fingerprints.json"
+    text.write_text("words")
+    memo.write_bytes(content.replace(b"%s", str(text).encode()))
+    assert Memo(memo).file(text) == Memo().file(text)

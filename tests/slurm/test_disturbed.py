@@ -209,7 +209,7 @@ def a_rank_killed_and_a_job_cancelled(around: Around) -> None:
 
 
 WAITS = """#!/bin/sh
-case "$*" in *pipeline.begin*) ;; *) sleep 60 ;; esac
+case "$*" in *slurm.attempt*) ;; *) sleep 60 ;; esac
 exec "$@"
 """
 """A launcher whose ranks are never there in time."""

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from megatron_btx.errors import UserError
 from megatron_btx.files import written
-from megatron_btx.pipeline import state
+from megatron_btx.pipeline import locks, state
 from megatron_btx.pipeline.graph import Stage
 from megatron_btx.pipeline.local import reaper
 from megatron_btx.pipeline.local.job import Job, Setting
@@ -79,7 +79,7 @@ def run(
         stack.callback(shutil.rmtree, scratch, ignore_errors=True)
         # Before the lock: the watcher must not share it.
         stack.enter_context(reaper.watcher(token, scratch))
-        stack.enter_context(state.run_lock(run_dir))
+        stack.enter_context(locks.run_lock(run_dir))
         undo.arm()
         undo.wanted = True  # until the first stage begins
         with written(run_dir / "recipe.yaml") as file:
@@ -220,7 +220,7 @@ class _Runner:
             self.view.note(f"{stage.name}: taken back from {run_dir / 'old'}")
             self.outcome.finished.append(stage.name)
             return
-        state.wait_until_idle(run_dir / stage.directory)
+        locks.wait_until_idle(run_dir / stage.directory)
         job = Job(stage, self.setting, self._free_gpus()[: stage.world_size])
         self.jobs.append(job)
         self.view.begin(job)

@@ -2,23 +2,27 @@
 
 Each task sees whether its node shares the run's directory. The first one makes the stage's
 directory ready and prints ``begun ATTEMPT KEY DIRECTORY`` for the batch script, attempt 0 where the
-stage is done already. With ``--probe FILE TOKEN`` it looks and does no more. Imports no torch.
+stage is done already; or ``busy``, where ranks of this very job live on, on a node that Slurm has
+lost: it is to be requeued. With ``--probe FILE TOKEN`` it looks and does no more. Imports no torch.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import socket
 import sys
+import time
+import traceback
 from pathlib import Path
-from typing import Any
 
 from megatron_btx.errors import UserError
-from megatron_btx.pipeline import graph, state
+from megatron_btx.files import write_json
+from megatron_btx.pipeline import failure, graph, locks, state
 from megatron_btx.pipeline.fingerprint import Memo
 from megatron_btx.pipeline.graph import Stage
+from megatron_btx.pipeline.slurm import jobs
+from megatron_btx.recipe import stages
 from megatron_btx.recipe.load import load_recipe
 from megatron_btx.recipe.schema import Recipe
 
@@ -27,6 +31,17 @@ TOKEN = "slurm/token"
 
 WITHOUT_PROGRESS = 3
 """Restarts without progress after which a job gives up."""
+
+_LINGERING = 60.0
+"""Seconds in which the processes of another job, which has ended, are gone."""
+_OWN_LINGERING = 10.0
+"""The same of this job's: Slurm ends them all before it starts the job again."""
+_OUTLIVED = 600.0
+"""Seconds that ranks on a lost node get to notice that they should save and end (watchdog.py)."""
+
+
+class Outlived(locks.Busy):
+    """Ranks of this job have outlived their node's loss."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -41,11 +56,30 @@ def main(arguments: list[str] | None = None) -> int:
         if "BTX_SUBMISSION" in os.environ:
             see(Path(recipe_path).parent / TOKEN, os.environ["BTX_SUBMISSION"])
         if int(os.environ.get("SLURM_PROCID", "0")) == 0:
-            attempt, key, directory = begin(load_recipe(recipe_path), name)
-            sys.stdout.write(f"begun {attempt} {key} {directory}\n")
+            return _first(load_recipe(recipe_path), name)
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
+    return 0
+
+
+def _first(recipe: Recipe, name: str) -> int:
+    try:
+        attempt, key, directory = begin(recipe, name)
+    except locks.Busy as error:  # the directory is the others': nothing is written there
+        sys.stderr.write(f"error: {error}\n")
+        if isinstance(error, Outlived) and _restarts() <= recipe.slurm.max_restarts:
+            sys.stdout.write("busy\n")
+        return 2
+    except Exception as error:
+        directory = stages.directory(Path(recipe.run_dir).absolute(), name)
+        seen = failure.leave(directory, 0, error) if directory.is_dir() else error
+        if not isinstance(seen, UserError):
+            traceback.print_exception(error)
+            return 1
+        sys.stderr.write(f"error: {seen}\n")
+        return 2
+    sys.stdout.write(f"begun {attempt} {key} {directory}\n")
     return 0
 
 
@@ -75,12 +109,14 @@ def begin(recipe: Recipe, name: str) -> tuple[int, str, Path]:
         The attempt's number (0: the stage is done), the stage's key and its directory.
 
     Raises:
+        Outlived: ranks of an earlier start of this job live on.
+        Busy: another job is at work in it.
         UserError: what it needs is not done, or it has been restarted too often.
     """
     run_dir = Path(recipe.run_dir).absolute()
-    stages = graph.with_mix(graph.build(recipe, Memo(run_dir / "fingerprints.json")))
-    stage = graph.find(stages, name)
-    by_name = {other.name: other for other in stages}
+    every = graph.with_mix(graph.build(recipe, Memo(run_dir / "fingerprints.json")))
+    stage = graph.find(every, name)
+    by_name = {other.name: other for other in every}
     needs = tuple(by_name[need] for need in stage.needs if need != "mix")
     if "BTX_STAGE_KEY" in os.environ:  # as it was submitted, whatever has changed since then
         stage = dataclasses.replace(stage, key=os.environ["BTX_STAGE_KEY"])
@@ -95,16 +131,45 @@ def begin(recipe: Recipe, name: str) -> tuple[int, str, Path]:
         names = ", ".join(need.name for need in missing)
         raise UserError(stage.name, f"needs {names} first", "submit those, too")
     directory.mkdir(parents=True, exist_ok=True)
-    state.wait_until_idle(directory, timeout=60)
+    _wait_until_idle(directory)
     state.claim(run_dir, stage)
     if state.done(run_dir, stage) is not None:  # taken back from old/
         return 0, stage.key, directory
     _limit_restarts(recipe, directory)
     attempt = state.next_attempt(directory)
     state.log_file(directory, attempt).touch()
-    slurm = {"job": os.environ.get("SLURM_JOB_ID"), "progress": progress(directory)}
-    state.begin(directory, attempt, stage.world_size, **slurm)
+    noted = jobs.this_job() | {"progress": progress(directory)}
+    state.begin(directory, attempt, stage.world_size, **noted)
     return attempt, stage.key, directory
+
+
+def _wait_until_idle(directory: Path) -> None:
+    """Wait for the processes of an earlier attempt to be gone. Where it was this same job, Slurm
+    has lost the node that they are on: they are asked to save and to end.
+
+    Raises:
+        Outlived: they are those of this job, and still there.
+        Busy: they are another job's.
+    """
+    former, job = jobs.begun(directory), os.environ.get("SLURM_JOB_ID")
+    own = job is not None and former.get("job") == job
+    try:
+        locks.wait_until_idle(directory, _OWN_LINGERING if own else _LINGERING)
+        return
+    except locks.Busy:
+        if not own:
+            who = f"job {former['job']} of {former.get('user')}" if former else "another run"
+            what = f"processes of {who} are at work in it (nodes: {former.get('nodes', '?')})"
+            fix = "wait for them or end them (`btx cancel`), and submit again"
+            raise locks.Busy(str(directory), what, fix) from None
+    nodes = former.get("nodes")
+    sys.stderr.write(f"{directory}: ranks of this job live on ({nodes}): they are asked to end\n")
+    write_json(directory / state.LEAVE, {"job": former["job"], "time": time.time()})
+    try:
+        locks.wait_until_idle(directory, _OUTLIVED)
+    except locks.Busy:
+        what = f"ranks of this job live on, on a node that Slurm has lost ({nodes})"
+        raise Outlived(str(directory), what, "have that node rebooted") from None
 
 
 def progress(directory: Path) -> str:
@@ -118,10 +183,15 @@ def _ended(run_dir: Path, stage: Stage) -> bool:
     return (run_dir / stage.directory / "done.json").exists()
 
 
+def _restarts() -> int:
+    return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+
+
 def _limit_restarts(recipe: Recipe, directory: Path) -> None:
     """Stop a job that restarts without getting on, or without end."""
-    job, restarts = os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-    starts = [line.get("progress") for line in _attempts(directory) if line.get("job") == job]
+    job, restarts = os.environ.get("SLURM_JOB_ID"), _restarts()
+    attempts = state.read_attempts(directory)
+    starts = [line.get("progress") for line in attempts if line.get("job") == job]
     now, same = progress(directory), 0
     while same < len(starts) and starts[-1 - same] == now:
         same += 1
@@ -132,16 +202,7 @@ def _limit_restarts(recipe: Recipe, directory: Path) -> None:
         what, fix = f"has been restarted {restarts - 1} times", "raise `slurm.max_restarts`"
     else:
         return
-    error = UserError(directory.name, what, f"{fix}, and submit again")
-    record = {"kind": "user", "rank": 0, "message": str(error)}
-    state.write_json(directory / "error.json", record)
-    raise error
-
-
-def _attempts(directory: Path) -> list[dict[str, Any]]:
-    path = directory / "attempts.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    raise UserError(directory.name, what, f"{fix}, and submit again")
 
 
 if __name__ == "__main__":

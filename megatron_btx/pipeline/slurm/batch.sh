@@ -3,6 +3,7 @@ set -u
 export PYTHONUNBUFFERED=1
 export SLURM_EXPORT_ENV=ALL # srun would inherit --export=NONE, and find nothing
 asked='' step=''
+started=${SLURM_RESTART_COUNT:-0}
 
 say() { printf '%(%F %T)T %s: %s\n' -1 "$stage" "$*"; }
 
@@ -18,20 +19,73 @@ pass_on() {
 trap 'pass_on USR1' USR1
 trap 'pass_on TERM' TERM
 
+# The words of a command that failed do not tell whether the controller refuses or is silent.
+answers() { scontrol ping 2>/dev/null | grep -q ' is UP'; }
+
+# Whether srun failed because the controller was away; its words are the argument.
+away() { ! answers || grep -q 'slurm controller' <<<"$1"; }
+
+restarts() {
+  scontrol -o show job "$SLURM_JOB_ID" 2>/dev/null | sed -n 's/.* Restarts=\([0-9]*\) .*/\1/p'
+}
+
+# Asks until the controller counts one restart more: one that is silent is asked again, one that was
+# killed may have forgotten what it had accepted. Then Slurm ends this script (TERM), unless it is on
+# a node that Slurm has lost. The exit code says failure, lest what waits for this job is started.
 requeue() {
+  local counted answer refused=0 over=0
   say "requeued: $1"
-  if scontrol requeue "$SLURM_JOB_ID"; then exit 0; fi
-  say "Slurm refuses to requeue it; submit again to go on"
+  while [ "$asked" != TERM ] && [ "$over" -lt 30 ]; do
+    counted=$(restarts)
+    if [ -n "$counted" ] && [ "$counted" != "$started" ]; then
+      over=$((over + 1))
+    elif answer=$(scontrol requeue "$SLURM_JOB_ID" 2>&1); then
+      refused=0
+    elif answers; then
+      refused=$((refused + 1))
+      if [ "$refused" = 3 ]; then
+        say "Slurm refuses to requeue it ($answer); submit again to go on"
+        tell "Slurm refuses to requeue it ($answer); submit again to go on"
+        break
+      fi
+    else
+      say "the controller does not answer; it is asked again until it does"
+      refused=0
+    fi
+    sleep 2
+  done
   exit 75
+}
+
+# What must reach a person where no file can be written: the job's comment.
+tell() {
+  local text=${1//[$'\n\r|']/ }
+  if [ -z "$text" ]; then return; fi
+  scontrol update job="$SLURM_JOB_ID" comment="btx: ${text:0:500}" >/dev/null 2>&1
 }
 
 # One task a node. Each must see the run's directory; the first makes the stage's ready for another
 # attempt, unless the stage is done, or has been restarted too often without getting on.
-begun=$(srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
-  --cpus-per-task=1 "${launch[@]}" "$python" -m megatron_btx.pipeline.slurm.attempt "$recipe" "$stage")
-code=$?
+begin() {
+  srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
+    --cpus-per-task=1 "${launch[@]}" \
+    "$python" -m megatron_btx.pipeline.slurm.attempt "$recipe" "$stage" 2>&1
+}
+
+while :; do
+  begun=$(begin)
+  code=$?
+  grep -v '^begun ' <<<"$begun"
+  if [ "$code" = 0 ] || [ -n "$asked" ] || ! away "$begun"; then break; fi
+  say "the controller does not answer; it is asked again until it does"
+  sleep 5
+done
 if [ "$asked" = USR1 ]; then requeue "nothing had begun"; fi
-if [ "$code" != 0 ]; then exit "$code"; fi
+if grep -q '^busy$' <<<"$begun"; then requeue "ranks live on, on a node that was lost"; fi
+if [ "$code" != 0 ]; then
+  tell "$(grep -m 1 '^error: ' <<<"$begun" | cut -c 8-)"
+  exit "$code"
+fi
 read -r _ BTX_ATTEMPT BTX_STAGE_KEY directory < <(grep '^begun ' <<<"$begun")
 if [ "$BTX_ATTEMPT" = 0 ]; then
   say "is done already"
@@ -73,6 +127,18 @@ fi
 if [ "$asked" = USR1 ] && [ ! -e "$directory/error.json" ]; then
   requeue "the ranks had nothing to save yet"
 fi
+said=$(tail -n 20 "$log")
+if [ -z "$asked" ] && [ ! -e "$directory/error.json" ] && away "$said"; then
+  requeue "the controller was away"
+fi
 say "ended without being done (srun: $code); the end of $log:"
-tail -n 20 "$log"
+printf '%s\n' "$said"
+if [ ! -e "$directory/error.json" ]; then
+  trial=$directory/.space.$$.tmp
+  head -c 1048576 /dev/zero 2>/dev/null >"$trial" || full=yes
+  rm -f "$trial"
+  if [ -n "${full:-}" ]; then
+    tell "$directory: no space left on its disk; free some and submit again"
+  fi
+fi
 exit $((code ? code : 1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 import re
 import subprocess
 from collections.abc import Iterable, Mapping
@@ -16,8 +17,12 @@ ACTIVE = frozenset(
 )
 """States of a job that is not over."""
 
+_HELD_STATES = ("REQUEUE_HOLD", "SPECIAL_EXIT")
+_HELD = re.compile(r"JobHeld|\bheld\b", re.IGNORECASE)
 _GONE = re.compile(r"Invalid job id", re.IGNORECASE)
-_FIELD = re.compile(r"(?:^| )(\w+)=(\S*)")
+_FIELD = re.compile(r"(?:^| )(\w+)=(.*?)(?= [A-Z][\w:/]*=| *$)")
+_BETWEEN = "\x1f"
+"""What separates the fields that we ask for: in no name of a job's, unlike what can be typed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,7 +32,13 @@ class Job:
     number: str
     name: str
     state: str
+    user: str = ""
     directory: str = ""
+    command: str = ""
+    """Script and arguments, as it was submitted."""
+    comment: str = ""
+    stage: str = ""
+    """Of the run that the job was found for."""
     reason: str = ""
     nodes: str = ""
     restarts: int = 0
@@ -37,6 +48,11 @@ class Job:
     def active(self) -> bool:
         """Whether it runs or will."""
         return self.state in ACTIVE
+
+    @property
+    def held(self) -> bool:
+        """Whether Slurm waits for a person to let it go."""
+        return self.state in _HELD_STATES or bool(_HELD.search(self.reason.replace("_", " ")))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,7 +104,7 @@ def call(
             "run this on a login node of the cluster; `--dry-run` and `btx run` need no Slurm",
         ) from None
     except subprocess.TimeoutExpired:
-        raise UserError(
+        raise Silent(
             command[0], "does not answer", "see `scontrol ping`, try again later"
         ) from None
     if done.returncode != 0:
@@ -113,18 +129,49 @@ def environment() -> dict[str, str]:
     }
 
 
-def queued(directory: str) -> list[Job]:
-    """This user's jobs that work in ``directory`` and are not over."""
+def queued() -> list[Job]:
+    """All jobs that are not over, of all users as far as this one may see them.
+
+    Raises:
+        Silent: the controller does not answer.
+    """
+    fields = ("%A", "%T", "%r", "%u", "%j", "%Z", "%o")
     try:
-        lines = call("squeue", "--me", "-h", "-o", "%A|%T|%j|%Z").splitlines()
+        lines = call("squeue", "-h", "-o", _BETWEEN.join(fields)).splitlines()
     except Refused as error:
         raise _silent("squeue", error) from None
     jobs = []
     for line in lines:
-        number, state, name, where = line.split("|", 3)
-        if where == directory:
-            jobs.append(Job(number=number, name=name, state=state, directory=where))
+        words = line.split(_BETWEEN)
+        if len(words) != len(fields):
+            continue  # a name with a line break is none of ours
+        number, state, reason, user, name, directory, command = words
+        jobs.append(
+            Job(
+                number=number,
+                name=name,
+                state=state,
+                reason=reason,
+                user=user,
+                directory=directory,
+                command=command,
+            )
+        )
     return jobs
+
+
+def jobs_private() -> bool:
+    """Whether a user sees nobody else's jobs (``PrivateData=jobs``).
+
+    Raises:
+        Silent: the controller does not answer.
+    """
+    try:
+        text = call("scontrol", "show", "config")
+    except Refused as error:
+        raise _silent("scontrol", error) from None
+    match = re.search(r"^PrivateData\s*=\s*(\S+)", text, re.MULTILINE)
+    return match is not None and bool({"jobs", "all"} & set(match[1].split(",")))
 
 
 def show(number: str) -> Job | None:
@@ -142,6 +189,9 @@ def show(number: str) -> Job | None:
     return Job(
         number=number,
         name=fields.get("JobName", ""),
+        user=fields.get("UserId", "").partition("(")[0],
+        comment=fields.get("Comment", ""),
+        command=fields.get("Command", ""),
         directory=fields.get("WorkDir", ""),
         state=fields.get("JobState", ""),
         reason="" if fields.get("Reason") == "None" else fields.get("Reason", ""),
@@ -153,7 +203,7 @@ def show(number: str) -> Job | None:
 
 def _accounted(number: str) -> Job | None:
     """From the accounting database, where there is one."""
-    fields = ("JobName", "State", "NodeList", "WorkDir")
+    fields = ("JobName", "State", "NodeList", "User", "Comment", "WorkDir")
     try:
         text = call("sacct", "-n", "-P", "-X", "-j", number, "-o", ",".join(fields))
     except (Refused, UserError):
@@ -162,12 +212,24 @@ def _accounted(number: str) -> Job | None:
     found = [line for line in lines if len(line) == len(fields)]
     if not found:
         return None
-    name, state, nodes, directory = found[-1]
-    if nodes == "None assigned":
-        nodes = ""
+    name, state, nodes, user, comment, directory = found[-1]
     return Job(
-        number=number, name=name, state=state.split(" ")[0], nodes=nodes, directory=directory
+        number=number,
+        name=name,
+        state=state.split(" ")[0],
+        nodes="" if nodes == "None assigned" else nodes,
+        user=user,
+        comment=comment,
+        directory=directory,
     )
+
+
+def me() -> str:
+    """This user, as Slurm names its own."""
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return str(os.getuid())
 
 
 def nodes() -> list[Nodes]:
@@ -192,6 +254,18 @@ def nodes() -> list[Nodes]:
     return found
 
 
+def check_answers() -> None:
+    """Raises:
+    Silent: the controller does not answer.
+    """
+    try:
+        text = call("scontrol", "ping")
+    except Refused as error:
+        text = str(error)
+    if " is UP" not in text:
+        raise Silent("scontrol ping", text.partition("; *")[0], "try again once it answers")
+
+
 def cancel(numbers: Iterable[str]) -> None:
     """Cancel jobs; those that are over already are none of its business."""
     numbers = list(numbers)
@@ -200,6 +274,9 @@ def cancel(numbers: Iterable[str]) -> None:
     try:
         call("scancel", *numbers)
     except Refused as error:
+        if re.search("permission denied", str(error), re.IGNORECASE):
+            fix = "ask the user whose they are (`btx status`), or an administrator"
+            raise UserError("scancel", str(error), fix) from None
         if not _GONE.search(str(error)):
             raise _silent("scancel", error) from None
 

@@ -73,20 +73,37 @@ def _misfit(
     return None
 
 
-def accepted(scripts: dict[str, str]) -> None:
-    """Ask Slurm about every script (``sbatch --test-only``).
+def accepted(scripts: dict[str, str]) -> list[str]:
+    """Ask Slurm about every script (``sbatch --test-only``). It refuses, in the same words, what no
+    node could run and what only now none can (nodes are down, drained, reserved): then sbatch is
+    asked itself, with a job that is held and cancelled at once.
+
+    Returns:
+        What it would let wait, and why.
 
     Raises:
+        Silent: the controller does not answer.
         UserErrors: all that it would refuse.
     """
-    errors = []
+    errors, notes = [], []
+    environment = commands.environment()
     for name, text in scripts.items():
         try:
-            commands.call("sbatch", "--test-only", text=text, environment=commands.environment())
+            commands.call("sbatch", "--test-only", text=text, environment=environment)
         except commands.Refused as error:
-            errors.append(UserError(f"{name}: sbatch", str(error), "change the `slurm:` block"))
+            commands.check_answers()
+            try:
+                held = commands.call(
+                    "sbatch", "--parsable", "--hold", text=text, environment=environment
+                )
+            except commands.Refused as real:
+                errors.append(UserError(f"{name}: sbatch", str(real), "change the `slurm:` block"))
+            else:
+                commands.cancel([held.strip().partition(";")[0]])
+                notes.append(f"{name}: Slurm lets it wait ({error}); see `sinfo -R`")
     if errors:
         raise UserErrors(errors)
+    return notes
 
 
 def probe(recipe: Recipe, run_dir: Path, chosen: tuple[Stage, ...], token: str) -> list[str]:
@@ -107,20 +124,37 @@ def probe(recipe: Recipe, run_dir: Path, chosen: tuple[Stage, ...], token: str) 
             for name in ("partition", "account", "qos", "constraint")
             if (value := getattr(job, name)) is not None
         }
-        if tuple(place.items()) in seen:
+        where = [f"--{name}={value}" for name, value in place.items()]
+        where += [word for word in job.sbatch or () if _says_where(word)]
+        if tuple(where) in seen:
             continue
-        seen.add(tuple(place.items()))
-        problem = _probe_one(recipe, run_dir, place, token)
+        seen.add(tuple(where))
+        problem = _probe_one(recipe, run_dir, where, token)
         if problem is not None:
             notes.append(f"{job.partition or 'the default partition'}: not probed ({problem})")
     return notes
 
 
-def _probe_one(recipe: Recipe, run_dir: Path, place: dict[str, str], token: str) -> str | None:
+_WHERE = ["exclude", "nodelist", "nodefile", "reservation", "clusters", "cluster-constraint"] + [
+    "prefer"
+]
+_WHERE_SHORT = "xwFM"
+"""Options of sbatch that say where a job runs, or whether it may: srun has them, too."""
+
+
+def _says_where(option: str) -> bool:
+    """Whether a word of ``slurm.sbatch`` is one of those. Slurm takes the beginning of a name."""
+    if not option.startswith("--"):
+        return option[1:2] in _WHERE_SHORT
+    name = option[2:].partition("=")[0]
+    return any(whole.startswith(name) for whole in _WHERE)
+
+
+def _probe_one(recipe: Recipe, run_dir: Path, where: list[str], token: str) -> str | None:
     python = recipe.slurm.python or sys.executable
     command = ["srun", "--immediate=20", "--nodes=1", "--ntasks=1", "--time=2", "--quiet"]
     command += ["--job-name=" + script.job_name(recipe, "probe"), "--chdir=/"]
-    command += [f"--{name}={value}" for name, value in place.items()]
+    command += where
     command += [*shlex.split(recipe.slurm.launch_prefix), python]
     command += [
         "-m",

@@ -3,15 +3,15 @@ accounting database; a job that Slurm has forgotten is known by its files. Impor
 
 from __future__ import annotations
 
-import contextlib
-import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_btx.pipeline import state
 from megatron_btx.pipeline.graph import Stage
 from megatron_btx.pipeline.local.progress import Standing, amount, clock
-from megatron_btx.pipeline.slurm import commands, submit
+from megatron_btx.pipeline.slurm import commands, jobs
+from megatron_btx.pipeline.slurm.cause import cause
 
 COLUMNS = ("stage", "job", "state", "nodes", "step", "loss", "tokens/s", "left", "restarts")
 
@@ -23,8 +23,8 @@ class Row:
     stage: str
     job: str = ""
     state: str = ""
-    """Slurm's word for an active job, else ``done``, ``failed``, ``stopped``, ``cancelled``,
-    ``left``."""
+    """Slurm's word for an active job, or ``held``; else ``done``, ``failed``, ``stopped``,
+    ``cancelled``, ``left``."""
     nodes: str = ""
     step: str = ""
     loss: float | None = None
@@ -48,31 +48,37 @@ class Row:
 
 
 def rows(run_dir: Path, stages: tuple[Stage, ...]) -> list[Row]:
-    """A row a stage; ``run_dir`` is absolute."""
-    known = submit.jobs(run_dir)
-    # Those whose submission was killed before it could write them down are in the queue.
-    stray = {job.name.partition("@")[0]: job.number for job in commands.queued(str(run_dir))}
-    return [
-        _row(run_dir, stage, stray.get(stage.name) or known.get(stage.name, {}).get("job"))
-        for stage in stages
-    ]
+    """A row a stage; ``run_dir`` is absolute.
+
+    Raises:
+        Silent: the controller does not answer.
+    """
+    known = jobs.submitted(run_dir)
+    # Those whose submission was killed before it could write them down, and those that were
+    # submitted by hand, are in the queue.
+    queued = {job.stage: job.number for job in jobs.active(run_dir, stages)}
+    found = []
+    for stage in stages:
+        noted = jobs.begun(run_dir / stage.directory)
+        numbers = [str(line["job"]) for line in (known.get(stage.name, {}), noted) if "job" in line]
+        latest = max(filter(str.isdecimal, numbers), key=int, default=None)
+        found.append(_row(run_dir, stage, queued.get(stage.name) or latest, noted))
+    return found
 
 
-def _row(run_dir: Path, stage: Stage, number: str | None) -> Row:
+def _row(run_dir: Path, stage: Stage, number: str | None, noted: dict[str, Any]) -> Row:
     directory = run_dir / stage.directory
     job = commands.show(number) if number else None
-    if job is not None and job.directory not in ("", str(run_dir)):
-        job = None  # Slurm counts anew: another run's job
     done = state.done(run_dir, stage) is not None
+    if job is not None and not jobs.is_of(job, run_dir, stage, noted):
+        job = None  # Slurm counts anew: another run's job
     seen = Standing(directory).read()
-    active = job is not None and job.active and not done
-    word = "done" if done else job.state.lower() if job and active else _ended(directory, job)
-    if done or word == "left":
-        note = ""
-    elif job is not None and active:
-        note = job.reason if word == "pending" else ""
+    active = job is not None and job.active and (not done or job.held)
+    word = _word(directory, job, done)
+    if job is not None and active:
+        note = _waits(job, done)
     else:
-        note = _last_words(run_dir, stage, word, job)
+        note = "" if done or word == "left" else _last_words(run_dir, stage, word, job)
     return Row(
         stage=stage.name,
         job=number or "",
@@ -86,6 +92,15 @@ def _row(run_dir: Path, stage: Stage, number: str | None) -> Row:
         active=active,
         note=note,
     )
+
+
+def _word(directory: Path, job: commands.Job | None, done: bool) -> str:
+    """Where a stage stands, in one word."""
+    if job is not None and job.active and job.held:
+        return "held"
+    if done:
+        return "done"
+    return job.state.lower() if job is not None and job.active else _ended(directory, job)
 
 
 def _left(seen: Standing, job: commands.Job) -> str:
@@ -107,17 +122,27 @@ def _ended(directory: Path, job: commands.Job | None) -> str:
 
 
 def _last_words(run_dir: Path, stage: Stage, word: str, job: commands.Job | None) -> str:
-    record = state.find_json(run_dir / stage.directory / "error.json")
-    if record is not None:
-        return str(record.get("message"))
-    if word == "cancelled" and job is not None and job.reason:
-        return "a stage that it waits for was not done" if "Depend" in job.reason else job.reason
-    log = log_file(run_dir, stage)
-    if log is None:
-        missing = "no log: do the nodes share the run's directory?"
-        return missing if word == "failed" else ""
-    lines = [line for line in tail(log, 50) if line.strip()]
-    return lines[-1] if lines else ""
+    directory = run_dir / stage.directory
+    if word == "cancelled" and job is not None and job.reason.startswith("Depend"):
+        return "a stage that it waits for was not done"
+    found = cause(directory, job, log_file(run_dir, stage))
+    if not found and word == "failed":
+        return "no log: do the nodes share the run's directory?"
+    return found
+
+
+_HELD = """\
+Slurm holds it (%s) until it is told otherwise.
+fix: mend the cause (a launch that failed is in slurmd's log on the node: ask the administrators), \
+then `scontrol release %s`; or `btx cancel`"""
+
+
+def _waits(job: commands.Job, done: bool) -> str:
+    """Why a job that is in the queue does not run."""
+    if job.held:
+        text = _HELD % (job.reason.replace("_", " ") or job.state.lower(), job.number)
+        return text if not done else f"the stage is done, its job is not. {text}"
+    return job.reason if job.state == "PENDING" else ""
 
 
 def log_file(run_dir: Path, stage: Stage) -> Path | None:
@@ -125,19 +150,10 @@ def log_file(run_dir: Path, stage: Stage) -> Path | None:
     these are newer or no rank has started."""
     attempt = state.next_attempt(run_dir / stage.directory) - 1
     ranks = state.log_file(run_dir / stage.directory, attempt)
-    record = submit.jobs(run_dir).get(stage.name)
+    record = jobs.submitted(run_dir).get(stage.name)
     batch = run_dir / "slurm" / str((record or {}).get("submission")) / f"{stage.directory}.out"
     found = [path for path in (ranks, batch) if path.is_file() and path.stat().st_size]
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
-
-
-def tail(path: Path, count: int) -> list[str]:
-    """The last lines of a file."""
-    with contextlib.suppress(OSError), path.open("rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - 300 * count))
-        return file.read().decode(errors="replace").splitlines()[-count:]
-    return []
 
 
 def table(found: list[Row]) -> str:

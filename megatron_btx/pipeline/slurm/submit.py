@@ -1,7 +1,7 @@
 """Stages as Slurm jobs: submitted all or none, written down, found again. Imports no torch.
 
 Which stages is for selection.py to say, whether the cluster would run them for preflight.py, and
-what a script says is sbatch.py's.
+what a script says is script.py's.
 
 <run_dir>/slurm/token           by which every job knows the directory it was submitted from
 <run_dir>/slurm/jobs.json       stage -> its latest job
@@ -9,8 +9,8 @@ what a script says is sbatch.py's.
 <run_dir>/slurm/submit-<n>/<stage>.out      what the batch script says, over all requeues
 
 A run directory belongs to one submission at a time. While it submits, it holds the lock that
-``btx run`` takes as well (state.py); afterwards its jobs are the lock: they work in the directory,
-and ``squeue`` tells. Neither outlives a crash.
+``btx run`` takes as well (locks.py); afterwards its jobs are the lock, whoever submitted them and
+however (jobs.py). Neither outlives a crash.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from typing import Any
 
 from megatron_btx.errors import UserError
 from megatron_btx.files import written
-from megatron_btx.pipeline import state
+from megatron_btx.pipeline import locks, state
 from megatron_btx.pipeline.graph import Stage
-from megatron_btx.pipeline.slurm import attempt, commands, preflight, script
+from megatron_btx.pipeline.slurm import attempt, commands, jobs, preflight, script
 from megatron_btx.provenance import code_revision, versions
 from megatron_btx.recipe import slurm
 from megatron_btx.recipe.load import dump
@@ -115,49 +115,36 @@ def submit(
     run_dir = run_dir.absolute()
     with contextlib.ExitStack() as stack:
         undo = stack.enter_context(_removed_unless_kept(run_dir))
-        stack.enter_context(state.run_lock(run_dir))
-        refuse_active(run_dir)
+        stack.enter_context(locks.run_lock(run_dir))
+        jobs.refuse_active(run_dir, chosen)
         preflight.fits(recipe, chosen, commands.nodes())
         token, directory = uuid.uuid4().hex, _next(run_dir)
         scripts = prepared(recipe, run_dir, chosen, directory, token)
-        preflight.accepted(scripts)
+        notes = preflight.accepted(scripts)
         directory.mkdir(parents=True)
         undo.append(directory)
         with _restored(*(run_dir / name for name in _WRITTEN)):
-            (run_dir / attempt.TOKEN).write_text(token, encoding="utf-8")
-            notes = preflight.probe(recipe, run_dir, chosen, token) if probe else []
+            with written(run_dir / attempt.TOKEN) as file:
+                file.write(token)
+            if probe:
+                notes += preflight.probe(recipe, run_dir, chosen, token)
             _keep(recipe, run_dir, directory, scripts)
-            jobs = _send(run_dir, directory, chosen)
+            numbers = _send(run_dir, directory, chosen)
         undo.clear()
-    return jobs, notes
+    return numbers, notes
 
 
-def refuse_active(run_dir: Path) -> None:
-    """That no job of this run is in the queue.
-
-    Raises:
-        UserError: some are.
-    """
-    active = commands.queued(str(run_dir))
-    if active:
-        names = ", ".join(f"{job.number} ({job.name.partition('@')[0]})" for job in active)
-        raise UserError(
-            str(run_dir),
-            f"jobs of this run are in the queue: {names}",
-            "wait for them (`btx status`), or end them first (`btx cancel`)",
-        )
-
-
-def refuse_beside_jobs(run_dir: Path) -> None:
-    """For a run on this machine: ``refuse_active``, where Slurm is there to be asked.
+def refuse_beside_jobs(run_dir: Path, stages: tuple[Stage, ...]) -> None:
+    """For a run on this machine: ``jobs.refuse_active``, where Slurm is there to be asked.
 
     Raises:
         UserError: jobs of this run are in the queue.
     """
-    if not (run_dir / "slurm" / "jobs.json").exists() or shutil.which("squeue") is None:
+    in_jobs = any(jobs.begun(run_dir / stage.directory) for stage in stages)
+    if not (in_jobs or jobs.submitted(run_dir)) or shutil.which("squeue") is None:
         return
     with contextlib.suppress(commands.Silent):
-        refuse_active(run_dir)
+        jobs.refuse_active(run_dir, stages)
 
 
 def _keep(recipe: Recipe, run_dir: Path, directory: Path, scripts: dict[str, str]) -> None:
@@ -195,7 +182,7 @@ def _keep(recipe: Recipe, run_dir: Path, directory: Path, scripts: dict[str, str
 def _send(run_dir: Path, directory: Path, chosen: tuple[Stage, ...]) -> dict[str, str]:
     """Submit the scripts in order, each after those it waits for; if one fails, none."""
     numbers: dict[str, str] = {}
-    record = jobs(run_dir)
+    record: dict[str, Any] = dict(jobs.submitted(run_dir))
     try:
         for stage in chosen:
             after = [numbers[need] for need in stage.needs if need in numbers]
@@ -215,7 +202,7 @@ def _send(run_dir: Path, directory: Path, chosen: tuple[Stage, ...]) -> dict[str
             state.write_json(directory / "jobs.json", numbers)
             state.write_json(run_dir / "slurm" / "jobs.json", record)
     except BaseException as error:
-        commands.cancel(numbers.values())
+        _take_back(run_dir, chosen, numbers)
         if isinstance(error, commands.Refused):
             where = f"{stage.name}: sbatch"
             raise UserError(where, str(error), "nothing was submitted; try again") from None
@@ -223,24 +210,52 @@ def _send(run_dir: Path, directory: Path, chosen: tuple[Stage, ...]) -> dict[str
     return numbers
 
 
-def jobs(run_dir: Path) -> dict[str, Any]:
-    """The latest job of every stage: ``{stage: {"job", "key", "submission", "after"}}``."""
-    return state.find_json(run_dir / "slurm" / "jobs.json") or {}
+def _take_back(run_dir: Path, chosen: tuple[Stage, ...], numbers: dict[str, str]) -> None:
+    """Cancel what was sent, and what Slurm took without our hearing of it: before this there was no
+    job of the run.
+
+    Raises:
+        UserError: the controller does not answer, and jobs are left.
+    """
+    try:
+        unheard = [job.number for job in jobs.active(run_dir, chosen)]
+        commands.cancel({*numbers.values(), *unheard})
+    except commands.Silent as error:
+        sent = ", ".join(f"{number} ({name})" for name, number in numbers.items()) or "perhaps one"
+        raise UserError(
+            "slurmctld",
+            f"has stopped answering ({error.what}), and jobs are left in the queue: {sent}",
+            "once it answers: `btx cancel`, then submit again",
+        ) from None
 
 
 @contextlib.contextmanager
 def _restored(*paths: Path) -> Iterator[None]:
-    """The files as they were before, if the block fails."""
-    former = {path: path.read_bytes() if path.exists() else None for path in paths}
+    """The files as they were before, if the block fails. They are kept under other names meanwhile:
+    a full disk would have no room to write them anew."""
+    former = {path: path.with_name(f".{path.name}.former.{os.getpid()}.tmp") for path in paths}
     try:
+        for path, kept in former.items():
+            if path.exists():
+                _keep_as(path, kept)
         yield
     except BaseException:
-        for path, content in former.items():
-            if content is None:
-                path.unlink(missing_ok=True)
+        for path, kept in former.items():
+            if kept.exists():
+                os.replace(kept, path)
             else:
-                path.write_bytes(content)
+                path.unlink(missing_ok=True)
         raise
+    finally:
+        for kept in former.values():
+            kept.unlink(missing_ok=True)
+
+
+def _keep_as(path: Path, kept: Path) -> None:
+    try:
+        os.link(path, kept)
+    except OSError:  # a file system without hard links
+        shutil.copy2(path, kept)
 
 
 def _file(stage: str) -> str:

@@ -1,0 +1,140 @@
+"""Which of Slurm's jobs are a run's, whoever submitted them and however. Imports no torch.
+
+* ``btx submit`` lets a job work in the run's directory (``WorkDir``), under the name of its stage.
+* A script of ``slurm/`` that was submitted by hand is known by its command: the script's name tells
+  the kind of stage, its first argument is a recipe of this run.
+* What else was begun inside a job (``salloc`` and ``srun``, a script under another name) has left
+  its number in the stage's ``attempts.jsonl``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from megatron_btx.errors import UserError
+from megatron_btx.files import find_json
+from megatron_btx.pipeline import state
+from megatron_btx.pipeline.graph import Stage
+from megatron_btx.pipeline.slurm import commands
+from megatron_btx.pipeline.slurm.commands import Job
+from megatron_btx.recipe import slurm
+from megatron_btx.recipe.load import load_recipe
+
+_SCRIPT = re.compile(rf"(?:.*/)?({'|'.join(slurm.KINDS)})\.sbatch (.+)")
+
+
+def submitted(run_dir: Path) -> dict[str, dict[str, Any]]:
+    """The latest job of every stage: ``{stage: {"job", "key", "submission", "after"}}``."""
+    content = find_json(run_dir / "slurm" / "jobs.json") or {}
+    return {name: record for name, record in content.items() if isinstance(record, dict)}
+
+
+def begun(directory: Path) -> dict[str, Any]:
+    """What the latest attempt at a stage has noted of the job that it was in; empty if of none."""
+    attempts = state.read_attempts(directory)
+    return attempts[-1] if attempts and attempts[-1].get("job") else {}
+
+
+def this_job() -> dict[str, Any]:
+    """What an attempt notes of the job that it is in; empty outside of Slurm."""
+    number = os.environ.get("SLURM_JOB_ID")
+    if number is None:
+        return {}
+    names = {"job_name": "SLURM_JOB_NAME", "user": "SLURM_JOB_USER", "nodes": "SLURM_JOB_NODELIST"}
+    noted = {key: os.environ.get(name) for key, name in names.items()}
+    return {"job": number, **noted}
+
+
+def active(run_dir: Path, stages: Iterable[Stage]) -> list[Job]:
+    """The jobs that work for a run, or will, each with its stage. ``run_dir`` is absolute.
+
+    Raises:
+        Silent: the controller does not answer.
+    """
+    noted = {stage.name: begun(run_dir / stage.directory) for stage in stages}
+    found = []
+    for job in commands.queued():
+        stage = _stage(job, run_dir, noted)
+        if stage is not None:
+            found.append(dataclasses.replace(job, stage=stage))
+    return found
+
+
+def _stage(job: Job, run_dir: Path, noted: dict[str, dict[str, Any]]) -> str | None:
+    """The stage of this run that a job is for."""
+    if job.directory == str(run_dir):
+        return job.name.partition("@")[0]
+    by_hand = _SCRIPT.fullmatch(job.command)
+    if by_hand is not None:
+        recipe, stage = by_hand[2], by_hand[1]
+        if stage == "expert":
+            recipe, _, domain = recipe.rpartition(" ")
+            stage = f"expert:{domain}"
+        if _run_dir(Path(job.directory, recipe)) == run_dir:
+            return stage
+    return next((name for name, line in noted.items() if same(job, line)), None)
+
+
+def same(job: Job, line: dict[str, Any]) -> bool:
+    """Whether an attempt was made in this job: Slurm counts anew after a loss of its state."""
+    noted = (line.get("job"), line.get("job_name"), line.get("user"))
+    return noted == (job.number, job.name, job.user)
+
+
+def is_of(job: Job, run_dir: Path, stage: Stage, noted: dict[str, Any]) -> bool:
+    """Whether a job that was found by its number is a stage's."""
+    return not job.directory or _stage(job, run_dir, {stage.name: noted}) == stage.name
+
+
+def _run_dir(recipe: Path) -> Path | None:
+    """Where the run of a recipe is, as a job that starts in ``recipe``'s directory sees it."""
+    try:
+        return Path(load_recipe(recipe).run_dir).absolute()
+    except (UserError, OSError):
+        return None
+
+
+def refuse_active(run_dir: Path, stages: Iterable[Stage]) -> None:
+    """That no job of this run is in the queue.
+
+    Raises:
+        UserError: some are, or some of another user's may be.
+        Silent: the controller does not answer.
+    """
+    found = active(run_dir, stages)
+    me = commands.me()
+    if found:
+        names = ", ".join(
+            f"{job.number} ({job.stage}{'' if job.user == me else f', of {job.user}'})"
+            for job in found
+        )
+        others = sorted({job.user for job in found} - {me})
+        who = f"; they are {' and '.join(others)}'s to end" if others else ""
+        raise UserError(
+            str(run_dir),
+            f"jobs of this run are in the queue: {names}",
+            f"wait for them (`btx status`), or end them first (`btx cancel`){who}",
+        )
+    hidden = _hidden(run_dir, me)
+    if hidden:
+        raise UserError(
+            str(run_dir),
+            f"was submitted by {hidden}, and this cluster shows nobody another user's jobs",
+            f"ask {hidden} whether any is left; if none is, remove {run_dir}/slurm/jobs.json",
+        )
+
+
+def _hidden(run_dir: Path, me: str) -> str:
+    """The user whose jobs of this run may be in the queue without our seeing them, or nothing."""
+    submissions = {str(record.get("submission")) for record in submitted(run_dir).values()}
+    for name in sorted(submissions):
+        record = find_json(run_dir / "slurm" / name / "environment.json") or {}
+        user = record.get("user")
+        if isinstance(user, str) and user != me and os.geteuid() != 0 and commands.jobs_private():
+            return user
+    return ""

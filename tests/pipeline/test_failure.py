@@ -1,0 +1,54 @@
+"""What a stage leaves that has failed."""
+
+from __future__ import annotations
+
+import errno
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_btx.errors import UserError
+from megatron_btx.pipeline import failure
+from tests.bad import fill
+
+
+def test_the_first_rank_is_the_one_that_is_heard(tmp_path: Path) -> None:
+    failure.leave(tmp_path, 3, UserError("key", "is wrong", "mend it"))
+    failure.leave(tmp_path, 0, RuntimeError("lost its peer"))
+    record = json.loads((tmp_path / "error.json").read_text())
+    assert record == {"kind": "user", "rank": 3, "message": "key: is wrong\n  fix: mend it"}
+
+
+def test_a_full_disk_is_recognised_however_deep(tmp_path: Path) -> None:
+    error = RuntimeError("a checkpoint could not be saved")
+    error.__cause__ = OSError(errno.ENOSPC, "No space left on device")
+    assert "no space left on its disk" in str(failure.leave(tmp_path, 0, error))
+    text = RuntimeError("rank 1: Traceback ...\nOSError: [Errno 28] No space left on device")
+    assert isinstance(failure.leave(tmp_path, 0, text), UserError)
+
+
+def test_torch_says_iostream_error(disk: Callable[[str], Path]) -> None:
+    """What torch raises itself on a full disk is told as what it is."""
+    place = disk("size=256k")
+    with pytest.raises(RuntimeError) as caught:
+        torch.save(torch.zeros(1 << 20), place / "model.pt")
+    fill(place)
+    seen = failure.leave(place, 0, caught.value)
+    assert isinstance(seen, UserError), caught.value
+    assert "no space left on its disk" in str(seen)
+    assert not (place / "error.json").exists()  # there was no room
+
+
+def test_torch_says_it_and_there_is_room_again(tmp_path: Path) -> None:
+    error = RuntimeError("basic_ios::clear: iostream error")
+    assert "its disk was full, or fails" in str(failure.as_seen(tmp_path, error))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_error_is_itself(tmp_path: Path) -> None:
+    error = RuntimeError("loss is NaN")
+    assert failure.leave(tmp_path, 0, error) is error
+    assert json.loads((tmp_path / "error.json").read_text())["kind"] == "crash"
