@@ -24,7 +24,7 @@ import psutil
 import torch
 
 from megatron_btx.families.export import write_hf
-from megatron_btx.mix.fresh import fresh
+from megatron_btx.mix.one_model import fresh
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.schema import Model
 

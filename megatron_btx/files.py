@@ -253,10 +253,12 @@ def _check_writable(directory: Path) -> None:
 
 
 def newest_step(directory: Path) -> Path | None:
-    """The last checkpoint (``step_XXXXXXXX``) of a stage, in its ``checkpoints/`` or in itself."""
+    """The last checkpoint (``step_XXXXXXXX``) of a stage, in its ``checkpoints/`` or in itself.
+    A link to what is no longer there is none."""
     for place in (directory / "checkpoints", directory):
-        if steps := sorted(place.glob("step_????????")):
-            return steps[-1]
+        steps = [path for path in place.glob("step_????????") if path.name[5:].isdecimal()]
+        if there := sorted(path for path in steps if path.is_dir()):
+            return there[-1]
     return None
 
 

@@ -39,8 +39,9 @@ from megatron_btx.data.tokenizer import (
     train_tokenizer,
 )
 from megatron_btx.errors import UserError, UserErrors, noted
-from megatron_btx.files import find_json, newest_step, sweep, unfinished, write_json
+from megatron_btx.files import find_json, sweep, unfinished, write_json
 from megatron_btx.recipe.schema import Domain, Recipe
+from megatron_btx.weights.find_checkpoint import find_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -231,7 +232,7 @@ def _tokenizer(
 def _seeds_tokenizer(seed: Path, given: Tokenizer | None) -> Tokenizer:
     """The tokenizer that lies beside the seed's weights, or the one given, if it fits them. The
     seed is a checkpoint of Megatron's or a Hugging Face directory."""
-    checkpoint = newest_step(seed) or seed
+    checkpoint = find_checkpoint(seed)
     theirs = None
     if (checkpoint / "tokenizer").is_dir():
         theirs = load_tokenizer(checkpoint / "tokenizer")

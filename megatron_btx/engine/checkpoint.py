@@ -217,24 +217,6 @@ def step_directory(checkpoints: Path, step: int) -> Path:
     return checkpoints / f"step_{step:08d}"
 
 
-def latest(checkpoints: Path) -> Path | None:
-    """The last whole checkpoint of a stage, or ``None``."""
-    found = sorted(checkpoints.glob("step_????????")) if checkpoints.is_dir() else []
-    return found[-1] if found else None
-
-
-def final_checkpoint(stage_directory: Path) -> Path:
-    """The checkpoint that a finished stage left.
-
-    Raises:
-        UserError: it left none.
-    """
-    found = latest(stage_directory / "checkpoints")
-    if found is None:
-        raise UserError(str(stage_directory), "has no checkpoint", "run that stage first")
-    return found
-
-
 def prune(checkpoints: Path, keep: int) -> None:
     """Delete all but the last ``keep`` checkpoints of a stage. The first rank calls it."""
     for old in sorted(checkpoints.glob("step_????????"))[:-keep]:

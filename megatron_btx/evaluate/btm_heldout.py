@@ -20,12 +20,12 @@ from megatron_btx.evaluate import btm
 from megatron_btx.evaluate.btm import Context, Method
 from megatron_btx.evaluate.heldout import Batch, HeldOut, label_log_probs
 from megatron_btx.evaluate.tfidf import DOCUMENTS, TfIdf
-from megatron_btx.mix.copy import copy
-from megatron_btx.mix.plan_of_request import open_source
+from megatron_btx.families.open import open_source
+from megatron_btx.mix.one_model import copy
 from megatron_btx.recipe import count
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.schema import Evaluate, Precision, Recipe
-from megatron_btx.recipe.stages import training
+from megatron_btx.recipe.stages import model_stage, training
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,8 +187,7 @@ def training_text(
     tokenizer = load_tokenizer(run_dir / "prepare" / "tokenizer")
     text: dict[str, list[str]] = {}
     for model in (*recipe.experts, "seed"):
-        stage = "seed" if model == "seed" else f"expert:{model}"
-        shares = count.mixture(training(recipe, stage).data)
+        shares = count.mixture(training(recipe, model_stage(model)).data)
         text[model] = [
             document
             for domain, share in shares.items()

@@ -31,8 +31,7 @@ from megatron_btx.evaluate.model_spec import Subject
 from megatron_btx.evaluate.models import opened, precision_of
 from megatron_btx.evaluate.predictor import NO_PROGRESS
 from megatron_btx.files import written
-from megatron_btx.mix.copy import copy
-from megatron_btx.mix.forced import forced
+from megatron_btx.mix.one_model import copy, forced
 from megatron_btx.recipe.schema import Layout, Precision
 from megatron_btx.weights.plan import Plan
 

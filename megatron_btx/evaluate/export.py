@@ -14,15 +14,15 @@ import torch
 from megatron_btx.data.mixture import HeldOutText, held_out
 from megatron_btx.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_btx.engine import distributed
-from megatron_btx.engine.checkpoint import final_checkpoint
 from megatron_btx.errors import UserError
 from megatron_btx.evaluate.stage import evaluate_plan
 from megatron_btx.families.export import export_hf
 from megatron_btx.families.hf_routing import Gates
 from megatron_btx.files import sync_directory
-from megatron_btx.mix.copy import copy
+from megatron_btx.mix.one_model import copy
 from megatron_btx.recipe.schema import Recipe
 from megatron_btx.recipe.stages import directory
+from megatron_btx.weights.find_checkpoint import find_checkpoint
 from megatron_btx.weights.megatron import open_megatron
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ def run(recipe: Recipe, run_dir: Path) -> dict[str, Any]:
     Raises:
         UserError: no family computes what this MoE computes, or the losses differ.
     """
-    checkpoint = final_checkpoint(directory(run_dir, "finetune"))
+    checkpoint = find_checkpoint(directory(run_dir, "finetune"))
     out = directory(run_dir, "export") / "hf"
     if not out.exists():
         _write(checkpoint, out, load_tokenizer(run_dir / "prepare" / "tokenizer"))

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_btx.errors import UserError, UserErrors
-from megatron_btx.files import named_path, newest_step
+from megatron_btx.files import named_path
 from megatron_btx.recipe.fields import PATH, within
 from megatron_btx.recipe.typed import BAD, Reader
 from megatron_btx.recipe.yaml_tree import read_tree
+from megatron_btx.weights.find_checkpoint import find_checkpoint, name_of
 
 METHODS = ("top1", "top2", "posterior")
 _FORM = """method: top2          # top1, top2 or posterior
@@ -71,25 +72,6 @@ def parse(words: list[str]) -> list[Subject]:
     return _told_apart(found)
 
 
-def find(path: str | Path) -> Path:
-    """The checkpoint that a path stands for: itself, or the last one of a stage's directory.
-
-    Raises:
-        UserError: there is none.
-    """
-    path = Path(path)
-    if (path / ".metadata").exists() or (path / "config.json").exists():
-        return path
-    if (newest := newest_step(path)) is not None:
-        return newest
-    what = "holds no checkpoint" if path.exists() else "does not exist"
-    raise UserError(
-        str(path),
-        what,
-        "give a step_XXXXXXXX directory, a stage's directory of a run, or a Hugging Face model's",
-    )
-
-
 def _parse(word: str) -> Subject:
     is_path = os.path.lexists(word)  # an `=` in a directory's name is no label
     named = None if is_path else re.fullmatch(r"([\w.+-]+)=(.+)", word)
@@ -98,16 +80,8 @@ def _parse(word: str) -> Subject:
         return _listed(name or "btm", rest.removeprefix("btm:"))
     if rest.endswith((".yaml", ".yml")):
         return _described(name or Path(rest).stem, Path(rest))
-    path = find(rest)
-    return Subject(name=name or _name_of(path), models={"model": path})
-
-
-def _name_of(path: Path) -> str:
-    """A stage's name for a step directory in it, else the directory's own."""
-    path = path.absolute()
-    if path.parent.name == "checkpoints":
-        return path.parent.parent.name
-    return path.name
+    path = find_checkpoint(rest)
+    return Subject(name=name or name_of(path), models={"model": path})
 
 
 def _listed(name: str, rest: str) -> Subject:
@@ -116,8 +90,8 @@ def _listed(name: str, rest: str) -> Subject:
     models: dict[str, Path] = {}
     for word in rest.split(","):
         label, path = named_path(word)
-        checkpoint = find(path)
-        models[label or _name_of(checkpoint)] = checkpoint
+        checkpoint = find_checkpoint(path)
+        models[label or name_of(checkpoint)] = checkpoint
     if len(models) < 2:
         raise UserError(f"btm:{rest}", "names fewer than two different models", "give two or more")
     return Subject(name=name, models=models, method="posterior")
@@ -126,7 +100,7 @@ def _listed(name: str, rest: str) -> Subject:
 def _of_run(name: str, run_dir: Path) -> Subject:
     """Experts and seed of a run, averaged as its recipe says."""
     from megatron_btx.recipe.load import load_recipe
-    from megatron_btx.recipe.stages import directory
+    from megatron_btx.recipe.stages import directory, model_stage
 
     recipe = load_recipe(run_dir / "recipe.yaml")
     if recipe.btm.select not in METHODS:
@@ -140,10 +114,10 @@ def _of_run(name: str, run_dir: Path) -> Subject:
         raise UserError(
             str(run_dir / "recipe.yaml"), f"mixes {names[0]} alone", "name the run of two or more"
         )
-    stages = {model: model if model == "seed" else f"expert:{model}" for model in names}
+    places = {model: directory(run_dir, model_stage(model)) for model in names}
     return Subject(
         name=name,
-        models={model: find(directory(run_dir, stage)) for model, stage in stages.items()},
+        models={model: find_checkpoint(place) for model, place in places.items()},
         method=recipe.btm.select,
         run_dir=run_dir,
     )
@@ -171,7 +145,7 @@ def _described(name: str, path: Path) -> Subject:
     reader.raise_errors()
     return Subject(
         name=name,
-        models={label: find(one) for label, one in given.models.items()},
+        models={label: find_checkpoint(one) for label, one in given.models.items()},
         method=given.method,
         context=given.context,
         text=given.text,

@@ -16,8 +16,8 @@ from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.evaluate.btm_heldout import training_text
 from megatron_btx.evaluate.model_spec import Subject
 from megatron_btx.evaluate.tfidf import TfIdf
-from megatron_btx.mix.copy import copy
-from megatron_btx.mix.plan_of_request import open_source
+from megatron_btx.families.open import open_source
+from megatron_btx.mix.one_model import copy
 from megatron_btx.recipe import check_layout, count
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.load import load_recipe

@@ -12,7 +12,6 @@ import torch
 from megatron_btx.data.mixture import HeldOutText, held_out
 from megatron_btx.data.tokenizer import load_tokenizer
 from megatron_btx.engine import distributed
-from megatron_btx.engine.checkpoint import final_checkpoint
 from megatron_btx.engine.initializer import initialize
 from megatron_btx.engine.model import DTYPES, build_model
 from megatron_btx.evaluate.btm_heldout import btm_heldout, training_text
@@ -20,13 +19,14 @@ from megatron_btx.evaluate.heldout import HeldOut, evaluate, text_of
 from megatron_btx.evaluate.sample_top1_mode import expert_choice
 from megatron_btx.files import find_json, write_json
 from megatron_btx.mix.average import average
-from megatron_btx.mix.copy import copy
+from megatron_btx.mix.one_model import copy
 from megatron_btx.recipe import count
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.load import digest
 from megatron_btx.recipe.schema import Evaluate, Precision, Recipe
 from megatron_btx.recipe.stages import directory, training
 from megatron_btx.recipe.systems import Row, rows
+from megatron_btx.weights.find_checkpoint import find_checkpoint
 from megatron_btx.weights.manifest import read_manifest
 from megatron_btx.weights.megatron import open_megatron
 from megatron_btx.weights.plan import Plan
@@ -112,7 +112,7 @@ def _single(
     """One model, taken from what is kept beside it where it has been evaluated on this text. All
     that its losses depend on is in the file's name; layout and micro-batches change nothing."""
     (stage,) = row.models
-    checkpoint = final_checkpoint(directory(run_dir, stage))
+    checkpoint = find_checkpoint(directory(run_dir, stage))
     key = (find_json(directory(run_dir, stage) / "stage.json") or {}).get("key")
     precision = training(recipe, stage).precision
     depends = {"stage": key, "checkpoint": checkpoint.name, "text": text, "precision": precision,
@@ -147,7 +147,7 @@ def _ensemble(recipe: Recipe, run_dir: Path, row: Row, domains: Domains) -> Meas
     """Branch-Train-Merge, of experts and seed as they are."""
     names = [stage.removeprefix("expert:") for stage in row.models]
     models = {
-        name: final_checkpoint(directory(run_dir, stage))
+        name: find_checkpoint(directory(run_dir, stage))
         for name, stage in zip(names, row.models, strict=True)
     }
     settings, precision = recipe.evaluate, training(recipe, row.models[0]).precision
@@ -180,7 +180,7 @@ def _entry(recipe: Recipe, run_dir: Path, row: Row, measured: Measured) -> dict[
     """A system's entry in ``results.json``; tokens and FLOPs by stage and in all, ``None`` where a
     stage's are not known."""
     stages = {stage: _cost(recipe, run_dir, stage) for stage in row.made_by}
-    checkpoints = [final_checkpoint(directory(run_dir, stage)) for stage in row.models]
+    checkpoints = [find_checkpoint(directory(run_dir, stage)) for stage in row.models]
     entry: dict[str, Any] = {
         "loss": measured.heldout.loss,
         "train_tokens": _sum(stage["tokens"] for stage in stages.values()),
@@ -209,7 +209,7 @@ def _cost(recipe: Recipe, run_dir: Path, stage: str) -> dict[str, int | None]:
     trained says itself how many tokens it has seen, or nobody knows: a Hugging Face model does not,
     and its conversion counts none."""
     block = training(recipe, stage)
-    architecture, manifest = read_manifest(final_checkpoint(directory(run_dir, stage)))
+    architecture, manifest = read_manifest(find_checkpoint(directory(run_dir, stage)))
     taken = block.from_ is not None
     tokens = manifest.get("tokens") or None if taken else count.trained_tokens(block, recipe.model)
     if tokens is None:

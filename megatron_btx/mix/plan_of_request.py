@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from megatron_btx.errors import UserError, UserErrors, noted
-from megatron_btx.families.hf import open_hf
-from megatron_btx.files import named_path, newest_step
+from megatron_btx.families.open import open_source
+from megatron_btx.files import named_path
 from megatron_btx.mix.average import average
 from megatron_btx.mix.compatibility import disagreements
-from megatron_btx.mix.copy import copy
 from megatron_btx.mix.edit_experts import append, drop
+from megatron_btx.mix.one_model import copy
 from megatron_btx.mix.plan_of_recipe import averaging_of, mix_plan, router_of
 from megatron_btx.mix.request import Request
 from megatron_btx.recipe.check_mix import misplaced, weights
 from megatron_btx.recipe.fields import COUNT, Range
 from megatron_btx.recipe.schema import Mix, Recipe, Routing
-from megatron_btx.weights.megatron import open_megatron
-from megatron_btx.weights.model_files import foreign
+from megatron_btx.weights.find_checkpoint import name_of
 from megatron_btx.weights.plan import Checkpoint, Plan
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
@@ -36,31 +33,13 @@ def open_sources(request: Request) -> list[Checkpoint]:
     for source in request.sources:
         label, path = named_path(source)
         with noted(errors):
-            label = label or path.resolve().name
+            label = label or name_of(path)
             models.append(open_source(path, label, request.model))
     if errors and models and request.method != "append":
         errors += disagreements(models)
     if errors:
         raise UserErrors(errors)
     return models
-
-
-def open_source(path: Path, label: str, given: Mapping[str, Any] | None = None) -> Checkpoint:
-    """A checkpoint of either format; ``given`` says what a Megatron one does not say itself."""
-    if (path / ".metadata").exists():
-        return open_megatron(path, label, given)
-    if (path / "config.json").exists():
-        return open_hf(path, label)
-    theirs = sorted(path.glob("iter_???????"))  # Megatron-LM's
-    newest = newest_step(path) or (theirs[-1] if theirs else None)
-    inside = path.is_file() and any(
-        (path.parent / n).exists() for n in (".metadata", "config.json")
-    )
-    if inside:
-        newest = path.parent
-    fix = f"give {newest}" if newest else "give a step_XXXXXXXX or a Hugging Face directory"
-    unread = UserError(str(path), "not a checkpoint (no .metadata and no config.json)", fix)
-    raise unread if newest and path.suffix != ".gguf" else foreign(path) or unread
 
 
 def plan_of(request: Request, models: list[Checkpoint]) -> Plan:

@@ -20,7 +20,7 @@ from megatron_btx.pipeline.fingerprint import Memo
 from megatron_btx.recipe import count, systems
 from megatron_btx.recipe.load import digest
 from megatron_btx.recipe.schema import Layout, Recipe, Training
-from megatron_btx.recipe.stages import Part, is_data_matched, reads, training
+from megatron_btx.recipe.stages import Part, expert_stage, is_data_matched, reads, training
 
 NEEDS: dict[str, tuple[str, ...]] = {
     "prepare": (),
@@ -142,7 +142,7 @@ def imported(recipe: Recipe, name: str) -> str | None:
 
 def _names(recipe: Recipe, kind: str) -> Iterator[str]:
     if kind == "expert":
-        yield from (f"expert:{domain}" for domain in recipe.experts)
+        yield from map(expert_stage, recipe.experts)
     else:
         yield kind
 

@@ -15,13 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from megatron_btx.errors import UserError, UserErrors, noted
-from megatron_btx.files import newest_step, unfinished
+from megatron_btx.files import unfinished
 from megatron_btx.pipeline import graph
 from megatron_btx.pipeline.graph import Stage
 from megatron_btx.provenance import code_revision
 from megatron_btx.recipe import count
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.schema import Model, Recipe
+from megatron_btx.recipe.stages import directory as stage_directory
+from megatron_btx.recipe.stages import recipe_key
+from megatron_btx.weights.find_checkpoint import find_checkpoint, is_hugging_face
 from megatron_btx.weights.manifest import MANIFEST, read_manifest
 
 _FREE = frozenset({"seq_length", "max_position_embeddings", "init_method_std"})
@@ -37,7 +40,7 @@ def check(recipe: Recipe, name: str) -> None:
     source = graph.imported(recipe, name)
     assert source is not None
     if source != "seed":
-        _read(recipe, _key(name), Path(source))
+        _read(recipe, f"{recipe_key(name)}.from", Path(source))
 
 
 def check_all(recipe: Recipe, stages: Iterable[Stage]) -> None:
@@ -53,7 +56,7 @@ def check_all(recipe: Recipe, stages: Iterable[Stage]) -> None:
         source = graph.imported(recipe, stage.name) if stage.kind == "import" else None
         if source in (None, "seed"):
             continue
-        where = _key(stage.name)
+        where = f"{recipe_key(stage.name)}.from"
         try:
             directory, manifest = _read(recipe, where, Path(str(source)))
         except UserError as error:
@@ -90,8 +93,8 @@ def link(recipe: Recipe, name: str, run_dir: Path) -> dict[str, Any]:
     source = graph.imported(recipe, name)
     assert source is not None
     origin = run_dir / "seed" if source == "seed" else Path(source)
-    directory, manifest = _read(recipe, _key(name), origin)
-    checkpoints = run_dir / name.replace(":", "-") / "checkpoints"
+    directory, manifest = _read(recipe, f"{recipe_key(name)}.from", origin)
+    checkpoints = stage_directory(run_dir, name) / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
     target = checkpoints / f"step_{int(manifest['step']):08d}"
     if is_hugging_face(directory):
@@ -107,23 +110,6 @@ def link(recipe: Recipe, name: str, run_dir: Path) -> dict[str, Any]:
     return {"checkpoint": str(target.relative_to(run_dir)), "from": str(directory)}
 
 
-def is_hugging_face(directory: Path) -> bool:
-    """Whether a checkpoint is a Hugging Face directory, and not one of Megatron's."""
-    return (directory / "config.json").is_file() and not (directory / ".metadata").exists()
-
-
-def newest_checkpoint(path: Path) -> Path:
-    """The checkpoint at ``path``: itself, or the newest under it or its ``checkpoints/``."""
-    if (path / "manifest.json").is_file() or is_hugging_face(path):
-        return path
-    return newest_step(path) or path
-
-
-def _key(name: str) -> str:
-    """The recipe's key: ``experts.math.from``."""
-    return name.replace("expert:", "experts.") + ".from"
-
-
 def _whole(directory: Path) -> None:
     """That every byte the checkpoint speaks of is there: it is opened, nothing is read."""
     from megatron_btx.weights.megatron import open_megatron  # imports torch: ranks only
@@ -133,10 +119,11 @@ def _whole(directory: Path) -> None:
 
 def _convert(directory: Path, target: Path) -> None:
     """A Hugging Face directory as Megatron's, with its tokenizer; an interrupted one goes on."""
-    from megatron_btx.mix import offline, plan_of_request
+    from megatron_btx.families.open import open_source
+    from megatron_btx.mix import offline
     from megatron_btx.mix.request import Request
 
-    model = plan_of_request.open_source(directory, "model")
+    model = open_source(directory, "model")
     dtypes = {dtype for _, dtype in model.source.tensors.values()}
     request = Request(
         sources=(f"model={directory}",),
@@ -159,7 +146,8 @@ def _tokenizer(directory: Path, manifest: dict[str, Any]) -> str:
 def _read(recipe: Recipe, where: str, path: Path) -> tuple[Path, dict[str, Any]]:
     if not path.is_dir():
         raise UserError(where, f"{path} is not a directory", "give a checkpoint's directory")
-    directory = newest_checkpoint(path)
+    with _under(where):
+        directory = find_checkpoint(path)
     there = is_hugging_face(directory)
     read = _hugging_face if there else _manifest
     architecture, manifest = read(where, directory)

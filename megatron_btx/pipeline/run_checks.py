@@ -13,6 +13,7 @@ from megatron_btx.pipeline.graph import Stage
 from megatron_btx.recipe import check as recipe_check
 from megatron_btx.recipe import plan
 from megatron_btx.recipe.schema import Recipe
+from megatron_btx.recipe.stages import recipe_key, stage_of_key
 
 _READ_AHEAD = 2 << 30
 """Bytes of users' text that are read before the run, over all files; what is behind them is read
@@ -70,12 +71,11 @@ def _machine(recipe: Recipe, stage: Stage, gpus: int) -> None:
     """That this machine can run the stage's layout: better now than after days of other stages."""
     blocks = {"evaluate": recipe.evaluate.layout}
     blocks |= {
-        key.replace("experts.", "expert:", 1): block.layout
-        for key, block in recipe_check.stages(recipe).items()
+        stage_of_key(key): block.layout for key, block in recipe_check.stages(recipe).items()
     }
     if stage.kind == "import" or stage.name not in blocks:
         return
-    key, layout = stage.name.replace("expert:", "experts.", 1) + ".layout", blocks[stage.name]
+    key, layout = recipe_key(stage.name) + ".layout", blocks[stage.name]
     if not gpus:
         recipe_check.refuse_on_gloo(layout, key)
     elif stage.world_size > gpus:

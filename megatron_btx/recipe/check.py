@@ -15,7 +15,7 @@ from megatron_btx.recipe import check_layout, check_mix, count, slurm, upstream
 from megatron_btx.recipe.check_layout import Problem
 from megatron_btx.recipe.messages import near_key, path_problem, show
 from megatron_btx.recipe.schema import Layout, Model, Recipe, Training
-from megatron_btx.recipe.stages import mismatch
+from megatron_btx.recipe.stages import expert_stage, mismatch, recipe_key
 
 RESERVED = ("seed", "dense", "upcycling", "btm", "btx", "mean", "finetune")
 """Names of systems and columns of the final table, so no names of domains or experts."""
@@ -41,7 +41,7 @@ def problems(recipe: Recipe) -> list[Problem]:
 def stages(recipe: Recipe) -> dict[str, Training]:
     """The training stages by dotted key, in the order in which they run."""
     found = {"seed": recipe.seed}
-    found |= {f"experts.{name}": expert for name, expert in recipe.experts.items()}
+    found |= {recipe_key(expert_stage(name)): expert for name, expert in recipe.experts.items()}
     found["finetune"] = recipe.finetune
     if recipe.dense is not None:
         found["dense"] = recipe.dense

@@ -10,7 +10,7 @@ from typing import Any
 from megatron_btx.recipe import check, count, memory, systems
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.schema import Recipe, Training
-from megatron_btx.recipe.stages import training
+from megatron_btx.recipe.stages import stage_of_key, training
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +59,7 @@ class Plan:
 def plan(recipe: Recipe) -> Plan:
     """The numbers of a recipe; pure arithmetic."""
     taking_part = systems.kinds(recipe)
-    names = [key.replace("experts.", "expert:", 1) for key in check.stages(recipe)]
+    names = [stage_of_key(key) for key in check.stages(recipe)]
     names = [name for name in names if name.partition(":")[0] in taking_part]
     stages = tuple(_stage(recipe, name) for name in names)
     made_by = systems.rows(recipe)[-1].made_by

@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_btx.recipe.check_layout import Problem
 from megatron_btx.recipe.schema import Recipe, SlurmJob
+from megatron_btx.recipe.stages import expert_stage, recipe_key
 
 KINDS = ("prepare", "seed", "expert", "mix", "finetune", "dense", "evaluate", "export", "report")
 ON_GPUS = ("seed", "expert", "finetune", "dense", "evaluate")
@@ -102,7 +103,7 @@ def problems(recipe: Recipe) -> Iterator[Problem]:
         key = f"slurm.stages.{name}"
         kind, _, domain = name.partition(":")
         if kind not in KINDS or (domain and (kind != "expert" or domain not in recipe.experts)):
-            known = ", ".join([*KINDS, *(f"expert:{expert}" for expert in recipe.experts)])
+            known = ", ".join([*KINDS, *map(expert_stage, recipe.experts)])
             yield Problem(key, "is no stage of this recipe", f"known: {known}")
         yield from _job(key, job)
     for index, module in enumerate(slurm.modules):
@@ -203,7 +204,7 @@ def secret(name: str, value: str) -> bool:
 def _shapes(recipe: Recipe) -> Iterator[Problem]:
     layouts = {
         "seed": recipe.seed.layout,
-        **{f"expert:{name}": block.layout for name, block in recipe.experts.items()},
+        **{expert_stage(name): block.layout for name, block in recipe.experts.items()},
         "finetune": recipe.finetune.layout,
         "evaluate": recipe.evaluate.layout,
     }
@@ -214,6 +215,6 @@ def _shapes(recipe: Recipe) -> Iterator[Problem]:
         try:
             shape(job, layout.world_size, layout.num_threads)
         except ValueError as error:
-            key = name.replace("expert:", "experts.", 1)
+            key = recipe_key(name)
             fix = "change the layout, `gpus_per_node` or `nodes`"
             yield Problem(f"{key}.layout", str(error), fix)

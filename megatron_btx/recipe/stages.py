@@ -53,7 +53,7 @@ def reads(recipe: Recipe, name: str) -> tuple[tuple[Part, ...], ...]:
     if not is_data_matched(recipe, name):
         return ((Part(stage=name, block=training(recipe, name)),),)
     experts = tuple(
-        Part(stage=f"expert:{domain}", block=block)
+        Part(stage=expert_stage(domain), block=block)
         for domain, block in recipe.experts.items()
         if block.tokens
     )
@@ -110,6 +110,28 @@ def _flops_per_step(recipe: Recipe) -> int:
     return tokens * count.training_flops_per_token(mixed, recipe.finetune.freeze_experts)
 
 
+def expert_stage(domain: str) -> str:
+    """The name of an expert's stage."""
+    return f"expert:{domain}"
+
+
+def model_stage(model: str) -> str:
+    """The stage that trains a model of the mix: an expert by its domain's name, or ``seed``."""
+    return model if model == "seed" else expert_stage(model)
+
+
+def recipe_key(stage: str) -> str:
+    """The key of a stage's block in a recipe: ``expert:math`` is ``experts.math``."""
+    kind, colon, domain = stage.partition(":")
+    return f"experts.{domain}" if colon and kind == "expert" else stage
+
+
+def stage_of_key(key: str) -> str:
+    """The stage of a recipe's block: the inverse of :func:`recipe_key`."""
+    block, dot, domain = key.partition(".")
+    return expert_stage(domain) if dot and block == "experts" else key
+
+
 def directory(run_dir: Path, name: str) -> Path:
     """Where a stage writes."""
     return run_dir / name.replace(":", "-")
@@ -120,7 +142,7 @@ def _block(recipe: Recipe, name: str) -> Training:
     blocks = {
         "seed": recipe.seed,
         "finetune": recipe.finetune,
-        **{f"expert:{domain}": block for domain, block in recipe.experts.items()},
+        **{expert_stage(domain): block for domain, block in recipe.experts.items()},
     }
     if recipe.dense is not None:
         blocks["dense"] = recipe.dense

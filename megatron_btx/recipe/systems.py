@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_btx.recipe.schema import Recipe
+from megatron_btx.recipe.stages import expert_stage
 
 SYSTEMS: dict[str, tuple[str, ...]] = {
     "seed": ("prepare", "seed", "evaluate", "report"),
@@ -46,7 +47,7 @@ def rows(recipe: Recipe) -> tuple[Row, ...]:
     experts: tuple[str, ...] = ()
     found = [Row(name="seed", models=("seed",), made_by=("seed",))]
     if "expert" in taking_part:
-        experts = tuple(f"expert:{domain}" for domain in recipe.experts)
+        experts = tuple(map(expert_stage, recipe.experts))
         found += [Row(name=name, models=(name,), made_by=(name,)) for name in experts]
     if "dense" in taking_part:
         found.append(Row(name="dense", models=("dense",), made_by=("dense",)))

@@ -22,6 +22,7 @@ from megatron_btx.recipe.systems import SYSTEMS, Row, rows
 from megatron_btx.recipe.yaml_tree import read_tree
 from megatron_btx.report import comparison
 from megatron_btx.report.comparison import Run
+from megatron_btx.weights.find_checkpoint import find_checkpoint
 
 
 def recipe_files(given: Sequence[Path]) -> list[Path]:
@@ -136,7 +137,7 @@ def _score(run: Run, row: Row, tasks: list[dict[str, Any]]) -> dict[str, Any]:
     if len(row.models) > 1:
         (one,) = model_spec.parse([f"btm:{run.run_dir}"])
     else:
-        place = model_spec.find(directory(run.run_dir, row.models[0]))
+        place = find_checkpoint(directory(run.run_dir, row.models[0]))
         one = Subject(name="model", models={"model": place})
     layout = Layout(num_threads=eval_ranks.threads(1))
     predictor = {"precision": None, "micro_batch_size": 8, "tokenizer": None}

@@ -12,8 +12,6 @@ from megatron_btx.data.tokenizer import load_tokenizer
 from megatron_btx.engine import distributed
 from megatron_btx.engine.checkpoint import (
     TrainingState,
-    final_checkpoint,
-    latest,
     load,
     manifest_of,
 )
@@ -32,19 +30,20 @@ from megatron_btx.engine.optimizer import (
     optimizer_config,
 )
 from megatron_btx.errors import UserError, UserErrors
-from megatron_btx.files import write_json
-from megatron_btx.mix.copy import copy
-from megatron_btx.mix.fresh import fresh
+from megatron_btx.files import newest_step, write_json
+from megatron_btx.mix.one_model import copy, fresh
 from megatron_btx.provenance import code_revision, versions
 from megatron_btx.recipe import check, count
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.schema import Recipe, Training
 from megatron_btx.recipe.stages import directory as stage_directory
+from megatron_btx.recipe.stages import model_stage
 from megatron_btx.recipe.stages import training as stage_training
 from megatron_btx.train import signals
 from megatron_btx.train.callbacks import Callback, Checkpoints, CheckReplicas, HeldOutLoss, Log
 from megatron_btx.train.loop import Run, train
 from megatron_btx.train.tracking import Tracker
+from megatron_btx.weights.find_checkpoint import find_checkpoint
 from megatron_btx.weights.manifest import read_manifest
 from megatron_btx.weights.megatron import open_megatron
 from megatron_btx.weights.plan import Plan
@@ -81,7 +80,7 @@ def _begin(
     directory = stage_directory(run_dir, name)
     checkpoints = directory / "checkpoints"
     steps = count.steps(training, recipe.model)
-    resumed, manifest = latest(checkpoints), None
+    resumed, manifest = newest_step(checkpoints), None
     if resumed is not None:
         architecture, manifest = read_manifest(resumed)
         plan = None
@@ -140,8 +139,8 @@ def starting_point(recipe: Recipe, name: str, training: Training, run_dir: Path)
         architecture = Architecture(model=recipe.model, vocab_size=tokenizer.vocab_size)
         return fresh(architecture, seed=recipe.random_seed, dtype=dtype)
     if name == "finetune":
-        stages = ("seed" if model == "seed" else f"expert:{model}" for model in recipe.model_names)
-        models = [final_checkpoint(stage_directory(run_dir, stage)) for stage in stages]
+        stages = map(model_stage, recipe.model_names)
+        models = [find_checkpoint(stage_directory(run_dir, stage)) for stage in stages]
         return btx_plan(
             zip(recipe.model_names, models, strict=True),
             mix=recipe.mix,
@@ -149,7 +148,7 @@ def starting_point(recipe: Recipe, name: str, training: Training, run_dir: Path)
             precision=training.precision,
             random_seed=recipe.random_seed,
         )
-    seed = final_checkpoint(stage_directory(run_dir, "seed"))
+    seed = find_checkpoint(stage_directory(run_dir, "seed"))
     return copy(open_megatron(seed, "seed"), dtype=dtype)
 
 

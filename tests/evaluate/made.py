@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_btx.data.tokenizer import SentencePiece, train_tokenizer
 from megatron_btx.families.export import write_hf
 from megatron_btx.mix.btx import btx
-from megatron_btx.mix.copy import copy
+from megatron_btx.mix.one_model import copy
 from megatron_btx.mix.router import RouterInit
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.schema import Model, Routing

@@ -122,7 +122,7 @@ def evaluate(model: Path, layout: Layout, text: Any, micro_batch_size: int) -> A
     from megatron_btx.engine import distributed
     from megatron_btx.evaluate import heldout
     from megatron_btx.evaluate.models import load
-    from megatron_btx.mix.plan_of_request import open_source
+    from megatron_btx.families.open import open_source
 
     distributed.initialize(layout, 0)
     live = load(open_source(model, "model"), layout, "fp32")

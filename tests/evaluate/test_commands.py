@@ -13,10 +13,11 @@ import torch
 
 from megatron_btx.cli.main import main
 from megatron_btx.errors import UserError
-from megatron_btx.evaluate.model_spec import Subject, find, parse
+from megatron_btx.evaluate.model_spec import Subject, parse
 from megatron_btx.evaluate.models import load, opened
 from megatron_btx.recipe.schema import Layout, Routing
 from megatron_btx.report import routing, text_tables
+from megatron_btx.weights.find_checkpoint import find_checkpoint
 from tests.evaluate import made, ranks_side
 from tests.ranks import Ranks
 from tests.report.made import make_run
@@ -181,7 +182,7 @@ def test_a_stage_stands_for_its_last_checkpoint(tmp_path: Path) -> None:
         last = tmp_path / "finetune" / "checkpoints" / f"step_{step:08d}"
         last.mkdir(parents=True)
         (last / ".metadata").touch()
-    assert find(tmp_path / "finetune") == last
+    assert find_checkpoint(tmp_path / "finetune") == last
     assert parse([str(last)])[0].name == "finetune"
 
 

@@ -50,7 +50,7 @@ def changed_logits(
     from megatron_btx.engine import distributed
     from megatron_btx.engine.initializer import initialize
     from megatron_btx.engine.model import build_model
-    from megatron_btx.mix.copy import copy
+    from megatron_btx.mix.one_model import copy
     from megatron_btx.weights.megatron import open_megatron
 
     distributed.initialize(Layout(), 0)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_btx.errors import UserError
 from megatron_btx.families import open_hf
-from megatron_btx.mix.plan_of_request import open_source
+from megatron_btx.families.open import open_source
 from megatron_btx.weights.model_files import INDEX, MODEL, foreign, weight_files
 from megatron_btx.weights.source import read_whole
 from tests.families.made import make

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from megatron_btx.errors import UserError
 from megatron_btx.families import open_hf
 from megatron_btx.families.export import write_hf
-from megatron_btx.mix.copy import copy
+from megatron_btx.mix.one_model import copy
 from megatron_btx.weights.source import read_whole
 from tests.families.made import LLAMA3, make
 

@@ -10,7 +10,7 @@ import torch
 
 from megatron_btx.cli import mix
 from megatron_btx.families.export import write_hf
-from megatron_btx.mix.copy import copy
+from megatron_btx.mix.one_model import copy
 from megatron_btx.weights.write_torch_dist import write_torch_dist
 from tests.weights.test_directories import manifest
 

@@ -14,8 +14,7 @@ from megatron_btx.evaluate.model_spec import parse
 from megatron_btx.evaluate.packed_text import PackedText
 from megatron_btx.families import open_hf
 from megatron_btx.families.export import write_hf
-from megatron_btx.mix.copy import copy
-from megatron_btx.mix.forced import forced
+from megatron_btx.mix.one_model import copy, forced
 from megatron_btx.recipe.schema import Layout
 from tests.engine.test_layouts import PP2, TP2
 from tests.evaluate.made import TEXTS, moe, random_model, tokenizer, write

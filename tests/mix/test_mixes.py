@@ -10,8 +10,8 @@ import torch
 from megatron_btx.errors import UserError
 from megatron_btx.mix.average import Averaging, Dare, average
 from megatron_btx.mix.btx import btx
-from megatron_btx.mix.copy import copy
 from megatron_btx.mix.edit_experts import append, drop
+from megatron_btx.mix.one_model import copy
 from megatron_btx.mix.router import RouterInit
 from megatron_btx.mix.split import blend, split
 from megatron_btx.mix.upcycle import upcycle

@@ -14,7 +14,6 @@ import torch
 
 from megatron_btx.cli.main import main
 from megatron_btx.data.mixture import Stream, stage_stream
-from megatron_btx.engine.checkpoint import final_checkpoint
 from megatron_btx.errors import UserError
 from megatron_btx.evaluate import model_spec
 from megatron_btx.families.export import export_hf
@@ -25,6 +24,7 @@ from megatron_btx.recipe.load import load_recipe
 from megatron_btx.recipe.stages import btx_flops, training
 from megatron_btx.report import comparison, comparison_page
 from megatron_btx.report.comparison import Run
+from megatron_btx.weights.find_checkpoint import find_checkpoint
 from megatron_btx.weights.megatron import open_megatron
 from megatron_btx.weights.source import read_whole
 from tests.ranks import Ranks
@@ -173,7 +173,7 @@ def test_what_is_taken_says_what_it_was_trained_on(
     """Its manifest does; a Hugging Face model does not, so of it and of what is made of it nothing
     is claimed; an expert of no tokens is the seed."""
     shared = systems["btx_top2"]
-    export_hf(final_checkpoint(shared.run_dir / "expert-web"), tmp_path / "hf")
+    export_hf(find_checkpoint(shared.run_dir / "expert-web"), tmp_path / "hf")
     file = tmp_path / "recipe.yaml"
     base, math = shared.run_dir.parents[1] / "base.yaml", shared.run_dir / "expert-math"
     run_dir = tmp_path / "run"
@@ -213,21 +213,21 @@ def test_an_evaluation_names_how_experts_are_taken(systems: Systems) -> None:
 def test_frozen_experts_stay_as_they_are(systems: Systems) -> None:
     """To the bit, weight decay included; all else has learned."""
     run = systems["btx_frozen"]
-    mixed = open_megatron(final_checkpoint(run.run_dir / "finetune"), "mixed").source
+    mixed = open_megatron(find_checkpoint(run.run_dir / "finetune"), "mixed").source
     models = [*run.recipe.experts, "seed"]
     for expert, model in enumerate(models):
         directory = run.run_dir / ("seed" if model == "seed" else f"expert-{model}")
-        dense = open_megatron(final_checkpoint(directory), model).source
+        dense = open_megatron(find_checkpoint(directory), model).source
         for layer in range(run.recipe.model.num_layers):
             for matrix in ("linear_fc1", "linear_fc2"):
                 there = f"decoder.layers.{layer}.mlp.experts.{expert}.{matrix}.weight"
                 here = f"decoder.layers.{layer}.mlp.{matrix}.weight"
                 assert torch.equal(read_whole(mixed, there), read_whole(dense, here))
-    free = open_megatron(final_checkpoint(systems["btx_no_balance"].run_dir / "finetune"), "free")
+    free = open_megatron(find_checkpoint(systems["btx_no_balance"].run_dir / "finetune"), "free")
     name = "decoder.layers.0.mlp.experts.0.linear_fc1.weight"
     assert not torch.equal(read_whole(mixed, name), read_whole(free.source, name))
     proj = "decoder.layers.0.self_attention.linear_proj.weight"
-    seed = open_megatron(final_checkpoint(run.run_dir / "seed"), "seed").source
+    seed = open_megatron(find_checkpoint(run.run_dir / "seed"), "seed").source
     assert not torch.equal(read_whole(mixed, proj), read_whole(seed, proj))
 
 

@@ -28,9 +28,10 @@ def run(
     ``stop_at``: rank 0 sends itself SIGTERM during that step.
     """
     from megatron_btx.engine import distributed
-    from megatron_btx.engine.checkpoint import TrainingState, latest, load, manifest_of
+    from megatron_btx.engine.checkpoint import TrainingState, load, manifest_of
     from megatron_btx.engine.model import build_model, wrap_ddp
     from megatron_btx.engine.optimizer import build_optimizer, build_schedule
+    from megatron_btx.files import newest_step
     from megatron_btx.recipe.schema import Recipe, WandB
     from megatron_btx.train import signals
     from megatron_btx.train.callbacks import Checkpoints, CheckReplicas, Log
@@ -61,7 +62,7 @@ def run(
     ddp = wrap_ddp(model, use_distributed_optimizer=case.use_distributed_optimizer)
     optimizer = build_optimizer(ddp, training)
     schedule = build_schedule(optimizer, training, total_steps)
-    step, resumed = 0, latest(where / "checkpoints")
+    step, resumed = 0, newest_step(where / "checkpoints")
     if resumed is not None:
         manifest = read_manifest(resumed)[1]
         step = manifest["step"]

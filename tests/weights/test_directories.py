@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from megatron_btx.errors import UserError
 from megatron_btx.families.export import write_hf
-from megatron_btx.mix.copy import copy
+from megatron_btx.mix.one_model import copy
 from megatron_btx.weights.directory import Piece, write_directory
 from megatron_btx.weights.execute import Execution
 from megatron_btx.weights.megatron import open_megatron

@@ -14,7 +14,7 @@ from megatron.core.enums import ModelType
 from megatron.core.transformer.enums import AttnBackend
 
 from megatron_btx.errors import UserError
-from megatron_btx.mix.copy import copy
+from megatron_btx.mix.one_model import copy
 from megatron_btx.recipe.schema import Routing
 from megatron_btx.weights.megatron import open_megatron
 from megatron_btx.weights.source import read_whole

@@ -39,11 +39,12 @@ def main() -> int:
 
 
 def _print(source: Path, tp: int) -> None:
-    from megatron_btx.mix.plan_of_request import open_source
+    from megatron_btx.families.open import open_source
 
     checkpoint = open_source(source, "model")
     words = [f"--{name} {value}".rstrip() for name, value in arguments(checkpoint, tp)]
-    step = shlex.quote(str(source.resolve()))
+    assert checkpoint.path is not None
+    step = shlex.quote(str(checkpoint.path.resolve()))
     sys.stdout.write(
         "# Megatron-LM looks for a directory of a fixed name below --load:\n"
         f"#   mkdir load && ln -s {step} load/release\n"

@@ -1,0 +1,75 @@
+"""One rule for which checkpoint a path stands for, wherever one is taken."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from megatron_btx.errors import UserError
+from megatron_btx.recipe.stages import model_stage, recipe_key, stage_of_key
+from megatron_btx.weights.find_checkpoint import find_checkpoint, is_hugging_face, name_of
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """A run whose seed is at step 12, with an older step and what a killed rank left."""
+    for name in ("step_00000003", "step_00000012", "step_00000020.partial", "step_0000002x"):
+        path = tmp_path / "run" / "seed" / "checkpoints" / name
+        path.mkdir(parents=True)
+        (path / ".metadata").touch()
+    (tmp_path / "run" / "prepare").mkdir()
+    (tmp_path / "run" / "recipe.yaml").touch()
+    return tmp_path / "run"
+
+
+def test_a_step_a_stage_and_a_hugging_face_directory(run_dir: Path, tmp_path: Path) -> None:
+    steps = run_dir / "seed" / "checkpoints"
+    assert find_checkpoint(steps / "step_00000003") == steps / "step_00000003"
+    assert find_checkpoint(run_dir / "seed") == steps / "step_00000012"
+    assert find_checkpoint(steps) == steps / "step_00000012"
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").touch()
+    assert find_checkpoint(str(tmp_path / "hf")) == tmp_path / "hf"
+    assert is_hugging_face(tmp_path / "hf")
+    assert not is_hugging_face(steps / "step_00000003")
+
+
+def test_a_run_says_which_stages_it_holds(run_dir: Path) -> None:
+    (run_dir / "finetune" / "checkpoints" / "step_00000002").mkdir(parents=True)
+    (run_dir / "export" / "hf").mkdir(parents=True)
+    (run_dir / "export" / "hf" / "config.json").touch()
+    with pytest.raises(UserError, match="checkpoints are in finetune, seed, export/hf") as found:
+        find_checkpoint(run_dir)
+    assert str(run_dir / "export" / "hf") in found.value.fix
+
+
+def test_what_is_none_is_named(run_dir: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        find_checkpoint(tmp_path / "none")
+    with pytest.raises(UserError, match="not a checkpoint"):
+        find_checkpoint(run_dir / "prepare")
+    with pytest.raises(UserError, match="Hugging Face Hub"):
+        find_checkpoint("meta-llama/Llama-3.1-8B")
+    (run_dir / "prepare" / "done.json").touch()
+    with pytest.raises(UserError, match="holds no checkpoint any more") as found:
+        find_checkpoint(run_dir / "prepare")
+    assert str(run_dir / "prepare" / "done.json") in found.value.fix
+    (tmp_path / "lm" / "iter_0000010").mkdir(parents=True)
+    with pytest.raises(UserError) as found:
+        find_checkpoint(tmp_path / "lm")
+    assert found.value.fix == f"give {tmp_path / 'lm' / 'iter_0000010'}"
+
+
+def test_names_of_models_that_nobody_has_named(run_dir: Path) -> None:
+    """Steps of equal length in two stages are two names."""
+    assert name_of(run_dir / "seed" / "checkpoints" / "step_00000003") == "seed"
+    assert name_of(run_dir / "seed") == "seed"
+
+
+def test_a_stage_and_its_key_in_a_recipe() -> None:
+    pairs = {"expert:math": "experts.math", "seed": "seed", "expert:a.b": "experts.a.b"}
+    for stage, key in pairs.items():
+        assert recipe_key(stage) == key
+        assert stage_of_key(key) == stage
+    assert [model_stage(model) for model in ("seed", "math")] == ["seed", "expert:math"]
