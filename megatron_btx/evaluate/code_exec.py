@@ -7,18 +7,23 @@ from __future__ import annotations
 
 import contextlib
 import os
-import resource
-import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+from megatron_btx.errors import UserError
 
 SECONDS = 10.0
 """That a program may run."""
 _MEMORY = 2 << 30
 _FILE = 1 << 20
+_GRACE = 30.0
+"""Seconds for the supervisor to start Python and to end what a program has started."""
+
+_SUPERVISOR = str(Path(__file__).with_name("code_supervisor.py"))
 
 
 def boxed_answer(item: Mapping[str, Any]) -> str:
@@ -60,43 +65,43 @@ def mbpp_pass(item: Mapping[str, Any], results: Sequence[str]) -> dict[str, floa
 
 
 def passes(program: str, seconds: float = SECONDS) -> bool:
-    """Whether a Python program ends well within ``seconds``.
+    """Whether a Python program runs to its last line and ends well, within ``seconds``.
 
     It runs in a process and an empty directory of its own, without our environment, with limits on
-    time, memory and the size of files. That keeps a careless program from doing harm, not a
-    malicious one: run what you do not trust in a container without a network. On a job's other
-    ranks nothing is run; the first one's results count.
+    time, memory and the size of files; one that exits before its last line has failed. What it has
+    started ends with it (:mod:`megatron_btx.evaluate.code_supervisor`). That keeps a careless
+    program from doing harm, not a malicious one: run what you do not trust in a container without
+    a network. On a job's other ranks nothing is run; the first one's results count.
+
+    Raises:
+        UserError: this is not Linux.
     """
+    if not sys.platform.startswith("linux"):
+        fix = "run it on Linux, or without the tasks that are scored by running programs"
+        raise UserError("--allow-code-execution", "needs Linux's process control", fix)
     if os.environ.get("RANK", "0") != "0":
         return False
     with tempfile.TemporaryDirectory(prefix="btx-code-", ignore_cleanup_errors=True) as directory:
+        path = Path(directory, "program.py")
+        path.write_text(program, encoding="utf-8", errors="surrogatepass")
+        limits = [str(limit) for limit in (seconds, _MEMORY, _FILE)]
         process = subprocess.Popen(
-            [sys.executable, "-I", "-c", program],
+            [sys.executable, "-I", _SUPERVISOR, str(path), *limits],
             cwd=directory,
             env={"PATH": "", "HOME": directory, "TMPDIR": directory},
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,  # which it watches: it ends with us
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             start_new_session=True,
-            preexec_fn=lambda: _limit(seconds),
         )
         try:
-            return process.wait(seconds) == 0
+            return process.wait(seconds + _GRACE) == 0
         except subprocess.TimeoutExpired:
             return False
         finally:
-            with contextlib.suppress(ProcessLookupError):  # and what it has started
-                os.killpg(process.pid, signal.SIGKILL)
+            assert process.stdin is not None
+            process.stdin.close()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_GRACE)
+            process.kill()
             process.wait()
-
-
-def _limit(seconds: float) -> None:
-    """What the program may take, set in its process before it begins."""
-    for what, most in (
-        (resource.RLIMIT_CPU, int(seconds) + 1),
-        (resource.RLIMIT_AS, _MEMORY),
-        (resource.RLIMIT_FSIZE, _FILE),
-        (resource.RLIMIT_CORE, 0),
-    ):
-        with contextlib.suppress(ValueError, OSError):  # a lower limit is set already
-            resource.setrlimit(what, (most, most))

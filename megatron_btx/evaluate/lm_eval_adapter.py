@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from lm_eval.api.instance import Instance
@@ -28,6 +29,16 @@ class Harness(TemplateLM):
         self._predictor, self._progress = predictor, progress
         self.cut = 0
         """Contexts that were too long and lost their beginning."""
+        self.failed = False
+        """Whether the model raised an error, and not what a task made of its answers."""
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception:
+            self.failed = True
+            raise
 
     @property
     def eot_token_id(self) -> int:
@@ -53,7 +64,8 @@ class Harness(TemplateLM):
             self._row(context, continuation, number)
             for number, (_, context, continuation) in enumerate(requests)
         ]
-        scores = self._predictor.score(rows, self._progress)
+        with self._running():
+            scores = self._predictor.score(rows, self._progress)
         return [(score.log_prob, score.is_greedy) for score in scores]
 
     def loglikelihood_rolling(
@@ -75,7 +87,9 @@ class Harness(TemplateLM):
                 rows.append(Row((*context, *continuation), first, number))
                 owners.append(number)
         totals = [0.0] * len(requests)
-        for owner, score in zip(owners, self._predictor.score(rows, self._progress), strict=True):
+        with self._running():
+            scores = self._predictor.score(rows, self._progress)
+        for owner, score in zip(owners, scores, strict=True):
             totals[owner] += score.log_prob
         return totals
 
@@ -86,7 +100,8 @@ class Harness(TemplateLM):
         for prompt, decoding in zip(prompts, decodings, strict=True):
             room = self._predictor.seq_length - decoding.max_new_tokens
             self.cut += len(self._predictor.encode(prompt)) + 1 > room
-        found = generate(self._predictor, prompts, decodings, self._progress)
+        with self._running():
+            found = generate(self._predictor, prompts, decodings, self._progress)
         return [one.text for one in found]
 
     def _decoding(self, options: dict[str, Any]) -> Decoding:

@@ -4,21 +4,33 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import io
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.evaluate.predictor import NO_PROGRESS, Predictor
+from megatron_btx.evaluate.task_files import (
+    CONSENT,
+    check_config,
+    first_line,
+    load_task,
+    templates,
+)
 
 ITEMS = Path(__file__).parent / "items"
 """The tasks that come along, in lm-eval's format."""
 
 SHOTS_SEED = 1234
 """Of the choice of examples."""
+
+BOOTSTRAP = 1000
+"""Resamples, for the standard error of a metric that has no formula."""
 
 
 def known() -> list[str]:
@@ -42,8 +54,10 @@ def evaluate_tasks(
 
     Returns:
         ``{"tasks": {name: {"score", "stderr", "metric", "shots", "items", "cut", "metrics": all}},
-        "average": mean of the scores, each task once, as in the paper's table 2}``; ``cut`` counts
-        the contexts that were too long for the model and lost their beginning, examples first.
+        "average": mean of the scores, each task once, as in the paper's table 2}``; ``stderr`` is
+        lm-eval's of that metric (of a mean the sample standard deviation over the square root of
+        the items, of others by bootstrap), ``None`` where there is none; ``cut`` counts the
+        contexts that were too long for the model and lost their beginning, examples first.
         Of Sample Top-1 also its ``expert_choice``.
 
     Raises:
@@ -71,7 +85,8 @@ def evaluate_tasks(
         found = {}
         for number, ((name, parts), one) in enumerate(zip(tasks.items(), asked, strict=True)):
             part = functools.partial(_part, progress, number, len(tasks))
-            found[name] = _score(predictor, parts, one, part)
+            with templates(allow_code=one["allow_code"]):
+                found[name] = _score(predictor, name, parts, one, part)
     average = sum(one["score"] for one in found.values()) / len(found)
     result = {"tasks": found, "average": average}
     if predictor.expert_choice is not None:
@@ -95,18 +110,13 @@ def _quiet() -> None:
 
 def _build(asked: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     """A task's name and its parts: one, or one a subject."""
-    from lm_eval.tasks._yaml_loader import load_yaml
-
     given = asked["task"]
     own = given.endswith((".yaml", ".yml"))
     path = Path(given) if own else ITEMS / f"{given}.yaml"
     if not path.is_file():
         fix = f"use {', '.join(known())}, or a YAML file of lm-eval's form"
         raise UserError(f"--tasks {given}", "there is no such task", fix)
-    try:
-        config = load_yaml(path)
-    except Exception as error:  # what a user's file may raise
-        raise UserError(str(path), f"is no task: {error}", "see lm-eval's task guide") from error
+    config = load_task(path, allow_code=asked["allow_code"] or not own)
     name = str(config.get("task", path.stem))
     if config.get("unsafe_code") and not asked["allow_code"]:
         raise UserError(
@@ -118,20 +128,43 @@ def _build(asked: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         raise UserError(f"--tasks {name}", "has no items", f"write {name}=FILE.jsonl")
     if asked["files"]:
         config |= _items(asked["files"], asked["shots"])
+    if own and not asked["allow_code"]:
+        check_config(path, config)
     if asked["num_fewshot"] is not None:
         config["num_fewshot"] = asked["num_fewshot"]
     config.pop("tag", None)
+    with templates(allow_code=asked["allow_code"]), _fitting(name, path):
+        parts = _parts(config, name)
+        if not all(len(one.eval_docs) for one in parts.values()):
+            raise UserError(f"--tasks {name}", "there are no items in its files", "give some")
+        return name, parts
+
+
+def _parts(config: dict[str, Any], name: str) -> dict[str, Any]:
     each = (config.get("metadata") or {}).get("each")
+    return {name: _task(config)} if each is None else _by(each, config, name)
+
+
+@contextmanager
+def _fitting(name: str, path: Path) -> Iterator[None]:
+    """A block whose errors are those of a task's file or its items.
+
+    Raises:
+        UserError: instead of what jinja, pyarrow or lm-eval raise.
+    """
+    from jinja2.exceptions import SecurityError
+
     try:
-        if each is None:
-            return name, {name: _task(config)}
-        return name, _by(each, config, name)
+        yield
     except UserError:
         raise
-    except Exception as error:  # jinja's, pyarrow's, lm-eval's own
+    except SecurityError as error:
+        what = f"its template would run code: {first_line(error)}"
+        raise UserError(f"--tasks {name}", what, CONSENT) from error
+    except Exception as error:
         raise UserError(
             f"--tasks {name}",
-            f"its items do not fit: {type(error).__name__}: {str(error).splitlines()[0][:200]}",
+            f"its items do not fit: {type(error).__name__}: {first_line(error)}",
             f"look at {path} for the keys that it needs",
         ) from error
 
@@ -177,41 +210,81 @@ def _by(key: str, config: dict[str, Any], name: str) -> dict[str, Any]:
 
 def _score(
     predictor: Predictor,
+    name: str,
     parts: dict[str, Any],
     asked: dict[str, Any],
     progress: Callable[[float], None],
 ) -> dict[str, Any]:
-    from lm_eval.evaluator import evaluate
-
     from megatron_btx.evaluate.lm_eval_adapter import Harness
 
     harness = Harness(predictor, progress)
-    found = evaluate(
-        harness,
-        {"tasks": parts, "groups": {}, "group_map": {}},
-        limit=asked["limit"],
-        log_samples=False,
-        bootstrap_iters=0,
-        confirm_run_unsafe_code=asked["allow_code"],
-    )
+    found = _evaluate(harness, name, parts, asked)
     counts = {part: found["n-samples"][part]["effective"] for part in parts}
-    items = sum(counts.values())
-    totals: dict[str, float] = {}
-    for part, count in counts.items():
-        for key, value in found["results"][part].items():
-            if isinstance(value, (int, float)) and "," in key and "stderr" not in key:
-                metric = key.removesuffix(",none").replace(",", "/")
-                totals[metric] = totals.get(metric, 0.0) + value * count
-    metrics = {metric: total / items for metric, total in totals.items()}
+    results = {part: found["results"][part] for part in parts}
+    metrics = {
+        key.removesuffix(",none").replace(",", "/"): key
+        for key, value in results[next(iter(parts))].items()
+        if isinstance(value, int | float) and "," in key and "_stderr," not in key
+    }
     one = next(iter(parts.values()))
-    wanted = (one.config.metadata or {}).get("score") or next(iter(metrics))
-    score = metrics[wanted]
+    wanted = (one.config.metadata or {}).get("score") or next(iter(metrics), None)
+    if wanted not in metrics:
+        what = f"no number is called {wanted!r}; there is {', '.join(metrics) or 'none'}"
+        raise UserError(f"--tasks {name}", what, "name one as metadata.score of its file")
+    items = sum(counts.values())
+    means = {
+        metric: sum(results[part][key] * count for part, count in counts.items()) / items
+        for metric, key in metrics.items()
+    }
     return {
-        "score": score,
-        "stderr": (max(score * (1 - score), 0.0) / items) ** 0.5,
+        "score": means[wanted],
+        "stderr": _stderr(metrics[wanted], results, counts),
         "metric": wanted,
         "shots": one.config.num_fewshot,
         "items": items,
         "cut": harness.cut,
-        "metrics": metrics,
+        "metrics": means,
     }
+
+
+def _evaluate(
+    harness: Any, name: str, parts: dict[str, Any], asked: dict[str, Any]
+) -> dict[str, Any]:
+    """lm-eval's evaluation. What it or a task raises of an item is the user's error, what the model
+    raises is not."""
+    from lm_eval.evaluator import evaluate
+
+    os.environ["DISABLE_MULTIPROC"] = "1"  # of the bootstrap: a rank starts no pool of processes
+    try:
+        with redirect_stdout(io.StringIO()):  # the bootstrap prints
+            result: dict[str, Any] = evaluate(
+                harness,
+                {"tasks": parts, "groups": {}, "group_map": {}},
+                limit=asked["limit"],
+                log_samples=False,
+                bootstrap_iters=BOOTSTRAP,
+                confirm_run_unsafe_code=asked["allow_code"],
+            )
+    except Exception as error:
+        if harness.failed:
+            raise
+        with _fitting(name, Path(asked["task"])):
+            raise error from None
+    return result
+
+
+def _stderr(
+    metric: str, results: Mapping[str, Mapping[str, Any]], counts: Mapping[str, int]
+) -> float | None:
+    """lm-eval's standard error of a metric; of several parts pooled, as it pools a group's."""
+    from lm_eval.api.metrics import pooled_sample_stderr
+
+    key = "_stderr,".join(metric.rsplit(",", 1))
+    found = {part: results[part].get(key) for part in counts}
+    known = {part: float(value) for part, value in found.items() if isinstance(value, int | float)}
+    if len(counts) == 1:
+        return next(iter(known.values()), None)
+    sizes = list(counts.values())
+    if sum(sizes) == len(sizes) or any(counts[part] > 1 for part in found if part not in known):
+        return None
+    return float(pooled_sample_stderr([known.get(part, 0.0) for part in counts], sizes))

@@ -33,13 +33,17 @@ def _choices(result: Mapping[str, Any]) -> str:
     return "".join(f"{name}: {in_words(choice)}\n" for name, choice in chosen.items())
 
 
+def _percent(score: float, stderr: float | None) -> str:
+    return f"{100 * score:.1f}" + ("" if stderr is None else f" ±{100 * stderr:.1f}")
+
+
 def tasks_table(result: Mapping[str, Any]) -> str:
     """A row a checkpoint, a column a task, and their mean, as in the paper's tables."""
     names = list(next(iter(result.values()))["tasks"])
     rows = []
     for checkpoint, found in result.items():
         scores = [found["tasks"][name] for name in names]
-        cells = [f"{100 * one['score']:.1f} ±{100 * one['stderr']:.1f}" for one in scores]
+        cells = [_percent(one["score"], one["stderr"]) for one in scores]
         rows.append([checkpoint, *cells, f"{100 * found['average']:.1f}"])
     one = next(iter(result.values()))["tasks"]
     said = "; ".join(

@@ -3,8 +3,10 @@ token is as likely."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +78,11 @@ def test_a_uniform_model_scores_at_chance(
     tasks = asked(tmp_path, "arc_easy", "mmlu")
     found = ranks.run(ranks_side.tasks, layout.world_size, one(here / "uniform"), layout, tasks)[0]
     assert found["tasks"]["arc_easy"]["score"] == pytest.approx(3 / 5)
-    assert found["tasks"]["arc_easy"]["stderr"] == pytest.approx(math.sqrt(0.6 * 0.4 / 5))
+    # of 1, 0, 0, 1, 1: the sample standard deviation over sqrt(5)
+    assert found["tasks"]["arc_easy"]["stderr"] == pytest.approx(math.sqrt(0.3 / 5))
     mmlu = found["tasks"]["mmlu"]
+    within = (2 * 0.5 / 2 * 1 + 3 * (1 / 3) / 3 * 2) / 3  # of the subjects' 1, 0 and 1, 0, 0
+    assert mmlu["stderr"] == pytest.approx(math.sqrt(within / 5))
     assert (mmlu["score"], mmlu["items"], mmlu["shots"]) == (pytest.approx(2 / 5), 5, 0)
     assert found["average"] == pytest.approx(0.5)
 
@@ -153,6 +158,153 @@ def test_programs_are_run_with_limits() -> None:
     assert not code_exec.passes("x = bytearray(3 << 30)")
     assert not code_exec.passes("import os; assert 'PYTEST_CURRENT_TEST' not in os.environ; 1/0")
     assert code_exec.passes("import os; assert 'PYTEST_CURRENT_TEST' not in os.environ")
+
+
+@pytest.mark.parametrize(
+    "early",
+    [
+        "from sys import exit; exit(0)",
+        "import os; os._exit(0)",
+        "raise SystemExit",
+        "quit()",
+        "import os, signal; os.kill(os.getpid(), signal.SIGKILL)",
+        "import atexit, os; atexit.register(os._exit, 0); 1/0",
+        "import os\nif os.fork(): os._exit(0)",
+        "x = '''",
+        "\0",
+        "'\ud800'",
+    ],
+)
+def test_a_program_that_ends_early_has_failed(early: str) -> None:
+    """Its tests, which come behind it, never ran."""
+    item = {"prompt": "", "test": TEST.format(7), "entry_point": "seven"}
+    good = "def seven():\n    return 7\n"
+    assert code_exec.humaneval_pass(item, [good]) == {"pass_at_1": 1.0}
+    assert code_exec.humaneval_pass(item, [good + early]) == {"pass_at_1": 0.0}
+    assert code_exec.mbpp_pass({"test_list": ["assert False"]}, [early]) == {"pass_at_1": 0.0}
+
+
+DAEMON = """
+import os, sys, time
+if os.fork() == 0:
+    os.setsid()
+    if os.fork() == 0:
+        print(os.getpid(), file=open({pid!r}, "w"), flush=True)
+        time.sleep(600)
+    os._exit(0)
+while not os.path.exists({pid!r}): time.sleep(0.01)
+while not open({pid!r}).read().endswith("\\n"): time.sleep(0.01)
+{rest}
+"""
+
+
+@pytest.mark.parametrize(("rest", "ends"), [("", True), ("while True: pass", False)])
+def test_nothing_that_a_program_started_outlives_it(tmp_path: Path, rest: str, ends: bool) -> None:
+    """Forked twice, in a session of its own."""
+    pid = tmp_path / "pid"
+    program = DAEMON.format(pid=str(pid), rest=rest)
+    assert code_exec.passes(program, seconds=60 if ends else 4) is ends
+    assert not Path("/proc", pid.read_text().strip() or "0").exists()
+
+
+GADGET = "{{{{ cycler.__init__.__globals__.os.system('touch {file}') }}}}"
+TASK = """
+task: mine
+dataset_path: json
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: ["7", "8"]
+doc_to_target: 0
+{more}
+"""
+CODE = {
+    "a template": 'description: "' + GADGET + '"',
+    "a template of the text": 'fewshot_delimiter: ""\ndoc_to_text: "' + GADGET + '"',
+    "a function": "process_docs: !function evil.function",
+    "an included function": "include: more.yaml",
+    "a metric": "metric_list: [{{metric: ./evil}}]",
+    "a pickle": "dataset_path: pandas\ntest_split: test\n"
+    "dataset_kwargs: {{data_files: {{test: {file}.pkl}}}}",
+}
+
+
+@pytest.mark.parametrize("kind", CODE)
+def test_a_task_file_that_runs_code_needs_consent(
+    here: Path, ranks: Ranks, tmp_path: Path, kind: str
+) -> None:
+    """Nothing is run without it; with it, all of it is."""
+    done, task = tmp_path / "done", tmp_path / "mine.yaml"
+    (tmp_path / "evil.py").write_text(f"open({str(done)!r}, 'w')\ndef function(docs): return docs")
+    (tmp_path / "more.yaml").write_text("process_docs: !function evil.function\n")
+    task.write_text(TASK.format(more=CODE[kind].format(file=done)))
+    (one_task,) = asked(tmp_path, "nq_open")
+    mine = {**one_task, "task": str(task)}
+    if kind == "a pickle":
+        mine["files"] = []
+    with pytest.raises(AssertionError, match="add --allow-code-execution"):
+        ranks.run(ranks_side.tasks, 1, one(here / "uniform"), Layout(), [mine])
+    assert not done.exists()
+    if "a template" in kind or "function" in kind:
+        mine["allow_code"] = True
+        (found,) = ranks.run(ranks_side.tasks, 1, one(here / "uniform"), Layout(), [mine])
+        assert found["tasks"]["mine"]["items"] == 3
+        assert done.exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "items", "words"),
+    [
+        ("a: [" * 3000, None, "is no YAML"),
+        ("- 1", None, "is no mapping"),
+        ("include: mine.yaml", None, "includes itself"),
+        ("include: none.yaml", None, "there is no such file"),
+        ("a: &a [1, 1, 1, 1, 1, 1, 1, 1, 1, 1]\nb: &b [*a, *a, *a, *a, *a, *a, *a, *a, *a]\n"
+         "c: &c [*b, *b, *b, *b, *b, *b, *b, *b, *b]\nd: &d [*c, *c, *c, *c, *c, *c, *c, *c]\n"
+         "e: [*d, *d, *d, *d, *d, *d, *d, *d, *d, *d, *d, *d, *d, *d, *d]\n", None, "is too large"),
+        (None, "", "its items do not fit"),
+        (None, "\n\n", "its items do not fit"),
+        (None, '{"question": "?"}\n{"question": 1', "its items do not fit"),
+        (None, '{"other": "?"}\n', "its items do not fit"),
+        (None, '{"question": "?"}\n', "no number is called 'none'"),
+    ],
+)  # fmt: skip
+def test_damaged_task_files_and_items(
+    here: Path, ranks: Ranks, tmp_path: Path, text: str | None, items: str | None, words: str
+) -> None:
+    task = tmp_path / "mine.yaml"
+    task.write_text(text or TASK.format(more="metadata: {score: none}"))
+    (mine,) = asked(tmp_path, "nq_open")
+    if items is not None:
+        Path(mine["files"][0]).write_text(items)
+    with pytest.raises(AssertionError, match=words):
+        ranks.run(
+            ranks_side.tasks, 1, one(here / "uniform"), Layout(), [{**mine, "task": str(task)}]
+        )
+
+
+def test_the_standard_error_is_the_metrics_own(here: Path, ranks: Ranks, tmp_path: Path) -> None:
+    """Of a mean of fractions their sample standard deviation, of a median by bootstrap."""
+    (tmp_path / "part.py").write_text(
+        "def score(doc, results):\n    return {'fraction': doc['share'], 'middle': doc['share']}\n"
+    )
+    task, items = tmp_path / "mine.yaml", tmp_path / "items.jsonl"
+    listed = "{metric: fraction, aggregation: mean}, {metric: middle, aggregation: median}"
+    entry = {"files": [str(items)], "shots": [], "num_fewshot": 0, "limit": None}
+    shares = [0.1, 0.2, 0.4, 0.9]
+    items.write_text("".join(json.dumps({"question": "?", "share": s}) + "\n" for s in shares))
+    for score in ("fraction", "middle"):
+        task.write_text(
+            TASK.format(more=f"process_results: !function part.score\nmetric_list: [{listed}]\n"
+                        f"metadata: {{score: {score}}}")
+        )  # fmt: skip
+        asked_for = {**entry, "task": str(task), "allow_code": True}
+        (found,) = ranks.run(ranks_side.tasks, 1, one(here / "uniform"), Layout(), [asked_for])
+        stderr = found["tasks"]["mine"]["stderr"]
+        if score == "fraction":
+            assert stderr == pytest.approx(statistics.stdev(shares) / 2)
+        else:  # the medians of all 256 resamples of 4
+            medians = [sorted(draw)[2] for draw in itertools.product(shares, repeat=4)]
+            assert stderr == pytest.approx(statistics.pstdev(medians), rel=0.15)
 
 
 def test_boxed_answers() -> None:
