@@ -30,6 +30,7 @@ setup(
         "sentencepiece",
         "sympy",
         "wandb",
+        "xxhash",
     ],
     extras_require={
         # Parquet, Arrow and Zstandard.

@@ -1,8 +1,8 @@
 """Directories that appear whole or not at all, and go on where they were interrupted.
 
-Everything is written below ``NAME.partial``: each piece under a name of its own until it is on
-disk, then renamed. Running the same plan again finds the finished pieces and makes the others; the
-directory gets its own name last.
+Everything is written below ``NAME.partial`` (partial.py), which one process has at a time: each
+piece under a name of its own until it is on disk, then renamed. Running the same plan again finds
+the finished pieces and makes the others; the directory gets its own name last.
 """
 
 from __future__ import annotations
@@ -17,14 +17,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from megatron_btx.errors import UserError, UserErrors
-from megatron_btx.files import sync_directory
+from megatron_btx.weights.integrity import HASHES, Hash, hash_file, hashes_json
+from megatron_btx.weights.partial import claimed, unwritable, write_small
 
 logger = logging.getLogger(__name__)
-
-_IDENTITY = ".btx-identity"
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,7 @@ def write_directory(
     pieces: Sequence[Piece],
     workers: int = 1,
     files: Callable[[], Mapping[str, bytes]],
+    check: Callable[[Path], object] = lambda _directory: None,
 ) -> None:
     """Write ``out``.
 
@@ -53,46 +53,56 @@ def write_directory(
         pieces: the large files, each resumable as a whole.
         workers: how many of them are written side by side.
         files: the small ones, asked for when all pieces are there.
+        check: called with the directory when all is in it, before it gets its name.
 
     Raises:
-        UserError: ``out`` exists, cannot be written, or does not fit the disk. Nothing is left.
+        UserError: ``out`` exists, is being written by another process, cannot be written, does not
+            fit the disk, or ``check`` refuses it. Nothing is left.
     """
-    if out.exists():
-        raise UserError(str(out), "exists already", "remove it, or give another name")
-    partial = out.with_name(out.name + ".partial")
-    try:
-        if _read(partial / _IDENTITY) != identity:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            _write_small(partial / _IDENTITY, identity.encode())
-        missing = [piece for piece in pieces if not (partial / piece.name).exists()]
-        if len(missing) < len(pieces):
-            logger.info("%s: going on after %d pieces", out, len(pieces) - len(missing))
-        _check_space(partial, sum(piece.nbytes for piece in missing))
-        errors: list[UserError] = []
-        with ThreadPoolExecutor(workers) as pool:
-            jobs = [pool.submit(_write_piece, partial / p.name, p.write) for p in missing]
-            try:
-                for job in jobs:
-                    errors += job.result()
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-        if errors:
-            raise UserErrors(list({str(error): error for error in errors}.values()))
-        for name, content in files().items():
-            _write_small(partial / name, content)
-        (partial / _IDENTITY).unlink()
-        sync_directory(partial)
-        os.rename(partial, out)
-        sync_directory(out.parent)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        what = f"cannot be written: {error.strerror or error}"
-        raise UserError(str(out), what, "free some space or give another directory") from error
-    except UserError:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    with claimed(out, identity) as partial:
+        try:
+            with unwritable(out):
+                hashes = _write_pieces(out, partial.path, pieces, workers)
+                for name, content in files().items():
+                    write_small(partial.path / name, content)
+                    hashes[name] = Hash(content).hexdigest()
+                write_small(partial.path / HASHES, hashes_json(hashes))
+                check(partial.path)
+        except UserError:
+            partial.discard()
+            raise
+        with unwritable(out):
+            partial.finish()
+
+
+def _write_pieces(
+    out: Path, partial: Path, pieces: Sequence[Piece], workers: int
+) -> dict[str, str]:
+    """Write the pieces that are not there yet; the hashes of all."""
+    missing = [piece for piece in pieces if not (partial / piece.name).exists()]
+    if len(missing) < len(pieces):
+        logger.info("%s: going on after %d pieces", out, len(pieces) - len(missing))
+    _check_space(partial, sum(piece.nbytes for piece in missing))
+    absent = {piece.name for piece in missing}
+    hashes = {p.name: hash_file(partial / p.name) for p in pieces if p.name not in absent}
+    errors: list[UserError] = []
+    stop = threading.Event()
+    with ThreadPoolExecutor(workers) as pool:
+        jobs = {p.name: pool.submit(_write_piece, partial / p.name, p.write, stop) for p in missing}
+        try:
+            for name, job in jobs.items():
+                found = job.result()
+                if isinstance(found, str):
+                    hashes[name] = found
+                else:
+                    errors += found
+        except BaseException:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+            raise
+    if errors:
+        raise UserErrors(list({str(error): error for error in errors}.values()))
+    return hashes
 
 
 def as_json(value: Any) -> bytes:
@@ -100,19 +110,50 @@ def as_json(value: Any) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
 
 
-def _write_piece(path: Path, write: Callable[[BinaryIO], None]) -> list[UserError]:
-    """One piece; what is wrong with it, so that the others' errors can be told too."""
+class _Stopped(Exception):
+    """Another piece failed, or the user wants no more."""
+
+
+class _Hashed:
+    """A file that is written, and hashed on the way as long as it is written in order."""
+
+    def __init__(self, file: BinaryIO, stop: threading.Event) -> None:
+        self._file, self._stop, self._digest = file, stop, Hash()
+        self._in_order = True
+        self.tell = file.tell
+
+    def write(self, data: bytes | memoryview) -> int:
+        if self._stop.is_set():
+            raise _Stopped
+        self._digest.update(data)
+        return self._file.write(data)
+
+    def seek(self, place: int) -> int:
+        self._in_order = False
+        return self._file.seek(place)
+
+    def hexdigest(self) -> str:
+        """Of all that is in the file, which is on the disk."""
+        return self._digest.hexdigest() if self._in_order else hash_file(Path(self._file.name))
+
+
+def _write_piece(
+    path: Path, write: Callable[[BinaryIO], None], stop: threading.Event
+) -> str | list[UserError]:
+    """One piece: its hash, or what is wrong with it, so that the others' errors can be told too."""
     unfinished = path.with_name(path.name + ".unfinished")
     with unfinished.open("wb") as file:
+        hashed = _Hashed(file, stop)
         try:
             with _flushed_meanwhile(file):
-                write(file)
+                write(cast(BinaryIO, hashed))
         except UserErrors as found:
             return found.errors
         file.flush()
         os.fsync(file.fileno())
+        digest = hashed.hexdigest()
     os.replace(unfinished, path)
-    return []
+    return digest
 
 
 @contextmanager
@@ -140,25 +181,8 @@ def _flushed_meanwhile(file: BinaryIO) -> Iterator[None]:
         raise failed[0]
 
 
-def _write_small(path: Path, content: bytes) -> None:
-    """Under its own name at once (unlike ``files.written``): the directory's name is what says that
-    a file is whole, and a run that is killed must not leave others in it."""
-    path.parent.mkdir(exist_ok=True)
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def _check_space(directory: Path, needed: int) -> None:
     free = shutil.disk_usage(directory).free
     if needed > free:
         what = f"needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
         raise UserError(str(directory.parent), what, "free some space or give another directory")
-
-
-def _read(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return None

@@ -52,7 +52,7 @@ class Archive:
         self._starts.append(len(self._head))
         bare = len(self._head) + len(_local("data/0", 0, 0))
         self._padding = -bare % ALIGN
-        self._head += _local("data/0", self.payload, 0, self._padding)
+        self._head += self._before(0)
 
     @property
     def nbytes(self) -> int:
@@ -60,19 +60,28 @@ class Archive:
         return len(self._head) + self.payload + len(self._tail(0))
 
     def write(self, file: BinaryIO, chunks: Iterable[memoryview]) -> None:
-        """Write the archive at the file's position, its payload from consecutive ``chunks``."""
+        """Write the archive at the file's position, its payload from consecutive ``chunks``. The
+        header before the payload holds the checksum: where there are several chunks, it is
+        written again."""
         begin = file.tell()
-        file.write(self._head)
-        checksum = written = 0
-        for chunk in chunks:
+        parts = iter(chunks)
+        first = next(parts, memoryview(b""))
+        checksum = crc32(first)
+        file.write(self._head[: self._starts[-1]] + self._before(checksum))
+        written = file.write(first)
+        for chunk in parts:
             checksum = crc32(chunk, checksum)
             written += file.write(chunk)
         assert written == self.payload
         file.write(self._tail(checksum))
-        end = file.tell()
-        file.seek(begin + self._starts[-1])
-        file.write(_local("data/0", self.payload, checksum, self._padding))
-        file.seek(end)
+        if len(first) < self.payload:
+            end = file.tell()
+            file.seek(begin + self._starts[-1])
+            file.write(self._before(checksum))
+            file.seek(end)
+
+    def _before(self, checksum: int) -> bytes:
+        return _local("data/0", self.payload, checksum, self._padding)
 
     def _tail(self, checksum: int) -> bytes:
         version = _local("version", 2, crc32(b"3\n")) + b"3\n"

@@ -28,6 +28,7 @@ def write_safetensors(
     files: Callable[[], Mapping[str, bytes]] = dict,
     shard: int = SHARD,
     execution: Execution = ONE_BY_ONE,
+    check: Callable[[Path], object] = lambda _directory: None,
 ) -> None:
     """Write a plan's targets as ``model*.safetensors`` into a new directory.
 
@@ -37,6 +38,7 @@ def write_safetensors(
         files: what else goes into it, asked for at the end (config.json, ...).
         shard: bytes a file.
         execution: how; no bit of the result depends on it.
+        check: called with the directory before it gets its name.
 
     Raises:
         UserError: see :func:`write_directory`.
@@ -67,6 +69,7 @@ def write_safetensors(
             **({"model.safetensors.index.json": as_json(index)} if len(groups) > 1 else {}),
             **files(),
         },
+        check=check,
     )
 
 

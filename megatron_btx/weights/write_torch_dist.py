@@ -87,6 +87,7 @@ def write_torch_dist(
     files: Callable[[], Mapping[str, bytes]] = dict,
     shard: int = SHARD,
     execution: Execution = ONE_BY_ONE,
+    check: Callable[[Path], object] = lambda _directory: None,
 ) -> None:
     """Write a plan over canonical names as a ``torch_dist`` directory.
 
@@ -96,6 +97,7 @@ def write_torch_dist(
         files: what else goes into it, asked for at the end (``manifest.json``).
         shard: bytes a file; a larger tensor is cut into several chunks.
         execution: how; no bit of the result depends on it.
+        check: called with the directory before it gets its name.
 
     Raises:
         UserError: see :func:`write_directory`.
@@ -117,6 +119,7 @@ def write_torch_dist(
             "metadata.json": as_json(backends | versions),
             **files(),
         },
+        check=check,
     )
 
 
