@@ -5,13 +5,28 @@ Everything here is on plain integers, so a plan can be checked and counted witho
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import product
 from math import prod
+
+from megatron_btx.errors import shown
 
 Shape = tuple[int, ...]
 Box = tuple[tuple[int, int], ...]
 """One ``(start, stop)`` per dimension; never empty."""
+
+
+def sizes(values: Iterable[object]) -> Shape:
+    """Values from a file as sizes: whole numbers from zero on, and nothing else.
+
+    Raises:
+        ValueError: something else is among them.
+    """
+    given = tuple(values)
+    found = tuple(value for value in given if type(value) is int and 0 <= value < 1 << 60)
+    if len(found) < len(given):
+        raise ValueError(f"{shown(given)}: not sizes")
+    return found
 
 
 def whole(shape: Shape) -> Box:

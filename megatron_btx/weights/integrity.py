@@ -1,4 +1,4 @@
-"""``hashes.json``: the hash of every file of a checkpoint, written with it, checked when it is read.
+"""``hashes.json``: the hash of each file of a checkpoint, written with it, checked when it is read.
 
 XXH3 of 128 bits finds damage (a flipped bit, a lost block, another step's file) at the speed of
 memory, some ten times that of SHA-256. It is no defence against someone who means harm, who could
@@ -51,7 +51,7 @@ def files_of(directory: Path) -> list[str]:
 
 
 def hashes_of(directory: Path) -> dict[str, str]:
-    """What a checkpoint's ``hashes.json`` says; empty where it has none (it is older, or of others).
+    """What a checkpoint's ``hashes.json`` says; empty where it has none (older, or of others).
 
     Raises:
         UserError: the file is damaged, or of a newer version.

@@ -52,6 +52,16 @@ def stamp_of(paths: Iterable[Path]) -> str:
     return "; ".join(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}" for path, stat in stats)
 
 
+def state_of(path: Path) -> tuple[int, int, int] | None:
+    """What changes when a file is written to, or another takes its place: inode, size in bytes,
+    time of the last write in ns; ``None`` where it is gone."""
+    try:
+        stat = path.stat()
+    except OSError:
+        return None
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+
 def _map(path: Path, begin: int, length: int, *, populate: bool) -> Tensor:
     """Bytes ``begin .. begin + length`` of a file as a uint8 tensor over mapped pages."""
     page = begin // mmap.ALLOCATIONGRANULARITY * mmap.ALLOCATIONGRANULARITY

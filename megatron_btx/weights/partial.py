@@ -89,9 +89,8 @@ def _claim(partial: Partial) -> IO[str]:
         if not os.path.lexists(partial.path):
             if file := _made(partial.path):
                 return file
-        elif _is_ours(partial.path):
-            if file := _locked(partial):
-                return file
+        elif _is_ours(partial.path) and (file := _locked(partial)):
+            return file
         time.sleep(0.1)  # another process is making it, or giving it its name
     raise UserError(
         str(partial.path),

@@ -9,13 +9,20 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import torch
 
-from megatron_btx.errors import UserError
+from megatron_btx.errors import UserError, shown
+from megatron_btx.files import read_bytes
+from megatron_btx.weights.pickle_scan import check_bounds
+
+LIMIT = 256 << 20
+"""Bytes of one pickle. The metadata of a model with its optimizer, of 100,000 chunks, has 40 MB."""
+
+_AGAIN = "copy the checkpoint again, or take an earlier step"
 
 
 class Record:
@@ -133,32 +140,85 @@ class _ListedUnpickler(pickle.Unpickler):
         try:
             return self._names[module, name]
         except KeyError:
-            raise UserError(
-                self._where,
-                f"names {module}.{name}, which no checkpoint needs: refused",
-                "do not use this directory unless you know who wrote it",
-            ) from None
+            raise _unlisted(self._where, module, name) from None
 
     def persistent_load(self, pid: Any) -> Any:
         return pid
 
 
-def load(file: BinaryIO, where: Path | str, names: Mapping[tuple[str, str], Any]) -> Any:
-    """Unpickle by a list of allowed names.
+class Pickles:
+    """What stands in for the module ``pickle`` where torch unpickles: real objects, of listed names
+    only. For ``torch.load(pickle_module=)`` and ``torch.distributed.checkpoint``.
+
+    Args:
+        where: what errors name.
+        names: those that may occur.
+    """
+
+    __name__ = "megatron_btx.weights.safe_unpickle"
+
+    def __init__(self, where: Path | str, names: Iterable[tuple[str, str]]) -> None:
+        listed = frozenset(names)
+
+        class Unpickler(pickle.Unpickler):
+            def __init__(self, file: IO[bytes], **options: Any) -> None:
+                data = file.read(LIMIT + 1)
+                _check(data, where)
+                super().__init__(io.BytesIO(data), **options)
+
+            def find_class(self, module: str, name: str) -> Any:
+                if (module, name) not in listed:
+                    raise _unlisted(where, module, name)
+                return super().find_class(module, name)
+
+        self.Unpickler = Unpickler
+
+    def load(self, file: IO[bytes], **options: Any) -> Any:
+        """Unpickle a file.
+
+        Raises:
+            UserError: a name that is not on the list, or bytes that are no pickle.
+        """
+        return self.Unpickler(file, **options).load()
+
+
+def load(path: Path, names: Mapping[tuple[str, str], Any]) -> Any:
+    """Unpickle a file by a list of allowed names.
 
     Raises:
         UserError: a name that is not on the list, or bytes that are no pickle.
     """
-    try:
-        return _ListedUnpickler(file, str(where), names).load()
-    except UserError:
-        raise
-    except Exception as error:  # an unpickler raises whatever its input makes it raise
-        raise UserError(
-            str(where), f"truncated or corrupt: {error}", "copy the checkpoint again"
-        ) from error
+    return loads(read_bytes(path, LIMIT), path, names)
 
 
 def loads(data: bytes, where: Path | str, names: Mapping[tuple[str, str], Any]) -> Any:
     """:func:`load` from bytes."""
-    return load(io.BytesIO(data), where, names)
+    _check(data, where)
+    try:
+        return _ListedUnpickler(io.BytesIO(data), str(where), names).load()
+    except UserError:
+        raise
+    except Exception as error:  # an unpickler raises whatever its input makes it raise
+        raise _damaged(where, error) from error
+
+
+def _check(data: bytes, where: Path | str) -> None:
+    if len(data) > LIMIT:
+        what = f"a pickle of more than {LIMIT:,} bytes, which no checkpoint has"
+        raise UserError(str(where), what, _AGAIN)
+    try:
+        check_bounds(data)
+    except ValueError as error:
+        raise _damaged(where, error) from error
+
+
+def _damaged(where: Path | str, error: Exception) -> UserError:
+    return UserError(str(where), f"truncated or corrupt: {error}", _AGAIN)
+
+
+def _unlisted(where: Path | str, module: str, name: str) -> UserError:
+    return UserError(
+        str(where),
+        f"names {shown(module)}.{shown(name)}, which no checkpoint needs: refused",
+        "do not use this directory unless you know who wrote it",
+    )

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_btx.errors import UserError, UserErrors, capped
 from megatron_btx.weights.box import Box, Shape
-from megatron_btx.weights.mmap_io import read_box, stamp_of
+from megatron_btx.weights.mmap_io import read_box
 from megatron_btx.weights.model_files import index_of, weight_files
 from megatron_btx.weights.source import FileSource
 
@@ -49,10 +49,10 @@ class SafetensorsSource(FileSource[_Stored]):
     """
 
     def __init__(self, path: Path | str) -> None:
-        super().__init__()
-        self.path = Path(path)
+        super().__init__(path)
         errors: list[UserError] = []
         for file in weight_files(self.path):
+            self._open(file)
             try:
                 found = _header(file)
             except UserError as error:
@@ -65,11 +65,6 @@ class SafetensorsSource(FileSource[_Stored]):
             errors = _missing(self.path, self._stored)
         if errors:
             raise UserErrors(capped(errors))
-
-    @property
-    def stamp(self) -> str:
-        """Names, sizes and times of the files."""
-        return stamp_of({stored.path for stored in self._stored.values()})
 
     def read(self, name: str, box: Box) -> Tensor:
         """A view of the file's pages."""

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
+from pathlib import Path
 from threading import Lock
 from typing import Generic, Protocol, TypeVar
 
@@ -13,9 +14,11 @@ import numpy
 import torch
 from torch import Tensor
 
+from megatron_btx.errors import UserError
 from megatron_btx.weights.arrange import Take
 from megatron_btx.weights.box import Box, Shape, extent, slabs, slices, whole
 from megatron_btx.weights.expression import Expression
+from megatron_btx.weights.mmap_io import stamp_of, state_of
 
 _BLOCK = 1 << 20
 """Elements of which a sum is taken at a time. Part of the definition of every moment."""
@@ -39,6 +42,9 @@ class Source(Protocol):
     def stamp(self) -> str:
         """Changes when what is stored changes; what an interrupted run is recognised by."""
 
+    def changed(self) -> list[UserError]:
+        """What of it was written to since it was opened, so that what was read may be a mixture."""
+
 
 class InFile(Protocol):
     """What a source knows of a tensor in files."""
@@ -56,11 +62,35 @@ Stored = TypeVar("Stored", bound=InFile)
 
 
 class FileSource(Generic[Stored]):
-    """What sources of files share: what is stored, and a count of the bytes handed out."""
+    """What sources of files share: what is stored, whether it stays as it is, and a count of the
+    bytes handed out.
 
-    def __init__(self) -> None:
+    Args:
+        path: the directory, or the one file.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
         self._stored: dict[str, Stored] = {}
         self._bytes_read = 0
+        self._states: dict[Path, object] = {}
+
+    def _open(self, file: Path) -> None:
+        """Remember the state of a file that is about to be read."""
+        self._states.setdefault(file, state_of(file))
+
+    @property
+    def stamp(self) -> str:
+        """Names, sizes and times of the files."""
+        return stamp_of(self._states)
+
+    def changed(self) -> list[UserError]:
+        """The files that are not as they were when they were opened."""
+        return [
+            UserError(str(path), "was changed while it was read", "leave it alone, and start again")
+            for path, state in self._states.items()
+            if state_of(path) != state
+        ]
 
     @property
     def tensors(self) -> Mapping[str, tuple[Shape, torch.dtype]]:
@@ -101,6 +131,10 @@ class MemorySource:
         """Of this object: memory does not outlive a run."""
         return f"memory {id(self)}"
 
+    def changed(self) -> list[UserError]:
+        """Nothing: nobody else writes to it."""
+        return []
+
     def read(self, name: str, box: Box) -> Tensor:
         """A view of the tensor."""
         found = self._tensors[name].detach()[slices(box)]
@@ -134,6 +168,10 @@ class View:
     def stamp(self) -> str:
         """That of what lies below."""
         return self.of.stamp
+
+    def changed(self) -> list[UserError]:
+        """That of what lies below."""
+        return self.of.changed()
 
     def read(self, name: str, box: Box) -> Tensor:
         """The box of the expression, evaluated over what lies below."""
@@ -172,6 +210,10 @@ class Moments:
     def stamp(self) -> str:
         """That of what they are computed from."""
         return self._of.stamp
+
+    def changed(self) -> list[UserError]:
+        """Nothing that their own source does not tell."""
+        return []
 
     def read(self, name: str, box: Box) -> Tensor:
         """One scalar."""

@@ -9,10 +9,9 @@ this one takes the slice and wants nothing.
 from __future__ import annotations
 
 import bisect
-import io
-import zipfile
+import os
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -21,23 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_btx.errors import UserError, UserErrors
+from megatron_btx.errors import UserError, UserErrors, capped, shown
 from megatron_btx.weights import safe_unpickle
-from megatron_btx.weights.box import Box, Shape, extent, intersection, shifted, slices
-from megatron_btx.weights.mmap_io import read_box, stamp_of
+from megatron_btx.weights.box import Box, Shape, extent, intersection, shifted, sizes, slices
+from megatron_btx.weights.mmap_io import read_box
+from megatron_btx.weights.read_torch_zip import Checksum, Chunk, Payload, payload_of
 from megatron_btx.weights.source import FileSource
 
 _AGAIN = "copy the checkpoint again, or take an earlier step"
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """One stored block of a tensor: which elements, and the archive that holds them."""
-
-    box: Box
-    path: Path
-    offset: int
-    length: int
 
 
 @dataclass
@@ -80,27 +70,21 @@ class TorchDistSource(FileSource[_Stored]):
     """
 
     def __init__(self, path: Path | str) -> None:
-        super().__init__()
-        self.path = Path(path)
+        super().__init__(path)
+        self._open(self.path / ".metadata")
         metadata = read_metadata(self.path)
         self.objects: list[str] = []
         """Names of stored things that are not tensors."""
-        self._archives: dict[Chunk, tuple[int, Shape]] = {}
+        self._archives: dict[Chunk, Payload] = {}
         try:
             self._fill(metadata)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise UserError(
                 str(self.path / ".metadata"), f"not a checkpoint's metadata: {error}", _AGAIN
             ) from error
         errors = list(self._check())
         if errors:
-            raise UserErrors(errors)
-
-    @property
-    def stamp(self) -> str:
-        """Names, sizes and times of the files."""
-        chunks = [chunk for stored in self._stored.values() for chunk in stored.chunks]
-        return stamp_of({self.path / ".metadata", *(chunk.path for chunk in chunks)})
+            raise UserErrors(capped(errors))
 
     def read(self, name: str, box: Box) -> Tensor:
         """The elements of ``box``: mapped where one chunk holds them, else gathered."""
@@ -114,11 +98,26 @@ class TorchDistSource(FileSource[_Stored]):
         return out
 
     def _read_chunk(self, name: str, dtype: torch.dtype, chunk: Chunk, box: Box) -> Tensor:
-        if chunk not in self._archives:
-            self._archives[chunk] = _payload(name, dtype, chunk)
-        offset, strides = self._archives[chunk]
+        payload = self._payload(name, dtype, chunk)
         within = shifted(box, tuple(-start for start, _ in chunk.box))
-        return read_box(chunk.path, offset, dtype, strides, within)
+        return read_box(chunk.path, payload.offset, dtype, payload.strides, within)
+
+    def _payload(self, name: str, dtype: torch.dtype, chunk: Chunk) -> Payload:
+        if chunk not in self._archives:
+            self._archives[chunk] = payload_of(name, dtype, chunk)
+        return self._archives[chunk]
+
+    def checksums(self, names: Iterable[str]) -> dict[Path, list[Checksum]]:
+        """The CRC-32 that is stored of every chunk of some tensors, by file, in their order there;
+        a chunk that was saved without one has none."""
+        found: dict[Path, list[Checksum]] = defaultdict(list)
+        for name in names:
+            stored = self._stored[name]
+            for chunk in stored.chunks:
+                checksum = self._payload(name, stored.dtype, chunk).checksum
+                if checksum is not None:
+                    found[chunk.path].append(checksum)
+        return {path: sorted(each, key=lambda one: one.start) for path, each in found.items()}
 
     def _fill(self, metadata: Any) -> None:
         """Join what each tensor is (``state_dict_metadata``) with where its chunks lie."""
@@ -130,27 +129,40 @@ class TorchDistSource(FileSource[_Stored]):
             if not hasattr(entry, "chunks"):
                 self.objects.append(name)
                 continue
+            shape, dtype = sizes(entry.size), entry.properties.state[0]
+            if not isinstance(name, str) or not isinstance(dtype, torch.dtype):
+                raise TypeError(f"{shown(name)} is of type {shown(dtype)}")
             chunks = []
             for chunk in entry.chunks:
-                box: Box = tuple(
-                    (int(a), int(a + n)) for a, n in zip(chunk.offsets, chunk.sizes, strict=True)
-                )
-                info = places.get((name, tuple(chunk.offsets)))
-                if info is not None and all(start < stop for start, stop in box):
-                    where = self.path / Path(info.relative_path).name
-                    chunks.append(Chunk(box, where, info.offset, info.length))
-            self._stored[name] = _Stored(tuple(entry.size), entry.properties.state[0], chunks)
+                offsets, lengths = sizes(chunk.offsets), sizes(chunk.sizes)
+                box: Box = tuple((a, a + n) for a, n in zip(offsets, lengths, strict=True))
+                info = places.get((name, offsets))
+                if info is not None and 0 not in lengths:
+                    chunks.append(self._chunk(name, shape, dtype, box, info))
+            self._stored[name] = _Stored(shape, dtype, chunks)
             self._stored[name].index()
+        for file in sorted({c.path for stored in self._stored.values() for c in stored.chunks}):
+            self._open(file)
+
+    def _chunk(self, name: str, shape: Shape, dtype: torch.dtype, box: Box, info: Any) -> Chunk:
+        (offset, length), file = sizes((info.offset, info.length)), Path(info.relative_path).name
+        inside = all(stop <= size for (_, stop), size in zip(box, shape, strict=True))
+        if not inside or prod(extent(box)) * dtype.itemsize > length:
+            raise ValueError(f"{shown(name)}: a chunk {box} of {length} bytes, in {shape}")
+        return Chunk(box, self.path / file, offset, length)
 
     def _check(self) -> Iterator[UserError]:
-        """Files whole, chunks without holes."""
+        """Files whole; chunks that hold every element once."""
         ends: dict[Path, int] = defaultdict(int)
         for name, stored in self._stored.items():
             for chunk in stored.chunks:
                 ends[chunk.path] = max(ends[chunk.path], chunk.offset + chunk.length)
             held = sum(prod(extent(chunk.box)) for chunk in stored.chunks)
             if held != prod(stored.shape):
-                what = f"tensor {name}: {held} of {prod(stored.shape)} elements are stored"
+                what = f"tensor {shown(name)}: {held} of {prod(stored.shape)} elements are stored"
+                yield UserError(str(self.path), what, _AGAIN)
+            elif any(sum(1 for _ in stored.meeting(one.box)) > 1 for one in stored.chunks):
+                what = f"tensor {shown(name)}: some elements are stored twice, others not at all"
                 yield UserError(str(self.path), what, _AGAIN)
         for path, end in sorted(ends.items()):
             size = path.stat().st_size if path.is_file() else -1
@@ -166,14 +178,13 @@ def read_metadata(directory: Path) -> Any:
         UserError: there is none, or it is damaged, or it names what no checkpoint needs.
     """
     path = directory / ".metadata"
-    if not path.is_file():
+    if not os.path.lexists(path):
         raise UserError(
             str(directory),
             "not a Megatron torch_dist checkpoint (no .metadata)",
             "give the directory of one saved step",
         )
-    with path.open("rb") as file:
-        return safe_unpickle.load(file, path, safe_unpickle.METADATA_NAMES)
+    return safe_unpickle.load(path, safe_unpickle.METADATA_NAMES)
 
 
 def read_object(directory: Path, key: str) -> bytes | None:
@@ -183,92 +194,25 @@ def read_object(directory: Path, key: str) -> bytes | None:
     Raises:
         UserError: as :func:`read_metadata`; or the file that holds it is missing or truncated.
     """
-    if not (directory / ".metadata").is_file():
+    if not os.path.lexists(directory / ".metadata"):
         return None
-    places = getattr(read_metadata(directory), "storage_data", None) or {}
-    found = [info for index, info in places.items() if index.fqn == f"{key}/shard_0_1"]
-    if not found:
-        return None
-    path = directory / Path(found[0].relative_path).name
+    try:
+        places = getattr(read_metadata(directory), "storage_data", None) or {}
+        found = [info for index, info in places.items() if index.fqn == f"{key}/shard_0_1"]
+        if not found:
+            return None
+        offset, length = sizes((found[0].offset, found[0].length))
+        path = directory / Path(found[0].relative_path).name
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(
+            str(directory / ".metadata"), f"not a checkpoint's metadata: {error}", _AGAIN
+        ) from error
     content = b""
     if path.is_file():
         with path.open("rb") as file:
-            file.seek(found[0].offset)
-            content = file.read(found[0].length)
-    if len(content) < found[0].length:
+            file.seek(offset)
+            content = file.read(min(length, safe_unpickle.LIMIT))
+    if len(content) < length:
         what = "truncated" if path.is_file() else "missing"
         raise UserError(str(path), f"{what}: it holds {key}", _AGAIN)
     return content
-
-
-class _Window(io.RawIOBase):
-    """Bytes ``offset .. offset + length`` of a file as a file of its own."""
-
-    def __init__(self, file: io.BufferedReader, offset: int, length: int) -> None:
-        self._file, self._offset, self._length, self._at = file, offset, length, 0
-
-    def seekable(self) -> bool:
-        return True
-
-    def readable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._length}[whence]
-        self._at = max(base + offset, 0)
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def read(self, size: int = -1) -> bytes:
-        left = max(self._length - self._at, 0)
-        size = left if size is None or size < 0 else min(size, left)
-        self._file.seek(self._offset + self._at)
-        data = self._file.read(size)
-        self._at += len(data)
-        return data
-
-
-def _payload(name: str, dtype: torch.dtype, chunk: Chunk) -> tuple[int, Shape]:
-    """Byte offset in the file of a chunk's first element, and its strides in elements.
-
-    The archive is ``torch.save`` of one tensor: ``data.pkl`` names storage, offset, size and
-    strides; ``data/<key>`` holds the storage. A local file header is 30 bytes, a name, an extra
-    field (torch pads with it), then the data.
-    """
-    where = f"{chunk.path}: {name}"
-    try:
-        with chunk.path.open("rb") as file:
-            archive = zipfile.ZipFile(_Window(file, chunk.offset, chunk.length))
-            members = {entry.filename.split("/", 1)[1]: entry for entry in archive.infolist()}
-            if archive.read(members["byteorder"]) != b"little":
-                raise UserError(where, "big-endian", "save it on a little-endian machine")
-            header = archive.read(members["data.pkl"])
-            tensor = safe_unpickle.loads(header, where, safe_unpickle.TENSOR_NAMES)
-            (_, stored_dtype, key, _, _), first, size, strides = tensor.arguments[:4]
-            entry = members[f"data/{key}"]
-            file.seek(chunk.offset + entry.header_offset)
-            local = file.read(30)
-    except (zipfile.BadZipFile, KeyError, ValueError, AttributeError, TypeError) as error:
-        raise UserError(where, f"corrupt: {error}", _AGAIN) from error
-    start = entry.header_offset + 30
-    start += int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
-    needed = (
-        first + 1 + sum((n - 1) * s for n, s in zip(size, strides, strict=True))
-    ) * dtype.itemsize
-    own = [n for n in extent(chunk.box) if n != 1]
-    sound = (
-        stored_dtype == dtype
-        and [n for n in size if n != 1] == own
-        and entry.compress_type == zipfile.ZIP_STORED
-        and needed <= entry.file_size
-        and start + entry.file_size <= chunk.length
-    )
-    if not sound:
-        what = f"holds {stored_dtype} {tuple(size)}: not what .metadata says"
-        raise UserError(where, what, _AGAIN)
-    # Axes of length one may be in the chunk's box and not in the tensor: any stride will do.
-    left = iter(stride for n, stride in zip(size, strides, strict=True) if n != 1)
-    expanded = tuple(0 if n == 1 else next(left) for n in extent(chunk.box))
-    return chunk.offset + start + first * dtype.itemsize, expanded

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 
 from megatron_btx.errors import UserError
 from megatron_btx.weights.megatron import open_megatron
+from megatron_btx.weights.read_torch_zip import Chunk, payload_of
 from megatron_btx.weights.safetensors import SafetensorsSource
 from megatron_btx.weights.source import read_whole
-from megatron_btx.weights.torch_dist import Chunk, _payload
 from megatron_btx.weights.write_torch_dist import write_torch_dist
 from tests.weights.models import moe_plan
 from tests.weights.test_directories import manifest
@@ -133,7 +133,7 @@ def test_a_malicious_archive_is_refused(tmp_path):
         archive.writestr("archive/data.pkl", pickle.dumps(Evil(tmp_path / "owned")))
     chunk = Chunk(((0, 4),), path, 0, path.stat().st_size)
     with pytest.raises(UserError, match="which no checkpoint needs: refused"):
-        _payload("tensor", torch.float32, chunk)
+        payload_of("tensor", torch.float32, chunk)
     assert not (tmp_path / "owned").exists()
 
 
