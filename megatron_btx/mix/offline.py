@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TextIO
@@ -63,7 +67,11 @@ def run(
         out.write(describe(plan, request, execution) + "\n")
         return plan
     destination = Path(request.out)
-    with ThreadPoolExecutor(1) as pool, Watch(plan.nbytes, out) as watch:
+    with (
+        interrupted_once(),
+        ThreadPoolExecutor(1) as pool,
+        Watch(plan.nbytes, out) as watch,
+    ):
         hashes = pool.submit(watch.hashes, models)
         execution = dataclasses.replace(execution, advance=watch.advance)
 
@@ -76,12 +84,33 @@ def run(
     return plan
 
 
+@contextlib.contextmanager
+def interrupted_once() -> Iterator[None]:
+    """The first Ctrl-C ends the block at the next slab; further ones change nothing, so that what
+    is being ended in order is not torn. Outside the main thread there is nothing to do."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: object) -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        sys.stderr.write("interrupted: the same command goes on from the finished files\n")
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGINT) is interrupt:
+            signal.signal(signal.SIGINT, before)
+
+
 def _prepared(request: Request) -> tuple[list[Checkpoint], Plan, Execution]:
     """Sources, plan and execution; whatever is wrong with any of them, and with where the result
     shall lie, is told at once."""
     errors: list[UserError] = []
     destination = Path(request.out)
-    if not request.dry_run and destination.exists():
+    if not request.dry_run and os.path.lexists(destination):
         errors.append(
             UserError(str(destination), "exists already", "remove it, or give another name")
         )

@@ -1,18 +1,18 @@
-"""How far a mix is, and hashes of its sources taken behind it."""
+"""How far a mix is, and its sources' files read behind it."""
 
 from __future__ import annotations
 
-import hashlib
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 from rich.progress import TransferSpeedColumn as Speed
 
+from megatron_btx.errors import UserErrors, capped
+from megatron_btx.mix.source_files import SourceFiles
 from megatron_btx.weights.plan import Checkpoint
 
 _LEAD = 0.02
@@ -42,9 +42,14 @@ class Watch:
         self._over = True
 
     def hashes(self, models: Sequence[Checkpoint]) -> dict[str, dict[str, str]]:
-        """SHA-256 of every file of every source, read at the pace of the mix."""
-        found: dict[str, dict[str, str]] = {model.label: {} for model in models}
-        readers = {m.label: _hashing(m.path, found[m.label]) for m in models if m.path}
+        """SHA-256 of every file of every source, read at the pace of the mix.
+
+        Raises:
+            UserErrors: files that are not what was written, by the hashes or the CRC-32 that are
+                stored with them.
+        """
+        files = {model.label: SourceFiles(model) for model in models if model.path}
+        readers = {label: each.read() for label, each in files.items()}
         done = dict.fromkeys(readers, 0.0)
         while readers and not self._failed:
             label = min(readers, key=done.__getitem__)
@@ -54,7 +59,9 @@ class Watch:
                 done[label] = next(readers[label])
             except StopIteration:
                 del readers[label]
-        return found
+        if errors := [error for each in files.values() for error in each.errors]:
+            raise UserErrors(capped(errors))
+        return {m.label: files[m.label].sha256 if m.path else {} for m in models}
 
     def summary(self) -> str:
         """What was written, and how fast."""
@@ -70,25 +77,3 @@ class Watch:
         self._failed = kind is not None
         self.finished()
         self._bar.stop()
-
-
-def _hashing(directory: Path, found: dict[str, str]) -> Iterator[float]:
-    """Hash the files of a directory into ``found``, saying after each MiB how far it is."""
-    paths = [
-        path
-        for path in sorted(directory.iterdir(), key=_natural)
-        if path.suffix in (".safetensors", ".distcp", ".json") or path.name == ".metadata"
-    ]
-    total, read = max(sum(path.stat().st_size for path in paths), 1), 0
-    for path in paths:
-        digest = hashlib.sha256()
-        with path.open("rb", buffering=0) as file:
-            while data := file.read(1 << 20):
-                digest.update(data)
-                read += len(data)
-                yield read / total
-        found[path.name] = digest.hexdigest()
-
-
-def _natural(path: Path) -> tuple[int, str]:
-    return (len(path.name), path.name)

@@ -127,6 +127,16 @@ class Plan:
         """Bytes that each source has handed out so far."""
         return {label: source.bytes_read for label, source in self.sources.items()}
 
+    def check_unchanged(self) -> None:
+        """To be called when all is read.
+
+        Raises:
+            UserErrors: files of the sources that were written to meanwhile.
+        """
+        errors = [error for source in self.sources.values() for error in source.changed()]
+        if errors:
+            raise UserErrors(list({str(error): error for error in errors}.values()))
+
     @property
     def hash(self) -> str:
         """SHA-256 over every name and expression: equal plans over equal sources, equal results."""

@@ -39,7 +39,7 @@ def load_into_sharded(plan: Plan, sharded_state_dict: Mapping[str, Any]) -> dict
 
     Raises:
         UserErrors: a shard that the plan has no tensor for or another shape of; nothing has been
-            written then.
+            written then. Or files of a source were written to while they were read.
     """
     before = plan.bytes_read
     cache: dict[tuple[str, Shape, torch.dtype], Expression] = {}
@@ -62,6 +62,7 @@ def load_into_sharded(plan: Plan, sharded_state_dict: Mapping[str, Any]) -> dict
         raise UserErrors(errors)
     for expression, box, data, prepended in work:
         _fill(plan, expression, box, data, prepended)
+    plan.check_unchanged()
     return {label: count - before[label] for label, count in plan.bytes_read.items()}
 
 

@@ -60,15 +60,18 @@ def write_safetensors(
         "metadata": {"total_size": plan.nbytes},
         "weight_map": {t: name for name, group in zip(names, groups, strict=True) for t in group},
     }
+
+    def small() -> dict[str, bytes]:
+        plan.check_unchanged()
+        shown = {"model.safetensors.index.json": as_json(index)} if len(groups) > 1 else {}
+        return {**shown, **files()}
+
     write_directory(
         out,
         identity=f"safetensors {shard} {plan.identity}",
         pieces=pieces,
         workers=execution.workers,
-        files=lambda: {
-            **({"model.safetensors.index.json": as_json(index)} if len(groups) > 1 else {}),
-            **files(),
-        },
+        files=small,
         check=check,
     )
 

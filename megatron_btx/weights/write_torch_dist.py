@@ -106,6 +106,16 @@ def write_torch_dist(
     pieces = [
         Piece(file.name, file.nbytes, partial(_write, plan, file, execution)) for file in layout
     ]
+
+    def small() -> dict[str, bytes]:
+        plan.check_unchanged()
+        return {
+            ".metadata": pickle.dumps(_metadata(layout)),
+            "common.pt": _common(),
+            "metadata.json": as_json(backends | versions),
+            **files(),
+        }
+
     backends = {"sharded_backend": "torch_dist", "common_backend": "torch"}
     versions = {"sharded_backend_version": 1, "common_backend_version": 1}
     write_directory(
@@ -113,12 +123,7 @@ def write_torch_dist(
         identity=f"torch_dist {shard} {plan.identity}",
         pieces=pieces,
         workers=execution.workers,
-        files=lambda: {
-            ".metadata": pickle.dumps(_metadata(layout)),
-            "common.pt": _common(),
-            "metadata.json": as_json(backends | versions),
-            **files(),
-        },
+        files=small,
         check=check,
     )
 

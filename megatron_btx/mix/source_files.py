@@ -1,0 +1,109 @@
+"""A source's files, hashed for ``mix.json`` and checked in the same pass.
+
+They are read a little behind the mix, out of memory, where it has just read them. What is compared:
+the hashes that were written with the checkpoint (``hashes.json``); where there are none, the CRC-32
+that ``torch.save`` stored with each tensor that is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from megatron_btx.errors import UserError, shown
+from megatron_btx.weights.integrity import Hash, difference, hashes_of
+from megatron_btx.weights.ops import takes
+from megatron_btx.weights.plan import Checkpoint
+from megatron_btx.weights.read_torch_zip import Checksum
+from megatron_btx.weights.source import View
+from megatron_btx.weights.torch_dist import TorchDistSource
+
+_READ = 1 << 20
+
+
+class SourceFiles:
+    """The files of one source.
+
+    Args:
+        model: with a path.
+    """
+
+    def __init__(self, model: Checkpoint) -> None:
+        assert model.path is not None
+        self._model, self._directory = model, model.path
+        self.sha256: dict[str, str] = {}
+        """By name, of weights and descriptions, when all is read."""
+        self.errors: list[UserError] = []
+        """What is not as it was written."""
+
+    def read(self) -> Iterator[float]:
+        """Read all of it, saying after each MiB which share is done."""
+        known = hashes_of(self._directory)
+        crcs = {} if known else _checksums(self._model)
+        paths = [path for path in self._directory.iterdir() if self._is_described(path)]
+        more = [self._directory / name for name in known]
+        self.errors += [e for p in more if not p.is_file() and (e := difference(p, ""))]
+        paths += sorted({path for path in more if path.is_file()} - set(paths))
+        total, read = max(sum(path.stat().st_size for path in paths), 1), 0
+        for path in sorted(paths, key=_natural):
+            name = str(path.relative_to(self._directory))
+            crc = _Crc(path, crcs.get(path, ()))
+            sha256, fast = hashlib.sha256(), Hash()
+            with path.open("rb", buffering=0) as file:
+                while data := file.read(_READ):
+                    sha256.update(data)
+                    fast.update(data)
+                    crc.update(data)
+                    read += len(data)
+                    yield read / total
+            if self._is_described(path):
+                self.sha256[name] = sha256.hexdigest()
+            self.errors += crc.errors
+            if name in known and (error := difference(path, known[name], fast.hexdigest())):
+                self.errors.append(error)
+
+    def _is_described(self, path: Path) -> bool:
+        """Whether ``mix.json`` names the file: weights, and what says what they are."""
+        kind = path.suffix in (".safetensors", ".distcp", ".json") or path.name == ".metadata"
+        return kind and path.parent == self._directory and path.is_file()
+
+
+class _Crc:
+    """CRC-32 of parts of a file, while the file passes by in order."""
+
+    def __init__(self, path: Path, parts: Sequence[Checksum]) -> None:
+        self._path, self._parts = path, list(reversed(parts))
+        self._at = self._crc = 0
+        self.errors: list[UserError] = []
+
+    def update(self, data: bytes) -> None:
+        """The next bytes."""
+        end, view = self._at + len(data), memoryview(data)
+        while self._parts and self._parts[-1].start < end:
+            part = self._parts[-1]
+            stop = part.start + part.size
+            inside = view[max(part.start - self._at, 0) : stop - self._at]
+            self._crc = zlib.crc32(inside, self._crc)
+            if stop > end:
+                break
+            self._parts.pop()
+            if self._crc != part.crc:
+                what = f"tensor {shown(part.tensor)} is not what was written (CRC-32)"
+                fix = "copy the checkpoint again, or take an earlier step"
+                self.errors.append(UserError(str(self._path), what, fix))
+            self._crc = 0
+        self._at = end
+
+
+def _checksums(model: Checkpoint) -> dict[Path, list[Checksum]]:
+    view = model.source
+    if not isinstance(view, View) or not isinstance(view.of, TorchDistSource):
+        return {}
+    used = {take.name for expression in view.expressions.values() for take in takes(expression)}
+    return view.of.checksums(sorted(used))
+
+
+def _natural(path: Path) -> tuple[int, str]:
+    return (len(path.name), path.name)
