@@ -75,6 +75,7 @@ def write_hf(
     shard: int = SHARD,
     execution: Execution = ONE_BY_ONE,
     files: Callable[[], Mapping[str, bytes]] = dict,
+    check: Callable[[Path], object] = lambda _directory: None,
 ) -> None:
     """Write any plan over canonical names as a Hugging Face directory: see :func:`export_hf`.
 
@@ -89,6 +90,7 @@ def write_hf(
         shard: bytes a safetensors file.
         execution: how; no bit of the result depends on it.
         files: more small files, asked for at the end; they may replace ours.
+        check: called with the directory before it gets its name.
 
     Raises:
         UserError: no family computes the model, or ``out`` cannot be written.
@@ -113,4 +115,5 @@ def write_hf(
         files=lambda: {name: as_json(value) for name, value in own.items()} | dict(files()),
         shard=shard,
         execution=execution,
+        check=check,
     )

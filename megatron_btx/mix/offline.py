@@ -22,7 +22,13 @@ from megatron_btx.errors import UserError, UserErrors, noted
 from megatron_btx.families.export import carried, write_hf
 from megatron_btx.families.hf import to_hf
 from megatron_btx.families.tokenizer_files import tokenizer_files
-from megatron_btx.mix.plan_of_request import DTYPES, open_sources, out_of_range, plan_of
+from megatron_btx.mix.plan_of_request import (
+    DTYPES,
+    open_source,
+    open_sources,
+    out_of_range,
+    plan_of,
+)
 from megatron_btx.mix.progress import Watch
 from megatron_btx.mix.request import Request
 from megatron_btx.provenance import versions
@@ -127,9 +133,23 @@ def _prepared(request: Request) -> tuple[list[Checkpoint], Plan, Execution]:
         models = open_sources(request)
         if not wrong:
             plan = plan_of(request, models)
+            errors += _not_computed(plan, request)
     if errors:
         raise UserErrors(errors)
     return models, plan, execution
+
+
+def _not_computed(plan: Plan, request: Request) -> list[UserError]:
+    """Why Megatron-Core, and so we, could not run the result: it is not written."""
+    routing = plan.architecture.routing
+    if routing is None or routing.type != "topk" or routing.moe_router_pre_softmax:
+        return []
+    if routing.moe_router_topk > 1:
+        return []
+    what = "the softmax over one selected logit is always 1: Megatron-Core refuses such a router"
+    if request.method in ("append", "drop", "copy"):
+        return [UserError(f"--method {request.method}", what, "give a model of at least top-2")]
+    return [UserError("--moe-router-topk", what, "choose at least 2")]
 
 
 def write(
@@ -160,6 +180,7 @@ def write(
             shard=shard,
             execution=execution,
             files=files,
+            check=_opened,
         )
         return
     # Here, because the names of torch.distributed.checkpoint take a second to import.
@@ -184,7 +205,13 @@ def write(
         shard=shard,
         execution=execution,
         files=lambda: {MANIFEST: as_json(manifest), **files()},
+        check=_opened,
     )
+
+
+def _opened(result: Path) -> None:
+    """That what was written can be read: before it gets its name."""
+    open_source(result, "the result")
 
 
 def describe(plan: Plan, request: Request, execution: Execution) -> str:

@@ -8,17 +8,20 @@ that ``torch.save`` stored with each tensor that is used.
 from __future__ import annotations
 
 import hashlib
+import logging
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megatron_btx.errors import UserError, shown
-from megatron_btx.weights.integrity import Hash, difference, hashes_of
+from megatron_btx.weights.integrity import Hash, difference, hashes_of, is_edited
 from megatron_btx.weights.ops import takes
 from megatron_btx.weights.plan import Checkpoint
 from megatron_btx.weights.read_torch_zip import Checksum
 from megatron_btx.weights.source import View
 from megatron_btx.weights.torch_dist import TorchDistSource
+
+logger = logging.getLogger(__name__)
 
 _READ = 1 << 20
 
@@ -44,7 +47,9 @@ class SourceFiles:
         crcs = {} if known else _checksums(self._model)
         paths = [path for path in self._directory.iterdir() if self._is_described(path)]
         more = [self._directory / name for name in known]
-        self.errors += [e for p in more if not p.is_file() and (e := difference(p, ""))]
+        for path in more:
+            if not path.is_file():
+                self._compare(path, "")
         paths += sorted({path for path in more if path.is_file()} - set(paths))
         total, read = max(sum(path.stat().st_size for path in paths), 1), 0
         for path in sorted(paths, key=_natural):
@@ -61,8 +66,15 @@ class SourceFiles:
             if self._is_described(path):
                 self.sha256[name] = sha256.hexdigest()
             self.errors += crc.errors
-            if name in known and (error := difference(path, known[name], fast.hexdigest())):
-                self.errors.append(error)
+            if name in known:
+                self._compare(path, known[name], fast.hexdigest())
+
+    def _compare(self, path: Path, wanted: str, found: str | None = None) -> None:
+        error = difference(path, wanted, found)
+        if error and is_edited(path.name):
+            logger.warning("%s: %s", error.where, error.what)
+        elif error:
+            self.errors.append(error)
 
     def _is_described(self, path: Path) -> bool:
         """Whether ``mix.json`` names the file: weights, and what says what they are."""

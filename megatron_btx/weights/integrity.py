@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
 import xxhash
@@ -23,6 +23,8 @@ ALGORITHM = "xxh3_128"
 
 _AGAIN = "copy the checkpoint again, or take an earlier step"
 _ON_PURPOSE = f"{_AGAIN}; where it was changed on purpose, delete its line in {HASHES}"
+
+_EDITED = (".json", ".jinja", ".txt", ".md", ".yaml", ".yml")
 
 Hash = xxhash.xxh3_128
 
@@ -71,19 +73,10 @@ def hashes_of(directory: Path) -> dict[str, str]:
     return files
 
 
-def changed(directory: Path, hashes: Mapping[str, str], names: Iterable[str]) -> list[UserError]:
-    """The files that are not what they were when ``hashes`` were taken: gone, or of another hash.
-
-    Args:
-        directory: of the checkpoint.
-        hashes: by name, of all its files.
-        names: those to read.
-    """
-    errors = []
-    for name in names:
-        if error := difference(directory / name, hashes[name]):
-            errors.append(error)
-    return errors
+def is_edited(name: str) -> bool:
+    """Whether people change such files by hand (config.json, a chat template): a difference is told
+    where the checkpoint is used, and refused only where it is resumed or verified."""
+    return name.endswith(_EDITED)
 
 
 def difference(path: Path, wanted: str, found: str | None = None) -> UserError | None:

@@ -40,9 +40,9 @@ class Partial:
         Raises:
             UserError: something else has got that name meanwhile.
         """
+        _refuse_existing(self.out)
         (self.path / _IDENTITY).unlink()
         sync_directory(self.path)
-        _refuse_existing(self.out)
         os.rename(self.path, self.out)
         (self.out / MARK).unlink()
         sync_directory(self.out.parent)

@@ -160,3 +160,13 @@ def test_numbers_are_refused_as_a_recipe_refuses_them(sources, tmp_path, capsys,
     assert RANGES[options] in said
     assert said.count(" fix: ") == 1, "of each mistake one error"
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("form", ["hf", "megatron"])
+def test_a_result_that_nobody_computes_is_not_written(sources, tmp_path, form):
+    words = ["--sources", *named(sources), "--format", form, "--moe-router-topk", 1]
+    for dry in ([], ["--dry-run"]):
+        with pytest.raises(UserError, match="softmax over one") as caught:
+            btx("mix", *words, "--out", tmp_path / "out", *dry)
+        assert "--moe-router-topk" in str(caught.value)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,185 @@
+"""One writer per result, and nothing that is not ours is touched."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_btx.errors import UserError
+from megatron_btx.weights.directory import Piece, write_directory
+from megatron_btx.weights.integrity import HASHES
+
+HOLD = """
+import sys
+from pathlib import Path
+from megatron_btx.weights.directory import Piece, write_directory
+
+def write(file):
+    file.write(b"first")
+    print("writing", flush=True)
+    sys.stdin.readline()
+
+write_directory(Path(sys.argv[1]), identity="1", pieces=[Piece("a", 1, write)], files=dict)
+"""
+
+
+def piece(content: bytes) -> Piece:
+    return Piece("a", 1, lambda file: file.write(content))
+
+
+def put(out: Path, content: bytes = b"mine", identity: str = "1") -> None:
+    write_directory(out, identity=identity, pieces=[piece(content)], files=dict)
+
+
+@pytest.fixture
+def writer(tmp_path):
+    """Another process that is in the middle of writing ``out``."""
+    words = [sys.executable, "-c", HOLD, str(tmp_path / "out")]
+    process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "writing\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_the_second_writer_is_told_who_the_first_is(tmp_path, writer):
+    for identity in ("1", "2"):  # the same plan, and another
+        with pytest.raises(UserError, match="is being written by another process") as caught:
+            put(tmp_path / "out", identity=identity)
+        said = str(caught.value)
+        assert f"pid {writer.pid} on {os.uname().nodename}, since 20" in said
+    writer.communicate("go on\n", timeout=60)
+    assert writer.returncode == 0
+    assert sorted(os.listdir(tmp_path)) == ["out"]
+    assert sorted(os.listdir(tmp_path / "out")) == ["a", HASHES]
+    assert (tmp_path / "out" / "a").read_bytes() == b"first"
+
+
+def test_what_a_killed_writer_held_is_free(tmp_path, writer):
+    writer.kill()
+    writer.wait()
+    put(tmp_path / "out")
+    assert sorted(os.listdir(tmp_path)) == ["out"]
+    assert (tmp_path / "out" / "a").read_bytes() == b"mine"
+
+
+def test_a_partial_directory_of_an_older_version_is_taken_over(tmp_path):
+    partial = tmp_path / "out.partial"
+    partial.mkdir()
+    (partial / ".btx-identity").write_text("1")
+    (partial / "a").write_bytes(b"done before")
+    put(tmp_path / "out")
+    assert (tmp_path / "out" / "a").read_bytes() == b"done before"
+    assert sorted(os.listdir(tmp_path / "out")) == ["a", HASHES]
+
+
+@pytest.mark.parametrize("kind", ["directory", "empty", "file", "link", "dangling"])
+def test_a_partial_of_the_users_is_left_alone(tmp_path, kind):
+    partial, elsewhere = tmp_path / "out.partial", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / ".btx-identity").write_text("1")
+    if kind in ("directory", "empty"):
+        partial.mkdir()
+    if kind == "directory":
+        (partial / "thesis.tex").write_text("years")
+    elif kind == "file":
+        partial.write_text("years")
+    elif kind in ("link", "dangling"):
+        partial.symlink_to(elsewhere if kind == "link" else tmp_path / "nowhere")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match="none of ours"):
+        put(tmp_path / "out")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("kind", ["directory", "file", "dangling"])
+def test_what_exists_is_refused(tmp_path, kind):
+    out = tmp_path / "out"
+    {
+        "directory": out.mkdir,
+        "file": out.touch,
+        "dangling": lambda: out.symlink_to(tmp_path / "nowhere"),
+    }[kind]()
+    with pytest.raises(UserError, match="exists already"):
+        put(out)
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_what_appears_meanwhile_is_not_replaced_and_the_work_is_kept(tmp_path):
+    out = tmp_path / "out"
+
+    def write(file) -> None:
+        file.write(b"hours of work")
+        out.mkdir()
+
+    with pytest.raises(UserError, match="exists already"):
+        write_directory(out, identity="1", pieces=[Piece("a", 1, write)], files=dict)
+    assert os.listdir(out) == []
+    out.rmdir()
+    put(out)
+    assert (out / "a").read_bytes() == b"hours of work"
+
+
+def test_what_cannot_be_read_back_gets_no_name(tmp_path):
+    def refuse(directory: Path) -> None:
+        assert (directory / HASHES).exists()
+        raise UserError(str(directory), "cannot be read")
+
+    with pytest.raises(UserError, match="cannot be read"):
+        write_directory(
+            tmp_path / "out", identity="1", pieces=[piece(b"x")], files=dict, check=refuse
+        )
+    assert os.listdir(tmp_path) == []
+
+
+def test_killed_while_it_claims_a_name_it_leaves_nothing_for_ever(tmp_path):
+    left = tmp_path / ".out.partial.123.tmp"
+    left.mkdir()
+    (left / ".btx-lock").write_text("")
+    foreign = tmp_path / ".out.partial.124.tmp"
+    foreign.mkdir()
+    (foreign / "notes.md").write_text("mine")
+    put(tmp_path / "out")
+    assert sorted(os.listdir(tmp_path)) == [".out.partial.124.tmp", "out"]
+
+
+INTERRUPT = """
+import sys, time
+from pathlib import Path
+from megatron_btx.mix import offline
+from megatron_btx.weights.directory import Piece, write_directory
+
+def write(file):
+    print("writing", flush=True)
+    for _ in range(20):
+        file.write(b"x")
+        time.sleep(0.1)
+
+with offline.interrupted_once():
+    write_directory(Path(sys.argv[1]), identity="1", pieces=[Piece("a", 1, write)], files=dict)
+"""
+
+
+def test_a_second_interrupt_changes_nothing(tmp_path):
+    words = [sys.executable, "-c", INTERRUPT, str(tmp_path / "out")]
+    process = subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stdout.readline() == "writing\n"
+    for _ in range(20):
+        os.kill(process.pid, signal.SIGINT)
+        time.sleep(0.01)
+        if process.poll() is not None:
+            break
+    _, said = process.communicate(timeout=60)
+    assert process.returncode in (1, -signal.SIGINT)  # Python's own end; `btx` makes 130 of it
+    assert said.count("interrupted: the same command goes on") == 1
+    assert said.count("Traceback") == 1
+    assert "Exception ignored" not in said
+    put(tmp_path / "out")
