@@ -13,6 +13,7 @@ import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,17 @@ class _Stored:
                 common = intersection(box, chunk.box)
                 if common is not None:
                     yield chunk, common
+
+    def overlaps(self) -> bool:
+        """Whether some element lies in two chunks."""
+        boxes = {chunk.box for chunk in self.chunks}
+        if len(boxes) < len(self.chunks):
+            return True
+        for sides in zip(*boxes, strict=True):
+            cuts = sorted(set(sides))
+            if any(one[1] > other[0] for one, other in pairwise(cuts)):  # not a grid
+                return any(sum(1 for _ in self.meeting(box)) > 1 for box in boxes)
+        return False
 
 
 class TorchDistSource(FileSource[_Stored]):
@@ -161,7 +173,7 @@ class TorchDistSource(FileSource[_Stored]):
             if held != prod(stored.shape):
                 what = f"tensor {shown(name)}: {held} of {prod(stored.shape)} elements are stored"
                 yield UserError(str(self.path), what, _AGAIN)
-            elif any(sum(1 for _ in stored.meeting(one.box)) > 1 for one in stored.chunks):
+            elif stored.overlaps():
                 what = f"tensor {shown(name)}: some elements are stored twice, others not at all"
                 yield UserError(str(self.path), what, _AGAIN)
         for path, end in sorted(ends.items()):

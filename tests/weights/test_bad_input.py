@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 import zipfile
@@ -79,7 +80,62 @@ def drop_chunk(directory) -> None:
     path.write_bytes(pickle.dumps(metadata))
 
 
+def edit_metadata(edit):
+    def damage(directory) -> None:
+        path = directory / ".metadata"
+        metadata = pickle.loads(path.read_bytes())
+        edit(metadata)
+        path.write_bytes(pickle.dumps(metadata))
+
+    return damage
+
+
+ROUTER = "decoder.layers.mlp.router.weight"
+
+
+def repeat_a_chunk(metadata) -> None:
+    """As many elements as there should be: some twice, others never."""
+    chunks = metadata.state_dict_metadata[ROUTER].chunks
+    chunks[1] = chunks[0]
+
+
+def enlarge(metadata) -> None:
+    """A tensor of petabytes, in an archive of some bytes."""
+    entry = metadata.state_dict_metadata[ROUTER]
+    entry.size = torch.Size((1 << 40, 4, 32))
+    entry.chunks[:] = [type(entry.chunks[0])(torch.Size((0, 0, 0)), entry.size)]
+
+
+def misplace(metadata) -> None:
+    for index, info in metadata.storage_data.items():
+        if index.fqn == ROUTER:
+            info.offset = -64
+
+
 DAMAGES = {
+    "a chunk twice": (edit_metadata(repeat_a_chunk), "some elements are stored twice"),
+    "a tensor of petabytes": (edit_metadata(enlarge), "a chunk ((0, 1099511627776)"),
+    "a negative offset": (edit_metadata(misplace), "not sizes"),
+    "a memo of gigabytes": (
+        lambda d: (d / ".metadata").write_bytes(b"\x80\x02Nr\xff\xff\xff\x0f."),
+        "place 268435455 of the memo",
+    ),
+    "a byte array of petabytes": (
+        lambda d: (d / ".metadata").write_bytes(b"\x80\x05\x96\0\0\0\0\0\1\0\0."),
+        "truncated or corrupt",
+    ),
+    "metadata is a pipe": (
+        lambda d: ((d / ".metadata").unlink(), os.mkfifo(d / ".metadata")),
+        "is a pipe or a device",
+    ),
+    "metadata is endless": (
+        lambda d: ((d / ".metadata").unlink(), (d / ".metadata").symlink_to("/dev/zero")),
+        "is a pipe or a device",
+    ),
+    "a file is a pipe": (
+        lambda d: ((d / "__0_1.distcp").unlink(), os.mkfifo(d / "__0_1.distcp")),
+        "__0_1.distcp: missing",
+    ),
     "no metadata": (lambda d: (d / ".metadata").unlink(), "not a Megatron torch_dist checkpoint"),
     "truncated metadata": (lambda d: truncate(d / ".metadata"), "truncated or corrupt"),
     "metadata is text": (lambda d: (d / ".metadata").write_text("hello"), "truncated or corrupt"),
