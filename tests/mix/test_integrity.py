@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_btx.errors import UserError
-from megatron_btx.mix.copy import copy
+from megatron_btx.mix.one_model import copy
 from megatron_btx.weights.integrity import HASHES, files_of, hash_file, hashes_of
 from megatron_btx.weights.megatron import open_megatron
 from megatron_btx.weights.write_safetensors import write_safetensors
