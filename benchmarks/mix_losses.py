@@ -150,7 +150,7 @@ def centroids(
     other = next(path.parent for path in data if path.parent.name not in names)
     texts = {
         name: HeldOutText(
-            (other if name == "seed" else other.with_name(name)) / "train", length, 16384
+            [(other if name == "seed" else other.with_name(name)) / "train"], length, 16384
         )
         for name in names
     }

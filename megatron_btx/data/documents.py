@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
-from megatron_btx.data.formats import Part, format_of, token_pair
+from megatron_btx.data.formats import Part, format_of, pair_files
 from megatron_btx.data.formats.compression import COMPRESSIONS
 from megatron_btx.errors import UserError
 from megatron_btx.files import read_json
@@ -51,8 +51,8 @@ def find_files(paths: Sequence[str | Path], *, where: str) -> list[Path]:
     for path in map(Path, paths):
         if path.is_dir():
             files += _in_directory(path, where)
-        elif token_pair.is_prefix(path):
-            files.append(token_pair.index_file(path))
+        elif pair_files.is_prefix(path):
+            files.append(pair_files.index_file(path))
         elif os.path.lexists(path):
             files.append(path)
         else:
@@ -103,7 +103,7 @@ def _in_directory(directory: Path, where: str) -> list[Path]:
     others: list[Path] = []
     for file in sorted(_walk(directory, where)):
         name = file.name.lower()
-        if _COMPANIONS.fullmatch(name) or (name.endswith(".bin") and token_pair.is_prefix(file)):
+        if _COMPANIONS.fullmatch(name) or (name.endswith(".bin") and pair_files.is_prefix(file)):
             continue
         (found if name.endswith(SUFFIXES) else others).append(file)
     if others:

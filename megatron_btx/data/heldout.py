@@ -22,15 +22,19 @@ class HeldOutText(Sequence[Sample]):
     documents may be of one kind.
 
     Args:
-        prefix: of its .bin and .idx files.
+        prefixes: of its pairs of .bin and .idx files, one behind the other.
         seq_length: S.
         tokens: at most this many.
         sha256: hash of the files' content, for those who keep what they found of it.
     """
 
-    def __init__(self, prefix: Path, seq_length: int, tokens: int, sha256: str = "") -> None:
-        self._documents = IndexedDataset(str(prefix))
-        length = int(self._documents.sequence_lengths.sum(dtype=np.int64))
+    def __init__(
+        self, prefixes: Sequence[Path], seq_length: int, tokens: int, sha256: str = ""
+    ) -> None:
+        self._pairs = [IndexedDataset(str(prefix)) for prefix in prefixes]
+        lengths = [int(pair.sequence_lengths.sum(dtype=np.int64)) for pair in self._pairs]
+        self._begins = np.cumsum([0, *lengths])
+        length = int(self._begins[-1])
         self._whole = max(0, (length - 1) // seq_length)  # a last token is only a label
         self._length = min(tokens // seq_length, self._whole)
         self.seq_length, self.sha256 = seq_length, sha256
@@ -42,15 +46,26 @@ class HeldOutText(Sequence[Sample]):
         """Sequence ``index``."""
         if not 0 <= index < self._length:
             raise IndexError(index)
-        dtype = self._documents.index.dtype
         first = index * self._whole // self._length * self.seq_length
-        ids = self._documents.bin_reader.read(
-            dtype=dtype, count=self.seq_length + 1, offset=first * np.dtype(dtype).itemsize
-        )
-        text = torch.from_numpy(ids.astype(np.int64))
+        ids = self._ids(first, first + self.seq_length + 1)
+        text = torch.from_numpy(ids)
         return {
             "tokens": text[:-1],
             "labels": text[1:],
             "loss_mask": torch.ones(self.seq_length),
             "position_ids": torch.arange(self.seq_length),
         }
+
+    def _ids(self, first: int, end: int) -> np.ndarray:
+        """Ids ``first`` to ``end`` of all pairs together, int64 [end - first]."""
+        found = []
+        for pair, begin, behind in zip(
+            self._pairs, self._begins[:-1].tolist(), self._begins[1:].tolist(), strict=True
+        ):
+            low, high = max(first, begin), min(end, behind)
+            if low < high:
+                dtype = pair.index.dtype
+                at = (low - begin) * np.dtype(dtype).itemsize
+                ids = pair.bin_reader.read(dtype=dtype, count=high - low, offset=at)
+                found.append(ids.astype(np.int64))
+        return np.concatenate(found)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
 from megatron_btx.data.heldout import HeldOutText, Sample
-from megatron_btx.data.indexed import Piece, read_piece
+from megatron_btx.data.indexed import Piece, pairs, read_piece
 from megatron_btx.data.interleave import Interleaved
 from megatron_btx.data.prepare import prefix
 from megatron_btx.data.tokenizer import load_tokenizer
@@ -49,7 +49,8 @@ class Phase:
     samples: int
     """Of the whole stage. Megatron's order depends on it."""
     domains: tuple[int, ...]
-    """Place in the recipe's list of domains of each part of the mixture."""
+    """Place in the recipe's list of domains of each part of the mixture; a domain of several pairs
+    has several parts."""
     dataset: Any
     """Megatron's ``BlendedDataset``, or ``GPTDataset`` where there is one domain."""
 
@@ -140,18 +141,23 @@ def _phase(recipe: Recipe, part: Part, run_dir: Path, index: Path) -> Phase:
     samples = count.steps(part.block, recipe.model) * part.block.global_batch_size
     mixture = count.mixture(part.block.data)
     pieces = {domain: _piece(run_dir, domain, "train") for domain in mixture}
+    names = list(recipe.domains)
+    blend: list[tuple[str, float]] = []
+    domains: list[int] = []
+    for domain, piece in pieces.items():
+        for pair, share in pairs(prefix(run_dir, domain, "train"), piece):
+            blend.append((str(pair), mixture[domain] * share))
+            domains.append(names.index(domain))
     dataset = _build(
         index,
-        prefixes={str(prefix(run_dir, domain, "train")): mixture[domain] for domain in mixture},
+        blend=blend,
         contents=[piece.sha256 for piece in pieces.values()],
         samples=samples,
         seed=_seed(recipe.random_seed, part.stage),
         seq_length=recipe.model.seq_length,
         facts=_Facts(load_tokenizer(run_dir / "prepare" / "tokenizer")),
     )
-    names = list(recipe.domains)
-    domains = tuple(names.index(domain) for domain in mixture)
-    return Phase(name=part.stage, samples=samples, domains=domains, dataset=dataset)
+    return Phase(name=part.stage, samples=samples, domains=tuple(domains), dataset=dataset)
 
 
 class _Facts:
@@ -166,7 +172,7 @@ class _Facts:
 def _build(
     index: Path,
     *,
-    prefixes: Mapping[str, float],
+    blend: Sequence[tuple[str, float]],
     contents: Sequence[str],
     samples: int,
     seed: int,
@@ -179,7 +185,7 @@ def _build(
     they are built in a directory that gets its name when all of them are there; ``contents`` (the
     text's hashes) are part of that name.
     """
-    key = [list(prefixes.items()), list(contents), samples, seed, seq_length]
+    key = [list(map(list, blend)), list(contents), samples, seed, seq_length]
     cache = index / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
     with _one_rank_at_least():
         first = dist.get_rank() == 0
@@ -192,7 +198,7 @@ def _build(
         config = GPTDatasetConfig(
             random_seed=seed,
             sequence_length=seq_length,
-            blend_per_split=[(list(prefixes), list(prefixes.values())), None, None],
+            blend_per_split=[tuple(map(list, zip(*blend, strict=True))), None, None],
             path_to_cache=str(path),
             tokenizer=facts,
             reset_position_ids=False,
@@ -237,7 +243,12 @@ def held_out(recipe: Recipe, run_dir: Path, tokens: int) -> dict[str, HeldOutTex
     for domain in recipe.domains:
         piece = _piece(run_dir, domain, "valid")
         where = prefix(run_dir, domain, "valid")
-        text = HeldOutText(where, recipe.model.seq_length, tokens, piece.sha256)
+        text = HeldOutText(
+            [pair for pair, _ in pairs(where, piece)],
+            recipe.model.seq_length,
+            tokens,
+            piece.sha256,
+        )
         found[domain] = text
         if not len(text):
             raise UserError(
@@ -246,6 +257,16 @@ def held_out(recipe: Recipe, run_dir: Path, tokens: int) -> dict[str, HeldOutTex
                 "give it more text",
             )
     return found
+
+
+def train_pairs(run_dir: Path, domain: str) -> list[Path]:
+    """Prefixes of the pairs of a domain's training text.
+
+    Raises:
+        UserError: they are not there.
+    """
+    piece = _piece(run_dir, domain, "train")
+    return [pair for pair, _ in pairs(prefix(run_dir, domain, "train"), piece)]
 
 
 def _piece(run_dir: Path, domain: str, split: str) -> Piece:

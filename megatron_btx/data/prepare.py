@@ -14,19 +14,18 @@ by the hash of its text, so that the same text never is on both sides.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megatron_btx.data import Progress, no_progress
+from megatron_btx.data import Progress, no_progress, tokenize
 from megatron_btx.data.builtin.corpora import write_builtin
-from megatron_btx.data.documents import find_files, no_document, read_documents
+from megatron_btx.data.documents import find_files, no_document
+from megatron_btx.data.domain_text import SPLITS, DomainText, digest, document_hash, find
 from megatron_btx.data.formats import Part, format_of, json_lines, token_pair
 from megatron_btx.data.formats.compression import compression_of
 from megatron_btx.data.tokenizer import (
@@ -40,14 +39,13 @@ from megatron_btx.data.tokenizer import (
 )
 from megatron_btx.errors import UserError, UserErrors, noted
 from megatron_btx.files import find_json, sweep, unfinished, write_json
-from megatron_btx.recipe.schema import Domain, Recipe
+from megatron_btx.recipe.schema import Recipe
+from megatron_btx.recipe.schema import Tokenizer as Wanted
 from megatron_btx.weights.find_checkpoint import find_checkpoint
 
 logger = logging.getLogger(__name__)
 
-SPLITS = ("train", "valid")
-_HELD_OUT = 50
-"""One document in so many is held out where no ``valid`` files are given."""
+_TOLD = ("key", "documents", "tokens", "bytes", "sha256")
 
 
 def prepare(
@@ -63,10 +61,10 @@ def prepare(
         UserError: text or tokenizer is missing or unusable; the message names file and line.
     """
     out_dir = Path(out_dir)
-    sources = _find(recipe)
+    sources = find(recipe)
     sweep(out_dir)
     _write_corpora(recipe, out_dir / "corpus", progress)
-    texts = {name: _Text(name, domain, sources[name], out_dir) for name, domain in
+    texts = {name: DomainText(name, domain, sources[name], out_dir) for name, domain in
              recipe.domains.items()}  # fmt: skip
     tokenizer = _tokenizer(recipe, texts, out_dir / "tokenizer", progress)
     domains = _index(texts, tokenizer, out_dir / "data", progress)
@@ -135,53 +133,6 @@ def prefix(run_dir: str | Path, domain: str, split: str) -> Path:
     return Path(run_dir) / "prepare" / "data" / domain / split
 
 
-class _Text:
-    """The documents of one domain."""
-
-    def __init__(
-        self, name: str, domain: Domain, files: dict[str, list[Path]], out_dir: Path
-    ) -> None:
-        self.name, self.domain, self.files = name, domain, files
-        if domain.builtin is not None:
-            corpus = out_dir / "corpus" / domain.builtin
-            self.files = {split: [corpus / f"{split}.jsonl"] for split in SPLITS}
-        self.is_split = not self.files["valid"]
-
-    def documents(self, split: str) -> Iterator[str]:
-        key = "text" if self.domain.builtin is not None else self.domain.text_key
-        if not self.is_split:
-            return read_documents(self.files[split], key)
-        held_out = split == "valid"
-        documents = read_documents(self.files["train"], key)
-        return (text for text in documents if (_hash(text) % _HELD_OUT == 0) is held_out)
-
-    def size(self) -> int:
-        """Bytes of the training files; what compression hides is guessed."""
-        return sum(f.stat().st_size * (4 if f.suffix == ".gz" else 1) for f in self.files["train"])
-
-    def key(self, split: str) -> str:
-        """What the text depends on: files by name, size and time; built-in text by content."""
-        files = self.files["train" if self.is_split else split]
-        if self.domain.builtin is not None:
-            return _digest([_sha256(file) for file in files])
-        stats = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-        return _digest([stats, self.domain.text_key, self.is_split, split])
-
-
-def _find(recipe: Recipe) -> dict[str, dict[str, list[Path]]]:
-    """The files of every domain; everything that is missing is reported at once."""
-    found: dict[str, dict[str, list[Path]]] = {}
-    errors: list[UserError] = []
-    for name, domain in recipe.domains.items():
-        found[name] = {}
-        for split, paths in (("train", domain.train), ("valid", domain.valid)):
-            with noted(errors):
-                found[name][split] = find_files(paths, where=f"domains.{name}.{split}")
-    if errors:
-        raise UserErrors(errors)
-    return found
-
-
 def _write_corpora(recipe: Recipe, directory: Path, progress: Progress) -> None:
     sizes: dict[str, int] = {}
     for domain in recipe.domains.values():
@@ -190,7 +141,7 @@ def _write_corpora(recipe: Recipe, directory: Path, progress: Progress) -> None:
     if not sizes:
         return
     # All of them together: what is held out of one is kept out of every other.
-    made, key = directory / "made.json", _digest([sizes, recipe.random_seed])
+    made, key = directory / "made.json", digest([sizes, recipe.random_seed])
     if _read_json(made).get("key") == key:
         return
     made.unlink(missing_ok=True)
@@ -199,7 +150,7 @@ def _write_corpora(recipe: Recipe, directory: Path, progress: Progress) -> None:
 
 
 def _tokenizer(
-    recipe: Recipe, texts: dict[str, _Text], directory: Path, progress: Progress
+    recipe: Recipe, texts: dict[str, DomainText], directory: Path, progress: Progress
 ) -> Tokenizer:
     wanted, seed = recipe.tokenizer, recipe.seed.from_
     given: Tokenizer | None = None
@@ -211,14 +162,12 @@ def _tokenizer(
         key = given.sha256
     else:
         readers = {name: texts[name] for name in recipe.seed.data or texts}
-        key = _digest([wanted.vocab_size, wanted.train_bytes, sorted(readers),
+        key = digest([wanted.vocab_size, wanted.train_bytes, sorted(readers),
                        [readers[name].key("train") for name in sorted(readers)]])  # fmt: skip
     if _read_json(directory / "made.json").get("key") == key:
         return load_tokenizer(directory)
     progress("tokenizer", 0.0)
-    tokenizer = given or train_tokenizer(
-        _sample(readers, wanted.train_bytes), wanted.vocab_size, where="tokenizer.vocab_size"
-    )
+    tokenizer = given or _trained(readers, wanted)
     temporary = unfinished(directory)
     shutil.rmtree(temporary, ignore_errors=True)
     tokenizer.save(temporary)
@@ -227,6 +176,20 @@ def _tokenizer(
     os.replace(temporary, directory)
     progress("tokenizer", 1.0)
     return load_tokenizer(directory)
+
+
+def _trained(texts: dict[str, DomainText], wanted: Wanted) -> Tokenizer:
+    errors: list[UserError] = []
+
+    def documents() -> Iterator[str]:
+        with noted(errors):  # SentencePiece makes of any error one of its own
+            yield from _sample(texts, wanted.train_bytes)
+
+    try:
+        return train_tokenizer(documents(), wanted.vocab_size, where="tokenizer.vocab_size")
+    finally:
+        if errors:
+            raise errors[0]
 
 
 def _seeds_tokenizer(seed: Path, given: Tokenizer | None) -> Tokenizer:
@@ -260,14 +223,14 @@ def _seeds_tokenizer(seed: Path, given: Tokenizer | None) -> Tokenizer:
     return tokenizer
 
 
-def _sample(texts: dict[str, _Text], size: int) -> Iterator[str]:
+def _sample(texts: dict[str, DomainText], size: int) -> Iterator[str]:
     """About ``size`` bytes of training text, the same from each domain, spread over its files."""
     quota = size // len(texts)
     for text in texts.values():
         share = min(1.0, 1.1 * quota / max(text.size(), 1))
         left = quota
         for document in text.documents("train"):
-            if share < 1 and _hash(document) % 1000 >= 1000 * share:
+            if share < 1 and document_hash(document) % 1000 >= 1000 * share:
                 continue
             yield document
             left -= len(document.encode())
@@ -276,57 +239,20 @@ def _sample(texts: dict[str, _Text], size: int) -> Iterator[str]:
 
 
 def _index(
-    texts: dict[str, _Text], tokenizer: Tokenizer, directory: Path, progress: Progress
+    texts: dict[str, DomainText], tokenizer: Tokenizer, directory: Path, progress: Progress
 ) -> dict[str, dict[str, Any]]:
-    total = sum(text.size() for text in texts.values()) or 1
-    done = 0
-
-    def watched(documents: Iterable[str]) -> Iterator[str]:
-        nonlocal done
-        for document in documents:
-            done += len(document)
-            progress("tokens", min(done / total, 0.99))
-            yield document
-
-    result: dict[str, dict[str, Any]] = {}
+    result: dict[str, dict[str, Any]] = {name: {} for name in texts}
+    jobs = [job for name, text in texts.items() for job in tokenize.jobs(text, directory / name)]
+    tokenize.run(jobs, directory.with_name("tokenizer"), tokenizer, progress)
     for name, text in texts.items():
-        result[name] = {}
         for split in SPLITS:
-            result[name][split] = _piece(text, split, tokenizer, directory / name, watched)
+            mine = [job for job in jobs if job.domain == name and split in job.splits]
+            piece = tokenize.finish(text, split, mine, directory / name)
+            logger.info("%s %s: %s", name, split, piece)
+            content = {key: value for key, value in asdict(piece).items() if key in _TOLD}
+            result[name][split] = {**content, "sources": text.sources(split)}
     progress("tokens", 1.0)
     return result
-
-
-def _piece(
-    text: _Text, split: str, tokenizer: Tokenizer, directory: Path, watched: Any
-) -> dict[str, Any]:
-    from megatron_btx.data.indexed import read_piece, write_indexed
-
-    key = _digest([text.key(split), tokenizer.sha256])
-    piece = read_piece(directory / split, key)
-    if piece is None:
-        documents = watched(text.documents(split))
-        piece = write_indexed(directory / split, documents, tokenizer, key=key)
-        logger.info("%s %s: %s", text.name, split, piece)
-    builtin = text.domain.builtin
-    files = [str(file) for file in text.files["train" if text.is_split else split]]
-    return {**asdict(piece), "sources": [f"builtin: {builtin}"] if builtin else files}
-
-
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
-
-
-def _digest(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _read_json(path: Path) -> dict[str, Any]:

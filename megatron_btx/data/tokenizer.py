@@ -316,4 +316,6 @@ def _lines(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _cores() -> int:
+    if threads := os.environ.get("RAYON_NUM_THREADS"):  # which `tokenizers` goes by
+        return int(threads)
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1

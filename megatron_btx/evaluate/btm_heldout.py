@@ -11,7 +11,7 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from torch import Tensor
 
-from megatron_btx.data.prepare import prefix
+from megatron_btx.data.mixture import train_pairs
 from megatron_btx.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_btx.engine.initializer import initialize
 from megatron_btx.engine.model import DTYPES, build_model
@@ -192,16 +192,20 @@ def training_text(
             document
             for domain, share in shares.items()
             for document in _documents(
-                prefix(run_dir, domain, "train"), tokenizer, max(1, round(documents * share))
+                train_pairs(run_dir, domain), tokenizer, max(1, round(documents * share))
             )
         ]
     return text
 
 
-def _documents(where: Path, tokenizer: Tokenizer, most: int) -> Iterator[str]:
-    dataset = IndexedDataset(str(where))
-    many = min(most, len(dataset))
+def _documents(pairs: Sequence[Path], tokenizer: Tokenizer, most: int) -> Iterator[str]:
+    datasets = [IndexedDataset(str(pair)) for pair in pairs]
+    behind = np.cumsum([len(dataset) for dataset in datasets])
+    many = min(most, int(behind[-1]))
     for place in range(many):
-        ids: np.ndarray = dataset[place * len(dataset) // many]
+        document = place * int(behind[-1]) // many
+        which = int(np.searchsorted(behind, document, "right"))
+        inside = document - int(behind[which]) + len(datasets[which])
+        ids: np.ndarray = datasets[which][inside]
         ends = len(ids) and ids[-1] == tokenizer.eos_id
         yield tokenizer.decode(ids[:-1] if ends else ids)

@@ -12,6 +12,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_btx.data.formats.pair_files import pair_files
 from megatron_btx.files import written
 
 _PIECE = 1 << 20
@@ -58,7 +59,8 @@ class Memo:
                 files = sorted(item for item in given.rglob("*") if _counts(item, given))
                 found += [[str(item.relative_to(given)), self.file(item)] for item in files]
             else:
-                found.append([given.name, self.file(given) if given.is_file() else ""])
+                files = pair_files(given) or [given]
+                found += [[item.name, self.file(item) if item.is_file() else ""] for item in files]
         return found
 
     def save(self) -> None:

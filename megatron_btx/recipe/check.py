@@ -58,6 +58,8 @@ def files(recipe: Recipe) -> None:
 
     def look(key: str, name: str, *, directory: bool = False) -> None:
         path = Path(name)
+        if not path.exists() and Path(f"{name}.idx").exists() and not directory:
+            return  # a Megatron pair by its prefix, which `prepare` looks at
         if not path.exists():
             missing.append(UserError(key, f"{path} does not exist", "correct the path"))
         elif directory and not path.is_dir():
@@ -126,6 +128,12 @@ def _names(recipe: Recipe) -> Iterator[Problem]:
         if bool(domain.train) == (domain.builtin is not None):
             what = "has both files and built-in text" if domain.train else "has no text"
             yield Problem(f"domains.{name}", what, "give either `train:` or `builtin:`")
+        weights = domain.weights
+        if weights and len(weights) != len(domain.train):
+            what = f"are {len(weights)} for the {len(domain.train)} paths of train"
+            yield Problem(f"domains.{name}.weights", what, "give one for each path, or none")
+        elif not all(0 < weight < float("inf") for weight in weights):
+            yield Problem(f"domains.{name}.weights", "are not all positive", "leave paths out")
 
 
 def _model(model: Model) -> Iterator[Problem]:

@@ -86,11 +86,15 @@ class Tokenizer:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Domain:
-    """One body of text: JSONL files or directories of them, or a corpus every machine has."""
+    """One body of text: files, directories of them and prefixes of Megatron's ``.bin`` / ``.idx``
+    pairs (docs/data.md), or a corpus every machine has."""
 
     train: tuple[str, ...] = path(())
     valid: tuple[str, ...] = path(())
+    weights: tuple[float, ...] = ()
+    """How much of what is read comes from each path of ``train`` (normalised); none: by tokens."""
     text_key: str = "text"
+    """Key of the text in JSON, column in Parquet and Arrow."""
     builtin: Literal["general", "code", "math", "prose"] | None = None
     """Text found on this machine (megatron_btx/data/builtin/corpora.py) instead of files."""
     builtin_bytes: int = within(1, default=6_000_000)

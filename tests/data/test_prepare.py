@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megatron_btx.data.indexed import read_piece, write_indexed
+from megatron_btx.data.indexed import read_piece
 from megatron_btx.data.prepare import check, prefix, prepare
 from megatron_btx.data.tokenizer import load_tokenizer
 from megatron_btx.errors import UserError, UserErrors
@@ -261,20 +261,25 @@ def test_too_little_text(tmp_path: Path) -> None:
         prepare(recipe_of(domains, tokenizer=Tokenizer(vocab_size=30_000)), tmp_path / "out2")
 
 
-def test_a_bad_line_leaves_no_half_written_files(prepared: Prepared, tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(prepared[1] / "prepare" / "tokenizer")
-    prefix_ = tmp_path / "d" / "train"
-    write_indexed(prefix_, ["old text"], tokenizer, key="old")
-
-    def broken() -> Any:
-        yield from story(1)
-        raise UserError("file:121", "is broken")
-
-    with pytest.raises(UserError):
-        write_indexed(prefix_, broken(), tokenizer, key="new")
-    assert read_piece(prefix_) is None
+def test_a_bad_line_leaves_no_half_written_files(tmp_path: Path) -> None:
+    file = Path(write(tmp_path / "a.jsonl", story(1)))
+    domains = {"a": Domain(train=(str(file),), valid=(write(tmp_path / "v.jsonl", story(2, 30)),))}
+    recipe = recipe_of(domains)
+    prepare(recipe, tmp_path / "out")
+    where = tmp_path / "out" / "data" / "a" / "train"
+    old = read_piece(where)
+    good = file.read_text()
+    file.write_text(good + "broken\n")
+    with pytest.raises(UserError, match=r"a\.jsonl:121"):
+        prepare(recipe, tmp_path / "out")
+    assert read_piece(where) == old  # what is whole stays until its successor is
     assert not [path for path in tmp_path.rglob("*") if "tmp" in path.name]
-    piece = write_indexed(prefix_, ["", "new text"], tokenizer, key="new")
-    assert piece.documents == 1
-    assert read_piece(prefix_, "new") == piece
-    assert read_piece(prefix_, "old") is None
+    file.write_text(good + json.dumps({"text": ""}) + "\n" + json.dumps({"text": "new text"}))
+    facts = prepare(recipe, tmp_path / "out")["domains"]["a"]["train"]
+    assert facts["documents"] == 121  # without tokens, a document is left out
+    piece = read_piece(where)
+    assert piece is not None
+    assert piece != old
+    assert read_piece(where, piece.key) == piece
+    assert read_piece(where, "another") is None
+    assert not list((tmp_path / "out" / "data" / "a").glob(".*"))

@@ -10,17 +10,19 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from megatron_btx.data import Progress, no_progress
 from megatron_btx.data.builtin import mathematics
 from megatron_btx.data.builtin import text as sources
 from megatron_btx.data.documents import read_documents
 from megatron_btx.data.overlap import HeldOut
-from megatron_btx.data.processes import run_side_by_side
+from megatron_btx.data.parallel import advance, cores, run_all
 from megatron_btx.errors import UserError
 from megatron_btx.files import written
 
@@ -75,12 +77,7 @@ def write_builtin(
     }
     held_out = HeldOut(chain.from_iterable(valid.values()))
 
-    def write(name: str, watch: Callable[[int], None]) -> tuple[int, int]:
-        texts = library.branch().documents(name, "train")
-        cleaned = chain.from_iterable(map(held_out.clean, texts))
-        return write_jsonl(Path(directory, name, "train.jsonl"), _take(cleaned, sizes[name], watch))
-
-    trains = run_side_by_side(write, list(sizes), sum(sizes.values()), progress, "built-in text")
+    trains = _write_training(Path(directory), sizes, library, held_out, progress)
     if trains.get("general", (0, 0))[0]:
         others = [name for name, (documents, _) in trains.items() if documents]
         others.remove("general")
@@ -97,6 +94,54 @@ def write_builtin(
         corpora[name] = Corpus(*train, *held)
         logger.info("built-in %s: %s", name, corpora[name])
     return corpora
+
+
+_shared: list[Any] = []
+"""What every process that writes a corpus has: the library and the held-out text."""
+
+
+def _share(*what: Any) -> None:
+    _shared[:] = what
+
+
+def _write_training(
+    directory: Path,
+    sizes: Mapping[str, int],
+    library: _Library,
+    held_out: HeldOut,
+    progress: Progress,
+) -> dict[str, tuple[int, int]]:
+    """``{name: (documents, bytes)}``. Side by side, where a fork is safe: a process with torch in
+    it holds threads and locks that a fork breaks."""
+    done, total = 0, max(sum(sizes.values()), 1)
+
+    def watch(amount: int) -> None:
+        nonlocal done
+        done += amount
+        progress("built-in text", min(done / total, 1.0))
+
+    tasks = [(directory, name, size) for name, size in sizes.items()]
+    workers = 1 if "torch" in sys.modules else min(cores(), len(tasks))
+    arguments = (library, held_out)
+    results = dict(
+        run_all(
+            _write_one,
+            tasks,
+            workers=workers,
+            setup=_share,
+            arguments=arguments,
+            watch=watch,
+            start="fork",
+        )  # fmt: skip
+    )
+    return {name: results[i] for i, name in enumerate(sizes)}
+
+
+def _write_one(task: tuple[Path, str, int]) -> tuple[int, int]:
+    directory, name, size = task
+    library, held_out = _shared
+    cleaned = chain.from_iterable(map(held_out.clean, library.branch().documents(name, "train")))
+    return write_jsonl(directory / name / "train.jsonl", _take(cleaned, size, advance))
 
 
 def _without(directory: Path, name: str, others: Sequence[str]) -> tuple[int, int]:

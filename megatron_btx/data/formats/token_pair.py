@@ -25,22 +25,6 @@ _BLOCK = 1 << 24
 """Ids that are looked at together."""
 
 
-def is_prefix(path: Path) -> bool:
-    """Whether a pair lies at ``path``: a prefix, or either file of the two."""
-    prefix = _prefix(path)
-    return all(prefix.with_name(prefix.name + end).is_file() for end in (".bin", ".idx"))
-
-
-def index_file(path: Path) -> Path:
-    """The ``.idx`` of the pair at ``path``."""
-    prefix = _prefix(path)
-    return prefix.with_name(prefix.name + ".idx")
-
-
-def _prefix(path: Path) -> Path:
-    return path.with_suffix("") if path.suffix in (".bin", ".idx") else path
-
-
 def split(file: Path, size: int) -> list[Part]:
     """Documents together until their ids are ``size`` bytes."""
     pair = TokenPair(file)

@@ -1,0 +1,157 @@
+"""The files of one domain, what they are read as, and what identifies them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_btx.data.documents import find_files, read_documents
+from megatron_btx.data.formats import format_of, token_pair
+from megatron_btx.data.shards import HELD_OUT, weigh
+from megatron_btx.errors import UserError, UserErrors, noted
+from megatron_btx.recipe.schema import Domain, Recipe
+
+SPLITS = ("train", "valid")
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Files that become, or are, one pair."""
+
+    files: tuple[Path, ...]
+    path: int
+    """Place in ``train:`` or ``valid:`` of the path they were found by."""
+    is_pair: bool
+    """A Megatron pair of the user's; its ``.idx`` stands for it."""
+
+
+class DomainText:
+    """The documents of one domain.
+
+    Args:
+        name: the domain's.
+        domain: its block of the recipe.
+        found: for each split and each path of it, the files.
+        out_dir: of the prepare stage, where built-in text is.
+    """
+
+    def __init__(
+        self, name: str, domain: Domain, found: dict[str, list[list[Path]]], out_dir: Path
+    ) -> None:
+        self.name, self.domain = name, domain
+        self.found = found
+        if domain.builtin is not None:
+            corpus = out_dir / "corpus" / domain.builtin
+            self.found = {split: [[corpus / f"{split}.jsonl"]] for split in SPLITS}
+        self.is_split = not self.found["valid"]
+        self.text_key = "text" if domain.builtin is not None else domain.text_key
+
+    def files(self, split: str) -> list[Path]:
+        """All of a split, in their order; of a domain that is split, those of both."""
+        paths = self.found["train" if self.is_split else split]
+        return [file for files in paths for file in files]
+
+    def groups(self, split: str) -> list[Group]:
+        """Text together, unless its paths have weights; every Megatron pair for itself."""
+        groups: list[Group] = []
+        weighted = bool(self.domain.weights) and (split == "train" or self.is_split)
+        text: dict[int, list[Path]] = {}
+        for path, files in enumerate(self.found["train" if self.is_split else split]):
+            for file in files:
+                if format_of(file) is token_pair:
+                    groups.append(Group((file,), path, is_pair=True))
+                else:
+                    text.setdefault(path if weighted else 0, []).append(file)
+        groups += [Group(tuple(files), path, is_pair=False) for path, files in text.items()]
+        return sorted(groups, key=lambda group: group.path)
+
+    def shares(self, split: str, groups: Sequence[Group], tokens: Sequence[int]) -> list[float]:
+        """Of each group, its share of the samples: by tokens, and by the weights of the paths."""
+        weights = self.domain.weights if split == "train" else ()
+        shares = []
+        for group, count in zip(groups, tokens, strict=True):
+            if weights:
+                same = [n for g, n in zip(groups, tokens, strict=True) if g.path == group.path]
+                share = weights[group.path] / sum(weights) * count / max(sum(same), 1)
+            else:
+                share = count / max(sum(tokens), 1)
+            shares.append(share)
+        return shares
+
+    def documents(self, split: str) -> Iterator[str]:
+        """The text of a split.
+
+        Raises:
+            UserError: it cannot be read, or is token ids.
+        """
+        documents = read_documents(self.files(split), self.text_key)
+        if not self.is_split:
+            return documents
+        held_out = split == "valid"
+        return (text for text in documents if (document_hash(text) % HELD_OUT == 0) is held_out)
+
+    def size(self) -> int:
+        """About how many bytes of training text there are."""
+        return sum(map(weigh, self.files("train")))
+
+    def sources(self, split: str) -> list[str]:
+        """Where it is from, for people."""
+        if self.domain.builtin is not None:
+            return [f"builtin: {self.domain.builtin}"]
+        return [str(file) for file in self.files(split)]
+
+    def key(self, split: str, files: Sequence[Path] | None = None) -> str:
+        """What the text depends on: files by name, size and time; built-in text by content."""
+        files = self.files(split) if files is None else files
+        if self.domain.builtin is not None:
+            return digest([_sha256(file) for file in files])
+        stats = [_stat(file) for file in files]
+        return digest([stats, self.domain.text_key, self.is_split, split])
+
+
+def find(recipe: Recipe) -> dict[str, dict[str, list[list[Path]]]]:
+    """The files of every domain, by split and path.
+
+    Raises:
+        UserErrors: all that are missing.
+    """
+    found: dict[str, dict[str, list[list[Path]]]] = {}
+    errors: list[UserError] = []
+    for name, domain in recipe.domains.items():
+        found[name] = {}
+        for split, paths in (("train", domain.train), ("valid", domain.valid)):
+            with noted(errors):
+                where = f"domains.{name}.{split}"
+                found[name][split] = [find_files([path], where=where) for path in paths]
+    if errors:
+        raise UserErrors(errors)
+    return found
+
+
+def document_hash(text: str) -> int:
+    """64 bits that say which side of a split a document is on."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def digest(content: Any) -> str:
+    """SHA-256 (hex) of plain values."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _stat(file: Path) -> tuple[str, int, int] | list[tuple[str, int, int]]:
+    def of(path: Path) -> tuple[str, int, int]:
+        return (str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns)
+
+    return [of(file), of(file.with_suffix(".bin"))] if file.suffix == ".idx" else of(file)
+
+
+def _sha256(file: Path) -> str:
+    hashed = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            hashed.update(block)
+    return hashed.hexdigest()

@@ -1,0 +1,288 @@
+"""Text to token ids, shard by shard: each by itself, resumable, and the same whoever makes it.
+
+A shard is some parts of files (:class:`~megatron_btx.data.formats.Part`). Its files lie in a hidden
+directory beside the pair that they become: ``N.<split>.bin`` with the ids, ``N.<split>.lengths``
+(int32) and last ``N.json``, which says that they are whole. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from megatron_btx.data.documents import no_document
+from megatron_btx.data.formats import Part, format_of, token_pair
+from megatron_btx.data.formats.compression import compression_of
+from megatron_btx.data.parallel import advance
+from megatron_btx.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_btx.files import find_json, unfinished, write_json
+
+_BATCH = 1_000_000
+"""Characters that are tokenized at once."""
+HELD_OUT = 50
+"""One document in so many is held out where a shard is split."""
+
+_tokenizer: Tokenizer | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Shard:
+    """What one process does at a time."""
+
+    parts: tuple[Part, ...]
+    text_key: str
+    splits: tuple[str, ...]
+    """The one that it is of; ``train`` and ``valid`` where held-out text is to be split off."""
+    in_place: bool
+    """Of a Megatron pair that stays where it is: its ids are checked and counted only."""
+    count_bytes: bool
+    """Of such a pair: decode it, to know how many bytes of text it is."""
+    place: Path
+    """Where its files go, without ``.json``."""
+    key: str
+    """What it is made from and with."""
+    size: int
+    """About how many bytes of input it is."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Counts:
+    """What a shard holds of a split."""
+
+    documents: int = 0
+    tokens: int = 0
+    bytes: int | None = 0
+    sha256: str = ""
+    """Of the ids of a pair in place."""
+
+
+def cut(files: Sequence[Path], size: int) -> list[tuple[tuple[Part, ...], int]]:
+    """Parts of ``files`` in their order, together about ``size`` bytes, and how many they are.
+    Small files share a shard; what is compressed cannot be cut."""
+    shards: list[tuple[tuple[Part, ...], int]] = []
+    held: list[Part] = []
+    weight = 0
+    for file in files:
+        parts = format_of(file).split(file, size)
+        each = weigh(file) // max(len(parts), 1)
+        for part in parts:
+            if held and weight + each > size:
+                shards.append((tuple(held), weight))
+                held, weight = [], 0
+            held.append(part)
+            weight += each
+    return [*shards, (tuple(held), weight)] if held else shards
+
+
+def weigh(file: Path) -> int:
+    """About how many bytes of text are in a file."""
+    if format_of(file) is token_pair:
+        return file.with_suffix(".bin").stat().st_size
+    factor = 4 if compression_of(file) is not None else 1  # what compression hides is guessed
+    return file.stat().st_size * factor
+
+
+def set_up(directory: Path, threads: int) -> None:
+    """Before :func:`make` in a process: its tokenizer, and so many threads of it (0: all)."""
+    global _tokenizer
+    if threads:  # SentencePiece goes by it too (tokenizer._cores)
+        os.environ["RAYON_NUM_THREADS"] = str(threads)
+    _tokenizer = load_tokenizer(directory)
+
+
+def read(shard: Shard) -> dict[str, Counts] | None:
+    """What a finished shard holds; ``None`` if it is not finished or of something else."""
+    found = find_json(_file(shard, "json"))
+    if found is None or found.get("key") != shard.key:
+        return None
+    try:
+        return {split: Counts(**found["splits"][split]) for split in shard.splits}
+    except (KeyError, TypeError):
+        return None
+
+
+def make(shard: Shard) -> dict[str, Counts]:
+    """Read, tokenize and write a shard.
+
+    Raises:
+        UserError: its text cannot be read; the message names file and line.
+    """
+    assert _tokenizer is not None
+    shard.place.parent.mkdir(parents=True, exist_ok=True)
+    if shard.in_place:
+        counts = {shard.splits[0]: _check(shard, _tokenizer)}
+    else:
+        counts = _write(shard, _tokenizer)
+    splits = {split: asdict(count) for split, count in counts.items()}
+    write_json(_file(shard, "json"), {"key": shard.key, "splits": splits})
+    return counts
+
+
+def ids_file(shard: Shard, split: str) -> Path:
+    """Its ids, in the tokenizer's number format."""
+    return _file(shard, f"{split}.bin")
+
+
+def lengths_file(shard: Shard, split: str) -> Path:
+    """Its documents' lengths, int32."""
+    return _file(shard, f"{split}.lengths")
+
+
+def dtype_of(tokenizer: Tokenizer) -> type[np.unsignedinteger[Any]] | type[np.signedinteger[Any]]:
+    """uint16 for vocabularies that fit, else int32 (Megatron's ``DType.optimal_dtype``)."""
+    return np.uint16 if tokenizer.vocab_size < 65500 else np.int32
+
+
+class _Output:
+    """The files of one split of a shard."""
+
+    def __init__(self, shard: Shard, split: str, dtype: Any, end: int) -> None:
+        self._files = [ids_file(shard, split), lengths_file(shard, split)]
+        self._dtype, self._end = dtype, np.array([end], np.int32)
+        self._streams: list[IO[bytes]] = [unfinished(file).open("wb") for file in self._files]
+        self.documents = self.tokens = self.bytes = 0
+
+    def add(self, rows: Sequence[np.ndarray], sizes: Sequence[int]) -> None:
+        """Documents' ids without an end token, and their bytes."""
+        if not rows:
+            return
+        lengths = np.array([len(row) + 1 for row in rows], np.int32)
+        ids = np.concatenate([piece for row in rows for piece in (row, self._end)])
+        self._streams[0].write(ids.astype(self._dtype).tobytes())
+        self._streams[1].write(lengths.tobytes())
+        self.documents += len(rows)
+        self.tokens += len(ids)
+        self.bytes += sum(sizes)
+
+    def close(self, *, whole: bool) -> None:
+        """Name the files, if they are whole."""
+        for stream, file in zip(self._streams, self._files, strict=True):
+            stream.close()
+            if whole:
+                os.replace(unfinished(file), file)
+            else:
+                unfinished(file).unlink(missing_ok=True)
+
+
+def _write(shard: Shard, tokenizer: Tokenizer) -> dict[str, Counts]:
+    _file(shard, "json").unlink(missing_ok=True)
+    dtype = dtype_of(tokenizer)
+    outputs = {split: _Output(shard, split, dtype, tokenizer.eos_id) for split in shard.splits}
+    of_pairs = any(format_of(part.file) is token_pair for part in shard.parts)
+    whole = False
+    try:
+        for batch in _batches(shard, tokenizer):
+            for split, output in outputs.items():
+                mine = [row for row in batch if len(shard.splits) == 1 or _split(row[0]) == split]
+                output.add([ids for _, _, ids in mine], [size for _, size, _ in mine])
+        whole = True
+    finally:
+        for output in outputs.values():
+            output.close(whole=whole)
+    return {
+        split: Counts(
+            documents=out.documents,
+            tokens=out.tokens,
+            bytes=None if of_pairs and split == "train" else out.bytes,
+        )
+        for split, out in outputs.items()
+    }
+
+
+Row = tuple[bytes, int, np.ndarray]
+"""A document: what it is (UTF-8 of its text, or its ids), bytes of text, ids int32 [n]."""
+
+
+def _batches(shard: Shard, tokenizer: Tokenizer) -> Iterator[list[Row]]:
+    """Documents with their ids; those without any are left out."""
+    for texts in _gathered(_texts(shard)):
+        rows = tokenizer.encode(texts)
+        encoded = [text.encode() for text in texts]
+        advance(sum(map(len, encoded)))
+        yield [(text, len(text), ids) for text, ids in zip(encoded, rows, strict=True) if len(ids)]
+    for part in shard.parts:
+        if format_of(part.file) is token_pair:
+            yield from _pair_rows(part, tokenizer)
+
+
+def _texts(shard: Shard) -> Iterator[str]:
+    for part in shard.parts:
+        form = format_of(part.file)
+        if form is token_pair:
+            continue
+        count = 0
+        for _, text in form.read(part, shard.text_key):
+            yield text
+            count += 1
+        if not count and part == Part(part.file):
+            raise no_document(part.file)
+
+
+def _gathered(documents: Iterable[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += len(document)
+        if size >= _BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _pair_rows(part: Part, tokenizer: Tokenizer) -> Iterator[list[Row]]:
+    pair = token_pair.TokenPair(part.file)
+    pair.check_ids(tokenizer.eos_id, tokenizer.vocab_size, part.begin, part.end)
+    rows: list[Row] = []
+    for ids in pair.documents(part.begin, part.end):
+        plain = ids[:-1].astype(np.int32)
+        if len(plain):
+            key = plain.tobytes()
+            size = _text_bytes(plain, tokenizer) if _split(key) == "valid" else 0
+            rows.append((key, size, plain))
+        if len(rows) >= 1000:
+            advance(sum(row[2].nbytes for row in rows))
+            yield rows
+            rows = []
+    yield rows
+
+
+def _text_bytes(ids: np.ndarray, tokenizer: Tokenizer) -> int:
+    return len(tokenizer.decode(ids).encode("utf-8", "surrogatepass"))
+
+
+def _check(shard: Shard, tokenizer: Tokenizer) -> Counts:
+    (part,) = shard.parts
+    pair = token_pair.TokenPair(part.file)
+    tokens = pair.check_ids(tokenizer.eos_id, tokenizer.vocab_size, part.begin, part.end)
+    digest, documents, size = hashlib.sha256(), 0, 0
+    for ids in pair.documents(part.begin, part.end):
+        digest.update(len(ids).to_bytes(8, "little"))
+        digest.update(ids.tobytes())
+        documents += 1
+        if shard.count_bytes:
+            size += _text_bytes(ids[:-1].astype(np.int32), tokenizer)
+    advance(tokens * pair.dtype.itemsize)
+    return Counts(
+        documents=documents,
+        tokens=tokens,
+        bytes=size if shard.count_bytes else None,
+        sha256=digest.hexdigest(),
+    )
+
+
+def _split(document: bytes) -> str:
+    """By its content, so that the same document never is on both sides."""
+    number = int.from_bytes(hashlib.blake2b(document, digest_size=8).digest(), "big")
+    return "valid" if number % HELD_OUT == 0 else "train"
+
+
+def _file(shard: Shard, ending: str) -> Path:
+    return shard.place.with_name(f"{shard.place.name}.{ending}")

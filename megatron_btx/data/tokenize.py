@@ -1,0 +1,211 @@
+"""All cores tokenize shards of a run's text, and every pair is joined when its shards are there."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_btx.data import Progress
+from megatron_btx.data.domain_text import DomainText, Group, digest
+from megatron_btx.data.formats import Part
+from megatron_btx.data.indexed import Piece, join, read_piece, total, write_piece
+from megatron_btx.data.parallel import cores, run_all
+from megatron_btx.data.shards import Counts, Shard, cut, dtype_of, make, read, set_up
+from megatron_btx.data.tokenizer import Tokenizer
+
+SHARD = 64 << 20
+"""Bytes of input that a process takes at a time; what is less in all is done in this process."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One group of files on its way to pairs, one for each split."""
+
+    domain: str
+    text: DomainText
+    group: Group
+    splits: tuple[str, ...]
+    names: dict[str, str]
+    """Of the pairs, by split: ``train``, or ``train.0`` of several."""
+    directory: Path
+
+    @property
+    def in_place(self) -> bool:
+        """A pair that is used where it is."""
+        return self.group.is_pair and not self.text.is_split
+
+    def key(self, split: str, tokenizer: Tokenizer) -> str:
+        """Of the pair that it becomes."""
+        return digest([self.text.key(split, self.group.files), tokenizer.sha256])
+
+    def shards(self, tokenizer: Tokenizer) -> list[Shard]:
+        """What has to be done for it, in order."""
+        key = digest([self.key(split, tokenizer) for split in self.splits] + [SHARD])
+        place = self.directory / f".shards-{'-'.join(self.names.values())}"
+        return [
+            Shard(
+                parts=parts,
+                text_key=self.text.text_key,
+                splits=self.splits,
+                in_place=self.in_place,
+                count_bytes="valid" in self.splits,
+                place=place / f"{number:06d}",
+                key=digest([key, number]),
+                size=size,
+            )
+            for number, (parts, size) in enumerate(_cut(self))
+        ]
+
+
+def _cut(job: Job) -> list[tuple[tuple[Part, ...], int]]:
+    shards = cut(job.group.files, SHARD)
+    if not job.in_place:
+        return shards
+    return [((part,), size // len(parts)) for parts, size in shards for part in parts]
+
+
+def jobs(text: DomainText, directory: Path) -> list[Job]:
+    """What becomes of a domain's files in ``directory``."""
+    made = []
+    for splits in (("train", "valid"),) if text.is_split else (("train",), ("valid",)):
+        groups = text.groups(splits[0])
+        alone = len(groups) == 1 and (text.is_split or not groups[0].is_pair)
+        for number, group in enumerate(groups):
+            names = {split: split if alone else f"{split}.{number}" for split in splits}
+            made.append(
+                Job(
+                    domain=text.name,
+                    text=text,
+                    group=group,
+                    splits=splits,
+                    names=names,
+                    directory=directory,
+                )  # fmt: skip
+            )
+    return made
+
+
+def run(jobs: Sequence[Job], tokenizer_dir: Path, tokenizer: Tokenizer, progress: Progress) -> None:
+    """Make every pair that is not there yet.
+
+    Raises:
+        UserError: some text cannot be read; what is finished is kept.
+    """
+    work = {number: job.shards(tokenizer) for number, job in enumerate(jobs)
+            if not _is_done(job, tokenizer)}  # fmt: skip
+    missing = {
+        number: {place for place, shard in enumerate(shards) if read(shard) is None}
+        for number, shards in work.items()
+    }
+    todo = [(number, place) for number, places in missing.items() for place in sorted(places)]
+    shards = [work[number][place] for number, place in todo]
+    size = sum(shard.size for shard in shards)
+    workers = min(cores(), len(shards)) if size > SHARD else 1
+    meter = _Meter(size, progress)
+    for number in [number for number, places in missing.items() if not places]:
+        _join(jobs[number], work[number], tokenizer)
+    threads = max(1, cores() // workers) if workers > 1 else 0
+    ended = run_all(
+        make, shards, workers=workers, setup=set_up, arguments=(tokenizer_dir, threads),
+        watch=meter.read,
+    )  # fmt: skip
+    for index, _ in ended:
+        number, place = todo[index]
+        meter.finished(shards[index].size)
+        missing[number].discard(place)
+        if not missing[number]:
+            _join(jobs[number], work[number], tokenizer)
+
+
+def finish(text: DomainText, split: str, jobs: Sequence[Job], directory: Path) -> Piece:
+    """The whole of a split, from the pairs of its jobs; what was there before goes."""
+    prefix = directory / split
+    pieces = [read_piece(directory / job.names[split]) for job in jobs]
+    found = [piece for piece in pieces if piece is not None]
+    assert len(found) == len(jobs)  # run made them
+    whole = found[0]
+    if jobs[0].names[split] != split:
+        counts = total([
+            Counts(documents=p.documents, tokens=p.tokens, bytes=p.bytes, sha256=p.sha256)
+            for p in found
+        ])  # fmt: skip
+        shares = text.shares(split, [job.group for job in jobs], [p.tokens for p in found])
+        whole = Piece(
+            key=digest([[piece.key for piece in found], shares]),
+            documents=counts.documents,
+            tokens=counts.tokens,
+            bytes=counts.bytes,
+            sha256=counts.sha256,
+            blend=tuple((job.names[split], s) for job, s in zip(jobs, shares, strict=True)),
+        )
+        write_piece(prefix, whole)
+    mine = {job.names[split] for job in jobs}
+    for file in directory.glob(f"{split}.*"):
+        ours = mine | {split} if file.suffix == ".json" else mine
+        if file.suffix in (".bin", ".idx", ".json") and file.stem not in ours:
+            file.unlink()
+    return whole
+
+
+def _is_done(job: Job, tokenizer: Tokenizer) -> bool:
+    return all(
+        read_piece(job.directory / job.names[split], job.key(split, tokenizer)) is not None
+        for split in job.splits
+    )
+
+
+def _join(job: Job, shards: Sequence[Shard], tokenizer: Tokenizer) -> None:
+    counts = [read(shard) for shard in shards]
+    for split in job.splits:
+        prefix, key = job.directory / job.names[split], job.key(split, tokenizer)
+        whole = total([count[split] for count in counts if count is not None])
+        if job.in_place:
+            file = job.group.files[0].resolve().with_suffix("")
+            write_piece(
+                prefix,
+                Piece(
+                    key=key,
+                    documents=whole.documents,
+                    tokens=whole.tokens,
+                    bytes=whole.bytes,
+                    sha256=whole.sha256,
+                    prefix=str(file),
+                ),  # fmt: skip
+            )
+        elif read_piece(prefix, key) is None:
+            join(prefix, shards, split, dtype_of(tokenizer), key=key, size=whole.bytes)
+    shutil.rmtree(shards[0].place.parent)
+
+
+class _Meter:
+    """How far the shards are, as text and as a number."""
+
+    def __init__(self, total: int, progress: Progress) -> None:
+        self._total, self._progress = max(total, 1), progress
+        self._begin = time.monotonic()
+        self._read = self._finished = 0
+
+    def read(self, amount: int) -> None:
+        """So many more bytes of text are tokenized."""
+        self._read += amount
+        done = min(max(self._read, self._finished) / self._total, 0.99)
+        seconds = time.monotonic() - self._begin
+        text = "tokens"
+        if seconds > 2 and self._read:
+            left = _clock(seconds / done - seconds)
+            text += f" at {self._read / seconds / 1e6:.1f} MB/s, {left} left,"
+        self._progress(text, done)
+
+    def finished(self, size: int) -> None:
+        """A shard is, whatever its text was guessed to be."""
+        self._finished += size
+
+
+def _clock(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    if minutes < 2:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"
