@@ -51,12 +51,16 @@ def advance(amount: int) -> None:
         _counted.value += amount
 
 
+def _nothing() -> None:
+    """The setup of work that needs none."""
+
+
 def run_all(
     work: Callable[[Task], Result],
     tasks: Sequence[Task],
     *,
     workers: int,
-    setup: Callable[..., None] = lambda: None,
+    setup: Callable[..., None] = _nothing,
     arguments: tuple[Any, ...] = (),
     watch: Callable[[int], None] = lambda amount: None,
     start: Literal["spawn", "fork"] = "spawn",

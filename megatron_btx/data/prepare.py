@@ -62,6 +62,7 @@ def prepare(
     """
     out_dir = Path(out_dir)
     sources = find(recipe)
+    _check_trainable(recipe)
     sweep(out_dir)
     _write_corpora(recipe, out_dir / "corpus", progress)
     texts = {name: DomainText(name, domain, sources[name], out_dir) for name, domain in
@@ -108,8 +109,25 @@ def check(recipe: Recipe, *, most: int = 256_000_000) -> None:
                 for file in find_files(paths, where=f"domains.{name}.{split}"):
                     with noted(errors):
                         _read_ahead(file, domain.text_key, most)
+    with noted(errors):
+        _check_trainable(recipe)
     if errors:
         raise UserErrors(errors)
+
+
+def _check_trainable(recipe: Recipe) -> None:
+    """That there is text where a tokenizer is to be trained."""
+    if recipe.tokenizer.path is not None or recipe.seed.from_ is not None:
+        return
+    for name in recipe.seed.data or recipe.domains:
+        for path in recipe.domains[name].train:
+            files = find_files([path], where=f"domains.{name}.train")
+            if any(format_of(file) is token_pair for file in files):
+                raise UserError(
+                    "tokenizer.path",
+                    f"has to be given: {path} of domain {name} is token ids, not text",
+                    "give the tokenizer that made them",
+                )
 
 
 def _read_ahead(file: Path, text_key: str, most: int) -> None:
