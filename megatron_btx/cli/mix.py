@@ -7,13 +7,17 @@ import dataclasses
 import sys
 import typing
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 from megatron_btx.cli.common import command
-from megatron_btx.errors import UserError, UserErrors
+from megatron_btx.errors import UserError
 from megatron_btx.mix.request import Request
 from megatron_btx.provenance import code_revision
+from megatron_btx.recipe.fields import field_docs
+from megatron_btx.recipe.typed import Reader
+from megatron_btx.recipe.yaml_tree import Node, read_tree, tree_of
 
 _EPILOG = """examples:
   btx mix --sources code=DIR math=DIR seed=DIR --out MIXTRAL
@@ -108,14 +112,17 @@ def request_of(options: argparse.Namespace, name: str, needed: Sequence[str]) ->
         needed: fields that may not be empty.
 
     Raises:
-        UserErrors: unknown keys and values of wrong types in the file, all at once.
+        UserErrors: unknown keys in the file, wrong types and numbers out of range, all at once.
     """
-    given = {} if options.config is None else _from_file(Path(options.config))
-    for one in dataclasses.fields(Request):
-        value = getattr(options, one.name, None)
-        if value is not None:
-            given[one.name] = tuple(value) if isinstance(value, list) else value
-    request = Request(**given)
+    layers = [] if options.config is None else [read_tree(Path(options.config), "options")]
+    flags = {
+        one.name: replace(tree_of(value, None), key="--" + one.name.replace("_", "-"))
+        for one in dataclasses.fields(Request)
+        if (value := getattr(options, one.name, None)) is not None
+    }
+    reader = Reader(noun="btx mix's options")
+    request: Request = reader.instance(Request, [*layers, Node(flags, None, 0, "")], "")
+    reader.raise_errors()
     missing = [name for name in needed if not getattr(request, name)]
     if missing:
         raise UserError(name, f"--{' and --'.join(missing)} missing", f"see {name} --help")
@@ -126,7 +133,7 @@ def _add_flags(parser: argparse.ArgumentParser, names: Sequence[str] = ()) -> No
     """One flag a field of :class:`Request`, or of those named; absent flags are None, so that a
     file can say it."""
     parser.add_argument("--config", metavar="YAML", help="these options from a file")
-    helps = _field_docs()
+    helps = field_docs(Request)
     for one, hint in zip(dataclasses.fields(Request), _hints(), strict=True):
         if names and one.name not in names:
             continue
@@ -150,49 +157,6 @@ def _add_flags(parser: argparse.ArgumentParser, names: Sequence[str] = ()) -> No
         parser.add_argument(flag, **options)
 
 
-def _from_file(path: Path) -> dict[str, Any]:
-    import yaml
-
-    try:
-        given = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(str(path), f"cannot be read: {error}", "give a YAML file") from error
-    if not isinstance(given, dict):
-        raise UserError(str(path), "not a mapping of options", "write method: btx, and so on")
-    fields = {f.name: hint for f, hint in zip(dataclasses.fields(Request), _hints(), strict=True)}
-    errors = []
-    for name, value in given.items():
-        if name not in fields:
-            what = f"unknown option {name}"
-            errors.append(UserError(str(path), what, f"the options are {', '.join(fields)}"))
-            continue
-        if isinstance(value, list):
-            given[name] = value = tuple(map(str, value))
-        if not _fits(value, fields[name]):
-            errors.append(UserError(f"{path}: {name}", f"{value!r} is no {_words(fields[name])}"))
-    if errors:
-        raise UserErrors(errors)
-    return given
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    choices = _choices(hint)
-    if choices:
-        return value in choices
-    kinds = {typing.get_origin(kind) or kind for kind in (hint, *_members(hint))}
-    if isinstance(value, bool):
-        return bool in kinds
-    return type(value) in kinds or (float in kinds and isinstance(value, int))
-
-
-def _words(hint: Any) -> str:
-    choices = _choices(hint)
-    if choices:
-        return "one of " + ", ".join(str(choice) for choice in choices if choice is not None)
-    names = {tuple: "list", dict: "mapping"}
-    return names.get(typing.get_origin(hint), getattr(hint, "__name__", str(hint)))
-
-
 def _choices(hint: Any) -> tuple[Any, ...]:
     if typing.get_origin(hint) is Literal:
         return typing.get_args(hint)
@@ -210,19 +174,3 @@ def _members(hint: Any) -> tuple[Any, ...]:
 def _hints() -> list[Any]:
     hints = typing.get_type_hints(Request)
     return [hints[one.name] for one in dataclasses.fields(Request)]
-
-
-def _field_docs() -> dict[str, str]:
-    """The string under each field, which is its help."""
-    import ast
-    import inspect
-
-    (body,) = ast.parse(inspect.getsource(Request)).body
-    docs: dict[str, Any] = {}
-    name = ""
-    for statement in typing.cast(ast.ClassDef, body).body:
-        if isinstance(statement, ast.AnnAssign):
-            name = typing.cast(ast.Name, statement.target).id
-        elif isinstance(statement, ast.Expr) and name:
-            docs[name] = typing.cast(ast.Constant, statement.value).value
-    return {field: str(text) for field, text in docs.items()}

@@ -22,17 +22,12 @@ from megatron_btx.errors import UserError, UserErrors, noted
 from megatron_btx.families.export import carried, write_hf
 from megatron_btx.families.hf import to_hf
 from megatron_btx.families.tokenizer_files import tokenizer_files
-from megatron_btx.mix.plan_of_request import (
-    DTYPES,
-    open_source,
-    open_sources,
-    out_of_range,
-    plan_of,
-)
+from megatron_btx.mix.plan_of_request import DTYPES, open_source, open_sources, plan_of
 from megatron_btx.mix.progress import Watch
 from megatron_btx.mix.request import Request
 from megatron_btx.provenance import versions
 from megatron_btx.recipe.count import parameters
+from megatron_btx.recipe.fields import out_of_range
 from megatron_btx.weights.directory import as_json
 from megatron_btx.weights.execute import ONE_BY_ONE, SLAB, Execution
 from megatron_btx.weights.manifest import FORMAT, MANIFEST
@@ -127,8 +122,8 @@ def _prepared(request: Request) -> tuple[list[Checkpoint], Plan, Execution]:
         execution = _execution(request)
     with noted(errors):
         parse_bytes(request.shard, "--shard")
-    wrong = out_of_range(request)
-    errors += wrong
+    wrong = list(out_of_range(request))
+    errors += [UserError(f"--{name.replace('_', '-')}", *one) for name, *one in wrong]
     with noted(errors):
         models = open_sources(request)
         if not wrong:

@@ -18,8 +18,7 @@ from megatron_btx.mix.one_model import copy
 from megatron_btx.mix.plan_of_recipe import averaging_of, mix_plan, router_of
 from megatron_btx.mix.request import Request
 from megatron_btx.recipe.check_mix import misplaced, weights
-from megatron_btx.recipe.fields import COUNT, Range
-from megatron_btx.recipe.schema import Mix, Recipe, Routing
+from megatron_btx.recipe.schema import Mix, Routing
 from megatron_btx.weights.find_checkpoint import name_of
 from megatron_btx.weights.plan import Checkpoint, Plan
 
@@ -77,23 +76,6 @@ def plan_of(request: Request, models: list[Checkpoint]) -> Plan:
         random_seed=request.random_seed,
         seed_model=request.seed_model,
     )
-
-
-def out_of_range(request: Request) -> list[UserError]:
-    """A request's numbers outside a recipe's ranges, by the flags' names."""
-    ranges = {
-        field.name: field.metadata["range"]
-        for cls in (Mix, Routing, Recipe)
-        for field in dataclasses.fields(cls)
-        if "range" in field.metadata
-    } | {"workers": Range(1, COUNT)}
-    numbers = {
-        name: value
-        for name, value in vars(request).items()
-        if type(value) in (int, float) and name in ranges
-    }
-    wrong = {name: ranges[name].problem(value) for name, value in numbers.items()}
-    return [UserError("--" + name.replace("_", "-"), *one) for name, one in wrong.items() if one]
 
 
 def _same() -> set[str]:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from megatron_btx.recipe.fields import COUNT, like, within
+from megatron_btx.recipe.schema import Mix, Recipe, Routing
+
 Method = Literal["btx", "upcycle", "split", "blend", "average", "append", "drop", "copy"]
 
 
@@ -31,31 +34,31 @@ class Request:
     was trained on since --seed-model (default: uniform)"""
     average_groups: tuple[str, ...] = ()
     """GROUP:NAME=WEIGHT, other weights for embeddings, attention, norms or head"""
-    dare: float | None = None
+    dare: float | None = like(Mix, "dare")
     """share of the differences from the seed that DARE drops from what is averaged"""
     seed_model: str = "seed"
     """the source from which the others were branched"""
     fold_norms: bool = False
     """fold each expert's own pre-FFN norm gain into it (btx)"""
-    moe_router_topk: int = 2
+    moe_router_topk: int = like(Routing, "moe_router_topk")
     """experts a token"""
     router_init: Literal["normal", "zeros", "uniform", "centroids"] = "normal"
     """how routers are born"""
     centroids: str | None = None
     """the file of `btx centroids`, for --router-init centroids"""
-    router_init_std: float = 0.02
+    router_init_std: float = like(Mix, "router_init_std")
     """their standard deviation, or half their interval"""
-    random_seed: int = 1234
+    random_seed: int = like(Recipe, "random_seed")
     """of routers, noise, re-initialisation and DARE"""
-    copies: int = 8
+    copies: int = like(Mix, "copies")
     """experts of an upcycled model"""
-    num_chunks: int = 1
+    num_chunks: int = like(Mix, "num_chunks")
     """pieces that each FFN is cut into (upcycle, split)"""
     scale: Literal["down", "cube_root", "none"] = "down"
     """what makes up for the cutting"""
-    noise: float = 0.0
+    noise: float = like(Mix, "noise")
     """standard deviation of what is added to upcycled experts"""
-    drop_ratio: float = 0.0
+    drop_ratio: float = like(Mix, "drop_ratio")
     """share of each upcycled expert's inner units that are drawn anew (Drop-Upcycling)"""
     expert: str = ""
     """the expert that drop takes out"""
@@ -63,7 +66,7 @@ class Request:
     """size of a file of the result: what an interruption loses at most"""
     memory: str = ""
     """peak resident memory, such as 2GiB (default: what is fastest)"""
-    workers: int = 2
+    workers: int = within(1, COUNT, default=2)
     """files written side by side"""
     model: dict[str, Any] = field(default_factory=dict)
     """what Megatron sources are that do not say so, in Megatron's words; in a file only"""

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import inspect
+import itertools
+import textwrap
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,3 +69,30 @@ def like(cls: type, name: str) -> Any:
     """A field with default and range of another block's."""
     (field,) = (field for field in dataclasses.fields(cls) if field.name == name)
     return dataclasses.field(default=field.default, metadata=field.metadata)
+
+
+def out_of_range(block: Any) -> Iterator[tuple[str, str, str]]:
+    """Numbers of a block that are outside their ranges: field, what is wrong, fix."""
+    for one in dataclasses.fields(block):
+        value, limits = getattr(block, one.name), one.metadata.get("range")
+        wrong = limits.problem(value) if limits and value is not None else None
+        if wrong is not None:
+            yield one.name, *wrong
+
+
+def field_docs(cls: type) -> dict[str, str]:
+    """The text under each field of a block, that of a base class too."""
+    (body,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+    assert isinstance(body, ast.ClassDef)
+    docs = {
+        name: text
+        for base in cls.__bases__
+        if dataclasses.is_dataclass(base)
+        for name, text in field_docs(base).items()
+    }
+    for field, below in itertools.pairwise(body.body):
+        if isinstance(field, ast.AnnAssign) and isinstance(below, ast.Expr):
+            assert isinstance(field.target, ast.Name)
+            assert isinstance(below.value, ast.Constant)
+            docs[field.target.id] = str(below.value.value)
+    return docs

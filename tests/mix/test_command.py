@@ -215,11 +215,20 @@ def test_options_from_a_file(sources, tmp_path):
     assert (
         open_hf(tmp_path / "out", "out").source.tensors["output_layer.weight"][1] is torch.bfloat16
     )
-    config.write_text("method: mix\ncopies: many\nfoo: 1\n")
+    config.write_text("method: mix\ncopies: many\nfoo: 1\nnum_chunks: 0\nnoise: 1e-4\n")
     with pytest.raises(UserError) as caught:
         btx("mix", "--config", config, "--out", tmp_path / "x")
-    for found in ("'mix' is no one of btx", "'many' is no int", "unknown option foo"):
+    for found in (
+        "mix.yaml:1: method: is 'mix'\n  fix: choose btx, upcycle",
+        "mix.yaml:2: copies: is 'many', not a whole number",
+        "mix.yaml:3: foo: is not a key of btx mix's options",
+        "mix.yaml:4: num_chunks: is 0, out of range",
+    ):
         assert found in str(caught.value)
+    assert "noise" not in str(caught.value), "1e-4 is a number"
+    config.write_text("method: copy\nmethod: drop\n")
+    with pytest.raises(UserError, match="2: method: stands here and in line 1"):
+        btx("mix", "--config", config, "--out", tmp_path / "x")
 
 
 def test_how_far_models_have_drifted(sources, tmp_path):

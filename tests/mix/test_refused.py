@@ -130,7 +130,7 @@ RANGES = {
     "--moe-router-topk 0": "is 0, out of range\n  fix: give at least 1",
     "--dare 2": "is 2.0, out of range\n  fix: give 0 to 0.999",
     "--dare -1": "is -1.0, out of range",
-    "--dare nan": "is nan, out of range",
+    "--dare nan": "is nan, not a number",
     "--router-init-std -1": "is -1.0, out of range",
     "--random-seed -1": "is -1, out of range",
     "--copies 0": "is 0, out of range\n  fix: give at least 1",
