@@ -23,7 +23,7 @@ def test_two_ranks_mix_four_checkpoints_and_learn(ranks: Ranks, tmp_path: Path) 
         [
             *(sys.executable, "-W", "ignore", "-m", "torch.distributed.run"),
             *("--standalone", "--nproc-per-node", "2", str(SCRIPT)),
-            *(str(tmp_path / name) for name in names),
+            *(f"{name}={tmp_path / name}" for name in names),
         ],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
