@@ -1,19 +1,15 @@
-"""Packaging of Megatron-BTX. ``pip install -e .[hf,dev]`` for work on it."""
+"""What Megatron-BTX depends on, and why; the rest of its metadata is in pyproject.toml.
 
-from pathlib import Path
+``pip install -e .[hf,dev]`` for work on it.
+"""
 
 from setuptools import find_packages, setup
 
 setup(
-    name="megatron-btx",
-    version="0.1.0",
-    description="Branch-Train-MiX (arXiv 2403.07816) on Megatron-Core",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
-    long_description_content_type="text/markdown",
-    license="Apache-2.0",
-    python_requires=">=3.11,<3.14",
     packages=find_packages(include=["megatron_btx", "megatron_btx.*"]),
-    package_data={"megatron_btx": ["py.typed", "pipeline/slurm/*.sh", "evaluate/items/*.yaml"]},
+    package_data={
+        "megatron_btx": ["py.typed", "*.pyi", "pipeline/slurm/*.sh", "evaluate/items/*.yaml"]
+    },
     install_requires=[
         "torch>=2.10",
         # One code base for two releases (megatron_btx/engine/megatron_release.py): the newest for
@@ -52,5 +48,4 @@ setup(
             "types-PyYAML",
         ],
     },
-    entry_points={"console_scripts": ["btx=megatron_btx.cli.main:main"]},
 )
