@@ -1,19 +1,21 @@
-"""Routers that know their experts' domains before they are trained: ``router_init: centroids``.
+"""Routers that know their experts' domains before they are trained: ``router_init: centroids`` and
+``ridge``.
 
-The mixed model reads each expert's own domain, every token of it forced to that expert, and the
-mean of what arrives at each feed-forward layer, after the norm, becomes that expert's row of the
-router: centred over the experts and scaled, layer by layer, to a chosen spread of the logits. The
-paper does not say how its routers are born; this is one way to begin with some knowledge.
+The mixed model reads each expert's own domain, every token of it forced to that expert. What
+arrives at each feed-forward layer, after the norm, decides that expert's row of the router: its
+mean, centred over the experts and scaled, layer by layer, to a chosen spread of the logits; or the
+ridge regression of the domain on it. The paper does not say how its routers are initialised.
 """
 
 from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -30,6 +32,16 @@ from megatron_btx.evaluate.loss_on_text import Setting, min_length, packed, whol
 from megatron_btx.evaluate.model_spec import Subject
 from megatron_btx.evaluate.models import opened, precision_of
 from megatron_btx.evaluate.predictor import NO_PROGRESS
+from megatron_btx.evaluate.router_statistics import (
+    REGULARIZATION,
+    Sums,
+    centroid_rows,
+    joined,
+    no_sums,
+    read_sums,
+    ridge_rows,
+    write_sums,
+)
 from megatron_btx.files import written
 from megatron_btx.mix.one_model import copy, forced
 from megatron_btx.recipe.schema import Layout, Precision
@@ -39,13 +51,15 @@ Texts = Mapping[str, Sequence[Batch]]
 
 
 @dataclass(frozen=True)
-class Centroids:
+class Routers:
     """What the passes over the text found."""
 
     rows: Tensor
-    """[layers, experts, H], fp32: the routers."""
+    """[layers, experts, H], fp32."""
+    sums: Sums
+    """Over the text that was read, and those given."""
     loss: dict[str, float]
-    """Nats per token of each expert's domain, all of it forced to that expert."""
+    """Nats per token of each domain that was read, all of it forced to its expert."""
     own: list[dict[str, float]]
     """By layer, each domain's share of tokens whose largest logit is their own expert's."""
 
@@ -55,46 +69,44 @@ def measure(
     data: Mapping[str, Sequence[str]],
     setting: Setting,
     *,
-    spread: float,
     out: Path,
+    kind: Literal["centroids", "ridge"] = "centroids",
+    spread: float | None = None,
+    regularization: float = REGULARIZATION,
+    statistics: Path | None = None,
     progress: Callable[[float], None] = NO_PROGRESS,
 ) -> dict[str, Any]:
-    """Write the centroids of a checkpoint. Every rank calls it.
+    """Write the routers of a checkpoint. Every rank calls it.
 
     Args:
         subject: an MoE.
         data: JSONL files by the name of the expert; whole sequences of them count.
         setting: how to run it.
-        spread: standard deviation over the experts of a token's logits (root mean square over all
-            tokens), in every layer.
         out: a new safetensors file: ``decoder.layers.{i}.mlp.router.weight/{expert}`` [H], fp32.
+        kind: the rule, ``centroid_rows`` or ``ridge_rows``.
+        spread: standard deviation over the experts of a token's logits (root mean square over all
+            tokens), in every layer; ``None``: 1 for ``centroids``, ``ridge`` as it is solved.
+        regularization: of ``ridge``.
+        statistics: of ``ridge``, a file of sums: domains that it holds need no text, those that are
+            read now are added to it.
         progress: told how much is done.
 
     Returns:
-        ``{"experts", "loss": nats a token by expert, "own": share of tokens that the largest logit
-        sends home, by expert (mean over the layers), "spread"}``.
+        ``{"experts", "kind", "spread", "loss": nats a token by domain, "own": share of tokens that
+        the largest logit sends home, by domain (mean over the layers)}``.
 
     Raises:
-        UserErrors: the model has no experts, one has no text, or too little.
+        UserErrors: the model has no experts, one has no text, or too little; the statistics are of
+            another model.
     """
     (checkpoint,) = opened(subject).values()
-    names = checkpoint.architecture.experts
-    errors = [
-        UserError("--data", f"no text for the expert {name}", f"give {name}=FILE")
-        for name in names
-        if name not in data
-    ]
-    errors += [
-        UserError(
-            f"--data {name}", f"{subject.name} has no expert {name}", f"use {', '.join(names)}"
-        )
-        for name in data
-        if name not in names
-    ]
+    names, model = checkpoint.architecture.experts, checkpoint.architecture.model
+    before = read_sums(statistics, model.num_layers, model.hidden_size) if statistics else None
+    errors = list(_misnamed(subject.name, names, data, str(statistics), before))
     if errors:
         raise UserErrors(errors)
     length = min_length({"model": checkpoint}, setting)
-    given = packed(subject, {name: data[name] for name in names}, setting, length)
+    given = packed(subject, {name: data[name] for name in names if name in data}, setting, length)
     texts: dict[str, list[Batch]] = {}
     for name, text in given.items():
         with noted(errors):
@@ -102,43 +114,85 @@ def measure(
     if errors:
         raise UserErrors(errors)
     precision = setting.precision or precision_of(checkpoint)
-    plan = copy(checkpoint, dtype=DTYPES[precision])
-    found = centroids(
-        plan,
+    spread = 1.0 if kind == "centroids" and spread is None else spread
+    found = routers(
+        copy(checkpoint, dtype=DTYPES[precision]),
         texts,
         layout=setting.layout,
         precision=precision,
+        rule=centroid_rows
+        if kind == "centroids"
+        else functools.partial(ridge_rows, regularization=regularization),
+        gram=kind == "ridge",
+        before=before,
         spread=spread,
         micro_batch_size=setting.micro_batch_size,
         progress=progress,
     )
     if dist.get_rank() == 0:
+        if statistics is not None:
+            write_sums(statistics, found.sums)
         with written(out, "wb") as file:
-            file.write(as_file(found.rows, names))
-    own = {name: sum(layer[name] for layer in found.own) / len(found.own) for name in names}
-    return {"experts": list(names), "loss": found.loss, "own": own, "spread": spread}
+            file.write(as_file(found.rows, names, kind))
+    own = {name: sum(layer[name] for layer in found.own) / len(found.own) for name in texts}
+    return {
+        "experts": list(names),
+        "kind": kind,
+        "spread": spread,
+        "loss": found.loss,
+        "own": own,
+    }
 
 
-def centroids(
+def _misnamed(
+    model: str,
+    names: Sequence[str],
+    data: Mapping[str, Sequence[str]],
+    statistics: str,
+    before: Sums | None,
+) -> Iterator[UserError]:
+    """Experts without text, text without experts, and sums that do not go with the two."""
+    known = before.domains if before else ()
+    for name in names:
+        if name not in data and name not in known:
+            yield UserError("--data", f"no text for the expert {name}", f"give {name}=FILE")
+    fix = f"use {', '.join(names)}"
+    for name in data:
+        if name not in names:
+            yield UserError(f"--data {name}", f"{model} has no expert {name}", fix)
+        elif name in known:
+            yield UserError(statistics, f"holds the domain {name} already", "leave its text out")
+    for name in known:
+        if name not in names:
+            yield UserError(statistics, f"holds {name}, which is no expert of {model}", fix)
+
+
+def routers(
     moe: Plan,
     texts: Texts,
     *,
     layout: Layout,
     precision: Precision,
-    spread: float,
+    rule: Callable[[Sums], Tensor],
+    gram: bool,
+    spread: float | None,
     micro_batch_size: int,
+    before: Sums | None = None,
     progress: Callable[[float], None] = NO_PROGRESS,
-) -> Centroids:
-    """Two passes over each domain, forced to its expert: the means, then the logits that the
-    centred means give. Every rank calls it; expert parallelism is not needed and not used.
+) -> Routers:
+    """Two passes over each domain, forced to its expert: the sums, then the logits that the rows
+    made of them give. Every rank calls it; expert parallelism is not needed and not used.
 
     Args:
         moe: the mixed model; its routers are not looked at.
         texts: sequences by expert.
         layout: of this job.
         precision: of the computation.
+        rule: sums -> rows [layers, experts, H], fp64.
+        gram: whether the rule needs X^T X.
         spread: of the logits, see :func:`measure`.
         micro_batch_size: sequences a rank runs at once.
+        before: sums over the domains that are not in ``texts``.
         progress: told how much is done.
     """
     names = moe.architecture.experts
@@ -149,76 +203,82 @@ def centroids(
         data_parallel_size=layout.data_parallel_size,
         num_threads=layout.num_threads,
     )
-    plans = [forced(moe, expert) for expert in range(len(names))]
-    module = build_model(plans[0].architecture, layout, precision)
+    plans = {name: forced(moe, names.index(name)) for name in texts}
+    module = build_model(forced(moe, 0).architecture, layout, precision)
     device = torch.cuda.current_device()
     loss: dict[str, float] = {}
 
-    def through(expert: int, look: Callable[[int, Tensor], None]) -> None:
+    def through(name: str, look: Callable[[int, Tensor], None]) -> None:
         """The expert's domain through the model that is that expert alone."""
-        initialize(module, plans[expert])
-        text = {names[expert]: texts[names[expert]]}
+        initialize(module, plans[name])
         with _watched(module, look) as listener:
-            found = evaluate(module, text, micro_batch_size=micro_batch_size, listener=listener)
+            found = evaluate(
+                module, {name: texts[name]}, micro_batch_size=micro_batch_size, listener=listener
+            )
         loss.update(found.loss)
 
-    sums = torch.zeros(layers, len(names), hidden + 1, dtype=torch.float64, device=device)
-    for expert in range(len(names)):
+    sums = no_sums(tuple(texts), layers, hidden, gram=gram, device=device)
+    for index, name in enumerate(texts):
 
-        def add(layer: int, inputs: Tensor, expert: int = expert) -> None:
-            sums[layer, expert, :-1] += inputs.sum(0, dtype=torch.float64)
-            sums[layer, expert, -1] += len(inputs)
+        def add(layer: int, inputs: Tensor, index: int = index) -> None:
+            sums.add(layer, index, inputs)
 
-        through(expert, add)
-        progress((expert + 1) / (2 * len(names)))
-    dist.all_reduce(sums)  # ranks that hold the same tokens count them in both parts of the mean
-    means = sums[..., :-1] / sums[..., -1:]
-    centred = means - means.mean(1, keepdim=True)
+        through(name, add)
+        progress((index + 1) / (2 * len(texts)))
+    for tensor in sums.tensors:
+        dist.all_reduce(tensor)
+    every = joined(sums, before, names)
+    rows = rule(every)
 
-    seen = torch.zeros(layers, len(names), 3, dtype=torch.float64, device=device)
-    for expert in range(len(names)):
+    seen = torch.zeros(layers, len(texts), 3, dtype=torch.float64, device=device)
+    for index, name in enumerate(texts):
 
-        def judge(layer: int, inputs: Tensor, expert: int = expert) -> None:
-            logits = inputs.double() @ centred[layer].T
-            seen[layer, expert, 0] += logits.var(1, correction=0).sum()
-            seen[layer, expert, 1] += (logits.argmax(1) == expert).sum()
-            seen[layer, expert, 2] += len(inputs)
+        def judge(layer: int, inputs: Tensor, index: int = index, name: str = name) -> None:
+            logits = inputs.double() @ rows[layer].T
+            seen[layer, index, 0] += logits.var(1, correction=0).sum()
+            seen[layer, index, 1] += (logits.argmax(1) == names.index(name)).sum()
+            seen[layer, index, 2] += len(inputs)
 
-        through(expert, judge)
-        progress(0.5 + (expert + 1) / (2 * len(names)))
+        through(name, judge)
+        progress(0.5 + (index + 1) / (2 * len(texts)))
     dist.all_reduce(seen)
-    variance = seen[..., 0].sum(1) / seen[..., 2].sum(1)
-    rows = centred * (spread / variance.clamp_min(1e-30).sqrt())[:, None, None]
+    if spread is not None:
+        variance = seen[..., 0].sum(1) / seen[..., 2].sum(1)
+        rows = rows * (spread / variance.clamp_min(1e-30).sqrt())[:, None, None]
     shares = (seen[..., 1] / seen[..., 2]).tolist()
-    del loss["mean"]
-    return Centroids(
+    loss.pop("mean", None)
+    return Routers(
         rows=rows.float().cpu(),
+        sums=every,
         loss=loss,
-        own=[dict(zip(names, layer, strict=True)) for layer in shares],
+        own=[dict(zip(texts, layer, strict=True)) for layer in shares],
     )
 
 
-def as_file(rows: Tensor, experts: Sequence[str]) -> bytes:
+def as_file(rows: Tensor, experts: Sequence[str], kind: str) -> bytes:
     """The routers' rows [layers, experts, H] as a safetensors file, a tensor each."""
-    return save(
-        {
-            f"decoder.layers.{layer}.mlp.router.weight/{name}": rows[layer, expert].contiguous()
-            for layer in range(len(rows))
-            for expert, name in enumerate(experts)
-        }
-    )
+    named = {
+        f"decoder.layers.{layer}.mlp.router.weight/{name}": rows[layer, expert].contiguous()
+        for layer in range(len(rows))
+        for expert, name in enumerate(experts)
+    }
+    return save(named, metadata={"router_init": kind})
 
 
 @contextlib.contextmanager
 def _watched(module: torch.nn.Module, look: Callable[[int, Tensor], None]) -> Iterator[Listener]:
     """Call ``look`` with every layer's number (from 0) and what its FFN is given, normed: [tokens,
-    H], of the tokens that count. What it yields must be told of each micro-batch."""
+    H], of the tokens that count. What it yields must be told of each micro-batch. Tensor-parallel
+    ranks that hold the same tokens count them once."""
     masks: collections.deque[Tensor] = collections.deque(maxlen=1)
     handles = []
     for layer in unwrap(module).decoder.layers:
 
         def hook(_mlp: Any, arguments: tuple[Tensor, ...], layer: Any = layer) -> None:
             inputs = _normed(layer, arguments[0].detach())
+            whole = len(inputs) == masks[-1].shape[1]
+            if whole and parallel_state.get_tensor_model_parallel_rank() > 0:
+                return
             look(layer.layer_number - 1, inputs[_local(masks[-1], len(inputs))])
 
         handles.append(layer.mlp.register_forward_pre_hook(hook))

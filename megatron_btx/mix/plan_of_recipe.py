@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from megatron_btx.errors import UserError
 from megatron_btx.mix.average import Averaging, Dare
@@ -14,6 +15,7 @@ from megatron_btx.mix.compatibility import labels_of
 from megatron_btx.mix.router import RouterInit
 from megatron_btx.mix.split import blend, split
 from megatron_btx.mix.upcycle import upcycle
+from megatron_btx.recipe.check_mix import FROM_FILE
 from megatron_btx.recipe.schema import Mix, Routing
 from megatron_btx.weights.plan import Checkpoint, Plan
 from megatron_btx.weights.safetensors import SafetensorsSource
@@ -35,7 +37,7 @@ def mix_plan(
 
     Args:
         models: opened, in the order of :meth:`Mix.expert_names`; one for ``upcycle``.
-        mix: the method, its options, and how the routers are born.
+        mix: the method, its options, and how the routers are initialised.
         routing: of the MoE.
         dtype: of its weights.
         random_seed: of routers, noise, re-initialisation and DARE.
@@ -74,13 +76,20 @@ def router_of(mix: Mix, random_seed: int) -> RouterInit:
     """How ``mix`` makes routers.
 
     Raises:
-        UserErrors: the file of centroids is missing or damaged.
+        UserErrors: the file of centroids is missing or damaged, or of another kind.
     """
-    if (mix.router_init == "centroids") != (mix.centroids is not None):
-        fix = "give `router_init: centroids` and the file of `btx centroids`, or neither"
-        raise UserError("mix.centroids", "goes with router_init: centroids", fix)
-    centroids = None if mix.centroids is None else SafetensorsSource(mix.centroids)
-    return RouterInit(mix.router_init, mix.router_init_std, random_seed, centroids)
+    if (mix.router_init in FROM_FILE) != (mix.centroids is not None):
+        fix = f"give `router_init: {' or '.join(FROM_FILE)}` and the file of `btx centroids`"
+        raise UserError("mix.centroids", "goes with router_init", f"{fix}, or neither")
+    if mix.centroids is None:
+        return RouterInit(mix.router_init, mix.router_init_std, random_seed)
+    rows = SafetensorsSource(mix.centroids)
+    with safe_open(mix.centroids, "pt") as file:
+        kind = (file.metadata() or {}).get("router_init", "centroids")
+    if kind != mix.router_init:
+        what = f"holds rows of {kind}, not of {mix.router_init}"
+        raise UserError(mix.centroids, what, f"set router_init to {kind}, or make the other file")
+    return RouterInit(mix.router_init, mix.router_init_std, random_seed, rows)
 
 
 def averaging_of(mix: Mix, random_seed: int, seed_model: str = SEED) -> Averaging:

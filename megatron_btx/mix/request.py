@@ -42,10 +42,10 @@ class Request:
     """fold each expert's own pre-FFN norm gain into it (btx)"""
     moe_router_topk: int = like(Routing, "moe_router_topk")
     """experts a token"""
-    router_init: Literal["normal", "zeros", "uniform", "centroids"] = "normal"
+    router_init: Literal["normal", "zeros", "uniform", "centroids", "ridge"] = "normal"
     """how routers are born"""
     centroids: str | None = None
-    """the file of `btx centroids`, for --router-init centroids"""
+    """the file of `btx centroids`, for --router-init centroids or ridge"""
     router_init_std: float = like(Mix, "router_init_std")
     """their standard deviation, or half their interval"""
     random_seed: int = like(Recipe, "random_seed")

@@ -1,4 +1,4 @@
-"""How routers are born."""
+"""How routers are initialised."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 
 from megatron_btx.errors import UserError
+from megatron_btx.recipe.check_mix import FROM_FILE
 from megatron_btx.weights.arrange import Take
 from megatron_btx.weights.box import Shape
 from megatron_btx.weights.expression import Expression
@@ -22,9 +23,9 @@ CENTROIDS = "centroids"
 
 @dataclass(frozen=True)
 class RouterInit:
-    """How the routers W_l are born. The paper does not say; its upcycling baseline is random."""
+    """How the routers W_l begin. The paper does not say; its upcycling baseline is random."""
 
-    kind: Literal["normal", "zeros", "uniform", "centroids"] = "normal"
+    kind: Literal["normal", "zeros", "uniform", "centroids", "ridge"] = "normal"
     scale: float = 0.02
     """Standard deviation, or half the width of the uniform interval."""
     seed: int = 0
@@ -33,8 +34,8 @@ class RouterInit:
 
     def draw(self, name: str, shape: Shape, dtype: torch.dtype) -> Expression:
         """The router ``name``: a function of seed and name alone."""
-        if self.kind == "centroids":
-            raise UserError("router_init", "centroids are for method btx", "choose another")
+        if self.kind == "centroids" or self.kind == "ridge":
+            raise UserError("router_init", f"{self.kind} is for method btx", "choose another")
         if self.kind == "zeros":
             return Fill(0.0, shape, dtype)
         return Draw(self.kind, self.scale, self.seed, name, shape, dtype)
@@ -42,8 +43,8 @@ class RouterInit:
     def of_experts(
         self, name: str, shape: Shape, dtype: torch.dtype, experts: Sequence[str]
     ) -> Expression:
-        """The router ``name`` of experts that have domains, so that their centroids may be it."""
-        if self.kind != "centroids":
+        """The router ``name`` of experts that have domains, so that a file may have their rows."""
+        if self.kind not in FROM_FILE:
             return self.draw(name, shape, dtype)
         rows = [Take(CENTROIDS, f"{name}/{expert}", shape[1:], torch.float32) for expert in experts]
         return stack([row.to(dtype) for row in rows])

@@ -251,8 +251,9 @@ def _centroids(request: Request, layout: Layout) -> dict[str, Any]:
         subject,
         request["data"],
         Setting(layout=layout, **request["setting"]),
-        spread=request["spread"],
+        **request["how"],
         out=Path(request["out"]),
+        statistics=Path(request["statistics"]) if request["statistics"] else None,
         progress=Progress(subject.name),
     )
 

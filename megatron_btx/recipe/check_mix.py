@@ -13,6 +13,9 @@ GROUPS = ("embeddings", "attention", "norms", "ffn", "head")
 AVERAGED = tuple(group for group in GROUPS if group != "ffn")
 """Those that may be averaged differently."""
 
+FROM_FILE = ("centroids", "ridge")
+"""Router initialisations whose rows are read from a file of ``btx centroids``."""
+
 _BORN = ("btx", "split", "blend", "upcycle", "append")
 _AVERAGING = ("btx", "split", "blend", "average")
 _NEEDS: dict[str, tuple[str, ...]] = {
@@ -39,9 +42,10 @@ def problems(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(f"mix.{name}", what, fix)
     yield from _averages(mix, models)
     yield from _chunks(recipe)
-    if (mix.router_init == "centroids") != (mix.centroids is not None):
-        fix = "give the file of `btx centroids`, and `router_init: centroids`"
-        yield Problem("mix.centroids", "goes with router_init: centroids, and that with it", fix)
+    if (mix.router_init in FROM_FILE) != (mix.centroids is not None):
+        fix = "give the file of `btx centroids`, and the `router_init` that it was made for"
+        what = "goes with router_init: centroids or ridge, and they with it"
+        yield Problem("mix.centroids", what, fix)
 
 
 def misplaced(mix: Mix, method: str) -> Iterator[tuple[str, str, str]]:

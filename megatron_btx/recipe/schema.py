@@ -253,13 +253,14 @@ class Mix:
     drop_ratio: float = within(0, 1, default=0.0)
     """``upcycle``: share of each expert's inner units that are drawn anew (Drop-Upcycling, arXiv
     2502.19261)."""
-    router_init: Literal["normal", "zeros", "uniform", "centroids"] = "normal"
+    router_init: Literal["normal", "zeros", "uniform", "centroids", "ridge"] = "normal"
     """The paper does not give one; normal with Megatron's ``init_method_std`` by default.
-    ``centroids``: each expert's row points to where its domain's hidden states are."""
+    ``centroids``: each expert's row points to where its domain's hidden states are; ``ridge``: the
+    rows solve the ridge regression of the domain on them (DUME, arXiv 2603.29765)."""
     router_init_std: float = within(0, 100, default=0.02)
     """Standard deviation, or half the width of the interval."""
     centroids: str | None = path()
-    """The file of `btx centroids`, for ``router_init: centroids``."""
+    """The file of `btx centroids`, for ``router_init: centroids`` or ``ridge``."""
 
     def expert_names(self, models: Sequence[str]) -> tuple[str, ...]:
         """The experts that become of dense models, in the MoE's order."""

@@ -110,11 +110,11 @@ def table(tokenizer: SentencePiece, chains: list[tuple[str, str]]) -> dict[int, 
     return found
 
 
-def moe(tokenizer: SentencePiece, routing: Routing = TOP2) -> Plan:
-    """Four random models mixed."""
-    models = [random_model(tokenizer, seed) for seed in range(4)]
+def moe(tokenizer: SentencePiece, routing: Routing = TOP2, names: str = "abcd") -> Plan:
+    """Random models mixed, four by default."""
+    models = [random_model(tokenizer, seed) for seed in range(len(names))]
     named = [
-        Checkpoint(n, None, m.architecture, m.source) for n, m in zip("abcd", models, strict=True)
+        Checkpoint(n, None, m.architecture, m.source) for n, m in zip(names, models, strict=True)
     ]
     return btx(named, routing=routing, dtype=torch.float32, router=RouterInit("normal", 0.5, 5))
 

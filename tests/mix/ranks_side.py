@@ -74,7 +74,12 @@ def mix_live(sources: dict[str, Path], layout: Layout, precision: Any) -> tuple[
 
 
 def measure_centroids(
-    subject: Any, layout: Layout, files: dict[str, list[str]], out: Path, seq_length: int
+    subject: Any,
+    layout: Layout,
+    files: dict[str, list[str]],
+    out: Path,
+    seq_length: int,
+    how: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """``btx centroids`` on these ranks; its answer, or its error."""
     from megatron_btx.engine import distributed
@@ -85,6 +90,6 @@ def measure_centroids(
     distributed.initialize(layout, 0)
     setting = Setting(layout=layout, micro_batch_size=2, seq_length=seq_length)
     try:
-        return measure(subject, files, setting, spread=0.7, out=out)
+        return measure(subject, files, setting, out=out, **(how or {"spread": 0.7}))
     except UserError as error:
         return {"error": str(error)}

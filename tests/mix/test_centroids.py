@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -12,6 +14,7 @@ from safetensors.torch import load_file
 from megatron_btx.errors import UserError
 from megatron_btx.evaluate.model_spec import parse
 from megatron_btx.evaluate.packed_text import PackedText
+from megatron_btx.evaluate.router_statistics import joined, no_sums, ridge_rows
 from megatron_btx.families import open_hf
 from megatron_btx.families.export import write_hf
 from megatron_btx.mix.one_model import copy, forced
@@ -94,6 +97,72 @@ def test_centroids_are_the_means_of_what_the_experts_are_given(
     assert results[0]["own"] == pytest.approx(own, abs=0.02)
 
 
+@pytest.mark.parametrize("layout", [Layout(), DP2, TP2, PP2], ids=["one", "dp2", "tp2", "pp2"])
+def test_ridge_is_the_regression_of_the_domain_on_what_the_experts_are_given(
+    ranks, made, inputs, tmp_path, layout
+):
+    out, files = tmp_path / "ridge", {name: [str(made / f"{name}.jsonl")] for name in NAMES}
+    (subject,) = parse([str(made / "moe")])
+    how = {"kind": "ridge", "regularization": 0.01}
+    ranks.run(measure_centroids, layout.world_size, subject, layout, files, out, LENGTH, how)
+    rows = load_file(out)
+    for layer in range(2):
+        x = torch.cat([inputs[name][layer] for name in NAMES]).numpy()
+        y = np.repeat(np.eye(4), [len(inputs[name][layer]) for name in NAMES], axis=0)
+        penalty = np.sqrt(0.01 * (x**2).sum() / x.shape[1]) * np.eye(x.shape[1])
+        wanted, *_ = np.linalg.lstsq(np.vstack([x, penalty]), np.vstack([y, 0 * penalty[:, :4]]))
+        got = [rows[f"decoder.layers.{layer}.mlp.router.weight/{name}"].numpy() for name in NAMES]
+        # the inputs themselves are equal to fp32's rounding only
+        np.testing.assert_allclose(np.stack(got), wanted.T, rtol=1e-3, atol=1e-4)
+
+
+def test_ridge_solves_as_lstsq_does():
+    generator = torch.Generator().manual_seed(5)
+    sums = no_sums(("a", "b", "c"), 2, 24, gram=True, device=torch.device("cpu"))
+    x = torch.randn(2, 3, 100, 24, generator=generator)
+    for layer, domain in itertools.product(range(2), range(3)):
+        x[layer, domain] += 0.3 * domain
+        sums.add(layer, domain, x[layer, domain])
+    rows = ridge_rows(sums, 1e-3)
+    for layer in range(2):
+        flat = x[layer].flatten(0, 1).double().numpy()
+        y = np.repeat(np.eye(3), 100, axis=0)
+        penalty = np.sqrt(1e-3 * (flat**2).sum() / 24) * np.eye(24)
+        wanted, *_ = np.linalg.lstsq(np.vstack([flat, penalty]), np.vstack([y, np.zeros((24, 3))]))
+        np.testing.assert_allclose(rows[layer].numpy(), wanted.T, rtol=1e-10, atol=1e-12)
+    part = no_sums(("c", "a"), 2, 24, gram=True, device=torch.device("cpu"))
+    later = no_sums(("b",), 2, 24, gram=True, device=torch.device("cpu"))
+    for layer in range(2):
+        part.add(layer, 0, x[layer, 2])
+        part.add(layer, 1, x[layer, 0])
+        later.add(layer, 0, x[layer, 1])
+    again = ridge_rows(joined(later, part, ("a", "b", "c")), 1e-3)
+    torch.testing.assert_close(again, rows, rtol=1e-10, atol=1e-12)
+
+
+def test_a_domain_added_later_is_as_if_it_had_been_there(ranks, made, tmp_path):
+    files = {name: [str(made / f"{name}.jsonl")] for name in NAMES}
+    (subject,) = parse([str(made / "moe")])
+    ridge = {"kind": "ridge", "statistics": tmp_path / "sums"}
+
+    def measured(names, out, how):
+        given = {name: files[name] for name in names}
+        return ranks.run(measure_centroids, 1, subject, Layout(), given, out, LENGTH, how)[0]
+
+    assert "no text for the expert d" in measured("abc", tmp_path / "no", ridge)["error"]
+    assert not (tmp_path / "sums").exists()
+    measured("abcd", tmp_path / "all", {"kind": "ridge"})
+    write(moe(tokenizer(), names="abc"), tmp_path / "three", tokenizer())
+    (three,) = parse([str(tmp_path / "three")])
+    given = {name: files[name] for name in "abc"}
+    ranks.run(measure_centroids, 1, three, Layout(), given, tmp_path / "x", LENGTH, ridge)
+    again = measured("abd", tmp_path / "no", ridge)["error"]
+    assert "holds the domain a already" in again
+    found = measured("d", tmp_path / "added", ridge)
+    assert list(found["own"]) == ["d"]
+    assert set(load_file(tmp_path / "added")) == set(load_file(tmp_path / "all"))
+
+
 def test_a_mix_takes_them_and_is_verified(ranks, made, tmp_path):
     out = tmp_path / "c.safetensors"
     files = {name: [str(made / f"{name}.jsonl")] for name in NAMES}
@@ -109,6 +178,12 @@ def test_a_mix_takes_them_and_is_verified(ranks, made, tmp_path):
         assert torch.equal(got[expert], rows[f"decoder.layers.1.mlp.router.weight/{name}"])
     lineage = json.loads((tmp_path / "mixed" / "mix.json").read_text())
     assert len(lineage["centroids_sha256"]) == 64
+    with pytest.raises(UserError, match="rows of centroids, not of ridge"):
+        btx(*words[:-1], "ridge", "--centroids", out, "--out", tmp_path / "no")
+    ridge = tmp_path / "ridge"
+    ranks.run(measure_centroids, 1, subject, Layout(), files, ridge, LENGTH, {"kind": "ridge"})
+    btx(*words[:-1], "ridge", "--centroids", ridge, "--out", tmp_path / "by_ridge")
+    assert btx("verify", tmp_path / "by_ridge")[0] == 0
     three = ["mix", "--sources", *(made / name for name in "abc"), "--router-init", "centroids"]
     with pytest.raises(UserError, match="router.weight/d is used by nothing"):
         btx(*three, "--centroids", out, "--out", tmp_path / "no")

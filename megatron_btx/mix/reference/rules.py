@@ -201,7 +201,7 @@ class Rules:
             row = self._born(f"{canonical}/{self.labels[1]}", (1, old.shape[1]))
             return torch.cat((old.double(), row))
         hidden = len(self.models[0].get("model.norm.weight"))
-        if self.asked["router_init"] == "centroids":
+        if self.asked["router_init"] in ("centroids", "ridge"):
             rows = load_file(str(self.centroids))
             return torch.stack([rows[f"{canonical}/{expert}"] for expert in self.experts])
         if self.method == "upcycle":

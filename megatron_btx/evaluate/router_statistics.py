@@ -1,0 +1,122 @@
+"""Router rows in closed form, from sums over what each expert's domain gives to the MoE layers.
+
+``centroids`` needs each domain's mean input; ``ridge`` needs X^T X over all domains as well. Sums
+are in fp64 and kept in a file, so that a domain can be added later without reading the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from megatron_btx.errors import UserError
+from megatron_btx.files import check_file, written
+
+REGULARIZATION = 1e-3
+"""lambda of ridge, as a share of the mean diagonal of X^T X."""
+
+
+@dataclass
+class Sums:
+    """Sums over the tokens that each domain's text gives to its own expert, in fp64."""
+
+    domains: tuple[str, ...]
+    count: Tensor
+    """[layers, domains]: tokens."""
+    first: Tensor
+    """[layers, domains, H]: X^T Y, the sum of each domain's inputs."""
+    gram: Tensor | None
+    """[layers, H, H]: X^T X over all domains; ``None`` where nobody asks for it."""
+
+    def add(self, layer: int, domain: int, inputs: Tensor) -> None:
+        """Count inputs [tokens, H] of one layer."""
+        wide = inputs.double()
+        self.count[layer, domain] += len(wide)
+        self.first[layer, domain] += wide.sum(0)
+        if self.gram is not None:
+            self.gram[layer] += wide.T @ wide
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All of them."""
+        return [self.count, self.first, *([] if self.gram is None else [self.gram])]
+
+
+def no_sums(
+    domains: Sequence[str], layers: int, hidden: int, *, gram: bool, device: torch.device | int
+) -> Sums:
+    """Sums over no token."""
+
+    def zeros(*shape: int) -> Tensor:
+        return torch.zeros(layers, *shape, dtype=torch.float64, device=device)
+
+    square = zeros(hidden, hidden) if gram else None
+    return Sums(tuple(domains), zeros(len(domains)), zeros(len(domains), hidden), square)
+
+
+def joined(sums: Sums, before: Sums | None, domains: Sequence[str]) -> Sums:
+    """Those of two disjoint sets of domains, in the order of ``domains``."""
+    if before is None:
+        return sums
+    count = torch.cat([sums.count, before.count.to(sums.count)], 1)
+    first = torch.cat([sums.first, before.first.to(sums.first)], 1)
+    have = (*sums.domains, *before.domains)
+    order = [have.index(name) for name in domains]
+    assert sums.gram is not None
+    assert before.gram is not None
+    gram = sums.gram + before.gram.to(sums.gram)
+    return Sums(tuple(domains), count[:, order], first[:, order], gram)
+
+
+def centroid_rows(sums: Sums) -> Tensor:
+    """The domains' mean inputs, centred over the experts: rows [layers, experts, H], fp64."""
+    means = sums.first / sums.count[..., None]
+    return means - means.mean(1, keepdim=True)
+
+
+def ridge_rows(sums: Sums, regularization: float = REGULARIZATION) -> Tensor:
+    """Rows [layers, experts, H] in fp64 of the ridge regression of a token's domain on its input
+    (DUME, arXiv 2603.29765): W = (X^T X + lambda I)^-1 X^T Y with Y one-hot, and no bias, which no
+    exported router has. ``regularization``: lambda as a share of the mean diagonal of X^T X."""
+    assert sums.gram is not None
+    gram = sums.gram.clone()
+    diagonal = gram.diagonal(dim1=1, dim2=2)
+    diagonal += regularization * diagonal.mean(1, keepdim=True)
+    return torch.cholesky_solve(sums.first.mT, torch.linalg.cholesky(gram)).mT
+
+
+def write_sums(path: Path, sums: Sums) -> None:
+    """The file of ``--statistics``: safetensors, fp64."""
+    tensors = {"count": sums.count, "first": sums.first, "gram": sums.gram}
+    kept = {name: t.contiguous().cpu() for name, t in tensors.items() if t is not None}
+    with written(path, "wb") as file:
+        file.write(save(kept, metadata={"domains": "\n".join(sums.domains)}))
+
+
+def read_sums(path: Path, layers: int, hidden: int) -> Sums | None:
+    """The sums in a file of ``--statistics``; ``None``: there is no such file yet.
+
+    Raises:
+        UserError: it is no such file, or of a model of another shape.
+    """
+    if not path.exists():
+        check_file(path)
+        return None
+    try:
+        with safe_open(str(path), "pt") as file:
+            domains = tuple((file.metadata() or {}).get("domains", "").split("\n"))
+            count, first, gram = (file.get_tensor(name) for name in ("count", "first", "gram"))
+    except (SafetensorError, OSError) as error:
+        what = f"is no file of router statistics: {error}"
+        raise UserError(str(path), what, "give one that `btx centroids` wrote") from error
+    wanted = [(layers, len(domains)), (layers, len(domains), hidden), (layers, hidden, hidden)]
+    if [tuple(tensor.shape) for tensor in (count, first, gram)] != wanted:
+        what = f"is not of a model with {layers} layers of width {hidden}"
+        raise UserError(str(path), what, "give the file made with this model's kind")
+    return Sums(domains, count, first, gram)
