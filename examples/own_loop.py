@@ -48,13 +48,12 @@ model.config.finalize_model_grads_func = distributed.finalize_model_grads
 optimizer = get_megatron_optimizer(OptimizerConfig(lr=1e-3, clip_grad=1.0), [ddp])
 size = plan.architecture.model.seq_length
 batch = torch.randint(plan.architecture.vocab_size, (2, size + 1)).to(torch.cuda.current_device())
-schedule = {"num_microbatches": 1, "seq_length": size, "micro_batch_size": 2, "forward_only": False}
+schedule = {"forward_step_func": forward, "model": [ddp], "num_microbatches": 1}
+schedule |= {"seq_length": size, "micro_batch_size": 2, "forward_only": False}
 for step in range(5):
     ddp.zero_grad_buffer()
     optimizer.zero_grad()
-    (out,) = get_forward_backward_func()(
-        forward_step_func=forward, data_iterator=iter([batch]), model=[ddp], **schedule
-    )
+    (out,) = get_forward_backward_func()(data_iterator=iter([batch]), **schedule)
     _, grad_norm, _ = optimizer.step()
     if torch.distributed.get_rank() == 0:
         print(f"step {step}: loss {out['loss'].item():.4f}, gradient norm {grad_norm:.3f}")

@@ -20,7 +20,7 @@ from megatron_btx.evaluate import btm
 from megatron_btx.evaluate.btm import Context, Method
 from megatron_btx.evaluate.heldout import Batch, HeldOut, label_log_probs
 from megatron_btx.evaluate.tfidf import DOCUMENTS, TfIdf
-from megatron_btx.families.open import open_source
+from megatron_btx.families.open import open_checkpoint
 from megatron_btx.mix.one_model import copy
 from megatron_btx.recipe import count
 from megatron_btx.recipe.architecture import Architecture
@@ -140,7 +140,7 @@ def log_probs(
     architectures: list[Architecture] = []
     scores: dict[str, list[Tensor]] = {name: [] for name in domains}
     for label, checkpoint in models.items():
-        source = open_source(checkpoint, label)
+        source = open_checkpoint(checkpoint, label)
         architectures.append(source.architecture)
         if source.architecture.vocab_size != architectures[0].vocab_size:
             raise UserError(

@@ -16,7 +16,7 @@ from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.evaluate.btm_heldout import training_text
 from megatron_btx.evaluate.model_spec import Subject
 from megatron_btx.evaluate.tfidf import TfIdf
-from megatron_btx.families.open import open_source
+from megatron_btx.families.open import open_checkpoint
 from megatron_btx.mix.one_model import copy
 from megatron_btx.recipe import check_layout, count
 from megatron_btx.recipe.architecture import Architecture
@@ -86,7 +86,7 @@ def opened(subject: Subject) -> dict[str, Checkpoint]:
     Raises:
         UserError: one is damaged, or they do not share a vocabulary.
     """
-    found = {label: open_source(path, label) for label, path in subject.models.items()}
+    found = {label: open_checkpoint(path, label) for label, path in subject.models.items()}
     sizes = {label: one.architecture.vocab_size for label, one in found.items()}
     if len(set(sizes.values())) > 1:
         said = ", ".join(f"{label} {size}" for label, size in sizes.items())

@@ -12,7 +12,9 @@ from megatron_btx.weights.megatron import open_megatron
 from megatron_btx.weights.plan import Checkpoint
 
 
-def open_source(path: Path, label: str, given: Mapping[str, Any] | None = None) -> Checkpoint:
+def open_checkpoint(
+    path: str | Path, label: str, given: Mapping[str, Any] | None = None
+) -> Checkpoint:
     """A checkpoint of either format.
 
     Args:

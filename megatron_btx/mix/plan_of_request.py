@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from megatron_btx.errors import UserError, UserErrors, noted
-from megatron_btx.families.open import open_source
+from megatron_btx.families.open import open_checkpoint
 from megatron_btx.files import named_path
 from megatron_btx.mix.average import average
 from megatron_btx.mix.compatibility import disagreements
@@ -33,7 +33,7 @@ def open_sources(request: Request) -> list[Checkpoint]:
         label, path = named_path(source)
         with noted(errors):
             label = label or name_of(path)
-            models.append(open_source(path, label, request.model))
+            models.append(open_checkpoint(path, label, request.model))
     if errors and models and request.method != "append":
         errors += disagreements(models)
     if errors:

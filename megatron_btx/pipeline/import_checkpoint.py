@@ -119,11 +119,11 @@ def _whole(directory: Path) -> None:
 
 def _convert(directory: Path, target: Path) -> None:
     """A Hugging Face directory as Megatron's, with its tokenizer; an interrupted one goes on."""
-    from megatron_btx.families.open import open_source
+    from megatron_btx.families.open import open_checkpoint
     from megatron_btx.mix import offline
     from megatron_btx.mix.request import Request
 
-    model = open_source(directory, "model")
+    model = open_checkpoint(directory, "model")
     dtypes = {dtype for _, dtype in model.source.tensors.values()}
     request = Request(
         sources=(f"model={directory}",),

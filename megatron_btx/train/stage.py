@@ -15,7 +15,7 @@ from megatron_btx.engine.checkpoint import (
     load,
     manifest_of,
 )
-from megatron_btx.engine.initializer import btx_plan, initialize
+from megatron_btx.engine.initializer import initialize
 from megatron_btx.engine.model import (
     DTYPES,
     build_model,
@@ -30,8 +30,10 @@ from megatron_btx.engine.optimizer import (
     optimizer_config,
 )
 from megatron_btx.errors import UserError, UserErrors
+from megatron_btx.families.open import open_checkpoint
 from megatron_btx.files import newest_step, write_json
 from megatron_btx.mix.one_model import copy, fresh
+from megatron_btx.mix.plan_of_recipe import mix_plan
 from megatron_btx.provenance import code_revision, versions
 from megatron_btx.recipe import check, count
 from megatron_btx.recipe.architecture import Architecture
@@ -43,10 +45,8 @@ from megatron_btx.train import signals
 from megatron_btx.train.callbacks import Callback, Checkpoints, CheckReplicas, HeldOutLoss, Log
 from megatron_btx.train.loop import Run, train
 from megatron_btx.train.tracking import Tracker
-from megatron_btx.weights.find_checkpoint import find_checkpoint
 from megatron_btx.weights.manifest import read_manifest
-from megatron_btx.weights.megatron import open_megatron
-from megatron_btx.weights.plan import Plan
+from megatron_btx.weights.plan import Checkpoint, Plan
 
 
 def run(recipe: Recipe, name: str, run_dir: Path) -> dict[str, Any]:
@@ -139,17 +139,19 @@ def starting_point(recipe: Recipe, name: str, training: Training, run_dir: Path)
         architecture = Architecture(model=recipe.model, vocab_size=tokenizer.vocab_size)
         return fresh(architecture, seed=recipe.random_seed, dtype=dtype)
     if name == "finetune":
-        stages = map(model_stage, recipe.model_names)
-        models = [find_checkpoint(stage_directory(run_dir, stage)) for stage in stages]
-        return btx_plan(
-            zip(recipe.model_names, models, strict=True),
+        return mix_plan(
+            [_model(run_dir, model) for model in recipe.model_names],
             mix=recipe.mix,
             routing=recipe.routing,
-            precision=training.precision,
+            dtype=dtype,
             random_seed=recipe.random_seed,
         )
-    seed = find_checkpoint(stage_directory(run_dir, "seed"))
-    return copy(open_megatron(seed, "seed"), dtype=dtype)
+    return copy(_model(run_dir, "seed"), dtype=dtype)
+
+
+def _model(run_dir: Path, name: str) -> Checkpoint:
+    """The model of a finished stage, ``seed`` or a domain's expert."""
+    return open_checkpoint(stage_directory(run_dir, model_stage(name)), name)
 
 
 def check_options(recipe: Recipe) -> None:

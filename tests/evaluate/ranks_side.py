@@ -122,8 +122,8 @@ def evaluate(model: Path, layout: Layout, text: Any, micro_batch_size: int) -> A
     from megatron_btx.engine import distributed
     from megatron_btx.evaluate import heldout
     from megatron_btx.evaluate.models import load
-    from megatron_btx.families.open import open_source
+    from megatron_btx.families.open import open_checkpoint
 
     distributed.initialize(layout, 0)
-    live = load(open_source(model, "model"), layout, "fp32")
+    live = load(open_checkpoint(model, "model"), layout, "fp32")
     return heldout.evaluate(live.module, {"t": text}, micro_batch_size=micro_batch_size)

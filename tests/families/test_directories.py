@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_btx.errors import UserError
 from megatron_btx.families import open_hf
-from megatron_btx.families.open import open_source
+from megatron_btx.families.open import open_checkpoint
 from megatron_btx.weights.model_files import INDEX, MODEL, foreign, weight_files
 from megatron_btx.weights.source import read_whole
 from tests.families.made import make
@@ -152,18 +152,18 @@ def test_what_is_no_model_is_named(models, tmp_path, file, what, configured):
         copied(models, tmp_path)
     (tmp_path / file).write_bytes(b"x")
     with pytest.raises(UserError, match=re.escape(what)) as caught:
-        open_source(tmp_path, "m")
+        open_checkpoint(tmp_path, "m")
     assert caught.value.where.endswith(file)
     assert caught.value.fix
     if file.endswith(".gguf"):
         with pytest.raises(UserError, match=what):
-            open_source(tmp_path / file, "m")
+            open_checkpoint(tmp_path / file, "m")
 
 
 def test_a_name_of_the_hub_is_recognised(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="Hugging Face Hub") as caught:
-        open_source(Path("meta-llama/Llama-3.1-8B"), "m")
+        open_checkpoint(Path("meta-llama/Llama-3.1-8B"), "m")
     assert "hf download meta-llama/Llama-3.1-8B --local-dir Llama-3.1-8B" in caught.value.fix
     assert foreign(tmp_path / "a" / "b") is None
     assert foreign(Path("runs/demo/seed")) is None
@@ -173,7 +173,7 @@ def test_a_name_of_the_hub_is_recognised(tmp_path, monkeypatch):
 
 def test_a_file_instead_of_its_directory(models):
     with pytest.raises(UserError, match="not a checkpoint") as caught:
-        open_source(models["llama"] / MODEL, "m")
+        open_checkpoint(models["llama"] / MODEL, "m")
     assert caught.value.fix == f"give {models['llama']}"
 
 

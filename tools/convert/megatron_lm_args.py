@@ -39,9 +39,9 @@ def main() -> int:
 
 
 def _print(source: Path, tp: int) -> None:
-    from megatron_btx.families.open import open_source
+    from megatron_btx.families.open import open_checkpoint
 
-    checkpoint = open_source(source, "model")
+    checkpoint = open_checkpoint(source, "model")
     words = [f"--{name} {value}".rstrip() for name, value in arguments(checkpoint, tp)]
     assert checkpoint.path is not None
     step = shlex.quote(str(checkpoint.path.resolve()))
