@@ -21,8 +21,9 @@ import torch
 from megatron_btx.errors import UserError, UserErrors, noted
 from megatron_btx.families.export import carried, write_hf
 from megatron_btx.families.hf import to_hf
+from megatron_btx.families.open import open_checkpoint
 from megatron_btx.families.tokenizer_files import tokenizer_files
-from megatron_btx.mix.plan_of_request import DTYPES, open_source, open_sources, plan_of
+from megatron_btx.mix.plan_of_request import DTYPES, open_sources, plan_of
 from megatron_btx.mix.progress import Watch
 from megatron_btx.mix.request import Request
 from megatron_btx.provenance import versions
@@ -206,7 +207,7 @@ def write(
 
 def _opened(result: Path) -> None:
     """That what was written can be read: before it gets its name."""
-    open_source(result, "the result")
+    open_checkpoint(result, "the result")
 
 
 def describe(plan: Plan, request: Request, execution: Execution) -> str:
