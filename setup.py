@@ -8,10 +8,17 @@ from setuptools import find_packages, setup
 setup(
     packages=find_packages(include=["megatron_btx", "megatron_btx.*"]),
     package_data={
-        "megatron_btx": ["py.typed", "*.pyi", "pipeline/slurm/*.sh", "evaluate/items/*.yaml"]
+        "megatron_btx": [
+            "py.typed",
+            "*.pyi",
+            "pipeline/slurm/*.sh",
+            "evaluate/items/*.yaml",
+            "report/templates/*.html",
+        ]
     },
     install_requires=[
         "torch>=2.10",
+        "jinja2",
         # One code base for two releases (megatron_btx/engine/megatron_release.py): the newest for
         # each Python, none between.
         "megatron-core==0.16.1; python_version < '3.12'",

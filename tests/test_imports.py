@@ -13,7 +13,7 @@ import megatron_btx
 
 PACKAGE = Path(megatron_btx.__file__).parent
 ORDER = (
-    "errors files cpu_info provenance recipe weights families mix engine data evaluate train "
+    "errors files cpu_info provenance svg recipe weights families mix engine data evaluate train "
     "pipeline report cli"
 )
 ROOMS = ORDER.split()
@@ -22,6 +22,7 @@ ROOMS = ORDER.split()
 TORCH_FREE = (
     "cli.main",
     "evaluate.model_spec",
+    "evaluate.results",
     "mix.request",
     "pipeline.eval_ranks",
     "pipeline.graph",

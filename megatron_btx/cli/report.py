@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_btx.cli.common import open_recipe, recipe_command
 from megatron_btx.errors import UserError
-from megatron_btx.pipeline import state
+from megatron_btx.evaluate.results import Results
 
 
 def add_parser(commands: Any) -> None:
@@ -37,12 +37,12 @@ def run(options: argparse.Namespace) -> int:
     again = f"btx run {shlex.quote(options.recipe)}"
     if not run_dir.is_dir():
         raise UserError(str(run_dir), "nothing has been run", again)
-    results = results_of(run_dir)
+    results = Results.read(run_dir)
     if options.json and results is None:
         raise UserError(str(run_dir), "has no results yet", again)
     written = page.write(recipe, run_dir)
-    if options.json:
-        sys.stdout.write(json.dumps(results, indent=1) + "\n")
+    if options.json and results is not None:
+        sys.stdout.write(json.dumps(results.to_json(), indent=1) + "\n")
         return 0
     print_results(run_dir)
     if results is None:
@@ -50,23 +50,9 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def results_of(run_dir: Path) -> dict[str, Any] | None:
-    """The run's ``results.json``; ``None`` before there is any.
-
-    Raises:
-        UserError: it is damaged.
-    """
-    path = run_dir / "results.json"
-    results = state.find_json(path)
-    if path.exists() and not isinstance((results or {}).get("systems"), dict):
-        again = f"remove it and {run_dir / 'evaluate'}; `btx run` makes both again"
-        raise UserError(str(path), "is damaged: it holds no systems", again)
-    return results
-
-
 def print_results(run_dir: Path) -> None:
     """The table of systems and where the page is, as far as they are there."""
-    results = results_of(run_dir)
+    results = Results.read(run_dir)
     if results is not None:
         from megatron_btx.report import table
 

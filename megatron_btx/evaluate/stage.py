@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from megatron_btx.engine.initializer import initialize
 from megatron_btx.engine.model import DTYPES, build_model
 from megatron_btx.evaluate.btm_heldout import btm_heldout, training_text
 from megatron_btx.evaluate.heldout import HeldOut, evaluate, text_of
+from megatron_btx.evaluate.results import Results, StageCost, SystemResult, total
 from megatron_btx.evaluate.sample_top1_mode import expert_choice
 from megatron_btx.files import find_json, write_json
 from megatron_btx.mix.average import average
@@ -32,20 +33,6 @@ from megatron_btx.weights.megatron import open_megatron
 from megatron_btx.weights.plan import Plan
 
 Domains = Mapping[str, HeldOutText]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measured:
-    """A system as it was found: its loss, its size, and what a token costs it."""
-
-    heldout: HeldOut
-    params_total: int
-    params_active: int
-    inference_flops_per_token: int
-    experts: tuple[str, ...] = ()
-    """Of an MoE."""
-    expert_choice: str | None = None
-    """Of one that samples them."""
 
 
 def run(recipe: Recipe, run_dir: Path) -> dict[str, Any]:
@@ -65,7 +52,7 @@ def run(recipe: Recipe, run_dir: Path) -> dict[str, Any]:
     domains = held_out(recipe, run_dir, tokens=settings.tokens)
     text = distributed.from_first_rank(text_of(domains) if distributed.is_first_rank() else None)
     progress = directory(run_dir, "evaluate") / "progress.json"
-    table: dict[str, Any] = {}
+    table: dict[str, SystemResult] = {}
     systems = rows(recipe)
     for index, row in enumerate(systems):
         if distributed.is_first_rank():
@@ -74,12 +61,10 @@ def run(recipe: Recipe, run_dir: Path) -> dict[str, Any]:
             measured = _ensemble(recipe, run_dir, row, domains)
         else:
             measured = _single(recipe, run_dir, row, domains, text)
-        table[row.name] = _entry(recipe, run_dir, row, measured)
+        table[row.name] = _with_training(recipe, run_dir, row, measured)
     if distributed.is_first_rank():
-        write_json(
-            run_dir / "results.json",
-            {"recipe": recipe.name, "domains": list(domains), "text": text, "systems": table},
-        )
+        results = Results(recipe=recipe.name, domains=tuple(domains), text=text, systems=table)
+        results.write(run_dir / "results.json")
     distributed.shutdown()
     return {"results": "results.json"}
 
@@ -108,7 +93,7 @@ def evaluate_checkpoint(
 
 def _single(
     recipe: Recipe, run_dir: Path, row: Row, domains: Domains, text: Mapping[str, Any]
-) -> Measured:
+) -> SystemResult:
     """One model, taken from what is kept beside it where it has been evaluated on this text. All
     that its losses depend on is in the file's name; layout and micro-batches change nothing."""
     (stage,) = row.models
@@ -119,7 +104,7 @@ def _single(
                "random_seed": recipe.random_seed}  # fmt: skip
     kept = directory(run_dir, stage) / "heldout" / f"{digest(depends)[:16]}.json"
     known = distributed.from_first_rank(find_json(kept))
-    if known is None:
+    if known is None or set(known) != {each.name for each in fields(HeldOut)}:
         architecture, found = evaluate_checkpoint(
             checkpoint, domains, recipe.evaluate, precision, recipe.random_seed
         )
@@ -128,13 +113,16 @@ def _single(
             write_json(kept, asdict(found))
     else:
         architecture, found = read_manifest(checkpoint)[0], HeldOut(**known)
-    return _measured(architecture, found)
+    return _measured(row, architecture, found)
 
 
-def _measured(architecture: Architecture, found: HeldOut) -> Measured:
+def _measured(row: Row, architecture: Architecture, found: HeldOut) -> SystemResult:
     parameters = count.parameters(architecture)
-    return Measured(
-        heldout=found,
+    return SystemResult(
+        name=row.name,
+        loss=found.loss,
+        load=found.load or {},
+        gate=found.gate or {},
         params_total=parameters.total,
         params_active=parameters.active,
         inference_flops_per_token=count.forward_flops_per_token(architecture),
@@ -143,7 +131,7 @@ def _measured(architecture: Architecture, found: HeldOut) -> Measured:
     )
 
 
-def _ensemble(recipe: Recipe, run_dir: Path, row: Row, domains: Domains) -> Measured:
+def _ensemble(recipe: Recipe, run_dir: Path, row: Row, domains: Domains) -> SystemResult:
     """Branch-Train-Merge, of experts and seed as they are."""
     names = [stage.removeprefix("expert:") for stage in row.models]
     models = {
@@ -156,7 +144,7 @@ def _ensemble(recipe: Recipe, run_dir: Path, row: Row, domains: Domains) -> Meas
         sources = [open_megatron(checkpoint, name) for name, checkpoint in models.items()]
         plan = average(sources, dtype=DTYPES[precision])
         found = evaluate_plan(plan, domains, settings, precision, recipe.random_seed)
-        return _measured(plan.architecture, found)
+        return _measured(row, plan.architecture, found)
     ensemble = btm_heldout(
         models,
         domains,
@@ -168,43 +156,29 @@ def _ensemble(recipe: Recipe, run_dir: Path, row: Row, domains: Domains) -> Meas
         random_seed=recipe.random_seed,
     )
     cost = ensemble.cost
-    return Measured(
-        heldout=ensemble.heldout,
+    return SystemResult(
+        name=row.name,
+        loss=ensemble.heldout.loss,
         params_total=cost.params_total,
         params_active=cost.params_active,
         inference_flops_per_token=cost.inference_flops_per_token,
     )
 
 
-def _entry(recipe: Recipe, run_dir: Path, row: Row, measured: Measured) -> dict[str, Any]:
-    """A system's entry in ``results.json``; tokens and FLOPs by stage and in all, ``None`` where a
-    stage's are not known."""
+def _with_training(recipe: Recipe, run_dir: Path, row: Row, measured: SystemResult) -> SystemResult:
+    """With the tokens and FLOPs of the stages that made it, and its checkpoints."""
     stages = {stage: _cost(recipe, run_dir, stage) for stage in row.made_by}
     checkpoints = [find_checkpoint(directory(run_dir, stage)) for stage in row.models]
-    entry: dict[str, Any] = {
-        "loss": measured.heldout.loss,
-        "train_tokens": _sum(stage["tokens"] for stage in stages.values()),
-        "train_flops": _sum(stage["flops"] for stage in stages.values()),
-        "params_total": measured.params_total,
-        "params_active": measured.params_active,
-        "inference_flops_per_token": measured.inference_flops_per_token,
-        "stages": stages,
-        "checkpoint": [str(path.relative_to(run_dir)) for path in checkpoints],
-    }
-    if len(checkpoints) == 1:
-        entry["checkpoint"] = entry["checkpoint"][0]
-    if measured.heldout.load is not None:
-        entry |= {
-            "load": measured.heldout.load,
-            "gate": measured.heldout.gate,
-            "experts": list(measured.experts),
-        }
-    if measured.expert_choice is not None:
-        entry["expert_choice"] = measured.expert_choice
-    return entry
+    return replace(
+        measured,
+        stages=stages,
+        train_tokens=total(stage.tokens for stage in stages.values()),
+        train_flops=total(stage.flops for stage in stages.values()),
+        checkpoint=tuple(str(path.relative_to(run_dir)) for path in checkpoints),
+    )
 
 
-def _cost(recipe: Recipe, run_dir: Path, stage: str) -> dict[str, int | None]:
+def _cost(recipe: Recipe, run_dir: Path, stage: str) -> StageCost:
     """Tokens and training FLOPs of a stage, of the model that it trained. What was taken instead of
     trained says itself how many tokens it has seen, or nobody knows: a Hugging Face model does not,
     and its conversion counts none."""
@@ -213,16 +187,6 @@ def _cost(recipe: Recipe, run_dir: Path, stage: str) -> dict[str, int | None]:
     taken = block.from_ is not None
     tokens = manifest.get("tokens") or None if taken else count.trained_tokens(block, recipe.model)
     if tokens is None:
-        return {"tokens": None, "flops": None}
+        return StageCost()
     flops = tokens * count.training_flops_per_token(architecture, block.freeze_experts)
-    return {"tokens": tokens, "flops": flops}
-
-
-def _sum(parts: Iterable[int | None]) -> int | None:
-    """The sum, if every part is known."""
-    total = 0
-    for part in parts:
-        if part is None:
-            return None
-        total += part
-    return total
+    return StageCost(tokens=tokens, flops=flops)

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from megatron_btx import svg
 from megatron_btx.errors import UserErrors
 from megatron_btx.files import check_directory, write_json, written
 from megatron_btx.mix.compatibility import disagreements
@@ -122,23 +123,23 @@ def _heatmap(rows: Sequence[dict[str, Any]]) -> str:
     most = max((row["relative_l2"] for row in rows), default=0) or 1.0
     parts = []
     for row in rows:
-        y = 20 + 18 * lines.index((tuple(row["models"]), row["group"]))
-        x = 240 + 18 * layers.index(row["layer"])
         title = f"{' - '.join(row['models'])}, {row['group']}, layer {row['layer']}"
-        shade = row["relative_l2"] / most
         parts.append(
-            f'<rect x="{x}" y="{y}" width="17" height="17" fill="#1f4e79" '
-            f'fill-opacity="{shade:.3f}">'
-            f"<title>{title}: {row['relative_l2']:.5f}</title></rect>"
+            svg.element(
+                "rect",
+                svg.element("title", f"{title}: {row['relative_l2']:.5f}"),
+                x=240 + 18 * layers.index(row["layer"]),
+                y=20 + 18 * lines.index((tuple(row["models"]), row["group"])),
+                width=17,
+                height=17,
+                fill="#1f4e79",
+                fill_opacity=f"{row['relative_l2'] / most:.3f}",
+            )
         )
     for at, (pair, group) in enumerate(lines):
         label = f"{' - '.join(pair)}: {group}"
-        parts.append(f'<text x="234" y="{33 + 18 * at}" text-anchor="end">{label}</text>')
-    width, height = 260 + 18 * len(layers), 30 + 18 * len(lines)
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
-        f'font-family="sans-serif" font-size="11">{"".join(parts)}</svg>\n'
-    )
+        parts.append(svg.element("text", label, x=234, y=33 + 18 * at, text_anchor="end"))
+    return svg.document(260 + 18 * len(layers), 30 + 18 * len(lines), *parts) + "\n"
 
 
 def _layer(name: str) -> int:

@@ -1,18 +1,20 @@
-"""The pictures of a run: facts in, SVG out."""
+"""The pictures of a run: its data in, SVG out."""
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
+from markupsafe import Markup
+
+from megatron_btx.evaluate.results import MEAN, Matrix
 from megatron_btx.report import table
-from megatron_btx.report.run_data import Facts, Matrix, Routing, StageFacts
+from megatron_btx.report.run_data import Routing, RunData, StageData
 from megatron_btx.report.style import series
 from megatron_btx.report.svg import Axes, Dot, Line, heatmap, power_of_ten, thin
 
 
-def losses(facts: Facts) -> list[tuple[str, str]]:
+def losses(facts: RunData) -> list[tuple[str, Markup]]:
     """``(stage, picture)`` for every stage that trains: the training loss and the held-out loss of
     each domain against the stage's tokens. All but the seed share one scale."""
     trained = [stage for stage in facts.stages if stage.train]
@@ -25,28 +27,17 @@ def losses(facts: Facts) -> list[tuple[str, str]]:
     return pictures
 
 
-def loss_legend(facts: Facts) -> str:
-    """What the lines of ``losses`` are."""
-    rows = [("training loss", "train")]
-    rows += [(f"held-out {name}", style) for name, style in _domain_styles(facts).items()]
-    return legend(rows)
+def loss_legend(facts: RunData) -> list[tuple[str, str]]:
+    """What the lines of ``losses`` are: label and style."""
+    domains = [(f"held-out {name}", style) for name, style in _domain_styles(facts).items()]
+    return [("training loss", "train"), *domains]
 
 
-def legend(rows: Iterable[tuple[str, str]]) -> str:
-    """A list of labels, each beside a piece of its line."""
-    items = [
-        f'<li><svg viewBox="0 0 30 12" aria-hidden="true"><polyline class="curve {style}" '
-        f'points="1,6 29,6"/></svg>{html.escape(label)}</li>'
-        for label, style in rows
-    ]
-    return f'<ul class="legend">{"".join(items)}</ul>'
-
-
-def _domain_styles(facts: Facts) -> dict[str, str]:
+def _domain_styles(facts: RunData) -> dict[str, str]:
     return {name: series(index) for index, name in enumerate(facts.recipe.domains)}
 
 
-def _loss(facts: Facts, stage: StageFacts, limits: tuple[float, float]) -> str:
+def _loss(facts: RunData, stage: StageData, limits: tuple[float, float]) -> Markup:
     total = max(stage.tokens, stage.tokens_at(stage.total_steps))
     scale, unit = _tokens_unit(total)
     axes = Axes(
@@ -68,7 +59,7 @@ def _loss(facts: Facts, stage: StageFacts, limits: tuple[float, float]) -> str:
     return axes.render()
 
 
-def _values(stage: StageFacts) -> list[float]:
+def _values(stage: StageData) -> list[float]:
     """What the y range must hold: all held-out losses, the training loss after its steep start."""
     found = [loss for record in stage.evals for loss in record["loss"].values()]
     later = stage.train[len(stage.train) // 20 :]
@@ -82,7 +73,7 @@ def _range(values: Iterable[float]) -> tuple[float, float]:
     return low - margin, high + margin
 
 
-def compute(facts: Facts) -> str | None:
+def compute(facts: RunData) -> Markup | None:
     """Mean held-out loss against the training compute after the seed.
 
     A system's dot is its final evaluation; its line are the evaluations during training, on less
@@ -90,7 +81,7 @@ def compute(facts: Facts) -> str | None:
     """
     if facts.results is None:
         return None
-    systems = {row.name: row for row in table.rows(facts.results) if "mean" in row.loss}
+    systems = {row.name: row for row in table.rows(facts.results) if MEAN in row.loss}
     spent = {
         name: 0.0 if name == "seed" else float(row.train_flops or 0.0)
         for name, row in systems.items()
@@ -101,7 +92,12 @@ def compute(facts: Facts) -> str | None:
     exponent = math.floor(math.log10(max(spent.values()) or 1))
     scale = 10.0**exponent
     dots = [
-        Dot(label=row.title, x=spent[name] / scale, y=row.loss["mean"], style=_style(facts, name))
+        Dot(
+            label=table.title(name),
+            x=spent[name] / scale,
+            y=row.loss["mean"],
+            style=_style(facts, name),
+        )
         for name, row in systems.items()
         if name in spent
     ]
@@ -131,13 +127,13 @@ def compute(facts: Facts) -> str | None:
     return axes.render()
 
 
-def _style(facts: Facts, name: str) -> str:
+def _style(facts: RunData, name: str) -> str:
     if name.startswith("expert:"):
         return _domain_styles(facts).get(name.removeprefix("expert:"), "train")
     return {"btx": "btx-line", "dense": "dense-line", "seed": "seed-line"}.get(name, "train")
 
 
-def _courses(facts: Facts, spent: Mapping[str, float]) -> list[tuple[str, StageFacts, float]]:
+def _courses(facts: RunData, spent: Mapping[str, float]) -> list[tuple[str, StageData, float]]:
     """``(system, its last stage, FLOPs after the seed that were spent before that stage)``."""
     stages = facts.by_name
     experts = [stage for name, stage in stages.items() if name.startswith("expert:")]
@@ -151,7 +147,7 @@ def _courses(facts: Facts, spent: Mapping[str, float]) -> list[tuple[str, StageF
     return found
 
 
-def _course(stage: StageFacts, start: float, end: float) -> list[tuple[float, float]]:
+def _course(stage: StageData, start: float, end: float) -> list[tuple[float, float]]:
     total = stage.total_steps or stage.steps
     return [
         (start + (end - start) * record["step"] / total, record["loss"]["mean"])
@@ -160,7 +156,7 @@ def _course(stage: StageFacts, start: float, end: float) -> list[tuple[float, fl
     ]
 
 
-def routing(facts: Facts, routing: Routing) -> list[tuple[str, list[tuple[str, str]]]]:
+def routing(facts: RunData, routing: Routing) -> list[tuple[str, list[tuple[str, Markup]]]]:
     """``(measure, [(domain, heatmap)])``: share of tokens, and mean gate weight."""
     groups = []
     for label, measured in (("Share of tokens", routing.load), ("Mean gate weight", routing.gate)):
@@ -174,13 +170,13 @@ def routing(facts: Facts, routing: Routing) -> list[tuple[str, list[tuple[str, s
     return groups
 
 
-def _ordered(facts: Facts, measured: Mapping[str, Matrix]) -> list[tuple[str, Matrix]]:
+def _ordered(facts: RunData, measured: Mapping[str, Matrix]) -> list[tuple[str, Matrix]]:
     """By domain, in the recipe's order."""
     domains = list(facts.recipe.domains)
     return sorted(measured.items(), key=lambda item: (domains + [item[0]]).index(item[0]))
 
 
-def _heat(matrix: Matrix, experts: Sequence[str], top: float, name: str) -> str:
+def _heat(matrix: Matrix, experts: Sequence[str], top: float, name: str) -> Markup:
     return heatmap(
         matrix,
         rows=[str(layer + 1) for layer in range(len(matrix))],

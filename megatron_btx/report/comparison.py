@@ -12,11 +12,12 @@ import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from megatron_btx.errors import UserError
+from megatron_btx.evaluate.results import Results, SystemResult, damaged
 from megatron_btx.evaluate.sample_top1_mode import in_words
 from megatron_btx.files import find_json
 from megatron_btx.pipeline.local.progress import amount, clock
@@ -25,7 +26,6 @@ from megatron_btx.recipe.stages import directory
 from megatron_btx.recipe.systems import SYSTEMS, rows
 from megatron_btx.report.table import untold
 
-MEAN = "mean"
 UNKNOWN = "?"
 """In the place of a number that nobody knows."""
 
@@ -39,16 +39,6 @@ class Run:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Score:
-    """One cell of the table."""
-
-    value: float
-    """Mean over the runs, nats per token."""
-    spread: float | None = None
-    """Sample standard deviation over the runs; ``None`` for a single one."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class System:
     """A row of the table."""
 
@@ -56,30 +46,18 @@ class System:
     """``seed``, ``expert:math``, or the recipe's name."""
     system: str
     """``system:`` of its recipe."""
-    scores: Mapping[str, Score]
-    """By column."""
+    result: SystemResult
+    """Its first run's; ``loss`` the mean over the runs."""
+    spread: Mapping[str, float]
+    """By column the sample standard deviation over the runs; empty for a single one."""
     runs: int
-    train_tokens: int | None
-    """``None``, as FLOPs: a model that was taken does not say how it was trained."""
-    train_flops: int | None
-    train_flops_by_stage: Mapping[str, int | None]
     train_seconds: float | None
     """Measured, over all its stages, as if they had run one after the other; mean over the runs."""
-    params_total: int
-    params_active: int
-    inference_flops_per_token: int
-    expert_choice: str | None = None
-    """Of Sample Top-1, how it was evaluated (evaluate/sample_top1_mode.py)."""
 
     @property
-    def moe_share(self) -> float | None:
-        """Share of the training FLOPs that is spent on a mixture of experts (table 3)."""
-        if "finetune" not in self.train_flops_by_stage:
-            return 0.0
-        mixture = self.train_flops_by_stage["finetune"]
-        if mixture is None or self.train_flops is None:
-            return None
-        return mixture / (self.train_flops or 1)
+    def train_flops_by_stage(self) -> dict[str, int | None]:
+        """``None`` of a model that was taken and does not say how it was trained."""
+        return {stage: cost.flops for stage, cost in self.result.stages.items()}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -95,12 +73,12 @@ class Comparison:
     def tied(self, system: System, column: str) -> bool:
         """Whether a score differs from the best of its column by less than the spread of either:
         another random seed could have turned the two around."""
-        score, best = system.scores.get(column), self.best.get(column)
-        if score is None or best is None or system.name == best:
+        best = self.best.get(column)
+        if best is None or column not in system.result.loss or system.name == best:
             return False
-        other = next(s for s in self.systems if s.name == best).scores[column]
-        spread = max(score.spread or 0.0, other.spread or 0.0)
-        return score.value - other.value < spread
+        other = next(one for one in self.systems if one.name == best)
+        spread = max(system.spread.get(column, 0.0), other.spread.get(column, 0.0))
+        return system.result.loss[column] - other.result.loss[column] < spread
 
 
 def compare(runs: Sequence[Run]) -> Comparison:
@@ -110,52 +88,51 @@ def compare(runs: Sequence[Run]) -> Comparison:
     Raises:
         UserError: a run has no results, they are of other domains, or of other text.
     """
-    found: dict[str, list[tuple[Run, Mapping[str, Any]]]] = {}
-    columns: tuple[str, ...] | None = None
-    text: Mapping[str, Any] | None = None
+    found: dict[str, list[tuple[Run, SystemResult]]] = {}
+    first: Results | None = None
     for run in runs:
-        results = find_json(run.run_dir / "results.json")
+        results = Results.read(run.run_dir)
         if results is None:
             raise UserError(str(run.run_dir), "has no results.json", "run its recipe first")
-        text = text or results.get("text")
-        here = (*results["domains"], MEAN)
-        columns = columns or here
-        if here != columns:
-            what = f"was evaluated on {', '.join(here)}, the others on {', '.join(columns)}"
-            raise UserError(str(run.run_dir), what, "compare recipes with the same domains")
-        _check_text(run, results, runs[0], text)
-        for name, row in results["systems"].items():
+        first = first or results
+        _check_same(run, results, runs[0], first)
+        for name, row in results.systems.items():
             known = found.setdefault(title(run.recipe, name), [])
             if all(other.recipe.random_seed != run.recipe.random_seed for other, _ in known):
                 known.append((run, row))
-    assert columns is not None
+    assert first is not None
+    columns = first.columns
     systems = tuple(
         sorted((_system(name, rows, columns) for name, rows in found.items()), key=_place)
     )
     best = {
-        column: min(systems, key=lambda system: system.scores[column].value).name
+        column: min(systems, key=lambda system: system.result.loss[column]).name
         for column in columns
     }
     return Comparison(columns=columns, systems=systems, best=best)
 
 
-def _check_text(
-    run: Run, results: Mapping[str, Any], first: Run, text: Mapping[str, Any] | None
-) -> None:
-    """That the losses are of the first run's held-out text, token by token."""
-    own = results.get("text")
-    if own is None:
+def _check_same(run: Run, results: Results, first: Run, theirs: Results) -> None:
+    """That the losses are of the first run's domains, and of its held-out text, token by token."""
+    if results.columns != theirs.columns:
+        here, there = ", ".join(results.columns), ", ".join(theirs.columns)
+        what = f"was evaluated on {here}, the others on {there}"
+        raise UserError(str(run.run_dir), what, "compare recipes with the same domains")
+    for system in results.systems.values():
+        if missing := [name for name in results.columns if name not in system.loss]:
+            what = f"{system.name} has no loss of {missing[0]}"
+            raise damaged(str(run.run_dir / "results.json"), what)
+    if set(results.text) != set(results.domains):
         raise UserError(
             str(run.run_dir / "results.json"),
             "does not say which held-out text its losses are of (an earlier version wrote it)",
             f"evaluate again: remove {run.run_dir / 'evaluate'}, then btx run",
         )
-    for name, its in own.items():
-        theirs = (text or {})[name]
-        if its != theirs:
+    for name, text in results.text.items():
+        if text != theirs.text[name]:
             what = (
-                f"was evaluated on other text of {name} ({its['tokens']:,} tokens) than "
-                f"{first.run_dir} ({theirs['tokens']:,} tokens)"
+                f"was evaluated on other text of {name} ({text['tokens']:,} tokens) than "
+                f"{first.run_dir} ({theirs.text[name]['tokens']:,} tokens)"
             )
             fix = "give both the same domains, tokenizer, seq_length and evaluate.tokens"
             raise UserError(str(run.run_dir), what, fix)
@@ -168,25 +145,19 @@ def title(recipe: Recipe, row: str) -> str:
     return recipe.name if row == own and recipe.system not in ("seed", "experts") else row
 
 
-def _system(
-    name: str, found: Sequence[tuple[Run, Mapping[str, Any]]], columns: Sequence[str]
-) -> System:
+def _system(name: str, found: Sequence[tuple[Run, SystemResult]], columns: Sequence[str]) -> System:
     run, row = found[0]
-    seconds = [_seconds(each.run_dir, row["stages"]) for each, row in found]
+    seconds = [_seconds(each.run_dir, row.stages) for each, row in found]
     known = [value for value in seconds if value is not None]
+    losses = {column: [each.loss[column] for _, each in found] for column in columns}
+    several = len(found) > 1
     return System(
         name=name,
         system=_kind(name, run.recipe),
-        scores={column: _score([each["loss"][column] for _, each in found]) for column in columns},
+        result=replace(row, loss={key: statistics.fmean(each) for key, each in losses.items()}),
+        spread={key: statistics.stdev(each) for key, each in losses.items()} if several else {},
         runs=len(found),
-        train_tokens=row["train_tokens"],
-        train_flops=row["train_flops"],
-        train_flops_by_stage={stage: cost["flops"] for stage, cost in row["stages"].items()},
         train_seconds=statistics.fmean(known) if known else None,
-        params_total=row["params_total"],
-        params_active=row["params_active"],
-        inference_flops_per_token=row["inference_flops_per_token"],
-        expert_choice=row.get("expert_choice"),
     )
 
 
@@ -202,11 +173,6 @@ def _kind(name: str, recipe: Recipe) -> str:
 def _place(system: System) -> int:
     """Rows of one kind keep their order."""
     return list(SYSTEMS).index(system.system)
-
-
-def _score(values: Sequence[float]) -> Score:
-    spread = statistics.stdev(values) if len(values) > 1 else None
-    return Score(value=statistics.fmean(values), spread=spread)
 
 
 def _seconds(run_dir: Path, stages: Iterable[str]) -> float | None:
@@ -230,13 +196,13 @@ def cells(comparison: Comparison) -> list[list[str]]:
         [
             system.name,
             *(shown(comparison, system, column) for column in comparison.columns),
-            UNKNOWN if system.train_tokens is None else amount(system.train_tokens),
-            _flops(system.train_flops),
-            _share(system.moe_share),
+            _amount(system.result.train_tokens),
+            _flops(system.result.train_flops),
+            _share(system.result.moe_share),
             clock(system.train_seconds) if system.train_seconds is not None else "-",
-            amount(system.params_total),
-            amount(system.params_active),
-            amount(system.inference_flops_per_token),
+            _amount(system.result.params_total),
+            _amount(system.result.params_active),
+            _amount(system.result.inference_flops_per_token),
         ]
         for system in comparison.systems
     ]
@@ -251,10 +217,9 @@ def _share(share: float | None) -> str:
 def shown(comparison: Comparison, system: System, column: str) -> str:
     """``1.234`` or ``1.234 ± 0.005``, with ``*`` if it is the best of its column and ``~`` if it
     differs from it by less than the spread."""
-    score = system.scores[column]
-    text = f"{score.value:.3f}"
-    if score.spread is not None:
-        text += f" ± {score.spread:.3f}"
+    text = f"{system.result.loss[column]:.3f}"
+    if column in system.spread:
+        text += f" ± {system.spread[column]:.3f}"
     if comparison.best[column] == system.name:
         return text + "*"
     return text + ("~" if comparison.tied(system, column) else "")
@@ -272,8 +237,8 @@ def notes(comparison: Comparison) -> list[str]:
             f"Mean ± sample standard deviation over {runs} random seeds; ~ differs from the best "
             "by less than the larger spread of the two."
         )
-    chosen = {s.name: s.expert_choice for s in comparison.systems if s.expert_choice is not None}
-    lines += [f"{name}: {in_words(choice)}." for name, choice in chosen.items()]
+    chosen = [(system.name, system.result.expert_choice) for system in comparison.systems]
+    lines += [f"{name}: {in_words(choice)}." for name, choice in chosen if choice is not None]
     costs = [system.train_flops_by_stage.items() for system in comparison.systems]
     taken = [stage for items in costs for stage, flops in items if flops is None]
     if taken:
@@ -300,6 +265,10 @@ def markdown(comparison: Comparison) -> str:
         for s in comparison.systems
     ]
     return text + "\nTraining FLOPs by stage:\n\n" + _markdown_table(["system", *stages], table)
+
+
+def _amount(number: int | None) -> str:
+    return UNKNOWN if number is None else amount(number)
 
 
 def _flops(number: int | None) -> str:
@@ -330,19 +299,19 @@ def as_json(comparison: Comparison, tasks: Mapping[str, Any] | None = None) -> s
     systems = {
         system.name: {
             "system": system.system,
-            "loss": {column: score.value for column, score in system.scores.items()},
-            "spread": {column: score.spread for column, score in system.scores.items()},
+            "loss": {column: system.result.loss[column] for column in comparison.columns},
+            "spread": {column: system.spread.get(column) for column in comparison.columns},
             "tied_with_best": [c for c in comparison.columns if comparison.tied(system, c)],
             "runs": system.runs,
-            "train_tokens": system.train_tokens,
-            "train_flops": system.train_flops,
+            "train_tokens": system.result.train_tokens,
+            "train_flops": system.result.train_flops,
             "train_flops_by_stage": dict(system.train_flops_by_stage),
-            "moe_share": system.moe_share,
+            "moe_share": system.result.moe_share,
             "train_seconds": _finite(system.train_seconds),
-            "params_total": system.params_total,
-            "params_active": system.params_active,
-            "inference_flops_per_token": system.inference_flops_per_token,
-            "expert_choice": system.expert_choice,
+            "params_total": system.result.params_total,
+            "params_active": system.result.params_active,
+            "inference_flops_per_token": system.result.inference_flops_per_token,
+            "expert_choice": system.result.expert_choice,
         }
         for system in comparison.systems
     }

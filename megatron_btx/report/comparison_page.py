@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import html
 import math
 
-from megatron_btx.report.comparison import (
-    HEAD,
-    MEAN,
-    Comparison,
-    System,
-    cells,
-    notes,
-)
-from megatron_btx.report.style import series, sheet
+from markupsafe import Markup
+
+from megatron_btx.evaluate.results import MEAN
+from megatron_btx.report import html
+from megatron_btx.report.comparison import HEAD, Comparison, System, cells, notes
+from megatron_btx.report.html import Cell
+from megatron_btx.report.style import series
 from megatron_btx.report.svg import Axes, Dot, power_of_ten
 
 _STYLES = {"btx": "btx-line", "dense": "dense-line", "seed": "seed-line"}
@@ -22,29 +19,28 @@ _OTHERS = ("experts", "upcycling", "btm")
 
 def render(comparison: Comparison, title: str, tasks: str = "") -> str:
     """The page; readable without a network. ``tasks``: a plain table of scores on tasks."""
-    name = html.escape(title)
-    said = "".join(f'<p class="soft">{html.escape(line)}</p>' for line in notes(comparison))
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{name} · systems compared</title><style>{sheet()}</style></head>\n"
-        f"<body><main>\n<h1>{name}: systems compared</h1>{said}"
-        f"<h2>Held-out loss and cost</h2>{_table(comparison)}{_tasks(tasks)}"
-        "<h2>Score against training compute</h2>"
-        f'<figure class="card wide">{picture(comparison)}'
-        "<figcaption>Mean held-out loss against all training compute after the seed, of the "
-        "systems that are one model or one ensemble. The seed has cost nothing after itself."
-        "</figcaption></figure>"
-        "<footer>FLOPs are those of the matrix products of the model, three times the forward "
-        "pass; recomputation is not counted.</footer>\n</main></body></html>\n"
+    names = ["system", *comparison.columns, *HEAD]
+    rows = []
+    for system, cells_of_it in zip(comparison.systems, cells(comparison), strict=True):
+        row: list[Cell] = []
+        for column, text in zip(names, cells_of_it, strict=True):
+            style = "score" if column in comparison.best else ""
+            if comparison.best.get(column) == system.name:
+                style = "score best"
+            row.append((text.removesuffix("*"), style))
+        rows.append((system.system, row))
+    return html.render(
+        "compare.html",
+        name=title,
+        notes=notes(comparison),
+        head=[(name, "") for name in names],
+        rows=rows,
+        tasks=tasks,
+        picture=picture(comparison),
     )
 
 
-def _tasks(table: str) -> str:
-    return table and f'<h2>Tasks</h2><div class="card"><pre>{html.escape(table)}</pre></div>'
-
-
-def picture(comparison: Comparison) -> str:
+def picture(comparison: Comparison) -> Markup:
     """Mean score of every system against its training FLOPs, as SVG. Single experts are left out:
     they are parts of a system; so are systems whose FLOPs are not known."""
     systems = [system for system in comparison.systems if system.system != "experts"]
@@ -56,7 +52,7 @@ def picture(comparison: Comparison) -> str:
         Dot(
             label=system.name,
             x=flops / 10.0**exponent,
-            y=system.scores[MEAN].value,
+            y=system.result.loss[MEAN],
             style=_style(system),
         )
         for system, flops in known
@@ -79,30 +75,10 @@ def picture(comparison: Comparison) -> str:
 
 
 def _spent(system: System) -> float | None:
-    return 0.0 if system.system == "seed" else system.train_flops
+    return 0.0 if system.system == "seed" else system.result.train_flops
 
 
 def _style(system: System) -> str:
     if system.system in _STYLES:
         return _STYLES[system.system]
     return series(_OTHERS.index(system.system))
-
-
-def _table(comparison: Comparison) -> str:
-    names = ["system", *comparison.columns, *HEAD]
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in names)
-    body = ""
-    for system, (first, *others) in zip(comparison.systems, cells(comparison), strict=True):
-        row = f"<th>{html.escape(first)}</th>"
-        for index, text in enumerate(others):
-            column = names[index + 1]
-            best = comparison.best.get(column) == system.name
-            style = (
-                ' class="score best"' if best else ' class="score"' * (column in comparison.best)
-            )
-            row += f"<td{style}>{html.escape(text.removesuffix('*'))}</td>"
-        body += f'<tr class="{system.system}">{row}</tr>'
-    return (
-        f'<div class="card scroll"><table><thead><tr>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
-    )

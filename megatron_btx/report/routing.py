@@ -3,25 +3,23 @@
 
 from __future__ import annotations
 
-import html
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
+
 from megatron_btx.errors import UserError
+from megatron_btx.evaluate.results import Matrix, Results
 from megatron_btx.evaluate.sample_top1_mode import expert_choice, in_words
-from megatron_btx.files import find_json
 from megatron_btx.recipe.load import load_recipe
 from megatron_btx.recipe.schema import Recipe
-from megatron_btx.report.style import sheet
+from megatron_btx.report import html
 from megatron_btx.report.svg import heatmap
 from megatron_btx.report.text_tables import columns
 from megatron_btx.train import metrics
-
-Matrix = list[list[float]]
-"""``[layer][expert]``."""
 
 DEAD = 0.01
 """An expert that gets less than this share of the choices is called dead."""
@@ -95,8 +93,9 @@ def of_run(run_dir: Path) -> list[RoutingView]:
 
 
 def _final(run_dir: Path, record: Mapping[str, Any]) -> Mapping[str, Any]:
-    systems = (find_json(run_dir / "results.json") or {}).get("systems", {})
-    return next((system for system in systems.values() if system.get("load")), record)
+    results = Results.read(run_dir)
+    systems = results.systems.values() if results is not None else ()
+    return next((system.to_json() for system in systems if system.load), record)
 
 
 def _view(recipe: Recipe, moment: str, record: Mapping[str, Any]) -> RoutingView:
@@ -151,34 +150,43 @@ def words(view: RoutingView) -> str:
 
 def page(views: Sequence[RoutingView]) -> str:
     """Heatmaps of every view, one scale for all shares and one for all gates; needs no network."""
-    parts = []
-    for key, label in (("load", "Share of the choices"), ("gate", "Mean gate")):
-        matrices = [matrix for view in views for matrix in getattr(view, key).values()]
-        top = max((value for matrix in matrices for row in matrix for value in row), default=0.0)
-        parts.append(f"<h2>{label}</h2>")
-        for view in views:
-            pictures = "".join(
-                f'<figure class="card"><h3>{html.escape(domain)}</h3>'
-                + heatmap(
+    groups = [
+        (
+            label,
+            [
+                (view.title, words(view) if key == "load" else "", pictures)
+                for view, pictures in zip(views, heatmaps(views, key), strict=True)
+            ],
+        )
+        for key, label in MEASURES.items()
+    ]
+    return html.render("routing.html", groups=groups)
+
+
+MEASURES = {"load": "Share of the choices", "gate": "Mean gate"}
+
+
+def heatmaps(views: Sequence[RoutingView], key: str) -> list[list[tuple[str, Markup]]]:
+    """``(domain, picture)`` of every view of one of ``MEASURES``, all on one scale."""
+    matrices = [matrix for view in views for matrix in getattr(view, key).values()]
+    top = max((value for matrix in matrices for row in matrix for value in row), default=0.0)
+    return [
+        [
+            (
+                domain,
+                heatmap(
                     matrix,
                     rows=[str(layer + 1) for layer in range(len(matrix))],
                     columns=view.experts,
                     top=top,
-                    name=f"{label} on {domain}: {view.title}",
+                    name=f"{MEASURES[key]} on {domain}: {view.title}",
                     row_label="layer",
-                )
-                + "</figure>"
-                for domain, matrix in getattr(view, key).items()
+                ),
             )
-            said = f'<p class="soft">{html.escape(words(view))}</p>' if key == "load" else ""
-            parts.append(f"<h3>{html.escape(view.title)}</h3>{said}")
-            parts.append(f'<div class="panels small">{pictures}</div>')
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>Routing</title><style>{sheet()}</style></head>\n<body><main>\n"
-        f"<h1>Where the tokens go</h1>{''.join(parts)}\n</main></body></html>\n"
-    )
+            for domain, matrix in getattr(view, key).items()
+        ]
+        for view in views
+    ]
 
 
 def log(views: Sequence[RoutingView], mode: str, directory: Path) -> None:

@@ -7,17 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_btx.evaluate.results import Matrix, Results
 from megatron_btx.pipeline import graph, state
 from megatron_btx.pipeline.graph import Stage
 from megatron_btx.recipe.schema import Recipe
 from megatron_btx.train import metrics
 
-Matrix = list[list[float]]
-"""``[layer][expert]``."""
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class StageFacts:
+class StageData:
     """One stage as it went."""
 
     stage: Stage
@@ -63,26 +61,36 @@ class Routing:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Facts:
+class RunData:
     """All of a run."""
 
     recipe: Recipe
     run_dir: Path
-    results: Mapping[str, Any] | None
-    stages: list[StageFacts]
+    results: Results | None
+    stages: list[StageData]
     routing: Routing | None
 
     @property
-    def by_name(self) -> dict[str, StageFacts]:
+    def by_name(self) -> dict[str, StageData]:
         """Stages by their names."""
         return {facts.stage.name: facts for facts in self.stages}
 
 
-def gather(recipe: Recipe, run_dir: Path) -> Facts:
-    """Read a run, finished or not."""
-    stages = [_stage(recipe, run_dir, stage) for stage in graph.build(recipe)]
-    results = state.find_json(run_dir / "results.json")
-    return Facts(
+def gather(recipe: Recipe, run_dir: Path, graph_stages: Sequence[Stage] | None = None) -> RunData:
+    """Read a run, finished or not.
+
+    Args:
+        recipe: the run's.
+        run_dir: its directory.
+        graph_stages: of its graph; ``None``: its input is hashed for them.
+
+    Raises:
+        UserError: a record of it is damaged.
+    """
+    known = graph.build(recipe) if graph_stages is None else graph_stages
+    stages = [_stage(recipe, run_dir, stage) for stage in known]
+    results = Results.read(run_dir)
+    return RunData(
         recipe=recipe,
         run_dir=run_dir,
         results=results,
@@ -91,12 +99,12 @@ def gather(recipe: Recipe, run_dir: Path) -> Facts:
     )
 
 
-def _stage(recipe: Recipe, run_dir: Path, stage: Stage) -> StageFacts:
+def _stage(recipe: Recipe, run_dir: Path, stage: Stage) -> StageData:
     records = metrics.read(run_dir / stage.directory / "metrics.jsonl")
     train = [record for record in records if record.get("kind") == "train"]
     starts = [record for record in records if record.get("kind") == "start"]
     total = int(starts[-1].get("total_steps", 0)) if starts else 0
-    return StageFacts(
+    return StageData(
         stage=stage,
         done=state.done(run_dir, stage),
         total_steps=total,
@@ -113,16 +121,14 @@ def _flops(recipe: Recipe, stage: Stage, share: float) -> float:
     return graph.training_flops(recipe, stage.name) * share
 
 
-def _routing(
-    recipe: Recipe, stages: list[StageFacts], results: Mapping[str, Any] | None
-) -> Routing | None:
+def _routing(recipe: Recipe, stages: list[StageData], results: Results | None) -> Routing | None:
     """As the final evaluation measured it; before that, as the last one during training did."""
-    for system in (results or {"systems": {}})["systems"].values():
-        if system.get("load"):
+    for system in results.systems.values() if results is not None else ():
+        if system.load:
             return Routing(
-                experts=list(system.get("experts") or recipe.model_names),
-                load=dict(system["load"]),
-                gate=dict(system.get("gate") or {}),
+                experts=list(system.experts or recipe.model_names),
+                load=dict(system.load),
+                gate=dict(system.gate),
             )
     for facts in reversed(stages):
         for record in reversed(facts.evals):

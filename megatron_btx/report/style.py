@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 SERIES = 8
 """Colours before they repeat; from the second round on, lines are dashed."""
 
@@ -84,9 +86,40 @@ def series(index: int) -> str:
 
 def sheet() -> str:
     """The whole style sheet."""
-    dashes = ("", "6 3", "2 3", "9 3 2 3", "4 2", "1 3", "8 4", "3 2 1 2")
+    return CSS.strip() + "".join(_lines("var(--s{})"))
+
+
+_DASHES = ("", "6 3", "2 3", "9 3 2 3", "4 2", "1 3", "8 4", "3 2 1 2")
+
+
+def _lines(colour: str) -> list[str]:
+    """The rules of the series."""
+    rules = []
+    for index, dash in enumerate(_DASHES):
+        dashes = f".curve.l{index}{{stroke-dasharray:{dash or 'none'}}}"
+        rules.append(f".l{index}{{--c:{colour.format(index)}}}{dashes}")
+    return [*rules, ".curve.again{stroke-width:2.6;opacity:.7}"]
+
+
+def picture_sheet() -> str:
+    """The rules of pictures alone, light, without variables, which many readers of SVG files do not
+    know; for an SVG file that is whole in itself."""
+    colours = dict(re.findall(r"--([\w-]+):(#\w+)", CSS.partition("@media")[0]))
+    colours["card"] = "#ffffff"
+    drawn = ("text", ".grid", ".axis", ".leader", ".curve", ".dot", ".cell")
     rules = [
-        f".l{index}{{--c:var(--s{index})}}.curve.l{index}{{stroke-dasharray:{dash or 'none'}}}"
-        for index, dash in enumerate(dashes)
+        line
+        for line in re.findall(r"[^{}]+\{[^{}]*\}", CSS.partition("@media (max")[0])
+        if line.strip().startswith(drawn)
     ]
-    return CSS.strip() + "".join(rules) + ".curve.again{stroke-width:2.6;opacity:.7}"
+    for style, colour in (
+        *((f"l{index}", colours[f"s{index}"]) for index in range(SERIES)),
+        *(("train", colours["soft"]), ("seed-line", colours["soft"])),
+        *(("btx-line", colours["btx"]), ("dense-line", colours["dense"])),
+    ):
+        rules.append(f".curve.{style}{{stroke:{colour}}}.dot.{style}{{fill:{colour}}}")
+    rules += [rule.partition("}")[2] for rule in _lines("")[:-1]] + _lines("")[-1:]
+    rules.append(".paper{fill:#ffffff}")
+    text = "".join(rule.strip() for rule in rules)
+    text = re.sub(r"var\(--([\w-]+)\)", lambda found: colours.get(found[1], "none"), text)
+    return re.sub(r"font:(\S+) [^;}]*", r"font-family:sans-serif;font-size:\1", text)

@@ -1,4 +1,4 @@
-"""Pictures as inline SVG text: a line chart and a heatmap, drawn in the page's own colours.
+"""Pictures as SVG: a line chart and a heatmap, drawn in the page's own colours.
 
 Colours are CSS classes (style.py), so that one picture serves light and dark. Sizes are in CSS
 pixels at the picture's natural width. Every mark carries its numbers in a ``<title>``.
@@ -6,10 +6,14 @@ pixels at the picture's natural width. Every mark carries its numbers in a ``<ti
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+
+from markupsafe import Markup
+
+from megatron_btx.report.style import picture_sheet
+from megatron_btx.svg import document, element
 
 Point = tuple[float, float]
 
@@ -54,7 +58,7 @@ class Axes:
     right: int = 12
     """Room beside the axes, for labels of points."""
     x_format: Callable[[float], str] = lambda value: f"{value:g}"
-    parts: list[str] = field(default_factory=list)
+    parts: list[Markup] = field(default_factory=list)
 
     top, bottom = 10, 38
 
@@ -77,14 +81,12 @@ class Axes:
         kept = [(self.x(x), self.y(y)) for x, y in inside]
         if len(kept) > 1:
             path = " ".join(f"{x:.1f},{y:.1f}" for x, y in kept)
-            self.parts.append(f'<polyline class="curve {line.style}" points="{path}"/>')
+            self.parts.append(element("polyline", class_=f"curve {line.style}", points=path))
         if line.dots or len(kept) == 1:
             for (x, y), (_, value) in zip(kept, inside, strict=True):
-                told = html.escape(f"{line.label}: {value:.3f}")
-                self.parts.append(
-                    f'<circle class="dot {line.style}" cx="{x:.1f}" cy="{y:.1f}" r="2.4">'
-                    f"<title>{told}</title></circle>"
-                )
+                told = element("title", f"{line.label}: {value:.3f}")
+                style = f"dot {line.style}"
+                self.parts.append(element("circle", told, class_=style, cx=x, cy=y, r="2.4"))
 
     def dots(self, dots: Sequence[Dot]) -> None:
         """Draw points with their labels to the right, none over another."""
@@ -92,45 +94,46 @@ class Axes:
         floor = self.height - self.bottom - 4
         heights = spread([self.y(dot.y) for dot in ordered], 16, self.top + 6, floor)
         for dot, height in zip(ordered, heights, strict=True):
-            x, y, label = self.x(dot.x), self.y(dot.y), html.escape(dot.label)
-            self.parts.append(
-                f'<line class="leader" x1="{x:.1f}" y1="{y:.1f}" x2="{x + 12:.1f}" '
-                f'y2="{height:.1f}"/>'
-                f'<circle class="dot {dot.style}" cx="{x:.1f}" cy="{y:.1f}" r="5">'
-                f"<title>{label}: {dot.y:.3f}</title></circle>"
-                f'<text class="mark" x="{x + 14:.1f}" y="{height + 4:.1f}">{label}</text>'
-            )
+            x, y = self.x(dot.x), self.y(dot.y)
+            told = element("title", f"{dot.label}: {dot.y:.3f}")
+            self.parts += [
+                element("line", class_="leader", x1=x, y1=y, x2=x + 12, y2=height),
+                element("circle", told, class_=f"dot {dot.style}", cx=x, cy=y, r=5),
+                element("text", dot.label, class_="mark", x=x + 14, y=height + 4),
+            ]
 
-    def render(self) -> str:
+    def render(self) -> Markup:
         """The picture."""
-        grid = []
-        base = self.height - self.bottom
+        right, base = self.width - self.right, self.height - self.bottom
         marks = ticks(*self.y_range, 5)
         digits = max((len(f"{mark:g}".partition(".")[2]) for mark in marks), default=0)
+        grid = []
         for tick in marks:
-            y = self.y(tick)
-            grid.append(
-                f'<line class="grid" x1="{self.left}" x2="{self.width - self.right}" '
-                f'y1="{y:.1f}" y2="{y:.1f}"/>'
-                f'<text class="tick" x="{self.left - 6}" y="{y + 4:.1f}" text-anchor="end">'
-                f"{tick:.{digits}f}</text>"
-            )
+            y, shown = self.y(tick), f"{tick:.{digits}f}"
+            grid += [
+                element("line", class_="grid", x1=self.left, x2=right, y1=y, y2=y),
+                text(shown, "tick", self.left - 6, y + 4, "end"),
+            ]
         for tick in ticks(*self.x_range, 5):
-            grid.append(
-                f'<text class="tick" x="{self.x(tick):.1f}" y="{base + 15}" text-anchor="middle">'
-                f"{html.escape(self.x_format(tick))}</text>"
-            )
-        centre = (self.left + self.width - self.right) / 2
-        height = (self.top + base) / 2
-        grid.append(
-            f'<line class="axis" x1="{self.left}" x2="{self.width - self.right}" y1="{base}" '
-            f'y2="{base}"/>'
-            f'<text class="label" x="{centre:.1f}" y="{self.height - 6}" text-anchor="middle">'
-            f"{html.escape(self.x_label)}</text>"
-            f'<text class="label" transform="translate(11 {height:.1f}) rotate(-90)" '
-            f'text-anchor="middle">{html.escape(self.y_label)}</text>'
-        )
-        return picture(self.width, self.height, self.name, "".join([*grid, *self.parts]))
+            grid.append(text(self.x_format(tick), "tick", self.x(tick), base + 15, "middle"))
+        centre, height = (self.left + right) / 2, (self.top + base) / 2
+        grid += [
+            element("line", class_="axis", x1=self.left, x2=right, y1=base, y2=base),
+            text(self.x_label, "label", centre, self.height - 6, "middle"),
+            sideways(self.y_label, height),
+        ]
+        return picture(self.width, self.height, self.name, *grid, *self.parts)
+
+
+def text(shown: str, style: str, x: float, y: float, anchor: str | None = None) -> Markup:
+    """A label, at its baseline."""
+    return element("text", shown, class_=style, x=x, y=y, text_anchor=anchor)
+
+
+def sideways(shown: str, middle: float) -> Markup:
+    """The label of a y axis."""
+    turned = f"translate(11 {middle:.1f}) rotate(-90)"
+    return element("text", shown, class_="label", transform=turned, text_anchor="middle")
 
 
 def power_of_ten(exponent: int) -> str:
@@ -147,7 +150,7 @@ def heatmap(
     name: str,
     row_label: str,
     width: int = 215,
-) -> str:
+) -> Markup:
     """A table of cells, the stronger the larger; the number stands in each while there is room.
 
     Args:
@@ -160,52 +163,90 @@ def heatmap(
     tall = 26 if len(rows) <= 12 else 14 if len(rows) <= 32 else 6
     left, head = 34, 24
     wide = (width - left - 2) / len(columns)
-    parts = []
     room = int(wide / 6.2)
+    parts = []
     for j, column in enumerate(columns):
         shown = column if len(column) <= room else column[: max(1, room - 1)] + "…"
-        parts.append(
-            f'<text class="tick" x="{left + wide * (j + 0.5):.1f}" y="15" text-anchor="middle">'
-            f"{html.escape(shown)}<title>{html.escape(column)}</title></text>"
-        )
+        told = element("title", column)
+        x = left + wide * (j + 0.5)
+        parts.append(element("text", shown, told, class_="tick", x=x, y=15, text_anchor="middle"))
     every = 1 if tall >= 14 else 4
     for i, row in enumerate(rows):
         y = head + tall * i
         if i % every == 0:
-            parts.append(
-                f'<text class="tick" x="{left - 7}" y="{y + tall / 2 + 4:.1f}" '
-                f'text-anchor="end">{html.escape(row)}</text>'
-            )
+            parts.append(text(row, "tick", left - 7, y + tall / 2 + 4, "end"))
         for j, column in enumerate(columns):
-            value = values[i][j]
-            strength = min(1.0, max(0.0, value / top)) if top else 0.0
-            told = html.escape(f"{row_label} {row}, {column}: {value:.3f}")
-            x = left + wide * j
-            parts.append(
-                f'<rect class="cell" x="{x:.1f}" y="{y}" width="{wide - 1.5:.1f}" '
-                f'height="{tall - 1.5}" fill-opacity="{strength:.3f}"><title>{told}</title></rect>'
-            )
-            if tall >= 20 and wide >= 26:
-                tone = "strong" if strength > 0.55 else "weak"
-                parts.append(
-                    f'<text class="value {tone}" x="{x + wide / 2 - 0.75:.1f}" '
-                    f'y="{y + tall / 2 + 3.5:.1f}" text-anchor="middle">{_short(value)}</text>'
-                )
+            strength = min(1.0, max(0.0, values[i][j] / top)) if top else 0.0
+            told = element("title", f"{row_label} {row}, {column}: {values[i][j]:.3f}")
+            parts += _cell(values[i][j], strength, told, (left + wide * j, y), (wide, tall))
     height = head + tall * len(rows) + 2
-    middle = head + tall * len(rows) / 2
-    parts.append(
-        f'<text class="label" transform="translate(11 {middle:.1f}) rotate(-90)" '
-        f'text-anchor="middle">{html.escape(row_label)}</text>'
-    )
-    return picture(width, height, name, "".join(parts))
+    parts.append(sideways(row_label, head + tall * len(rows) / 2))
+    return picture(width, height, name, *parts)
 
 
-def picture(width: int, height: float, name: str, content: str) -> str:
+def _cell(
+    value: float, strength: float, told: Markup, at: Point, size: tuple[float, float]
+) -> list[Markup]:
+    """A rectangle, and its number while there is room."""
+    (x, y), (wide, tall) = at, size
+    opacity = f"{strength:.3f}"
+    box = {"x": x, "y": y, "width": wide - 1.5, "height": tall - 1.5}
+    cell = [element("rect", told, class_="cell", fill_opacity=opacity, **box)]
+    if tall >= 20 and wide >= 26:
+        tone = "value strong" if strength > 0.55 else "value weak"
+        cell.append(text(_short(value), tone, x + wide / 2 - 0.75, y + tall / 2 + 3.5, "middle"))
+    return cell
+
+
+def picture(width: float, height: float, name: str, *content: Markup) -> Markup:
     """An ``<svg>`` that fills the width it is given."""
-    return (
-        f'<svg viewBox="0 0 {width} {height:g}" role="img" aria-label="{html.escape(name)}">'
-        f"{content}</svg>"
-    )
+    box = f"0 0 {width:g} {height:g}"
+    return element("svg", *content, viewBox=box, role="img", aria_label=name)
+
+
+Panel = tuple[str, Markup, tuple[float, float]]
+"""A title, a picture, and its width and height."""
+
+
+def figure(panels: Sequence[Panel], legend: Sequence[tuple[str, str]] = (), across: int = 4) -> str:
+    """Pictures side by side as one SVG file, whole in itself.
+
+    Args:
+        panels: the pictures, in rows of ``across``.
+        legend: of lines, (label, style); drawn above them.
+        across: pictures in a row.
+    """
+    wide = max(width for _, _, (width, _) in panels)
+    tall = max(height for _, _, (_, height) in panels)
+    gap, head = 16, 18
+    columns = min(across, len(panels))
+    width = gap + columns * (wide + gap)
+    parts = [element("rect", class_="paper", width="100%", height="100%")]
+    marks, top = _legend(legend, gap, width)
+    parts += marks
+    for index, (title, shown, (own_width, own_height)) in enumerate(panels):
+        x = gap + index % columns * (wide + gap)
+        y = top + index // columns * (tall + head + gap)
+        sized = Markup(f'<svg x="{x:g}" y="{y + head:g}" width="{own_width:g}" '
+                       f'height="{own_height:g}"') + shown.removeprefix("<svg")  # fmt: skip
+        parts += [text(title, "mark", x, y + 10), sized]
+    rows = -(-len(panels) // columns)
+    return document(width, top + rows * (tall + head + gap), *parts, style=picture_sheet())
+
+
+def _legend(rows: Sequence[tuple[str, str]], left: float, width: float) -> tuple[list[Markup], int]:
+    """Its marks, and where they end."""
+    parts: list[Markup] = []
+    x, y = left, 22
+    for label, style in rows:
+        needed = 44 + 6.4 * len(label)
+        if x + needed > width and x > left:
+            x, y = left, y + 18
+        points = f"{x:.1f},{y - 4:.1f} {x + 26:.1f},{y - 4:.1f}"
+        parts.append(element("polyline", class_=f"curve {style}", points=points))
+        parts.append(text(label, "tick", x + 32, y))
+        x += needed
+    return parts, y + 14 if rows else 12
 
 
 def ticks(low: float, high: float, count: int) -> list[float]:

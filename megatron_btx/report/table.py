@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import IO, Any
+from collections.abc import Iterable
+from typing import IO
 
+from megatron_btx.evaluate.results import MEAN, Results, SystemResult
 from megatron_btx.evaluate.sample_top1_mode import in_words
 from megatron_btx.pipeline.local.progress import amount
-
-Results = Mapping[str, Any]
-"""The content of ``results.json``."""
 
 TITLES = {
     "seed": "seed",
@@ -23,20 +20,6 @@ TITLES = {
 """How systems are called; an expert is «math expert»."""
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One system."""
-
-    name: str
-    title: str
-    loss: Mapping[str, float]
-    """Nats per token by column."""
-    train_tokens: float | None
-    train_flops: float | None
-    params_total: float | None
-    params_active: float | None
-
-
 def title(name: str) -> str:
     """A system's name for people."""
     if name.startswith("expert:"):
@@ -44,42 +27,24 @@ def title(name: str) -> str:
     return TITLES.get(name, name)
 
 
-def rows(results: Results) -> list[Row]:
+def rows(results: Results) -> list[SystemResult]:
     """The systems: the seed, the experts, whatever else there is, the dense baseline, BTX."""
-    experts = [f"expert:{name}" for name in columns(results)]
+    experts = [f"expert:{name}" for name in results.columns]
     first, last = ["seed", *experts], ["dense", "upcycling", "btm", "btx"]
 
-    def place(name: str) -> int:
+    def place(system: SystemResult) -> int:
+        name = system.name
         if name in first:
             return first.index(name)
         return len(first) + (1 + last.index(name) if name in last else 0)
 
-    return [
-        Row(
-            name=name,
-            title=title(name),
-            loss=system["loss"],
-            train_tokens=system.get("train_tokens"),
-            train_flops=system.get("train_flops"),
-            params_total=system.get("params_total"),
-            params_active=system.get("params_active"),
-        )
-        for name, system in sorted(results["systems"].items(), key=lambda item: place(item[0]))
-    ]
-
-
-def columns(results: Results) -> list[str]:
-    """The domains, in the recipe's order where the file gives it, and ``mean`` last."""
-    names = list(results.get("domains", ()))
-    for system in results["systems"].values():
-        names += system["loss"]
-    return [*dict.fromkeys(name for name in names if name != "mean"), "mean"]
+    return sorted(results.systems.values(), key=place)
 
 
 def best(results: Results) -> dict[str, set[str]]:
     """Column -> the systems with the lowest loss in it, to the three digits that are printed."""
     found = {}
-    for column in columns(results):
+    for column in results.columns:
         losses = {
             row.name: round(row.loss[column], 3) for row in rows(results) if column in row.loss
         }
@@ -94,12 +59,14 @@ five runs on text that other versions of packages had changed a little: -0.001 t
 
 def verdict(results: Results) -> str:
     """BTX against the dense baseline in words, whichever is ahead; empty if either is missing."""
-    systems = results["systems"]
+    systems = results.systems
     if "btx" not in systems or "dense" not in systems:
         return ""
-    btx, dense = systems["btx"]["loss"], systems["dense"]["loss"]
-    gap = btx["mean"] - dense["mean"]
-    names = [name for name in columns(results) if name != "mean" and name in dense]
+    btx, dense = systems["btx"].loss, systems["dense"].loss
+    if MEAN not in btx or MEAN not in dense:
+        return ""
+    gap = btx[MEAN] - dense[MEAN]
+    names = [name for name in results.domains if name in dense and name in btx]
     ahead = [name for name in names if btx[name] < dense[name]]
     if abs(gap) < LEVEL:
         text = (
@@ -123,13 +90,13 @@ def verdict(results: Results) -> str:
     return text + _cost(systems["btx"], systems["dense"])
 
 
-def _cost(btx: Mapping[str, Any], dense: Mapping[str, Any]) -> str:
-    """At what expense; nothing where it is not known."""
-    if not btx.get("train_flops") or not dense.get("train_flops"):
+def _cost(btx: SystemResult, dense: SystemResult) -> str:
+    """At what training compute; nothing where it is not known."""
+    if not btx.train_flops or not dense.train_flops:
         return ""
-    ratio = btx["train_flops"] / dense["train_flops"]
+    ratio = btx.train_flops / dense.train_flops
     text = f" It took {ratio:.2f} times the dense baseline's training compute"
-    ours, theirs = btx.get("train_tokens"), dense.get("train_tokens")
+    ours, theirs = btx.train_tokens, dense.train_tokens
     if ours is None or theirs is None:
         return f"{text}."
     if ours == theirs:
@@ -139,13 +106,12 @@ def _cost(btx: Mapping[str, Any], dense: Mapping[str, Any]) -> str:
 
 def notes(results: Results) -> list[str]:
     """What must be known to read the table."""
-    systems = results["systems"]
     lines = [
-        f"{title(name)}: {in_words(system['expert_choice'])}."
-        for name, system in systems.items()
-        if system.get("expert_choice")
+        f"{title(system.name)}: {in_words(system.expert_choice)}."
+        for system in results.systems.values()
+        if system.expert_choice
     ]
-    taken = unknown(systems.values())
+    taken = unknown(results.systems.values())
     return [*lines, untold(taken)] if taken else lines
 
 
@@ -157,10 +123,10 @@ def untold(taken: Iterable[str]) -> str:
     )
 
 
-def unknown(systems: Iterable[Mapping[str, Any]]) -> list[str]:
+def unknown(systems: Iterable[SystemResult]) -> list[str]:
     """Stages whose model was taken from a checkpoint that does not say how it was trained."""
-    stages = (item for system in systems for item in system.get("stages", {}).items())
-    return list(dict.fromkeys(name for name, cost in stages if cost["tokens"] is None))
+    stages = (item for system in systems for item in system.stages.items())
+    return list(dict.fromkeys(name for name, cost in stages if cost.tokens is None))
 
 
 def show(results: Results, stream: IO[str] | None = None) -> None:
@@ -177,7 +143,7 @@ def show(results: Results, stream: IO[str] | None = None) -> None:
 
 def plain(results: Results) -> str:
     """The table as aligned text; ``*`` marks the best of a column."""
-    names, marks = columns(results), best(results)
+    names, marks = results.columns, best(results)
     table = [["held-out loss (nats/token)", *names]]
     for row in rows(results):
         cells = [
@@ -186,7 +152,7 @@ def plain(results: Results) -> str:
             else "- "
             for name in names
         ]
-        table.append([row.title, *cells])
+        table.append([title(row.name), *cells])
     table[0][1:] = [f"{name} " for name in names]
     widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
     lines = []
@@ -199,19 +165,23 @@ def plain(results: Results) -> str:
 def _rich(results: Results, stream: IO[str]) -> None:
     from rich import box
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     marks = best(results)
     table = Table(title="Held-out loss, nats per token", box=box.SIMPLE_HEAD, title_justify="left")
     table.add_column("system")
-    for name in columns(results):
-        table.add_column(name, justify="right", header_style="bold" if name == "mean" else "")
+    for name in results.columns:
+        table.add_column(
+            escape(name), justify="right", header_style="bold" if name == "mean" else ""
+        )
     for row in rows(results):
         cells = []
-        for name in columns(results):
+        for name in results.columns:
             text = f"{row.loss[name]:.3f}" if name in row.loss else "-"
             good = row.name in marks[name]
             cells.append(f"[bold green]{text}*[/]" if good else f"{text} ")
-        table.add_row(f"[bold]{row.title}[/]" if row.name == "btx" else row.title, *cells)
+        name = escape(title(row.name))
+        table.add_row(f"[bold]{name}[/]" if row.name == "btx" else name, *cells)
     table.caption = "* best of its column"
     Console(file=stream, highlight=False).print(table)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from html.parser import HTMLParser
@@ -10,8 +11,11 @@ from xml.etree import ElementTree
 
 import pytest
 
+from megatron_btx.evaluate.results import SystemResult
 from megatron_btx.recipe.schema import Recipe
-from megatron_btx.report import charts, page
+from megatron_btx.report import charts, comparison_page, page, routing
+from megatron_btx.report.comparison import Comparison, System
+from megatron_btx.report.routing import RoutingView
 from megatron_btx.report.run_data import gather
 from tests.report.made import FINAL, make_run
 
@@ -138,3 +142,35 @@ def test_what_a_run_says_is_escaped(tmp_path: Path) -> None:
     results["systems"]["<script>alert(1)</script>"] = results["systems"].pop("dense")
     (run_dir / "results.json").write_text(json.dumps(results))
     assert "<script" not in page.render(gather(recipe, run_dir))
+
+
+BAD = "<script>alert(1)</script>"
+
+
+def test_no_page_takes_markup_from_a_file(tmp_path: Path) -> None:
+    """Names of systems, domains and experts, in text, titles and attributes."""
+    view = RoutingView(
+        name=BAD, moment=f'"{BAD}', balance_loss_coeff=None, experts=[BAD, "b"],
+        load={BAD: [[0.5, 0.5]]}, gate={BAD: [[0.5, 0.5]]},
+    )  # fmt: skip
+    losses = SystemResult(name=BAD, loss={BAD: 1.0, "mean": 1.0}, train_flops=1)
+    row = System(
+        name=BAD, system="btx", result=losses, spread={}, runs=1, train_seconds=None
+    )  # fmt: skip
+    made = Comparison(columns=(BAD, "mean"), systems=(row,), best={})
+    made = dataclasses.replace(made, best={BAD: BAD, "mean": BAD})
+    for text in (routing.page([view]), comparison_page.render(made, BAD, BAD)):
+        reader = _read(text)
+        assert "script" not in {tag for tag, _ in reader.tags}
+        assert BAD in reader.words
+
+
+def test_a_run_on_its_way_loads_itself_again(tmp_path: Path) -> None:
+    """And says so; a finished one does not."""
+    (tmp_path / "half").mkdir()
+    text = page.write(*make_run(tmp_path / "half", 4)).read_text(encoding="utf-8")
+    assert f'<meta http-equiv="refresh" content="{page.REFRESH}">' in text
+    assert f"loads itself again every {page.REFRESH} seconds" in text
+    text = page.write(*make_run(tmp_path)).read_text(encoding="utf-8")
+    assert "http-equiv" not in text
+    assert "loads itself again" not in text

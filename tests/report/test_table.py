@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_btx.pipeline.state import find_json
+from megatron_btx.evaluate.results import Results
 from megatron_btx.report import table
 from megatron_btx.report.svg import spread, thin, ticks
 from tests.report.made import make_run
@@ -16,14 +16,18 @@ from tests.report.made import make_run
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    found = find_json(make_run(tmp_path_factory.mktemp("made"))[1] / "results.json")
+    found = Results.read(make_run(tmp_path_factory.mktemp("made"))[1])
     assert found is not None
-    return found
+    return found.to_json()
+
+
+def read(content: dict[str, Any]) -> Results:
+    return Results.from_json(content, "results.json")
 
 
 def test_plain_text(results: dict[str, Any]) -> None:
     stream = io.StringIO()
-    table.show(results, stream)
+    table.show(read(results), stream)
     lines = stream.getvalue().splitlines()
     assert lines[0].split()[-5:] == ["general", "code", "math", "prose", "mean"]
     assert lines[1].split() == ["seed", "3.410", "2.630", "1.520", "3.640", "2.800"]
@@ -40,7 +44,7 @@ def test_colours_on_a_terminal(results: dict[str, Any], monkeypatch: pytest.Monk
     monkeypatch.setenv("TERM", "xterm-256color")
     monkeypatch.delenv("NO_COLOR", raising=False)
     stream = Terminal()
-    table.show(results, stream)
+    table.show(read(results), stream)
     assert "\x1b[" in stream.getvalue()
     assert "2.310*" in stream.getvalue()
 
@@ -48,7 +52,7 @@ def test_colours_on_a_terminal(results: dict[str, Any], monkeypatch: pytest.Monk
 def test_equal_losses_are_both_the_best(results: dict[str, Any]) -> None:
     results = copy.deepcopy(results)
     results["systems"]["dense"]["loss"]["mean"] = results["systems"]["btx"]["loss"]["mean"] + 1e-5
-    assert table.best(results)["mean"] == {"btx", "dense"}
+    assert table.best(read(results))["mean"] == {"btx", "dense"}
 
 
 @pytest.mark.parametrize(
@@ -65,12 +69,12 @@ def test_the_verdict_goes_either_way(results: dict[str, Any], gap: float, words:
     results = copy.deepcopy(results)
     systems = results["systems"]
     systems["btx"]["loss"] = {k: v + gap for k, v in systems["dense"]["loss"].items()}
-    verdict = table.verdict(results)
+    verdict = table.verdict(read(results))
     assert verdict.startswith(words)
     assert ("every domain" in verdict) == (gap < 0)
     assert ("no domain" in verdict) == (gap >= 0)
     del systems["dense"]
-    assert table.verdict(results) == ""
+    assert table.verdict(read(results)) == ""
 
 
 @pytest.mark.parametrize(
@@ -91,7 +95,7 @@ def test_the_same_tokens_are_claimed_only_of_the_same(
     if tokens is None:
         btx |= {"train_flops": None, "stages": {"expert:code": {"tokens": None, "flops": None}}}
     stream = io.StringIO()
-    table.show(results, stream)
+    table.show(read(results), stream)
     said = stream.getvalue()
     if words is None:
         assert "times" not in said
@@ -103,7 +107,7 @@ def test_the_same_tokens_are_claimed_only_of_the_same(
 def test_how_experts_were_taken_is_named(results: dict[str, Any]) -> None:
     results = copy.deepcopy(results)
     results["systems"]["btx"]["expert_choice"] = "argmax"
-    assert table.notes(results) == [
+    assert table.notes(read(results)) == [
         "Branch-Train-MiX: one expert a token, the argmax of its logits."
     ]
 

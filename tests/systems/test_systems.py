@@ -239,15 +239,15 @@ def test_the_comparison(systems: Systems, tmp_path: Path) -> None:
     assert len(names) == len(set(names))
     assert made.columns == ("web", "math", "more", "mean")
     by_name = {system.name: system for system in made.systems}
-    scores = {name: score.value for name, score in by_name["btx_top2"].scores.items()}
+    scores = by_name["btx_top2"].result.loss
     assert scores["mean"] == pytest.approx((scores["web"] + scores["math"] + scores["more"]) / 3)
-    assert by_name["upcycling_cm"].moe_share == 1.0
-    assert 0 < by_name["btx_top2"].moe_share < 1
+    assert by_name["upcycling_cm"].result.moe_share == 1.0
+    assert 0 < by_name["btx_top2"].result.moe_share < 1
     assert (
-        by_name["btm_top2"].inference_flops_per_token
-        == 2 * by_name["dense"].inference_flops_per_token
+        by_name["btm_top2"].result.inference_flops_per_token
+        == 2 * by_name["dense"].result.inference_flops_per_token
     )
-    assert by_name["btx_frozen"].train_flops < by_name["btx_no_balance"].train_flops
+    assert by_name["btx_frozen"].result.train_flops < by_name["btx_no_balance"].result.train_flops
     text = comparison.markdown(made)
     assert all(f"| {name} |" in text for name in names)
     assert json.loads(comparison.as_json(made))["best"] == made.best
