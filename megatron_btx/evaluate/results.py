@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -206,7 +207,8 @@ class _Reader:
         found = self.content.get(key)
         if found is None:
             return None
-        if isinstance(found, bool) or not isinstance(found, int | float) or not found >= 0:
+        number = isinstance(found, int | float) and not isinstance(found, bool)
+        if not number or not math.isfinite(found) or found < 0:
             raise damaged(self.where, f"{key} is {_shown(found)}, no number")
         return int(found)
 

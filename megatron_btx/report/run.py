@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from megatron_btx.errors import UserError
 from megatron_btx.pipeline import graph, run_checks, state
 from megatron_btx.pipeline.fingerprint import Memo
 from megatron_btx.pipeline.graph import Stage
@@ -39,15 +42,16 @@ def run_left(
         sys.stderr.write(f"warning: {line}\n")
     absolute = dataclasses.replace(recipe, run_dir=str(run_dir.absolute()))
     try:
-        outcome = runner.run(
-            stages,
-            run_dir,
-            dump(absolute),
-            view=view(),
-            max_parallel=recipe.max_parallel_jobs,
-            inline={"report": lambda: page.write(recipe, run_dir)},
-            share=(*recipe.share, *share),
-        )
+        with _page_kept_current(recipe, run_dir):
+            outcome = runner.run(
+                stages,
+                run_dir,
+                dump(absolute),
+                view=view(),
+                max_parallel=recipe.max_parallel_jobs,
+                inline={"report": lambda: page.write(recipe, run_dir)},
+                share=(*recipe.share, *share),
+            )
     except OSError as error:
         if error.filename is None:  # a write that failed does not know whose file it was
             error.filename = str(run_dir)
@@ -57,3 +61,25 @@ def run_left(
         graph.build(recipe, memo)
         memo.save()
     return outcome
+
+
+@contextlib.contextmanager
+def _page_kept_current(recipe: Recipe, run_dir: Path) -> Iterator[None]:
+    """Within it ``report.html`` is written anew as often as it loads itself again. The page is no
+    part of the run: what goes wrong with it is left to the end, when it is written as a stage."""
+    ended = threading.Event()
+    stages = graph.build(recipe, Memo(run_dir / "fingerprints.json"))
+
+    def keep() -> None:
+        while not ended.wait(page.REFRESH):
+            if run_dir.is_dir():
+                with contextlib.suppress(OSError, UserError):
+                    page.write(recipe, run_dir, stages)
+
+    thread = threading.Thread(target=keep, name="report.html", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()

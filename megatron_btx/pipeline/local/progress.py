@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from megatron_btx.pipeline import state
+from megatron_btx.train.metrics import record_of
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -51,7 +51,7 @@ class Standing:
             self._offset += len(whole)
             for line in whole.splitlines():
                 with contextlib.suppress(ValueError):
-                    self._take(json.loads(line))
+                    self._take(record_of(line) or {})
         progress = state.find_json(self.directory / "progress.json")
         if progress is not None:
             self.done, self.total = float(progress["done"]), 1.0

@@ -1,0 +1,100 @@
+"""Records of a run that were changed from outside: one clear error each, or what there is."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_btx.errors import UserError
+from megatron_btx.evaluate.results import Results
+from megatron_btx.report import page
+from megatron_btx.train import metrics
+from tests.report.made import make_run
+
+VALUES = [None, True, -1, "x", [], {}, [[1]], {"a": {}}, 1e400, "\x1b[31m"]
+
+
+@pytest.fixture(scope="module")
+def content(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    _, run_dir = make_run(tmp_path_factory.mktemp("made"))
+    found: dict[str, Any] = json.loads((run_dir / "results.json").read_text())
+    routed = {"load": {"code": [[0.5, 0.5]]}, "gate": {"code": [[0.5, 0.5]]}, "experts": ["a", "b"]}
+    found["systems"]["btx"] |= {**routed, "expert_choice": "drawn", "checkpoint": ["a", "b"]}
+    return found
+
+
+def _places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    items: list[tuple[Any, Any]] = []
+    if isinstance(value, dict):
+        items = list(value.items())
+    elif isinstance(value, list):
+        items = list(enumerate(value[:1]))
+    return [path, *(place for key, part in items for place in _places(part, (*path, key)))]
+
+
+def test_results_with_any_value_in_any_place(content: dict[str, Any]) -> None:
+    """Read as a value of the right kind, or refused by name; never another exception."""
+    read = Results.from_json(content, "results.json")
+    assert Results.from_json(read.to_json(), "again") == read
+    assert read.systems["btx"].loss == content["systems"]["btx"]["loss"]
+    assert read.systems["btx"].load["code"] == [[0.5, 0.5]]
+    said: list[UserError] = []
+    places = [place for place in _places(content) if place and place[:2] != ("systems", "dense")]
+    for place in places:
+        for value in VALUES:
+            changed = copy.deepcopy(content)
+            at = changed
+            for key in place[:-1]:
+                at = at[key]
+            at[place[-1]] = value
+            try:
+                Results.from_json(changed, "results.json").to_json()
+            except UserError as error:
+                said.append(error)
+    assert all(one.where.startswith("results.json") and "btx run" in one.fix for one in said)
+    assert len(said) > 3 * len(places)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "5", '{"systems": []}', "[" * 100_000, "{}"])
+def test_a_damaged_results_file(tmp_path: Path, text: str) -> None:
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(UserError, match="is damaged"):
+        Results.read(tmp_path)
+
+
+def test_an_old_results_file_is_read() -> None:
+    """As the first version wrote it: neither domains nor text, numbers as floats."""
+    old = {"systems": {"seed": {"loss": {"a": 1, "mean": 1.0}, "train_tokens": 12e6}}}
+    found = Results.from_json(old, "results.json")
+    assert found.columns == ("a", "mean")
+    assert found.systems["seed"].train_tokens == 12_000_000
+    assert found.systems["seed"].params_total is None
+    assert not found.text
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ('{"kind": "train", "step": "5"}', "step is '5'"),
+        ('{"kind": "train", "step": 5, "loss": []}', "loss is \\[\\], no number"),
+        ('{"kind": "eval", "step": 5}', "loss is None"),
+        ('{"kind": "eval", "step": 5, "loss": {"a": "b"}}', "loss is 'b', no number"),
+        ('{"kind": "eval", "step": 5, "loss": {"a": 1}, "load": {"a": [1]}}', "load is 1"),
+        ('{"kind": "start", "step": 0, "total_steps": "many"}', "total_steps is 'many'"),
+        ('{"step": 5}', "kind is None"),
+    ],
+)
+def test_damaged_metrics(tmp_path: Path, line: str, words: str) -> None:
+    """Refused by line where they are shown; a run that goes on leaves the record out."""
+    recipe, run_dir = make_run(tmp_path)
+    path = run_dir / "seed" / "metrics.jsonl"
+    before = path.read_text()
+    path.write_text(f"{before}{line}\n")
+    lines = before.count("\n")
+    with pytest.raises(UserError, match=f"metrics.jsonl:{lines + 1}: is damaged: {words}"):
+        page.write(recipe, run_dir)
+    assert len(metrics.read(path, strict=False)) == lines
