@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from megatron_btx.errors import UserError
 from megatron_btx.files import sync_directory, write_json, written
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.weights.manifest import FORMAT, MANIFEST, read_manifest
+from megatron_btx.weights.megatron import extra_states, second_names
 
 logger = logging.getLogger(__name__)
 
@@ -121,8 +122,15 @@ def save(
         dist.barrier()
         # Two writers a rank would fork two processes a rank; one is enough for one disk.
         strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
+        content = state.sharded(is_loading=False)
+        content["megatron_lm"] = _for_megatron_lm(
+            content["model"], Architecture.from_json(manifest)
+        )
         dist_checkpointing.save(
-            state.sharded(is_loading=False), str(partial), strategy, content_metadata=_saved_form()
+            {**content, "checkpoint_version": 3.0},
+            str(partial),
+            strategy,
+            content_metadata=_saved_form(),
         )
         dist.barrier()
         if is_first_rank():
@@ -134,6 +142,20 @@ def save(
             os.rename(partial, directory)
             sync_directory(directory.parent)
         dist.barrier()
+
+
+def _for_megatron_lm(model: dict[str, Any], architecture: Architecture) -> dict[str, Any]:
+    """What Megatron's layer specs look for and ours do not: see weights/megatron.py."""
+    names = second_names(architecture)
+    more: dict[str, Any] = {
+        f"{key} again": replace(tensor, key=names[tensor.key])
+        for key, tensor in model.items()
+        if tensor.key in names
+    }
+    for key, shape, offset in extra_states(architecture) if is_first_rank() else ():
+        state = ShardedObject(key, None, shape, offset)
+        more[state.unique_key] = state
+    return more
 
 
 def _write_common(directory: Path) -> None:

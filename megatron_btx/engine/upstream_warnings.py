@@ -14,6 +14,11 @@ _SILENCED = (
         "full_param_layout not provided",
         "the layout that it computes by itself is the one that we would hand it",
     ),
+    (
+        "dist_checkpointing.strategies.torch",
+        "MCore's async save is deprecated",
+        "said of every save that is not asynchronous too",
+    ),
     ("dist_checkpointing.strategies.common", "load_common is deprecated", "0.16 wrote common.pt"),
 )
 

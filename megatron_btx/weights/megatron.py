@@ -9,9 +9,11 @@ functions from names to names that know nothing of ranks.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.recipe.architecture import Architecture
@@ -25,12 +27,13 @@ from megatron_btx.weights.names import (
     HEAD,
     MOE_NORM,
     QKV_NORM,
+    SHARED,
     canonical_tensors,
 )
 from megatron_btx.weights.ops import item, rows, stack
 from megatron_btx.weights.plan import Checkpoint, Ignore, mismatches, unmatched
 from megatron_btx.weights.random_fill import Fill
-from megatron_btx.weights.source import View, take_all
+from megatron_btx.weights.source import View, read_whole, take_all
 from megatron_btx.weights.torch_dist import TorchDistSource
 
 IGNORED = (
@@ -61,6 +64,46 @@ _HALF = re.compile(r"(.*\.linear_fc1\.weight)_([wv])")
 Named = Mapping[str, Expression]
 
 
+def second_names(architecture: Architecture) -> dict[str, str]:
+    """Stored name -> the name under which the other of Megatron's two layer specs looks for it.
+
+    An MoE layer's norm is ``pre_mlp_layernorm`` to the Transformer Engine spec, while the
+    ``sharded_state_dict_keys_map`` of the local one sends it where a dense layer's would be, to
+    ``mlp.linear_fc1.layer_norm_weight`` (``gpt_layer_specs.py`` of 0.16.1 and of 0.19.2). All other
+    names are the same to both.
+    """
+    stem = "decoder.layers."
+    return {f"{stem}{MOE_NORM}": f"{stem}{DENSE_NORM}"} if architecture.experts else {}
+
+
+def extra_states(architecture: Architecture) -> Iterator[tuple[str, Shape, Shape]]:
+    """Key, global shape and offset of every ``_extra_state`` for which one of Megatron's layer
+    specs asks a checkpoint (Transformer Engine's scaling state; the local spec's linear layers have
+    it too, always ``None``). Without them its loader fails unless it is told to let any mismatch
+    pass. The value stored is ``None``: no FP8.
+    """
+    model, experts = architecture.model, len(architecture.experts)
+    attention = ["linear_qkv", "linear_proj", "core_attention"]
+    if model.qk_layernorm:
+        attention += ["q_layernorm", "k_layernorm"]
+    modules = [f"self_attention.{name}" for name in attention]
+    linears = ("linear_fc1", "linear_fc2")
+    if not experts:
+        modules += [f"mlp.{name}" for name in linears]
+    else:
+        modules += ["pre_mlp_layernorm"]
+        if model.moe_shared_expert_intermediate_size is not None:
+            modules += [f"{SHARED}.{name}" for name in linears]
+    for layer in range(model.num_layers):
+        for module in modules:
+            yield f"decoder.layers.{module}._extra_state", (model.num_layers,), (layer,)
+        for expert in range(experts):
+            for name in linears:
+                key = f"decoder.layers.mlp.experts.experts.{name}._extra_state"
+                yield key, (model.num_layers, experts), (layer, expert)
+    yield "decoder.final_layernorm._extra_state", (1,), (0,)
+
+
 def open_megatron(
     path: Path | str, label: str, given: Mapping[str, Any] | None = None
 ) -> Checkpoint:
@@ -86,11 +129,20 @@ def open_megatron(
         str(path),
         "give a checkpoint of the model that its directory describes",
     )
+    for name, second in second_names(architecture).items():
+        if {name, second} <= stored.keys() and not _equal(source, name, second):
+            what = f"{name} and {second} are two norms: the model has one, under either name"
+            errors.append(UserError(str(path), what, "remove one, or copy the checkpoint again"))
     for name in sorted(weights & set(source.objects)):
         errors.append(UserError(str(path), f"holds {name}, which is no tensor"))
     if errors:
         raise UserErrors(errors)
     return Checkpoint(label, path, architecture, View(source, named), manifest)
+
+
+def _equal(source: TorchDistSource, *names: str) -> bool:
+    one, other = (read_whole(source, name) for name in names)
+    return torch.equal(one, other)
 
 
 def canonical(stored: Named, architecture: Architecture) -> dict[str, Expression]:

@@ -40,6 +40,9 @@ _ALIASES = {
     "num_experts": "num_moe_experts",
 }
 """Megatron-LM's, or Megatron-Bridge's, word for a field of another name."""
+_DROPPED = "--rope-scaling-factor"
+"""In place of ``rope_scaling_factor`` where Megatron-LM's arguments say another one than 8: its
+``gpt_config_from_args`` (0.17 to 0.19) computes with 8 whatever they say."""
 _REQUIRED = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
 _FIXED: dict[str, tuple[Any, ...]] = {
     "position_embedding_type": ("rope",),
@@ -91,6 +94,8 @@ def settings_of(directory: Path) -> dict[str, Any] | None:
     found = dict(vars(args))
     if not found.get("group_query_attention", True):
         found["num_query_groups"] = None  # the flag's own default, 1, means something else
+    if found.get("use_rope_scaling") and found.get("rope_scaling_factor") not in (None, 8):
+        found[_DROPPED] = found.pop("rope_scaling_factor")
     seen = found.get("consumed_train_samples") or 0
     found["tokens"] = seen * (found.get("seq_length") or 0)
     return found
@@ -145,6 +150,13 @@ def architecture_of(settings: Settings, where: str) -> Architecture:
     if known.get("vocab_size") is None:
         what = "does not say vocab_size, the tokenizer's own size without padding"
         errors.append(UserError(where, what, _GIVE))
+    if _DROPPED in known and known.get("rope_scaling_factor") is None:
+        what = (
+            f"{_DROPPED} was {known[_DROPPED]}, which Megatron-LM of megatron-core 0.17 to 0.19 "
+            "drops for 8: was it trained with 8, or with another one set by hand?"
+        )
+        fix = "say `rope_scaling_factor` under `model:` in a file of options, give it by --config"
+        errors.append(UserError(where, what, fix))
     freq = known.get("moe_layer_freq", 1)
     experts = known.get("num_moe_experts") or 0
     if experts and freq != 1 and not (isinstance(freq, list) and set(freq) == {1}):

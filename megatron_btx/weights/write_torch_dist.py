@@ -14,11 +14,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
     ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
@@ -28,11 +29,12 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from megatron_btx.errors import UserError, UserErrors
+from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.weights.box import Box, Shape, extent, slabs, whole
 from megatron_btx.weights.directory import Piece, as_json, write_directory
 from megatron_btx.weights.execute import ONE_BY_ONE, Execution
 from megatron_btx.weights.expression import Expression
-from megatron_btx.weights.megatron import stored
+from megatron_btx.weights.megatron import extra_states, second_names, stored
 from megatron_btx.weights.names import EMBEDDING, HEAD
 from megatron_btx.weights.plan import Plan
 from megatron_btx.weights.torch_zip import ALIGN, Archive
@@ -110,7 +112,8 @@ def write_torch_dist(
     def small() -> dict[str, bytes]:
         plan.check_unchanged()
         return {
-            ".metadata": pickle.dumps(_metadata(layout)),
+            ".metadata": pickle.dumps(_metadata(layout, plan.architecture)),
+            _extra_file(layout): _saved([None]),
             "common.pt": _common(),
             "metadata.json": as_json(backends | versions),
             **files(),
@@ -172,9 +175,12 @@ def _write(plan: Plan, file: _File, execution: Execution, out: BinaryIO) -> None
         raise UserErrors(errors)
 
 
-def _metadata(layout: Sequence[_File]) -> Metadata:
-    """What ``torch.distributed.checkpoint`` knows of the directory."""
+def _metadata(layout: Sequence[_File], architecture: Architecture) -> Metadata:
+    """What ``torch.distributed.checkpoint`` knows of the directory. A second name is a second entry
+    for the same bytes, and so is every ``_extra_state`` for one ``None``."""
     tensors: dict[str, TensorStorageMetadata] = {}
+    objects: dict[str, BytesStorageMetadata] = {}
+    second = second_names(architecture)
     places: dict[MetadataIndex, _StorageInfo] = {}
     for file in layout:
         for chunk, offset in zip(file.chunks, file.offsets, strict=True):
@@ -189,11 +195,31 @@ def _metadata(layout: Sequence[_File]) -> Metadata:
             )
             index = MetadataIndex(chunk.key, chunk.offset)
             places[index] = _StorageInfo(file.name, offset, chunk.archive.nbytes)
-    return Metadata({**tensors}, storage_data=places, storage_meta=StorageMeta(), version="1.0.0")
+            if chunk.key in second:
+                index = MetadataIndex(second[chunk.key], chunk.offset)
+                places[index] = _StorageInfo(file.name, offset, chunk.archive.nbytes)
+    tensors |= {other: tensors[name] for name, other in second.items()}
+    none = _StorageInfo(_extra_file(layout), 0, len(_saved([None])))
+    for key, shape, at in extra_states(architecture):
+        name = f"{key}/shard_{'.'.join(map(str, at))}_{'.'.join(map(str, shape))}"
+        objects[name], places[MetadataIndex(name)] = BytesStorageMetadata(), none
+    return Metadata(
+        {**tensors, **objects}, storage_data=places, storage_meta=StorageMeta(), version="1.0.0"
+    )
 
 
 def _common() -> bytes:
-    """What is stored once for all: nothing but the form of the names."""
+    """What is stored once for all: the form of the names, and that the rows of QKV are grouped by
+    query group (Megatron-LM reorders those of a checkpoint that does not say version 3)."""
+    content = {"content_metadata": {"singleton_local_shards": False}, "checkpoint_version": 3.0}
+    return _saved(content)
+
+
+def _extra_file(layout: Sequence[_File]) -> str:
+    return f"__0_{len(layout)}.distcp"
+
+
+def _saved(content: Any) -> bytes:
     out = io.BytesIO()
-    torch.save({"content_metadata": {"singleton_local_shards": False}}, out)
+    torch.save(content, out)
     return out.getvalue()

@@ -156,7 +156,7 @@ def save_on_a_full_disk(folder: Path) -> tuple[str, list[str]]:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
     try:
-        checkpoint.save(checkpoint.step_directory(folder, 1), state, {})
+        checkpoint.save(checkpoint.step_directory(folder, 1), state, checkpoint.manifest_of(DENSE))
     except UserError as error:
         return str(error), [path.name for path in folder.iterdir()]
     finally:

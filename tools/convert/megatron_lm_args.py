@@ -4,7 +4,9 @@
 
 STEP_DIR is a Megatron step directory, or a Hugging Face one to be converted. What decides the model
 is printed and nothing else: batches, schedules and the layout are yours. Megatron-LM pads the
-vocabulary to a multiple that grows with tensor parallelism, ours does not: hence the option.
+vocabulary to a multiple that grows with tensor parallelism, and its softmax runs over the padding:
+hence the option, and the smallest padding that tensor parallelism allows. Any mismatch of names
+is an error on its side, with its local layers as with Transformer Engine's; docs/megatron.md.
 """
 
 from __future__ import annotations
@@ -48,7 +50,10 @@ def _print(source: Path, tp: int) -> None:
     sys.stdout.write(
         "# Megatron-LM looks for a directory of a fixed name below --load:\n"
         f"#   mkdir load && ln -s {step} load/release\n"
-        "#   echo release > load/latest_checkpointed_iteration.txt\n" + " \\\n".join(words) + "\n"
+        "#   echo release > load/latest_checkpointed_iteration.txt\n"
+        + "".join(f"# {line}\n" for line in notes(checkpoint.architecture, tp))
+        + " \\\n".join(words)
+        + "\n"
     )
 
 
@@ -71,7 +76,6 @@ def arguments(checkpoint: Checkpoint, tp: int) -> Iterator[tuple[str, Any]]:
     yield from {
         "tensor-model-parallel-size": tp,
         "ckpt-format": "torch_dist",
-        "dist-ckpt-strictness": "log_all",  # Transformer Engine's _extra_state is not stored
         "load": "load",
         "finetune": "",
         "no-load-optim": "",
@@ -79,13 +83,23 @@ def arguments(checkpoint: Checkpoint, tp: int) -> Iterator[tuple[str, Any]]:
     }.items()
 
 
+def notes(architecture: Architecture, tp: int) -> Iterator[str]:
+    """What the arguments cannot say, for people."""
+    model = architecture.model
+    if model.rope_scaling and model.rope_scaling_factor != 8:
+        yield "Megatron-LM (megatron-core 0.17 to 0.19) drops --rope-scaling-factor for 8: after"
+        yield "  config = gpt_config_from_args(args)"
+        yield f"  config.rope_scaling_factor = {model.rope_scaling_factor}"
+    if more := -architecture.vocab_size % tp:
+        yield f"{more} row(s) of zeros pad the vocabulary for TP {tp}, and count in its loss"
+    if architecture.experts:
+        yield "--moe-grouped-gemm needs Transformer Engine, and computes the same"
+
+
 def _model(architecture: Architecture, tp: int) -> Iterator[tuple[str, Any]]:
-    model, padded = architecture.model, architecture.padded_vocab_size
+    model = architecture.model
     if tp < 1:
         raise UserError("--tensor-model-parallel-size", f"is {tp}", "give at least 1")
-    if padded % tp:
-        what = f"{tp} does not divide the padded vocabulary ({padded})"
-        raise UserError("--tensor-model-parallel-size", what, "choose a divisor")
     yield from {
         "num-layers": model.num_layers,
         "hidden-size": model.hidden_size,
@@ -106,8 +120,8 @@ def _model(architecture: Architecture, tp: int) -> Iterator[tuple[str, Any]]:
         "hidden-dropout": 0.0,
         "init-method-std": model.init_method_std,
         "vocab-size": architecture.vocab_size,
-        # It rounds up to a multiple of this and of TP: to exactly what is stored.
-        "make-vocab-size-divisible-by": padded // tp,
+        # It rounds up to a multiple of this and of TP; rows that are stored beyond are not loaded.
+        "make-vocab-size-divisible-by": 1,
     }.items()
     if model.untie_embeddings_and_output_weights:
         yield "untie-embeddings-and-output-weights", ""
@@ -137,7 +151,6 @@ def _experts(architecture: Architecture) -> Iterator[tuple[str, Any]]:
         "moe-ffn-hidden-size": expert_width(model),
         "moe-router-topk": gates.k,
         "moe-router-dtype": "fp32",
-        "moe-grouped-gemm": "",
     }.items()
     if not gates.normalised:
         yield "moe-router-pre-softmax", ""

@@ -1,0 +1,200 @@
+"""NVIDIA's own trainer, ``megatron.training`` of the 0.19.2 wheel, on gloo ranks of a CPU.
+
+Its parser, its model builder, its ``load_checkpoint`` and ``save_checkpoint``, its optimizer; of
+``pretrain`` itself only the loop is written here, for it wants a data set and a GPU. What stands in
+for what it cannot have on a CPU is listed in :func:`_on_a_cpu`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shlex
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+HERE = importlib.util.find_spec("megatron.training") is not None
+WHY = "NVIDIA's trainer comes in the wheel of megatron-core 0.19 (Python 3.12)"
+
+# A run's own choices, none of which decides the model; the kernels that a CPU has.
+CHOICES = shlex.split("""
+--micro-batch-size 2 --global-batch-size 4 --train-iters 10 --lr 1e-3 --lr-decay-iters 10
+--distributed-backend gloo --transformer-impl local --attention-backend unfused
+--no-gradient-accumulation-fusion --no-persist-layer-norm --no-masked-softmax-fusion
+--no-bias-swiglu-fusion --no-bias-dropout-fusion --no-rope-fusion
+--ckpt-assume-constant-structure --no-one-logger --save-interval 3
+""")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One start of the trainer."""
+
+    words: Sequence[str]
+    """Its arguments, ``CHOICES`` apart."""
+    tokens: Tensor
+    """[batch, sequence + 1]."""
+    steps: int = 0
+    by_hand: dict[str, Any] = field(default_factory=dict)
+    """What its ``GPTModelConfig`` must be told beside the arguments."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a rank saw."""
+
+    before: Tensor
+    """The loss of every token of the loaded model [batch, sequence]."""
+    losses: tuple[float, ...]
+    """Of the training's steps."""
+    after: Tensor
+    """As ``before``, after them."""
+    iteration: int
+
+
+def run(job: Job) -> Outcome:
+    """Load, compute, train and save; called on every rank."""
+    args = _start(job.words)
+    models = _build(args, job)
+    from megatron.training import checkpointing
+
+    optimizer = schedule = None
+    if job.steps:
+        optimizer, schedule = _optimizer(args, models)
+    iteration = 0
+    if args.load:
+        iteration, _ = checkpointing.load_checkpoint(models, optimizer, schedule, strict=True)
+    before = _loss_of_tokens(models[0], job.tokens)
+    losses = tuple(_step(models, optimizer, schedule, job.tokens) for _ in range(job.steps))
+    after = _loss_of_tokens(models[0], job.tokens) if job.steps else before
+    if args.save:
+        args.consumed_train_samples = 4 * job.steps
+        checkpointing.save_checkpoint(job.steps, models, optimizer, schedule, 0)
+    return Outcome(before, losses, after, iteration)
+
+
+def _on_a_cpu() -> None:
+    """What it asks of CUDA, and of a checkout of its repository."""
+    from megatron.core.datasets import utils
+    from megatron.training import arguments, checkpointing, initialize
+
+    from megatron_btx.engine import cpu
+
+    arguments.get_device_arch_version = lambda: 10
+    utils.compile_helpers = lambda: None  # the wheel has them built, and no Makefile
+    initialize._set_random_seed = lambda *_, **__: None
+    if "cuda" in checkpointing.read_metadata.__code__.co_consts:
+        cpu._replace_literals(checkpointing.read_metadata, {"cuda": "cpu"}, "read_metadata")
+
+
+def _start(words: Sequence[str]) -> Namespace:
+    from megatron.core import parallel_state, rerun_state_machine, tensor_parallel
+    from megatron.training import arguments, checkpointing, global_vars, initialize
+
+    _on_a_cpu()
+    global_vars.unset_global_variables()
+    rerun_state_machine.destroy_rerun_state_machine()
+    checkpointing._CHECKPOINT_VERSION = None
+    sys.argv = ["pretrain_gpt.py", *CHOICES, *words]
+    args: Namespace = arguments.parse_and_validate_args()
+    torch.distributed.init_process_group(
+        "gloo",
+        init_method=os.environ["BTX_INIT_METHOD"],
+        rank=args.rank,
+        world_size=args.world_size,
+    )
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        args.tensor_model_parallel_size,
+        args.pipeline_model_parallel_size,
+        expert_model_parallel_size=args.expert_model_parallel_size,
+        expert_tensor_parallel_size=args.expert_tensor_parallel_size,
+    )
+    tensor_parallel.model_parallel_cuda_manual_seed(args.seed, force_reset_rng=True)
+    initialize.initialize_megatron(allow_no_cuda=True)
+    return args
+
+
+def _build(args: Namespace, job: Job) -> list[Any]:
+    from megatron.core.distributed import DistributedDataParallelConfig
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.training.argument_utils import gpt_config_from_args
+    from megatron.training.models.gpt import GPTModelBuilder
+
+    config = gpt_config_from_args(args)
+    for name, value in job.by_hand.items():
+        setattr(config, name, value)
+    return GPTModelBuilder(config).build_distributed_models(
+        ProcessGroupCollection.use_mpu_process_groups(),
+        ddp_config=DistributedDataParallelConfig(
+            use_distributed_optimizer=args.use_distributed_optimizer
+        ),
+        wrap_with_ddp=job.steps > 0,
+        mixed_precision_wrapper=None,
+    )
+
+
+def _optimizer(args: Namespace, models: list[Any]) -> tuple[Any, Any]:
+    from megatron.core.distributed import finalize_model_grads
+    from megatron.core.optimizer import get_megatron_optimizer
+    from megatron.training.training import (
+        get_megatron_optimizer_config,
+        get_optimizer_param_scheduler,
+    )
+
+    config, overrides = get_megatron_optimizer_config(args)
+    optimizer = get_megatron_optimizer(config, models, config_overrides=overrides)
+    models[0].config.finalize_model_grads_func = finalize_model_grads
+    return optimizer, get_optimizer_param_scheduler(optimizer)
+
+
+def _inputs(tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Tokens, positions, mask (true: hidden) and labels."""
+    length = tokens.shape[1] - 1
+    inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    hidden = torch.ones(length, length, dtype=torch.bool).triu(1)
+    return inputs, torch.arange(length).expand_as(inputs), hidden[None, None], labels
+
+
+@torch.no_grad()
+def _loss_of_tokens(model: Any, tokens: Tensor) -> Tensor:
+    inputs, positions, hidden, labels = _inputs(tokens)
+    model.eval()
+    return model(inputs, positions, hidden, labels=labels).float()
+
+
+def _step(models: list[Any], optimizer: Any, schedule: Any, tokens: Tensor) -> float:
+    """One step on all tokens as one micro-batch."""
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    inputs, positions, hidden, labels = _inputs(tokens)
+
+    def forward(_data: object, model: Any) -> tuple[Tensor, Any]:
+        def loss_of(losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+            loss = losses.float().mean()
+            return loss, {"loss": loss.clone().detach()}
+
+        return model(inputs, positions, hidden, labels=labels), loss_of
+
+    models[0].train()
+    models[0].zero_grad_buffer()
+    optimizer.zero_grad()
+    (reported,) = get_forward_backward_func()(
+        forward_step_func=forward,
+        data_iterator=None,
+        model=models,
+        num_microbatches=1,
+        seq_length=inputs.shape[1],
+        micro_batch_size=len(inputs),
+        forward_only=False,
+    )
+    updated, _, _ = optimizer.step()
+    assert updated
+    schedule.step(increment=len(inputs))
+    return float(reported["loss"])
