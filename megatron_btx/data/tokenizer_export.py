@@ -17,8 +17,17 @@ from megatron_btx.errors import UserError
 _SPACE = "\u2581"
 
 
-def write_huggingface(model: bytes, directory: Path) -> None:
+def write_huggingface(
+    model: bytes, directory: Path, *, bos_id: int | None, eos_id: int, begin_id: int | None
+) -> None:
     """Write tokenizer.json, tokenizer_config.json and tokenizer.model to ``directory``.
+
+    Args:
+        model: the bytes of a SentencePiece model.
+        directory: is made.
+        bos_id: its begin token, by name.
+        eos_id: its end token.
+        begin_id: what is put before a text where special tokens are asked for.
 
     Raises:
         UserError: the model is not BPE with byte fallback and without normalisation.
@@ -40,7 +49,7 @@ def write_huggingface(model: bytes, directory: Path) -> None:
         "added_tokens": [_added(i, pieces.id_to_piece(i)) for i in special],
         "normalizer": {"type": "Sequence", "normalizers": steps},
         "pre_tokenizer": None,
-        "post_processor": None,
+        "post_processor": _template(begin_id, pieces),
         "decoder": {"type": "Sequence", "decoders": back},
         "model": {
             "type": "BPE",
@@ -55,25 +64,44 @@ def write_huggingface(model: bytes, directory: Path) -> None:
             "merges": _merges(pieces),
         },
     }
-    names = {
-        "bos_token": pieces.bos_id(),
-        "eos_token": pieces.eos_id(),
-        "pad_token": pieces.pad_id(),
-    }
+    names = {"bos_token": bos_id, "eos_token": eos_id, "pad_token": pieces.pad_id()}
     config = {
         # Any other class would be rebuilt from the vocabulary with the class's own settings.
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "add_bos_token": False,
+        "add_bos_token": begin_id is not None,
         "add_eos_token": False,
+        # llama.cpp's converter has no other place to learn this from, and assumes a space.
+        "add_prefix_space": add_prefix,
+        # SentencePiece never makes a special token of text that is spelt like one.
+        "split_special_tokens": True,
         "clean_up_tokenization_spaces": False,
         "model_max_length": 10**30,
         "unk_token": unknown,
-        **{name: pieces.id_to_piece(i) for name, i in names.items() if i >= 0},
+        **{name: pieces.id_to_piece(i) for name, i in names.items() if i is not None and i >= 0},
     }
     directory.mkdir(parents=True, exist_ok=True)
     _write(directory / "tokenizer.json", tokenizer)
     _write(directory / "tokenizer_config.json", config)
     (directory / "tokenizer.model").write_bytes(model)
+
+
+def _template(
+    begin_id: int | None, pieces: sentencepiece.SentencePieceProcessor
+) -> dict[str, Any] | None:
+    """The token before a text, as ``TemplateProcessing`` puts it there."""
+    if begin_id is None:
+        return None
+    token = pieces.id_to_piece(begin_id)
+    parts = [
+        [{"SpecialToken": {"id": token, "type_id": at}}, {"Sequence": {"id": name, "type_id": at}}]
+        for at, name in enumerate("AB")
+    ]
+    return {
+        "type": "TemplateProcessing",
+        "single": parts[0],
+        "pair": parts[0] + parts[1],
+        "special_tokens": {token: {"id": token, "ids": [begin_id], "tokens": [token]}},
+    }
 
 
 def _merges(pieces: sentencepiece.SentencePieceProcessor) -> list[list[str]]:

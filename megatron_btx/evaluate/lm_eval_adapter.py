@@ -20,7 +20,7 @@ MAX_NEW_TOKENS = 256
 class Harness(TemplateLM):
     """What lm-eval asks of a model. On several ranks, each runs the harness and asks the same.
 
-    Before a text stands the model's start token (``evaluate.models.start_id``). A context that is
+    Before a text stands the model's start token (``Tokenizer.start_id``). A context that is
     too long loses its beginning.
     """
 

@@ -23,7 +23,6 @@ from megatron_btx.evaluate.models import (
     load,
     opened,
     similarity_index,
-    start_id,
     tokenizer_of,
 )
 from megatron_btx.evaluate.packed_text import PackedText
@@ -149,7 +148,7 @@ def packed(
             read_documents(find_files(files, where=f"--data {name}"), setting.text_key),
             tokenizer,
             seq_length,
-            start_id=start_id(subject.first, tokenizer),
+            start_id=tokenizer.start_id,
             most=setting.tokens,
             where=f"--data {name}",
         )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 import torch
@@ -123,22 +122,6 @@ def given_tokenizer(path: Path) -> Tokenizer:
     if path.is_dir():
         return tokenizer_of(path)
     return read_tokenizer(path, "sentencepiece" if path.suffix == ".model" else "huggingface")
-
-
-def start_id(path: Path, tokenizer: Tokenizer) -> int:
-    """What stands before a text: of models trained here the token that ends documents, because in
-    training one follows the other; of Hugging Face models whose tokenizer adds a begin token, that
-    one."""
-    config = path / "tokenizer_config.json"
-    if tokenizer.bos_id is not None and (path / "config.json").is_file() and config.is_file():
-        try:
-            said = json.loads(config.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(str(config), f"is not JSON ({error})", "copy it again") from error
-        adds = said.get("add_bos_token", str(said.get("tokenizer_class", "")).startswith("Llama"))
-        if adds:
-            return tokenizer.bos_id
-    return tokenizer.eos_id
 
 
 def similarity_index(subject: Subject, random_seed: int = 0) -> TfIdf | None:

@@ -34,7 +34,6 @@ from megatron_btx.evaluate.models import (
     load,
     opened,
     similarity_index,
-    start_id,
     tokenizer_of,
 )
 from megatron_btx.evaluate.sample_top1_mode import expert_choices
@@ -94,7 +93,7 @@ class Predictor:
         self.tokenizer: Tokenizer = (
             tokenizer_of(subject.first) if tokenizer is None else given_tokenizer(Path(tokenizer))
         )
-        self.start_id = start_id(subject.first, self.tokenizer)
+        self.start_id = self.tokenizer.start_id
         self._members = {
             label: load(checkpoint, layout, precision, random_seed)
             for label, checkpoint in opened(subject).items()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from dataclasses import replace
@@ -19,6 +18,7 @@ from megatron_btx.families.mixtral import MIXTRAL, QWEN2_MOE, QWEN3_MOE
 from megatron_btx.families.recognise import not_as_saved, quantised
 from megatron_btx.families.table import Table
 from megatron_btx.families.tokenizer_files import describe_tokenizer
+from megatron_btx.files import read_json
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.weights.box import Shape
 from megatron_btx.weights.model_files import foreign
@@ -202,14 +202,8 @@ def _check_tied(source: SafetensorsSource, path: Path) -> None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     where = path / "config.json"
-    try:
-        config = json.loads(where.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
+    if not where.exists():
         what = "not a Hugging Face model directory (no config.json)"
         fix = "give the directory that save_pretrained wrote"
-        raise foreign(path) or UserError(str(path), what, fix) from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(str(where), f"not JSON: {error}", "copy the file again") from error
-    if not isinstance(config, dict):
-        raise UserError(str(where), "not a JSON object", "copy the file again")
-    return config
+        raise foreign(path) or UserError(str(path), what, fix)
+    return read_json(where)

@@ -1,47 +1,112 @@
-"""A tokenizer's files, carried along and compared; nothing here knows how they tokenize."""
+"""A tokenizer's files beside weights: found, described, carried along."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
-_DEFINING = (("huggingface", "tokenizer.json"), ("sentencepiece", "tokenizer.model"))
+from megatron_btx.errors import UserError
+from megatron_btx.families.fast_tokenizer import begin_token, open_fast
+from megatron_btx.families.tokenizer_identity import FAST, SLOW
+from megatron_btx.families.tokenizer_settings import CONFIG, read_settings
+from megatron_btx.files import read_bytes
+
+_DEFINING = (("huggingface", FAST), ("sentencepiece", SLOW))
+_TEMPLATES = ("chat_template.jinja", "chat_template.json")
 _OTHERS = (
-    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "chat_template.jinja", "generation_config.json",
+    CONFIG, "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+    *_TEMPLATES, "generation_config.json",
 )  # fmt: skip
+_MORE_TEMPLATES = "additional_chat_templates/*.jinja"
 _INFO = "tokenizer_info.json"
+_LIMIT = 1 << 30
+"""Bytes of a tokenizer's file."""
 
 
-def describe_tokenizer(directory: Path) -> dict[str, str] | None:
-    """``{"type", "file", "sha256"}`` of the tokenizer in a Hugging Face directory, as manifests say
-    it; ``None`` where there is none."""
+def place_of(directory: Path) -> Path:
+    """Where the tokenizer's files of a checkpoint are: of ours in ``tokenizer/``, of a Hugging Face
+    directory beside the weights."""
+    own = directory / "tokenizer"
+    return own if own.is_dir() else directory
+
+
+def describe_tokenizer(directory: Path) -> dict[str, Any] | None:
+    """``{"type", "file", "sha256"}`` of the tokenizer in a directory, as manifests say it; ``None``
+    where there is none."""
     for kind, name in _DEFINING:
         path = directory / name
         if path.is_file():
-            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            digest = hashlib.sha256(read_bytes(path, _LIMIT)).hexdigest()
             return {"type": kind, "file": name, "sha256": digest}
     return None
+
+
+def described_whole(directory: Path) -> dict[str, Any] | None:
+    """:func:`describe_tokenizer` with ``begin_token_id``, where the tokenizer puts such a token
+    before a text. It is asked; without the ``tokenizers`` library nothing is said.
+
+    Raises:
+        UserErrors: its files are damaged or contradict each other.
+    """
+    found = describe_tokenizer(directory)
+    if found is None:
+        return None
+    begin = _begin(directory, found["type"])
+    return found if begin is None else {**found, "begin_token_id": begin}
+
+
+def _begin(directory: Path, kind: str) -> int | None:
+    settings = read_settings(directory)
+    if kind == "huggingface":
+        try:
+            import tokenizers  # noqa: F401
+        except ImportError:
+            return None
+        path = directory / FAST
+        return begin_token(open_fast(path, settings), str(path))
+    if not settings.flag("add_bos_token"):
+        return None
+    import sentencepiece
+
+    model = read_bytes(directory / SLOW, _LIMIT)
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+    bos = settings.named.get("bos_token")
+    at = pieces.bos_id() if bos is None else pieces.piece_to_id(bos.content)
+    return at if at >= 0 else None
+
+
+def has_chat_template(directory: Path) -> bool:
+    """Whether a checkpoint's tokenizer comes with one."""
+    place = place_of(directory)
+    if any((place / name).is_file() for name in _TEMPLATES):
+        return True
+    try:
+        return bool(read_settings(place).config.get("chat_template"))
+    except UserError:
+        return False  # what is damaged is told by who reads the tokenizer
 
 
 def tokenizer_files(directory: Path, *, megatron: bool) -> dict[str, bytes]:
     """The tokenizer of a checkpoint of either format, for a result of either format.
 
     Args:
-        directory: a Hugging Face directory (files beside the weights) or a step directory of ours
-            (files in ``tokenizer/``).
+        directory: a Hugging Face directory or a step directory of ours.
         megatron: whether the result is a step directory.
 
     Returns:
         Contents by path within the result; empty where the checkpoint has no tokenizer.
+
+    Raises:
+        UserErrors: the files are damaged.
     """
-    own = directory / "tokenizer"
-    place = own if own.is_dir() else directory
+    place = place_of(directory)
     names = [name for _, name in _DEFINING] + list(_OTHERS)
-    found = {name: (place / name).read_bytes() for name in names if (place / name).is_file()}
-    described = describe_tokenizer(place)
-    if not megatron or described is None:
+    names += [str(path.relative_to(place)) for path in sorted(place.glob(_MORE_TEMPLATES))]
+    found = {n: read_bytes(place / n, _LIMIT) for n in names if (place / n).is_file()}
+    described = described_whole(place) if megatron else None
+    if described is None:
         return found
     found[_INFO] = (json.dumps(described, indent=1) + "\n").encode()
     return {f"tokenizer/{name}": content for name, content in found.items()}

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import fields
 
 from megatron_btx.errors import UserError
+from megatron_btx.families import tokenizer_identity
+from megatron_btx.families.tokenizer_files import describe_tokenizer, place_of
 from megatron_btx.recipe.count import kv_channels, query_groups
 from megatron_btx.recipe.schema import Model
 from megatron_btx.weights.plan import Checkpoint
@@ -49,7 +51,7 @@ def differences(one: Checkpoint, other: Checkpoint) -> list[UserError]:
             "mix models that were branched from one seed",
         )
         for what, mine, theirs in _differing(one, other)
-    ]
+    ] + _tokenizers(one, other)
 
 
 def _differing(one: Checkpoint, other: Checkpoint) -> list[tuple[str, object, object]]:
@@ -58,17 +60,35 @@ def _differing(one: Checkpoint, other: Checkpoint) -> list[tuple[str, object, ob
         ("head_dim", kv_channels(one.architecture.model), kv_channels(other.architecture.model)),
         ("vocab_size", one.architecture.vocab_size, other.architecture.vocab_size),
     ]
-    mine, theirs = (model.manifest.get("tokenizer") or {} for model in (one, other))
-    hashes = mine.get("sha256"), theirs.get("sha256")
-    # Of different types they cannot be compared.
-    if mine.get("type") == theirs.get("type") and None not in hashes:
-        pairs.append(("tokenizer sha256", *hashes))
     same = _FREE | {"num_query_groups", "kv_channels"}
     for field in fields(Model):
         if field.name not in same:
             mine = getattr(one.architecture.model, field.name)
             pairs.append((field.name, mine, getattr(other.architecture.model, field.name)))
     return [pair for pair in pairs if pair[1] != pair[2]]
+
+
+def _tokenizers(one: Checkpoint, other: Checkpoint) -> list[UserError]:
+    """In what the tokenizers differ, where both models come with one: files of other bytes may be
+    one tokenizer."""
+    mine, theirs = (model.manifest.get("tokenizer") or {} for model in (one, other))
+    hashes = [(each.get("type"), each.get("sha256")) for each in (mine, theirs)]
+    if hashes[0] == hashes[1] or None in (hashes[0][1], hashes[1][1]):
+        return []
+    places = [place_of(model.path) for model in (one, other) if model.path is not None]
+    there = [place for place in places if describe_tokenizer(place) is not None]
+    if len(there) == 2:
+        unlike = tokenizer_identity.differences(*there)
+    else:
+        unlike = [f"sha256 is {hashes[1][1]}, not {hashes[0][1]}"]
+    fix = (
+        "mix models of one tokenizer; where the ids that the text uses mean the same in both, say "
+        "whose tokenizer the result gets: btx mix --tokenizer NAME"
+    )
+    if not unlike:
+        return []
+    what = f"its tokenizer is not that of {one.label}: {'; '.join(unlike)}"
+    return [UserError(_where(other), what, fix)]
 
 
 def _where(model: Checkpoint) -> str:

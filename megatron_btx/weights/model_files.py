@@ -8,12 +8,11 @@ the same model under its maker's names, ``adapter_model.safetensors`` a part of 
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from megatron_btx.errors import UserError, UserErrors
+from megatron_btx.files import read_json
 
 MODEL = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -49,6 +48,8 @@ _FOREIGN: tuple[tuple[str, str, str], ...] = (
 )  # fmt: skip
 """A file's name, what a directory (or file) with it is, and what to do; the first counts."""
 
+_INDEX_LIMIT = 256 << 20
+"""Bytes: of an MoE with 100,000 tensors it has 10 million."""
 _HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -82,11 +83,8 @@ def index_of(path: Path) -> dict[str, str] | None:
     where = path / INDEX
     if not where.is_file() or (path / MODEL).is_file():
         return None
-    try:
-        index: Any = json.loads(where.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise UserError(str(where), f"not JSON: {error}", _DOWNLOAD) from error
-    names = index.get("weight_map") if isinstance(index, dict) else None
+    index = read_json(where, _INDEX_LIMIT)
+    names = index.get("weight_map")
     if not isinstance(names, dict) or not names:
         raise UserError(str(where), "has no weight_map of tensors to files", _DOWNLOAD)
     outside = [name for name in dict.fromkeys(map(_text, names.values())) if not _inside(name)]

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import sentencepiece
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_btx.data.tokenizer import (
@@ -71,20 +73,24 @@ TEXT = st.text(PLAIN | ANY, max_size=60)
 
 @settings(max_examples=300, deadline=None)
 @given(text=TEXT)
+@example("<|end|>")
+@example(" a<|begin|>b <|unknown|>\n<|end|><|end|>")
 def test_any_text(trained: Tokenizer, exported: Path, text: str) -> None:
     (ids,) = trained.encode([text])
     assert trained.decode(ids) == text
     assert ids.tolist() == _library(exported).encode([text])[0].tolist()
+    assert ids.tolist() == _transformers(exported)(text)["input_ids"]
     assert not {0, 1, 2} & set(ids.tolist())  # text never makes a special token
 
 
-_loaded: dict[Path, HuggingFace] = {}
-
-
+@functools.cache
 def _library(directory: Path) -> HuggingFace:
-    if directory not in _loaded:
-        _loaded[directory] = HuggingFace(directory)
-    return _loaded[directory]
+    return HuggingFace(directory)
+
+
+@functools.cache
+def _transformers(directory: Path) -> Any:
+    return pytest.importorskip("transformers").AutoTokenizer.from_pretrained(directory)
 
 
 @pytest.mark.parametrize("model_type", [None, "mixtral", "llama"])
@@ -164,7 +170,7 @@ def test_bad_tokenizers(exported: Path, trained: Tokenizer, tmp_path: Path) -> N
     assert error.value.where == "tokenizer.path"
     with pytest.raises(UserError, match="no tokenizer.json"):
         read_tokenizer(tmp_path, "huggingface")
-    with pytest.raises(UserError, match="tokenizer.model does not exist"):
+    with pytest.raises(UserError, match="tokenizer.model does not exist, nor does tokenizer.json"):
         read_tokenizer(tmp_path, "sentencepiece")
     with pytest.raises(UserError, match="holds no tokenizer"):
         load_tokenizer(tmp_path)

@@ -1,0 +1,107 @@
+"""``tokenizer.json`` opened by the ``tokenizers`` library, completed as by ``transformers``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from megatron_btx.errors import UserError, UserErrors, capped
+from megatron_btx.families.tokenizer_settings import TokenizerSettings
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+_AGAIN = "copy or download the tokenizer's files again, all of them"
+
+
+def open_fast(path: Path, settings: TokenizerSettings) -> Tokenizer:
+    """The tokenizer of a ``tokenizer.json``, without truncation and padding.
+
+    Added tokens of ``tokenizer_config.json`` and special ones that tokenizer.json has in its
+    vocabulary only are added, in the order of ``TokenizersBackend.__init__`` of ``transformers`` 5.
+
+    Raises:
+        UserErrors: no library, a damaged file, or tokens are named that it does not have.
+    """
+    try:
+        import tokenizers
+    except ImportError as error:
+        raise UserError(
+            str(path),
+            "a Hugging Face tokenizer needs the `tokenizers` library",
+            "pip install 'megatron-btx[hf]'",
+        ) from error
+    try:
+        found = tokenizers.Tokenizer.from_file(str(path))
+    except (
+        BaseException
+    ) as error:  # its panics are no Exception, and it raises nothing more precise
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise
+        raise UserError(str(path), f"is not a tokenizer ({error})", "download it again") from error
+    found.no_padding()
+    found.no_truncation()
+    _complete(found, settings, path)
+    found.encode_special_tokens = bool(settings.flag("split_special_tokens"))
+    return found
+
+
+def _complete(found: Tokenizer, settings: TokenizerSettings, path: Path) -> None:
+    from tokenizers import AddedToken
+
+    vocabulary = found.get_vocab(with_added_tokens=True)
+    if not vocabulary:
+        raise UserError(str(path), "has an empty vocabulary", _AGAIN)
+    wrong = [
+        UserError(
+            str(settings.directory),
+            f"a token {token.content!r} is named"
+            + (f" with the id {token.id}" if token.id is not None else "")
+            + f", which tokenizer.json has {_as(vocabulary.get(token.content))}",
+            "write both anew: transformers.AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)",
+        )
+        for token in settings.tokens
+        if vocabulary.get(token.content) is None
+        or token.id not in (None, vocabulary[token.content])
+    ]
+    if wrong:
+        raise UserErrors(capped(wrong))
+    here = found.get_added_tokens_decoder().values()
+    same, known = {repr(token) for token in here}, {token.content for token in here}
+    special = {token.content for token in settings.named.values()}
+    more = []
+    for token in sorted(settings.added, key=lambda each: each.id or 0):
+        made = AddedToken(token.content, **token.flags)
+        if repr(made) not in same:
+            made.special = made.special or token.content in special
+            more.append(made)
+            known.add(token.content)
+    for token in (*settings.named.values(), *settings.extra):
+        if token.content not in known:
+            more.append(AddedToken(token.content, **{**token.flags, "special": True}))
+            known.add(token.content)
+    if more:
+        found.add_tokens(more)
+
+
+def _as(id_: int | None) -> str:
+    return "not" if id_ is None else f"as {id_}"
+
+
+def begin_token(tokenizer: Tokenizer, where: str) -> int | None:
+    """What a tokenizer puts before a text: asked of itself, by encoding a text with its special
+    tokens and without; ``None``: nothing.
+
+    Raises:
+        UserError: it puts several there, or changes the text.
+    """
+    text = "a"
+    plain = tokenizer.encode(text, add_special_tokens=False).ids
+    whole = tokenizer.encode(text, add_special_tokens=True).ids
+    starts = [
+        at for at in range(len(whole) - len(plain) + 1) if whole[at : at + len(plain)] == plain
+    ]
+    if not plain or not starts or starts[0] > 1:
+        what = f"{text!r} is {plain}, with special tokens {whole}: at most one can stand in front"
+        raise UserError(where, what, "give a tokenizer of a causal language model")
+    return whole[0] if starts[0] == 1 else None

@@ -1,0 +1,163 @@
+"""Whether two tokenizers are one: by what makes token ids of text, not by the bytes of files.
+
+That is vocabulary, merges, normaliser, pre-tokenizer, the model's switches and added tokens.
+Post-processor, decoder, truncation, padding, white space of the file and the form of its merges
+(pairs, or strings as before ``tokenizers`` 0.20) make no other ids of a text.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_btx.errors import UserError
+from megatron_btx.files import read_bytes
+
+FAST, SLOW = "tokenizer.json", "tokenizer.model"
+_LIMIT = 1 << 30
+_AGAIN = "copy or download the tokenizer's files again"
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a tokenizer makes ids by.
+
+    Args:
+        vocabulary: token -> id.
+        rest: everything else, by name.
+    """
+
+    vocabulary: Mapping[str, int]
+    rest: Mapping[str, Any]
+
+
+def differences(one: Path, other: Path) -> list[str]:
+    """In what two tokenizers differ, in words that begin with the second's; nothing: they are one.
+
+    A tokenizer.json and a SentencePiece model are compared by their vocabularies alone.
+
+    Args:
+        one: a directory with tokenizer.json, tokenizer.model, or both.
+        other: likewise.
+
+    Raises:
+        UserError: a file is damaged.
+    """
+    kinds = [{name for name in (FAST, SLOW) if (place / name).is_file()} for place in (one, other)]
+    common = [name for name in (FAST, SLOW) if name in kinds[0] & kinds[1]]
+    pair = [
+        place / (common[0] if common else next(iter(kind)))
+        for place, kind in zip((one, other), kinds, strict=True)
+    ]
+    if common and pair[0].read_bytes() == pair[1].read_bytes():
+        return []
+    mine, theirs = map(identity, pair)
+    said = _vocabularies(mine.vocabulary, theirs.vocabulary)
+    for name in mine.rest if common else ():
+        said += _parts(name, mine.rest[name], theirs.rest.get(name))
+    return said
+
+
+def identity(path: Path) -> Identity:
+    """Of a tokenizer.json or tokenizer.model.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    content = read_bytes(path, _LIMIT)
+    try:
+        return _fast(content) if path.name == FAST else _slow(content)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(str(path), f"is damaged: {error!r}"[:300], _AGAIN) from error
+
+
+def _fast(content: bytes) -> Identity:
+    raw = json.loads(_canonical(content.decode("utf-8")))
+    model = dict(raw["model"])
+    vocab, merges = model.pop("vocab"), model.pop("merges", [])
+    if not isinstance(vocab, dict):  # Unigram: pieces and scores
+        model["scores"] = [score for _, score in vocab]
+        vocab = {piece: at for at, (piece, _) in enumerate(vocab)}
+    added = {token["content"]: token for token in raw.get("added_tokens") or ()}
+    return Identity(
+        vocab | {content: token["id"] for content, token in added.items()},
+        {
+            "merges": [m.split(" ") if isinstance(m, str) else m for m in merges],
+            "model": {key: value for key, value in model.items() if value},
+            "normalizer": raw.get("normalizer"),
+            "pre_tokenizer": _without_offsets(raw.get("pre_tokenizer")),
+            "added tokens": added,
+        },
+    )
+
+
+def _canonical(text: str) -> str:
+    """The file as the library would write it: defaults filled in, merges as pairs."""
+    try:
+        import tokenizers
+    except ImportError:
+        return text
+    try:
+        return tokenizers.Tokenizer.from_str(text).to_str()
+    except Exception as error:  # the library raises nothing more precise
+        raise ValueError(str(error)) from error
+
+
+def _without_offsets(part: Any) -> Any:
+    """``trim_offsets`` moves where a token is said to stand, and no id."""
+    if isinstance(part, dict):
+        return {k: _without_offsets(v) for k, v in part.items() if k != "trim_offsets"}
+    return [_without_offsets(each) for each in part] if isinstance(part, list) else part
+
+
+def _slow(content: bytes) -> Identity:
+    from google.protobuf.message import DecodeError
+    from sentencepiece import sentencepiece_model_pb2 as schema
+
+    try:
+        proto = schema.ModelProto.FromString(content)  # type: ignore[attr-defined]
+    except DecodeError as error:
+        raise ValueError(str(error)) from error
+    trainer = proto.trainer_spec
+    names = ("model_type", "byte_fallback", "treat_whitespace_as_suffix")
+    return Identity(
+        {piece.piece: at for at, piece in enumerate(proto.pieces)},
+        {
+            "scores": [piece.score for piece in proto.pieces],
+            "kinds of pieces": [piece.type for piece in proto.pieces],
+            "model": {name: getattr(trainer, name) for name in names},
+            "normalizer": proto.normalizer_spec.SerializeToString(deterministic=True).hex(),
+        },
+    )
+
+
+def _vocabularies(mine: Mapping[str, int], theirs: Mapping[str, int]) -> list[str]:
+    unlike = [token for token in {**theirs, **mine} if mine.get(token) != theirs.get(token)]
+    if not unlike:
+        return []
+    first = min(unlike, key=lambda token: min(mine.get(token, 1 << 60), theirs.get(token, 1 << 60)))
+    said = [
+        str(size) if (size := each.get(first)) is not None else "absent" for each in (theirs, mine)
+    ]
+    return [f"vocabulary: {first!r} is {said[0]}, not {said[1]} ({len(unlike):,} tokens differ)"]
+
+
+def _parts(name: str, mine: Any, theirs: Any) -> list[str]:
+    if mine == theirs:
+        return []
+    if isinstance(mine, list) and isinstance(theirs, list):
+        pairs = zip(mine, theirs, strict=False)
+        at = next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(mine), len(theirs)))
+        return [f"{name}: from number {at} on ({len(theirs):,}, not {len(mine):,})"]
+    if name == "added tokens":
+        unlike = [token for token in {**theirs, **mine} if mine.get(token) != theirs.get(token)]
+        return [f"{name}: {', '.join(map(repr, unlike[:3]))} ({len(unlike)} differ)"]
+    return [f"{name}: {_short(theirs)}, not {_short(mine)}"]
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 120 else text[:117] + "..."
