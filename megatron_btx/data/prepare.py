@@ -38,6 +38,8 @@ from megatron_btx.data.tokenizer import (
     train_tokenizer,
 )
 from megatron_btx.errors import UserError, UserErrors, noted
+from megatron_btx.families.tokenizer_files import place_of
+from megatron_btx.families.tokenizer_identity import differences
 from megatron_btx.files import find_json, sweep, unfinished, write_json
 from megatron_btx.recipe.schema import Recipe
 from megatron_btx.recipe.schema import Tokenizer as Wanted
@@ -175,7 +177,7 @@ def _tokenizer(
     if wanted.path is not None:
         given = read_tokenizer(wanted.path, wanted.type, where="tokenizer.path")
     if seed is not None:
-        given = _seeds_tokenizer(Path(seed), given)
+        given = _seeds_tokenizer(Path(seed), given, wanted.path)
     if given is not None:
         key = given.sha256
     else:
@@ -210,9 +212,9 @@ def _trained(texts: dict[str, DomainText], wanted: Wanted) -> Tokenizer:
             raise errors[0]
 
 
-def _seeds_tokenizer(seed: Path, given: Tokenizer | None) -> Tokenizer:
-    """The tokenizer that lies beside the seed's weights, or the one given, if it fits them. The
-    seed is a checkpoint of Megatron's or a Hugging Face directory."""
+def _seeds_tokenizer(seed: Path, given: Tokenizer | None, path: str | None) -> Tokenizer:
+    """The tokenizer that lies beside the seed's weights, or the one given at ``path``, if it fits
+    them. The seed is a checkpoint of Megatron's or a Hugging Face directory."""
     checkpoint = find_checkpoint(seed)
     theirs = None
     if (checkpoint / "tokenizer").is_dir():
@@ -228,10 +230,11 @@ def _seeds_tokenizer(seed: Path, given: Tokenizer | None) -> Tokenizer:
             f"{checkpoint} comes without its tokenizer",
             "give the tokenizer it was trained with as tokenizer.path",
         )
-    if theirs is not None and tokenizer.sha256 != theirs.sha256:
+    unlike = differences(place_of(checkpoint), Path(path)) if theirs and path else []
+    if unlike:
         raise UserError(
             "tokenizer.path",
-            "is not the tokenizer that the seed was trained with (seed.from)",
+            "is not the tokenizer that the seed was trained with (seed.from): " + "; ".join(unlike),
             "leave tokenizer.path out: the seed's own is taken",
         )
     manifest = _read_json(checkpoint / "manifest.json") or _read_json(checkpoint / "config.json")

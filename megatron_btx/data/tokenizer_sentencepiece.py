@@ -19,8 +19,8 @@ import numpy as np
 import sentencepiece
 
 from megatron_btx.data.tokenizer_base import Tokenizer
-from megatron_btx.data.tokenizer_export import write_huggingface
 from megatron_btx.errors import UserError, UserErrors
+from megatron_btx.families.tokenizer_export import huggingface_files
 from megatron_btx.families.tokenizer_settings import CONFIG, FILES, TokenizerSettings, read_settings
 
 _PLAIN = {
@@ -131,13 +131,13 @@ class SentencePiece(Tokenizer):
         self._save_info(directory)
 
     def save_huggingface(self, directory: str | Path) -> None:  # noqa: D102
-        write_huggingface(
-            self._model,
-            Path(directory),
-            bos_id=self.bos_id,
-            eos_id=self.eos_id,
-            begin_id=self.begin_id,
+        directory = Path(directory)
+        files = huggingface_files(
+            self._model, bos_id=self.bos_id, eos_id=self.eos_id, begin_id=self.begin_id
         )
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            (directory / name).write_bytes(content)
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, *, where: str) -> SentencePiece:

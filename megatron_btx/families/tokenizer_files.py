@@ -9,9 +9,10 @@ from typing import Any
 
 from megatron_btx.errors import UserError
 from megatron_btx.families.fast_tokenizer import begin_token, open_fast
+from megatron_btx.families.tokenizer_export import huggingface_files
 from megatron_btx.families.tokenizer_identity import FAST, SLOW
-from megatron_btx.families.tokenizer_settings import CONFIG, read_settings
-from megatron_btx.files import read_bytes
+from megatron_btx.families.tokenizer_settings import CONFIG, FILES, read_settings
+from megatron_btx.files import find_json, read_bytes
 
 _DEFINING = (("huggingface", FAST), ("sentencepiece", SLOW))
 _TEMPLATES = ("chat_template.jinja", "chat_template.json")
@@ -68,10 +69,7 @@ def _begin(directory: Path, kind: str) -> int | None:
         return begin_token(open_fast(path, settings), str(path))
     if not settings.flag("add_bos_token"):
         return None
-    import sentencepiece
-
-    model = read_bytes(directory / SLOW, _LIMIT)
-    pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+    pieces = _pieces(read_bytes(directory / SLOW, _LIMIT))
     bos = settings.named.get("bos_token")
     at = pieces.bos_id() if bos is None else pieces.piece_to_id(bos.content)
     return at if at >= 0 else None
@@ -91,6 +89,9 @@ def has_chat_template(directory: Path) -> bool:
 def tokenizer_files(directory: Path, *, megatron: bool) -> dict[str, bytes]:
     """The tokenizer of a checkpoint of either format, for a result of either format.
 
+    A SentencePiece model that was trained here has none of the files that ``transformers`` needs:
+    they are written. Everything else is carried along as it is.
+
     Args:
         directory: a Hugging Face directory or a step directory of ours.
         megatron: whether the result is a step directory.
@@ -99,14 +100,46 @@ def tokenizer_files(directory: Path, *, megatron: bool) -> dict[str, bytes]:
         Contents by path within the result; empty where the checkpoint has no tokenizer.
 
     Raises:
-        UserErrors: the files are damaged.
+        UserErrors: the files are damaged, or the model cannot be written for ``transformers``.
     """
     place = place_of(directory)
     names = [name for _, name in _DEFINING] + list(_OTHERS)
     names += [str(path.relative_to(place)) for path in sorted(place.glob(_MORE_TEMPLATES))]
     found = {n: read_bytes(place / n, _LIMIT) for n in names if (place / n).is_file()}
-    described = described_whole(place) if megatron else None
+    if not megatron:
+        return found | (_exported(found[SLOW]) if _is_trained_here(directory) else {})
+    described = described_whole(place)
     if described is None:
         return found
     found[_INFO] = (json.dumps(described, indent=1) + "\n").encode()
     return {f"tokenizer/{name}": content for name, content in found.items()}
+
+
+def token_ids(directory: Path) -> dict[str, int]:
+    """``bos_token_id`` and ``eos_token_id`` of a tokenizer trained here, for ``config.json``."""
+    if not _is_trained_here(directory):
+        return {}
+    pieces = _pieces(read_bytes(place_of(directory) / SLOW, _LIMIT))
+    ids = {"bos_token_id": pieces.bos_id(), "eos_token_id": pieces.eos_id()}
+    return {name: each for name, each in ids.items() if each >= 0}
+
+
+def _is_trained_here(directory: Path) -> bool:
+    """Whether the tokenizer is a SentencePiece model alone, which came from no other directory."""
+    place = place_of(directory)
+    slow = (place / _INFO).is_file() and (place / SLOW).is_file()
+    if not slow or any((place / name).exists() for name in (FAST, *FILES)):
+        return False
+    return not (find_json(directory / "manifest.json") or {}).get("huggingface")
+
+
+def _exported(model: bytes) -> dict[str, bytes]:
+    pieces = _pieces(model)
+    bos = pieces.bos_id() if pieces.bos_id() >= 0 else None
+    return huggingface_files(model, bos_id=bos, eos_id=pieces.eos_id(), begin_id=None)
+
+
+def _pieces(model: bytes) -> Any:
+    import sentencepiece
+
+    return sentencepiece.SentencePieceProcessor(model_proto=model)

@@ -40,25 +40,28 @@ def differences(one: Path, other: Path) -> list[str]:
     A tokenizer.json and a SentencePiece model are compared by their vocabularies alone.
 
     Args:
-        one: a directory with tokenizer.json, tokenizer.model, or both.
+        one: a directory with tokenizer.json, tokenizer.model, or both; or such a file.
         other: likewise.
 
     Raises:
         UserError: a file is damaged.
     """
-    kinds = [{name for name in (FAST, SLOW) if (place / name).is_file()} for place in (one, other)]
-    common = [name for name in (FAST, SLOW) if name in kinds[0] & kinds[1]]
-    pair = [
-        place / (common[0] if common else next(iter(kind)))
-        for place, kind in zip((one, other), kinds, strict=True)
-    ]
+    found = [_files(place) for place in (one, other)]
+    common = [name for name in (FAST, SLOW) if all(name in files for files in found)]
+    pair = [files[common[0]] if common else next(iter(files.values())) for files in found]
     if common and pair[0].read_bytes() == pair[1].read_bytes():
         return []
-    mine, theirs = map(identity, pair)
+    mine, theirs = (identity(path) for path in pair)
     said = _vocabularies(mine.vocabulary, theirs.vocabulary)
     for name in mine.rest if common else ():
         said += _parts(name, mine.rest[name], theirs.rest.get(name))
     return said
+
+
+def _files(place: Path) -> dict[str, Path]:
+    if place.is_file():
+        return {FAST if place.suffix == ".json" else SLOW: place}
+    return {name: place / name for name in (FAST, SLOW) if (place / name).is_file()}
 
 
 def identity(path: Path) -> Identity:
@@ -69,7 +72,7 @@ def identity(path: Path) -> Identity:
     """
     content = read_bytes(path, _LIMIT)
     try:
-        return _fast(content) if path.name == FAST else _slow(content)
+        return _fast(content) if path.suffix == ".json" else _slow(content)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(str(path), f"is damaged: {error!r}"[:300], _AGAIN) from error
 
@@ -135,13 +138,13 @@ def _slow(content: bytes) -> Identity:
 
 
 def _vocabularies(mine: Mapping[str, int], theirs: Mapping[str, int]) -> list[str]:
-    unlike = [token for token in {**theirs, **mine} if mine.get(token) != theirs.get(token)]
+    unlike = [token for token in {**mine, **theirs} if mine.get(token) != theirs.get(token)]
     if not unlike:
         return []
-    first = min(unlike, key=lambda token: min(mine.get(token, 1 << 60), theirs.get(token, 1 << 60)))
-    said = [
-        str(size) if (size := each.get(first)) is not None else "absent" for each in (theirs, mine)
-    ]
+    far = 1 << 60
+    ids = {token: (mine.get(token, far), theirs.get(token, far)) for token in unlike}
+    first = min(unlike, key=lambda token: (min(ids[token]), ids[token]))
+    said = ["absent" if at == far else str(at) for at in reversed(ids[first])]
     return [f"vocabulary: {first!r} is {said[0]}, not {said[1]} ({len(unlike):,} tokens differ)"]
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 
 from megatron_btx.errors import UserError
 from megatron_btx.families import tokenizer_identity
-from megatron_btx.families.tokenizer_files import describe_tokenizer, place_of
+from megatron_btx.families.tokenizer_files import (
+    describe_tokenizer,
+    has_chat_template,
+    place_of,
+)
 from megatron_btx.recipe.count import kv_channels, query_groups
 from megatron_btx.recipe.schema import Model
 from megatron_btx.weights.plan import Checkpoint
@@ -66,6 +70,62 @@ def _differing(one: Checkpoint, other: Checkpoint) -> list[tuple[str, object, ob
             mine = getattr(one.architecture.model, field.name)
             pairs.append((field.name, mine, getattr(other.architecture.model, field.name)))
     return [pair for pair in pairs if pair[1] != pair[2]]
+
+
+def with_tokenizer(models: list[Checkpoint], name: str) -> list[Checkpoint]:
+    """The models as if each came with the tokenizer of one of them, which the user vouches for.
+
+    Raises:
+        UserError: there is no such model, or it has no tokenizer.
+    """
+    if not name:
+        return models
+    chosen = next((model for model in models if model.label == name), None)
+    fix = f"name one of {', '.join(labels_of(models))}, with a tokenizer"
+    if chosen is None:
+        raise UserError("--tokenizer", f"there is no source {name}", fix)
+    tokenizer = chosen.manifest.get("tokenizer")
+    if not tokenizer:
+        raise UserError("--tokenizer", f"{name} comes without a tokenizer", fix)
+    return [replace(one, manifest={**one.manifest, "tokenizer": tokenizer}) for one in models]
+
+
+def speaker_of(models: Sequence[Checkpoint], name: str) -> Checkpoint | None:
+    """The model whose tokenizer and chat template a result gets: the one named, else the first that
+    has any; ``None``: none has."""
+    if name:
+        return next(model for model in models if model.label == name)
+    return next((model for model in models if model.manifest.get("tokenizer")), None)
+
+
+def tokenizer_words(models: Sequence[Checkpoint], name: str) -> list[str]:
+    """Whose tokenizer and chat template a result gets, and what it does not get."""
+    speaker = speaker_of(models, name)
+    if speaker is None or speaker.path is None:
+        return ["tokenizer: none of the sources has one, the result has none either"]
+    said = [f"tokenizer: that of {speaker.label}"]
+    lacking = [model.label for model in models if not model.manifest.get("tokenizer")]
+    if lacking:
+        said.append(f"{', '.join(lacking)} {'has' if len(lacking) == 1 else 'have'} none")
+    have = [m.label for m in models if m.path is not None and has_chat_template(m.path)]
+    if speaker.label in have:
+        said.append("chat template: its own")
+    else:
+        elsewhere = f" ({', '.join(have)} has one: --tokenizer {have[0]})" if have else ""
+        said.append(f"chat template: none{elsewhere}")
+    return ["; ".join(said), *(_vouched(models, speaker) if name else [])]
+
+
+def _vouched(models: Sequence[Checkpoint], speaker: Checkpoint) -> list[str]:
+    """What differs, where the user said that it does not matter."""
+    said = []
+    for other in models:
+        places = [place_of(one.path) for one in (speaker, other) if one.path is not None]
+        there = [place for place in places if describe_tokenizer(place) is not None]
+        if other.label != speaker.label and len(there) == 2:
+            unlike = tokenizer_identity.differences(*there)
+            said += [f"tokenizer of {other.label}, left out: {what}" for what in unlike]
+    return said
 
 
 def _tokenizers(one: Checkpoint, other: Checkpoint) -> list[UserError]:

@@ -22,7 +22,13 @@ from megatron_btx.errors import UserError, UserErrors, noted
 from megatron_btx.families.export import carried, write_hf
 from megatron_btx.families.hf import to_hf
 from megatron_btx.families.open import open_checkpoint
-from megatron_btx.families.tokenizer_files import tokenizer_files
+from megatron_btx.families.tokenizer_files import (
+    described_whole,
+    place_of,
+    token_ids,
+    tokenizer_files,
+)
+from megatron_btx.mix.compatibility import speaker_of, tokenizer_words
 from megatron_btx.mix.plan_of_request import DTYPES, open_sources, plan_of
 from megatron_btx.mix.progress import Watch
 from megatron_btx.mix.request import Request
@@ -37,36 +43,20 @@ from megatron_btx.weights.plan import Checkpoint, Plan
 LINEAGE = "mix.json"
 
 
-@dataclasses.dataclass(frozen=True)
-class Besides:
-    """What goes into a Hugging Face result that no source says in its own words."""
-
-    known: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """Fields of ``config.json``: tokens."""
-    files: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
-    """A tokenizer that had to be written anew."""
-
-
-NOTHING = Besides()
-
-
-def run(
-    request: Request, out: TextIO, revision: str | None = None, besides: Besides = NOTHING
-) -> Plan:
+def run(request: Request, out: TextIO, revision: str | None = None) -> Plan:
     """Do what is asked: print the plan, or write the result.
 
     Args:
         request: what.
         out: where to say so.
         revision: of our code, for the lineage.
-        besides: more of a Hugging Face result.
 
     Raises:
         UserErrors: everything wrong with the request, the sources and their tensors.
     """
     models, plan, execution = _prepared(request)
     if request.dry_run:
-        out.write(describe(plan, request, execution) + "\n")
+        out.write(describe(plan, request, models, execution) + "\n")
         return plan
     destination = Path(request.out)
     with (
@@ -81,7 +71,9 @@ def run(
             watch.finished()
             return hashes.result()
 
-        write(plan, request, models, execution, taken, revision, besides)
+        write(plan, request, models, execution, taken, revision)
+    for line in tokenizer_words(models, request.tokenizer):
+        out.write(line + "\n")
     out.write(f"{destination}: {watch.summary()}\n")
     return plan
 
@@ -155,22 +147,26 @@ def write(
     execution: Execution,
     hashes: Callable[[], Mapping[str, Mapping[str, str]]],
     revision: str | None,
-    besides: Besides = NOTHING,
 ) -> None:
-    """The result in the format asked for, its lineage and the first source's tokenizer with it."""
+    """The result in the format asked for, its lineage and a source's tokenizer with it."""
     destination, shard = Path(request.out), parse_bytes(request.shard, "--shard")
+    speaker = speaker_of(models, request.tokenizer) or models[0]
+    assert speaker.path is not None
+    tokenizer = tokenizer_files(speaker.path, megatron=request.format == "megatron")
+    known = {**token_ids(speaker.path), **carried(speaker)}
+    known.pop("model_type", None)
+    if (of_first := carried(models[0]).get("model_type")) is not None:
+        known["model_type"] = of_first
 
     def files() -> dict[str, bytes]:
-        assert models[0].path is not None
-        found = tokenizer_files(models[0].path, megatron=request.format == "megatron")
         lineage = as_json(lineage_of(plan, request, models, hashes(), revision))
-        return {**found, **besides.files, LINEAGE: lineage}
+        return {**tokenizer, LINEAGE: lineage}
 
     if request.format == "hf":
         write_hf(
             plan,
             destination,
-            known={**besides.known, **carried(models[0])},
+            known=known,
             family=request.family or None,
             fused=request.fused,
             shard=shard,
@@ -189,8 +185,8 @@ def write(
         "step": 0,
         "consumed_samples": 0,
         "tokens": models[0].manifest.get("tokens") if request.method == "copy" else 0,
-        "tokenizer": models[0].manifest.get("tokenizer"),
-        "huggingface": carried(models[0]),
+        "tokenizer": described_whole(place_of(speaker.path)) or speaker.manifest.get("tokenizer"),
+        "huggingface": known if "model_type" in known else {},
         "layout": {},
         "lineage": {"mix": plan.hash, "sources": [str(model.path) for model in models]},
         "has_optimizer": False,
@@ -210,7 +206,7 @@ def _opened(result: Path) -> None:
     open_checkpoint(result, "the result")
 
 
-def describe(plan: Plan, request: Request, execution: Execution) -> str:
+def describe(plan: Plan, request: Request, models: list[Checkpoint], execution: Execution) -> str:
     """What ``--dry-run`` prints."""
     shown = to_hf(plan, fused=request.fused) if request.format == "hf" else plan
     count = parameters(plan.architecture)
@@ -219,6 +215,7 @@ def describe(plan: Plan, request: Request, execution: Execution) -> str:
     return "\n".join(
         [
             shown.describe(),
+            *tokenizer_words(models, request.tokenizer),
             f"{count.total_true_vocab:,} parameters, {count.active:,} active a token",
             f"memory: about {peak / 2**30:.2f} GiB; disk: {plan.nbytes / 2**30:.2f} GiB of "
             f"{free / 2**30:.2f} GiB free",

@@ -12,7 +12,7 @@ from megatron_btx.errors import UserError, UserErrors, noted
 from megatron_btx.families.open import open_checkpoint
 from megatron_btx.files import named_path
 from megatron_btx.mix.average import average
-from megatron_btx.mix.compatibility import disagreements
+from megatron_btx.mix.compatibility import disagreements, with_tokenizer
 from megatron_btx.mix.edit_experts import append, drop
 from megatron_btx.mix.one_model import copy
 from megatron_btx.mix.plan_of_recipe import averaging_of, mix_plan, router_of
@@ -34,6 +34,8 @@ def open_sources(request: Request) -> list[Checkpoint]:
         with noted(errors):
             label = label or name_of(path)
             models.append(open_checkpoint(path, label, request.model))
+    if not errors:
+        models = with_tokenizer(models, request.tokenizer)
     if errors and models and request.method != "append":
         errors += disagreements(models)
     if errors:

@@ -27,6 +27,9 @@ class Request:
     """the Hugging Face family to write, by its model_type (default: the first that computes it)"""
     fused: bool = False
     """stack the experts' tensors as transformers 5 names them (hf; default: one by one)"""
+    tokenizer: str = ""
+    """the source whose tokenizer and chat template the result gets, though those of others differ
+    (default: the first that has one; all must be the same)"""
     dtype: Literal["bf16", "fp32", "fp16"] | None = None
     """of the result; without it, that of the sources"""
     average: tuple[str, ...] = ()

@@ -51,7 +51,7 @@ def check_all(recipe: Recipe, stages: Iterable[Stage]) -> None:
         UserErrors: all that is wrong.
     """
     errors: list[UserError] = []
-    tokenizers: dict[str, str] = {}
+    tokenizers: dict[str, Path] = {}
     for stage in stages:
         source = graph.imported(recipe, stage.name) if stage.kind == "import" else None
         if source in (None, "seed"):
@@ -62,7 +62,7 @@ def check_all(recipe: Recipe, stages: Iterable[Stage]) -> None:
         except UserError as error:
             errors.append(error)
             continue
-        tokenizers[where] = str((manifest.get("tokenizer") or {}).get("sha256"))
+        tokenizers[where] = directory
         if recipe.seed.from_ is None and recipe.tokenizer.path is None:
             errors.append(
                 UserError(
@@ -72,16 +72,30 @@ def check_all(recipe: Recipe, stages: Iterable[Stage]) -> None:
                     f"as `tokenizer: {_tokenizer(directory, manifest)}`",
                 )
             )
-        elif tokenizers[where] != next(iter(tokenizers.values())):
+        elif unlike := _other_tokenizer(next(iter(tokenizers.values())), directory):
             errors.append(
                 UserError(
                     where,
-                    f"{directory} has another tokenizer than {next(iter(tokenizers))}",
+                    f"{directory} has another tokenizer than {next(iter(tokenizers))}: {unlike}",
                     "take models that were trained with one tokenizer",
                 )
             )
     if errors:
         raise UserErrors(errors)
+
+
+def _other_tokenizer(one: Path, other: Path) -> str:
+    """In what the tokenizer of a second checkpoint differs from that of a first."""
+    from megatron_btx.families.tokenizer_files import describe_tokenizer, place_of
+    from megatron_btx.families.tokenizer_identity import differences
+
+    places = [place_of(one), place_of(other)]
+    has = [describe_tokenizer(place) is not None for place in places]
+    if one == other or not any(has):
+        return ""
+    if not all(has):
+        return "one comes without its tokenizer's files"
+    return "; ".join(differences(*places))
 
 
 def link(recipe: Recipe, name: str, run_dir: Path) -> dict[str, Any]:

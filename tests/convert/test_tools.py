@@ -7,6 +7,7 @@ import io
 import json
 import runpy
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -24,13 +25,14 @@ from megatron_btx.families.family import computed
 from megatron_btx.mix import offline
 from megatron_btx.mix.reference import verify
 from megatron_btx.mix.request import Request
-from megatron_btx.pipeline import import_checkpoint
+from megatron_btx.pipeline import graph, import_checkpoint
 from megatron_btx.recipe.load import load_recipe
 from megatron_btx.recipe.schema import Model, Recipe
 from megatron_btx.weights.megatron import open_megatron
 from megatron_btx.weights.megatron_lm_args import architecture_of
 from megatron_btx.weights.source import read_whole
 from tests.families.made import make
+from tests.families.tokenizers_made import llama3
 
 transformers = pytest.importorskip("transformers")
 
@@ -239,6 +241,43 @@ def test_a_recipe_begins_with_a_hugging_face_directory(tmp_path, taking, release
     summary = prepare(taking, tmp_path / "prepare")
     assert summary["tokenizer"]["type"] == "huggingface"
     assert summary["tokenizer"]["sha256"] == opened.manifest["tokenizer"]["sha256"]
+
+
+@pytest.mark.parametrize("file", ["", "/tokenizer.json"])
+def test_a_recipe_may_name_the_seed_s_tokenizer(tmp_path, taking, released, file):
+    """As a directory or a file, without saying that it is Hugging Face's."""
+    block = f"tokenizer: {{path: {released}{file}, vocab_size: 512}}\n"
+    (tmp_path / "named.yaml").write_text(block + (tmp_path / "recipe.yaml").read_text())
+    recipe = load_recipe(tmp_path / "named.yaml")
+    summaries = [prepare(each, tmp_path / f"p{at}") for at, each in enumerate((taking, recipe))]
+    assert summaries[0] == summaries[1]
+    other = tmp_path / "other"
+    llama3(other)
+    named = replace(recipe, tokenizer=replace(recipe.tokenizer, path=str(other)))
+    with pytest.raises(UserError, match="is not the tokenizer that the seed was trained with") as e:
+        prepare(named, tmp_path / "p2")
+    assert "vocabulary: " in e.value.what
+
+
+def test_experts_of_one_tokenizer_in_other_bytes_are_taken(tmp_path, taking, released):
+    again = tmp_path / "again"
+    shutil.copytree(released, again)
+    raw = json.loads((again / "tokenizer.json").read_text())
+    raw["model"]["merges"] = [" ".join(pair) for pair in raw["model"]["merges"]]
+    (again / "tokenizer.json").write_text(json.dumps(raw))
+    text = (tmp_path / "recipe.yaml").read_text()
+    more = f"experts: {{more: {{from: {again}}}, web: "
+    (tmp_path / "two.yaml").write_text(text.replace("experts: {web: ", more))
+    recipe = load_recipe(tmp_path / "two.yaml")
+    stages = graph.build(recipe)
+    import_checkpoint.check_all(recipe, stages)
+    raw["normalizer"] = None
+    (again / "tokenizer.json").write_text(json.dumps(raw))
+    with pytest.raises(UserError, match="has another tokenizer than .*: normalizer: "):
+        import_checkpoint.check_all(recipe, stages)
+    (again / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="one comes without its tokenizer's files"):
+        import_checkpoint.check_all(recipe, stages)
 
 
 def test_a_block_of_another_model_is_refused(taking):

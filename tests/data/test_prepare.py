@@ -25,6 +25,7 @@ from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.recipe.schema import Domain, Model, Recipe, Tokenizer, Training
 from tests.data.conftest import TINY
 from tests.data.oracle import texts
+from tests.families.tokenizers_made import qwen
 
 Prepared = tuple[Recipe, Path]
 
@@ -219,7 +220,10 @@ def test_given_and_inherited_tokenizers(prepared: Prepared, tmp_path: Path) -> N
     (step / "manifest.json").write_text(json.dumps({"vocab_size": 400}))
     with pytest.raises(UserError, match="512 tokens, the model's vocabulary 400"):
         prepare(recipe_of(domains, seed=seed), tmp_path / "small")
-    other = Tokenizer(type="huggingface", path=str(tmp_path / "hf"))
+    (step / "manifest.json").write_text(json.dumps({"vocab_size": 512}))
+    named = {"tokenizer": kinds["hf"]["tokenizer"], "seed": seed}  # the seed's, as it was exported
+    prepare(recipe_of(domains, **named), tmp_path / "named")
+    other = Tokenizer(type="huggingface", path=str(qwen(tmp_path / "qwen")))
     with pytest.raises(UserError, match="not the tokenizer that the seed"):
         prepare(recipe_of(domains, seed=seed, tokenizer=other), tmp_path / "other")
     (tmp_path / "bare" / "step_00000001").mkdir(parents=True)

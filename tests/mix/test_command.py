@@ -122,25 +122,6 @@ def test_verify_upcycling(sources, tmp_path, name):
     assert btx("verify", tmp_path / "m")[0] == 0
 
 
-def test_the_tokenizer_comes_along(sources, tmp_path):
-    source = tmp_path / "code"
-    shutil.copytree(sources / "hf" / "code", source)
-    (source / "tokenizer.json").write_text("{}")
-    (source / "tokenizer_config.json").write_text('{"eos_token": "x"}')
-    moe, back = tmp_path / "moe", tmp_path / "back"
-    words = ["--method", "upcycle", "--copies", "2", "--format", "megatron", "--out", moe]
-    btx("mix", "--sources", source, *words)
-    info = json.loads((moe / "tokenizer" / "tokenizer_info.json").read_text())
-    assert info == json.loads((moe / "manifest.json").read_text())["tokenizer"]
-    assert info["sha256"] == hashlib.sha256(b"{}").hexdigest()
-    btx("mix", "--method", "copy", "--sources", moe, "--out", back)
-    assert (back / "tokenizer_config.json").read_text() == '{"eos_token": "x"}'
-    (source / "tokenizer.json").write_text("[]")
-    pair = ["--sources", f"a={source}", f"b={back}", "--method", "append", "--out", tmp_path / "no"]
-    with pytest.raises(UserError, match="tokenizer sha256"):
-        btx("mix", *pair)
-
-
 def test_a_copy_was_trained_on_what_its_source_was(sources, tmp_path):
     """A Hugging Face model does not say on how many tokens."""
     source = tmp_path / "code"

@@ -28,6 +28,7 @@ def main() -> int:
 
 def _run(given: Arguments) -> None:
     from megatron_btx.families.hf import read_config
+    from megatron_btx.families.tokenizer_files import describe_tokenizer
 
     family, architecture, _ = read_config(Path(given.source))
     if given.out:
@@ -35,6 +36,8 @@ def _run(given: Arguments) -> None:
     sys.stdout.write(f"# {family.model_type}, vocabulary {architecture.vocab_size:,}\n")
     if architecture.experts:
         sys.stdout.write("# a mixture of experts: recipes begin with dense models\n")
+    if describe_tokenizer(Path(given.source)) is not None:
+        sys.stdout.write("# its tokenizer comes with `seed: {from: ...}`: leave `tokenizer:` out\n")
     sys.stdout.write(model_block(architecture.model))
 
 

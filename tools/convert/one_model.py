@@ -5,14 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from megatron_btx.errors import UserError
 from megatron_btx.mix.request import Request
 from megatron_btx.provenance import code_revision
-
-if TYPE_CHECKING:
-    from megatron_btx.mix.offline import Besides
 
 
 class Arguments(argparse.Namespace):
@@ -49,10 +46,8 @@ def reported(work: Callable[[], None]) -> int:
     return 0
 
 
-def convert(
-    given: Arguments, form: Literal["hf", "megatron"], besides: Besides | None = None
-) -> None:
-    """Copy the checkpoint that the command line names into ``form``; ``besides``: more of it."""
+def convert(given: Arguments, form: Literal["hf", "megatron"]) -> None:
+    """Copy the checkpoint that the command line names into ``form``."""
     from megatron_btx.mix import offline
 
     options: dict[str, Any] = {
@@ -66,4 +61,4 @@ def convert(
         family=given.format,
         **options,
     )
-    offline.run(request, sys.stdout, code_revision(), besides or offline.NOTHING)
+    offline.run(request, sys.stdout, code_revision())

@@ -7,7 +7,6 @@ text, and rebuilds Llama tokenizers with settings of its own. Tests compare the 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import sentencepiece
@@ -17,14 +16,13 @@ from megatron_btx.errors import UserError
 _SPACE = "\u2581"
 
 
-def write_huggingface(
-    model: bytes, directory: Path, *, bos_id: int | None, eos_id: int, begin_id: int | None
-) -> None:
-    """Write tokenizer.json, tokenizer_config.json and tokenizer.model to ``directory``.
+def huggingface_files(
+    model: bytes, *, bos_id: int | None, eos_id: int, begin_id: int | None
+) -> dict[str, bytes]:
+    """tokenizer.json, tokenizer_config.json and tokenizer.model that give the same ids.
 
     Args:
         model: the bytes of a SentencePiece model.
-        directory: is made.
         bos_id: its begin token, by name.
         eos_id: its end token.
         begin_id: what is put before a text where special tokens are asked for.
@@ -79,10 +77,11 @@ def write_huggingface(
         "unk_token": unknown,
         **{name: pieces.id_to_piece(i) for name, i in names.items() if i is not None and i >= 0},
     }
-    directory.mkdir(parents=True, exist_ok=True)
-    _write(directory / "tokenizer.json", tokenizer)
-    _write(directory / "tokenizer_config.json", config)
-    (directory / "tokenizer.model").write_bytes(model)
+    return {
+        "tokenizer.json": _json(tokenizer),
+        "tokenizer_config.json": _json(config),
+        "tokenizer.model": model,
+    }
 
 
 def _template(
@@ -165,5 +164,5 @@ def _added(id_: int, content: str) -> dict[str, Any]:
     return {"id": id_, "content": content, **flags, "special": True}
 
 
-def _write(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+def _json(content: dict[str, Any]) -> bytes:
+    return (json.dumps(content, ensure_ascii=False, indent=1) + "\n").encode()
