@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from pathlib import Path
 
@@ -12,8 +13,12 @@ from torch import Tensor
 from megatron_btx.evaluate import btm
 from megatron_btx.evaluate.model_spec import Subject
 from megatron_btx.evaluate.tfidf import TfIdf
+from megatron_btx.mix import offline
+from megatron_btx.mix.request import Request
 from megatron_btx.recipe.schema import Layout
 from tests.evaluate import made, ranks_side
+from tests.families import made as families
+from tests.families import tokenizers_made
 from tests.ranks import Ranks
 
 pytest.importorskip("transformers")
@@ -179,6 +184,39 @@ def test_loss_on_any_text(here: Path, ranks: Ranks) -> None:
             )
     assert set(found[2]["weights"]["x"]) == {"a", "b", "c"}
     assert found[2]["models_per_token"] == 3
+
+
+@pytest.mark.parametrize("name", ["Llama 3", "Qwen"])
+def test_a_model_has_one_loss_read_as_either_format(
+    here: Path, ranks: Ranks, tmp_path: Path, name: str
+) -> None:
+    """Behind the begin token of its tokenizer, asked by ``transformers``."""
+    import transformers
+
+    model = families.make("llama", tmp_path / "hf", vocab_size=512, max_position_embeddings=32)
+    tokenizers_made.MADE[name][0](tmp_path / "hf")
+    request = Request(
+        sources=(f"m={tmp_path / 'hf'}",), out=str(tmp_path / "m"), method="copy", format="megatron"
+    )
+    offline.run(request, io.StringIO())
+    subjects = [one(tmp_path / "hf"), one(tmp_path / "m")]
+    (found,) = ranks.run(ranks_side.data, 1, subjects, ONE, {"x": [str(here / "x.jsonl")]})
+    losses = [each["data"]["x"]["nats_per_token"] for each in found]
+    assert losses[0] == losses[1]
+
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    start = theirs("a")["input_ids"][0]
+    stream = [start if start == theirs.bos_token_id else theirs.eos_token_id]
+    assert (stream[0] == theirs.bos_token_id) == (name == "Llama 3")
+    for text in made.TEXTS["x"]:
+        stream += [*theirs(text, add_special_tokens=False)["input_ids"], theirs.eos_token_id]
+    nats = 0.0
+    for at in range(0, len(stream) - 1, 32):
+        window = torch.tensor(stream[at : at + 33])
+        with torch.no_grad():
+            logits = model(window[None, :-1]).logits[0].double()
+        nats += float(torch.nn.functional.cross_entropy(logits, window[1:], reduction="sum"))
+    assert losses[0] == pytest.approx(nats / (len(stream) - 1), abs=1e-5)
 
 
 def test_generation(here: Path, ranks: Ranks) -> None:
