@@ -13,12 +13,42 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from megatron_btx.errors import UserError
-from megatron_btx.families.harmless import HARMLESS
 from megatron_btx.families.hf_routing import Gates
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.count import expert_width, kv_channels, query_groups, windows
 
 OTHER = "convert a model whose config.json has no such value"
+
+_IGNORED = {
+    "where the model comes from": """
+        architectures model_type _name_or_path name_or_path model_name transformers_version
+        _commit_hash unsloth_version unsloth_fixed is_llama_config transformers.js_config
+    """,
+    "how it is run, not what it computes": """
+        torch_dtype dtype use_cache return_dict output_hidden_states output_attentions torchscript
+        _attn_implementation _attn_implementation_autoset attn_implementation
+        chunk_size_feed_forward use_bfloat16 is_encoder_decoder is_decoder pruned_heads
+        add_cross_attention tie_encoder_decoder cross_attention_hidden_size problem_type
+        id2label label2id finetuning_task task_specific_params tf_legacy_loss
+        gradient_checkpointing use_reentrant_checkpointing
+    """,
+    "tokens and generation": """
+        bos_token_id eos_token_id pad_token_id sep_token_id unk_token_id prefix
+        decoder_start_token_id tokenizer_class max_length min_length do_sample
+        temperature top_k top_p typical_p repetition_penalty length_penalty
+        num_beams num_beam_groups num_return_sequences diversity_penalty
+        no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids early_stopping
+        exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
+        forced_bos_token_id forced_eos_token_id remove_invalid_values output_scores
+        return_dict_in_generate
+    """,
+    "training alone": "output_router_logits router_aux_loss_coef neftune_noise_alpha",
+    "products in pieces: another rounding": "pretraining_tp",
+    "how long the texts of training were; nothing reads it": "max_sequence_length",
+}
+"""Reason -> keys that change nothing of what a model computes from tokens."""
+HARMLESS = frozenset(key for keys in _IGNORED.values() for key in keys.split())
+"""Those keys. An unknown one that is null, false or empty counts as absent."""
 
 
 @dataclass
@@ -112,6 +142,25 @@ class Fixed:
     def write(self, architecture: Architecture) -> dict[str, Any]:
         """The value."""
         return {self.key: self.value}
+
+
+@dataclass(frozen=True)
+class Stated:
+    """A key that no implementation reads and some makers write: it must say what is computed
+    anyway. It is not written."""
+
+    key: str
+    value: Any
+
+    def read(self, reading: Reading) -> None:
+        """Nothing else than the value."""
+        found = reading.take(self.key, self.value)
+        if found != self.value:
+            reading.refuse(f"{self.key} is {found!r}; only {self.value!r} is computed")
+
+    def write(self, architecture: Architecture) -> dict[str, Any]:
+        """Nothing."""
+        return {}
 
 
 @dataclass(frozen=True)
@@ -227,8 +276,13 @@ class Window:
         seen = reading.take("sliding_window")
         if "sliding_window" not in reading.config:
             seen = self.absent
-        if self.switch and not reading.take("use_sliding_window", False):
-            seen = None
+        if self.switch:
+            first = reading.take("max_window_layers", 0)
+            if not reading.take("use_sliding_window", False):
+                seen = None
+            elif first != 0:
+                what = f"use_sliding_window is on and max_window_layers {first!r}"
+                reading.refuse(f"{what}: the versions of transformers disagree about what it means")
         if seen is not None:
             reading.model["window_size"] = (int(seen) - 1, 0)
 

@@ -10,6 +10,7 @@ from megatron_btx.families.config import (
     Part,
     Positions,
     Rope,
+    Stated,
     Tied,
     Window,
 )
@@ -46,6 +47,8 @@ LLAMA = Family(
         Rope(1e4),
         Fixed("attention_bias", False),
         Fixed("mlp_bias", False),
+        Stated("rope_interleaved", False),  # SmolLM2
+        Stated("activation", "swiglu"),  # Falcon3
     ),
 )
 MISTRAL = Family(
