@@ -105,7 +105,7 @@ def test_a_link_of_the_hub_s_cache_is_followed(models, tmp_path):
 @pytest.mark.parametrize("content", ["[", "[" * 100_000, "[]", "{}", '{"weight_map": []}', "7"])
 def test_a_damaged_index_is_one_error(tmp_path, content):
     (tmp_path / INDEX).write_text(content)
-    with pytest.raises(UserError, match="not JSON|has no weight_map") as caught:
+    with pytest.raises(UserError, match="JSON|has no weight_map") as caught:
         weight_files(tmp_path)
     assert caught.value.where == str(tmp_path / INDEX)
     assert len(str(caught.value)) < 1000
