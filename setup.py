@@ -39,6 +39,7 @@ setup(
         # Parquet, Arrow and Zstandard.
         "data": ["pyarrow"],
         "hf": ["transformers>=4.57", "tokenizers"],
+        "figures": ["resvg-py>=0.5"],
         # Exactly: we build its tasks ourselves, which is not part of its promised interface.
         "eval": ["lm-eval==0.4.13"],
         # NVIDIA Apex is built from source and detected; the package called apex on the index is
@@ -51,6 +52,7 @@ setup(
             "pyarrow",
             "pytest",
             "pytest-xdist",
+            "resvg-py>=0.5",
             "ruff",
             "types-PyYAML",
         ],

@@ -45,6 +45,17 @@ def recipe_command(commands: Any, name: str, what: str, epilog: str) -> argparse
     return parser
 
 
+def add_format_flag(parser: argparse.ArgumentParser, what: str) -> None:
+    """``--format``, which may be repeated."""
+    parser.add_argument(
+        "--format",
+        choices=["svg", "png", "csv"],
+        action="append",
+        default=[],
+        help=f"write {what} for a paper (may be repeated): a picture, or its numbers",
+    )
+
+
 def renamed(parser: argparse.ArgumentParser, old: str, new: str) -> None:
     """Let flag ``old`` stand for ``new`` in this release, with a hint on the standard error.
 

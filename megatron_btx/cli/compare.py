@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_btx.cli import model_flags
-from megatron_btx.cli.common import command
+from megatron_btx.cli.common import add_format_flag, command
 from megatron_btx.errors import UserError
 from megatron_btx.files import check_directory, written
 from megatron_btx.pipeline import eval_ranks
-from megatron_btx.report import comparison, comparison_page, comparison_runs
+from megatron_btx.report import comparison, comparison_page, comparison_runs, figures
 from megatron_btx.report.text_tables import tasks_table
 
 _EPILOG = """examples:
@@ -22,6 +22,7 @@ _EPILOG = """examples:
   btx compare examples/systems --base my/base.yaml    the same systems of another base
   btx compare dense.yaml btx.yaml --seeds 3           mean and spread over three random seeds
   btx compare examples/systems --tasks arc_easy=test.jsonl --limit 200    and their scores on tasks
+  btx compare examples/systems --format svg           and the picture, as compare.svg
   btx compare examples/systems --dry-run              what is done, shared and left
 
 What several recipes have in common (the seed, an expert) is trained once. Run it again after an
@@ -45,6 +46,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--seeds", metavar="N", type=int, default=1, help="random seeds (1)")
     model_flags.add_task_flags(parser)
     parser.add_argument("--out", metavar="DIR", type=Path, help="where the comparison goes")
+    add_format_flag(parser, "score against compute")
     parser.add_argument("--dry-run", action="store_true", help="print what is left, do nothing")
     parser.add_argument("--json", action="store_true", help="print compare.json, no table")
     parser.set_defaults(run=run)
@@ -59,6 +61,7 @@ def run(options: argparse.Namespace) -> int:
     runs = comparison_runs.runs_of(files, options.base, options.seeds)
     out = options.out or _common([one.run_dir for one in runs])
     check_directory(out)
+    formats = figures.check_formats(options.format, out)
     asked = model_flags.tasks_of(options)  # before hours of training: a file may not be there
     if options.dry_run:
         comparison_runs.print_left(runs)
@@ -77,6 +80,8 @@ def run(options: argparse.Namespace) -> int:
     _write(out / "compare.json", text)
     _write(out / "compare.md", comparison.markdown(made) + (table and f"\n```\n{table}```\n"))
     _write(out / "compare.html", comparison_page.render(made, out.name or "systems", table))
+    for path in figures.save_all([figures.of_comparison(made)], formats, out):
+        sys.stderr.write(f"figure: {path}\n")
     if options.json:
         sys.stdout.write(text)
     else:

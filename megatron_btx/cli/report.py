@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_btx.cli.common import open_recipe, recipe_command
+from megatron_btx.cli.common import add_format_flag, open_recipe, recipe_command
 from megatron_btx.errors import UserError
 from megatron_btx.evaluate.results import Results
 
@@ -22,25 +22,39 @@ def add_parser(commands: Any) -> None:
         "print the final table of a run and write its page anew",
         "examples:\n"
         "  btx report examples/demo/recipe.yaml\n"
-        "  btx report recipe.yaml --json | python -m json.tool\n\n"
+        "  btx report recipe.yaml --json | python -m json.tool\n"
+        "  btx report recipe.yaml --format svg --format csv --out figures\n\n"
         "While a run is still on its way, the page shows what there is.",
     )
     parser.add_argument("--json", action="store_true", help="print results.json instead")
+    add_format_flag(parser, "losses, compute and routing")
+    parser.add_argument(
+        "--out", metavar="DIR", type=Path, help="where they go (figures/ in the run's directory)"
+    )
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Write the page and print the table; the exit code."""
-    from megatron_btx.report import page
+    from megatron_btx.report import figures, page, run_data
 
-    recipe, run_dir, _ = open_recipe(options.recipe)
+    if options.out is not None and not options.format:
+        raise UserError("--out", "is where figures go", "say which: --format svg")
+    if figures.suffix(options.out):
+        raise UserError("--out", "there are several figures", "give the name of a directory")
+    formats = figures.check_formats(options.format, options.out)
+    recipe, run_dir, stages = open_recipe(options.recipe)
     again = f"btx run {shlex.quote(options.recipe)}"
     if not run_dir.is_dir():
         raise UserError(str(run_dir), "nothing has been run", again)
     results = Results.read(run_dir)
     if options.json and results is None:
         raise UserError(str(run_dir), "has no results yet", again)
-    written = page.write(recipe, run_dir)
+    written = page.write(recipe, run_dir, stages)
+    if formats:
+        found = figures.of_run(run_data.gather(recipe, run_dir, stages))
+        paths = figures.save_all(found, formats, options.out or run_dir / "figures")
+        sys.stderr.write("".join(f"figure: {path}\n" for path in paths))
     if options.json and results is not None:
         sys.stdout.write(json.dumps(results.to_json(), indent=1) + "\n")
         return 0

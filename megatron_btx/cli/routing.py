@@ -9,22 +9,26 @@ from pathlib import Path
 from typing import Any
 
 from megatron_btx.cli import model_flags
-from megatron_btx.cli.common import command
+from megatron_btx.cli.common import add_format_flag, command
 from megatron_btx.errors import UserError
 from megatron_btx.evaluate import model_spec
 from megatron_btx.evaluate.model_spec import Subject
-from megatron_btx.files import check_directory, written
+from megatron_btx.files import written
 from megatron_btx.pipeline import eval_ranks
+from megatron_btx.report import figures
 from megatron_btx.report.routing import RoutingView, log, of_run, page, table
 
 _EPILOG = """examples:
   btx routing runs/demo                          before and after its finetuning
   btx routing runs/demo runs/demo-no-balance     with and without the balance loss, side by side
   btx routing runs/demo/finetune HF_MIXTRAL --data code=code.jsonl web=web.jsonl
-  btx routing runs/demo --out routing --wandb offline
+  btx routing runs/demo/finetune                 its last checkpoint, on the run's held-out text
+  btx routing runs/demo --out routing.svg        a figure for a paper; .png and .csv likewise
+  btx routing runs/demo --out routing --format csv --wandb offline
 
 A run has measured its routing on its own held-out text while it trained: nothing is computed. A
-checkpoint (a step or stage directory, a Hugging Face model) is measured on --data."""
+checkpoint (a step or stage directory, a Hugging Face model) is measured on --data, one of a run
+without --data on the run's held-out text."""
 
 
 def add_parser(commands: Any) -> None:
@@ -41,7 +45,13 @@ def add_parser(commands: Any) -> None:
     )
     model_flags.add_text_flags(parser, "NAME=FILE[,FILE]", "text to measure checkpoints on")
     model_flags.add_model_flags(parser)
-    parser.add_argument("--out", metavar="DIR", type=Path, help="write routing.json and .html")
+    parser.add_argument(
+        "--out",
+        metavar="PATH",
+        type=Path,
+        help="a directory for routing.json and .html, or a file: routing.svg, .png or .csv",
+    )
+    add_format_flag(parser, "the heatmaps")
     parser.add_argument(
         "--wandb", choices=["offline", "online"], help="log table and page to Weights & Biases"
     )
@@ -52,13 +62,14 @@ def add_parser(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """The command; its exit code."""
     model_flags.check_numbers(options)
-    if options.out is not None:
-        check_directory(options.out)
+    formats = figures.check_formats(options.format, options.out)
     runs = [Path(source) for source in options.sources if _is_run(Path(source))]
     others = [source for source in options.sources if not _is_run(Path(source))]
     subjects = model_spec.parse(others)
-    if subjects and not options.data:
-        raise UserError(others[0], "is a checkpoint", "say on what to measure it: --data NAME=FILE")
+    of_no_run = [one.name for one in subjects if model_spec.run_of(one.first) is None]
+    if of_no_run and not options.data:
+        what = "is a checkpoint of no run"
+        raise UserError(of_no_run[0], what, "say on what to measure it: --data NAME=FILE")
     views = [view for run_dir in runs for view in of_run(run_dir)]
     if subjects:
         try:
@@ -68,16 +79,20 @@ def run(options: argparse.Namespace) -> int:
     if not views:  # a rank that is not the first
         return 0
     text = json.dumps([view.as_json() for view in views]) + "\n"
-    if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
+    directory = None if figures.suffix(options.out) else options.out
+    if directory is not None:
+        directory.mkdir(parents=True, exist_ok=True)
         for name, content in (("routing.json", text), ("routing.html", page(views))):
-            with written(options.out / name) as file:
+            with written(directory / name) as file:
                 file.write(content)
+    if formats:
+        made = figures.save_all([figures.of_routing(views)], formats, options.out or Path())
+        sys.stderr.write("".join(f"figure: {path}\n" for path in made))
     if options.wandb is not None:
-        log(views, options.wandb, options.out or Path())
+        log(views, options.wandb, directory or Path())
     sys.stdout.write(text if options.json else "\n".join(map(table, views)))
-    if options.out is not None and not options.json:
-        sys.stdout.write(f"page: {options.out / 'routing.html'}\n")
+    if directory is not None and not options.json:
+        sys.stdout.write(f"page: {directory / 'routing.html'}\n")
     return 0
 
 

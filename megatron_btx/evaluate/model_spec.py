@@ -52,6 +52,14 @@ class Subject:
         return next(iter(self.models.values()))
 
 
+def run_of(checkpoint: Path) -> Path | None:
+    """The run whose directory a checkpoint (a step's directory, an export) lies in."""
+    for place in list(checkpoint.absolute().parents)[:4]:
+        if (place / "recipe.yaml").is_file() and (place / "prepare").is_dir():
+            return place
+    return None
+
+
 def parse(words: list[str]) -> list[Subject]:
     """Subjects of a command line.
 

@@ -6,13 +6,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from megatron_btx.data.heldout import Sample
+from megatron_btx.data.mixture import held_out
 from megatron_btx.errors import UserError
 from megatron_btx.evaluate.heldout import evaluate
 from megatron_btx.evaluate.loss_on_text import Setting, min_length, packed, whole_sequences
-from megatron_btx.evaluate.model_spec import Subject
+from megatron_btx.evaluate.model_spec import Subject, run_of
 from megatron_btx.evaluate.models import load, opened
 from megatron_btx.evaluate.predictor import NO_PROGRESS
 from megatron_btx.evaluate.sample_top1_mode import expert_choice
+from megatron_btx.recipe.load import load_recipe
 
 
 def measure(
@@ -25,7 +28,8 @@ def measure(
 
     Args:
         subject: an MoE.
-        data: by name, JSONL files; whole sequences of them count.
+        data: by name, JSONL files; whole sequences of them count. None: the held-out text of the
+            run that the checkpoint is of.
         setting: how.
         progress: told how much is done.
 
@@ -41,7 +45,12 @@ def measure(
     if not architecture.experts:
         raise UserError(subject.name, "is a dense model: it routes nothing", "give an MoE")
     seq_length = min_length({"model": checkpoint}, setting)
-    texts = packed(subject, data, setting, seq_length)
+    texts: Mapping[str, Sequence[Sample]]
+    if data:
+        given = packed(subject, data, setting, seq_length)
+        texts = {name: whole_sequences(name, text) for name, text in given.items()}
+    else:
+        texts = _held_out(subject, setting)
     live = load(checkpoint, setting.layout, setting.precision, setting.random_seed)
     result: dict[str, Any] = {
         "experts": list(architecture.experts),
@@ -50,11 +59,25 @@ def measure(
         "gate": {},
     }
     for number, (name, text) in enumerate(texts.items(), 1):
-        whole = whole_sequences(name, text)
-        found = evaluate(live.module, {name: whole}, micro_batch_size=setting.micro_batch_size)
+        found = evaluate(live.module, {name: text}, micro_batch_size=setting.micro_batch_size)
         assert found.load is not None
         assert found.gate is not None
         result["load"] |= found.load
         result["gate"] |= found.gate
         progress(number / len(texts))
     return result
+
+
+def _held_out(subject: Subject, setting: Setting) -> Mapping[str, Sequence[Sample]]:
+    """The run's, as its own evaluation reads it.
+
+    Raises:
+        UserError: the checkpoint is of no run, or other sequences are asked for.
+    """
+    run_dir = run_of(subject.first)
+    if run_dir is None:
+        raise UserError(subject.name, "is of no run", "say on what to measure it: --data NAME=FILE")
+    if setting.seq_length is not None:
+        raise UserError("--seq-length", "is the run's own here", "leave it out, or give --data")
+    recipe = load_recipe(run_dir / "recipe.yaml")
+    return held_out(recipe, run_dir, tokens=setting.tokens or recipe.evaluate.tokens)

@@ -7,6 +7,7 @@ pixels at the picture's natural width. Every mark carries its numbers in a ``<ti
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -204,37 +205,54 @@ def picture(width: float, height: float, name: str, *content: Markup) -> Markup:
     return element("svg", *content, viewBox=box, role="img", aria_label=name)
 
 
-Panel = tuple[str, Markup, tuple[float, float]]
-"""A title, a picture, and its width and height."""
+Group = tuple[str, Sequence[tuple[str, Markup]]]
+"""A heading (may be empty), and pictures with their titles."""
 
 
-def figure(panels: Sequence[Panel], legend: Sequence[tuple[str, str]] = (), across: int = 4) -> str:
+def figure(groups: Sequence[Group], legend: Sequence[tuple[str, str]] = (), across: int = 4) -> str:
     """Pictures side by side as one SVG file, whole in itself.
 
     Args:
-        panels: the pictures, in rows of ``across``.
+        groups: the pictures, of each group in rows of ``across``.
         legend: of lines, (label, style); drawn above them.
         across: pictures in a row.
     """
-    wide = max(width for _, _, (width, _) in panels)
-    tall = max(height for _, _, (_, height) in panels)
+    sizes = [_size(picture) for _, panels in groups for _, picture in panels]
+    wide, tall = (max(side) for side in zip(*sizes, strict=True))
+    columns = min(across, max(len(panels) for _, panels in groups))
     gap, head = 16, 18
-    columns = min(across, len(panels))
-    width = gap + columns * (wide + gap)
-    parts = [element("rect", class_="paper", width="100%", height="100%")]
-    marks, top = _legend(legend, gap, width)
-    parts += marks
-    for index, (title, shown, (own_width, own_height)) in enumerate(panels):
-        x = gap + index % columns * (wide + gap)
-        y = top + index // columns * (tall + head + gap)
-        sized = Markup(f'<svg x="{x:g}" y="{y + head:g}" width="{own_width:g}" '
-                       f'height="{own_height:g}"') + shown.removeprefix("<svg")  # fmt: skip
-        parts += [text(title, "mark", x, y + 10), sized]
-    rows = -(-len(panels) // columns)
-    return document(width, top + rows * (tall + head + gap), *parts, style=picture_sheet())
+    longest = max(len(heading) for heading, _ in groups)
+    width = max(gap + columns * (wide + gap), 2 * gap + 7.2 * longest)
+    parts, y = _legend(legend, gap, width)
+    for heading, panels in groups:
+        if heading:
+            parts.append(text(heading, "mark", gap, y + 14))
+            y += 26
+        for index, (title, picture) in enumerate(panels):
+            x = gap + index % columns * (wide + gap)
+            at = y + index // columns * (tall + head + gap)
+            parts += [text(title, "tick", x, at + 10), _placed(picture, x, at + head)]
+        y += -(-len(panels) // columns) * (tall + head + gap)
+    paper = element("rect", class_="paper", width="100%", height="100%")
+    return document(width, y, paper, *parts, style=picture_sheet()) + "\n"
 
 
-def _legend(rows: Sequence[tuple[str, str]], left: float, width: float) -> tuple[list[Markup], int]:
+def _size(picture: Markup) -> tuple[float, float]:
+    found = re.match(r'<svg viewBox="0 0 ([\d.]+) ([\d.]+)"', picture)
+    assert found is not None
+    return float(found[1]), float(found[2])
+
+
+def _placed(picture: Markup, x: float, y: float) -> Markup:
+    """A picture in another one, at its natural size."""
+    width, height = _size(picture)
+    place = f'<svg x="{x:g}" y="{y:g}" width="{width:g}" height="{height:g}"'
+    return Markup(place) + Markup(str(picture).removeprefix("<svg"))
+
+
+def _legend(
+    rows: Sequence[tuple[str, str]], left: float, width: float
+) -> tuple[list[Markup], float]:
     """Its marks, and where they end."""
     parts: list[Markup] = []
     x, y = left, 22

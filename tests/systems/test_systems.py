@@ -255,6 +255,20 @@ def test_the_comparison(systems: Systems, tmp_path: Path) -> None:
     assert all(name in page for name in names)
 
 
+def test_the_routing_of_a_stage_on_its_own_runs_text(
+    systems: Systems, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Without --data: the shares that the run's evaluation has measured."""
+    run = systems["btx_top2"]
+    assert main(["routing", str(run.run_dir / "finetune"), "--json"]) == 0
+    (view,) = json.loads(capfd.readouterr().out)
+    wanted = results(run)["btx"]
+    for measure in ("load", "gate"):
+        for domain, matrix in wanted[measure].items():
+            found = torch.tensor(view[measure][domain])
+            torch.testing.assert_close(found, torch.tensor(matrix), atol=2e-3, rtol=0)
+
+
 def test_the_command(systems: Systems, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It runs what is left (the pages) and prints the table; asked again, it runs nothing."""
     base = systems["seed"].run_dir.parents[1] / "base.yaml"

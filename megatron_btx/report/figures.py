@@ -1,0 +1,195 @@
+"""Figures for a paper: SVG and PNG, each whole in itself, and the numbers behind them as CSV.
+
+Imports no torch."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_btx.errors import UserError
+from megatron_btx.evaluate.results import MEAN
+from megatron_btx.files import check_directory, check_file, written
+from megatron_btx.report import charts, comparison_page, table
+from megatron_btx.report.comparison import Comparison
+from megatron_btx.report.routing import MEASURES, RoutingView, heatmaps
+from megatron_btx.report.run_data import RunData
+from megatron_btx.report.svg import figure
+
+FORMATS = ("svg", "png", "csv")
+ZOOM = 3
+"""Pixels of a PNG to one of the SVG: about 290 dots an inch at the SVG's natural size."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """A picture and its numbers."""
+
+    name: str
+    """``losses``: also the name of its file."""
+    svg: str
+    rows: Sequence[Sequence[Any]]
+    """The first row names the columns."""
+
+    def save(self, path: Path) -> None:
+        """Write it in the format that the file's name ends with.
+
+        Raises:
+            UserError: PNG, and what draws it is not installed.
+        """
+        content = {"svg": self._svg, "png": self._png, "csv": self._csv}[path.suffix[1:]]()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with written(path, "wb") as file:
+            file.write(content)
+
+    def _svg(self) -> bytes:
+        return self.svg.encode()
+
+    def _png(self) -> bytes:
+        check_png()
+        import resvg_py
+
+        return bytes(resvg_py.svg_to_bytes(svg_string=self.svg, zoom=ZOOM))
+
+    def _csv(self) -> bytes:
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows(self.rows)
+        return text.getvalue().encode()
+
+
+def check_png() -> None:
+    """That PNG can be drawn here.
+
+    Raises:
+        UserError: no resvg, or no font that it would find: the text would be missing.
+    """
+    try:
+        import resvg_py  # noqa: F401
+    except ImportError:
+        fix = "pip install 'megatron-btx[figures]', or take svg"
+        raise UserError("--format png", "resvg-py, which draws it, is not installed", fix) from None
+    fonts = (Path("/usr/share/fonts"), Path("/usr/local/share/fonts"), Path.home() / ".fonts")
+    places = [*fonts, Path.home() / ".local/share/fonts", Path("/System/Library/Fonts")]
+    if not any(next(place.rglob("*.[to]t[fc]"), None) for place in places if place.is_dir()):
+        fix = "install one (apt-get install fonts-dejavu-core), or take svg"
+        raise UserError("--format png", "no font is installed to write its labels in", fix)
+
+
+def check_formats(formats: Sequence[str], out: Path | None) -> list[str]:
+    """The formats that are asked for: those named, and that of a file as ``--out``.
+
+    Raises:
+        UserError: the file is of another format than is named, or cannot be written.
+    """
+    own = suffix(out)
+    if own is not None and set(formats) - {own}:
+        what, fix = f"is a .{own} file", f"leave out --format {formats[0]}, or give a directory"
+        raise UserError(f"--out {out}", what, fix)
+    wanted = list(dict.fromkeys([*formats, *([own] if own else [])]))
+    if "png" in wanted:
+        check_png()
+    if out is not None:
+        check_file(out) if own else check_directory(out)
+    return wanted
+
+
+def suffix(out: Path | None) -> str | None:
+    """Which of ``FORMATS`` a file's name says; ``None`` of a directory's."""
+    return out.suffix[1:] if out is not None and out.suffix[1:] in FORMATS else None
+
+
+def save_all(figures: Sequence[Figure], formats: Sequence[str], out: Path) -> list[Path]:
+    """Write figures into a directory, each in each format; or the one there is as a file."""
+    if suffix(out) is not None:
+        (only,) = figures
+        only.save(out)
+        return [out]
+    paths = []
+    for one in figures:
+        for kind in formats:
+            paths.append(out / f"{one.name}.{kind}")
+            one.save(paths[-1])
+    return paths
+
+
+def of_routing(views: Sequence[RoutingView]) -> Figure:
+    """Share of the choices and mean gate of every view, domain, layer and expert."""
+    drawn = {key: heatmaps(views, key) for key in MEASURES}
+    groups = [
+        (f"{label}: {view.title}", drawn[key][place])
+        for place, view in enumerate(views)
+        for key, label in MEASURES.items()
+        if drawn[key][place]
+    ]
+    rows: list[list[Any]] = [["model", "moment", "domain", "layer", "expert", "share", "gate"]]
+    for view in views:
+        for domain, load in view.load.items():
+            gate = view.gate.get(domain, load)
+            for layer, (shares, gates) in enumerate(zip(load, gate, strict=True), 1):
+                for expert, share, weight in zip(view.experts, shares, gates, strict=True):
+                    rows.append([view.name, view.moment, domain, layer, expert, share, weight])
+    return Figure(name="routing", svg=figure(groups), rows=rows)
+
+
+def of_run(run: RunData) -> list[Figure]:
+    """Losses of every stage, score against compute, routing: what there is of them."""
+    found = []
+    if panels := charts.losses(run):
+        drawn = figure([("", panels)], charts.loss_legend(run), across=3)
+        found.append(Figure(name="losses", svg=drawn, rows=_loss_rows(run)))
+    if (picture := charts.compute(run)) is not None and run.results is not None:
+        rows: list[list[Any]] = [["system", "train_flops", "train_tokens", "mean_loss"]]
+        for row in table.rows(run.results):
+            rows.append([row.name, row.train_flops, row.train_tokens, row.loss.get(MEAN)])
+        found.append(Figure(name="compute", svg=figure([("", [("", picture)])]), rows=rows))
+    if run.routing is not None:
+        view = RoutingView(
+            name=run.recipe.name,
+            moment="on held-out text",
+            balance_loss_coeff=run.recipe.routing.balance_loss_coeff,
+            experts=run.routing.experts,
+            load=run.routing.load,
+            gate=run.routing.gate,
+        )
+        found.append(of_routing([view]))
+    return found
+
+
+def _loss_rows(run: RunData) -> list[list[Any]]:
+    rows: list[list[Any]] = [["stage", "step", "tokens", "loss", "nats_per_token"]]
+    for stage in run.stages:
+        name = stage.stage.name
+        rows += [
+            [name, record["step"], record.get("tokens"), "training", record["loss"]]
+            for record in stage.train
+        ]
+        rows += [
+            [name, record["step"], round(stage.tokens_at(record["step"])), domain, loss]
+            for record in stage.evals
+            for domain, loss in record["loss"].items()
+        ]
+    return rows
+
+
+def of_comparison(made: Comparison) -> Figure:
+    """Score against training compute, and the table behind it."""
+    head = ["system", "kind", "runs"]
+    for column in made.columns:
+        head += [f"loss_{column}", f"spread_{column}"]
+    costs = [
+        *("train_tokens", "train_flops", "params_total", "params_active"),
+        "inference_flops_per_token",
+    ]
+    rows: list[list[Any]] = [[*head, *costs, "train_seconds"]]
+    for system in made.systems:
+        row: list[Any] = [system.name, system.system, system.runs]
+        for column in made.columns:
+            row += [system.result.loss[column], system.spread.get(column)]
+        row += [getattr(system.result, cost) for cost in costs]
+        rows.append([*row, system.train_seconds])
+    picture = comparison_page.picture(made)
+    return Figure(name="compare", svg=figure([("", [("", picture)])]), rows=rows)
