@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_btx.data.documents import find_files, read_documents
+from megatron_btx.data.documents import find_files
 from megatron_btx.data.heldout import Sample
 from megatron_btx.errors import UserError
 from megatron_btx.evaluate import btm
@@ -25,7 +25,7 @@ from megatron_btx.evaluate.models import (
     similarity_index,
     tokenizer_of,
 )
-from megatron_btx.evaluate.packed_text import PackedText
+from megatron_btx.evaluate.packed_text import PackedText, read
 from megatron_btx.evaluate.predictor import NO_PROGRESS
 from megatron_btx.evaluate.sample_top1_mode import expert_choices
 from megatron_btx.recipe.schema import Layout, Precision
@@ -145,7 +145,7 @@ def packed(
         tokenizer = given_tokenizer(Path(setting.tokenizer))
     return {
         name: PackedText(
-            read_documents(find_files(files, where=f"--data {name}"), setting.text_key),
+            read(find_files(files, where=f"--data {name}"), setting.text_key, tokenizer),
             tokenizer,
             seq_length,
             start_id=tokenizer.start_id,

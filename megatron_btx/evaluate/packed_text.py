@@ -1,14 +1,18 @@
-"""Any JSONL as the sequences that a model is evaluated on."""
+"""Any text, or token ids, as the sequences that a model is evaluated on."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby, islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from megatron_btx.data.documents import read_documents
+from megatron_btx.data.formats import format_of, token_pair
 from megatron_btx.data.heldout import Sample
 from megatron_btx.data.tokenizer import Tokenizer
 from megatron_btx.errors import UserError
@@ -34,7 +38,7 @@ class PackedText(Sequence[Sample]):
     and the last sequence is filled up with what does not count (``loss_mask`` 0).
 
     Args:
-        documents: the text.
+        documents: the text, or ids without an end token.
         tokenizer: the model's.
         seq_length: S.
         start_id: what stands before a text.
@@ -47,7 +51,7 @@ class PackedText(Sequence[Sample]):
 
     def __init__(
         self,
-        documents: Iterable[str],
+        documents: Iterable[str | np.ndarray],
         tokenizer: Tokenizer,
         seq_length: int,
         *,
@@ -58,16 +62,13 @@ class PackedText(Sequence[Sample]):
         self.seq_length, self.tokenizer = seq_length, tokenizer
         pieces: list[np.ndarray] = [np.array([start_id], np.int32)]
         size = {"documents": 0, "tokens": 0, "bytes": 0}
-        for texts in _batches(documents):
+        for ids, length in _encoded(documents, tokenizer):
             if most is not None and size["tokens"] >= most:
                 break
-            for text, ids in zip(texts, tokenizer.encode(texts), strict=True):
-                if most is not None and size["tokens"] >= most:
-                    break
-                pieces.append(np.append(ids, np.int32(tokenizer.eos_id)))
-                size["documents"] += 1
-                size["tokens"] += len(ids) + 1
-                size["bytes"] += len(text.encode())
+            pieces.append(np.append(ids, np.int32(tokenizer.eos_id)))
+            size["documents"] += 1
+            size["tokens"] += len(ids) + 1
+            size["bytes"] += length
         if not size["documents"]:
             raise UserError(where, "holds no document", "give JSONL with some text")
         self.size = Size(**size)
@@ -94,12 +95,35 @@ class PackedText(Sequence[Sample]):
         }
 
 
-def _batches(documents: Iterable[str]) -> Iterable[list[str]]:
-    batch: list[str] = []
-    for document in documents:
-        batch.append(document)
-        if len(batch) == _AT_ONCE:
+def read(files: Sequence[Path], text_key: str, tokenizer: Tokenizer) -> Iterator[str | np.ndarray]:
+    """The documents of ``files``; of Megatron pairs their ids, int32 [n], without the end token.
+
+    Raises:
+        UserError: a file cannot be read, or a pair is of another tokenizer.
+    """
+    for file in files:
+        if format_of(file) is token_pair:
+            pair = token_pair.TokenPair(file)
+            pair.check_ids(tokenizer.eos_id, tokenizer.vocab_size)
+            yield from (ids[:-1].astype(np.int32) for ids in pair.documents())
+        else:
+            yield from read_documents([file], text_key)
+
+
+def _encoded(
+    documents: Iterable[str | np.ndarray], tokenizer: Tokenizer
+) -> Iterator[tuple[np.ndarray, int]]:
+    """Ids of every document and its bytes of UTF-8; of ids, those that they are decoded to."""
+    for batch in _batched(documents):
+        if isinstance(batch[0], str):
+            sizes = [len(text.encode()) for text in batch]
+            yield from zip(tokenizer.encode(batch), sizes, strict=True)
+        else:
+            yield from ((ids, len(tokenizer.decode(ids).encode())) for ids in batch)
+
+
+def _batched(documents: Iterable[str | np.ndarray]) -> Iterator[list[Any]]:
+    """Some at a time, all of a kind."""
+    for _, same in groupby(documents, type):
+        while batch := list(islice(same, _AT_ONCE)):
             yield batch
-            batch = []
-    if batch:
-        yield batch

@@ -31,7 +31,7 @@ from megatron_btx.pipeline.fingerprint import Memo
 from megatron_btx.recipe.load import digest
 from megatron_btx.recipe.schema import Domain, Recipe, Tokenizer, Training
 from tests.data.tasks import kill_second
-from tests.data.test_formats import WRITERS, write_pair
+from tests.data.test_formats import TEXTS, WRITERS, write_pair
 from tests.data.test_prepare import recipe_of, story, tree, write
 
 Prepared = tuple[Recipe, Path]
@@ -348,3 +348,27 @@ def test_keys_of_pairs(tmp_path: Path, prepared: Prepared) -> None:
     assert [name for name, _ in keys[0]] == ["a.bin", "a.idx"]
     pair_of(tmp_path / "a", story(2), prepared)
     assert Memo().paths([pair]) != keys[0]
+
+
+def test_evaluation_reads_the_same(tmp_path: Path, prepared: Prepared) -> None:
+    """The sequences of `btx evaluate --data` are those of plain JSONL, of any format and of ids."""
+    from megatron_btx.evaluate.packed_text import PackedText, read
+
+    tokens = load_tokenizer(prepared[1] / "prepare" / "tokenizer")
+    pair = Path(pair_of(tmp_path / "pair", TEXTS, prepared) + ".idx")
+    files = [tmp_path / name for name in ("a.jsonl", "a.parquet", "a.jsonl.zst")]
+    for file in files:
+        WRITERS[file.name](file)
+    texts = [
+        PackedText(read([file], "text", tokens), tokens, 32, start_id=0, most=most)
+        for most in (None, 1000)
+        for file in (*files, pair)
+    ]
+    assert len(texts[0]) > 900 > 40 > len(texts[4])
+    for number, text in enumerate(texts):
+        one = texts[number // 4 * 4]
+        assert text.size == one.size
+        assert len(text) == len(one)
+        assert all((text[i]["labels"] == one[i]["labels"]).all() for i in range(len(one)))
+    both = PackedText(read([pair, files[0]], "text", tokens), tokens, 32, start_id=0)
+    assert both.size.tokens == 2 * texts[0].size.tokens
