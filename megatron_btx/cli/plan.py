@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import asdict
 from typing import Any
 
 from megatron_btx.cli.common import recipe_command
-from megatron_btx.recipe import plan
+from megatron_btx.recipe import plan, reading
 from megatron_btx.recipe.load import load_recipe
 from megatron_btx.recipe.plan import Plan
 
@@ -21,7 +22,7 @@ def add_parser(commands: Any) -> None:
     parser = recipe_command(
         commands,
         "plan",
-        "what a recipe will cost: parameters, tokens, FLOPs, memory, disk",
+        "what a recipe will cost and read: parameters, FLOPs, memory, disk, tokens, epochs",
         _EPILOG,
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -34,13 +35,22 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         UserErrors: the recipe is wrong.
     """
-    made = plan.plan(load_recipe(options.recipe))
+    recipe = load_recipe(options.recipe)
+    made = plan.plan(recipe)
+    domains = reading.prepared(recipe)
+    trained = [stage.name for stage in made.stages if stage.steps]
+    read = reading.reading(recipe, trained, domains)
     if options.json:
-        sys.stdout.write(plan.as_json(made) + "\n")
-    elif sys.stdout.isatty():
+        more = {"reading": [asdict(one) for one in read], "domains": domains}
+        sys.stdout.write(plan.as_json(made, **more) + "\n")
+        return 0
+    if sys.stdout.isatty():
         _print_table(made)
     else:
         sys.stdout.write(plan.render(made) + "\n")
+    sys.stdout.write("\n" + reading.render(read, domains) + "\n")
+    for line in reading.warnings(read):
+        sys.stdout.write(f"\nwarning: {line}\n")
     return 0
 
 

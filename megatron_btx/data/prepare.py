@@ -28,6 +28,7 @@ from megatron_btx.data.documents import find_files, no_document
 from megatron_btx.data.domain_text import SPLITS, DomainText, digest, document_hash, find
 from megatron_btx.data.formats import Part, format_of, json_lines, token_pair
 from megatron_btx.data.formats.compression import compression_of
+from megatron_btx.data.indexed import read_piece
 from megatron_btx.data.tokenizer import (
     HuggingFace,
     SentencePiece,
@@ -271,6 +272,13 @@ def _index(
             piece = tokenize.finish(text, split, mine, directory / name)
             logger.info("%s %s: %s", name, split, piece)
             content = {key: value for key, value in asdict(piece).items() if key in _TOLD}
+            if piece.blend:
+                parts = [read_piece(directory / name / part) for part, _ in piece.blend]
+                content["blend"] = [
+                    [part.tokens, share]
+                    for part, (_, share) in zip(parts, piece.blend, strict=True)
+                    if part is not None
+                ]
             result[name][split] = {**content, "sources": text.sources(split)}
     progress("tokens", 1.0)
     return result

@@ -229,10 +229,10 @@ def human(number: float, unit: str = "") -> str:
     return f"{number:.0f}{unit}"
 
 
-def as_json(plan: Plan) -> str:
-    """The plan for other programs; numbers unrounded."""
+def as_json(plan: Plan, **more: Any) -> str:
+    """The plan for other programs; numbers unrounded. ``more`` joins it."""
     content: dict[str, Any] = asdict(plan)
     for entry, stage in zip(content["stages"], plan.stages, strict=True):
         used = stage.memory_per_rank
         entry["memory_per_rank"] |= {"allocated": used.allocated, "resident": used.resident}
-    return json.dumps(content, indent=1)
+    return json.dumps(content | more, indent=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,16 @@ from markupsafe import Markup
 
 from megatron_btx.evaluate.results import MEAN, Results
 from megatron_btx.files import written
-from megatron_btx.pipeline.graph import Stage
+from megatron_btx.pipeline.graph import TRAINED, Stage
 from megatron_btx.pipeline.local.progress import amount, clock
+from megatron_btx.recipe import reading
 from megatron_btx.recipe.load import dump
 from megatron_btx.recipe.schema import Recipe
 from megatron_btx.report import charts, html, table
 from megatron_btx.report.html import Cell
 from megatron_btx.report.run_data import RunData, StageData, gather
 
+_COUNTED = ("documents", "tokens", "bytes")
 REFRESH = 30
 """Seconds after which the page of a run on its way loads itself again."""
 
@@ -155,19 +157,31 @@ def _stage_cells(facts: StageData) -> list[Cell]:
 
 
 def _data(facts: RunData) -> dict[str, Any] | None:
-    """Documents and tokens of every domain."""
+    """What there is of every domain, and what of it is read."""
     prepare = facts.by_name["prepare"].done
     domains = (prepare or {}).get("outputs", {}).get("domains")
     if not domains:
         return None
-    names = ("domain", "documents", "tokens", "held-out documents", "held-out tokens")
+    names = ["domain", *(f"{of}{what}" for of in ("", "held-out ") for what in _COUNTED)]
     rows = []
     for name, parts in domains.items():
-        counted = [
-            parts[part][what] for part in ("train", "valid") for what in ("documents", "tokens")
-        ]
-        rows.append(("", [(name, ""), *((f"{number:,}", "") for number in counted)]))
-    return {"head": [(name, "") for name in names], "rows": rows}
+        counted = [parts[part].get(what) for part in ("train", "valid") for what in _COUNTED]
+        cells = [("–" if number is None else f"{number:,}", "") for number in counted]
+        rows.append(("", [(name, ""), *cells]))
+    return {"head": [(name, "") for name in names], "rows": rows, **_reading(facts, domains)}
+
+
+def _reading(facts: RunData, domains: Mapping[str, Any]) -> dict[str, Any]:
+    """Tokens and epochs of each domain in each stage."""
+    trained = [stage.stage.name for stage in facts.stages if stage.stage.kind in TRAINED]
+    read = reading.reading(facts.recipe, trained, domains)
+    rows = []
+    for one in read:
+        epochs = "–" if one.epochs is None else f"{one.epochs:.2f}"
+        cells = [(one.stage, ""), (one.domain, "left"), (f"{one.tokens:,}", ""), (epochs, "")]
+        rows.append(("", cells))
+    head = [("stage", ""), ("domain", "left"), ("tokens read", ""), ("epochs", "")]
+    return {"read_head": head, "read_rows": rows, "warnings": reading.warnings(read)}
 
 
 def _lineage(facts: RunData) -> Iterable[tuple[str, str]]:
