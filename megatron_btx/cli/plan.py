@@ -8,12 +8,14 @@ from dataclasses import asdict
 from typing import Any
 
 from megatron_btx.cli.common import recipe_command
-from megatron_btx.recipe import plan, reading
+from megatron_btx.errors import UserError
+from megatron_btx.recipe import chips, plan, reading
 from megatron_btx.recipe.load import load_recipe
 from megatron_btx.recipe.plan import Plan
 
 _EPILOG = """examples:
   btx plan examples/paper_7b/recipe.yaml
+  btx plan recipe.yaml --gpu h100 --mfu 0.45 --price 2.5      GPU-hours, days and cost
   btx plan recipe.yaml --json | python -m json.tool"""
 
 
@@ -26,6 +28,13 @@ def add_parser(commands: Any) -> None:
         _EPILOG,
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument(
+        "--gpu", metavar="NAME", help="hours on such GPUs (h100, ...), or peak TFLOP/s as a number"
+    )
+    parser.add_argument(
+        "--mfu", metavar="SHARE", type=float, help=f"model FLOPs utilisation ({chips.MFU:g})"
+    )
+    parser.add_argument("--price", metavar="N", type=float, help="of a GPU-hour: adds the cost")
     parser.set_defaults(run=run)
 
 
@@ -33,25 +42,38 @@ def run(options: argparse.Namespace) -> int:
     """Print the plan; exit code 0.
 
     Raises:
-        UserErrors: the recipe is wrong.
+        UserErrors: the recipe is wrong, or a flag.
     """
     recipe = load_recipe(options.recipe)
     made = plan.plan(recipe)
+    took = _estimate(options, made)
     domains = reading.prepared(recipe)
     trained = [stage.name for stage in made.stages if stage.steps]
     read = reading.reading(recipe, trained, domains)
     if options.json:
-        more = {"reading": [asdict(one) for one in read], "domains": domains}
+        more: dict[str, Any] = {"reading": [asdict(one) for one in read], "domains": domains}
+        more |= {} if took is None else {"estimate": asdict(took)}
         sys.stdout.write(plan.as_json(made, **more) + "\n")
         return 0
     if sys.stdout.isatty():
         _print_table(made)
     else:
         sys.stdout.write(plan.render(made) + "\n")
+    if took is not None:
+        sys.stdout.write(f"\n{chips.render(took)}\n")
     sys.stdout.write("\n" + reading.render(read, domains) + "\n")
     for line in reading.warnings(read):
         sys.stdout.write(f"\nwarning: {line}\n")
     return 0
+
+
+def _estimate(options: argparse.Namespace, made: Plan) -> chips.Estimate | None:
+    if options.gpu is None:
+        if options.mfu is not None or options.price is not None:
+            raise UserError("--mfu, --price", "are of a GPU", "add --gpu h100")
+        return None
+    mfu = chips.MFU if options.mfu is None else options.mfu
+    return chips.estimate(made, options.gpu, mfu, options.price)
 
 
 def _print_table(made: Plan) -> None:

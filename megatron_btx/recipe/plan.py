@@ -46,6 +46,8 @@ class Plan:
     recipe: str
     system: str
     stages: tuple[StagePlan, ...]
+    made_by: tuple[str, ...]
+    """The stages that made the system after the seed; of the seed, itself."""
     system_tokens: int
     """What made the system after the seed, of BTX experts and finetuning; of the seed, itself."""
     system_flops: int
@@ -68,6 +70,7 @@ def plan(recipe: Recipe) -> Plan:
         recipe=recipe.name,
         system=recipe.system,
         stages=stages,
+        made_by=tuple(made_by),
         system_tokens=sum(stage.tokens for stage in own),
         system_flops=sum(stage.train_flops for stage in own),
         total_flops=sum(stage.train_flops for stage in stages),

@@ -401,6 +401,8 @@ class Recipe:
     instead of made again."""
     max_parallel_jobs: int | None = within(1, default=None)
     """Independent stages run side by side on this machine; ``None``: as many as its cores hold."""
+    peak_tflops: float | None = within(1e-6, 1e6, default=None)
+    """Peak of one GPU or rank in TFLOP/s, for MFU; ``None``: looked up (chips.py)."""
 
     @property
     def model_names(self) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from megatron_btx.cli.main import main
 from megatron_btx.data.mixture import Stream, stage_stream
 from megatron_btx.errors import UserError
 from megatron_btx.evaluate import model_spec
+from megatron_btx.evaluate.results import SystemResult
 from megatron_btx.families.export import export_hf
 from megatron_btx.pipeline import graph, state
 from megatron_btx.pipeline.slurm.attempt import begin
@@ -347,10 +348,13 @@ def test_spread_over_seeds() -> None:
 
     def system(name: str, value: float, spread: float) -> comparison.System:
         return comparison.System(
-            name=name, system="btx", scores={"mean": comparison.Score(value=value, spread=spread)},
-            runs=3, train_tokens=1, train_flops=1, train_flops_by_stage={}, train_seconds=None,
-            params_total=1, params_active=1, inference_flops_per_token=1,
-        )  # fmt: skip
+            name=name,
+            system="btx",
+            result=SystemResult(name="btx", loss={"mean": value}),
+            spread={"mean": spread},
+            runs=3,
+            train_seconds=None,
+        )
 
     best, near, far = system("a", 2.0, 0.01), system("b", 2.015, 0.02), system("c", 2.1, 0.02)
     made = comparison.Comparison(columns=("mean",), systems=(best, near, far), best={"mean": "a"})
