@@ -25,14 +25,18 @@ def add_parser(commands: Any) -> None:
         "submit",
         "submit the stages of a recipe as Slurm jobs, or what is left of them",
         "examples:\n"
-        "  btx submit recipe.yaml --dry-run            every script and the graph, nothing else\n"
+        "  btx submit recipe.yaml --dry-run            the graph and what each job asks for\n"
+        "  btx submit recipe.yaml --dry-run --scripts  every script, too\n"
         "  btx submit recipe.yaml\n"
         "  btx submit recipe.yaml --stop-after mix     all that comes before the finetuning\n"
         "  btx submit recipe.yaml --from finetune      it and all that waits for it\n"
         "  btx submit recipe.yaml --only expert:math\n\n"
         "Stages that are done are not submitted again; a stopped one goes on. See docs/slurm.md.",
     )
-    parser.add_argument("--dry-run", action="store_true", help="print all, submit nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print it, submit nothing")
+    parser.add_argument(
+        "--scripts", action="store_true", help="with --dry-run: every script as it would be sent"
+    )
     parser.add_argument(
         "--only", metavar="STAGE", action="append", default=[], help="this one (may be repeated)"
     )
@@ -89,6 +93,8 @@ def submit(options: argparse.Namespace) -> int:
     from megatron_btx.pipeline import run_checks
     from megatron_btx.pipeline.slurm import selection, submit
 
+    if options.scripts and not options.dry_run:
+        raise UserError("--scripts", "prints what `--dry-run` would send", "give both")
     recipe, run_dir, stages = _open(options.recipe)
     wished = selection.select(
         stages, only=options.only, first=options.first, last=options.stop_after
@@ -96,7 +102,7 @@ def submit(options: argparse.Namespace) -> int:
     chosen = selection.to_submit(run_dir, wished)
     selection.check_needs(run_dir, stages, chosen)
     if options.dry_run:
-        sys.stdout.write(submit.dry_run(recipe, run_dir, chosen))
+        sys.stdout.write(submit.dry_run(recipe, run_dir, chosen, whole=options.scripts))
         return 0
     if not chosen:
         sys.stdout.write(f"{recipe.name}: all that was asked for is done ({run_dir})\n")

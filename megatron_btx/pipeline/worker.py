@@ -137,8 +137,14 @@ def run_rank(recipe: Recipe, stage: Stage, run_dir: Path) -> int:
     directory = run_dir / stage.directory
     if "BTX_ATTEMPT" not in os.environ:  # started by srun or by hand, not by the local runner
         _begin_unaided(recipe, stage, run_dir, rank)
-    grace = recipe.slurm.signal_seconds
-    with locks.stage_lock(directory), watchdog.watching(directory, grace), _rendezvous():
+    dog = watchdog.Watchdog(
+        directory=directory,
+        rank=rank,
+        world_size=stage.world_size,
+        grace=recipe.slurm.signal_seconds,
+        hang=60 * recipe.hang_minutes if KINDS[stage.kind] is _train else 0,
+    )
+    with locks.stage_lock(directory), dog.watching(), _rendezvous():
         try:
             outputs = KINDS[stage.kind](recipe, stage, run_dir)
         except Exception as error:

@@ -150,6 +150,12 @@ def _prefix(key: str, text: str) -> Iterator[Problem]:
     except ValueError as error:
         yield Problem(key, str(error).lower(), "close the quotes")
         return
+    if words and words[0].endswith(":"):
+        yield Problem(
+            key,
+            f"begins with {words[0]!r}, which is no command and no flag of srun",
+            f"leave it out: `launch_prefix: {' '.join(words[1:])}`",
+        )
     for word in words:  # --env=NAME=VALUE,NAME=VALUE
         parts = [part.lstrip("-").replace("-", "_") for part in re.split("[=,]", word)]
         for name, value in zip(parts, [*parts[1:], ""], strict=True):

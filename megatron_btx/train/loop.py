@@ -14,6 +14,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_btx.engine.moe.moe_metrics import pop_balance_loss
+from megatron_btx.train.heartbeat import HEART
 from megatron_btx.train.signals import StopRequest
 from megatron_btx.train.step import Batch, train_step
 
@@ -82,6 +83,7 @@ def train(run: Run, callbacks: Sequence[Callback], stop: StopRequest) -> None:
             seq_length=run.seq_length,
         )
         run.step += 1
+        HEART.beat(run.step)
         if not torch.isfinite(torch.tensor([result.loss, result.grad_norm])).all():
             raise NotFinite(
                 f"step {run.step}: loss {result.loss}, gradient norm {result.grad_norm}; "

@@ -16,6 +16,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -47,6 +48,7 @@ PlugStackConfig=/dev/null
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 JobAcctGatherType=jobacct_gather/none
+Prolog={top}/prolog
 Epilog={top}/epilog
 MpiDefault=none
 SwitchType=switch/none
@@ -68,6 +70,12 @@ PartitionName=small Nodes=n1 MaxTime=10 State=UP
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 PartitionName=urgent Nodes={nodes} MaxTime=10 PriorityTier=10 State=UP
+"""
+
+# A node that cannot launch jobs, for as long as there is such a file.
+PROLOG = """\
+#!/bin/bash
+[ ! -e "{top}/prolog-fails" ]
 """
 
 # proctrack/linuxproc loses what has left its process group; it carries the job's number with it.
@@ -101,9 +109,12 @@ def missing() -> str:
 class Cluster:
     """Nodes ``n1``, ``n2``, ... of 16 cores and 4 GPUs that exist as device files only."""
 
-    def __init__(self, top: Path, nodes: int = 4, unshared: Path | None = None) -> None:
-        """``unshared``: a directory that every node sees empty, as one that is not shared."""
-        self.top, self.unshared = top, unshared
+    def __init__(
+        self, top: Path, nodes: int = 4, unshared: Path | None = None, extra: str = ""
+    ) -> None:
+        """``unshared``: a directory that every node sees empty, as one that is not shared.
+        ``extra``: lines of slurm.conf."""
+        self.top, self.unshared, self.extra = top, unshared, extra
         self.nodes = [f"n{number}" for number in range(1, nodes + 1)]
         self.daemons: dict[str, subprocess.Popen[bytes]] = {}
         self.environment = {
@@ -120,7 +131,7 @@ class Cluster:
             self.start_controller()
             for node in self.nodes:
                 (self.top / "spool" / node).mkdir()
-                self._start(node, "slurmd", "-D", "-N", node)
+                self.start_node(node)
             wait(self.ready, 60, "the nodes to come up")
         except BaseException:
             self.__exit__()
@@ -147,16 +158,16 @@ class Cluster:
             nodes=f"n[1-{count}]",
             munge=self.top / "munge.socket",
         )
-        (self.top / "slurm.conf").write_text(conf)
+        (self.top / "slurm.conf").write_text(conf + self.extra)
         for number in range(4):
             os.mknod(self.top / "dev" / f"gpu{number}", 0o20666, os.makedev(1, 3))
         gres = f"AutoDetect=off\nNodeName=n[1-{count}] Name=gpu File={self.top}/dev/gpu[0-3]\n"
         (self.top / "gres.conf").write_text(gres)
         hosts = "".join(f"127.0.0.1 {name}\n" for name in ["localhost", "controller", *self.nodes])
         (self.top / "hosts").write_text(hosts)
-        epilog = self.top / "epilog"
-        epilog.write_text(EPILOG)
-        epilog.chmod(0o755)
+        for name, text in (("prolog", PROLOG.format(top=self.top)), ("epilog", EPILOG)):
+            (self.top / name).write_text(text)
+            (self.top / name).chmod(0o755)
 
     def _start_munge(self) -> None:
         key, munge = self.top / "munge.key", self.top / "munge.socket"
@@ -170,6 +181,16 @@ class Cluster:
     def start_controller(self, *options: str) -> None:
         """slurmctld; ``-c``: it has forgotten every job."""
         self._start("controller", "slurmctld", "-D", *options)
+
+    def start_node(self, node: str) -> None:
+        """The slurmd of a node."""
+        self._start(node, "slurmd", "-D", "-N", node)
+
+    def kill(self, name: str) -> None:
+        """End a daemon at once (SIGKILL); jobs on a node live on."""
+        daemon = self.daemons.pop(name)
+        daemon.kill()
+        daemon.wait()
 
     def _start(self, name: str, *command: str, host: str | None = None) -> None:
         """A daemon that is host ``host`` (else ``name``) to itself and its jobs."""
@@ -271,15 +292,25 @@ def wait(condition: Callable[[], object], timeout: float, what: str = "it") -> N
         time.sleep(0.1)
 
 
+_given: set[int] = set()
+_giving = threading.Lock()
+
+
 def _free_ports(count: int) -> int:
-    """The first of ``count`` free ports in a row."""
+    """The first of ``count`` free ports in a row; no other cluster of this process has them."""
+    with _giving:
+        first = next(port for port in _free_blocks(count) if port not in _given)
+        _given.add(first)
+    return first
+
+
+def _free_blocks(count: int) -> Iterator[int]:
     for first in range(26800, 30000, 50):
         with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
             for port in range(first, first + count):
                 listener = stack.enter_context(socket.socket())
                 listener.bind(("127.0.0.1", port))
-            return first
-    raise RuntimeError("no free ports")
+            yield first
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +81,12 @@ class Run:
         """The one in which commands run."""
         return {**self.cluster.environment, "PYTHONPATH": str(ROOT)}
 
-    def btx(self, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
-        """A command of btx's on this recipe."""
+    def btx(
+        self, *words: str, user: Sequence[str] = (), **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        """A command of btx's on this recipe; ``user``: words that run it as another one."""
         return subprocess.run(
-            self._command(*words),
+            [*user, *self._command(*words)],
             env={**self.environment, **environment},
             cwd=self.directory,
             capture_output=True,
@@ -147,6 +149,16 @@ class Run:
         files = [*self.run_dir.glob("slurm/*/*.out"), *self.run_dir.glob("*/log/*.log")]
         return "\n".join(f"{path}:\n{path.read_text()}" for path in files)
 
+    def batch_script(self, job: str) -> int:
+        """Process of a job's script."""
+        for pid in self.cluster.processes():
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            if any(word.endswith(b"/slurm_script") for word in words):
+                environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+                if f"SLURM_JOB_ID={job}".encode() in environment:
+                    return pid
+        raise AssertionError(f"job {job} has no script")
+
     def ranks(self, stage: str) -> list[int]:
         """Processes of a stage's ranks."""
         words = {b"megatron_btx.cli", stage.encode(), str(self.run_dir / "recipe.yaml").encode()}
@@ -179,6 +191,12 @@ def _is_rank(pid: int, expected: set[bytes]) -> bool:
     return expected <= words and parent is not None and parent.name() == "slurmstepd"
 
 
+WAITS = """#!/bin/sh
+case "$*" in *slurm.attempt*) ;; *) sleep 60 ;; esac
+exec "$@"
+"""
+"""A launcher whose ranks are never there in time."""
+
 SLOW = "{tokens: 204_800, save_interval: 50, eval_interval: 0, check_replicas_interval: 0}"
 """400 steps instead of 32: something to be interrupted."""
 
@@ -202,16 +220,18 @@ MENDED = NODES + "wandb: {mode: offline}\n"
 BROKEN = MENDED + "experts: {math: {megatron: {transformer: {hidden_dropout: 2.0}}}}\n"
 
 
-def branch(whole: Run, directory: Path, text: str, *stages: str) -> Run:
+def branch(
+    whole: Run, directory: Path, text: str, *stages: str, cluster: Cluster | None = None
+) -> Run:
     """A run of its own that starts from finished stages of another."""
-    run = Run(whole.cluster, directory, text)
+    run = Run(cluster or whole.cluster, directory, text)
     for stage in stages:
         shutil.copytree(whole.run_dir / stage, run.run_dir / stage)
     return run
 
 
-def longer_finetune(whole: Run, directory: Path) -> Run:
+def longer_finetune(whole: Run, directory: Path, more: str = "") -> Run:
     """200 steps over two nodes, its experts those of the whole run."""
-    text = MENDED + f"finetune: {SLOW.replace('204_800', '102_400')}\n"
+    text = MENDED + more + f"finetune: {SLOW.replace('204_800', '102_400')}\n"
     experts = [f"expert-{domain}" for domain in ("code", "math", "prose")]
     return branch(whole, directory, text, "prepare", "seed", *experts)

@@ -9,6 +9,7 @@ import os
 import pty
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -19,8 +20,8 @@ from typing import Any
 
 import pytest
 
-from tests.slurm.cluster import wait
-from tests.slurm.conftest import LO, MATH, ROOT, SLOW, Run, branch, longer_finetune, sums
+from tests.slurm.cluster import Cluster, wait
+from tests.slurm.conftest import LO, MATH, ROOT, SLOW, WAITS, Run, branch, longer_finetune, sums
 
 ELSEWHERE = "slurm: {environment: {GLOO_SOCKET_IFNAME: lo}, sbatch: ['--exclude=n[3-4]']%s}\n"
 """Away from the nodes one of which is set down."""
@@ -208,13 +209,6 @@ def a_rank_killed_and_a_job_cancelled(around: Around) -> None:
     assert run.steps("finetune") == around.undisturbed(a_finetuning)
 
 
-WAITS = """#!/bin/sh
-case "$*" in *slurm.attempt*) ;; *) sleep 60 ;; esac
-exec "$@"
-"""
-"""A launcher whose ranks are never there in time."""
-
-
 ASKED = "asked to stop (USR1)"
 
 
@@ -259,6 +253,69 @@ def a_time_limit(around: Around) -> None:
     assert "requeued: " in run.out()
     run.btx("cancel")
     run.finished(60)
+
+
+def the_controller_killed_while_a_requeue_is_asked_for(around: Around) -> None:
+    """The job asks on until there is one again; a log that is followed is followed on."""
+    with Cluster(around.place("cluster-asked"), nodes=1) as cluster:
+        text = f"{LO}seed: {SLOW}\n"
+        run = branch(around.whole, around.place("asked"), text, "prepare", cluster=cluster)
+        job = run.submit("--only", "seed")["seed"]
+        run.training("seed", job)
+        logs = run.start("logs", "seed", "-f")
+        cluster.kill("controller")
+        os.kill(run.batch_script(job), signal.SIGUSR1)
+        wait(lambda: "the controller does not answer; it is asked again" in run.out(), 120)
+        assert logs.poll() is None
+        assert run.btx("status").returncode == 2
+        cluster.start_controller()
+        run.finished()
+        row = run.status()["seed"]
+        assert (row["state"], row["restarts"]) == ("done", 1), run.out()
+        assert "refuses" not in run.out()
+        output, _ = logs.communicate(timeout=120)
+        assert logs.returncode == 0, output
+        assert "requeued: the ranks have saved" in run.out()
+        assert run.steps("seed") == around.undisturbed(a_seed)
+
+
+def a_lost_node_whose_ranks_live_on(around: Around) -> None:
+    """Slurm starts the job elsewhere; it asks them to save and to end, and goes on from there."""
+    with Cluster(around.place("cluster-lost"), nodes=2) as cluster:
+        text = f"{LO}seed: {SLOW}\n"
+        run = branch(around.whole, around.place("lost"), text, "prepare", cluster=cluster)
+        job = run.submit("--only", "seed")["seed"]
+        run.training("seed", job)
+        node = cluster.state(job)["NodeList"]
+        (rank,) = run.ranks("seed")
+        os.kill(rank, signal.SIGSTOP)  # else it would be through before it is missed
+        cluster.kill(node)
+        cluster("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
+        wait(lambda: "they are asked to end" in run.out(), 120)
+        os.kill(rank, signal.SIGCONT)
+        run.finished()
+        row = run.status()["seed"]
+        assert (row["state"], row["restarts"]) == ("done", 1), run.out()
+        assert f"ranks of this job live on ({node}): they are asked to end" in run.out()
+        first = (run.run_dir / "seed" / "log" / "attempt-1.log").read_text()
+        assert "this job has been started anew elsewhere: saving and ending" in first
+        assert run.steps("seed") == around.undisturbed(a_seed)
+
+
+def a_rank_hangs(around: Around) -> None:
+    """One of two is stopped: both say where they are, and the job is requeued."""
+    run = longer_finetune(around.whole, around.place("hangs"), "hang_minutes: 1\n")
+    job = run.submit("--only", "finetune")["finetune"]
+    run.training("finetune", job)
+    os.kill(run.ranks("finetune")[-1], signal.SIGSTOP)
+    wait(lambda: "requeued: a rank hangs: rank " in run.out(), 240, run.out())
+    run.finished()
+    row = run.status()["finetune"]
+    assert (row["state"], row["restarts"] > 0) == ("done", True), run.out()
+    first = (run.run_dir / "finetune" / "log" / "attempt-1.log").read_text()
+    for rank in (0, 1):
+        assert f"{rank}: rank {rank}: no step for 1." in first
+    assert run.steps("finetune") == around.undisturbed(a_finetuning)
 
 
 def gpus(around: Around) -> None:
@@ -361,6 +418,9 @@ SCENARIOS: tuple[Scenario, ...] = (
     a_rank_killed_and_a_job_cancelled,
     a_time_limit,
     gpus,
+    the_controller_killed_while_a_requeue_is_asked_for,
+    a_lost_node_whose_ranks_live_on,
+    a_rank_hangs,
     one_domain_changed,
     the_same_by_hand_and_without_slurm,
 )

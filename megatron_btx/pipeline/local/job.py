@@ -114,6 +114,7 @@ class Job:
             if waited > 2 * _PATIENCE:
                 self.kill()
             elif waited > _PATIENCE:
+                self._send(signal.SIGCONT)  # one that was stopped tells where, then (watchdog.py)
                 self._send(signal.SIGTERM)
         return None
 

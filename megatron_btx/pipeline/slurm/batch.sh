@@ -127,6 +127,9 @@ fi
 if [ "$asked" = USR1 ] && [ ! -e "$directory/error.json" ]; then
   requeue "the ranks had nothing to save yet"
 fi
+if [ "$asked" != TERM ] && grep -qs '"kind": "hang"' "$directory/error.json"; then
+  requeue "a rank hangs: $(sed -n 's/.*"message": "\(.*\)\\n.*/\1/p' "$directory/error.json")"
+fi
 said=$(tail -n 20 "$log")
 if [ -z "$asked" ] && [ ! -e "$directory/error.json" ] && away "$said"; then
   requeue "the controller was away"

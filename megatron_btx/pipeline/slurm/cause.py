@@ -53,7 +53,8 @@ def cause(directory: Path, job: Job | None, log: Path | None) -> str:
     if errors:
         return errors[-1]
     with contextlib.suppress(OSError):
-        if os.statvfs(directory).f_bavail * os.statvfs(directory).f_frsize < 1 << 20:
+        disk = os.statvfs(directory if directory.exists() else directory.parent)
+        if disk.f_bavail * disk.f_frsize < 1 << 20:
             return f"no space left on the disk of {directory}: free some and submit again"
     return (own or lines or [""])[-1]
 

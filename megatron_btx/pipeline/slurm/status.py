@@ -124,7 +124,7 @@ def _ended(directory: Path, job: commands.Job | None) -> str:
 def _last_words(run_dir: Path, stage: Stage, word: str, job: commands.Job | None) -> str:
     directory = run_dir / stage.directory
     if word == "cancelled" and job is not None and job.reason.startswith("Depend"):
-        return "a stage that it waits for was not done"
+        return "a stage that it waits for was not done, or Slurm has lost its job: submit again"
     found = cause(directory, job, log_file(run_dir, stage))
     if not found and word == "failed":
         return "no log: do the nodes share the run's directory?"

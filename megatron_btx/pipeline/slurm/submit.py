@@ -73,15 +73,27 @@ def prepared(
     }
 
 
-def dry_run(recipe: Recipe, run_dir: Path, chosen: tuple[Stage, ...]) -> str:
-    """Every script and the graph, as ``submit`` would send them."""
+def dry_run(
+    recipe: Recipe, run_dir: Path, chosen: tuple[Stage, ...], *, whole: bool = False
+) -> str:
+    """What ``submit`` would send: the graph, and what each script asks Slurm for.
+
+    Args:
+        recipe: what would be submitted.
+        run_dir: the recipe's.
+        chosen: the stages.
+        whole: the scripts themselves, too; but for these lines they are the same for every stage.
+    """
     run_dir = run_dir.absolute()
     scripts = prepared(recipe, run_dir, chosen, _next(run_dir), "0" * 32)
-    lines = []
+    lines = ["##### the graph", *graph_lines(recipe, chosen)]
     for name, text in scripts.items():
-        lines += [f"##### {name}", text]
-    lines.append("##### the graph")
-    lines += graph_lines(recipe, chosen)
+        lines += ["", f"##### {name}"]
+        lines += [line for line in text.split("\n") if line.startswith("#SBATCH ")]
+    if not whole:
+        lines += ["", "`--scripts` prints every script whole"]
+    for name, text in scripts.items() if whole else ():
+        lines += ["", f"##### {_file(name)}", text.rstrip("\n")]
     return "\n".join(lines) + "\n"
 
 

@@ -140,6 +140,7 @@ def test_the_block_is_in_no_key() -> None:
         ("environment: {A: true}", "put it in quotes"),
         ("launch_prefix: apptainer exec --env=API_KEY=x image", "key or token"),
         ("launch_prefix: 'a \"b'", "close the quotes"),
+        ("launch_prefix: 'pyxis: --container-image=x'", "`launch_prefix: --container-image=x`"),
         ("sbatch: [--wrap=ls]", "btx's own to set"),
         ("sbatch: [--depend=x]", "btx's own to set"),
         ("sbatch: [-d, x]", "btx's own to set"),
@@ -199,8 +200,16 @@ def test_dry_run_prints_all_and_changes_nothing(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("#!/bin/bash") == 11
-    assert "mix " in done.stdout.partition("##### the graph")[2]
+    graph_first, *headers = done.stdout.split("\n\n##### ")
+    assert graph_first.startswith("##### the graph\nprepare ")
+    assert len(graph_first.splitlines()) == 12
+    assert [text.split("\n")[0] for text in headers] == [stage.name for stage in STAGES]
+    assert all(line.startswith("#SBATCH ") for line in headers[0].splitlines()[1:])
+    whole = subprocess.run(
+        [*command, "--scripts"], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert whole.stdout.startswith(done.stdout.rpartition("\n\n")[0])
+    assert whole.stdout.count("#!/bin/bash\n") == whole.stdout.count(script.body().rstrip()) == 11
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,0 +1,71 @@
+"""The controller and the node daemons killed at moments drawn at random, while the whole graph
+runs: it ends the same bit for bit, or ``btx status`` says what a person must do.
+
+``BTX_TEST_SLURM=long`` draws three times as many times; ``BTX_TEST_SEED`` draws others.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.cluster import Cluster, wait
+from tests.slurm.conftest import NODES, Run, branch
+
+SEED = int(os.environ.get("BTX_TEST_SEED", "0"))
+DRAWS = 3 if os.environ.get("BTX_TEST_SLURM") == "long" else 1
+KILLS = 5
+"""Of the controller, and as many of node daemons."""
+TRAINED = ("seed", "expert-code", "expert-math", "expert-prose", "finetune", "dense")
+
+
+@pytest.mark.parametrize("seed", range(SEED, SEED + DRAWS))
+def test_daemons_killed_at_random(whole: Run, tmp_path: Path, seed: int) -> None:
+    draw = random.Random(seed)
+    victims = ["controller"] * KILLS + draw.choices(["n1", "n2"], k=KILLS)
+    draw.shuffle(victims)
+    text = NODES + "wandb: {mode: offline}\n"
+    said = []
+    with Cluster(tmp_path / "cluster", nodes=2) as cluster:
+        run = branch(whole, tmp_path / "run", text, "prepare", cluster=cluster)
+        run.submit()
+        began = time.monotonic()
+        for victim in victims:
+            time.sleep(draw.uniform(0.2, 6))
+            cluster.kill(victim)
+            down = draw.uniform(0.2, 6)
+            said.append(f"{time.monotonic() - began:.1f} s: {victim} killed, for {down:.1f} s")
+            time.sleep(down)
+            if victim == "controller":
+                cluster.start_controller()
+            else:
+                cluster.start_node(victim)
+        wait(lambda: _answers(run), 60, "the controller")
+        # A controller that was killed right after a job's end takes it for running until the job's
+        # node registers anew: after half an hour by itself, or with its daemon.
+        for node in cluster.nodes:
+            cluster.stop(node)
+            cluster.start_node(node)
+        for _ in range(5):
+            run.finished()
+            left = {name: row for name, row in run.status().items() if row["state"] != "done"}
+            if not left:
+                break
+            said.append(f"a person must do something: {json.dumps(left, indent=1)}")
+            assert all(row["note"] for row in left.values()), said
+            assert not any(row["active"] for row in left.values()), said
+            run.submit()  # which is what the notes ask for
+        assert not left, (said, run.out())
+    for stage in TRAINED:
+        assert run.steps(stage) == whole.steps(stage), (stage, said, run.out())
+    sys.stdout.write("\n".join(said) + "\n")
+
+
+def _answers(run: Run) -> bool:
+    return run.btx("status").returncode == 0
