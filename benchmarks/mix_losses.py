@@ -56,6 +56,10 @@ ROUTERS: dict[str, dict[str, Any]] = {
     "centroids, spread 0.3": {"router_init": "centroids", "centroids": 0.3},
     "centroids, spread 1": {"router_init": "centroids", "centroids": 1.0},
     "centroids, spread 3": {"router_init": "centroids", "centroids": 3.0},
+    "ridge, as solved": {"router_init": "ridge", "centroids": None},
+    "ridge, spread 0.3": {"router_init": "ridge", "centroids": 0.3},
+    "ridge, spread 1": {"router_init": "ridge", "centroids": 1.0},
+    "ridge, spread 3": {"router_init": "ridge", "centroids": 3.0},
 }
 TABLES = {"mixes": MIXES, "routers": ROUTERS}
 
@@ -135,10 +139,10 @@ def loss(model: Any, tokens_file: Path, sequences: int) -> tuple[float, Tensor]:
 def centroids(
     folder: Path, sources: tuple[str, ...], names: list[str], data: list[Path], asked: Mapping
 ) -> str:
-    """The file of `btx centroids` for this spread: 16384 training tokens of each domain, for the
-    seed of the domain that no expert has."""
-    from megatron_btx.evaluate.centroids import as_file
-    from megatron_btx.evaluate.centroids import centroids as measure
+    """The file of `btx centroids` for this rule and spread: 16384 training tokens of each domain,
+    for the seed of the domain that no expert has."""
+    from megatron_btx.evaluate.centroids import as_file, routers
+    from megatron_btx.evaluate.router_statistics import centroid_rows, ridge_rows
     from megatron_btx.mix.plan_of_request import open_sources, plan_of
 
     if not torch.distributed.is_initialized():
@@ -154,16 +158,19 @@ def centroids(
         )
         for name in names
     }
-    found = measure(
+    kind, spread = asked["router_init"], asked["centroids"]
+    found = routers(
         plan,
         texts,
         layout=Layout(),
         precision="fp32",
-        spread=asked["centroids"],
+        rule=ridge_rows if kind == "ridge" else centroid_rows,
+        gram=kind == "ridge",
+        spread=spread,
         micro_batch_size=8,
     )
-    path = folder / f"centroids-{asked['centroids']}.safetensors"
-    path.write_bytes(as_file(found.rows, names))
+    path = folder / f"{kind}-{spread}.safetensors"
+    path.write_bytes(as_file(found.rows, names, kind))
     return str(path)
 
 
