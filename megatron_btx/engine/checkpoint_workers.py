@@ -22,7 +22,7 @@ _PR_SET_PDEATHSIG = 1
 def start() -> None:
     """Start them once, before Megatron would.
 
-    They are deaf to the signals that ask a rank to stop: a launcher may send these to all processes
+    They block the signals that ask a rank to stop: a launcher may send these to all processes
     of a task (srun does), and a rank whose helper has died of one cannot save. And they end with
     the rank, however it ends: one that is left holds its output open, and srun waits for it.
     """
@@ -32,15 +32,15 @@ def start() -> None:
         return
     manager = SyncManager(ctx=multiprocessing.get_context("spawn"))
     # The first unblocks SIGTERM behind itself, so each anew. What is blocked stays so in a child.
-    with deaf():
+    with block_signals():
         resource_tracker.ensure_running()
-    with deaf():
+    with block_signals():
         manager.start(_end_with_parent, (os.getpid(),))
     filesystem_async._results_queue = manager.Queue()
 
 
 @contextlib.contextmanager
-def deaf() -> Iterator[None]:
+def block_signals() -> Iterator[None]:
     """What is started within hears none of the signals that ask a rank to stop."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _ASKING)
     try:

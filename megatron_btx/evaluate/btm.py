@@ -55,7 +55,7 @@ def posterior(log_probs: Tensor, prior: Tensor | None = None) -> Tensor:
 
     Returns:
         float64 [N, ..., S]: at position t the labels of positions 0 to t - 1 are known, and with
-        them how well each model foretold them; at position 0 it is the prior.
+        them their likelihood under each model; at position 0 it is the prior.
     """
     double = log_probs.double()
     seen = double.cumsum(-1) - double

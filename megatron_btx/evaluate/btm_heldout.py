@@ -162,8 +162,8 @@ def log_probs(
 
 
 def cost(architectures: Sequence[Architecture], method: str | None) -> Cost:
-    """What a method costs with these models (``None``: one model). k of them are as dear as the
-    dearest k."""
+    """What a method costs with these models (``None``: one model). Which k of them run depends on
+    the text, so the cost of k is that of the k most expensive."""
     ran = btm.TOP.get(method or "", len(architectures))
     flops = sorted((count.forward_flops_per_token(one) for one in architectures), reverse=True)
     parameters = [count.parameters(one) for one in architectures]

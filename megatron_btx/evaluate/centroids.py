@@ -93,7 +93,7 @@ def measure(
 
     Returns:
         ``{"experts", "kind", "spread", "loss": nats a token by domain, "own": share of tokens that
-        the largest logit sends home, by domain (mean over the layers)}``.
+        whose largest logit is their own expert's, by domain (mean over the layers)}``.
 
     Raises:
         UserErrors: the model has no experts, one has no text, or too little; the statistics are of

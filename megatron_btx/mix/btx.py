@@ -1,7 +1,7 @@
 """Branch-Train-MiX itself (arXiv 2403.07816, section 3.2): N dense models become one MoE.
 
 At every layer the models' feed-forward sublayers become the experts of one MoE sublayer, all other
-parameters are averaged, and one linear router per layer is born.
+parameters are averaged, and one linear router per layer is initialised.
 """
 
 from __future__ import annotations

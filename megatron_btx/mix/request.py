@@ -46,7 +46,7 @@ class Request:
     moe_router_topk: int = like(Routing, "moe_router_topk")
     """experts a token"""
     router_init: Literal["normal", "zeros", "uniform", "centroids", "ridge"] = "normal"
-    """how routers are born"""
+    """how routers are initialised"""
     centroids: str | None = None
     """the file of `btx centroids`, for --router-init centroids or ridge"""
     router_init_std: float = like(Mix, "router_init_std")

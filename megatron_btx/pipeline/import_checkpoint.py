@@ -125,7 +125,7 @@ def link(recipe: Recipe, name: str, run_dir: Path) -> dict[str, Any]:
 
 
 def _whole(directory: Path) -> None:
-    """That every byte the checkpoint speaks of is there: it is opened, nothing is read."""
+    """That every byte that the checkpoint names is there: it is opened, nothing is read."""
     from megatron_btx.weights.megatron import open_megatron  # imports torch: ranks only
 
     open_megatron(directory, "checkpoint")

@@ -132,7 +132,7 @@ def table(view: RoutingView) -> str:
 
 
 def words(view: RoutingView) -> str:
-    """Whom each domain prefers, and who is dead."""
+    """Each domain's most used expert, and dead experts."""
     said = []
     for domain, load in view.load.items():
         means = [sum(column) / len(column) for column in zip(*load, strict=True)]

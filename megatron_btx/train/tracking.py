@@ -68,7 +68,7 @@ class Tracker:
         mode = _mode(recipe.wandb)
         # A launcher's signals reach every process of a task, and its service dies of USR1. TERM it
         # takes in any case.
-        with checkpoint_workers.deaf():
+        with checkpoint_workers.block_signals():
             try:
                 self._run = wandb.init(mode=mode, **arguments)
             except (wandb.errors.Error, OSError) as error:

@@ -2,7 +2,7 @@
 
 The directory carries our mark, a file that its writer keeps locked (flock: the kernel lets go of it
 however the writer ends). Nothing without the mark is written to, renamed or deleted; whoever finds
-the mark locked is told by whom.
+the mark locked is told who holds it.
 """
 
 from __future__ import annotations

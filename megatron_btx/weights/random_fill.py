@@ -36,7 +36,7 @@ class Draw:
 
     @property
     def parts(self) -> tuple[Expression, ...]:
-        """Nothing: it is born here."""
+        """Nothing: it is computed here."""
         return ()
 
     def evaluate(self, box: Box, read: Read) -> Tensor:
@@ -91,7 +91,7 @@ class Fill:
 
     @property
     def parts(self) -> tuple[Expression, ...]:
-        """Nothing: it is born here."""
+        """Nothing: it is computed here."""
         return ()
 
     def evaluate(self, box: Box, read: Read) -> Tensor:

@@ -102,7 +102,7 @@ class _Patient:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """Write, to whom is still there."""
+        """Write; a terminal that has been closed is ignored."""
         try:
             return self._stream.write(text)
         except OSError:

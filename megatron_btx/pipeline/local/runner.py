@@ -121,7 +121,7 @@ def in_order(stages: tuple[Stage, ...]) -> list[Stage]:
 
 
 class _Runner:
-    """The loop: start what can start, see what has ended, pass on a wish to stop."""
+    """The loop: start what can start, see what has ended, forward the stop signal."""
 
     def __init__(
         self,

@@ -267,7 +267,7 @@ def check_answers() -> None:
 
 
 def cancel(numbers: Iterable[str]) -> None:
-    """Cancel jobs; those that are over already are none of its business."""
+    """Cancel jobs; those that have ended already are left alone."""
     numbers = list(numbers)
     if not numbers:
         return
