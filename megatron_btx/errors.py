@@ -69,7 +69,7 @@ class UserErrors(UserError):
 
 
 @contextmanager
-def noted(errors: list[UserError]) -> Iterator[None]:
+def collect_errors(errors: list[UserError]) -> Iterator[None]:
     """A block whose user errors join ``errors``: what else is wrong is looked for first."""
     try:
         yield

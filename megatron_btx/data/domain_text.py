@@ -12,7 +12,7 @@ from typing import Any
 from megatron_btx.data.documents import find_files, read_documents
 from megatron_btx.data.formats import format_of, token_pair
 from megatron_btx.data.shards import HELD_OUT, weigh
-from megatron_btx.errors import UserError, UserErrors, noted
+from megatron_btx.errors import UserError, UserErrors, collect_errors
 from megatron_btx.recipe.schema import Domain, Recipe
 
 SPLITS = ("train", "valid")
@@ -124,7 +124,7 @@ def find(recipe: Recipe) -> dict[str, dict[str, list[list[Path]]]]:
     for name, domain in recipe.domains.items():
         found[name] = {}
         for split, paths in (("train", domain.train), ("valid", domain.valid)):
-            with noted(errors):
+            with collect_errors(errors):
                 where = f"domains.{name}.{split}"
                 found[name][split] = [find_files([path], where=where) for path in paths]
     if errors:

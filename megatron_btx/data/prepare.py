@@ -38,7 +38,7 @@ from megatron_btx.data.tokenizer import (
     read_tokenizer,
     train_tokenizer,
 )
-from megatron_btx.errors import UserError, UserErrors, noted
+from megatron_btx.errors import UserError, UserErrors, collect_errors
 from megatron_btx.families.tokenizer_files import place_of
 from megatron_btx.families.tokenizer_identity import differences
 from megatron_btx.files import find_json, sweep, unfinished, write_json
@@ -97,7 +97,7 @@ def check(recipe: Recipe, *, most: int = 256_000_000) -> None:
     """
     errors: list[UserError] = []
     if recipe.tokenizer.path is not None:
-        with noted(errors):
+        with collect_errors(errors):
             path, wanted = recipe.tokenizer.path, recipe.tokenizer.vocab_size
             size = read_tokenizer(path, recipe.tokenizer.type, where="tokenizer.path").vocab_size
             if size > wanted and recipe.seed.from_ is None:
@@ -108,11 +108,11 @@ def check(recipe: Recipe, *, most: int = 256_000_000) -> None:
                 )
     for name, domain in recipe.domains.items():
         for split, paths in (("train", domain.train), ("valid", domain.valid)):
-            with noted(errors):
+            with collect_errors(errors):
                 for file in find_files(paths, where=f"domains.{name}.{split}"):
-                    with noted(errors):
+                    with collect_errors(errors):
                         _read_ahead(file, domain.text_key, most)
-    with noted(errors):
+    with collect_errors(errors):
         _check_trainable(recipe)
     if errors:
         raise UserErrors(errors)
@@ -203,7 +203,7 @@ def _trained(texts: dict[str, DomainText], wanted: Wanted) -> Tokenizer:
     errors: list[UserError] = []
 
     def documents() -> Iterator[str]:
-        with noted(errors):  # SentencePiece makes of any error one of its own
+        with collect_errors(errors):  # SentencePiece makes of any error one of its own
             yield from _sample(texts, wanted.train_bytes)
 
     try:

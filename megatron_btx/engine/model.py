@@ -20,7 +20,7 @@ from torch.nn.functional import silu
 from megatron_btx.engine import platform
 from megatron_btx.engine.moe.router import check_config, transformer_fields
 from megatron_btx.engine.spec import block_spec
-from megatron_btx.engine.unsupported_options import TORCH_LAYERS, refusals, refuse_unfollowed
+from megatron_btx.engine.unsupported_options import TORCH_LAYERS, megatron_errors, refuse_unfollowed
 from megatron_btx.errors import UserError
 from megatron_btx.recipe import check_layout, count
 from megatron_btx.recipe.architecture import Architecture
@@ -109,7 +109,7 @@ def transformer_config(
         refuse_unfollowed(
             options.transformer, TORCH_LAYERS, "the layers without Transformer Engine"
         )
-    with refusals("transformer"):
+    with megatron_errors("transformer"):
         config = TransformerConfig(**(fields | options.transformer))
     if architecture.routing is not None:
         check_config(config, architecture.routing)
@@ -203,7 +203,7 @@ def data_parallel_config(
             "there is nothing to gather without the distributed optimizer",
             "set `use_distributed_optimizer: true`, or remove it",
         )
-    with refusals("ddp"):
+    with megatron_errors("ddp"):
         return DistributedDataParallelConfig(**(fields | options.ddp))
 
 

@@ -8,7 +8,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_btx.engine.unsupported_options import refusals
+from megatron_btx.engine.unsupported_options import megatron_errors
 from megatron_btx.recipe.schema import Training
 
 
@@ -30,14 +30,14 @@ def optimizer_config(training: Training) -> OptimizerConfig:
         "bf16": training.precision == "bf16",
         "use_distributed_optimizer": training.use_distributed_optimizer,
     }
-    with refusals("optimizer"):
+    with megatron_errors("optimizer"):
         return OptimizerConfig(**(fields | training.megatron.optimizer))
 
 
 def build_optimizer(model: DistributedDataParallel, training: Training) -> MegatronOptimizer:
     """AdamW with the stage's settings. Its state is fresh; master weights start from the model's
     (rounded) weights, so set those first, or call ``reload_model_params`` after."""
-    with refusals("optimizer"):
+    with megatron_errors("optimizer"):
         return get_megatron_optimizer(optimizer_config(training), [model])
 
 

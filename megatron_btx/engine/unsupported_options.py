@@ -53,7 +53,7 @@ def refuse_unfollowed(options: Mapping[str, Any], supported: Supported, who: str
 
 
 @contextmanager
-def refusals(block: str) -> Iterator[None]:
+def megatron_errors(block: str) -> Iterator[None]:
     """A block that hands ``megatron.<block>`` to Megatron: what it refuses is the user's to mend.
 
     Raises:

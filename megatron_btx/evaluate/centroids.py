@@ -26,7 +26,7 @@ from torch import Tensor
 
 from megatron_btx.engine.initializer import initialize
 from megatron_btx.engine.model import DTYPES, build_model, unwrap
-from megatron_btx.errors import UserError, UserErrors, noted
+from megatron_btx.errors import UserError, UserErrors, collect_errors
 from megatron_btx.evaluate.heldout import Batch, Listener, evaluate
 from megatron_btx.evaluate.loss_on_text import Setting, min_length, packed, whole_sequences
 from megatron_btx.evaluate.model_spec import Subject
@@ -109,7 +109,7 @@ def measure(
     given = packed(subject, {name: data[name] for name in names if name in data}, setting, length)
     texts: dict[str, list[Batch]] = {}
     for name, text in given.items():
-        with noted(errors):
+        with collect_errors(errors):
             texts[name] = whole_sequences(name, text)
     if errors:
         raise UserErrors(errors)

@@ -165,7 +165,7 @@ class Stated:
 
 @dataclass(frozen=True)
 class Always:
-    """A field of our ``Model`` that all models of the family have, and no key of ``config.json`` names."""
+    """A field of our ``Model`` that all models of the family have and no key names."""
 
     ours: str
     value: Any

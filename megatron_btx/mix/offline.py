@@ -18,7 +18,7 @@ from typing import Any, TextIO
 
 import torch
 
-from megatron_btx.errors import UserError, UserErrors, noted
+from megatron_btx.errors import UserError, UserErrors, collect_errors
 from megatron_btx.families.export import carried, write_hf
 from megatron_btx.families.hf import to_hf
 from megatron_btx.families.open import open_checkpoint
@@ -111,13 +111,13 @@ def _prepared(request: Request) -> tuple[list[Checkpoint], Plan, Execution]:
     elif not request.dry_run and not destination.absolute().parent.is_dir():
         errors.append(UserError(str(destination.parent), "no such directory", "make it first"))
     execution = ONE_BY_ONE
-    with noted(errors):
+    with collect_errors(errors):
         execution = _execution(request)
-    with noted(errors):
+    with collect_errors(errors):
         parse_bytes(request.shard, "--shard")
     wrong = list(out_of_range(request))
     errors += [UserError(f"--{name.replace('_', '-')}", *one) for name, *one in wrong]
-    with noted(errors):
+    with collect_errors(errors):
         models = open_sources(request)
         if not wrong:
             plan = plan_of(request, models)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from megatron_btx.errors import UserError, UserErrors, noted
+from megatron_btx.errors import UserError, UserErrors, collect_errors
 from megatron_btx.families.open import open_checkpoint
 from megatron_btx.files import named_path
 from megatron_btx.mix.average import average
@@ -31,7 +31,7 @@ def open_sources(request: Request) -> list[Checkpoint]:
     errors: list[UserError] = []
     for source in request.sources:
         label, path = named_path(source)
-        with noted(errors):
+        with collect_errors(errors):
             label = label or name_of(path)
             models.append(open_checkpoint(path, label, request.model))
     if not errors:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_btx.errors import UserError, UserErrors, noted
+from megatron_btx.errors import UserError, UserErrors, collect_errors
 from megatron_btx.files import unfinished
 from megatron_btx.pipeline import graph
 from megatron_btx.pipeline.graph import Stage
@@ -207,7 +207,7 @@ def _hugging_face(where: str, directory: Path) -> tuple[Architecture, dict[str, 
 def _under(where: str) -> Iterator[None]:
     """Errors of a checkpoint named with the recipe's key that gives it."""
     errors: list[UserError] = []
-    with noted(errors):
+    with collect_errors(errors):
         yield
     errors = [UserError(where, f"{one.where}: {one.what}", one.fix) for one in errors]
     if errors:

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_btx.errors import UserError, UserErrors, noted
+from megatron_btx.errors import UserError, UserErrors, collect_errors
 from megatron_btx.pipeline import import_checkpoint
 from megatron_btx.pipeline.graph import Stage
 from megatron_btx.recipe import check as recipe_check
@@ -36,16 +36,16 @@ def check(recipe: Recipe, run_dir: Path, left: tuple[Stage, ...], gpus: int | No
     errors: list[UserError] = []
     if gpus is not None:
         for stage in left:
-            with noted(errors):
+            with collect_errors(errors):
                 _machine(recipe, stage, gpus)
-    with noted(errors):
+    with collect_errors(errors):
         import_checkpoint.check_all(recipe, left)
     if any(stage.kind == "prepare" for stage in left):
         from megatron_btx.data import prepare
 
-        with noted(errors):
+        with collect_errors(errors):
             prepare.check(recipe, most=_READ_AHEAD // max(1, _files(recipe)))
-    with noted(errors):
+    with collect_errors(errors):
         _space(recipe, run_dir, left)
     if errors:
         raise UserErrors(errors)

@@ -76,13 +76,13 @@ def experts_run(architecture: Architecture) -> int:
     layers, routing = architecture.model.num_layers, architecture.routing
     if routing is None:
         return layers
-    first = sends(architecture)
+    first = experts_per_token(architecture)
     if routing.type == "sample_top1" and routing.first_layer_soft:
         first = len(architecture.experts)
-    return first + (layers - 1) * sends(architecture)
+    return first + (layers - 1) * experts_per_token(architecture)
 
 
-def sends(architecture: Architecture) -> int:
+def experts_per_token(architecture: Architecture) -> int:
     """Experts one token is sent to in an ordinary layer."""
     routing = architecture.routing
     if routing is None or routing.type in ("switch", "sample_top1"):

@@ -57,8 +57,8 @@ class Memory:
     """The most that comes on top: the loss's softmax, the logits' gradient and the output layer's,
     or later the layers that are recomputed."""
     held: int
-    """On a CPU, see ``HELD``, ``KEPT`` and ``keeps_gates``; with the distributed optimizer also its
-    collectives' fp32 copy."""
+    """On a CPU, see ``HELD``, ``KEPT`` and ``keeps_probabilities``; with the distributed optimizer
+    also its collectives' fp32 copy."""
 
     @property
     def allocated(self) -> int:
@@ -140,7 +140,7 @@ def layer_activations(architecture: Architecture, training: Training) -> tuple[i
     return attention * element, ffn * element
 
 
-def keeps_gates(seq_length: int, width: int) -> bool:
+def keeps_probabilities(seq_length: int, width: int) -> bool:
     """Whether attention on a CPU (engine/ops/cpu_attention.py) keeps its softmax for the backward
     pass: where the half of it that is not zero weighs no more than queries, keys, values and
     output, whose heads have that ``width``; and of 256 tokens at most, where it is 200 kB a
@@ -161,7 +161,7 @@ def _gates(architecture: Architecture, training: Training) -> int:
     seq, granularity = model.seq_length, options.get("recompute_granularity")
     modules = options.get("recompute_modules") or ["core_attn"]
     recomputed = granularity == "full" or (granularity == "selective" and "core_attn" in modules)
-    if recomputed or not keeps_gates(seq, count.kv_channels(model)):
+    if recomputed or not keeps_probabilities(seq, count.kv_channels(model)):
         return 0
     heads = model.num_attention_heads // training.layout.tensor_model_parallel_size
     return 4 * heads * training.micro_batch_size * seq * (seq + query_rows(seq)) // 2

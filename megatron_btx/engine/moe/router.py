@@ -26,7 +26,7 @@ from torch.distributed import all_gather_into_tensor
 from megatron_btx.engine.moe import loss_tracker, noise, routing
 from megatron_btx.engine.moe.routing import Routes
 from megatron_btx.engine.unsupported_options import Supported, refuse_unfollowed
-from megatron_btx.errors import UserError, UserErrors, noted
+from megatron_btx.errors import UserError, UserErrors, collect_errors
 from megatron_btx.recipe.schema import Routing
 
 BALANCE_LOSS = "btx_balance_loss"
@@ -262,7 +262,7 @@ def check_config(config: TransformerConfig, routing: Routing) -> None:
         UserErrors: all that it does not.
     """
     wrong: list[UserError] = []
-    with noted(wrong):
+    with collect_errors(wrong):
         refuse_unfollowed(vars(config), _SUPPORTED, "BTXRouter")
     fields = transformer_fields(routing, config.num_moe_experts)
     wrong += [

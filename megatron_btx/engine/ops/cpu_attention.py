@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_btx.engine.ops.blocks import ELEMENTS
-from megatron_btx.recipe.memory import keeps_gates, query_rows
+from megatron_btx.recipe.memory import keeps_probabilities, query_rows
 
 # Shapes: H heads of all sequences of the micro-batch, S sequence, D width of a head.
 
@@ -49,7 +49,7 @@ def attend(
 
 
 class _Attend(torch.autograd.Function):
-    """Keeps its inputs, and of a short sequence the gates."""
+    """Keeps its inputs, and of a short sequence the probabilities."""
 
     @staticmethod
     def forward(  # noqa: PLR0913
@@ -57,13 +57,13 @@ class _Attend(torch.autograd.Function):
     ) -> Tensor:
         ctx.window, ctx.scale = window, scale
         out, inputs, kept = _sequence_first(query), (query, key, value), []
-        keeps = keeps_gates(*query.shape[1:])
+        keeps = keeps_probabilities(*query.shape[1:])
         query, key, value = query.float() * scale, key.float(), value.float()
         for heads, rows, seen in _blocks(query, window):
-            gates = _gates(query[heads, rows], key[heads, seen], window)
-            out[heads, rows] = torch.bmm(gates, value[heads, seen])
+            probabilities = _probabilities(query[heads, rows], key[heads, seen], window)
+            out[heads, rows] = torch.bmm(probabilities, value[heads, seen])
             if keeps:
-                kept.append(gates)
+                kept.append(probabilities)
         ctx.save_for_backward(*inputs, *kept)
         return out
 
@@ -78,26 +78,28 @@ class _Attend(torch.autograd.Function):
         for heads, rows, seen in _blocks(query, ctx.window):
             q, grad = query[heads, rows], grad_out[heads, rows]
             k, v = key[heads, seen], value[heads, seen]
-            gates = kept.pop() if kept else _gates(q, k, ctx.window)
+            probabilities = kept.pop() if kept else _probabilities(q, k, ctx.window)
             grad_gates = torch.bmm(grad, v.mT)
-            grad_scores = torch._softmax_backward_data(grad_gates, gates, -1, gates.dtype)
+            grad_scores = torch._softmax_backward_data(
+                grad_gates, probabilities, -1, probabilities.dtype
+            )
             grad_query[heads, rows] = torch.bmm(grad_scores, k)
             grad_key[heads, seen] += torch.bmm(grad_scores.mT, q)
-            grad_value[heads, seen] += torch.bmm(gates.mT, grad)
+            grad_value[heads, seen] += torch.bmm(probabilities.mT, grad)
         grad_query.mul_(ctx.scale)
         return grad_query.to(dtype), grad_key.to(dtype), grad_value.to(dtype), None, None
 
 
-def _gates(query: Tensor, key: Tensor, window: int | None) -> Tensor:
+def _probabilities(query: Tensor, key: Tensor, window: int | None) -> Tensor:
     """[h, R, K]: what each of the last R of K tokens takes of each."""
     scores = torch.bmm(query, key.mT)
-    hidden = _hidden(query.shape[1], key.shape[1], window)
+    hidden = _causal_mask(query.shape[1], key.shape[1], window)
     scores[..., -hidden.shape[1] :] += hidden
     return scores.softmax(-1)
 
 
 @functools.lru_cache(maxsize=32)
-def _hidden(rows: int, keys: int, window: int | None) -> Tensor:
+def _causal_mask(rows: int, keys: int, window: int | None) -> Tensor:
     """[R, K]: minus infinity for the keys that the last R of K tokens do not see, else zero;
     without a window [R, R], for the keys before those are seen by all."""
     if window is None:

@@ -346,7 +346,7 @@ def test_whole_models_train_as_on_one_rank(ranks: Ranks, name: str) -> None:
     assert found.grad_norms == pytest.approx(expected.grad_norms, rel=1e-4)
 
 
-def refusals() -> list[str]:
+def router_errors() -> list[str]:
 
     found = []
     for megatron in (
@@ -361,7 +361,7 @@ def refusals() -> list[str]:
 
 
 def test_what_the_router_would_not_follow_is_refused(ranks: Ranks) -> None:
-    unsupported, unfit, parallel = ranks.run(refusals, 1)[0]
+    unsupported, unfit, parallel = ranks.run(router_errors, 1)[0]
     assert "moe_router_fusion" in unsupported
     assert "moe_router_score_function" in unsupported
     assert "moe_router_topk: 3" in unfit
