@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron_btx.pipeline import graph
-from megatron_btx.pipeline.fingerprint import Memo
 from megatron_btx.pipeline.graph import Stage
 from megatron_btx.recipe.load import load_recipe
 from megatron_btx.recipe.schema import Recipe
@@ -92,8 +91,7 @@ def open_recipe(path: str) -> tuple[Recipe, Path, tuple[Stage, ...]]:
     """A recipe, its run's directory and its stages."""
     recipe = load_recipe(path)
     run_dir = Path(recipe.run_dir)
-    stages = graph.build(recipe, Memo(run_dir / "fingerprints.json"))
-    return recipe, run_dir, stages
+    return recipe, run_dir, graph.of_run(recipe, run_dir)
 
 
 def coloured(text: str) -> str:

@@ -68,9 +68,10 @@ def _run_left(
     options: argparse.Namespace, recipe: Recipe, run_dir: Path, stages: tuple[Stage, ...]
 ) -> tuple[int, str]:
     """Run what is left; the exit code, and what went wrong."""
-    from megatron_btx.report.run import run_left
+    from megatron_btx.pipeline.local.run import run_left
+    from megatron_btx.report import page
 
-    outcome = run_left(recipe, run_dir, stages)
+    outcome = run_left(recipe, run_dir, stages, page=page.write, refresh=page.REFRESH)
     if outcome.code == EXIT_INTERRUPTED:
         again = f"btx run {shlex.quote(options.recipe)}"
         sys.stderr.write(f"stopped; run again to go on: {again}\n")
@@ -96,11 +97,11 @@ def _print_stages(
 ) -> None:
     rows = []
     for stage in stages:
+        standing, why = state.standing(run_dir, stage)
         record = state.done(run_dir, stage)
-        stopped = (run_dir / stage.directory / "stopped.json").exists()
-        standing = "done" if record else "stopped" if stopped else "left"
         spent = record.get("seconds") if record else None
-        rows.append({**dataclasses.asdict(stage), "state": standing, "seconds": spent})
+        row = {**dataclasses.asdict(stage), "state": standing, "why": why, "seconds": spent}
+        rows.append(row)
     if as_json:
         outcome = {
             "recipe": recipe.name,
@@ -118,5 +119,5 @@ def _print_stages(
         after = f"after {', '.join(stage.needs)}" if stage.needs else ""
         taken = " (taken from a checkpoint)" if stage.kind == "import" else ""
         line = f"{stage.name:<{width}}  {row['state']:<7}  {size:>7}  {after}{taken}"
-        sys.stdout.write(line.rstrip() + "\n")
+        sys.stdout.write(line.rstrip() + "\n" + (f"    {row['why']}\n" if row["why"] else ""))
     sys.stdout.write(f"ranks x threads; everything goes to {run_dir}\n")

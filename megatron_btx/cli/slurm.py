@@ -15,7 +15,6 @@ from megatron_btx.cli.common import open_recipe, recipe_command, renamed
 from megatron_btx.errors import UserError
 from megatron_btx.pipeline import graph, state
 from megatron_btx.pipeline.graph import Stage
-from megatron_btx.recipe.schema import Recipe
 
 
 def add_parser(commands: Any) -> None:
@@ -95,11 +94,11 @@ def submit(options: argparse.Namespace) -> int:
 
     if options.scripts and not options.dry_run:
         raise UserError("--scripts", "prints what `--dry-run` would send", "give both")
-    recipe, run_dir, stages = _open(options.recipe)
+    recipe, run_dir, stages = open_recipe(options.recipe)
     wished = selection.select(
         stages, only=options.only, first=options.first, last=options.stop_after
     )
-    chosen = selection.to_submit(run_dir, wished)
+    chosen = state.left(run_dir, wished)
     selection.check_needs(run_dir, stages, chosen)
     if options.dry_run:
         sys.stdout.write(submit.dry_run(recipe, run_dir, chosen, whole=options.scripts))
@@ -144,7 +143,7 @@ def _standing(recipe: str, as_json: bool) -> tuple[str, bool]:
     """Where every stage stands, as text, and whether any is still in the queue."""
     from megatron_btx.pipeline.slurm import status
 
-    _, run_dir, stages = _open(recipe)
+    _, run_dir, stages = open_recipe(recipe)
     rows = status.rows(run_dir.absolute(), stages)
     if as_json:
         text = json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n"
@@ -157,7 +156,7 @@ def logs(options: argparse.Namespace) -> int:
     """``btx logs``."""
     from megatron_btx.pipeline.slurm import status
 
-    _, run_dir, stages = _open(options.recipe)
+    _, run_dir, stages = open_recipe(options.recipe)
     run_dir = run_dir.absolute()
     stage = graph.find(stages, options.stage)
     path = status.log_file(run_dir, stage)
@@ -197,7 +196,7 @@ def cancel(options: argparse.Namespace) -> int:
     """``btx cancel``."""
     from megatron_btx.pipeline.slurm import commands, jobs
 
-    recipe, run_dir, stages = _open(options.recipe)
+    recipe, run_dir, stages = open_recipe(options.recipe)
     wished = {graph.find(stages, name).name for name in options.stage}
     found = [
         job for job in jobs.active(run_dir.absolute(), stages) if not wished or job.stage in wished
@@ -208,8 +207,3 @@ def cancel(options: argparse.Namespace) -> int:
     if not found:
         sys.stdout.write(f"{recipe.name}: no jobs in the queue\n")
     return 0
-
-
-def _open(path: str) -> tuple[Recipe, Path, tuple[Stage, ...]]:
-    recipe, run_dir, stages = open_recipe(path)
-    return recipe, run_dir, graph.with_mix(stages)

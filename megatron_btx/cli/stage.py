@@ -7,9 +7,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from megatron_btx.cli.common import open_recipe, recipe_command
-from megatron_btx.pipeline import graph, state
+from megatron_btx.cli.common import recipe_command
+from megatron_btx.pipeline import state, worker
 from megatron_btx.pipeline.graph import Stage
+from megatron_btx.recipe.load import load_recipe
 from megatron_btx.recipe.schema import Recipe
 
 
@@ -31,13 +32,12 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Be a rank; its exit code."""
-    recipe, run_dir, stages = open_recipe(options.recipe)
-    stage = graph.find(graph.with_mix(stages), options.stage)
+    recipe = load_recipe(options.recipe)
+    run_dir = Path(recipe.run_dir)
+    stage = worker.stage_of(recipe, options.stage, run_dir)
     if stage.kind == "report":
         _report_stage(recipe, run_dir, stage)
         return 0
-    from megatron_btx.pipeline import worker
-
     code = worker.run_rank(recipe, stage, run_dir)
     worker.leave(code)
     return code

@@ -11,6 +11,7 @@ import errno
 import logging
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -177,6 +178,7 @@ def load(directory: Path, state: TrainingState) -> None:
     Raises:
         UserError: the checkpoint is missing, damaged or of another shape.
     """
+    _wait_until_seen(directory)
     read_manifest(directory)
     sharded = state.sharded(is_loading=True)
     rng = sharded.pop("rng_state", None)
@@ -214,6 +216,14 @@ def _refusals(directory: Path) -> Iterator[None]:
             "go on under the layout that wrote it, or take a checkpoint that is whole and of this "
             "model (a stage's own may be deleted: it goes on from the one before)",
         ) from error
+
+
+def _wait_until_seen(directory: Path, seconds: float = 60.0) -> None:
+    """Wait for a directory that another rank has named: NFS lets a machine's view of its parent be
+    as old as ``acdirmax`` (60 s by default, nfs(5))."""
+    deadline = time.monotonic() + seconds
+    while dist.get_rank() and not directory.exists() and time.monotonic() < deadline:
+        time.sleep(1.0)
 
 
 def _same_world(directory: Path) -> bool:

@@ -2,7 +2,8 @@
 
 A file counts by its size and a hash: of all of it up to 16 MiB, of sixteen evenly spaced pieces of
 1 MiB above that, so that asking about terabytes of text takes seconds. A memo beside the run
-remembers the hash of every file whose size and time of change are as they were.
+remembers the hash of every file whose size and time of change are as they were; a process reads no
+file twice, whatever memos it asks.
 """
 
 from __future__ import annotations
@@ -17,6 +18,10 @@ from megatron_btx.files import written
 
 _PIECE = 1 << 20
 _PIECES = 16
+
+
+_SEEN: dict[str, list[int | str]] = {}
+"""What this process has hashed: path -> size, modification time (ns), hash."""
 
 
 class Memo:
@@ -41,13 +46,16 @@ class Memo:
     def file(self, path: Path) -> str:
         """Hash (hex) of a file's size and content."""
         status = path.stat()
+        size, changed = status.st_size, status.st_mtime_ns
         entry = self._known.get(str(path))
-        if entry is not None and entry[:2] == [status.st_size, status.st_mtime_ns]:
+        if entry is not None and entry[:2] == [size, changed]:
             return str(entry[2])
-        value = _hash(path, status.st_size)
-        self._known[str(path)] = [status.st_size, status.st_mtime_ns, value]
+        place = str(path.absolute())
+        if _SEEN.get(place, [])[:2] != [size, changed]:
+            _SEEN[place] = [size, changed, _hash(path, size)]
+        self._known[str(path)] = list(_SEEN[place])
         self._changed = True
-        return value
+        return str(_SEEN[place][2])
 
     def paths(self, paths: Sequence[str]) -> list[list[str]]:
         """``[name, hash]`` of every file in ``paths``, directories walked; names are relative to

@@ -9,9 +9,11 @@ of the models it starts from. A stage is done when ``done.json`` in its director
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +28,20 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "prepare": (),
     "seed": ("prepare",),
     "expert": ("prepare", "seed"),
-    "finetune": ("prepare", "seed", "expert"),
+    "mix": ("prepare", "seed", "expert"),
+    "finetune": ("prepare", "seed", "expert", "mix"),
     "dense": ("prepare", "seed"),
     "evaluate": ("prepare", "seed", "expert", "finetune", "dense"),
     "export": ("finetune",),
     "report": ("prepare", "seed", "expert", "finetune", "dense", "evaluate", "export"),
 }
 """What each kind of stage waits for; ``expert`` stands for every one of them."""
+
+LOOKS_AHEAD = {"mix": "finetune"}
+"""Kinds that make nothing: one rank finds out in seconds what another stage would meet at its
+start, before that one waits for its nodes. They have that stage's key, are done when it is, and
+nothing reads what they leave. (The weights are mixed where they are trained, each rank its part.)
+"""
 
 TRAINED = ("seed", "expert", "finetune", "dense")
 """Kinds that train a model; so does ``import``, which takes a finished one in a stage's place."""
@@ -82,6 +91,17 @@ class Stage:
         return self.world_size * self.num_threads
 
 
+def outline(recipe: Recipe) -> tuple[Stage, ...]:
+    """The stages of a recipe without their keys, each after all that it needs: reads no file."""
+    stages: dict[str, Stage] = {}
+    for kind in systems.kinds(recipe):
+        if kind in LOOKS_AHEAD and imported(recipe, LOOKS_AHEAD[kind]) is not None:
+            continue  # what is taken from a checkpoint begins with nothing
+        for name in _names(recipe, kind):
+            stages[name] = _stage(recipe, kind, name, tuple(stages.values()))
+    return tuple(stages.values())
+
+
 def build(recipe: Recipe, memo: Memo | None = None) -> tuple[Stage, ...]:
     """The stages of a recipe, each after all that it needs.
 
@@ -89,46 +109,62 @@ def build(recipe: Recipe, memo: Memo | None = None) -> tuple[Stage, ...]:
     """
     keys = _Keys(recipe, memo or Memo())
     stages: dict[str, Stage] = {}
-    for kind in systems.kinds(recipe):
-        for name in _names(recipe, kind):
-            stage = _stage(recipe, kind, name, tuple(stages.values()))
-            stages[stage.name] = dataclasses.replace(stage, key=keys.stage(stage, stages))
+    for stage in outline(recipe):
+        stages[stage.name] = dataclasses.replace(stage, key=keys.stage(stage, stages))
     return tuple(stages.values())
+
+
+def of_run(recipe: Recipe, run_dir: Path) -> tuple[Stage, ...]:
+    """:func:`build` with the run's memo of hashes, which is brought up to date where the run has
+    begun. Whoever may not write there asks every time."""
+    memo = Memo(run_dir / "fingerprints.json")
+    stages = build(recipe, memo)
+    if (run_dir / "recipe.yaml").exists():
+        with contextlib.suppress(OSError):
+            memo.save()
+    return stages
 
 
 def until(stages: Iterable[Stage], name: str) -> tuple[Stage, ...]:
     """Stage ``name`` and all that it waits for."""
     by_name = {stage.name: stage for stage in stages}
-    if name not in by_name:
-        raise UserError("--stop-after", f"there is no stage {name}", "choose " + ", ".join(by_name))
-    wanted = {name}
+    wanted = {find(by_name.values(), name, "--stop-after").name}
     for stage in reversed(by_name.values()):
         if stage.name in wanted:
             wanted.update(stage.needs)
     return tuple(stage for stage in by_name.values() if stage.name in wanted)
 
 
-def with_mix(stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
-    """The stages with ``mix`` before the finetuning, as Slurm runs them.
+def read_by(stage: Stage, stages: Iterable[Stage]) -> tuple[Stage, ...]:
+    """The stages whose results a stage reads: those that it waits for, but for a look ahead."""
+    needed = (other for other in stages if other.name in stage.needs)
+    return tuple(other for other in needed if other.kind not in LOOKS_AHEAD)
 
-    The weights are mixed in the finetuning job. What can be wrong with the mix is found out by
-    one rank in seconds, so there it is a job of its own, before the finetuning gets its nodes.
+
+def find(stages: Iterable[Stage], name: str, where: str = "") -> Stage:
+    """The stage of that name.
+
+    Args:
+        stages: of a recipe.
+        name: of the stage.
+        where: the flag that names it.
+
+    Raises:
+        UserError: there is none.
     """
-    found: list[Stage] = []
-    for stage in stages:
-        if stage.kind == "finetune":
-            found.append(Stage(name="mix", kind="mix", needs=stage.needs, key=stage.key))
-            stage = dataclasses.replace(stage, needs=(*stage.needs, "mix"))
-        found.append(stage)
-    return tuple(found)
-
-
-def find(stages: Iterable[Stage], name: str) -> Stage:
-    """The stage of that name."""
     by_name = {stage.name: stage for stage in stages}
     if name not in by_name:
-        raise UserError(name, "is not a stage of this recipe", "choose " + ", ".join(by_name))
+        raise no_stage(name, by_name, where)
     return by_name[name]
+
+
+def no_stage(name: str, names: Iterable[str], where: str = "") -> UserError:
+    """That a recipe has no stage ``name``: the nearest of those that it has, or all."""
+    known = list(names)
+    what = f"there is no stage {name}" if where else "is not a stage of this recipe"
+    near = get_close_matches(name.replace("-", ":").lower(), known, 1, 0.6)
+    fix = f"did you mean {near[0]}? " if near else ""
+    return UserError(where or name, what, f"{fix}choose {', '.join(known)}")
 
 
 def imported(recipe: Recipe, name: str) -> str | None:
@@ -153,7 +189,7 @@ def _stage(recipe: Recipe, kind: str, name: str, before: tuple[Stage, ...]) -> S
     source = imported(recipe, name) if kind in TRAINED else None
     if source is not None:
         return Stage(name=name, kind="import", needs=("seed",) if source == "seed" else ())
-    if kind == "finetune" and "seed" not in recipe.model_names:
+    if kind in ("mix", "finetune") and "seed" not in recipe.model_names:
         needs = tuple(need for need in needs if need != "seed")
     work = 0.0
     layout = recipe.evaluate.layout if kind == "evaluate" else Layout()
@@ -222,33 +258,37 @@ class _Keys:
         return ["from", self.memo.paths([str(Path(directory))])]
 
     def stage(self, stage: Stage, before: dict[str, Stage]) -> str:
-        models = [[need, before[need].key] for need in stage.needs if need != "prepare"]
-        part = [stage.name, self.recipe.random_seed, self._own(stage), models]
+        name = kind = LOOKS_AHEAD.get(stage.kind, stage.kind)
+        if kind == stage.kind:
+            name = stage.name
+        apart = ("prepare", *LOOKS_AHEAD)  # the text enters by content, and a look makes nothing
+        models = [[need, before[need].key] for need in stage.needs if need not in apart]
+        part = [name, self.recipe.random_seed, self._own(name, kind), models]
         return digest(part)
 
-    def _own(self, stage: Stage) -> Any:
+    def _own(self, name: str, kind: str) -> Any:
         recipe = self.recipe
-        if stage.kind == "prepare":
+        if kind == "prepare":
             return [list(self._text.items()), self._tokenizer]
-        if stage.kind == "import":
-            source = imported(recipe, stage.name)
+        if kind == "import":
+            source = imported(recipe, name)
             assert source is not None
             return [recipe.model, "seed" if source == "seed" else self.source(source)]
-        if stage.kind == "evaluate":
+        if kind == "evaluate":
             how = [recipe.system, recipe.btm if recipe.system == "btm" else None]
             return [how, recipe.evaluate.tokens, self._tokenizer, list(self._text.items())]
-        if stage.kind == "export":
+        if kind == "export":
             return recipe.export
-        if stage.kind == "report":
+        if kind == "report":
             return None
-        block = training(recipe, stage.name)
-        own = [recipe.model, self._training(block, moe=stage.kind == "finetune")]
-        if stage.kind == "finetune":
+        block = training(recipe, name)
+        own = [recipe.model, self._training(block, moe=kind == "finetune")]
+        if kind == "finetune":
             mix = dataclasses.replace(recipe.mix, centroids=None)  # it enters by content
             centroids = [] if recipe.mix.centroids is None else [recipe.mix.centroids]
             own += [mix, self.memo.paths(centroids), recipe.routing]
-        if is_data_matched(recipe, stage.name):  # it reads what the others read
-            own += [self._part(part) for group in reads(recipe, stage.name) for part in group]
+        if is_data_matched(recipe, name):  # it reads what the others read
+            own += [self._part(part) for group in reads(recipe, name) for part in group]
         return own
 
     def _part(self, part: Part) -> list[Any]:

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_btx.errors import UserError
-from megatron_btx.files import append_line, find_json, read_lines, write_json
+from megatron_btx.files import append_line, find_json, newest_step, read_lines, write_json
+from megatron_btx.pipeline import graph
 from megatron_btx.pipeline.graph import Stage
 from megatron_btx.provenance import code_revision, versions
 
@@ -33,15 +34,39 @@ EXIT_STOPPED = 75
 
 
 def done(run_dir: Path, stage: Stage) -> dict[str, Any] | None:
-    """The stage's ``done.json`` if it is finished for the key that the recipe asks for."""
-    record = find_json(run_dir / stage.directory / "done.json")
-    return record if record is not None and record.get("key") == stage.key else None
+    """The stage's ``done.json`` if it is finished for the key that the recipe asks for. A look
+    ahead at another stage, which has that one's key, is over when that one is."""
+    for name in (stage.directory, *graph.LOOKS_AHEAD.get(stage.kind, "").split()):
+        record = find_json(run_dir / name / "done.json")
+        if record is not None and record.get("key") == stage.key:
+            return record
+    return None
 
 
 def left(run_dir: Path, stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
     """The stages that are not done. One behind an unfinished one is not done either, unless its
     own key, which holds the other's, says that it was made from the very same thing."""
     return tuple(stage for stage in stages if done(run_dir, stage) is None)
+
+
+def standing(run_dir: Path, stage: Stage) -> tuple[str, str]:
+    """``done``, ``stopped`` or ``left``, and of what is not done why: that it was stopped or has
+    failed, that what it was made from has changed, or nothing where it was never begun."""
+    directory = run_dir / stage.directory
+    if done(run_dir, stage) is not None:
+        return "done", ""
+    made_for, step = (find_json(directory / "stage.json") or {}).get("key"), newest_step(directory)
+    if made_for is not None and made_for != stage.key:
+        if (_shelf(run_dir, stage.directory, stage.key) / "done.json").exists():
+            return "left", "was made for this recipe before: will be taken back from old/"
+        return "left", "its part of the recipe, its text or a stage before it has changed"
+    if (directory / "stopped.json").exists():
+        return "stopped", f"goes on from {step.name}" if step else ""
+    if (error := find_json(directory / "error.json")) is not None:
+        return "left", "failed: " + (str(error.get("message")).splitlines() or [""])[0]
+    if made_for is None:
+        return "left", ""
+    return "left", f"was interrupted; goes on from {step.name}" if step else "was interrupted"
 
 
 def make(run_dir: Path) -> list[Path]:
@@ -129,7 +154,7 @@ def link_shared(run_dir: Path, stages: tuple[Stage, ...], share: Sequence[str]) 
     for stage in left(run_dir, stages):
         here = run_dir / stage.directory
         begun = here.exists() and not here.is_symlink()
-        if stage.kind in ("evaluate", "export", "report") or begun:
+        if stage.kind in ("evaluate", "export", "report", *graph.LOOKS_AHEAD) or begun:
             continue
         for other in others:
             if done(other, stage) is not None:

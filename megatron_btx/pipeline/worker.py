@@ -74,7 +74,6 @@ def _train(recipe: Recipe, stage: Stage, run_dir: Path) -> Any:
 
 
 def _mix(recipe: Recipe, stage: Stage, run_dir: Path) -> Any:
-    """Under Slurm only (graph.with_mix)."""
     _megatron()
     from megatron_btx.train.stage import check_mix
 
@@ -121,21 +120,35 @@ def main(arguments: list[str] | None = None) -> int:
     recipe_path, stage_name = sys.argv[1:] if arguments is None else arguments
     try:
         recipe = load_recipe(recipe_path)
-        return run_rank(recipe, graph.find(graph.build(recipe), stage_name), Path(recipe.run_dir))
+        run_dir = Path(recipe.run_dir)
+        return run_rank(recipe, stage_of(recipe, stage_name, run_dir), run_dir)
     except UserError as error:
         sys.stderr.write(f"{error}\n")
         return 2
 
 
+def stage_of(recipe: Recipe, name: str, run_dir: Path) -> Stage:
+    """The stage that a rank is to be of. Who started it may have told the key
+    (``BTX_STAGE_KEY``): files may have changed since the run began, and no rank hashes a corpus.
+
+    Raises:
+        UserError: the recipe has no such stage.
+    """
+    if "BTX_STAGE_KEY" in os.environ:
+        stage = graph.find(graph.outline(recipe), name)
+        return dataclasses.replace(stage, key=os.environ["BTX_STAGE_KEY"])
+    return graph.find(graph.of_run(recipe, run_dir), name)
+
+
 def run_rank(recipe: Recipe, stage: Stage, run_dir: Path) -> int:
     """One rank of ``stage``, its place read from the environment."""
-    if "BTX_STAGE_KEY" in os.environ:  # files may have changed since the run began: it decides
-        stage = dataclasses.replace(stage, key=os.environ["BTX_STAGE_KEY"])
     rank = _place(stage)
-    if state.done(run_dir, stage) is not None:
-        return 0
     directory = run_dir / stage.directory
-    if "BTX_ATTEMPT" not in os.environ:  # started by srun or by hand, not by the local runner
+    # Started by srun or by hand. Else a runner or a batch script has looked, for all ranks alike:
+    # on another machine a rank's view of a network file system may be older.
+    if "BTX_ATTEMPT" not in os.environ:
+        if state.done(run_dir, stage) is not None:
+            return 0
         _begin_unaided(recipe, stage, run_dir, rank)
     dog = watchdog.Watchdog(
         directory=directory,
@@ -223,8 +236,8 @@ def _begin_unaided(recipe: Recipe, stage: Stage, run_dir: Path, rank: int) -> No
                 raise UserError(str(directory), "rank 0 has not made it", "look at rank 0's log")
             time.sleep(0.2)
         return
-    waiting = [need for need in graph.build(recipe) if need.name in stage.needs]
-    missing = [need.name for need in state.left(run_dir, tuple(waiting))]
+    needs = graph.read_by(stage, graph.of_run(recipe, run_dir))
+    missing = [need.name for need in state.left(run_dir, needs)]
     if missing:
         raise UserError(stage.name, f"needs {', '.join(missing)} first", "run those, or `btx run`")
     run_dir.mkdir(parents=True, exist_ok=True)

@@ -16,9 +16,12 @@ SYSTEMS: dict[str, tuple[str, ...]] = {
     "seed": ("prepare", "seed", "evaluate", "report"),
     "experts": ("prepare", "seed", "expert", "evaluate", "report"),
     "dense": ("prepare", "seed", "dense", "evaluate", "report"),
-    "upcycling": ("prepare", "seed", "finetune", "evaluate", "export", "report"),
+    "upcycling": ("prepare", "seed", "mix", "finetune", "evaluate", "export", "report"),
     "btm": ("prepare", "seed", "expert", "evaluate", "report"),
-    "btx": ("prepare", "seed", "expert", "finetune", "dense", "evaluate", "export", "report"),
+    "btx": (
+        *("prepare", "seed", "expert", "mix", "finetune", "dense"),
+        *("evaluate", "export", "report"),
+    ),
 }
 """The kinds that take part. ``dense`` stands beside ``btx`` where the recipe has such a block."""
 

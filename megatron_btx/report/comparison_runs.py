@@ -68,14 +68,17 @@ def runs_of(files: Sequence[Path], base: str | None, seeds: int) -> list[Run]:
 
 def run_one(one: Run, runs: Sequence[Run], place: str) -> int:
     """Run what is left of one; the exit code. ``place`` is told: ``2/6``."""
-    from megatron_btx.report.run import run_left
+    from megatron_btx.pipeline.local.run import run_left
+    from megatron_btx.report import page
 
-    stages = graph.build(one.recipe, Memo(one.run_dir / "fingerprints.json"))
+    stages = graph.of_run(one.recipe, one.run_dir)
     if not state.left(one.run_dir, stages):
         return 0
     sys.stderr.write(f"{one.recipe.name} ({place}), in {one.run_dir}\n")
     share = [str(other.run_dir) for other in runs]
-    outcome = run_left(one.recipe, one.run_dir, stages, share=share)
+    outcome = run_left(
+        one.recipe, one.run_dir, stages, page=page.write, refresh=page.REFRESH, share=share
+    )
     if outcome.problem:
         sys.stderr.write(f"error: {outcome.problem}\n")
     elif outcome.code:
@@ -85,19 +88,19 @@ def run_one(one: Run, runs: Sequence[Run], place: str) -> int:
 
 def print_left(runs: Sequence[Run]) -> None:
     """What each run has, what it will take from another, and what is left."""
-    wanted: dict[str, str] = {}
+    wanted: dict[tuple[str, str], str] = {}
     width = max(len(one.recipe.name) for one in runs)
     for one in runs:
         words = []
-        for stage in graph.build(one.recipe, Memo(one.run_dir / "fingerprints.json")):
+        for stage in graph.of_run(one.recipe, one.run_dir):
             if stage.kind in ("evaluate", "export", "report"):
                 standing = "done" if state.done(one.run_dir, stage) else "left"
             elif state.done(one.run_dir, stage):
                 standing = "done"
             else:
-                owner = wanted.get(stage.key)
+                owner = wanted.get((stage.name, stage.key))
                 standing = f"from {owner}" if owner else "left"
-            wanted.setdefault(stage.key, one.recipe.name)
+            wanted.setdefault((stage.name, stage.key), one.recipe.name)
             words.append(f"{stage.name} {standing}")
         sys.stdout.write(f"{one.recipe.name:<{width}}  {', '.join(words)}\n")
 

@@ -87,7 +87,7 @@ def gather(recipe: Recipe, run_dir: Path, graph_stages: Sequence[Stage] | None =
     Raises:
         UserError: a record of it is damaged.
     """
-    known = graph.build(recipe) if graph_stages is None else graph_stages
+    known = graph.of_run(recipe, run_dir) if graph_stages is None else graph_stages
     stages = [_stage(recipe, run_dir, stage) for stage in known]
     results = Results.read(run_dir)
     return RunData(

@@ -45,6 +45,7 @@ from megatron_btx.train import signals
 from megatron_btx.train.callbacks import Callback, Checkpoints, CheckReplicas, HeldOutLoss, Log
 from megatron_btx.train.loop import Run, train
 from megatron_btx.train.tracking import Tracker
+from megatron_btx.weights.find_checkpoint import find_checkpoint
 from megatron_btx.weights.manifest import read_manifest
 from megatron_btx.weights.plan import Checkpoint, Plan
 
@@ -80,10 +81,9 @@ def _begin(
     directory = stage_directory(run_dir, name)
     checkpoints = directory / "checkpoints"
     steps = count.steps(training, recipe.model)
-    resumed, manifest = newest_step(checkpoints), None
+    resumed, manifest, plan = last_checkpoint(checkpoints), None, None
     if resumed is not None:
-        architecture, manifest = read_manifest(resumed)
-        plan = None
+        path, architecture, manifest = resumed
     else:
         plan = starting_point(recipe, name, training, run_dir)
         architecture = plan.architecture
@@ -108,7 +108,7 @@ def _begin(
     if resumed is not None and manifest is not None:
         whole = manifest["has_optimizer"]
         load(
-            resumed,
+            path,
             TrainingState(model=ddp, optimizer=optimizer, schedule=schedule)
             if whole
             else TrainingState(model=ddp),
@@ -128,6 +128,26 @@ def _begin(
     )
     lineage = manifest["lineage"] if manifest else _lineage(recipe, name, training, plan)
     return progress, _callbacks(recipe, name, training, run_dir, progress, architecture, lineage)
+
+
+def last_checkpoint(checkpoints: Path) -> tuple[Path, Architecture, dict[str, Any]] | None:
+    """What a stage goes on from, with its manifest; ``None`` where it begins. The first rank looks
+    and tells the others: another machine's view of a network file system may be older, and ranks
+    would go on from different steps."""
+    found = None
+    if distributed.is_first_rank() and (newest := newest_step(checkpoints)) is not None:
+        found = (newest, *read_manifest(newest))
+    seen: tuple[Path, Architecture, dict[str, Any]] | None = distributed.from_first_rank(found)
+    return seen
+
+
+def _trained(run_dir: Path, stage: str) -> Path:
+    """The checkpoint that a finished stage left, as the first rank sees it."""
+    first = distributed.is_first_rank()
+    found: Path = distributed.from_first_rank(
+        find_checkpoint(stage_directory(run_dir, stage)) if first else None
+    )
+    return found
 
 
 def starting_point(recipe: Recipe, name: str, training: Training, run_dir: Path) -> Plan:
@@ -151,7 +171,7 @@ def starting_point(recipe: Recipe, name: str, training: Training, run_dir: Path)
 
 def _model(run_dir: Path, name: str) -> Checkpoint:
     """The model of a finished stage, ``seed`` or a domain's expert."""
-    return open_checkpoint(stage_directory(run_dir, model_stage(name)), name)
+    return open_checkpoint(_trained(run_dir, model_stage(name)), name)
 
 
 def check_options(recipe: Recipe) -> None:

@@ -11,14 +11,15 @@ from pathlib import Path
 import pytest
 
 from megatron_btx.errors import UserError
-from megatron_btx.pipeline import graph
+from megatron_btx.pipeline import fingerprint, graph, state, worker
 from megatron_btx.pipeline.fingerprint import Memo
 from megatron_btx.pipeline.local import runner
 from megatron_btx.recipe.load import load_recipe
 from megatron_btx.recipe.schema import Recipe
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-PAST_SEED = {"expert:code", "expert:math", "expert:prose", "finetune", "dense"}
+MIXED = {"mix", "finetune"}
+PAST_SEED = {"expert:code", "expert:math", "expert:prose", *MIXED, "dense"}
 LAST = {"evaluate", "export", "report"}
 
 
@@ -70,9 +71,9 @@ def test_the_graph_of_branch_train_mix(recipe: Recipe) -> None:
     assert set(stages["expert:math"].needs) == {"prepare", "seed"}
     assert set(stages["finetune"].needs) == {"prepare", "seed", *PAST_SEED - {"finetune", "dense"}}
     assert set(stages["dense"].needs) == {"prepare", "seed"}
-    assert set(stages["evaluate"].needs) == {"prepare", "seed", *PAST_SEED}
+    assert set(stages["evaluate"].needs) == {"prepare", "seed", *PAST_SEED} - {"mix"}
     assert stages["export"].needs == ("finetune",)
-    assert set(stages["report"].needs) == set(stages) - {"report"}
+    assert set(stages["report"].needs) == set(stages) - {"report", "mix"}
     assert stages["finetune"].world_size == recipe.finetune.layout.world_size == 2
     names = list(stages)
     assert all(names.index(n) < names.index(s.name) for s in stages.values() for n in s.needs)
@@ -94,7 +95,7 @@ def test_the_other_systems_leave_stages_out(recipe: Recipe) -> None:
     assert set(stages("seed")) == {"prepare", "seed", "evaluate", "report"}
     upcycle = dataclasses.replace(recipe.mix, method="upcycle", copies=4)
     upcycled = stages("upcycling", mix=upcycle)
-    assert upcycled["finetune"].needs == ("prepare", "seed")
+    assert upcycled["finetune"].needs == ("prepare", "seed", "mix")
 
     btx = {stage.name: stage for stage in graph.build(recipe)}
     assert all(stages(system)["seed"].key == btx["seed"].key for system in ("btm", "dense"))
@@ -102,6 +103,33 @@ def test_the_other_systems_leave_stages_out(recipe: Recipe) -> None:
     assert upcycled["finetune"].key != btx["finetune"].key
     compute = stages("upcycling", mix=upcycle, match="compute")
     assert compute["finetune"].key != upcycled["finetune"].key
+
+
+def test_the_mix_looks_ahead_at_the_finetuning(recipe: Recipe, tmp_path: Path) -> None:
+    """It has its key and is done when it is, as in runs of before it was a stage; what is taken
+    from a checkpoint has none."""
+    stages = {stage.name: stage for stage in graph.build(recipe)}
+    assert stages["mix"].key == stages["finetune"].key
+    names = [stage.name for stage in graph.read_by(stages["finetune"], stages.values())]
+    assert names == ["prepare", "seed", "expert:code", "expert:math", "expert:prose"]
+    assert state.done(tmp_path, stages["mix"]) is None
+    (tmp_path / "finetune").mkdir()
+    record = json.dumps({"key": stages["finetune"].key})
+    (tmp_path / "finetune" / "done.json").write_text(record)
+    assert state.done(tmp_path, stages["mix"]) is not None
+    assert "mix" not in [stage.name for stage in state.left(tmp_path, tuple(stages.values()))]
+
+
+def test_a_stage_without_its_key_reads_no_file(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank that is told its key hashes no corpus."""
+    whole = graph.build(recipe)
+    monkeypatch.setattr(fingerprint, "_hash", lambda path, size: pytest.fail(f"{path} was read"))
+    monkeypatch.setattr(fingerprint, "_SEEN", {})
+    assert graph.outline(recipe) == tuple(dataclasses.replace(one, key="") for one in whole)
+    monkeypatch.setenv("BTX_STAGE_KEY", "told")
+    assert worker.stage_of(recipe, "expert:math", Path(recipe.run_dir)).key == "told"
 
 
 def test_experts_without_tokens_are_the_seed(recipe: Recipe) -> None:
@@ -119,13 +147,13 @@ def test_optional_stages(recipe: Recipe) -> None:
     ("change", "repeated"),
     [
         (lambda r: _with(r, seed={"lr": 7e-4}), {"seed"} | PAST_SEED | LAST),
-        (lambda r: _with(r, math={"lr": 7e-4}), {"expert:math", "finetune"} | LAST),
-        (lambda r: _with(r, math={"tokens": 999}), {"expert:math", "finetune", "dense"} | LAST),
-        (lambda r: _with(r, finetune={"lr": 7e-4}), {"finetune"} | LAST),
-        (lambda r: _with(r, finetune={"micro_batch_size": 2}), {"finetune"} | LAST),
+        (lambda r: _with(r, math={"lr": 7e-4}), {"expert:math"} | MIXED | LAST),
+        (lambda r: _with(r, math={"tokens": 999}), {"expert:math", "dense"} | MIXED | LAST),
+        (lambda r: _with(r, finetune={"lr": 7e-4}), MIXED | LAST),
+        (lambda r: _with(r, finetune={"micro_batch_size": 2}), MIXED | LAST),
         (lambda r: _with(r, seed={"micro_batch_size": 2}), set()),
-        (lambda r: _with(r, routing={"balance_loss_coeff": 0.0}), {"finetune"} | LAST),
-        (lambda r: _with(r, mix={"router_init": "zeros"}), {"finetune"} | LAST),
+        (lambda r: _with(r, routing={"balance_loss_coeff": 0.0}), MIXED | LAST),
+        (lambda r: _with(r, mix={"router_init": "zeros"}), MIXED | LAST),
         (lambda r: _with(r, dense={"lr": 7e-4}), {"dense", "evaluate", "report"}),
         (lambda r: _with(r, evaluate={"tokens": 4096}), {"evaluate", "report"}),
         (lambda r: _with(r, export={"check": False}), {"export", "report"}),
@@ -150,7 +178,7 @@ def test_one_domains_data(recipe: Recipe, tmp_path: Path) -> None:
     recipe = _with(recipe, seed={"data": {"general": 1.0}})
     before = _keys(recipe)
     (tmp_path / "math-train.jsonl").write_text(json.dumps({"text": "another"}))
-    expected = {"prepare", "expert:math", "finetune", "dense"} | LAST
+    expected = {"prepare", "expert:math", "dense"} | MIXED | LAST
     assert _changed(before, _keys(recipe)) == expected
 
 
@@ -195,8 +223,9 @@ def test_the_longest_way_starts_first(recipe: Recipe) -> None:
 
 
 def test_unknown_stage(recipe: Recipe) -> None:
-    with pytest.raises(UserError, match="choose prepare, seed, expert:code"):
-        graph.until(graph.build(recipe), "mix")
+    with pytest.raises(UserError, match="did you mean expert:math") as found:
+        graph.until(graph.build(recipe), "expert-mth")
+    assert "choose prepare, seed, expert:code" in found.value.fix
 
 
 def test_the_papers_seed_is_taken_not_trained() -> None:

@@ -42,7 +42,8 @@ def test_the_readmes_recipe_loads_and_plans(tmp_path: Path) -> None:
         made = plan.plan(recipe)
         assert [stage.name for stage in made.stages][-1] == "dense"
         assert "finetune" in plan.render(made)
-        assert len(graph.build(recipe)) == len(made.stages) + 4  # prepare, evaluate, export, report
+        others = ["prepare", "mix", "evaluate", "export", "report"]
+        assert len(graph.build(recipe)) == len(made.stages) + len(others)
     assert recipe.finetune.megatron.transformer["recompute_granularity"] == "full"
     assert recipe.num_moe_experts == 4
 

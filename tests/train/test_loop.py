@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -10,9 +11,10 @@ import numpy as np
 import pytest
 
 from megatron_btx.recipe.schema import Layout, MegatronOptions
+from megatron_btx.weights.manifest import FORMAT, MANIFEST
 from tests.engine.harness import DENSE, MOE, Case, assemble
 from tests.ranks import RankError, Ranks
-from tests.train.stages import run
+from tests.train.stages import run, seen_by_ranks
 
 EP2 = Layout(data_parallel_size=2, expert_model_parallel_size=2)
 DROPOUT = MegatronOptions(transformer={"hidden_dropout": 0.1})
@@ -75,3 +77,12 @@ def test_drift_stops_the_run_before_it_is_saved(ranks: Ranks, tmp_path: Path) ->
     with pytest.raises(RankError, match="after step 3 replicas of .* differ"):
         ranks.run(_drifting, 2, case, str(tmp_path))
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_00000002"]
+
+
+def test_ranks_go_on_from_what_the_first_one_sees(ranks: Ranks, tmp_path: Path) -> None:
+    """On a network file system another machine may not see the last checkpoint yet."""
+    manifest = json.dumps({"format": FORMAT, **DENSE.to_json()})
+    for step in (2, 4):
+        (tmp_path / f"step_{step:08d}").mkdir()
+        (tmp_path / f"step_{step:08d}" / MANIFEST).write_text(manifest)
+    assert ranks.run(seen_by_ranks, 2, str(tmp_path)) == ["step_00000004"] * 2

@@ -19,7 +19,6 @@ from pathlib import Path
 from megatron_btx.errors import UserError
 from megatron_btx.files import write_json
 from megatron_btx.pipeline import failure, graph, locks, state
-from megatron_btx.pipeline.fingerprint import Memo
 from megatron_btx.pipeline.graph import Stage
 from megatron_btx.pipeline.slurm import jobs
 from megatron_btx.recipe import stages
@@ -114,15 +113,14 @@ def begin(recipe: Recipe, name: str) -> tuple[int, str, Path]:
         UserError: what it needs is not done, or it has been restarted too often.
     """
     run_dir = Path(recipe.run_dir).absolute()
-    every = graph.with_mix(graph.build(recipe, Memo(run_dir / "fingerprints.json")))
-    stage = graph.find(every, name)
-    by_name = {other.name: other for other in every}
-    needs = tuple(by_name[need] for need in stage.needs if need != "mix")
     if "BTX_STAGE_KEY" in os.environ:  # as it was submitted, whatever has changed since then
-        stage = dataclasses.replace(stage, key=os.environ["BTX_STAGE_KEY"])
-        missing = [need for need in needs if not _ended(run_dir, need)]
+        every = graph.outline(recipe)
+        stage = dataclasses.replace(graph.find(every, name), key=os.environ["BTX_STAGE_KEY"])
+        missing = [need for need in graph.read_by(stage, every) if not _ended(run_dir, need)]
     else:
-        missing = list(state.left(run_dir, needs))
+        every = graph.of_run(recipe, run_dir)
+        stage = graph.find(every, name)
+        missing = list(state.left(run_dir, graph.read_by(stage, every)))
     directory = run_dir / stage.directory
     state.link_shared(run_dir, (stage,), recipe.share)
     if state.done(run_dir, stage) is not None:

@@ -48,17 +48,8 @@ def select(
 def _named(stages: tuple[Stage, ...], wish: str, option: str) -> set[str]:
     names = {stage.name for stage in stages if wish in (stage.name, stage.name.partition(":")[0])}
     if not names:
-        known = ", ".join(stage.name for stage in stages)
-        raise UserError(option, f"there is no stage {wish}", f"choose {known}")
+        raise graph.no_stage(wish, [stage.name for stage in stages], option)
     return names
-
-
-def to_submit(run_dir: Path, stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
-    """Those that are not done; the mix only where the finetuning is not."""
-    left = state.left(run_dir, stages)
-    finetune = any(stage.kind == "finetune" for stage in left)
-    chosen = any(stage.kind == "finetune" for stage in stages)
-    return tuple(s for s in left if s.kind != "mix" or finetune or not chosen)
 
 
 def check_needs(run_dir: Path, stages: tuple[Stage, ...], chosen: tuple[Stage, ...]) -> None:
@@ -70,8 +61,8 @@ def check_needs(run_dir: Path, stages: tuple[Stage, ...], chosen: tuple[Stage, .
     coming = {stage.name for stage in chosen}
     errors = []
     for stage in chosen:
-        needs = [other for other in stages if other.name in stage.needs and other.kind != "mix"]
-        missing = [n.name for n in state.left(run_dir, tuple(needs)) if n.name not in coming]
+        needs = state.left(run_dir, graph.read_by(stage, stages))
+        missing = [need.name for need in needs if need.name not in coming]
         if missing:
             what = f"needs {', '.join(missing)}, not done and not among what is submitted"
             errors.append(UserError(stage.name, what, "select those as well"))

@@ -19,7 +19,7 @@ import pytest
 
 from tests.pipeline.conftest import Run
 
-ALL = "prepare seed expert:code expert:math expert:prose finetune dense evaluate export report"
+ALL = "prepare seed expert:code expert:math expert:prose mix finetune dense evaluate export report"
 
 
 def _attempts(path: Path) -> int:
@@ -47,7 +47,7 @@ def test_all_stages_once_and_then_all_is_done(run: Run) -> None:
     began = _children_seconds()
     code, output, errors = run()
     assert code == 0
-    assert "all 10 stages are done" in output
+    assert "all 11 stages are done" in output
     # The start of Python too. Of the processor, so that other work beside it fails nobody; an
     # import of torch alone is more.
     assert _children_seconds() - began < 2
@@ -75,7 +75,7 @@ def test_until_a_stage_and_then_the_rest(run: Run) -> None:
     assert code == 0
     assert _attempts(run.run_dir / "seed") == 1
     assert not (run.run_dir / "dense").exists()
-    assert run("--stop-after", "mix")[0] == 2
+    assert run("--stop-after", "mux")[0] == 2
 
 
 def test_kill_9_leaves_no_process_and_the_next_run_goes_on(run: Run) -> None:

@@ -26,7 +26,7 @@ from megatron_btx.recipe.schema import Slurm, SlurmJob
 ROOT = Path(__file__).resolve().parents[3]
 TINY = ROOT / "examples" / "tiny" / "recipe.yaml"
 RECIPE = load_recipe(TINY)
-STAGES = graph.with_mix(graph.build(RECIPE))
+STAGES = graph.build(RECIPE)
 
 NASTY = st.text(
     st.sampled_from("$`\"'\\;&|<>(){}[]*?!#~ %=-abz09é\n\t\x00") | st.characters(codec="utf-8"),

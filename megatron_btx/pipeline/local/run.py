@@ -1,4 +1,4 @@
-"""What is left of a recipe, run on this machine, its page written at the end."""
+"""What is left of a recipe, run on this machine. Imports no torch."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ import contextlib
 import dataclasses
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from megatron_btx.errors import UserError
 from megatron_btx.pipeline import graph, run_checks, state
-from megatron_btx.pipeline.fingerprint import Memo
 from megatron_btx.pipeline.graph import Stage
 from megatron_btx.pipeline.local import runner
 from megatron_btx.pipeline.local.progress import view
@@ -19,11 +18,16 @@ from megatron_btx.pipeline.local.runner import Outcome
 from megatron_btx.pipeline.slurm import submit
 from megatron_btx.recipe.load import dump
 from megatron_btx.recipe.schema import Recipe
-from megatron_btx.report import page
 
 
 def run_left(
-    recipe: Recipe, run_dir: Path, stages: tuple[Stage, ...], *, share: Sequence[str] = ()
+    recipe: Recipe,
+    run_dir: Path,
+    stages: tuple[Stage, ...],
+    *,
+    page: Callable[[Recipe, Path, Sequence[Stage]], object],
+    refresh: float,
+    share: Sequence[str] = (),
 ) -> Outcome:
     """Run the stages that are not done.
 
@@ -31,6 +35,8 @@ def run_left(
         recipe: what is to be run.
         run_dir: the recipe's.
         stages: of its graph, each with all that it needs.
+        page: the stage ``report``: writes the page of a recipe's run in a directory.
+        refresh: seconds after which the page is written anew while stages run.
         share: other runs' directories, besides those that the recipe names.
 
     Raises:
@@ -40,41 +46,43 @@ def run_left(
     run_checks.check(recipe, run_dir, state.left(run_dir, stages), len(runner.gpus()))
     for line in run_checks.warnings(recipe):
         sys.stderr.write(f"warning: {line}\n")
+    every = graph.of_run(recipe, run_dir)
+
+    def written() -> object:
+        return page(recipe, run_dir, every)
+
     absolute = dataclasses.replace(recipe, run_dir=str(run_dir.absolute()))
     try:
-        with _page_kept_current(recipe, run_dir):
+        with _kept_current(written, run_dir, refresh):
             outcome = runner.run(
                 stages,
                 run_dir,
                 dump(absolute),
                 view=view(),
                 max_parallel=recipe.max_parallel_jobs,
-                inline={"report": lambda: page.write(recipe, run_dir)},
+                inline={"report": written},
                 share=(*recipe.share, *share),
             )
     except OSError as error:
         if error.filename is None:  # a write that failed does not know whose file it was
             error.filename = str(run_dir)
         raise
-    if run_dir.is_dir() and outcome.finished:
-        memo = Memo(run_dir / "fingerprints.json")
-        graph.build(recipe, memo)
-        memo.save()
+    if outcome.finished:
+        graph.of_run(recipe, run_dir)  # nothing is read again (fingerprint.py): the memo is kept
     return outcome
 
 
 @contextlib.contextmanager
-def _page_kept_current(recipe: Recipe, run_dir: Path) -> Iterator[None]:
-    """Within it ``report.html`` is written anew as often as it loads itself again. The page is no
-    part of the run: what goes wrong with it is left to the end, when it is written as a stage."""
+def _kept_current(page: Callable[[], object], run_dir: Path, seconds: float) -> Iterator[None]:
+    """Within it the page is written anew as often as it loads itself again. It is no part of the
+    run: what goes wrong with it is left to the end, when it is written as a stage."""
     ended = threading.Event()
-    stages = graph.build(recipe, Memo(run_dir / "fingerprints.json"))
 
     def keep() -> None:
-        while not ended.wait(page.REFRESH):
+        while not ended.wait(seconds):
             if run_dir.is_dir():
                 with contextlib.suppress(OSError, UserError):
-                    page.write(recipe, run_dir, stages)
+                    page()
 
     thread = threading.Thread(target=keep, name="report.html", daemon=True)
     thread.start()
