@@ -13,6 +13,7 @@ from megatron_btx import __version__
 from megatron_btx.cli import (
     centroids,
     compare,
+    data,
     evaluate,
     generate,
     mix,
@@ -72,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 _COMMANDS = (
     *(run, plan, report, stage, mix, compare),
-    *(evaluate, generate, routing, centroids, slurm),
+    *(evaluate, generate, routing, centroids, data, slurm),
 )
 """Each adds its parsers, in the order of ``btx --help``."""
 

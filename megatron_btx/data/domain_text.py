@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -127,9 +129,46 @@ def find(recipe: Recipe) -> dict[str, dict[str, list[list[Path]]]]:
             with collect_errors(errors):
                 where = f"domains.{name}.{split}"
                 found[name][split] = [find_files([path], where=where) for path in paths]
+    if not errors:
+        errors += _held_out_twice(found)
     if errors:
         raise UserErrors(errors)
     return found
+
+
+def _held_out_twice(found: dict[str, dict[str, list[list[Path]]]]) -> list[UserError]:
+    """Errors for held-out files that are training files too, or copies of such."""
+    train: dict[int, list[tuple[str, Path]]] = {}
+    for name, splits in found.items():
+        for file in chain.from_iterable(splits["train"]):
+            train.setdefault(file.stat().st_size, []).append((name, file))
+    errors = []
+    for name, splits in found.items():
+        for file in chain.from_iterable(splits["valid"]):
+            for other, same in train.get(file.stat().st_size, []):
+                if file.samefile(same) or _equal(file, same):
+                    what = "is" if file.samefile(same) else f"has the content of {same},"
+                    errors.append(
+                        UserError(
+                            f"domains.{name}.valid",
+                            f"{file} {what} training text of domain {other}",
+                            "hold out other text, or leave `valid:` out: one document in "
+                            f"{HELD_OUT} is held out then",
+                        )
+                    )
+                    break
+    return errors
+
+
+def _equal(one: Path, other: Path) -> bool:
+    ours, theirs = (_content(file) for file in (one, other))
+    sizes = ours.stat().st_size == theirs.stat().st_size
+    return sizes and filecmp.cmp(ours, theirs, shallow=False)
+
+
+def _content(file: Path) -> Path:
+    """Where its documents are: of a Megatron pair in the ``.bin``."""
+    return file.with_suffix(".bin") if format_of(file) is token_pair else file
 
 
 def document_hash(text: str) -> int:

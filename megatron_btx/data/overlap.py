@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import numpy as np
 
@@ -33,7 +34,51 @@ class HeldOut:
             lower = text.lower()
             for kind in range(2):
                 grams[kind].append(_hashes(self._intern(kind, _WORDS[kind].findall(lower))))
-        self._grams = [np.unique(np.concatenate([np.empty(0, np.uint64), *g])) for g in grams]
+        self._grams: list[np.ndarray] = []
+        self._owners: list[np.ndarray] = []
+        for found in grams:
+            every = np.concatenate([np.empty(0, np.uint64), *found])
+            owners = np.repeat(np.arange(len(found), dtype=np.int32), list(map(len, found)))
+            unique, first = np.unique(every, return_index=True)
+            self._grams.append(unique)
+            self._owners.append(owners[first])
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is no run of 13 words in it."""
+        return not any(len(grams) for grams in self._grams)
+
+    def save(self, directory: Path) -> None:
+        """Write it to ``directory``, for :meth:`load`."""
+        for kind in range(2):
+            words = "\n".join(self._ids[kind])
+            (directory / f"words.{kind}").write_text(words, "utf-8", newline="\n")
+            np.save(directory / f"grams.{kind}.npy", self._grams[kind])
+            np.save(directory / f"owners.{kind}.npy", self._owners[kind])
+
+    @classmethod
+    def load(cls, directory: Path) -> HeldOut:
+        """The one that :meth:`save` wrote; its arrays are mapped, and so shared by processes."""
+        self = cls([])
+        for kind in range(2):
+            words = (directory / f"words.{kind}").read_bytes().decode("utf-8").split("\n")
+            self._ids[kind].update((word, i + 1) for i, word in enumerate(words) if word)
+            self._grams[kind] = np.load(directory / f"grams.{kind}.npy", mmap_mode="r")
+            self._owners[kind] = np.load(directory / f"owners.{kind}.npy", mmap_mode="r")
+        return self
+
+    def owner(self, text: str) -> int | None:
+        """The number (from 0) of a held-out document with which ``text`` shares a run."""
+        lower = text.lower()
+        for kind in range(2):
+            ids = self._ids[kind]
+            words = _WORDS[kind].findall(lower)
+            found = np.array([ids.get(word, 0) for word in words], dtype=np.uint64)
+            hits = _starts_in(found, self._grams[kind])
+            if hits.size:
+                first = _hashes(found[hits[0] : hits[0] + RUN])
+                return int(self._owners[kind][np.searchsorted(self._grams[kind], first)[0]])
+        return None
 
     def _intern(self, kind: int, words: list[str]) -> np.ndarray:
         ids = self._ids[kind]

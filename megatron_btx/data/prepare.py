@@ -112,8 +112,10 @@ def check(recipe: Recipe, *, most: int = 256_000_000) -> None:
                 for file in find_files(paths, where=f"domains.{name}.{split}"):
                     with collect_errors(errors):
                         _read_ahead(file, domain.text_key, most)
-    with collect_errors(errors):
-        _check_trainable(recipe)
+    if not errors:
+        with collect_errors(errors):
+            find(recipe)
+            _check_trainable(recipe)
     if errors:
         raise UserErrors(errors)
 

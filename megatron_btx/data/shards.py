@@ -179,7 +179,7 @@ def _write(shard: Shard, tokenizer: Tokenizer) -> dict[str, Counts]:
     try:
         for batch in _batches(shard, tokenizer):
             for split, output in outputs.items():
-                mine = [row for row in batch if len(shard.splits) == 1 or _split(row[0]) == split]
+                mine = [row for row in batch if len(shard.splits) == 1 or split_of(row[0]) == split]
                 output.add([ids for _, _, ids in mine], [size for _, size, _ in mine])
         whole = True
     finally:
@@ -245,7 +245,7 @@ def _pair_rows(part: Part, tokenizer: Tokenizer) -> Iterator[list[Row]]:
         plain = ids[:-1].astype(np.int32)
         if len(plain):
             key = plain.tobytes()
-            size = _text_bytes(plain, tokenizer) if _split(key) == "valid" else 0
+            size = _text_bytes(plain, tokenizer) if split_of(key) == "valid" else 0
             rows.append((key, size, plain))
         if len(rows) >= 1000:
             advance(sum(row[2].nbytes for row in rows))
@@ -278,7 +278,7 @@ def _check(shard: Shard, tokenizer: Tokenizer) -> Counts:
     )
 
 
-def _split(document: bytes) -> str:
+def split_of(document: bytes) -> str:
     """By its content, so that the same document never is on both sides."""
     number = int.from_bytes(hashlib.blake2b(document, digest_size=8).digest(), "big")
     return "valid" if number % HELD_OUT == 0 else "train"

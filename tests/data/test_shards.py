@@ -334,7 +334,7 @@ def test_pairs_that_do_not_fit(tmp_path: Path, prepared: Prepared, tokenizer: To
     domain = Domain(train=(str(tmp_path / "bad"),), valid=(good,))
     with pytest.raises(UserErrors, match="ends behind the end"):
         check(recipe_of({"a": domain}, tokenizer=tokenizer))
-    domain = Domain(train=(good,), valid=(good,))
+    domain = Domain(train=(good,), valid=(pair_of(tmp_path / "v", story(2), prepared),))
     for do in (check, lambda recipe: prepare(recipe, tmp_path / "out2")):
         with pytest.raises(UserError, match=r"tokenizer\.path: has to be given"):
             do(recipe_of({"a": domain}))

@@ -9,6 +9,7 @@ import codecs
 import json
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -47,13 +48,18 @@ def read(part: Part, text_key: str) -> Iterator[Document]:
 
 def where(part: Part, place: int) -> str:
     """``file:line`` of the line that is number ``place`` in ``part``."""
+    return f"{part.file}:{_lines_before(part) + place}"
+
+
+@lru_cache(maxsize=8)
+def _lines_before(part: Part) -> int:
     before, left = 0, part.begin - 1
     if left > 0:
         with opened(part.file) as stream:
             while left and (block := stream.read(min(left, _BLOCK))):
                 before += block.count(b"\n")
                 left -= len(block)
-    return f"{part.file}:{before + place}"
+    return before
 
 
 def _text(record: Any, text_key: str) -> str:

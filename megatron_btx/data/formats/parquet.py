@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +46,13 @@ def read(part: Part, text_key: str) -> Iterator[Document]:
 
 def where(part: Part, place: int) -> str:
     """``file, row n`` (from 1) of the ``place``-th row (from 0) of ``part``."""
+    return f"{part.file}, row {_rows_before(part) + place + 1}"
+
+
+@lru_cache(maxsize=8)
+def _rows_before(part: Part) -> int:
     with _opened(part.file) as table:
-        before = sum(table.metadata.row_group(group).num_rows for group in range(part.begin))
-    return f"{part.file}, row {before + place + 1}"
+        return sum(table.metadata.row_group(group).num_rows for group in range(part.begin))
 
 
 @contextmanager
