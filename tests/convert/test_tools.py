@@ -205,11 +205,13 @@ def test_mixes_of_every_family_are_verified(tmp_path, name, fused):
 def recipe_text(seed: Path, block: str) -> str:
     """A recipe that begins with a directory of Hugging Face's."""
     text = " ".join([TEXT] * 40)
-    data = seed.parent / f"{seed.name}.jsonl"
-    data.write_text("".join(json.dumps({"text": f"{i} {text}"}) + "\n" for i in range(4)))
+    data, held = (seed.parent / f"{seed.name}{end}.jsonl" for end in ("", "-valid"))
+    for file, first in ((data, 0), (held, 4)):
+        lines = (json.dumps({"text": f"{first + i} {text}"}) + "\n" for i in range(4))
+        file.write_text("".join(lines))
     return (
         f"name: taken\n{block}"
-        f"domains:\n  web: {{train: {data}, valid: {data}}}\n"
+        f"domains:\n  web: {{train: {data}, valid: {held}}}\n"
         "training: {global_batch_size: 4}\n"
         f"seed: {{from: {seed}}}\n"
         f"experts: {{web: {{from: {seed}}}}}\n"
