@@ -73,9 +73,8 @@ begin() {
 }
 
 while :; do
-  begun=$(begin)
+  begun=$(begin | tee >(grep -v --line-buffered '^begun ' >&2) && exit "${PIPESTATUS[0]}")
   code=$?
-  grep -v '^begun ' <<<"$begun"
   if [ "$code" = 0 ] || [ -n "$asked" ] || ! away "$begun"; then break; fi
   say "the controller does not answer; it is asked again until it does"
   sleep 5
