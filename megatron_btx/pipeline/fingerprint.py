@@ -8,6 +8,7 @@ file twice, whatever memos it asks.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Sequence
@@ -75,7 +76,8 @@ class Memo:
         """Write the memo, if it has a place and anything new to say."""
         if self.path is None or not self._changed:
             return
-        with written(self.path, durable=False) as file:
+        # Who may not write here, or has no room to, hashes anew the next time.
+        with contextlib.suppress(OSError), written(self.path, durable=False) as file:
             json.dump(self._known, file)
         self._changed = False
 

@@ -90,3 +90,15 @@ def test_a_damaged_memo_is_asked_anew(tmp_path: Path, content: bytes) -> None:
     text.write_text("words")
     memo.write_bytes(content.replace(b"%s", str(text).encode()))
     assert Memo(memo).file(text) == Memo().file(text)
+
+
+def test_a_memo_that_finds_no_room_stops_nobody(
+    tmp_path: Path, disk: Callable[[str], Path]
+) -> None:
+    text, place = tmp_path / "text", disk("size=64k")
+    text.write_text("words")
+    fill(place)
+    memo = Memo(place / "fingerprints.json")
+    memo.file(text)
+    memo.save()
+    assert [path.name for path in place.iterdir()] == ["filler"]

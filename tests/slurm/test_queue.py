@@ -117,6 +117,10 @@ def test_one_by_hand_under_another_name_is_known_once_it_has_begun(
         refused = run.btx(command_of_ours)
         assert refused.returncode == 2
         assert f"jobs of this run are in the queue: {job} (prepare)" in refused.stderr
+    error = run.run_dir / "prepare" / "error.json"
+    error.write_text("{}")  # it is over: the job may be an allocation that goes on
+    assert "no jobs in the queue" in run.btx("cancel").stdout
+    error.unlink()
     assert f"cancelled {job} (prepare)" in run.btx("cancel").stdout
     run.finished(60)
     assert run.status()["prepare"]["state"] == "cancelled"
@@ -205,6 +209,11 @@ def _fill_and_mend(run: Run, place: Path) -> None:
     assert row["state"] == "failed"
     assert "no space left on its disk" in row["note"]
     assert not (run.run_dir / "prepare" / "error.json").exists()
+    before = files(run)
+    full = run.btx("submit", "--no-probe", "--only", "prepare")
+    assert full.returncode == 2, full.stderr
+    assert "No space left" in full.stderr
+    assert files(run) == before
     (place / "filler").unlink()
     assert run.status()["prepare"]["note"] == row["note"]  # known also when there is room again
     job = run.submit("--no-probe", "--only", "prepare")["prepare"]

@@ -56,13 +56,19 @@ def active(run_dir: Path, stages: Iterable[Stage]) -> list[Job]:
     Raises:
         Silent: the controller does not answer.
     """
-    noted = {stage.name: begun(run_dir / stage.directory) for stage in stages}
+    places = {stage.name: run_dir / stage.directory for stage in stages}
+    noted = {name: begun(place) for name, place in places.items() if not _ended(place)}
     found = []
     for job in commands.queued():
         stage = _stage(job, run_dir, noted)
         if stage is not None:
             found.append(dataclasses.replace(job, stage=stage))
     return found
+
+
+def _ended(directory: Path) -> bool:
+    """Whether the latest attempt is over: the job that it was in may be somebody's allocation."""
+    return any((directory / f"{how}.json").exists() for how in ("done", "stopped", "error"))
 
 
 def _stage(job: Job, run_dir: Path, noted: dict[str, dict[str, Any]]) -> str | None:

@@ -135,11 +135,9 @@ def probe(recipe: Recipe, run_dir: Path, chosen: tuple[Stage, ...], token: str) 
     return notes
 
 
-_WHERE = ["exclude", "nodelist", "nodefile", "reservation", "clusters", "cluster-constraint"] + [
-    "prefer"
-]
+_WHERE = ("exclude", "nodelist", "nodefile", "reservation", "clusters", "prefer")
+"""Options of sbatch that say where a job runs: srun has them, too."""
 _WHERE_SHORT = "xwFM"
-"""Options of sbatch that say where a job runs, or whether it may: srun has them, too."""
 
 
 def _says_where(option: str) -> bool:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from megatron_btx.errors import UserError
 from megatron_btx.pipeline import graph
-from megatron_btx.pipeline.slurm import attempt, script, selection
+from megatron_btx.pipeline.slurm import attempt, preflight, script, selection
 from megatron_btx.recipe import check
 from megatron_btx.recipe import slurm as slurm_recipe
 from megatron_btx.recipe.load import dump, load_recipe, parse_recipe
@@ -211,6 +211,12 @@ def test_dry_run_prints_all_and_changes_nothing(tmp_path: Path) -> None:
     assert whole.stdout.startswith(done.stdout.rpartition("\n\n")[0])
     assert whole.stdout.count("#!/bin/bash\n") == whole.stdout.count(script.body().rstrip()) == 11
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("option", ["--exclude=n1", "-xn1", "-w n2", "--nodel=n2", "--res=big"])
+def test_the_probe_takes_what_says_where(option: str) -> None:
+    assert preflight._says_where(option)
+    assert not any(map(preflight._says_where, ["--begin=now", "--exclusive", "--mail-type=END"]))
 
 
 def test_without_slurm_the_error_says_so(tmp_path: Path) -> None:
