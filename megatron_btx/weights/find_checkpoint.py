@@ -9,7 +9,7 @@ from megatron_btx.errors import UserError
 from megatron_btx.files import newest_step
 from megatron_btx.weights.model_files import foreign
 
-_MARKS = (".metadata", "config.json", "manifest.json")
+_MARKS = (".metadata", "config.json", "manifest.json", "mp_rank_*")
 """Files of which every checkpoint has one: Megatron's, Hugging Face's, ours (should its
 ``.metadata`` be missing, whoever reads it says so)."""
 
@@ -48,7 +48,7 @@ def find_checkpoint(path: str | Path) -> Path:
 
 def is_checkpoint(path: Path) -> bool:
     """Whether a directory is one itself; it may be damaged."""
-    return any((path / name).exists() for name in _MARKS)
+    return path.is_dir() and any(True for name in _MARKS for _ in path.glob(name))
 
 
 def is_hugging_face(path: Path) -> bool:

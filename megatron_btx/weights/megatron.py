@@ -21,6 +21,7 @@ from megatron_btx.weights.arrange import Cat
 from megatron_btx.weights.box import Shape
 from megatron_btx.weights.expression import Expression
 from megatron_btx.weights.manifest import read_manifest
+from megatron_btx.weights.mp_rank import MpRankSource, is_mp_rank, joined
 from megatron_btx.weights.names import (
     DENSE_NORM,
     EMBEDDING,
@@ -107,7 +108,7 @@ def extra_states(architecture: Architecture) -> Iterator[tuple[str, Shape, Shape
 def open_megatron(
     path: Path | str, label: str, given: Mapping[str, Any] | None = None
 ) -> Checkpoint:
-    """A ``torch_dist`` directory of Megatron's, seen under canonical names.
+    """A directory of Megatron's, ``torch_dist`` or ``mp_rank_*``, seen under canonical names.
 
     Args:
         path: the directory of one saved step.
@@ -118,6 +119,9 @@ def open_megatron(
         UserErrors: everything by which the directory differs from its manifest, at once.
     """
     path = Path(path)
+    if is_mp_rank(path):
+        return _open_mp_rank(path, label, given)
+    _refuse_other_forms(path)
     source = TorchDistSource(path)
     architecture, manifest = read_manifest(path, given)
     weights = set(unmatched([*source.tensors, *source.objects], IGNORED))
@@ -135,6 +139,35 @@ def open_megatron(
             errors.append(UserError(str(path), what, "remove one, or copy the checkpoint again"))
     for name in sorted(weights & set(source.objects)):
         errors.append(UserError(str(path), f"holds {name}, which is no tensor"))
+    if errors:
+        raise UserErrors(errors)
+    return Checkpoint(label, path, architecture, View(source, named), manifest)
+
+
+def _refuse_other_forms(path: Path) -> None:
+    """What torch.distributed.checkpoint wrote without Megatron-Core: other names, other shapes."""
+    if (path / ".metadata").is_file() and not (path / "metadata.json").is_file():
+        what = "has no metadata.json: not torch_dist, but torch_dcp, fsdp_dtensor or damaged"
+        fix = "save it with --ckpt-format torch_dist, or copy the checkpoint again"
+        raise UserError(str(path), what, fix)
+
+
+def _open_mp_rank(path: Path, label: str, given: Mapping[str, Any] | None) -> Checkpoint:
+    source = MpRankSource(path)
+    architecture, manifest = read_manifest(path, given)
+    stored = joined(label, source)
+    stored = {name: stored[name] for name in unmatched(stored, IGNORED)}
+    named = canonical(stored, architecture)
+    view = View(source, named)
+    tied = not architecture.model.untie_embeddings_and_output_weights
+    if tied and HEAD in named and torch.equal(*(read_whole(view, n) for n in (HEAD, EMBEDDING))):
+        del named[HEAD]  # the last pipeline stage's copy
+    errors = mismatches(
+        named,
+        canonical_tensors(architecture),
+        str(path),
+        "give a checkpoint of the model that its arguments describe",
+    )
     if errors:
         raise UserErrors(errors)
     return Checkpoint(label, path, architecture, View(source, named), manifest)

@@ -19,6 +19,7 @@ from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.schema import Model, Routing
 from megatron_btx.recipe.yaml_tree import read_tree
 from megatron_btx.weights import safe_unpickle
+from megatron_btx.weights.mp_rank import arguments_of, is_mp_rank
 from megatron_btx.weights.torch_dist import read_object
 
 Settings = Mapping[str, Any]
@@ -104,6 +105,8 @@ def settings_of(directory: Path) -> dict[str, Any] | None:
 def _common_of(directory: Path) -> Any:
     """What Megatron-LM stored once for all ranks: in ``common.pt`` up to 0.18, from 0.19 on as an
     object beside the tensors, a list of one; ``None``: nothing."""
+    if is_mp_rank(directory):
+        return arguments_of(directory)
     path = directory / "common.pt"
     file: Path | io.BytesIO = path
     where = str(path)

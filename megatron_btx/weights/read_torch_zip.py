@@ -20,8 +20,8 @@ from megatron_btx.weights.box import Box, Shape, extent, sizes
 _AGAIN = "copy the checkpoint again, or take an earlier step"
 _SMALL = 1 << 20
 """Bytes of an archive's members beside the data, at most."""
-_DAMAGED = (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, OverflowError)
-_MALFORMED = (LookupError, ValueError, AttributeError, TypeError, struct.error)
+DAMAGED = (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, OverflowError)
+MALFORMED = (LookupError, ValueError, AttributeError, TypeError, struct.error)
 """What zipfile, and what looking for something in a header, makes of a damaged archive."""
 
 
@@ -85,8 +85,8 @@ class Payload:
     (``torch.serialization.set_crc32_options``), which leaves zeros."""
 
 
-class _Archive:
-    """The zip that ``torch.save`` makes of one tensor, inside a file."""
+class StoredArchive:
+    """The zip that ``torch.save`` makes, inside a file."""
 
     def __init__(self, file: io.BufferedReader, chunk: Chunk) -> None:
         self._file, self._chunk = file, chunk
@@ -107,10 +107,15 @@ class _Archive:
             raise ValueError(f"{shown(name)} reaches past the end")
         return self._chunk.offset + start, entry.file_size, entry.CRC
 
-    def read(self, name: str) -> bytes:
-        """A small member, checked."""
+    @property
+    def names(self) -> list[str]:
+        """Of its members."""
+        return list(self._members)
+
+    def read(self, name: str, limit: int = _SMALL) -> bytes:
+        """A member of at most ``limit`` bytes, checked."""
         start, size, crc = self.member(name)
-        if size > _SMALL:
+        if size > limit:
             raise ValueError(f"{shown(name)} has {size} bytes")
         self._file.seek(start)
         data = self._file.read(size)
@@ -128,7 +133,7 @@ def payload_of(name: str, dtype: torch.dtype, chunk: Chunk) -> Payload:
     where = f"{chunk.path}: {shown(name)}"
     try:
         with chunk.path.open("rb") as file:
-            archive = _Archive(file, chunk)
+            archive = StoredArchive(file, chunk)
             if archive.read("byteorder") != b"little":
                 raise UserError(where, "big-endian", "save it on a little-endian machine")
             header = archive.read("data.pkl")
@@ -139,7 +144,7 @@ def payload_of(name: str, dtype: torch.dtype, chunk: Chunk) -> Payload:
         last = first + sum((n - 1) * s for n, s in zip(size, strides, strict=True))
     except UserError:
         raise
-    except (*_DAMAGED, *_MALFORMED) as error:
+    except (*DAMAGED, *MALFORMED) as error:
         raise UserError(where, f"corrupt: {error}", _AGAIN) from error
     own = [n for n in extent(chunk.box) if n != 1]
     sound = (

@@ -131,6 +131,26 @@ COMMON_NAMES: Mapping[tuple[str, str], Any] = {
 arguments there."""
 
 
+class _Dict(dict[Any, Any]):
+    """A dictionary with attributes: of a module's state, ``_metadata``."""
+
+
+MP_RANK_NAMES: Mapping[tuple[str, str], Any] = {
+    **COMMON_NAMES,
+    ("collections", "OrderedDict"): _Dict,
+    ("_codecs", "encode"): Record,
+    ("_io", "BytesIO"): Record,
+    **{
+        (f"numpy{core}.multiarray", name): Record
+        for core in (".core", "._core")
+        for name in ("_reconstruct", "scalar")
+    },
+    **{("numpy", name): Record for name in ("ndarray", "dtype")},
+}
+"""What the one pickle of a rank in the form ``--ckpt-format torch`` may name: besides, the state of
+numpy's generator and of Transformer Engine's scaling, none of which is looked at."""
+
+
 class _ListedUnpickler(pickle.Unpickler):
     def __init__(self, file: BinaryIO, where: str, names: Mapping[tuple[str, str], Any]) -> None:
         super().__init__(file)

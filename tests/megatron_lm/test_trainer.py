@@ -22,7 +22,6 @@ from megatron_btx.mix.request import Request
 from megatron_btx.recipe.schema import Layout
 from megatron_btx.weights.megatron import open_megatron, second_names
 from megatron_btx.weights.source import read_whole
-from tests.families import ranks_side
 from tests.families.made import make
 from tests.megatron_lm import trainer
 from tests.ranks import RankError, Ranks
@@ -179,11 +178,13 @@ def test_a_name_that_is_not_there_is_an_error_of_its_own(
         pool.run(trainer.run, 1, job)
 
 
-def trained(pool: Ranks, step: Path, layout: str, save: Path, *more: str) -> trainer.Outcome:
+def trained(
+    pool: Ranks, step: Path, layout: str, save: Path, *more: str, older_form: bool = False
+) -> trainer.Outcome:
     """Three steps of its training, saved; what the first rank saw."""
     world, tp, words = LAYOUTS[layout]
     words = (*words_for(step, tp), *words, "--save", str(save), *more)
-    job = trainer.Job(words, TOKENS, steps=3, by_hand=by_hand(step))
+    job = trainer.Job(words, TOKENS, steps=3, older_form=older_form, by_hand=by_hand(step))
     outcome = pool.run(trainer.run, world, job)[0]
     assert outcome.losses[0] > outcome.losses[-1], "it learned nothing"
     assert (save / "iter_0000003").is_dir()
@@ -243,6 +244,66 @@ def test_its_checkpoints_are_mixed_and_evaluated(
         read_whole(moe.source, name.format("experts.0.")),
         read_whole(expert.source, name.format("")),
     )
-    inputs, labels = TOKENS[:, :-1].contiguous(), TOKENS[:, 1:].contiguous()
-    (losses,) = ranks.run(ranks_side.losses, 1, steps[0], Layout(), inputs, labels)
+    (losses,) = ranks.run(our_losses, 1, steps[0])
     close(losses, outcome.after)
+
+
+def our_losses(directory: Path) -> Tensor:
+    """Of every token, by our model, which Megatron's own loader fills."""
+    from megatron_btx.engine import checkpoint, distributed
+    from megatron_btx.engine.model import build_model
+    from megatron_btx.weights.manifest import read_manifest
+
+    distributed.initialize(Layout(), 0)
+    model = build_model(read_manifest(directory)[0], Layout(), "fp32")
+    checkpoint.load(directory, checkpoint.TrainingState(model=model))
+    inputs, labels = TOKENS[:, :-1].contiguous(), TOKENS[:, 1:].contiguous()
+    positions = torch.arange(LENGTH).expand_as(inputs).contiguous()
+    return model(inputs, positions, None, labels=labels).detach()
+
+
+def same(found: Path, expected: Path, given: dict[str, Any]) -> None:
+    """Both directories hold one model, bit for bit."""
+    models = [open_megatron(found, "m", given), open_megatron(expected, "m")]
+    assert models[0].tensors.keys() == models[1].tensors.keys()
+    for name in models[1].tensors:
+        assert torch.equal(*(read_whole(model.source, name) for model in models)), name
+
+
+OLD_FORMS = {  # model, ranks, TP, more arguments, one of the files
+    "TP1": ("llama", 1, 1, (), "mp_rank_00"),
+    "TP2": ("qwen3", 2, 2, (), "mp_rank_01"),
+    "PP2, tied": (
+        "llama 3.2, tied", 2, 1, ("--pipeline-model-parallel-size", "2"), "mp_rank_00_001"
+    ),
+    "TP2 x PP2": ("llama", 4, 2, ("--pipeline-model-parallel-size", "2"), "mp_rank_01_001"),
+    "EP2": ("mixtral", 2, 1, ("--expert-model-parallel-size", "2"), "mp_rank_00_001"),
+    "TP2 x EP2": ("mixtral", 4, 2, ("--expert-model-parallel-size", "2"), "mp_rank_01_001"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", OLD_FORMS)
+def test_the_older_form_is_read(form: str, written: Any, pool: Ranks, tmp_path: Path) -> None:
+    name, world, tp, more, file = OLD_FORMS[form]
+    step = written[name][1]
+    words = (*words_for(step, tp), *more, "--save", str(tmp_path))
+    job = trainer.Job(words, TOKENS, older_form=True, compute=False, by_hand=by_hand(step))
+    pool.run(trainer.run, world, job)
+    saved = tmp_path / "iter_0000000"
+    assert (saved / file / "model_optim_rng.pt").is_file()
+    same(saved, step, by_hand(step))
+    released = saved.rename(tmp_path / "release")
+    same(released, step, by_hand(step))
+    (released / file / "model_optim_rng.pt").unlink()
+    with pytest.raises(UserError):
+        open_megatron(released, "m", by_hand(step))
+
+
+def test_the_older_form_with_its_optimizer(written: Any, pool: Ranks, tmp_path: Path) -> None:
+    distributed = "--use-distributed-optimizer"
+    llama = written["llama"][1]
+    outcome = trained(pool, llama, "TP2", tmp_path / "saved", distributed, older_form=True)
+    step = tmp_path / "saved" / "iter_0000003"
+    assert (step / "mp_rank_00" / "distrib_optim.pt").is_file()
+    export(step, tmp_path / "hf", {})
+    close(losses_of(tmp_path / "hf"), outcome.after)

@@ -41,6 +41,10 @@ class Job:
     tokens: Tensor
     """[batch, sequence + 1]."""
     steps: int = 0
+    older_form: bool = False
+    """Save as `--ckpt-convert-format torch` does."""
+    compute: bool = True
+    """Whether losses are: not where a rank has a part of the layers."""
     by_hand: dict[str, Any] = field(default_factory=dict)
     """What its ``GPTModelConfig`` must be told beside the arguments."""
 
@@ -63,6 +67,7 @@ def run(job: Job) -> Outcome:
     args = _start(job.words)
     models = _build(args, job)
     from megatron.training import checkpointing
+    from megatron.training.training import update_use_dist_ckpt
 
     optimizer = schedule = None
     if job.steps:
@@ -70,11 +75,14 @@ def run(job: Job) -> Outcome:
     iteration = 0
     if args.load:
         iteration, _ = checkpointing.load_checkpoint(models, optimizer, schedule, strict=True)
-    before = _loss_of_tokens(models[0], job.tokens)
+    before = _loss_of_tokens(models[0], job.tokens) if job.compute else job.tokens
     losses = tuple(_step(models, optimizer, schedule, job.tokens) for _ in range(job.steps))
     after = _loss_of_tokens(models[0], job.tokens) if job.steps else before
     if args.save:
         args.consumed_train_samples = 4 * job.steps
+        if job.older_form:
+            args.ckpt_format = "torch"
+            update_use_dist_ckpt(args)
         checkpointing.save_checkpoint(job.steps, models, optimizer, schedule, 0)
     return Outcome(before, losses, after, iteration)
 

@@ -19,6 +19,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from megatron_btx.errors import UserError
 from megatron_btx.weights import safe_unpickle
 
 _MIXTRAL = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
@@ -46,7 +47,16 @@ def open_plain(path: Path, declared: Mapping[str, Any]) -> PlainHF | PlainMegatr
     Args:
         path: the directory.
         declared: what its manifest says of the model, for one of Megatron's that is not ours.
+
+    Raises:
+        UserError: it is of the form ``--ckpt-format torch``, which the engine alone reads.
     """
+    if any(path.glob("mp_rank_*")):
+        raise UserError(
+            str(path),
+            "was saved with --ckpt-format torch: the second implementation does not read that form",
+            "copy it (btx mix --method copy --format megatron), and mix the copy",
+        )
     return PlainMegatron(path, declared) if (path / ".metadata").exists() else PlainHF(path)
 
 

@@ -1,0 +1,230 @@
+"""Megatron-LM's older form, ``--ckpt-format torch``: one ``torch.save`` a model-parallel rank, read
+by mapped slices.
+
+``mp_rank_TT``, under pipeline parallelism ``mp_rank_TT_PPP``, under expert parallelism with one
+number more, hold ``model_optim_rng.pt`` (``get_checkpoint_name`` of
+``megatron.training.checkpointing``); the distributed optimizer's own files beside it are not looked
+at. Tensors lie there under the names of the modules, layers and experts counted from each rank's
+first.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, dtype
+
+from megatron_btx.errors import UserError, UserErrors, shown
+from megatron_btx.weights import safe_unpickle
+from megatron_btx.weights.arrange import Cat, Take
+from megatron_btx.weights.box import Box, Shape, sizes
+from megatron_btx.weights.expression import Expression
+from megatron_btx.weights.mmap_io import read_box
+from megatron_btx.weights.names import EMBEDDING, HEAD
+from megatron_btx.weights.ops import rows
+from megatron_btx.weights.read_torch_zip import DAMAGED, MALFORMED, Chunk, StoredArchive
+from megatron_btx.weights.source import FileSource
+
+FILE = "model_optim_rng.pt"
+
+Rank = tuple[int, int, int]
+"""Tensor-, pipeline- and expert-parallel rank."""
+
+_AGAIN = "copy the checkpoint again, or take an earlier step"
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.*)")
+_LOCAL_EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.(.*)")
+_GROUPED_EXPERT = re.compile(r"mlp\.experts\.(linear_fc[12]\.weight)(\d+)")
+_GATED = "linear_fc1.weight"
+_ROWS = (EMBEDDING, HEAD, "linear_qkv.weight", "linear_qkv.bias")
+"""Ends of names of what tensor parallelism divides along the first dimension."""
+_COLUMNS = ("linear_proj.weight", "linear_fc2.weight")
+"""Along the second; everything else is whole on every rank."""
+
+
+@dataclass(frozen=True)
+class _Stored:
+    shape: Shape
+    dtype: dtype
+    path: Path
+    offset: int
+    strides: Shape
+
+
+def is_mp_rank(directory: Path) -> bool:
+    """Whether a step directory is of this form."""
+    return any(directory.glob(f"mp_rank_*/{FILE}"))
+
+
+def arguments_of(directory: Path) -> Any:
+    """What its first rank stores beside the tensors: a mapping with the trainer's ``args``."""
+    return _content(min(directory.glob(f"mp_rank_*/{FILE}")))
+
+
+class MpRankSource(FileSource[_Stored]):
+    """The tensors of all ranks, each under ``TP.PP.EP/NAME``.
+
+    Args:
+        path: ``iter_XXXXXXX`` or ``release``.
+
+    Raises:
+        UserError: a file is damaged or names what no checkpoint needs; or the ranks are divided in
+            a way that is not read.
+        UserErrors: every rank that is missing.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        super().__init__(path)
+        self.objects: list[str] = []
+        """Nothing: what is no tensor is not listed in this form."""
+        first = arguments_of(self.path)
+        args = vars(first["args"]) if isinstance(first, dict) and "args" in first else {}
+        self.sizes = self._sizes(args)
+        self.local_experts = (args.get("num_experts") or 0) // self.sizes[2]
+        tp, pp, ep = map(range, self.sizes)
+        files = {rank: self._file(rank) for rank in itertools.product(tp, pp, ep)}
+        missing = [UserError(str(f), "missing", _AGAIN) for f in files.values() if not f.is_file()]
+        if missing:
+            raise UserErrors(missing)
+        for rank, file in files.items():
+            self._open(file)
+            for name, stored in _tensors(file):
+                self._stored[f"{'.'.join(map(str, rank))}/{name}"] = stored
+
+    def _sizes(self, args: Mapping[str, Any]) -> Rank:
+        words = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
+        tp, pp, ep = (args.get(name) or 1 for name in (*words, "expert_model_parallel_size"))
+        if not all(isinstance(n, int) and 0 < n < 10_000 for n in (tp, pp, ep)):
+            raise UserError(str(self.path), f"is divided into {tp} x {pp} x {ep} ranks", _AGAIN)
+        etp = args.get("expert_tensor_parallel_size") or tp
+        if args.get("num_experts") and etp != tp:
+            what = f"experts under another tensor parallelism ({etp}) than the rest ({tp})"
+            raise UserError(str(self.path), what, "save it with --ckpt-format torch_dist")
+        return tp, pp, ep
+
+    def _file(self, rank: Rank) -> Path:
+        tp, pp, ep = rank
+        name = f"mp_rank_{tp:02d}"
+        name += f"_{pp:03d}" if self.sizes[1] > 1 else ""
+        name += f"_{ep:03d}" if self.sizes[2] > 1 else ""
+        return self.path / name / FILE
+
+    def read(self, name: str, box: Box) -> Tensor:
+        """The elements of ``box``, mapped."""
+        stored = self._counted(name, box)
+        return read_box(stored.path, stored.offset, stored.dtype, stored.strides, box)
+
+
+def joined(label: str, source: MpRankSource) -> dict[str, Expression]:
+    """The whole model's tensors under the names that ``torch_dist`` gives them, layers and experts
+    numbered.
+
+    Raises:
+        UserError: a rank lacks what its neighbours have.
+    """
+    parts: dict[str, dict[int, Expression]] = defaultdict(dict)
+    offset = 0
+    for stage in range(source.sizes[1]):
+        layers = 0
+        for stored, (shape, kind) in source.tensors.items():
+            (tp, pp, ep), name = _parsed(stored)
+            if pp != stage:
+                continue
+            if match := _LAYER.fullmatch(name):
+                layers = max(layers, int(match[1]) + 1)
+            name, is_expert = _global_name(name, offset, ep, source)
+            if ep == 0 or is_expert:
+                parts[name].setdefault(tp, Take(label, stored, shape, kind))
+        offset += layers
+    wanted = set(range(source.sizes[0]))
+    for name, found in parts.items():
+        if set(found) != wanted:
+            what = f"{shown(name)} is not on every rank of tensor parallelism"
+            raise UserError(str(source.path), what, _AGAIN)
+    return {
+        name: _whole(name, [found[tp] for tp in sorted(found)]) for name, found in parts.items()
+    }
+
+
+def _whole(name: str, parts: list[Expression]) -> Expression:
+    if len(parts) == 1:
+        return parts[0]
+    if name.endswith(_GATED):  # each rank has its rows of the gate, then its rows of the up matrix
+        half = parts[0].shape[0] // 2
+        return Cat(
+            (*(rows(p, 0, half) for p in parts), *(rows(p, half, 2 * half) for p in parts)), 0
+        )
+    if name.endswith(_ROWS):
+        return Cat(tuple(parts), 0)
+    return Cat(tuple(parts), 1) if name.endswith(_COLUMNS) else parts[0]
+
+
+def _parsed(stored: str) -> tuple[Rank, str]:
+    ranks, _, name = stored.partition("/")
+    tp, pp, ep = map(int, ranks.split("."))
+    return (tp, pp, ep), name
+
+
+def _global_name(name: str, offset: int, ep: int, source: MpRankSource) -> tuple[str, bool]:
+    """A rank's name in the whole model, and whether it is an expert's."""
+    match = _LAYER.fullmatch(name)
+    if match is None:
+        return name, False
+    stem, rest = f"decoder.layers.{int(match[1]) + offset}.", match[2]
+    if one := _LOCAL_EXPERT.fullmatch(rest):
+        expert, inner = int(one[1]), one[2]
+    elif one := _GROUPED_EXPERT.fullmatch(rest):
+        expert, inner = int(one[2]), one[1]
+    else:
+        return stem + rest, False
+    return f"{stem}mlp.experts.experts.{ep * source.local_experts + expert}.{inner}", True
+
+
+def _content(file: Path) -> Any:
+    return _read(file)[0]
+
+
+def _tensors(file: Path) -> Iterator[tuple[str, _Stored]]:
+    """The model's tensors in a rank's file: where their elements lie."""
+    content, members = _read(file)
+    model = content.get("model") if isinstance(content, dict) else None
+    if not isinstance(model, dict):
+        what = "holds no `model`: virtual pipeline stages are not read"
+        raise UserError(str(file), what, "save it with --ckpt-format torch_dist")
+    for name, tensor in model.items():
+        if isinstance(name, str) and not name.endswith("_extra_state"):
+            try:
+                yield name, _stored(file, tensor, members)
+            except MALFORMED as error:
+                raise UserError(f"{file}: {shown(name)}", f"corrupt: {error}", _AGAIN) from error
+
+
+def _stored(file: Path, tensor: Any, members: Mapping[str, tuple[int, int]]) -> _Stored:
+    (_, kind, key, _, _), first, shape, strides = tensor.arguments[:4]
+    begin, nbytes = members[f"data/{key}"]
+    first, shape, strides = sizes((first,))[0], sizes(shape), sizes(strides)
+    last = first + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+    if not isinstance(kind, dtype) or (last + 1) * kind.itemsize > nbytes:
+        raise ValueError(f"{shown(kind)} {shape} in {nbytes} bytes")
+    return _Stored(shape, kind, file, begin + first * kind.itemsize, strides)
+
+
+def _read(file: Path) -> tuple[Any, dict[str, tuple[int, int]]]:
+    """What a rank's file says, and begin and size of every storage in it."""
+    try:
+        with file.open("rb") as opened:
+            archive = StoredArchive(opened, Chunk((), file, 0, file.stat().st_size))
+            if archive.read("byteorder") != b"little":
+                raise UserError(str(file), "big-endian", "save it on a little-endian machine")
+            header = archive.read("data.pkl", safe_unpickle.LIMIT)
+            members = {name: archive.member(name)[:2] for name in archive.names}
+    except OSError as error:
+        raise UserError(str(file), f"cannot be read: {error.strerror}", _AGAIN) from error
+    except (*DAMAGED, *MALFORMED) as error:
+        raise UserError(str(file), f"not what torch.save writes: {error}", _AGAIN) from error
+    return safe_unpickle.loads(header, file, safe_unpickle.MP_RANK_NAMES), members

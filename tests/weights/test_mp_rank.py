@@ -1,0 +1,144 @@
+"""Megatron-LM's older form: shards of TP x PP, written here as `--ckpt-format torch` writes them
+(tests/megatron_lm has its own trainer do it)."""
+
+from __future__ import annotations
+
+import argparse
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_btx.errors import UserError
+from megatron_btx.mix.one_model import copy
+from megatron_btx.mix.reference.reader import open_plain
+from megatron_btx.weights.find_checkpoint import find_checkpoint
+from megatron_btx.weights.megatron import open_megatron
+from megatron_btx.weights.source import read_whole
+from megatron_btx.weights.write_torch_dist import write_torch_dist
+from tests.mix.commands import btx
+from tests.weights.models import DENSE, dense
+from tests.weights.test_megatron_lm_args import ARGS, Evil
+
+TP, PP = 2, 2
+
+
+def shard(name: str, tensor: torch.Tensor, tp: int) -> torch.Tensor:
+    """Rank ``tp``'s part, as Megatron's layers divide their weights."""
+    if name.endswith("linear_fc1.weight"):
+        gate, up = tensor.chunk(2)
+        return torch.cat([gate.chunk(TP)[tp], up.chunk(TP)[tp]])
+    if name.endswith(("linear_qkv.weight", "word_embeddings.weight", "output_layer.weight")):
+        return tensor.chunk(TP)[tp].clone()
+    if name.endswith(("linear_proj.weight", "linear_fc2.weight")):
+        return tensor.chunk(TP, 1)[tp].clone()
+    return tensor
+
+
+def write(directory: Path, args: Any = None, **content: Any) -> None:
+    model = dense("a", 1)
+    per_stage = DENSE.model.num_layers // PP
+    for tp in range(TP):
+        for pp in range(PP):
+            state: Any = OrderedDict()
+            state._metadata = OrderedDict(version=1)  # as a module's state has it
+            for name in model.tensors:
+                parts = name.split(".")
+                layer = int(parts[2]) if name.startswith("decoder.layers.") else None
+                stage = layer // per_stage if layer is not None else 0 if "embed" in name else 1
+                if stage == pp:
+                    if layer is not None:
+                        parts[2] = str(layer - pp * per_stage)
+                    state[".".join(parts)] = shard(name, read_whole(model.source, name), tp)
+            state["decoder.layers.0.self_attention.linear_qkv._extra_state"] = None
+            folder = directory / f"mp_rank_{tp:02d}_{pp:03d}"
+            folder.mkdir(parents=True)
+            sizes = {"tensor_model_parallel_size": TP, "pipeline_model_parallel_size": PP}
+            everything = {
+                "args": args or argparse.Namespace(**ARGS, **sizes),
+                "checkpoint_version": 3.0,
+                "iteration": 7,
+                "model": state,
+                "rng_state": [{"np_rng_state": np.random.get_state(), "cpu": torch.ones(3)}],
+                "optimizer": {"state": {0: {"exp_avg": torch.ones(4)}}},
+            }
+            torch.save(everything | content, folder / "model_optim_rng.pt")
+
+
+@pytest.mark.parametrize("name", ["iter_0000007", "release"])
+def test_shards_of_tp_and_pp_are_one_model(name: str, tmp_path: Path) -> None:
+    write(tmp_path / name)
+    assert find_checkpoint(tmp_path / name) == tmp_path / name
+    found, expected = open_megatron(tmp_path / name, "m"), dense("a", 1)
+    assert found.architecture == DENSE
+    assert found.manifest["tokens"] == 1000 * DENSE.model.seq_length
+    assert found.tensors.keys() == expected.tensors.keys()
+    for each in expected.tensors:
+        assert torch.equal(read_whole(found.source, each), read_whole(expected.source, each)), each
+    box = ((3, 9), (1, 2))
+    each = "decoder.layers.2.mlp.linear_fc1.weight"
+    assert torch.equal(found.source.read(each, box), expected.source.read(each, box))
+
+
+def test_they_are_mixed(tmp_path: Path) -> None:
+    for label in ("code", "seed"):
+        write(tmp_path / label)
+    (tmp_path / "copies").mkdir()
+    sources = [tmp_path / "code", tmp_path / "seed"]
+    code, said = btx("mix", "--sources", *sources, "--average", "tokens", "--out", tmp_path / "out")
+    assert code == 0, said
+    with pytest.raises(UserError, match="mix the copy"):
+        open_plain(tmp_path / "code", {})
+    words = ["--method", "copy", "--format", "megatron", "--out"]
+    for label in ("code", "seed"):
+        named = f"{label}={tmp_path / label}"
+        code, said = btx("mix", "--sources", named, *words, tmp_path / "copies" / label)
+        assert code == 0, said
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        ("missing", "mp_rank_01_000/model_optim_rng.pt: missing"),
+        ("truncated", "mp_rank_01_000/model_optim_rng.pt: not what torch.save writes"),
+        ("text", "mp_rank_01_000/model_optim_rng.pt: not what torch.save writes"),
+    ],
+)
+def test_a_damaged_shard_is_one_error(damage: str, words: str, tmp_path: Path) -> None:
+    write(tmp_path / "iter")
+    file = tmp_path / "iter" / "mp_rank_01_000" / "model_optim_rng.pt"
+    content = file.read_bytes()
+    file.unlink()
+    if damage != "missing":
+        file.write_bytes(content[: len(content) // 2] if damage == "truncated" else b"text")
+    with pytest.raises(UserError) as caught:
+        open_megatron(tmp_path / "iter", "m")
+    assert words in str(caught.value)
+
+
+def test_what_is_divided_otherwise_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "virtual", model=None)
+    with pytest.raises(UserError, match="virtual pipeline stages are not read"):
+        open_megatron(tmp_path / "virtual", "m")
+    args = {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 1, "num_experts": 4}
+    write(tmp_path / "experts", argparse.Namespace(**(ARGS | args)))
+    with pytest.raises(UserError, match=r"experts under another tensor parallelism \(1\)"):
+        open_megatron(tmp_path / "experts", "m")
+
+
+def test_a_malicious_shard_is_refused_and_not_run(tmp_path: Path) -> None:
+    write(tmp_path / "iter", Evil(tmp_path / "owned"))
+    with pytest.raises(UserError, match="which no checkpoint needs: refused"):
+        open_megatron(tmp_path / "iter", "m")
+    assert not (tmp_path / "owned").exists()
+
+
+def test_what_megatron_core_did_not_write_is_named(tmp_path: Path) -> None:
+    """`torch_dcp` and `fsdp_dtensor` have torch's files, and no metadata.json of Megatron's."""
+    write_torch_dist(copy(dense("a", 1), dtype=torch.float32), tmp_path / "iter")
+    (tmp_path / "iter" / "metadata.json").unlink()
+    with pytest.raises(UserError, match="not torch_dist, but torch_dcp, fsdp_dtensor or damaged"):
+        open_megatron(tmp_path / "iter", "m")
