@@ -129,15 +129,19 @@ def environment() -> dict[str, str]:
     }
 
 
-def queued() -> list[Job]:
-    """All jobs that are not over, of all users as far as this one may see them.
+def queued(users: Iterable[str] = ()) -> list[Job]:
+    """Jobs that are not over, as far as this user may see them.
+
+    Args:
+        users: of these only, but for those whom this machine does not know; by default of all.
 
     Raises:
         Silent: the controller does not answer.
     """
     fields = ("%A", "%T", "%r", "%u", "%j", "%Z", "%o")
     try:
-        lines = call("squeue", "-h", "-o", _BETWEEN.join(fields)).splitlines()
+        of = [f"--user={','.join(filter(_is_user, sorted(users)))}"] if users else []
+        lines = call("squeue", "-h", *of, "-o", _BETWEEN.join(fields)).splitlines()
     except Refused as error:
         raise _silent("squeue", error) from None
     jobs = []
@@ -158,6 +162,14 @@ def queued() -> list[Job]:
             )
         )
     return jobs
+
+
+def _is_user(name: str) -> bool:
+    try:
+        pwd.getpwnam(name)
+    except KeyError:
+        return name == me()
+    return True
 
 
 def jobs_private() -> bool:

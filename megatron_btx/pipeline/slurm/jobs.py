@@ -50,16 +50,24 @@ def this_job() -> dict[str, Any]:
     return {"job": number, **noted}
 
 
-def active(run_dir: Path, stages: Iterable[Stage]) -> list[Job]:
-    """The jobs that work for a run, or will, each with its stage. ``run_dir`` is absolute.
+def active(run_dir: Path, stages: Iterable[Stage], *, of_all: bool = False) -> list[Job]:
+    """The jobs that work for a run, or will, each with its stage.
+
+    Args:
+        run_dir: absolute.
+        stages: of the run.
+        of_all: look at the jobs of every user of the cluster, who may be many; by default of this
+            one and of those who have worked on the run before.
 
     Raises:
         Silent: the controller does not answer.
     """
     places = {stage.name: run_dir / stage.directory for stage in stages}
     noted = {name: begun(place) for name, place in places.items() if not _ended(place)}
+    workers = {str(line["user"]) for line in noted.values() if line.get("user")}
+    users = {commands.me()} | workers | set(_submitters(run_dir))
     found = []
-    for job in commands.queued():
+    for job in commands.queued(() if of_all else users):
         stage = _stage(job, run_dir, noted)
         if stage is not None:
             found.append(dataclasses.replace(job, stage=stage))
@@ -112,7 +120,7 @@ def refuse_active(run_dir: Path, stages: Iterable[Stage]) -> None:
         UserError: some are, or some of another user's may be.
         Silent: the controller does not answer.
     """
-    found = active(run_dir, stages)
+    found = active(run_dir, stages, of_all=True)
     me = commands.me()
     if found:
         names = ", ".join(
@@ -137,10 +145,14 @@ def refuse_active(run_dir: Path, stages: Iterable[Stage]) -> None:
 
 def _hidden(run_dir: Path, me: str) -> str:
     """The user whose jobs of this run may be in the queue without our seeing them, or nothing."""
+    others = [user for user in _submitters(run_dir) if user != me]
+    return others[0] if others and os.geteuid() != 0 and commands.jobs_private() else ""
+
+
+def _submitters(run_dir: Path) -> list[str]:
+    """Who has submitted the latest jobs of a run's stages."""
     submissions = {str(record.get("submission")) for record in submitted(run_dir).values()}
-    for name in sorted(submissions):
-        record = find_json(run_dir / "slurm" / name / "environment.json") or {}
-        user = record.get("user")
-        if isinstance(user, str) and user != me and os.geteuid() != 0 and commands.jobs_private():
-            return user
-    return ""
+    records = [
+        find_json(run_dir / "slurm" / name / "environment.json") for name in sorted(submissions)
+    ]
+    return [str(record["user"]) for record in records if record and record.get("user")]

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import getpass
 import os
 import re
 import shutil
@@ -180,7 +179,7 @@ def _keep(recipe: Recipe, run_dir: Path, directory: Path, scripts: dict[str, str
         directory / "environment.json",
         {
             "time": time.time(),
-            "user": getpass.getuser(),
+            "user": commands.me(),
             "host": socket.gethostname(),
             "code_revision": code_revision(),
             "versions": versions(),
