@@ -10,6 +10,8 @@ import contextlib
 import errno
 import logging
 import os
+import pickle
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -28,18 +30,25 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_btx.engine import checkpoint_workers
+from megatron_btx.engine import checkpoint_workers, integrity
 from megatron_btx.engine.distributed import is_first_rank
 from megatron_btx.engine.model import gather_parameters, unwrap
 from megatron_btx.errors import UserError
 from megatron_btx.files import sync_directory, write_json, written
 from megatron_btx.recipe.architecture import Architecture
+from megatron_btx.weights.integrity import HASHES, hashes_json
 from megatron_btx.weights.manifest import FORMAT, MANIFEST, read_manifest
 from megatron_btx.weights.megatron import extra_states, second_names
+from megatron_btx.weights.partial import write_small
+from megatron_btx.weights.torch_dist import read_metadata
 
 logger = logging.getLogger(__name__)
 
 _PARTIAL, _OLD = ".partial", ".old"
+_SAVED = re.compile(
+    r".*\.distcp|\.metadata|common\.pt|(metadata|manifest|hashes)\.json|tokenizer|\..*\.tmp"
+)
+"""Names of what lies in a checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +127,7 @@ def save(
     checkpoint_workers.start()
     with _written(directory, partial):
         if is_first_rank():
-            shutil.rmtree(partial, ignore_errors=True)
+            _remove(partial)
             partial.mkdir(parents=True)
         dist.barrier()
         # Two writers a rank would fork two processes a rank; one is enough for one disk.
@@ -139,7 +148,11 @@ def save(
             if add_files is not None:
                 add_files(partial)
             write_json(partial / MANIFEST, manifest)
-            shutil.rmtree(directory, ignore_errors=True)
+        dist.barrier()
+        hashes = integrity.take_hashes(partial)
+        if is_first_rank():
+            write_small(partial / HASHES, hashes_json(hashes))
+            _remove(directory)
             os.rename(partial, directory)
             sync_directory(directory.parent)
         dist.barrier()
@@ -176,15 +189,18 @@ def load(directory: Path, state: TrainingState) -> None:
     """Fill the state from a whole checkpoint, under any layout. Every rank calls it.
 
     Raises:
-        UserError: the checkpoint is missing, damaged or of another shape.
+        UserError: the checkpoint is missing, damaged or of another shape; or it holds a pickle that
+            names what no checkpoint needs.
     """
     _wait_until_seen(directory)
     read_manifest(directory)
+    read_metadata(directory)
+    integrity.check_hashes(directory)
     sharded = state.sharded(is_loading=True)
     rng = sharded.pop("rng_state", None)
     if rng is not None and _same_world(directory):
         sharded["rng_state"] = rng
-    with _refusals(directory):
+    with _refusals(directory), integrity.guarded(directory):
         loaded = dist_checkpointing.load(sharded, str(directory))
         keys = unwrap(state.model).load_state_dict(loaded["model"], strict=False)
         wrong = [key for key in (*keys[0], *keys[1]) if not key.endswith("._extra_state")]
@@ -205,8 +221,11 @@ def _refusals(directory: Path) -> Iterator[None]:
         yield
     except (
         *(CheckpointingException, CheckpointException, OSError, EOFError),
-        *(KeyError, ValueError, RuntimeError),
+        *(KeyError, ValueError, RuntimeError, pickle.PickleError),
     ) as error:
+        for cause, _ in getattr(error, "failures", {}).values():  # on whichever rank
+            if isinstance(cause, UserError):
+                raise cause from error
         lines = str(error).splitlines() or [repr(error)]
         # Its optimizers group experts apart only under expert parallelism: between EP > 1 and
         # EP = 1 the weights move, the state of the optimizer does not.
@@ -251,7 +270,7 @@ def step_directory(checkpoints: Path, step: int) -> Path:
 
 def prune(checkpoints: Path, keep: int) -> None:
     """Delete all but the last ``keep`` checkpoints of a stage. The first rank calls it."""
-    for old in sorted(checkpoints.glob("step_????????"))[:-keep]:
+    for old in filter(_is_ours, sorted(checkpoints.glob("step_????????"))[:-keep]):
         # Renamed first: a half-deleted checkpoint must not bear its name.
         doomed = old.with_name(old.name + _OLD)
         old.rename(doomed)
@@ -261,8 +280,27 @@ def prune(checkpoints: Path, keep: int) -> None:
 def sweep(checkpoints: Path) -> None:
     """Delete what a killed run had half written or half deleted. The first rank calls it."""
     for suffix in (_PARTIAL, _OLD):
-        for left in checkpoints.glob("step_????????" + suffix):
+        for left in filter(_is_ours, checkpoints.glob("step_????????" + suffix)):
             shutil.rmtree(left)
+
+
+def _is_ours(directory: Path) -> bool:
+    """Whether there is nothing in it but what a save puts there."""
+    there = directory.is_dir() and not directory.is_symlink()
+    return there and all(_SAVED.fullmatch(path.name) for path in directory.iterdir())
+
+
+def _remove(directory: Path) -> None:
+    """Make room for a checkpoint.
+
+    Raises:
+        UserError: what is there is not all ours.
+    """
+    if _is_ours(directory):
+        shutil.rmtree(directory)
+    elif os.path.lexists(directory):
+        what = "is there and holds what no checkpoint does, so it is left alone"
+        raise UserError(str(directory), what, "move it away")
 
 
 @contextlib.contextmanager

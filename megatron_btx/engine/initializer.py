@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from megatron_btx.engine.checkpoint import model_sharded_state_dict
+from megatron_btx.engine.integrity import check_hashes
 from megatron_btx.weights.plan import Plan
 from megatron_btx.weights.sharded import load_into_sharded
 
@@ -22,6 +23,10 @@ def initialize(model: torch.nn.Module, plan: Plan) -> dict[str, int]:
         Bytes that this rank read from each source.
 
     Raises:
-        UserErrors: model and plan disagree; nothing has been written.
+        UserErrors: model and plan disagree, and nothing has been written. Or files of a source
+            were changed while they were read, or since they were written.
     """
-    return load_into_sharded(plan, model_sharded_state_dict(model))
+    read = load_into_sharded(plan, model_sharded_state_dict(model))
+    for directory, names in plan.files().items():
+        check_hashes(directory, names)
+    return read

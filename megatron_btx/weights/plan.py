@@ -127,6 +127,14 @@ class Plan:
         """Bytes that each source has handed out so far."""
         return {label: source.bytes_read for label, source in self.sources.items()}
 
+    def files(self) -> dict[Path, list[str]]:
+        """The files that the sources read, by directory."""
+        found: dict[Path, list[str]] = {}
+        for label in sorted(self.sources):
+            for path in self.sources[label].files():
+                found.setdefault(path.parent, []).append(path.name)
+        return found
+
     def check_unchanged(self) -> None:
         """To be called when all is read.
 

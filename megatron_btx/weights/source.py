@@ -42,6 +42,9 @@ class Source(Protocol):
     def stamp(self) -> str:
         """Changes when what is stored changes; what an interrupted run is recognised by."""
 
+    def files(self) -> list[Path]:
+        """What it reads; none where it reads no files, or only through another source."""
+
     def changed(self) -> list[UserError]:
         """What of it was written to since it was opened, so that what was read may be a mixture."""
 
@@ -83,6 +86,10 @@ class FileSource(Generic[Stored]):
     def stamp(self) -> str:
         """Names, sizes and times of the files."""
         return stamp_of(self._states)
+
+    def files(self) -> list[Path]:
+        """The files, of one directory."""
+        return list(self._states)
 
     def changed(self) -> list[UserError]:
         """The files that are not as they were when they were opened."""
@@ -131,6 +138,10 @@ class MemorySource:
         """Of this object: memory does not outlive a run."""
         return f"memory {id(self)}"
 
+    def files(self) -> list[Path]:
+        """None."""
+        return []
+
     def changed(self) -> list[UserError]:
         """Nothing: nobody else writes to it."""
         return []
@@ -168,6 +179,10 @@ class View:
     def stamp(self) -> str:
         """That of what lies below."""
         return self.of.stamp
+
+    def files(self) -> list[Path]:
+        """Those of what lies below."""
+        return self.of.files()
 
     def changed(self) -> list[UserError]:
         """That of what lies below."""
@@ -210,6 +225,10 @@ class Moments:
     def stamp(self) -> str:
         """That of what they are computed from."""
         return self._of.stamp
+
+    def files(self) -> list[Path]:
+        """None that their own source does not name."""
+        return []
 
     def changed(self) -> list[UserError]:
         """Nothing that their own source does not tell."""

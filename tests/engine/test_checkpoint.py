@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import io
+import pickle
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from megatron_btx.recipe.schema import Layout
+from megatron_btx.weights.integrity import HASHES, files_of, hash_file, hashes_of
+from megatron_btx.weights.manifest import MANIFEST
+from megatron_btx.weights.torch_dist import TorchDistSource
 from tests.engine.harness import DENSE, MOE, Case, Pieces, assemble, microbatches, pieces
 from tests.ranks import Ranks
 
@@ -173,15 +180,15 @@ def test_a_save_that_finds_no_space_says_so_and_leaves_nothing(
     assert left == []
 
 
-def load_what_is_cut(folder: Path) -> str:
+def load_what_is_cut(folder: Path, layout: Layout = Layout()) -> str:  # noqa: B008
     """What loading step 2 says."""
     from megatron_btx.errors import UserError
 
     try:
-        session(Case(DENSE), folder, 2, 1, False)
+        session(Case(DENSE, layout), folder, 2, 1, False)
     except UserError as error:
         return str(error)
-    raise AssertionError("it was loaded")
+    return "it was loaded"
 
 
 def test_a_truncated_checkpoint_is_told(ranks: Ranks, tmp_path: Path) -> None:
@@ -189,5 +196,146 @@ def test_a_truncated_checkpoint_is_told(ranks: Ranks, tmp_path: Path) -> None:
     (payload,) = tmp_path.glob("step_00000002/*.distcp")
     payload.write_bytes(payload.read_bytes()[: payload.stat().st_size // 2])
     said = ranks.run(load_what_is_cut, 1, tmp_path)[0]
-    assert "step_00000002: cannot be loaded" in said
+    assert f"{payload}: is not what was written" in said
+    (tmp_path / "step_00000002" / HASHES).unlink()
+    said = ranks.run(load_what_is_cut, 1, tmp_path)[0]
+    assert "step_00000002" in said
     assert "fix:" in said
+
+
+@pytest.fixture(scope="module")
+def saved(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Step 2 of a dense model, with its optimizer and its generators' states."""
+    folder = tmp_path_factory.mktemp("saved")
+    ranks.run(session, 2, Case(DENSE, DP2), folder, None, 2, True)
+    return folder / "step_00000002"
+
+
+def test_a_checkpoint_knows_the_hash_of_each_of_its_files(saved: Path) -> None:
+    hashes = hashes_of(saved)
+    assert list(hashes) == files_of(saved)
+    assert {".metadata", "common.pt", MANIFEST, "__0_0.distcp", "__1_0.distcp"} <= set(hashes)
+    for name, value in hashes.items():
+        assert hash_file(saved / name) == value, name
+
+
+def refused(ranks: Ranks, step: Path, world: int = 1) -> set[str]:
+    """What each rank says that should load it."""
+    layout = DP2 if world == 2 else Layout()
+    return set(ranks.run(load_what_is_cut, world, step.parent, layout))
+
+
+@pytest.mark.parametrize("name", [".metadata", "common.pt", "manifest.json", "__1_0.distcp"])
+def test_a_flipped_bit_is_refused_on_every_rank(
+    ranks: Ranks, saved: Path, tmp_path: Path, name: str
+) -> None:
+    step = tmp_path / saved.name
+    shutil.copytree(saved, step)
+    data = bytearray((step / name).read_bytes())
+    data[-9] ^= 1
+    (step / name).write_bytes(bytes(data))
+    (said,) = refused(ranks, step, world=2)
+    assert f"{step / name}: " in said
+
+
+def test_without_hashes_it_loads_and_the_stored_crc_is_compared(
+    ranks: Ranks, saved: Path, tmp_path: Path
+) -> None:
+    step = tmp_path / saved.name
+    shutil.copytree(saved, step)
+    (step / HASHES).unlink()
+    assert refused(ranks, step) == {"it was loaded"}
+    path = step / "__0_0.distcp"
+    data = bytearray(path.read_bytes())
+    place = weight_in(step)
+    data[place] ^= 1
+    path.write_bytes(bytes(data))
+    (said,) = refused(ranks, step)
+    assert f"{path}: truncated or corrupt: Bad CRC-32" in said
+
+
+def weight_in(step: Path) -> int:
+    """Where an element of a weight lies in the first file."""
+    source = TorchDistSource(step)
+    places = source.checksums(["decoder.layers.mlp.linear_fc1.weight"])
+    return places[step / "__0_0.distcp"][0].start + 8
+
+
+class Evil:
+    """What an attacker would leave in a pickle."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return open, (str(self.path), "w")
+
+
+def evil_metadata(step: Path, owned: Path) -> None:
+    (step / ".metadata").write_bytes(pickle.dumps(Evil(owned)))
+
+
+def evil_inside_metadata(step: Path, owned: Path) -> None:
+    """One that is a checkpoint's in all else."""
+    metadata = pickle.loads((step / ".metadata").read_bytes())
+    metadata.planner_data = Evil(owned)
+    (step / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def evil_common(step: Path, owned: Path) -> None:
+    torch.save({"content_metadata": Evil(owned)}, step / "common.pt")
+
+
+def evil_object(step: Path, owned: Path) -> None:
+    """The generators' states, which torch unpickles without any list."""
+    content = io.BytesIO()
+    torch.save(Evil(owned), content)
+    metadata = pickle.loads((step / ".metadata").read_bytes())
+    for index, info in metadata.storage_data.items():
+        if index.fqn.startswith("rng_state/"):
+            path = step / info.relative_path
+            info.offset, info.length = path.stat().st_size, content.tell()
+            path.write_bytes(path.read_bytes() + content.getvalue())
+    (step / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+EVILS = {
+    "metadata": (evil_metadata, ".metadata", 1),
+    "inside metadata": (evil_inside_metadata, ".metadata", 1),
+    "common.pt": (evil_common, "common.pt", 1),
+    "an object": (evil_object, "step_00000002", 2),
+}
+
+
+@pytest.mark.parametrize("name", EVILS)
+def test_a_malicious_pickle_does_not_run_on_resume(
+    ranks: Ranks, saved: Path, tmp_path: Path, name: str
+) -> None:
+    make, where, world = EVILS[name]
+    step, owned = tmp_path / saved.name, tmp_path / "owned"
+    shutil.copytree(saved, step)
+    (step / HASHES).unlink()  # its author would have made it anew
+    make(step, owned)
+    said = refused(ranks, step, world)
+    assert not owned.exists()
+    for text in said:
+        assert where in text
+        assert "io.open" in text or "builtins.open" in text
+
+
+def test_only_what_a_save_made_is_deleted(tmp_path: Path) -> None:
+    from megatron_btx.engine import checkpoint
+
+    for step in (1, 2, 3):
+        made = tmp_path / f"step_0000000{step}"
+        made.mkdir()
+        (made / MANIFEST).touch()
+        (made / "__0_0.distcp").touch()
+    (tmp_path / "step_00000001" / "notes.md").touch()
+    for name in ("step_00000004.partial", "step_00000005.old"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "step_00000005.old" / "notes.md").touch()
+    checkpoint.prune(tmp_path, 1)
+    checkpoint.sweep(tmp_path)
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == ["step_00000001", "step_00000003", "step_00000005.old"]

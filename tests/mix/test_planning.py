@@ -43,6 +43,8 @@ class Names:
     def changed(self):
         return []
 
+    files = changed
+
 
 def test_eight_models_of_70b_are_planned_in_seconds():
     start = time.process_time()
