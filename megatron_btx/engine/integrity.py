@@ -121,10 +121,10 @@ def _load(
         try:
             return plain(file, *arguments, weights_only=weights_only is not False, **options)
         except pickle.UnpicklingError as error:
-            what = f"is damaged, or names what no checkpoint needs: {error}"
-            raise UserError(
-                where, what[:500], "do not use it unless you know who wrote it"
-            ) from None
+            said = str(error).rpartition("WeightsUnpickler error:")[2].strip().splitlines()[0]
+            what = f"is damaged, or names what no checkpoint needs: {said}"
+            fix = "do not use it unless you know who wrote it"
+            raise UserError(where, what, fix) from None
 
     return load
 

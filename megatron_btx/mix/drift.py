@@ -1,24 +1,29 @@
 """How far models that were branched from one seed have drifted apart, before they are mixed.
 
-What is averaged well has drifted little; experts that have hardly drifted are hardly experts.
+What is averaged well has drifted little; experts that have hardly drifted are hardly experts. The
+time is that of one reading of every model; of the pairs of N models only N x N numbers are kept.
 """
 
 from __future__ import annotations
 
+import json
+import math
+import os
 import re
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+import rich.markup
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from megatron_btx import svg
-from megatron_btx.errors import UserErrors
-from megatron_btx.files import check_directory, write_json, written
+from megatron_btx.errors import UserError, UserErrors, shown
+from megatron_btx.files import check_directory, read_bytes, written
 from megatron_btx.mix.compatibility import disagreements
 from megatron_btx.mix.plan_of_request import open_sources
 from megatron_btx.mix.request import Request
@@ -27,7 +32,12 @@ from megatron_btx.weights.box import slabs, whole
 from megatron_btx.weights.names import group_of
 from megatron_btx.weights.plan import Checkpoint
 
-_SLAB = 1 << 20
+_ELEMENTS = 1 << 22
+"""Of all models together that are held at a time."""
+_ALL_PAIRS = 9
+"""Models of which every pair is shown."""
+_MARKS = (("drift.json", '"cosine_of_differences"'), ("drift.svg", ": ffn</text>"))
+"""The files we write, and what is in each of them."""
 
 Grams = dict[tuple[str, int], Tensor]
 """(group, layer; -1 outside the layers) -> inner products of every two models [N, N], fp64."""
@@ -37,18 +47,21 @@ def show(request: Request, out: TextIO) -> None:
     """Print the table; write ``drift.json`` and ``drift.svg`` into ``--out`` where one is given."""
     if request.out:
         check_directory(Path(request.out))
+        _check_ours(Path(request.out))
     models = open_sources(request)
     grams = drift(models)
     labels = [model.label for model in models]
     seed = labels.index(request.seed_model) if request.seed_model in labels else None
     rows = [row for key, gram in grams.items() for row in _rows(*key, gram, labels, seed)]
-    _table(rows, labels, out)
+    told = _told(rows, labels, seed)
+    _table(told, out)
     if request.out:
         directory = Path(request.out)
         directory.mkdir(parents=True, exist_ok=True)
-        write_json(directory / "drift.json", rows)
+        with written(directory / "drift.json") as file:
+            file.write("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
         with written(directory / "drift.svg") as file:
-            file.write(_heatmap(rows))
+            file.write(_heatmap(told))
 
 
 def drift(models: Sequence[Checkpoint]) -> Grams:
@@ -64,7 +77,7 @@ def drift(models: Sequence[Checkpoint]) -> Grams:
     grams: Grams = defaultdict(lambda: torch.zeros(count, count, dtype=torch.float64))
     for name, first in models[0].tensors.items():
         gram = grams[group_of(name), _layer(name)]
-        for box in slabs(whole(first.shape), _SLAB):
+        for box in slabs(whole(first.shape), max(1, _ELEMENTS // count)):
             values = [model.source.read(name, box).double().flatten() for model in models]
             stacked = torch.stack(values)
             gram += stacked @ stacked.T
@@ -76,70 +89,120 @@ def _rows(
 ) -> list[dict[str, Any]]:
     """Every pair of models: cosine, distance over the norm of the first, cosine of what each has
     learned since the seed."""
-    rows = []
-    for i in range(len(labels)):
-        for j in range(i + 1, len(labels)):
-            distance = (gram[i, i] + gram[j, j] - 2 * gram[i, j]).clamp(min=0).sqrt()
-            row = {
-                "group": group,
-                "layer": layer,
-                "models": [labels[i], labels[j]],
-                "cosine": float(gram[i, j] / (gram[i, i] * gram[j, j]).sqrt()),
-                "relative_l2": float(distance / gram[i, i].sqrt()),
-                "cosine_of_differences": None,
-            }
-            if seed is not None and seed not in (i, j):
-                moved = gram - gram[[seed]] - gram[:, [seed]] + gram[seed, seed]
-                lengths = (moved[i, i] * moved[j, j]).sqrt()
-                row["cosine_of_differences"] = float(moved[i, j] / lengths) if lengths else None
-            rows.append(row)
-    return rows
+    first, second = torch.triu_indices(len(labels), len(labels), 1)
+    squares = gram.diagonal()
+    distance = (squares[first] + squares[second] - 2 * gram[first, second]).clamp(min=0).sqrt()
+    learned = [None] * len(first) if seed is None else _learned(gram, seed, first, second)
+    columns = (
+        first.tolist(),
+        second.tolist(),
+        _cosine(gram)[first, second].tolist(),
+        (distance / squares[first].sqrt()).tolist(),
+        learned,
+    )
+    return [
+        {
+            "group": group,
+            "layer": layer,
+            "models": [labels[i], labels[j]],
+            "cosine": cosine,
+            "relative_l2": relative,
+            "cosine_of_differences": learned,
+        }
+        for i, j, cosine, relative, learned in zip(*columns, strict=True)
+    ]
 
 
-def _table(rows: Sequence[dict[str, Any]], labels: Sequence[str], out: TextIO) -> None:
+def _cosine(gram: Tensor) -> Tensor:
+    return gram / (gram.diagonal()[:, None] * gram.diagonal()[None]).sqrt()
+
+
+def _learned(gram: Tensor, seed: int, first: Tensor, second: Tensor) -> list[float | None]:
+    """Cosine of the differences from the seed; ``None`` with the seed itself, and where a model has
+    not moved."""
+    moved = gram - gram[[seed]] - gram[:, [seed]] + gram[seed, seed]
+    cosines = _cosine(moved)[first, second].tolist()
+    with_seed = ((first == seed) | (second == seed)).tolist()
+    return [
+        None if of_seed or not math.isfinite(cosine) else cosine
+        for cosine, of_seed in zip(cosines, with_seed, strict=True)
+    ]
+
+
+def _told(
+    rows: Sequence[dict[str, Any]], labels: Sequence[str], seed: int | None
+) -> list[dict[str, Any]]:
+    """What table and picture show: every pair of a few models, of many each with the seed (or the
+    first). ``drift.json`` has all."""
+    if len(labels) <= _ALL_PAIRS:
+        return list(rows)
+    against = labels[seed or 0]
+    return [row for row in rows if against in row["models"]]
+
+
+def _table(rows: Sequence[dict[str, Any]], out: TextIO) -> None:
     """Groups against pairs, layers taken together by their mean."""
     table = Table(title="relative L2 distance (cosine; cosine of what was learned)")
     table.add_column("pair")
-    groups = [group for group in GROUPS if any(row["group"] == group for row in rows)]
+    cells: dict[tuple[str, ...], dict[str, list[dict[str, Any]]]] = {}
+    for row in rows:
+        cells.setdefault(tuple(row["models"]), defaultdict(list))[row["group"]].append(row)
+    groups = [group for group in GROUPS if any(group in own for own in cells.values())]
     for group in groups:
         table.add_column(group, justify="right")
-    for pair in dict.fromkeys(tuple(row["models"]) for row in rows):
-        cells = []
-        for group in groups:
-            own = [r for r in rows if r["group"] == group and tuple(r["models"]) == pair]
-            l2, cosine = (sum(r[k] for r in own) / len(own) for k in ("relative_l2", "cosine"))
-            learned = [r["cosine_of_differences"] for r in own]
-            known = [value for value in learned if value is not None]
-            more = f"; {sum(known) / len(known):.2f}" if known else ""
-            cells.append(f"{l2:.4f} ({cosine:.4f}{more})")
-        table.add_row(" - ".join(pair), *cells)
+    for pair, by_group in cells.items():
+        name = rich.markup.escape(" - ".join(map(shown, pair)))
+        table.add_row(name, *(_cell(by_group[group]) for group in groups))
     Console(file=out, width=160).print(table)
+
+
+def _cell(rows: Sequence[dict[str, Any]]) -> str:
+    l2, cosine = (sum(r[k] for r in rows) / len(rows) for k in ("relative_l2", "cosine"))
+    learned = [r["cosine_of_differences"] for r in rows]
+    known = [value for value in learned if value is not None]
+    more = f"; {sum(known) / len(known):.2f}" if known else ""
+    return f"{l2:.4f} ({cosine:.4f}{more})"
 
 
 def _heatmap(rows: Sequence[dict[str, Any]]) -> str:
     """Pairs and groups down, layers across, darker the farther apart."""
-    lines = list(dict.fromkeys((tuple(row["models"]), row["group"]) for row in rows))
-    layers = sorted({row["layer"] for row in rows})
+    keys = dict.fromkeys((tuple(row["models"]), row["group"]) for row in rows)
+    lines = {key: at for at, key in enumerate(keys)}
+    names = {pair: " - ".join(map(shown, pair)) for pair, _ in lines}
+    columns = {layer: at for at, layer in enumerate(sorted({row["layer"] for row in rows}))}
     most = max((row["relative_l2"] for row in rows), default=0) or 1.0
     parts = []
     for row in rows:
-        title = f"{' - '.join(row['models'])}, {row['group']}, layer {row['layer']}"
+        pair = tuple(row["models"])
+        title = f"{names[pair]}, {row['group']}, layer {row['layer']}"
         parts.append(
             svg.element(
                 "rect",
                 svg.element("title", f"{title}: {row['relative_l2']:.5f}"),
-                x=240 + 18 * layers.index(row["layer"]),
-                y=20 + 18 * lines.index((tuple(row["models"]), row["group"])),
+                x=240 + 18 * columns[row["layer"]],
+                y=20 + 18 * lines[pair, row["group"]],
                 width=17,
                 height=17,
                 fill="#1f4e79",
                 fill_opacity=f"{row['relative_l2'] / most:.3f}",
             )
         )
-    for at, (pair, group) in enumerate(lines):
-        label = f"{' - '.join(pair)}: {group}"
+    for (pair, group), at in lines.items():
+        label = f"{names[pair]}: {group}"
         parts.append(svg.element("text", label, x=234, y=33 + 18 * at, text_anchor="end"))
-    return svg.document(260 + 18 * len(layers), 30 + 18 * len(lines), *parts) + "\n"
+    return svg.document(260 + 18 * len(columns), 30 + 18 * len(lines), *parts) + "\n"
+
+
+def _check_ours(directory: Path) -> None:
+    """That no file of another's is written over.
+
+    Raises:
+        UserError: one of the names that we write is taken.
+    """
+    for name, mark in _MARKS:
+        path = directory / name
+        if os.path.lexists(path) and mark.encode() not in read_bytes(path, 1 << 30):
+            raise UserError(str(path), "is there and is none of ours", "give another directory")
 
 
 def _layer(name: str) -> int:

@@ -11,6 +11,7 @@ import hashlib
 import math
 import re
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -202,12 +203,16 @@ class Rules:
             return torch.cat((old.double(), row))
         hidden = len(self.models[0].get("model.norm.weight"))
         if self.asked["router_init"] in ("centroids", "ridge"):
-            rows = load_file(str(self.centroids))
+            rows = self._centroids
             return torch.stack([rows[f"{canonical}/{expert}"] for expert in self.experts])
         if self.method == "upcycle":
             copies, chunks = self.asked["copies"], self.asked["num_chunks"]
             return self._born(canonical, (copies, hidden)).repeat_interleave(chunks, 0)
         return self._born(canonical, (len(self.experts), hidden))
+
+    @cached_property
+    def _centroids(self) -> dict[str, Tensor]:
+        return load_file(str(self.centroids))
 
     def _born(self, name: str, shape: tuple[int, ...]) -> Tensor:
         kind, scale = self.asked["router_init"], self.asked["router_init_std"]

@@ -1,45 +1,108 @@
-"""``btx verify``: compute a result again by another path and compare it.
+"""``btx verify``: whether a checkpoint is what was written, and a mix what its rules say.
 
-Nothing of plans, expressions or the executor is used: tensors are read whole
+Every file is compared with ``hashes.json``. A result of ``btx mix`` is also computed again by
+another path: what must be in it comes from ``mix.json``, its sources must be those that were mixed
+(SHA-256), and nothing of plans, expressions or the executor is used: tensors are read whole
 (mix/reference/reader.py) and every rule is written out once more (mix/reference/rules.py), in
 float64 over whole tensors.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+import hashlib
+import os
+import pickle
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 
-from megatron_btx.errors import UserError
-from megatron_btx.mix.reference.reader import open_plain
+from megatron_btx.errors import UserError, shown
+from megatron_btx.files import read_json
+from megatron_btx.mix.reference.reader import names_of, open_plain
 from megatron_btx.mix.reference.rules import Rules
+from megatron_btx.weights.integrity import HASHES, difference, files_of, hashes_of
+
+_UNREADABLE = (ValueError, RuntimeError, OSError, EOFError, pickle.UnpicklingError)
+"""What a tensor raises that is stored twice, or in an archive that torch cannot read."""
+_MOST = 20
+"""Lines of one kind; the number of the rest follows."""
 
 
 def show(result: Path, out: TextIO) -> int:
-    """Print every tensor that differs; 0 where none does."""
+    """Print everything that is not as it should be; 0 where nothing is, else 1.
+
+    Raises:
+        UserError: there is neither a ``mix.json`` nor a ``hashes.json``, or it is damaged.
+    """
+    lineage = _lineage(result)
+    hashes = hashes_of(result)
+    if lineage is None and not hashes:
+        what = f"no lineage to verify (mix.json), and no {HASHES}"
+        raise UserError(str(result), what, "give a directory that btx mix, run or export wrote")
+    faults = _files(result, hashes)
+    if hashes:
+        right = len(hashes) - sum(fault.startswith("changed") for fault in faults)
+        out.write(f"{result}: {right} of {len(hashes)} files are what was written\n")
+    if lineage is not None:
+        faults += _mix(result, lineage, out)
+    _write(faults, out)
+    return 1 if faults else 0
+
+
+def _lineage(result: Path) -> dict[str, Any] | None:
+    path = result / "mix.json"
+    return read_json(path) if os.path.lexists(path) else None
+
+
+def _files(result: Path, hashes: Mapping[str, str]) -> list[str]:
+    """Files that are not what was written, and weights that were not written with them."""
+    faults = [
+        f"changed: {shown(name)}: {error.what}"
+        for name in hashes
+        if (error := difference(result / name, hashes[name]))
+    ]
+    more = [name for name in files_of(result) if name not in hashes] if hashes else []
+    weights = [name for name in more if name.endswith((".safetensors", ".distcp"))]
+    return faults + [f"unexpected: {shown(name)}: {HASHES} does not name it" for name in weights]
+
+
+def _mix(result: Path, lineage: Mapping[str, Any], out: TextIO) -> list[str]:
     try:
-        lineage = json.loads((result / "mix.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        what = f"no lineage to verify: {error}"
-        raise UserError(str(result), what, "give a directory that btx mix wrote") from error
-    wrong, count = [], 0
-    for name, same in compare(result, lineage):
-        count += 1
-        if not same:
-            wrong.append(name)
-    for name in wrong:
-        out.write(f"differs: {name}\n")
-    out.write(f"{result}: {count - len(wrong)} of {count} tensors agree\n")
-    return 1 if wrong else 0
+        faults = [*_sources(lineage)]
+        verdicts = dict(compare(result, lineage))
+    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        what = f"damaged, or of another version: {error!r}"
+        raise UserError(str(result / "mix.json"), what, "mix the sources again") from error
+    wrong = [f"{verdict}: {shown(name)}" for name, verdict in verdicts.items() if verdict]
+    expected = [name for name, verdict in verdicts.items() if verdict != "unexpected"]
+    right = sum(not verdicts[name] for name in expected)
+    out.write(f"{result}: {right} of {len(expected)} tensors agree\n")
+    return faults + wrong
+
+
+def _sources(lineage: Mapping[str, Any]) -> Iterator[str]:
+    """Sources that are not those that were mixed."""
+    for source in lineage["sources"]:
+        label = f"source {shown(source['name'])}"
+        for name, wanted in source["sha256"].items():
+            path = Path(source["path"]) / name
+            if not path.is_file():
+                yield f"{label}: {shown(path)} is missing"
+            elif _sha256(path) != wanted:
+                yield f"{label}: {shown(path)} has changed since it was mixed"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @torch.no_grad()
-def compare(result: Path, lineage: Mapping[str, Any]) -> Iterator[tuple[str, bool]]:
-    """Every tensor of the result by its Hugging Face name, and whether it is what it should be.
+def compare(result: Path, lineage: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Every tensor that should be in the result, or is, by its Hugging Face name; with what is
+    wrong with it: ``missing``, ``differs``, ``unexpected``, or nothing.
 
     Bit for bit, but for a sum that lies within fp64's own rounding of where the result's dtype
     rounds the other way: the order of additions is free.
@@ -48,17 +111,49 @@ def compare(result: Path, lineage: Mapping[str, Any]) -> Iterator[tuple[str, boo
         UserError: the sources are not there any more.
     """
     rules = Rules(lineage)
-    made = open_plain(result, lineage["architecture"])
-    for name in made.names:
-        got = made.get(name)
-        # Qwen2-MoE has a shared expert; one that no source has is of zeros.
-        is_new = ".shared_expert" in name and name not in rules.models[0].names
-        want = torch.zeros_like(got) if is_new else rules.tensor(name)
-        values = [want]
-        if want.dtype is torch.float64:
-            slack = 1e-14 * float(want.abs().max())
-            values += [want - slack, want + slack]
-        same = torch.zeros(got.shape, dtype=torch.bool)
-        for value in values if want.shape == got.shape else ():
-            same |= got == value.to(got.dtype)
-        yield name, bool(same.all())
+    declared = lineage["architecture"]
+    made = open_plain(result, declared)
+    names = names_of(declared, shared=made.model_type == "qwen2_moe")
+    for name in names:
+        try:
+            got = made.get(name)
+        except (KeyError, FileNotFoundError):
+            yield name, "missing"
+        except _UNREADABLE:
+            yield name, "differs"
+        else:
+            same = got.dtype == rules.dtype and _agrees(got, _wanted(rules, name, got))
+            yield name, "" if same else "differs"
+    for stray in made.strays(names, declared):
+        verdict, _, name = stray.partition(": ")
+        yield (name, verdict) if verdict == "unexpected" else (stray, "unexpected")
+
+
+def _wanted(rules: Rules, name: str, got: torch.Tensor) -> torch.Tensor:
+    # Qwen2-MoE has a shared expert; one that no source has is of zeros.
+    is_new = ".shared_expert" in name and not rules.models[0].has(name)
+    return torch.zeros_like(got) if is_new else rules.tensor(name)
+
+
+def _agrees(got: torch.Tensor, want: torch.Tensor) -> bool:
+    if want.shape != got.shape:
+        return False
+    values = [want]
+    if want.dtype is torch.float64:
+        slack = 1e-14 * float(want.abs().max())
+        values += [want - slack, want + slack]
+    same = torch.zeros(got.shape, dtype=torch.bool)
+    for value in values:
+        same |= got == value.to(got.dtype)
+    return bool(same.all())
+
+
+def _write(faults: Iterable[str], out: TextIO) -> None:
+    """The faults by kind, of each kind the first."""
+    kinds: dict[str, list[str]] = {}
+    for fault in faults:
+        kinds.setdefault(fault.split(" ")[0], []).append(fault)
+    for lines in kinds.values():
+        out.writelines(line + "\n" for line in lines[:_MOST])
+        if len(lines) > _MOST:
+            out.write(f"and {len(lines) - _MOST} more like these\n")
