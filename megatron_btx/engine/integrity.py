@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint import filesystem
 
 from megatron_btx.engine.distributed import from_first_rank
-from megatron_btx.errors import UserError, UserErrors, capped, noted
+from megatron_btx.errors import UserError, UserErrors, capped, collect_errors
 from megatron_btx.weights import safe_unpickle
 from megatron_btx.weights.integrity import HASHES, difference, files_of, hash_file, hashes_of
 
@@ -61,7 +61,7 @@ def check_hashes(directory: Path, only: Iterable[str] | None = None) -> None:
         UserErrors: files that are gone or are not what was written; on every rank.
     """
     errors: list[UserError] = []
-    with noted(errors):
+    with collect_errors(errors):
         hashes = hashes_of(directory)
         names = sorted(hashes if only is None else hashes.keys() & set(only))
         for name in _share(names):
