@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -11,13 +11,18 @@ import torch
 from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.mix.compatibility import disagreements, labels_of
 from megatron_btx.recipe.check_mix import AVERAGED, GROUPS
-from megatron_btx.weights.arithmetic import Product, WeightedSum
+from megatron_btx.weights.arithmetic import Product, Ties, WeightedSum
+from megatron_btx.weights.arrange import Take
 from megatron_btx.weights.expression import Expression
 from megatron_btx.weights.names import canonical_tensors, group_of
 from megatron_btx.weights.ops import mean
 from megatron_btx.weights.plan import Checkpoint, Plan
 from megatron_btx.weights.random_fill import Draw
+from megatron_btx.weights.source import Source
+from megatron_btx.weights.statistics import thresholds
 
+THRESHOLDS = "thresholds"
+"""Label of their source in a plan."""
 _GIVE = "give weights instead: its manifest counts no tokens"
 
 
@@ -47,7 +52,10 @@ class Averaging:
     """Other weights for a kind of tensor (:func:`megatron_btx.weights.names.group_of`)."""
     dare: Dare | None = None
     seed_model: str = "seed"
-    """Label of the seed among the models, for ``tokens``."""
+    """Label of the seed among the models, for ``tokens`` and TIES."""
+    ties: float | None = None
+    """Share of each model's differences from the seed that TIES (arXiv 2306.01708) keeps, the
+    largest of every tensor in Megatron's form (q, k, v are one, gate and up are one)."""
 
     def of(self, name: str, models: Sequence[Checkpoint], dtype: torch.dtype) -> Expression:
         """The average of the tensor ``name``, accumulated in fp64, rounded once."""
@@ -55,9 +63,45 @@ class Averaging:
         by_label = self._weights_of(group_of(name), models)
         weights = [by_label[label] for label in labels]
         parts = [model.tensors[name] for model in models]
+        if self.ties is not None:
+            return self._ties(name, models, weights, dtype)
         if self.dare is None:
             return mean(parts, dtype, weights)
         return self._dare(name, labels, parts, weights, dtype)
+
+    def sources(
+        self, models: Sequence[Checkpoint], averaged: Collection[str] = AVERAGED
+    ) -> dict[str, Source]:
+        """What a plan reads in which the groups ``averaged`` are averages: the models, and of TIES
+        its thresholds."""
+        own = {model.label: model.source for model in models}
+        if self.ties is None:
+            return own
+        base = next(model for model in models if model.label == self.seed_model)
+        moved = {
+            f"{model.label}/{name}": _moved(model.tensors[name], base.tensors[name])
+            for model in models
+            if model is not base
+            for name in base.tensors
+            if group_of(name) in averaged
+        }
+        return own | {THRESHOLDS: thresholds(own, moved, self.ties)}
+
+    def _ties(
+        self, name: str, models: Sequence[Checkpoint], weights: Sequence[float], dtype: torch.dtype
+    ) -> Expression:
+        base = next(model for model in models if model.label == self.seed_model)
+        others = [(m, w) for m, w in zip(models, weights, strict=True) if m is not base]
+        return Ties(
+            base=base.tensors[name],
+            models=tuple(model.tensors[name] for model, _ in others),
+            thresholds=tuple(
+                Take(THRESHOLDS, f"{model.label}/{name}/threshold", (), torch.float64)
+                for model, _ in others
+            ),
+            weights=tuple(weight for _, weight in others),
+            dtype=dtype,
+        )
 
     def _weights_of(self, group: str, models: Sequence[Checkpoint]) -> Mapping[str, float]:
         if group in self.groups:
@@ -120,7 +164,14 @@ class Averaging:
         if self.dare is not None and self.dare.seed_model not in labels:
             what = f"there is no model {self.dare.seed_model} to compare with"
             found.append(UserError("mix.dare", what, "name the seed, and mix it too"))
+        if self.ties is not None and self.seed_model not in labels:
+            what = f"there is no model {self.seed_model} to compare with"
+            found.append(UserError("mix.ties", what, "name the seed, and mix it too"))
         return found
+
+
+def _moved(model: Expression, base: Expression) -> Expression:
+    return WeightedSum((model, base), (1.0, -1.0), 1.0, torch.float64)
 
 
 UNIFORM = Averaging()
@@ -143,6 +194,6 @@ def average(
     return Plan(
         architecture=architecture,
         targets={name: averaging.of(name, models, dtype) for name in expected},
-        sources={model.label: model.source for model in models},
+        sources=averaging.sources(models, GROUPS),
         expected=expected,
     )

@@ -70,7 +70,7 @@ def btx(
             router=lambda name, shape: router.of_experts(name, shape, dtype, architecture.experts),
             rest=rest,
         ),
-        sources={model.label: model.source for model in models} | router.sources,
+        sources=averaging.sources(models) | router.sources,
         expected=canonical_tensors(architecture),
     )
     if fold_norms:

@@ -16,13 +16,13 @@ from megatron_btx.weights.expression import Expression
 from megatron_btx.weights.ops import reshape, rows
 from megatron_btx.weights.plan import Checkpoint
 from megatron_btx.weights.random_fill import Draw, Fill
-from megatron_btx.weights.source import Moments
+from megatron_btx.weights.statistics import Statistics, moments
 
 _F64 = torch.float64
 _DOWN = "linear_fc2.weight"
 
 
-def moments_of(model: Checkpoint) -> Moments:
+def moments_of(model: Checkpoint) -> Statistics:
     """Mean and standard deviation of every gate, up and down matrix of a dense model."""
     parts: dict[str, Expression] = {}
     for name, whole in model.tensors.items():
@@ -32,7 +32,7 @@ def moments_of(model: Checkpoint) -> Moments:
             ffn = whole.shape[0] // 2
             parts[f"{name}/gate"] = rows(whole, 0, ffn)
             parts[f"{name}/up"] = rows(whole, ffn, 2 * ffn)
-    return Moments(model.source, parts)
+    return moments({model.label: model.source}, parts)
 
 
 def redrawn(

@@ -99,4 +99,5 @@ def averaging_of(mix: Mix, random_seed: int, seed_model: str = SEED) -> Averagin
         groups=mix.average_groups,
         dare=None if mix.dare is None else Dare(seed_model, mix.dare, random_seed),
         seed_model=seed_model,
+        ties=mix.ties,
     )

@@ -39,6 +39,8 @@ class Request:
     """GROUP:NAME=WEIGHT, other weights for embeddings, attention, norms or head"""
     dare: float | None = like(Mix, "dare")
     """share of the differences from the seed that DARE drops from what is averaged"""
+    ties: float | None = like(Mix, "ties")
+    """share of the differences from the seed that TIES keeps of what is averaged"""
     seed_model: str = "seed"
     """the source from which the others were branched"""
     fold_norms: bool = False

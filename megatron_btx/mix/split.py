@@ -64,7 +64,7 @@ def split(
             router=lambda name, shape: router.draw(name, shape, dtype),
             rest=lambda name: averaging.of(name, models, dtype),
         ),
-        sources={model.label: model.source for model in models},
+        sources=averaging.sources(models),
         expected=canonical_tensors(architecture),
     )
 
@@ -100,7 +100,7 @@ def blend(
             router=lambda name, shape: router.draw(name, shape, dtype),
             rest=lambda name: averaging.of(name, models, dtype),
         ),
-        sources={model.label: model.source for model in models},
+        sources=averaging.sources(models),
         expected=canonical_tensors(architecture),
     )
 

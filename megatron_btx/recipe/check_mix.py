@@ -25,6 +25,7 @@ _NEEDS: dict[str, tuple[str, ...]] = {
     "average": _AVERAGING,
     "average_groups": _AVERAGING,
     "dare": _AVERAGING,
+    "ties": _AVERAGING,
     "fold_norms": ("btx",),
     "noise": ("upcycle",),
     "drop_ratio": ("upcycle",),
@@ -72,9 +73,12 @@ def _averages(mix: Mix, models: tuple[str, ...]) -> Iterator[Problem]:
     if mix.average == "tokens" and set(models) == {"seed"}:
         what = "the seed has been trained on nothing since itself"
         yield Problem("mix.average", what, "use uniform")
-    if mix.dare is not None and "seed" not in models:
-        what = "is about differences from the seed, which is not mixed"
-        yield Problem("mix.dare", what, "set include_seed, or remove it")
+    for name in ("dare", "ties"):
+        if getattr(mix, name) is not None and "seed" not in models:
+            what = "is about differences from the seed, which is not mixed"
+            yield Problem(f"mix.{name}", what, "set include_seed, or remove it")
+    if mix.dare is not None and mix.ties is not None:
+        yield Problem("mix.ties", "and mix.dare are two ways to average", "choose one")
 
 
 def _chunks(recipe: Recipe) -> Iterator[Problem]:

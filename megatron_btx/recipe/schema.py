@@ -245,6 +245,9 @@ class Mix:
     dare: float | None = within(0, 0.999, default=None)
     """Share of the differences from the seed that DARE drops before averaging, rescaling the rest
     (arXiv 2311.03099)."""
+    ties: float | None = within(1e-6, 1, default=None)
+    """Share of the differences from the seed that TIES keeps of each tensor, the largest, before
+    it elects a sign for each element and averages what agrees (arXiv 2306.01708)."""
     fold_norms: bool = False
     """``btx``: fold the ratio of each expert's own pre-FFN norm gain to the averaged one into its
     gate and up matrices."""

@@ -115,6 +115,63 @@ class Product:
         return f"({text})" + "".join(f"/{part}" for part in self.divisors)
 
 
+@dataclass(frozen=True)
+class Ties:
+    """TIES merging (arXiv 2306.01708, section 3): trim, elect a sign, merge what agrees with it.
+
+    Of each part's difference from ``base`` only elements of at least its threshold are kept; the
+    sign of their weighted sum is elected; the result is ``base`` plus the weighted mean of the kept
+    differences of that sign, and ``base`` where there is none. In fp64, rounded once to ``dtype``.
+    """
+
+    base: Expression
+    models: tuple[Expression, ...]
+    thresholds: tuple[Expression, ...]
+    """Scalars, one a model."""
+    weights: tuple[float, ...]
+    dtype: torch.dtype
+
+    @property
+    def parts(self) -> tuple[Expression, ...]:
+        """What it is made of."""
+        return (self.base, *self.models, *self.thresholds)
+
+    @property
+    def shape(self) -> Shape:
+        """That of the base."""
+        return self.base.shape
+
+    def evaluate(self, box: Box, read: Read) -> Tensor:
+        """Block by block, as sums are."""
+        count = len(self.models)
+
+        def merged(values: list[Tensor]) -> Tensor:
+            base = values[0].double()
+            kept = []
+            for value, threshold in zip(values[1 : 1 + count], values[1 + count :], strict=True):
+                moved = value.double() - base
+                kept.append(moved.where(moved.abs() >= threshold, 0.0))
+            total, agreeing, mass = (torch.zeros_like(base) for _ in range(3))
+            weighted = [weight * moved for weight, moved in zip(self.weights, kept, strict=True)]
+            for each in weighted:
+                total += each
+            for each, weight in zip(weighted, self.weights, strict=True):
+                agrees = each * total > 0
+                agreeing += each.where(agrees, 0.0)
+                mass += weight * agrees
+            return base + agreeing / mass.where(mass > 0, 1.0)
+
+        return _by_block(merged, self.parts, box, read, self.dtype)
+
+    def to(self, dtype: torch.dtype) -> Expression:
+        """The same, rounded once to ``dtype`` instead."""
+        return replace(self, dtype=dtype)
+
+    def __str__(self) -> str:
+        terms = zip(self.weights, self.models, self.thresholds, strict=True)
+        return f"ties({self.base}; {', '.join(f'{w:g}*{x} over {t}' for w, x, t in terms)})"
+
+
 def _by_block(
     compute: Callable[[list[Tensor]], Tensor],
     parts: Sequence[Expression],

@@ -2,7 +2,7 @@
 
 An expression knows its shape and dtype without touching a tensor, can be printed, compared and
 hashed, and evaluates any box of itself by reading only the boxes of the sources that it needs.
-There are nine: Take, Slice, Cat, Reshape and Cast (arrange.py), WeightedSum and Product
+There are ten: Take, Slice, Cat, Reshape and Cast (arrange.py), WeightedSum, Product and Ties
 (arithmetic.py), Draw and Fill (random_fill.py); everything else (``ops.stack``, ``mean``, ...) is
 made of them.
 
@@ -25,7 +25,7 @@ Read = Callable[[str, str, Box], Tensor]
 
 
 class Expression(Protocol):
-    """What each of the nine classes is. All are frozen dataclasses: compared and hashed by value,
+    """What each of the ten classes is. All are frozen dataclasses: compared and hashed by value,
     and ``str()`` tells what they compute (a plan's hash is made of it)."""
 
     @property

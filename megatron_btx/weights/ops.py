@@ -8,7 +8,7 @@ from math import prod
 
 import torch
 
-from megatron_btx.weights.arithmetic import Product, WeightedSum
+from megatron_btx.weights.arithmetic import Product, Ties, WeightedSum
 from megatron_btx.weights.arrange import Cast, Cat, Reshape, Slice, Take
 from megatron_btx.weights.box import Shape, whole
 from megatron_btx.weights.expression import Expression
@@ -95,6 +95,13 @@ def rebuilt(of: Expression, leaf: Callable[[Take], Expression]) -> Expression:
                 of,
                 factors=tuple(rebuilt(part, leaf) for part in of.factors),
                 divisors=tuple(rebuilt(part, leaf) for part in of.divisors),
+            )
+        case Ties():
+            return replace(
+                of,
+                base=rebuilt(of.base, leaf),
+                models=tuple(rebuilt(part, leaf) for part in of.models),
+                thresholds=tuple(rebuilt(part, leaf) for part in of.thresholds),
             )
     return of
 

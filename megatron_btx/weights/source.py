@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from threading import Lock
 from typing import Generic, Protocol, TypeVar
 
-import numpy
 import torch
 from torch import Tensor
 
 from megatron_btx.errors import UserError
 from megatron_btx.weights.arrange import Take
-from megatron_btx.weights.box import Box, Shape, extent, slabs, slices, whole
+from megatron_btx.weights.box import Box, Shape, extent, slices, whole
 from megatron_btx.weights.expression import Expression
 from megatron_btx.weights.mmap_io import stamp_of, state_of
 
@@ -191,69 +188,6 @@ class View:
     def read(self, name: str, box: Box) -> Tensor:
         """The box of the expression, evaluated over what lies below."""
         return self.expressions[name].evaluate(box, lambda _, below, box: self.of.read(below, box))
-
-
-class Moments:
-    """Means and standard deviations as a source of scalars, each computed when first asked for.
-
-    ``NAME/mean`` and ``NAME/std`` (of the population) of every expression, in fp32: rounded from
-    fp64, so that the order of additions does not show.
-
-    Args:
-        of: the source that the expressions take from.
-        expressions: by name, over takes of ``of``.
-    """
-
-    def __init__(self, of: Source, expressions: Mapping[str, Expression]) -> None:
-        self._of, self._expressions = of, dict(expressions)
-        self._known: dict[str, tuple[float, float]] = {}
-        self._lock = Lock()
-        self._bytes_read = 0
-
-    @property
-    def tensors(self) -> Mapping[str, tuple[Shape, torch.dtype]]:
-        """Two scalars an expression."""
-        names = (f"{name}/{kind}" for name in self._expressions for kind in ("mean", "std"))
-        return {name: ((), torch.float32) for name in names}
-
-    @property
-    def bytes_read(self) -> int:
-        """Bytes of scalars; those that they were computed from are the other source's."""
-        return self._bytes_read
-
-    @property
-    def stamp(self) -> str:
-        """That of what they are computed from."""
-        return self._of.stamp
-
-    def files(self) -> list[Path]:
-        """None that their own source does not name."""
-        return []
-
-    def changed(self) -> list[UserError]:
-        """Nothing that their own source does not tell."""
-        return []
-
-    def read(self, name: str, box: Box) -> Tensor:
-        """One scalar."""
-        of, _, kind = name.rpartition("/")
-        with self._lock:
-            if of not in self._known:
-                self._known[of] = self._compute(self._expressions[of])
-            self._bytes_read += 4
-            return torch.tensor(self._known[of][kind == "std"], dtype=torch.float32)
-
-    def _compute(self, expression: Expression) -> tuple[float, float]:
-        """In fixed blocks, by numpy, whose sums do not depend on the number of threads."""
-        total = squares = 0.0
-        for box in slabs(whole(expression.shape), _BLOCK):
-            part = expression.evaluate(box, lambda _, name, box: self._of.read(name, box))
-            values = part.double().numpy()
-            total += float(values.sum())
-            squares += float(numpy.square(values).sum())
-        count = prod(expression.shape)
-        mean = total / count
-        return mean, math.sqrt(max(squares / count - mean * mean, 0.0))
 
 
 def take_all(label: str, source: Source) -> dict[str, Expression]:

@@ -75,6 +75,8 @@ MIXES = {
     "btx": ["--average", *WEIGHTS, "--router-init", "uniform"],
     "btx in fp32": ["--router-init", "zeros", "--dtype", "fp32"],
     "btx with dare": ["--dare", "0.7", "--average", *WEIGHTS],
+    "average with ties": ["--method", "average", "--ties", "0.3"],
+    "btx with ties": ["--ties", "0.2", "--average", *WEIGHTS],
     "btx with folded norms": ["--fold-norms"],
     "blend": ["--method", "blend"],
     "split": ["--method", "split", "--num-chunks", "3"],

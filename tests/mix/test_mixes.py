@@ -16,8 +16,10 @@ from megatron_btx.mix.router import RouterInit
 from megatron_btx.mix.split import blend, split
 from megatron_btx.mix.upcycle import upcycle
 from megatron_btx.recipe.schema import Routing
+from megatron_btx.weights.arrange import Take
 from megatron_btx.weights.plan import Checkpoint
 from megatron_btx.weights.source import MemorySource, read_whole
+from megatron_btx.weights.statistics import kth_largest
 from tests.weights.models import DENSE, dense
 
 TOP2 = Routing(type="topk", moe_router_topk=2)
@@ -145,6 +147,39 @@ def test_dare_keeps_a_share_of_the_differences():
     torch.testing.assert_close(none.evaluate(name), (base + other) / 2, rtol=1e-12, atol=1e-12)
     with pytest.raises(UserError, match="no model x"):
         average(models, dtype=F64, averaging=Averaging(dare=Dare("x")))
+
+
+def test_ties_trims_elects_a_sign_and_averages_what_agrees():
+    """Against the three steps of arXiv 2306.01708 over whole tensors."""
+    models = [dense(label, i) for i, label in enumerate(["a", "seed", "b", "c"])]
+    got = average(models, dtype=F64, averaging=Averaging(ties=0.3))
+    for name in got.targets:
+        base = tensor(models[1], name)
+        moved = [tensor(models[i], name) - base for i in (0, 2, 3)]
+        count = round(0.3 * base.numel())
+        kept = [d * (d.abs() >= d.abs().flatten().topk(count).values[-1]) for d in moved]
+        sign = sum(kept).sign()
+        agree = [d.sign() * sign > 0 for d in kept]
+        total = sum(d * a for d, a in zip(kept, agree, strict=True))
+        mean = total / sum(a.double() for a in agree).clamp(min=1)
+        torch.testing.assert_close(got.evaluate(name), base + mean, rtol=1e-12, atol=1e-12)
+    copies = [replace(models[0], label=label) for label in ("seed", "x", "y")]
+    same = average(copies, dtype=torch.float32, averaging=Averaging(ties=0.3))
+    for name in same.targets:
+        assert torch.equal(same.evaluate(name), read_whole(models[0].source, name))
+    with pytest.raises(UserError, match="no model seed"):
+        average(models[2:], dtype=F64, averaging=Averaging(ties=0.3))
+
+
+@pytest.mark.parametrize("k", [1, 2, 700, 1999, 2000])
+def test_the_kth_largest_magnitude_is_exact(k):
+    values = torch.randn(40, 50, generator=torch.Generator().manual_seed(k), dtype=F64)
+    values[:3] = 0.25  # equal ones
+    source = MemorySource({"x": values})
+    found = kth_largest(
+        Take("m", "x", (40, 50), F64), lambda _, name, box: source.read(name, box), k
+    )
+    assert found == values.abs().flatten().sort(descending=True).values[k - 1]
 
 
 def test_folded_norms_give_each_expert_its_own_input():

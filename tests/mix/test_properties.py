@@ -53,8 +53,9 @@ def plans(draw) -> Plan:
     models = [dense(label, i, architecture=architecture) for i, label in enumerate(labels)]
     dtype = draw(st.sampled_from([torch.float32, torch.bfloat16]))
     dare = draw(st.sampled_from([None, 0.0, 0.5]))
+    ties = draw(st.sampled_from([None, 0.3])) if dare is None else None
     if method == "average":
-        averaging = Averaging(dare=None if dare is None else Dare("seed", dare))
+        averaging = Averaging(dare=None if dare is None else Dare("seed", dare), ties=ties)
         return average(models, dtype=dtype, averaging=averaging)
     routing = Routing(type="soft")
     common = {"routing": routing, "dtype": dtype, "random_seed": draw(st.integers(0, 3))}
@@ -73,6 +74,7 @@ def plans(draw) -> Plan:
         method=method if method in ("split", "blend") else "btx",
         num_chunks=draw(st.sampled_from([2, 3])) if method == "split" else 1,
         dare=dare,
+        ties=ties,
         fold_norms=method == "btx" and draw(st.booleans()),
     )
     plan = mix_plan(models, mix=mix, **common)

@@ -79,10 +79,44 @@ class Rules:
         parts = [model.get(name).double() for model in self.models]
         if self.asked["dare"] is not None:
             return self._dare(name, weights, parts)
+        if self.asked.get("ties") is not None:
+            return self._ties(name, weights, parts)
         total = torch.zeros_like(parts[0])
         for weight, part in zip(weights, parts, strict=True):
             total += weight * part
         return total / sum(weights)
+
+    def _ties(self, name: str, weights: list[float], parts: list[Tensor]) -> Tensor:
+        """The seed, and the mean of the largest differences whose sign is that of their sum."""
+        seed = self.labels.index(self.asked["seed_model"])
+        kept = []
+        for model, part in enumerate(parts):
+            if model != seed:
+                moved = part - parts[seed]
+                kept.append((weights[model], moved * (moved.abs() >= self._threshold(name, model))))
+        elected, total, mass = (torch.zeros_like(parts[seed]) for _ in range(3))
+        for weight, moved in kept:
+            elected += weight * moved
+        for weight, moved in kept:
+            agrees = torch.sign(moved) * torch.sign(elected) > 0
+            total += weight * moved * agrees
+            mass += weight * agrees
+        return parts[seed] + torch.where(mass > 0, total / mass, 0.0)
+
+    def _threshold(self, name: str, model: int) -> float:
+        """Over all that Megatron stores in one tensor: q, k and v together, gate and up."""
+        together = [name]
+        if match := _HEADS.fullmatch(name):
+            layer, _, which = match.groups()
+            together = [f"model.layers.{layer}.self_attn.{k}_proj.{which}" for k in "qkv"]
+        if (match := _FFN.fullmatch(name)) and match[2] != "down":
+            block = f"model.layers.{match[1]}.mlp."
+            together = [block + "gate_proj.weight", block + "up_proj.weight"]
+        seed = self.models[self.labels.index(self.asked["seed_model"])]
+        own = self.models[model]
+        moved = [(own.get(n).double() - seed.get(n).double()).abs().flatten() for n in together]
+        every = torch.cat(moved).sort(descending=True).values
+        return float(every[max(1, round(self.asked["ties"] * len(every))) - 1])
 
     def _weights(self, group: str) -> list[float]:
         given = [entry for entry in self.asked["average"] if entry != "uniform"]
