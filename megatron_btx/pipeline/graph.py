@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -45,6 +45,12 @@ nothing reads what they leave. (The weights are mixed where they are trained, ea
 
 TRAINED = ("seed", "expert", "finetune", "dense")
 """Kinds that train a model; so does ``import``, which takes a finished one in a stage's place."""
+
+OWN: dict[str, Callable[[Recipe], Any]] = {
+    "export": lambda recipe: recipe.export,
+    "report": lambda recipe: None,
+}
+"""What decides the result of a stage beside what it waits for, where the recipe alone says it."""
 
 _EXECUTION = frozenset(
     [
@@ -277,10 +283,8 @@ class _Keys:
         if kind == "evaluate":
             how = [recipe.system, recipe.btm if recipe.system == "btm" else None]
             return [how, recipe.evaluate.tokens, self._tokenizer, list(self._text.items())]
-        if kind == "export":
-            return recipe.export
-        if kind == "report":
-            return None
+        if kind in OWN:
+            return OWN[kind](recipe)
         block = training(recipe, name)
         own = [recipe.model, self._training(block, moe=kind == "finetune")]
         if kind == "finetune":
