@@ -132,8 +132,6 @@ def _names(recipe: Recipe) -> Iterator[Problem]:
         if weights and len(weights) != len(domain.train):
             what = f"are {len(weights)} for the {len(domain.train)} paths of train"
             yield Problem(f"domains.{name}.weights", what, "give one for each path, or none")
-        elif not all(0 < weight < float("inf") for weight in weights):
-            yield Problem(f"domains.{name}.weights", "are not all positive", "leave paths out")
 
 
 def _model(model: Model) -> Iterator[Problem]:
@@ -254,7 +252,21 @@ def _system(recipe: Recipe) -> Iterator[Problem]:
             )
 
 
+_BOUNDARIES = {
+    "reset_position_ids": "rotary positions are those of the sequence: Megatron's rotary embedding "
+    "does not look at position ids",
+    "reset_attention_mask": "attention is causal over the whole sequence: no attention that we "
+    "use, on a CPU or a GPU, takes a mask of documents",
+    "eod_mask_loss": "the loss is a mean over each micro-batch: with masked tokens it would depend "
+    "on micro_batch_size and on the layout",
+}
+"""Megatron's options at the boundaries of documents, and why each is not followed."""
+
+
 def _stage(recipe: Recipe, key: str, stage: Training) -> Iterator[Problem]:
+    for name, why in _BOUNDARIES.items():
+        if getattr(stage, name):
+            yield Problem(f"{key}.{name}", f"is not supported: {why}", "remove it")
     moe = key == "finetune"
     model, layout = recipe.model, stage.layout
     if key == "seed" and not stage.tokens and stage.from_ is None:

@@ -91,7 +91,7 @@ class Domain:
 
     train: tuple[str, ...] = path(())
     valid: tuple[str, ...] = path(())
-    weights: tuple[float, ...] = ()
+    weights: tuple[float, ...] = within(1e-9, 1e9, default=())
     """How much of what is read comes from each path of ``train`` (normalised); none: by tokens."""
     text_key: str = "text"
     """Key of the text in JSON, column in Parquet and Arrow."""
@@ -185,6 +185,13 @@ class Training:
     freeze_experts: bool = False
     """The finetuning only: attention, routers and the rest learn, the experts stay as they are (an
     ablation of section 4.3.2)."""
+    reset_position_ids: bool = False
+    """Megatron's: positions begin anew with each document of a sequence. Refused where true, as
+    the two below (docs/data.md)."""
+    reset_attention_mask: bool = False
+    """Megatron's: a token sees its own document only."""
+    eod_mask_loss: bool = False
+    """Megatron's: what follows an end token is not predicted."""
     megatron: MegatronOptions = MegatronOptions()
     from_: str | None = path()
     """A Megatron ``torch_dist`` directory (with its manifest) or a Hugging Face directory to take

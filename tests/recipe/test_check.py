@@ -51,6 +51,26 @@ def test_context_parallelism_is_refused_everywhere(good: str, place: str, tmp_pa
     assert "context parallelism is not supported" in wrong[0].what
 
 
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("reset_position_ids", "does not look at position ids"),
+        ("reset_attention_mask", "mask of documents"),
+        ("eod_mask_loss", "depend on micro_batch_size"),
+    ],
+)
+def test_document_boundaries_are_refused_by_name(
+    good: str, name: str, why: str, tmp_path: Path
+) -> None:
+    (tmp_path / "base.yaml").write_text(good)
+    over = tmp_path / "over.yaml"
+    over.write_text(f"base: base.yaml\ntraining: {{{name}: false}}\n")
+    assert load_recipe(over) == load_recipe(tmp_path / "base.yaml")
+    over.write_text(f"base: base.yaml\nfinetune: {{{name}: true}}\n")
+    with pytest.raises(UserErrors, match=f"finetune.{name}: is not supported: .*{why}"):
+        load_recipe(over)
+
+
 @pytest.mark.parametrize("block", upstream.SOURCES)
 def test_fields_are_those_of_the_imported_classes(block: str) -> None:
     """The parsed source against the classes themselves."""
@@ -85,3 +105,14 @@ def test_values_of_megatrons_fields() -> None:
     assert not fine("ddp", "overlap_grad_reduce", 1)
     assert fine("ddp", "bucket_size", 1000)
     assert not fine("ddp", "bucket_size", True)
+
+
+def test_weights_of_a_domain(good: str, tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text(good)
+    over = tmp_path / "over.yaml"
+    for weights, said in (("[1, 2]", "are 2 for the 1 paths"), ("[0]", "range"), ("[.nan]", "nan")):
+        over.write_text(f"base: base.yaml\ndomains: {{math: {{weights: {weights}}}}}\n")
+        with pytest.raises(UserErrors, match=rf"domains\.math\.weights.*: .*{said}"):
+            load_recipe(over)
+    over.write_text("base: base.yaml\ndomains: {math: {weights: 3}}\n")
+    assert load_recipe(over).domains["math"].weights == (3.0,)
