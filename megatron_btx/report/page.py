@@ -9,6 +9,7 @@ from typing import Any
 
 from markupsafe import Markup
 
+from megatron_btx.evaluate import routing_stats
 from megatron_btx.evaluate.results import MEAN, Results
 from megatron_btx.files import written
 from megatron_btx.pipeline.graph import TRAINED, Stage
@@ -16,7 +17,7 @@ from megatron_btx.pipeline.local.progress import amount, clock
 from megatron_btx.recipe import reading
 from megatron_btx.recipe.load import dump
 from megatron_btx.recipe.schema import Recipe
-from megatron_btx.report import charts, html, table
+from megatron_btx.report import charts, goodput, html, table
 from megatron_btx.report.html import Cell
 from megatron_btx.report.run_data import RunData, StageData, gather
 
@@ -63,6 +64,9 @@ def render(facts: RunData) -> str:
         legend=charts.loss_legend(facts),
         routing=_routing(facts),
         stages={"head": _STAGES, "rows": [("", _stage_cells(stage)) for stage in made]},
+        numbers=_numbers(made),
+        wall=_wall(made),
+        use=_use(facts),
         exported=outputs.get("loss"),
         data=_data(facts),
         lineage=list(_lineage(facts)),
@@ -154,6 +158,83 @@ def _stage_cells(facts: StageData) -> list[Cell]:
         (_amount(facts.tokens_per_second), ""),
         (clock(done["seconds"]) if "seconds" in done else "–", ""),
     ]
+
+
+def _numbers(made: Sequence[StageData]) -> dict[str, Any] | None:
+    """Speed of every stage that has logged it."""
+    names = ("stage", "tokens/s per GPU", "TFLOP/s per GPU", "MFU", "step p50", "step p95",
+             "data", "forward, backward", "optimizer", "memory", "save", "load")  # fmt: skip
+    rows = []
+    for stage in made:
+        step, tail = stage.median(_STEP), stage.percentile(_STEP, 0.95)
+        if step is None or tail is None:
+            continue
+        flops, mfu = (stage.median(f"throughput/device/{key}") for key in ("flopsPS", "MFU"))
+        parts = [stage.median(f"time_metrics/{part}(s)") for part in _PARTS]
+        cells = [stage.stage.name, _amount(stage.median("throughput/device/TPS"))]
+        cells += ["–" if flops is None else f"{flops / 1e12:.3g}"]
+        cells += ["–" if mfu is None else f"{mfu:.1%}", _short(step), _short(tail)]
+        cells += ["–" if part is None else f"{part / step:.0%}" for part in parts]
+        cells += [_memory(stage), _transfer(stage, "save"), _transfer(stage, "load")]
+        rows.append(("", [(cell, "") for cell in cells]))
+    return {"head": [(name, "") for name in names], "rows": rows} if rows else None
+
+
+_STEP = "time_metrics/end_to_end(s)"
+_PARTS = ("data_loading", "forward_backward", "optimizer")
+
+
+def _short(seconds: float) -> str:
+    return f"{1000 * seconds:.0f} ms" if seconds < 1 else f"{seconds:.2f} s"
+
+
+def _memory(stage: StageData) -> str:
+    """The highest of the first rank."""
+    for name in ("max_active", "max_resident"):
+        if (peak := stage.percentile(f"memory/{name}(GiB)", 1.0)) is not None:
+            return f"{peak:.2f} GiB"
+    return "–"
+
+
+def _transfer(stage: StageData, what: str) -> str:
+    """Median seconds and GB/s of saves or loads."""
+    found = sorted(
+        (record[f"train/checkpoint_{what}_duration_s"], record[f"train/checkpoint_{what}_GBps"])
+        for record in stage.saves
+        if record["kind"] == what
+    )
+    if not found:
+        return "–"
+    seconds, speed = found[len(found) // 2]
+    return f"{_short(seconds)}, {speed:.2g} GB/s"
+
+
+def _wall(made: Sequence[StageData]) -> dict[str, Any] | None:
+    """Where the wall time of every stage went."""
+    rows = []
+    for stage in made:
+        share = goodput.goodput(stage.spent) if stage.spent else None
+        if share is not None:
+            cells = [stage.stage.name, clock(sum(stage.spent.values())), f"{share:.1%}"]
+            cells += [_short(stage.spent[kind]) for kind in goodput.KINDS[1:]]
+            rows.append(("", [(cell, "") for cell in cells]))
+    names = ("stage", "wall time", "goodput", "start", "evaluation", "save", "lost steps", "queue",
+             "other")  # fmt: skip
+    return {"head": [(name, "") for name in names], "rows": rows} if rows else None
+
+
+def _use(facts: RunData) -> dict[str, Any] | None:
+    """How evenly the experts are used, by domain and layer."""
+    if facts.routing is None:
+        return None
+    names = ("domain", "layer", "utilisation min", "p25", "median", "p75", "max", "cv",
+             "diversity", "dead")  # fmt: skip
+    rows = []
+    for domain, layers in routing_stats.by_layer(facts.routing.load).items():
+        for number, found in enumerate(layers, 1):
+            values = [f"{value:.2f}" for value in found.values()]
+            rows.append(("", [(cell, "") for cell in (domain, str(number), *values)]))
+    return {"head": [(name, "") for name in names], "rows": rows}
 
 
 def _data(facts: RunData) -> dict[str, Any] | None:

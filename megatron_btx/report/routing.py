@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from megatron_btx.errors import UserError
 from megatron_btx.evaluate.results import Matrix, Results
+from megatron_btx.evaluate.routing_stats import DEAD
 from megatron_btx.evaluate.sample_top1_mode import expert_choice, in_words
 from megatron_btx.recipe.load import load_recipe
 from megatron_btx.recipe.schema import Recipe
@@ -20,9 +21,6 @@ from megatron_btx.report import html
 from megatron_btx.report.svg import heatmap
 from megatron_btx.report.text_tables import columns
 from megatron_btx.train import metrics
-
-DEAD = 0.01
-"""An expert that gets less than this share of the choices is called dead."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ a run going on from a checkpoint has logged all up to it.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,9 +15,10 @@ from typing import Any
 from megatron_btx.engine import checkpoint
 from megatron_btx.engine.checkpoint import TrainingState
 from megatron_btx.engine.distributed import is_first_rank
+from megatron_btx.evaluate import routing_stats
 from megatron_btx.evaluate.heldout import evaluate
 from megatron_btx.recipe.schema import Training
-from megatron_btx.train import replicas
+from megatron_btx.train import replicas, throughput
 from megatron_btx.train.loop import Callback, Run
 from megatron_btx.train.metrics import MetricsLog
 from megatron_btx.train.step import Batch
@@ -67,11 +69,16 @@ class HeldOutLoss(Callback):
             self._evaluate(run)
 
     def _evaluate(self, run: Run) -> None:
+        started = time.perf_counter()
         result = evaluate(
             run.model, self.domains, micro_batch_size=run.micro_batch_size, step=run.step
         )
         if self.log is not None:
             values = {key: value for key, value in asdict(result).items() if value is not None}
+            if result.load is not None:
+                values |= routing_stats.of_load(result.load)
+                values["moe"] = routing_stats.by_layer(result.load)
+            values["time_metrics/evaluation(s)"] = time.perf_counter() - started
             self.log.write("eval", run.step, values)
 
 
@@ -124,6 +131,10 @@ class Checkpoints(Callback):
         )
         target = checkpoint.step_directory(self.directory, run.step)
         manifest = {**self.manifest(run), "has_optimizer": not last}
+        started = time.perf_counter()
         checkpoint.save(target, state, manifest, self.add_tokenizer)
+        if self.log is not None:
+            seconds = time.perf_counter() - started
+            self.log.write("save", run.step, throughput.of_checkpoint("save", target, seconds))
         if is_first_rank():
             checkpoint.prune(self.directory, 1 if last else self.training.keep_checkpoints)

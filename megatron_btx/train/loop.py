@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,9 +14,11 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_btx.engine.moe.moe_metrics import pop_balance_loss
+from megatron_btx.train import throughput
 from megatron_btx.train.heartbeat import HEART
 from megatron_btx.train.signals import StopRequest
 from megatron_btx.train.step import Batch, train_step
+from megatron_btx.train.throughput import Device
 
 
 @dataclass(kw_only=True)
@@ -35,6 +37,7 @@ class Run:
     seq_length: int
     step: int = 0
     """Optimizer steps done."""
+    device: Device = field(default_factory=Device)
     stopped: bool = False
 
     @property
@@ -89,13 +92,15 @@ def train(run: Run, callbacks: Sequence[Callback], stop: StopRequest) -> None:
                 f"step {run.step}: loss {result.loss}, gradient norm {result.grad_norm}; "
                 "lower the learning rate, or go back to an earlier checkpoint"
             )
+        elapsed = time.perf_counter() - started
         record = {
             "tokens": run.step * run.tokens_per_step,
             "loss": result.loss,
             "lr": learning_rate,
             "grad_norm": result.grad_norm,
             **pop_balance_loss(run.num_microbatches),
-            "tokens_per_second": run.tokens_per_step / (time.perf_counter() - started),
+            "tokens_per_second": run.tokens_per_step / elapsed,
+            **throughput.of_step(run.device, run.tokens_per_step, elapsed, result.seconds),
         }
         run.stopped = stop.agreed() and run.step < run.total_steps
         for callback in callbacks:

@@ -106,6 +106,9 @@ def record_of(line: bytes) -> dict[str, Any] | None:
     step = record.get("step")
     if isinstance(step, bool) or not isinstance(step, int) or step < 0:
         raise ValueError(f"step is {step!r:.60}")
+    for name, value in record.items():
+        if "/" in name:
+            _check_numbers(value, name, 0)
     if record["kind"] == "eval":
         _check_numbers(record.get("loss"), "loss", 1)
         for name in ("load", "gate"):

@@ -3,6 +3,7 @@ baseline. They differ in where their weights come from and in what they read."""
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ from megatron_btx.recipe.schema import Recipe, Training
 from megatron_btx.recipe.stages import directory as stage_directory
 from megatron_btx.recipe.stages import model_stage
 from megatron_btx.recipe.stages import training as stage_training
-from megatron_btx.train import signals
+from megatron_btx.train import signals, throughput
 from megatron_btx.train.callbacks import Callback, Checkpoints, CheckReplicas, HeldOutLoss, Log
 from megatron_btx.train.loop import Run, train
 from megatron_btx.train.tracking import Tracker
@@ -105,7 +106,9 @@ def _begin(
     )
     optimizer = build_optimizer(ddp, training)
     schedule = build_schedule(optimizer, training, steps)
+    loaded: dict[str, float] = {}
     if resumed is not None and manifest is not None:
+        started = time.perf_counter()
         whole = manifest["has_optimizer"]
         load(
             path,
@@ -113,6 +116,8 @@ def _begin(
             if whole
             else TrainingState(model=ddp),
         )
+        if distributed.is_first_rank():
+            loaded = throughput.of_checkpoint("load", path, time.perf_counter() - started)
     stream = stage_stream(recipe, name, run_dir)
     progress = Run(
         model=ddp,
@@ -125,9 +130,17 @@ def _begin(
         global_batch_size=training.global_batch_size,
         seq_length=recipe.model.seq_length,
         step=manifest["step"] if manifest else 0,
+        device=throughput.device(
+            count.training_flops_per_token(architecture, training.freeze_experts),
+            training.layout.world_size,
+            recipe.peak_tflops,
+        ),
     )
     lineage = manifest["lineage"] if manifest else _lineage(recipe, name, training, plan)
-    return progress, _callbacks(recipe, name, training, run_dir, progress, architecture, lineage)
+    callbacks, log = _callbacks(recipe, name, training, run_dir, progress, architecture, lineage)
+    if log is not None and loaded:
+        log.write("load", progress.step, loaded)
+    return progress, callbacks
 
 
 def last_checkpoint(checkpoints: Path) -> tuple[Path, Architecture, dict[str, Any]] | None:
@@ -241,7 +254,7 @@ def _callbacks(
     progress: Run,
     architecture: Architecture,
     lineage: dict[str, Any],
-) -> list[Callback]:
+) -> tuple[list[Callback], Log | None]:
     directory = stage_directory(run_dir, name)
     tokenizer = load_tokenizer(run_dir / "prepare" / "tokenizer")
     log = None
@@ -258,6 +271,8 @@ def _callbacks(
                 "total_steps": progress.total_steps,
                 "tokens_per_step": progress.tokens_per_step,
                 "world_size": training.layout.world_size,
+                "flops_per_token": progress.device.flops_per_token,
+                "peak_tflops": progress.device.peak_tflops,
             },
         )
 
@@ -275,7 +290,7 @@ def _callbacks(
 
     evaluation = held_out(recipe, run_dir, tokens=training.eval_tokens)
     listeners: list[Callback] = [] if log is None else [log]
-    return [
+    callbacks: list[Callback] = [
         *listeners,
         HeldOutLoss(evaluation, training, log),
         CheckReplicas(training),
@@ -287,3 +302,4 @@ def _callbacks(
             log,
         ),
     ]
+    return callbacks, log

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_btx.engine.moe.noise import set_routing_context
+from megatron_btx.train.throughput import Stopwatch
 
 Batch = dict[str, Tensor]
 """``tokens``, ``labels``, ``loss_mask``, ``position_ids`` [B, S]; ``samples`` [B], their ids."""
@@ -30,6 +31,8 @@ class StepResult:
     """Mean over the global batch, nats per token."""
     grad_norm: float
     """L2 norm of the whole gradient before clipping."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """This rank's, by part: ``data_loading``, ``forward_backward``, ``optimizer``."""
 
 
 def forward_step(
@@ -72,11 +75,12 @@ def train_step(
             on every tensor- and pipeline-parallel rank.
         step: counts from 0; keys the routing's noise and temperature.
     """
+    watch = Stopwatch()
     model.zero_grad_buffer()
     optimizer.zero_grad()
     forwards = get_forward_backward_func()(
         forward_step_func=functools.partial(forward_step, step=step),
-        data_iterator=batches,
+        data_iterator=watch.waiting(batches),
         model=[model],
         num_microbatches=num_microbatches,
         seq_length=seq_length,
@@ -84,10 +88,13 @@ def train_step(
         forward_only=False,
     )
     loss = global_mean([forward["loss"] for forward in forwards])
+    watch.lap("forward_backward")
     _, grad_norm, _ = optimizer.step()
     if schedule is not None:
         schedule.step(increment=1)
-    return StepResult(loss=loss, grad_norm=float(grad_norm or 0.0))
+    norm = float(grad_norm or 0.0)
+    watch.lap("optimizer")
+    return StepResult(loss=loss, grad_norm=norm, seconds=watch.seconds)
 
 
 def global_mean(micro_losses: list[Tensor]) -> float:

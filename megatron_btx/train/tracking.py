@@ -77,11 +77,17 @@ class Tracker:
                 self._run = wandb.init(mode="offline", **arguments)
 
     def log(self, record: dict[str, Any]) -> None:
-        """One record of ``metrics.jsonl``, nested mappings and lists flattened into names."""
+        """One record of ``metrics.jsonl``, nested mappings and lists flattened into names. A name
+        with a ``/`` in it is the field's, and stays as it is."""
         if self._run is not None and record["kind"] != "start":
             values = {k: v for k, v in record.items() if k not in ("kind", "step", "time")}
             with self._unstopped():
-                self._run.log(dict(_flat(record["kind"], values)), step=record["step"])
+                flat = [
+                    pair
+                    for key, value in values.items()
+                    for pair in _flat(key if "/" in key else f"{record['kind']}/{key}", value)
+                ]
+                self._run.log(dict(flat), step=record["step"])
 
     def close(self) -> None:
         """Finish the run's files."""

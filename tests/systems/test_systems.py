@@ -25,6 +25,7 @@ from megatron_btx.recipe.load import load_recipe
 from megatron_btx.recipe.stages import btx_flops, training
 from megatron_btx.report import comparison, comparison_page
 from megatron_btx.report.comparison import Run
+from megatron_btx.train import metrics
 from megatron_btx.weights.find_checkpoint import find_checkpoint
 from megatron_btx.weights.megatron import open_megatron
 from megatron_btx.weights.source import read_whole
@@ -268,6 +269,37 @@ def test_the_routing_of_a_stage_on_its_own_runs_text(
         for domain, matrix in wanted[measure].items():
             found = torch.tensor(view[measure][domain])
             torch.testing.assert_close(found, torch.tensor(matrix), atol=2e-3, rtol=0)
+
+
+def test_speed_is_logged_under_the_fields_names(systems: Systems) -> None:
+    """MFU times the peak is FLOP/s, those are the FLOPs of a token times tokens/s, and a step's
+    parts are within it; an MoE logs how evenly its experts are used."""
+    records = metrics.read(systems["btx_top2"].run_dir / "finetune" / "metrics.jsonl")
+    (start,) = (record for record in records if record["kind"] == "start")
+    assert (start["world_size"], start["peak_tflops"]) == (2, 0.05)
+    steps = [record for record in records if record["kind"] == "train"]
+    architecture = open_megatron(
+        find_checkpoint(systems["btx_top2"].run_dir / "finetune"), "btx"
+    ).architecture
+    assert start["flops_per_token"] == count.training_flops_per_token(architecture)
+    for record in steps:
+        speed = {name: record[f"throughput/device/{name}"] for name in ("TPS", "MFU", "flopsPS")}
+        assert speed["MFU"] * 0.05e12 == pytest.approx(speed["flopsPS"])
+        assert speed["flopsPS"] == pytest.approx(speed["TPS"] * start["flops_per_token"])
+        assert speed["TPS"] == pytest.approx(record["tokens_per_second"] / 2)
+        parts = [record[f"time_metrics/{part}(s)"] for part in ("data_loading",
+                 "forward_backward", "optimizer")]  # fmt: skip
+        assert all(part >= 0 for part in parts)
+        assert sum(parts) <= record["time_metrics/end_to_end(s)"]
+        assert record["memory/max_resident(GiB)"] > 0.1
+    (save,) = (record for record in records if record["kind"] == "save")
+    seconds, size = (save[f"train/checkpoint_save_{key}"] for key in ("duration_s", "GB"))
+    assert save["train/checkpoint_save_GBps"] == pytest.approx(size / seconds)
+    for record in records:
+        if record["kind"] == "eval":
+            assert record["time_metrics/evaluation(s)"] > 0
+            assert 1 / 4 <= record["moe/expert_diversity_mean"] <= 1
+            assert set(record["moe"]) == set(record["load"])
 
 
 def test_the_command(systems: Systems, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

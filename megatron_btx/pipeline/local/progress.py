@@ -32,6 +32,7 @@ class Standing:
     total: float = 0.0
     loss: float | None = None
     tokens_per_second: float | None = None
+    mfu: float | None = None
     text: str = ""
     _inode: int = 0
     _offset: int = 0
@@ -66,6 +67,7 @@ class Standing:
         elif kind == "train":
             self.done, self.loss = float(record["step"]), record.get("loss")
             self.tokens_per_second = record.get("tokens_per_second")
+            self.mfu = record.get("throughput/device/MFU")
             if "time" in record:
                 self._times.append((float(record["step"]), float(record["time"])))
 
@@ -89,6 +91,8 @@ class Standing:
             parts.append(f"loss {self.loss:.3f}")
         if self.tokens_per_second:
             parts.append(f"{amount(self.tokens_per_second)} tokens/s")
+        if self.mfu:
+            parts.append(f"MFU {self.mfu:.0%}")
         if self.seconds_left is not None:
             parts.append(f"{clock(self.seconds_left)} left")
         return "  ".join(parts)

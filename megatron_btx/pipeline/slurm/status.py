@@ -29,6 +29,8 @@ class Row:
     step: str = ""
     loss: float | None = None
     tokens_per_second: float | None = None
+    mfu: float | None = None
+    """Model FLOPs utilisation of the last step, of 1."""
     left: str = ""
     """Until the last step at the present pace; and the job's time limit, where it comes before."""
     restarts: int = 0
@@ -87,6 +89,7 @@ def _row(run_dir: Path, stage: Stage, number: str | None, noted: dict[str, Any])
         step=f"{seen.done:.0f}/{seen.total:.0f}" if seen.total and not seen.text else seen.text,
         loss=seen.loss,
         tokens_per_second=seen.tokens_per_second if word == "running" else None,
+        mfu=seen.mfu if word == "running" else None,
         left=_left(seen, job) if job is not None and word == "running" else "",
         restarts=job.restarts if job else 0,
         active=active,

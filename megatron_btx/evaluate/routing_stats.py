@@ -1,0 +1,62 @@
+"""How evenly an MoE's experts are used, under the names in use (NeMo Automodel's). No torch.
+
+Of the shares p of a layer's N experts, on one text: utilisation is N p (1 is even), cv their
+standard deviation over their mean, diversity exp(H(p)) / N (1 is even, 1/N is one expert), and an
+expert is dead whose share is below ``DEAD``.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+
+DEAD = 0.01
+"""An expert that gets less than this share of the choices is called dead."""
+
+Matrix = Sequence[Sequence[float]]
+"""``[layer][expert]``, rows sum to 1."""
+
+
+def of_layer(shares: Sequence[float]) -> dict[str, float]:
+    """Of one layer on one text."""
+    count, total = len(shares), sum(shares)
+    if not total:
+        return {}
+    use = sorted(count * share / total for share in shares)
+    entropy = -sum(u / count * math.log(u / count) for u in use if u)
+    return {
+        "expert_utilization_min": use[0],
+        "expert_utilization_p25": percentile(use, 0.25),
+        "expert_utilization_median": percentile(use, 0.5),
+        "expert_utilization_p75": percentile(use, 0.75),
+        "expert_utilization_max": use[-1],
+        "cv": statistics.pstdev(use),
+        "expert_diversity": math.exp(entropy) / count,
+        "dead_expert_frac": sum(u < DEAD * count for u in use) / count,
+    }
+
+
+def of_load(load: Mapping[str, Matrix]) -> dict[str, float]:
+    """Means over texts and layers: ``moe/cv_mean``, ``moe/expert_utilization_p25``, ..."""
+    layers = [found for matrix in load.values() for row in matrix if (found := of_layer(row))]
+    if not layers:
+        return {}
+    means = {name: statistics.fmean(each[name] for each in layers) for name in layers[0]}
+    return {
+        f"moe/{name}" if "utilization" in name else f"moe/{name}_mean": value
+        for name, value in means.items()
+    }
+
+
+def by_layer(load: Mapping[str, Matrix]) -> dict[str, list[dict[str, float]]]:
+    """Of every text and layer."""
+    return {name: [of_layer(row) for row in matrix] for name, matrix in load.items()}
+
+
+def percentile(ordered: Sequence[float], share: float) -> float:
+    """By linear interpolation, as NumPy's default, of values in ascending order."""
+    place = share * (len(ordered) - 1)
+    low = math.floor(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
