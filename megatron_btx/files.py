@@ -186,9 +186,9 @@ def parse_json(content: bytes, where: str) -> dict[str, Any]:
         )
     except (ValueError, RecursionError) as error:
         what = "is nested too deep" if isinstance(error, RecursionError) else str(error)
-        raise UserError(where, f"is not JSON that can be read: {what}", again) from None
+        raise UserError(where, f"is damaged, not JSON: {what}", again) from None
     if not isinstance(found, dict):
-        raise UserError(where, "holds no JSON object (`{...}`)", again)
+        raise UserError(where, "is damaged: it holds no JSON object (`{...}`)", again)
     if _deep(found):
         raise UserError(where, f"is nested more than {_DEPTH} deep", again)
     return found

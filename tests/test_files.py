@@ -12,15 +12,15 @@ from megatron_btx.errors import UserError
 from megatron_btx.files import find_json, parse_json, read_json
 
 DAMAGED = [
-    (b"", "is not JSON"),
-    (b'{"a": 1', "is not JSON"),
+    (b"", "is damaged, not JSON"),
+    (b'{"a": 1', "is damaged, not JSON"),
     (b"[1, 2]", "no JSON object"),
     (b'{"a": 1, "a": 2}', "'a' stands there twice"),
-    (b'{"a": "\xff"}', "is not JSON"),
+    (b'{"a": "\xff"}', "is damaged, not JSON"),
     (b"[" * 100_000, "nested too deep"),
     (b'{"a": ' + b"[" * 100 + b"]" * 100 + b"}", "nested more than 64 deep"),
     (b'{"a": ' + b"9" * 5000 + b"}", "an integer of 5000 digits"),
-    (b'{"a": "\x1b[31m"}', "is not JSON"),
+    (b'{"a": "\x1b[31m"}', "is damaged, not JSON"),
 ]
 
 

@@ -16,6 +16,7 @@ from megatron_btx.cli import (
     data,
     evaluate,
     generate,
+    keys,
     mix,
     plan,
     report,
@@ -72,7 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 _COMMANDS = (
-    *(run, plan, report, stage, mix, compare),
+    *(run, plan, keys, report, stage, mix, compare),
     *(evaluate, generate, routing, centroids, data, slurm),
 )
 """Each adds its parsers, in the order of ``btx --help``."""

@@ -46,6 +46,8 @@ def run(options: argparse.Namespace) -> int:
     """
     recipe = load_recipe(options.recipe)
     made = plan.plan(recipe)
+    for line in plan.warnings(recipe):
+        sys.stderr.write(f"warning: {line}\n")
     took = _estimate(options, made)
     domains = reading.prepared(recipe)
     trained = [stage.name for stage in made.stages if stage.steps]

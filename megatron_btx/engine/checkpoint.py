@@ -36,6 +36,7 @@ from megatron_btx.engine.model import gather_parameters, unwrap
 from megatron_btx.errors import UserError
 from megatron_btx.files import sync_directory, write_json, written
 from megatron_btx.recipe.architecture import Architecture
+from megatron_btx.recipe.read_architecture import from_manifest
 from megatron_btx.weights.integrity import HASHES, hashes_json
 from megatron_btx.weights.manifest import FORMAT, MANIFEST, read_manifest
 from megatron_btx.weights.megatron import extra_states, second_names
@@ -133,9 +134,8 @@ def save(
         # Two writers a rank would fork two processes a rank; one is enough for one disk.
         strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
         content = state.sharded(is_loading=False)
-        content["megatron_lm"] = _for_megatron_lm(
-            content["model"], Architecture.from_json(manifest)
-        )
+        architecture = from_manifest(manifest, directory / MANIFEST)
+        content["megatron_lm"] = _for_megatron_lm(content["model"], architecture)
         dist_checkpointing.save(
             {**content, "checkpoint_version": 3.0},
             str(partial),

@@ -93,7 +93,7 @@ def btm_heldout(
             raise UserError(
                 "btm",
                 f"no training text of {', '.join(index.empty)} to compare a context with",
-                "give a model that was trained here, or `select: posterior`, which needs no text",
+                "give a model that was trained here, or `method: posterior`, which needs no text",
             )
     known = None if prior is None else torch.tensor([prior[name] for name in models])
     loss: dict[str, float] = {}

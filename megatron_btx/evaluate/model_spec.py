@@ -111,10 +111,10 @@ def _of_run(name: str, run_dir: Path) -> Subject:
     from megatron_btx.recipe.stages import directory, model_stage
 
     recipe = load_recipe(run_dir / "recipe.yaml")
-    if recipe.btm.select not in METHODS:
+    if recipe.btm.method not in METHODS:
         raise UserError(
             str(run_dir / "recipe.yaml"),
-            f"btm.select: {recipe.btm.select} makes one model of the set",
+            f"btm.method: {recipe.btm.method} makes one model of the set",
             "evaluate that one (its stage's directory), or describe the set in a YAML file",
         )
     names = recipe.model_names
@@ -126,7 +126,7 @@ def _of_run(name: str, run_dir: Path) -> Subject:
     return Subject(
         name=name,
         models={model: find_checkpoint(place) for model, place in places.items()},
-        method=recipe.btm.select,
+        method=recipe.btm.method,
         run_dir=run_dir,
     )
 

@@ -139,7 +139,7 @@ def _ensemble(recipe: Recipe, run_dir: Path, row: Row, domains: Domains) -> Syst
         for name, stage in zip(names, row.models, strict=True)
     }
     settings, precision = recipe.evaluate, training(recipe, row.models[0]).precision
-    method = recipe.btm.select
+    method = recipe.btm.method
     if method == "average":
         sources = [open_megatron(checkpoint, name) for name, checkpoint in models.items()]
         plan = average(sources, dtype=DTYPES[precision])

@@ -10,12 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_btx.errors import UserError
 from megatron_btx.families.hf_routing import Gates
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.count import expert_width, kv_channels, query_groups, windows
+from megatron_btx.recipe.fields import UTMOST, Range
+from megatron_btx.recipe.read_architecture import MOST_EXPERTS
+from megatron_btx.recipe.typed import BAD, Reader
+from megatron_btx.recipe.yaml_tree import Node, tree_of
 
 OTHER = "convert a model whose config.json has no such value"
 
@@ -64,12 +69,33 @@ class Reading:
     gates: Gates | None = None
     errors: list[UserError] = field(default_factory=list)
     known: set[str] = field(default_factory=lambda: set(HARMLESS))
+    keys: dict[str, str] = field(default_factory=dict)
+    """Fields of our ``Model`` -> the key that says it, for errors about its type or range."""
 
     def take(self, key: str, default: Any = None) -> Any:
-        """The value of a key, absent or null: ``default``."""
+        """The value of a key, absent or null: ``default``. Whoever computes with it asks for a
+        type; what only becomes a field of the model is looked at with that."""
         self.known.add(key)
         value = self.config.get(key)
         return default if value is None else value
+
+    def typed(self, hint: Any, key: str, default: Any, *, low: int = 0, high: int = UTMOST) -> Any:
+        """The value of a key, of a type, a number from ``low`` to ``high``; absent, or after noting
+        that it is something else: ``default``."""
+        if self.take(key) is None:
+            return default
+        node = self.node(key, self.config[key])
+        reader = Reader(strict=True)
+        value = reader.value(hint, [node], key)
+        wrong = Range(low, high).problem(value) if hint is int and value is not BAD else None
+        if wrong is not None:
+            value = reader.error(node, *wrong)
+        self.errors += [error for _, error in reader.errors]
+        return default if value is BAD else value
+
+    def node(self, key: str, value: Any) -> Node:
+        """A value with its place."""
+        return tree_of(value, Path(self.where), key)
 
     def need(self, key: str) -> Any:
         """The value of a key that must be there."""
@@ -117,6 +143,7 @@ class Field:
         value = reading.need(self.key) if self.required else reading.take(self.key, self.default)
         if value is not None:
             reading.model[self.ours] = value
+            reading.keys[self.ours] = self.key
 
     def write(self, architecture: Architecture) -> dict[str, Any]:
         """With what follows from other fields filled in."""
@@ -186,7 +213,9 @@ class Positions:
     def read(self, reading: Reading) -> None:
         """Also our ``seq_length``, which a recipe may lower."""
         value = reading.need("max_position_embeddings")
-        reading.model["max_position_embeddings"] = reading.model["seq_length"] = value
+        for ours in ("max_position_embeddings", "seq_length"):
+            reading.model[ours] = value
+            reading.keys[ours] = "max_position_embeddings"
 
     def write(self, architecture: Architecture) -> dict[str, Any]:
         """What it was made for, or was trained on."""
@@ -200,7 +229,7 @@ class Tied:
 
     def read(self, reading: Reading) -> None:
         """Absent: not tied."""
-        tied = bool(reading.take("tie_word_embeddings", False))
+        tied = reading.typed(bool, "tie_word_embeddings", False)
         reading.model["untie_embeddings_and_output_weights"] = not tied
 
     def write(self, architecture: Architecture) -> dict[str, Any]:
@@ -225,14 +254,19 @@ class Rope:
 
     def read(self, reading: Reading) -> None:
         """Base and scaling, from wherever they stand."""
-        rope = dict(reading.take("rope_scaling", {})) | dict(reading.take("rope_parameters", {}))
+        rope: dict[str, Any] = {}
+        for key in ("rope_scaling", "rope_parameters"):
+            rope |= reading.typed(dict[str, Any], key, {})
         theta = reading.take("rope_theta", self.default_theta)
+        reading.keys["rotary_base"] = "rope_theta"
         if any(isinstance(value, Mapping) for value in rope.values()):
-            reading.refuse(f"rope_parameters is {rope}: other positions in other layers")
+            what = f"rope_scaling or rope_parameters is {rope}"
+            reading.refuse(f"{what}: other positions in other layers")
             return
-        reading.model["rotary_base"] = float(rope.pop("rope_theta", None) or theta)
-        kinds = {rope.pop(key, None) for key in ("rope_type", "type")} - {None}
-        kind = " and ".join(sorted(map(str, kinds))) or "default"
+        own = rope.pop("rope_theta", None)
+        reading.model["rotary_base"] = theta if own is None else own
+        kinds = {str(rope.pop(key, None)) for key in ("rope_type", "type")} - {"None"}
+        kind = " and ".join(sorted(kinds)) or "default"
         rope = {key: value for key, value in rope.items() if value is not None}
         for key, value in (("partial_rotary_factor", 1.0), ("attention_factor", 1.0)):
             if rope.pop(key, value) != value:
@@ -242,13 +276,15 @@ class Rope:
                 reading.refuse(f"{key} of rope_scaling is not {value}, as Megatron has it")
         factor = rope.pop("factor", None)
         scaled = kind in ("llama3", "linear")
-        if rope or not (scaled or kind == "default") or scaled != bool(factor):
+        if rope or not (scaled or kind == "default") or scaled != (factor is not None):
             what = f"rope_scaling of type {kind} with {rope or factor}"
             reading.refuse(f"{what}; llama3 and linear are supported")
         elif kind == "llama3":
-            reading.model |= {"rope_scaling": True, "rope_scaling_factor": float(factor or 0)}
+            reading.model |= {"rope_scaling": True, "rope_scaling_factor": factor}
+            reading.keys["rope_scaling_factor"] = "rope_scaling.factor"
         elif kind == "linear":
-            reading.model["seq_len_interpolation_factor"] = float(factor or 0)
+            reading.model["seq_len_interpolation_factor"] = factor
+            reading.keys["seq_len_interpolation_factor"] = "rope_scaling.factor"
 
     def write(self, architecture: Architecture) -> dict[str, Any]:
         """``rope_theta``, and ``rope_scaling`` where there is one."""
@@ -273,18 +309,19 @@ class Window:
 
     def read(self, reading: Reading) -> None:
         """As Megatron's ``window_size``, which does not count the token itself."""
-        seen = reading.take("sliding_window")
+        seen = reading.typed(int, "sliding_window", None)
         if "sliding_window" not in reading.config:
             seen = self.absent
         if self.switch:
-            first = reading.take("max_window_layers", 0)
-            if not reading.take("use_sliding_window", False):
+            first = reading.typed(int, "max_window_layers", 0)
+            if not reading.typed(bool, "use_sliding_window", False):
                 seen = None
             elif first != 0:
                 what = f"use_sliding_window is on and max_window_layers {first!r}"
                 reading.refuse(f"{what}: the versions of transformers disagree about what it means")
         if seen is not None:
-            reading.model["window_size"] = (int(seen) - 1, 0)
+            reading.model["window_size"] = (seen - 1, 0)
+            reading.keys["window_size"] = "sliding_window"
 
     def write(self, architecture: Architecture) -> dict[str, Any]:
         """The window, where all layers have it."""
@@ -304,10 +341,11 @@ class LayerWindows:
 
     def read(self, reading: Reading) -> None:
         """``window_size``, and which layers where not all have it."""
-        types = reading.take("layer_types")
-        on = reading.take("use_sliding_window", False)
-        seen, full = reading.take("sliding_window", 4096), reading.take("max_window_layers", 28)
-        layers = reading.take("num_hidden_layers", 0)
+        types = reading.typed(tuple[str, ...], "layer_types", None)
+        on = reading.typed(bool, "use_sliding_window", False)
+        seen = reading.typed(int, "sliding_window", 4096)
+        full = reading.typed(int, "max_window_layers", 28)
+        layers = reading.typed(int, "num_hidden_layers", 0, high=10_000)
         if not on:
             if types and set(types) != {"full_attention"}:
                 reading.refuse("layer_types has windows, use_sliding_window is not on")
@@ -323,7 +361,8 @@ class LayerWindows:
             return
         freq = tuple(int(kind == "sliding_attention") for kind in types)
         if any(freq):
-            reading.model["window_size"] = (int(seen) - 1, 0)
+            reading.model["window_size"] = (seen - 1, 0)
+            reading.keys["window_size"] = "sliding_window"
         if any(freq) and not all(freq):
             reading.model["window_attn_skip_freq"] = freq
 
@@ -354,6 +393,8 @@ class ExpertWidth:
         width = reading.need(self.key)
         if reading.model.setdefault("ffn_hidden_size", width) != width:
             reading.model["moe_ffn_hidden_size"] = width
+        reading.keys["moe_ffn_hidden_size"] = self.key
+        reading.keys.setdefault("ffn_hidden_size", self.key)
 
     def write(self, architecture: Architecture) -> dict[str, Any]:
         """The experts' own."""
@@ -371,20 +412,28 @@ class Experts:
 
     def read(self, reading: Reading) -> None:
         """Names of the experts (ours, where the mix gave them some) and their gates."""
-        k = reading.need("num_experts_per_tok")
-        counts = {count for key in self.keys if (count := reading.take(key)) is not None}
-        count = next(iter(counts)) if len(counts) == 1 else reading.need(self.keys[0])
+        counts = {count for key in self.keys if (count := self._count(reading, key)) is not None}
         if len(counts) > 1:
             reading.refuse(f"{' and '.join(self.keys)} differ: {sorted(counts)}")
-        names = reading.take("btx_experts") or range(count or 0)
-        reading.experts = tuple(map(str, names))
-        if count is not None and len(reading.experts) != count:
+        elif not any(reading.take(key) is not None for key in self.keys):
+            reading.need(self.keys[0])
+        count = next(iter(counts), 0)
+        numbers = tuple(map(str, range(count)))
+        reading.experts = reading.typed(tuple[str, ...], "btx_experts", numbers)
+        if counts and len(reading.experts) != count:
             reading.refuse(f"btx_experts names {len(reading.experts)} experts of {count}")
         normalised = self.normalised
         if normalised is None:
-            normalised = bool(reading.take("norm_topk_prob", False))
-        if k is not None:
+            normalised = reading.typed(bool, "norm_topk_prob", False)
+        named = "btx_experts" if reading.take("btx_experts") is not None else self.keys[0]
+        reading.keys |= {"experts": named, "moe_router_topk": "num_experts_per_tok"}
+        if reading.need("num_experts_per_tok") is not None:
+            k = reading.typed(int, "num_experts_per_tok", 1, low=1)
             reading.gates = Gates(k, normalised or k == count)
+
+    def _count(self, reading: Reading, key: str) -> int | None:
+        count: int | None = reading.typed(int, key, None, low=1, high=MOST_EXPERTS)
+        return count
 
     def write(self, architecture: Architecture) -> dict[str, Any]:
         """Their number, names and gates."""

@@ -11,13 +11,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from megatron_btx.errors import UserErrors
+from megatron_btx.errors import UserError, UserErrors, collect_errors
 from megatron_btx.families.config import Part, Reading
 from megatron_btx.families.hf_routing import Gates
 from megatron_btx.families.table import Table
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.count import expert_width, kv_channels, query_groups, windows
-from megatron_btx.recipe.schema import Model
+from megatron_btx.recipe.read_architecture import read_architecture
+from megatron_btx.recipe.yaml_tree import Node
 
 ZERO_WIDTH = 64
 """Inner units of a shared expert of zeros."""
@@ -51,19 +52,18 @@ class Family:
                 wrongly.
         """
         reading = Reading(config, where)
-        vocabulary = reading.need("vocab_size")
+        reading.need("vocab_size")
         for part in self.config:
             part.read(reading)
         reading.unknown()
-        if reading.errors:
-            raise UserErrors(reading.errors)
-        gates = reading.gates
-        return Architecture(
-            model=Model(**reading.model),
-            vocab_size=vocabulary,
-            experts=reading.experts,
-            routing=gates.routing() if gates else None,
-        )
+        described, found = None, list[UserError]()
+        with collect_errors(found):
+            described = read_architecture(_entries(reading))
+        known = bool(reading.errors)  # what they are about is not there for the model, of course
+        errors = reading.errors + [e for e in found if not known or e.what != "is missing"]
+        if described is None or errors:
+            raise UserErrors(list({str(error): error for error in errors}.values()))
+        return described
 
     def write_config(self, architecture: Architecture) -> dict[str, Any]:
         """The ``config.json`` of an architecture; :meth:`lacks` says whether it means the same."""
@@ -101,6 +101,25 @@ class Family:
             for name in wanted
             if got[name] != wanted[name]
         ]
+
+
+def _entries(reading: Reading) -> Node:
+    """What was read, each value with its key in ``config.json``."""
+    whole = reading.node("", reading.config)
+
+    def block(values: Mapping[str, Any]) -> Node:
+        nodes = {ours: reading.node(reading.keys.get(ours, ours), values[ours]) for ours in values}
+        return replace(whole, value=nodes)
+
+    moe = replace(whole, value=None)
+    if reading.gates is not None:
+        routing = block(asdict(reading.gates.routing()))
+        experts = reading.node(reading.keys["experts"], list(reading.experts))
+        moe = replace(whole, value={"experts": experts, "routing": routing})
+    entries = {"model": block(reading.model), "moe": moe}
+    if (vocabulary := whole.value.get("vocab_size")) is not None:
+        entries["vocab_size"] = vocabulary
+    return replace(whole, value=entries)
 
 
 def computed(architecture: Architecture) -> dict[str, Any]:

@@ -55,6 +55,7 @@ def warnings(recipe: Recipe) -> Iterator[str]:
     """What a person should know, though it stops nothing."""
     from megatron_btx.train import tracking
 
+    yield from plan.warnings(recipe)
     apex = importlib.util.find_spec("apex") is not None
     if apex and importlib.util.find_spec("amp_C") is None:
         yield (

@@ -32,7 +32,7 @@ class Architecture:
         return -(-self.vocab_size // multiple) * multiple
 
     def to_json(self) -> dict[str, Any]:
-        """The manifest's entries (contract: ``model``, ``vocab_size``, ``moe``)."""
+        """The manifest's entries; ``read_architecture.from_manifest`` is the inverse."""
         moe = None
         if self.routing is not None:
             moe = {
@@ -46,21 +46,6 @@ class Architecture:
             "padded_vocab_size": self.padded_vocab_size,
             "moe": moe,
         }
-
-    @classmethod
-    def from_json(cls, entries: dict[str, Any]) -> Architecture:
-        """The inverse of ``to_json``; other entries of a manifest are ignored.
-
-        Raises:
-            KeyError, TypeError: an entry is missing or of another form.
-        """
-        moe = entries["moe"]
-        return cls(
-            model=Model(**entries["model"]),
-            vocab_size=entries["vocab_size"],
-            experts=tuple(moe["experts"]) if moe else (),
-            routing=Routing(**moe["routing"]) if moe else None,
-        )
 
     def mixed(self, recipe: Recipe) -> Architecture:
         """The MoE that a recipe makes of models of this (dense) architecture."""

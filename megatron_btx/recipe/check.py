@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_btx.errors import UserError, UserErrors
-from megatron_btx.recipe import check_layout, check_mix, count, slurm, upstream
+from megatron_btx.recipe import check_layout, check_mix, check_model, slurm, upstream
 from megatron_btx.recipe.check_layout import Problem
 from megatron_btx.recipe.messages import near_key, path_problem, show
 from megatron_btx.recipe.schema import Layout, Model, Recipe, Training
@@ -135,26 +135,8 @@ def _names(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _model(model: Model) -> Iterator[Problem]:
-    heads, groups = model.num_attention_heads, count.query_groups(model)
-    if model.kv_channels is None and model.hidden_size % heads:
-        yield Problem(
-            "model.hidden_size",
-            f"{model.hidden_size} is not divisible by num_attention_heads ({heads})",
-            "change one of them, or give kv_channels",
-        )
-    elif count.kv_channels(model) % 2:
-        yield Problem(
-            "model.kv_channels",
-            f"{count.kv_channels(model)} channels a head is odd, and rotary positions need pairs",
-            "choose an even width",
-        )
-    if heads % groups:
-        yield Problem(
-            "model.num_query_groups",
-            f"{groups} does not divide num_attention_heads ({heads})",
-            f"choose one of {', '.join(str(n) for n in _divisors(heads))}",
-        )
-    yield from _windows(model)
+    for key, what, fix in check_model.problems(model):
+        yield Problem(f"model.{key}", what, fix)
     for name in (
         "moe_ffn_hidden_size",
         "moe_shared_expert_intermediate_size",
@@ -167,20 +149,6 @@ def _model(model: Model) -> Iterator[Problem]:
                 "models' feed-forward layers, and none of them is shared",
                 "remove it",
             )
-
-
-def _windows(model: Model) -> Iterator[Problem]:
-    window, freq = model.window_size, model.window_attn_skip_freq
-    if window is not None and (len(window) != 2 or window[0] < 0 or window[1] != 0):
-        what = f"is {list(window)}; a token may see those before it and itself"
-        yield Problem("model.window_size", what, "write [n, 0]: the n before it and itself")
-    if freq is None:
-        return
-    if window is None:
-        yield Problem("model.window_attn_skip_freq", "there is no window", "give window_size")
-    if len(freq) != model.num_layers or set(freq) - {0, 1}:
-        fix = f"give {model.num_layers} numbers, 1 for a layer with the window and 0 without"
-        yield Problem("model.window_attn_skip_freq", f"is {list(freq)}", fix)
 
 
 def _tokenizer(recipe: Recipe) -> Iterator[Problem]:
@@ -322,7 +290,3 @@ def _widths(key: str, stage: Training, model: Model, chunks: int) -> Iterator[Pr
 def _too_few(tokens: int, model: Model) -> tuple[str, str]:
     what = f"{tokens} tokens are less than one sequence ({model.seq_length})"
     return what, f"give at least {model.seq_length}"
-
-
-def _divisors(number: int) -> list[int]:
-    return [n for n in range(1, number + 1) if number % n == 0]

@@ -3,19 +3,22 @@
 The reader follows the types of the schema, so a new field needs no line here. It collects every
 problem before it raises, each with file, line, key and fix.
 
-Three conveniences, all resolved on reading (``dump`` writes the result out in full):
+Four conveniences, all resolved on reading (``dump`` writes the result out in full):
 
 - ``training:`` at the top gives defaults that every stage inherits key by key; the blocks inside
   (``layout``, ``megatron``) merge, a mixture (``data``) is one value and replaces.
 - ``base: other.yaml`` starts from another recipe, key by key in the same way.
+- ``steps: 200`` says the tokens of a stage by its batch and sequence length.
 - Counts may be written ``4_000_000``, ``4e6``, ``60k``, ``4M`` or ``80B``.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import glob
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,7 @@ import yaml
 from megatron_btx.errors import UserError
 from megatron_btx.files import find_json, newest_step
 from megatron_btx.recipe import check, stages
+from megatron_btx.recipe.fields import Range
 from megatron_btx.recipe.messages import homes, path_problem, yaml_name
 from megatron_btx.recipe.schema import Recipe, Training
 from megatron_btx.recipe.typed import BAD, Reader
@@ -42,9 +46,9 @@ def load_recipe(path: str | Path, base: str | Path | None = None) -> Recipe:
         UserErrors: everything that is wrong with it, at once.
     """
     tree = read_tree(Path(path))
-    if base is None:
-        return _build(_with_bases(tree, ()))
-    return _build([*_with_bases(read_tree(Path(base)), ()), tree])
+    bases = [] if base is None else _with_bases(read_tree(Path(base)), ())
+    recipe = _build([*bases, tree] if bases else _with_bases(tree, ()))
+    return _found_from_anywhere(recipe, Path(path).parent)
 
 
 def parse_recipe(text: str, path: str | Path = "recipe.yaml") -> Recipe:
@@ -65,23 +69,32 @@ def digest(part: Any) -> str:
     new option leaves the hash of what was made before it as it was; who changes what a default
     means gives the field another name.
     """
-    plain = _plain(part, written=_differs)
+    plain = _plain(part, written=_differs, name=_hashed_name)
     text = json.dumps(plain, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _plain(value: Any, written: Callable[[Any, Any], bool] = lambda value, field: True) -> Any:
+def _hashed_name(field: Any) -> str:
+    """A field's name in hashes: its first one, whatever it is called now."""
+    return str(field.metadata.get("formerly") or yaml_name(field.name))
+
+
+def _plain(
+    value: Any,
+    written: Callable[[Any, Any], bool] = lambda value, field: True,
+    name: Callable[[Any], str] = lambda field: yaml_name(field.name),
+) -> Any:
     """Dataclasses as mappings, of those fields that ``written(value, field)`` admits."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {
-            yaml_name(field.name): _plain(getattr(value, field.name), written)
+            name(field): _plain(getattr(value, field.name), written, name)
             for field in dataclasses.fields(value)
             if written(getattr(value, field.name), field)
         }
     if isinstance(value, dict):
-        return {key: _plain(item, written) for key, item in value.items()}
+        return {key: _plain(item, written, name) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item, written) for item in value]
+        return [_plain(item, written, name) for item in value]
     return value
 
 
@@ -116,7 +129,7 @@ def _build(layers: list[Node]) -> Recipe:
     builder = _Builder(noun="a recipe", homes=homes(Recipe), roots=layers)
     recipe = builder.instance(Recipe, layers, "", extra=("training", "base"))
     if recipe is not BAD:
-        recipe = _derive(recipe)
+        recipe = _derive(builder.with_steps(recipe))
         builder.check(recipe)
         if not builder.errors:
             recipe = builder.match_dense(recipe)
@@ -140,6 +153,19 @@ def _derive(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, experts=experts, run_dir=run_dir, tokenizer=tokenizer)
 
 
+def _found_from_anywhere(recipe: Recipe, here: Path) -> Recipe:
+    """The recipe with its relative run directories where they are: under the current directory, as
+    they are made, else beside the recipe, whose run may have been begun from there."""
+
+    def found(path: str) -> str:
+        beside = os.path.normpath(here / path)
+        there = any(glob.iglob(path)) or not any(glob.iglob(beside))
+        return path if there else beside
+
+    share = tuple(map(found, recipe.share))
+    return dataclasses.replace(recipe, run_dir=found(recipe.run_dir), share=share)
+
+
 def _taken_vocabulary(seed: Path) -> int | None:
     """Size of the vocabulary that comes along with a checkpoint, Megatron's or Hugging Face's;
     whether there is a whole one is asked later (pipeline/import_checkpoint.py)."""
@@ -151,11 +177,16 @@ def _taken_vocabulary(seed: Path) -> int | None:
         return None
 
 
+STEPS = Range(1, 10**9)
+
+
 @dataclasses.dataclass(kw_only=True)
 class _Builder(Reader):
     """Reads a recipe: every stage starts from ``training:``."""
 
     roots: list[Node]
+    steps: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Of stages that say so instead of tokens, by their dotted keys."""
 
     def check(self, recipe: Recipe) -> None:
         """Note what check.py finds, except in blocks that have an error of their own already: what
@@ -178,6 +209,7 @@ class _Builder(Reader):
             return recipe
         tokens = stages.data_matched_tokens(recipe)
         for name, right in (
+            ("steps", False),
             ("tokens", recipe.dense.tokens == tokens),
             ("data", not recipe.dense.data),
         ):
@@ -195,3 +227,44 @@ class _Builder(Reader):
             above = [root.value["training"] for root in self.roots if "training" in root.value]
             layers = [*(node for node in above if node.value is not None), *layers]
         return super().block(cls, layers, key)
+
+    def instance(self, cls: type, layers: list[Node], key: str, extra: tuple[str, ...] = ()) -> Any:
+        """A dataclass; a training stage may give ``steps`` instead of tokens."""
+        if cls is Training:
+            layers = self._take_steps(layers, key)
+        return super().instance(cls, layers, key, extra)
+
+    def _take_steps(self, layers: list[Node], key: str) -> list[Node]:
+        """The layers without ``steps``; of tokens and steps the later layer's counts."""
+        given: Node | None = None
+        rest = []
+        for layer in layers:
+            entries = dict(layer.value)
+            steps = entries.pop("steps", None)
+            if steps is not None and "tokens" in entries:
+                self.error(steps, "stands beside `tokens`", "give one of the two")
+            if steps is not None or "tokens" in entries:
+                given = steps
+            rest.append(dataclasses.replace(layer, value=entries))
+        if given is not None:
+            count = self.value(int, [given], f"{key}.steps")
+            wrong = None if count is BAD else STEPS.problem(count)
+            if wrong is not None:
+                count = self.error(given, *wrong)
+            if count is not BAD:
+                self.steps[key] = count
+        return rest
+
+    def with_steps(self, recipe: Recipe) -> Recipe:
+        """The recipe with the tokens of those stages."""
+
+        def counted(key: str, block: Training) -> Training:
+            if key not in self.steps:
+                return block
+            tokens = self.steps[key] * block.global_batch_size * recipe.model.seq_length
+            return dataclasses.replace(block, tokens=tokens)
+
+        blocks = {key: counted(key, block) for key, block in check.stages(recipe).items()}
+        experts = {name: blocks[f"experts.{name}"] for name in recipe.experts}
+        own: dict[str, Any] = {key: blocks[key] for key in blocks if "." not in key}
+        return dataclasses.replace(recipe, experts=experts, **own)

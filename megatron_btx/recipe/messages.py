@@ -52,8 +52,8 @@ def describe(hint: Any) -> str:
         if typing.get_origin(option) is Literal:
             words += typing.get_args(option)
         elif typing.get_origin(option) is tuple:
-            texts = typing.get_args(option)[0] is str
-            words.append("text or a list of texts" if texts else "a list of whole numbers")
+            lists = {str: "text or a list of texts", float: "a list of numbers"}
+            words.append(lists.get(typing.get_args(option)[0], "a list of whole numbers"))
         elif typing.get_origin(option) is dict:
             words.append("a mapping")
         elif dataclasses.is_dataclass(option):

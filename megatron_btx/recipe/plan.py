@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -77,6 +77,23 @@ def plan(recipe: Recipe) -> Plan:
         total_disk_bytes=sum(stage.disk_bytes for stage in stages),
         peak_disk_bytes=peak_disk(stages),
     )
+
+
+def warnings(recipe: Recipe) -> Iterator[str]:
+    """What is allowed and is hardly meant: stages that end before their warm-up does."""
+    taking_part = systems.kinds(recipe)
+    for key in check.stages(recipe):
+        name = stage_of_key(key)
+        if name.partition(":")[0] not in taking_part:
+            continue
+        stage = training(recipe, name)
+        steps = count.steps(stage, recipe.model) if stage.from_ is None else 0
+        if 0 < steps <= stage.lr_warmup_iters:
+            yield (
+                f"{key}: {steps} step{'s'[: steps - 1]} under a warm-up of "
+                f"{stage.lr_warmup_iters}: the learning rate never reaches its peak; give more "
+                "`tokens`, or lower `lr_warmup_iters`"
+            )
 
 
 _AT_WORK = {"seed": (0, 0), "expert": (1, 1), "dense": (1, 2), "finetune": (2, 2)}

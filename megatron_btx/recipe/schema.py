@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from megatron_btx.recipe.fields import path, within
+from megatron_btx.recipe.fields import path, renamed, within
 
 Precision = Literal["fp32", "bf16"]
 
@@ -23,18 +23,27 @@ class Model:
     fields at the end as in its relatives (Llama 3, Mistral, Qwen)."""
 
     num_layers: int = within(1, 10_000)
+    """Transformer layers."""
     hidden_size: int = within(1, 10**6)
+    """Width of a token's hidden state."""
     ffn_hidden_size: int = within(1, 10**7)
+    """Inner width of the feed-forward layer."""
     num_attention_heads: int = within(1, 10**5)
+    """Query heads."""
     num_query_groups: int | None = within(1, 10**5, default=None)
     """Key/value heads (grouped-query attention); ``None``: as many as ``num_attention_heads``."""
     kv_channels: int | None = within(1, 10**5, default=None)
     """Width of a head; ``None``: ``hidden_size / num_attention_heads``."""
     seq_length: int = within(1, 10**9, default=4096)
+    """Tokens of a training sequence."""
     rotary_base: float = within(1, default=10000.0)
+    """Base of the rotary frequencies (`rope_theta`)."""
     layernorm_epsilon: float = within(1e-12, 0.01, default=1e-5)
+    """RMSNorm's epsilon."""
     untie_embeddings_and_output_weights: bool = True
+    """Whether the output layer has weights of its own; `false`: it is the embedding."""
     init_method_std: float = within(0, 10, default=0.02)
+    """Standard deviation of the normal draws that initialise the weights."""
     make_vocab_size_divisible_by: int = within(1, 10**6, default=128)
     """The vocabulary is padded to a multiple of this, and of nothing else: a checkpoint's shapes
     never depend on the layout that wrote it. Tensor parallelism must divide the padded size."""
@@ -64,17 +73,13 @@ class Model:
     moe_shared_expert_gate: bool = False
     """Whether a sigmoid gate scales the shared expert's output (Qwen2-MoE)."""
 
-    def __post_init__(self) -> None:
-        for name in ("window_size", "window_attn_skip_freq"):  # lists in JSON
-            if isinstance(getattr(self, name), list):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tokenizer:
     """SentencePiece (trained by the recipe or given) or a Hugging Face tokenizer."""
 
     type: Literal["sentencepiece", "huggingface"] = "sentencepiece"
+    """Which of the two."""
     path: str | None = path()
     """A ``.model`` file or a Hugging Face directory. ``None``: train SentencePiece on the seed's
     data, or take the tokenizer that comes with ``seed.from``."""
@@ -90,7 +95,9 @@ class Domain:
     pairs (docs/data.md), or a corpus every machine has."""
 
     train: tuple[str, ...] = path(())
+    """Training text."""
     valid: tuple[str, ...] = path(())
+    """Held-out text; without it, a part of the training text is held out."""
     weights: tuple[float, ...] = within(1e-9, 1e9, default=())
     """How much of what is read comes from each path of ``train`` (normalised); none: by tokens."""
     text_key: str = "text"
@@ -106,10 +113,15 @@ class Layout:
     """How a job's ranks divide a model, in Megatron's terms. World size = TP x PP x CP x DP."""
 
     tensor_model_parallel_size: int = within(1, 10**6, default=1)
+    """TP: ranks that divide every matrix."""
     pipeline_model_parallel_size: int = within(1, 10**6, default=1)
+    """PP: ranks that divide the layers."""
     context_parallel_size: int = within(1, 10**6, default=1)
+    """CP: 1, anything else is refused."""
     data_parallel_size: int = within(1, 10**6, default=1)
+    """DP: replicas, each with its part of the batch."""
     expert_model_parallel_size: int = within(1, 10**6, default=1)
+    """EP: ranks that divide the experts; of the finetuning only."""
     expert_tensor_parallel_size: int | None = within(1, 10**6, default=None)
     """``None``: as ``tensor_model_parallel_size``, Megatron's own default."""
     sequence_parallel: bool | None = None
@@ -160,18 +172,29 @@ class Training:
     micro_batch_size: int = within(1, 10**6, default=1)
     """Sequences a rank runs at once."""
     lr: float = within(1e-12, 10, default=1e-4)
+    """Peak learning rate."""
     min_lr: float | None = within(0, 10, default=None)
     """``None``: a tenth of ``lr``."""
     lr_warmup_iters: int = within(0, default=100)
+    """Steps of linear warm-up."""
     lr_decay_style: Literal["cosine", "linear", "constant", "inverse-square-root"] = "cosine"
+    """How the learning rate falls from its peak to `min_lr`."""
     weight_decay: float = within(0, 100, default=0.1)
+    """AdamW's."""
     adam_beta1: float = within(0, 0.999999, default=0.9)
+    """AdamW's decay of the first moment."""
     adam_beta2: float = within(0, 0.9999999, default=0.95)
+    """AdamW's decay of the second moment."""
     adam_eps: float = within(1e-20, 1, default=1e-5)
+    """AdamW's epsilon."""
     clip_grad: float = within(0, default=1.0)
+    """Largest norm of the gradient; 0: not clipped."""
     precision: Precision = "bf16"
+    """Of parameters and products; the optimizer keeps fp32 copies."""
     use_distributed_optimizer: bool = False
+    """Divide the optimizer state over data-parallel ranks."""
     layout: Layout = Layout()
+    """The stage's ranks."""
     save_interval: int = within(1, default=1000)
     """Steps between checkpoints; the last step is always saved."""
     keep_checkpoints: int = within(1, default=2)
@@ -193,6 +216,7 @@ class Training:
     eod_mask_loss: bool = False
     """Megatron's: what follows an end token is not predicted."""
     megatron: MegatronOptions = MegatronOptions()
+    """Options of Megatron's own."""
     from_: str | None = path()
     """A Megatron ``torch_dist`` directory (with its manifest) or a Hugging Face directory to take
     instead of training. Written ``from:`` in the YAML."""
@@ -203,6 +227,7 @@ class Routing:
     """The routing function g and its balance loss (sections 3.2, 3.3 and 4.3.1)."""
 
     type: Literal["topk", "switch", "sample_top1", "soft"] = "topk"
+    """The routing function."""
     moe_router_topk: int = within(1, 10_000, default=2)
     """k of ``topk``; the other types fix it (switch and sample_top1: 1; soft: all experts)."""
     moe_router_pre_softmax: bool = False
@@ -213,6 +238,7 @@ class Routing:
     moe_expert_capacity_factor: float = within(0.01, default=1.5)
     """``switch`` only (section 3.3): tokens over capacity are dropped."""
     temperature_min: float = within(1e-6, default=0.5)
+    """``sample_top1``: the lowest temperature."""
     temperature_rate: float = within(0, default=1e-4)
     """``sample_top1``: tau = max(temperature_min, exp(-temperature_rate * step))."""
     first_layer_soft: bool = True
@@ -222,7 +248,9 @@ class Routing:
     moe_router_load_balancing_type: Literal["none", "aux_loss", "seq_aux_loss"] = "none"
     """Megatron's own balance losses, beside the paper's."""
     moe_aux_loss_coeff: float = within(0, 1000, default=0.0)
+    """Weight of Megatron's own balance loss."""
     moe_z_loss_coeff: float | None = within(0, 1000, default=None)
+    """Weight of the router's z-loss; ``None``: none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -264,13 +292,14 @@ class Mix:
     """``upcycle``: share of each expert's inner units that are drawn anew (Drop-Upcycling, arXiv
     2502.19261)."""
     router_init: Literal["normal", "zeros", "uniform", "centroids", "ridge"] = "normal"
-    """The paper does not give one; normal with Megatron's ``init_method_std`` by default.
-    ``centroids``: each expert's row points to where its domain's hidden states are; ``ridge``: the
-    rows solve the ridge regression of the domain on them (DUME, arXiv 2603.29765)."""
+    """The paper does not give one; normal draws of ``router_init_std`` by default, whatever the
+    model's ``init_method_std`` is. ``centroids``: each expert's row points to where its domain's
+    hidden states are; ``ridge``: the rows solve the ridge regression of the domain on them (DUME,
+    arXiv 2603.29765)."""
     router_init_std: float = within(0, 100, default=0.02)
     """Standard deviation, or half the width of the interval."""
     centroids: str | None = path()
-    """The file of `btx centroids`, for ``router_init: centroids`` or ``ridge``."""
+    """The file of ``btx centroids``, for ``router_init: centroids`` or ``ridge``."""
 
     def expert_names(self, models: Sequence[str]) -> tuple[str, ...]:
         """The experts that become of dense models, in the MoE's order."""
@@ -292,7 +321,7 @@ class Mix:
 class BTM:
     """Branch-Train-Merge (arXiv 2208.03306): the experts and the seed as an ensemble."""
 
-    select: Literal["top1", "top2", "posterior", "average"] = "top2"
+    method: Literal["top1", "top2", "posterior", "average"] = renamed("top2", "select")
     """The experts nearest to a text by tf-idf, as in the BTX paper (section 4.1.2); all of them by
     the posterior of their domains, as in BTM's own; or one model, the average of their weights."""
 
@@ -304,7 +333,9 @@ class Evaluate:
     tokens: int = within(1, default=262_144)
     """Held-out tokens a domain, at most; whole sequences."""
     micro_batch_size: int = within(1, 10**6, default=16)
+    """Sequences a rank runs at once."""
     layout: Layout = Layout()
+    """The evaluation's ranks."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -312,6 +343,7 @@ class Export:
     """The finished MoE as a Hugging Face directory."""
 
     format: Literal["hf", "none"] = "hf"
+    """``none`` leaves it out."""
     check: bool = True
     """Compare the loss with ``transformers`` where it is installed."""
 
@@ -321,8 +353,11 @@ class WandB:
     """Weights & Biases; the JSONL metrics are written either way."""
 
     mode: Literal["disabled", "offline", "online"] = "offline"
+    """``online`` needs a key in the environment."""
     project: str = "megatron-btx"
+    """Name of the project."""
     entity: str | None = None
+    """User or team; ``None``: the key's own."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -331,9 +366,13 @@ class SlurmJob:
     block around this one. Whatever is written here reaches Slurm as one word: it runs nothing."""
 
     partition: str | None = None
+    """Partition."""
     account: str | None = None
+    """Account."""
     qos: str | None = None
+    """Quality of service."""
     constraint: str | None = None
+    """Features of the nodes."""
     time: str | None = None
     """``"24:00:00"``, ``"2-12:00:00"`` (in quotes), or minutes."""
     nodes: int | None = within(1, 10**6, default=None)
@@ -379,9 +418,11 @@ class Recipe:
     """One Branch-Train-MiX run, from text to a table."""
 
     name: str
+    """The run's name."""
     run_dir: str = "runs/{name}"
     """Everything the run writes; ``{name}`` is the recipe's."""
     random_seed: int = within(0, 2**31 - 1, default=1234)
+    """Of weights, data order and sampling."""
     system: Literal["seed", "experts", "dense", "upcycling", "btm", "btx"] = "btx"
     """Which of the paper's systems it is (systems.py); what they share is made once."""
     match: Literal["data", "compute"] = "data"
@@ -389,23 +430,34 @@ class Recipe:
     finetuning together read, in the dense baseline's order. ``compute``: the finetuning's mixture
     lasts until the system has cost the training FLOPs of BTX with top-2 routing (section 4.1.2)."""
     model: Model
+    """The dense models."""
     tokenizer: Tokenizer = Tokenizer()
+    """How text becomes tokens."""
     domains: dict[str, Domain]
     """Every body of text by name; the order is the order of the table's columns."""
     seed: Training
+    """The stage that makes the model from which the experts branch."""
     experts: dict[str, Training]
     """One stage per domain, trained independently from the seed (sections 3.1, 4.1.1)."""
     mix: Mix = Mix()
+    """How the experts become one MoE."""
     routing: Routing = Routing()
+    """How the MoE's tokens choose experts."""
     finetune: Training
+    """The stage that trains the MoE."""
     dense: Training | None = None
     """The data-matched dense baseline (section 4.1.2); ``None`` leaves it out. Its ``tokens`` and
     ``data`` are derived: the experts' data first, then the finetune mixture."""
     btm: BTM = BTM()
+    """Branch-Train-Merge; of `system: btm`."""
     evaluate: Evaluate = Evaluate()
+    """Held-out losses."""
     export: Export = Export()
+    """The result for others."""
     wandb: WandB = WandB()
+    """Where metrics go."""
     slurm: Slurm = Slurm()
+    """How `btx submit` runs the stages."""
     share: tuple[str, ...] = ()
     """Run directories, ``*`` allowed: what is finished there under the same key is linked here
     instead of made again."""

@@ -110,7 +110,7 @@ def measure_tasks(
 ) -> dict[str, dict[str, Any]]:
     """Scores on tasks of every system, under the first random seed: by name what ``btx evaluate
     --tasks`` says of it. What has been measured lies in ``kept``, by what it is of. An average of
-    weights (``btm: {select: average}``) is no checkpoint, and left out.
+    weights (``btm: {method: average}``) is no checkpoint, and left out.
     """
     found: dict[str, dict[str, Any]] = {}
     seed = runs[0].recipe.random_seed
@@ -119,7 +119,7 @@ def measure_tasks(
         for row in rows(run.recipe):
             name = comparison.title(run.recipe, row.name)
             ensemble = len(row.models) > 1
-            averaged = ensemble and run.recipe.btm.select == "average"
+            averaged = ensemble and run.recipe.btm.method == "average"
             if name in found or averaged or run.recipe.random_seed != seed:
                 continue
             files = [memo.paths([*task["files"], *task["shots"]]) for task in tasks]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_btx.errors import UserError
+from megatron_btx.files import read_json
 from megatron_btx.recipe.architecture import Architecture
+from megatron_btx.recipe.read_architecture import from_manifest
 
 FORMAT = "megatron_btx/1"
 MANIFEST = "manifest.json"
@@ -31,29 +32,24 @@ def read_manifest(
     """
     path = directory / MANIFEST
     again = "copy the checkpoint again, or take another one"
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         return _declared(directory, given or {})
-    except ValueError as error:
-        raise UserError(str(path), f"is damaged: {error}", again) from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+    manifest = read_json(path)
+    if manifest.get("format") != FORMAT:
         raise UserError(str(path), f"not of the format {FORMAT}", again)
-    try:
-        return Architecture.from_json(manifest), manifest
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(str(path), f"is damaged: {error!r}", again) from error
+    return from_manifest(manifest, path), manifest
 
 
 def _declared(directory: Path, given: Mapping[str, Any]) -> tuple[Architecture, dict[str, Any]]:
     # Here, because it imports torch, which our own manifests need not.
-    from megatron_btx.weights.megatron_lm_args import architecture_of, settings_of
+    from megatron_btx.weights.megatron_lm_args import architecture_of, refuse_unknown, settings_of
 
     found = settings_of(directory)
     if found is None and not given:
         what = f"no {MANIFEST}, no run_config.yaml and no arguments of Megatron-LM in common.pt"
         fix = "say what the model is under `model:` in a file of options, and give it by --config"
         raise UserError(str(directory), what, fix)
+    refuse_unknown(given, str(directory))
     settings = {**(found or {}), **given}
     architecture = architecture_of(settings, str(directory))
     return architecture, {"tokens": settings.get("tokens")}

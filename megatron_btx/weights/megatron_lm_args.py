@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import io
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from megatron_btx.errors import UserError, UserErrors
+from megatron_btx.errors import UserError, UserErrors, collect_errors
 from megatron_btx.recipe.architecture import Architecture
-from megatron_btx.recipe.schema import Model, Routing
-from megatron_btx.recipe.yaml_tree import read_tree
+from megatron_btx.recipe.fields import Range
+from megatron_btx.recipe.messages import near_key
+from megatron_btx.recipe.read_architecture import MOST_EXPERTS, integer, read_architecture
+from megatron_btx.recipe.yaml_tree import Node, read_tree, tree_of
 from megatron_btx.weights import safe_unpickle
 from megatron_btx.weights.mp_rank import arguments_of, is_mp_rank
 from megatron_btx.weights.torch_dist import read_object
@@ -92,13 +95,16 @@ def settings_of(directory: Path) -> dict[str, Any] | None:
     args = content.get("args") if isinstance(content, dict) else None
     if args is None:
         return None
+    if not isinstance(args, safe_unpickle.Record):
+        what = f"its args are of type {type(args).__name__}, no arguments of Megatron-LM"
+        raise UserError(str(directory / "common.pt"), what, "copy the checkpoint again")
     found = dict(vars(args))
     if not found.get("group_query_attention", True):
         found["num_query_groups"] = None  # the flag's own default, 1, means something else
     if found.get("use_rope_scaling") and found.get("rope_scaling_factor") not in (None, 8):
         found[_DROPPED] = found.pop("rope_scaling_factor")
-    seen = found.get("consumed_train_samples") or 0
-    found["tokens"] = seen * (found.get("seq_length") or 0)
+    seen, length = found.get("consumed_train_samples"), found.get("seq_length")
+    found["tokens"] = seen * length if type(seen) is int and type(length) is int else None
     return found
 
 
@@ -135,52 +141,106 @@ def architecture_of(settings: Settings, where: str) -> Architecture:
     Raises:
         UserErrors: everything that is missing, or that we would compute wrongly, at once.
     """
+    known = _in_our_words(settings)
+    errors = list(_unsupported(known, where))
+    entries = {
+        "model": {name: known[name] for name in _SAME if known.get(name) is not None},
+        "vocab_size": known.get("vocab_size"),
+        "moe": _moe_of(known, where, errors),
+    }
+    found: list[UserError] = []
+    described = None
+    with collect_errors(found):
+        described = read_architecture(_as_written(entries, settings, Path(where)))
+    errors += [e for e in found if e.what not in ("is missing", "is empty, not a whole number")]
+    if errors or described is None:
+        raise UserErrors(errors)
+    return described
+
+
+def _in_our_words(settings: Settings) -> dict[str, Any]:
     known = {_ALIASES.get(name, name): value for name, value in settings.items()}
-    if "share_embeddings_and_output_weights" in known:
-        known["untie_embeddings_and_output_weights"] = not known[
-            "share_embeddings_and_output_weights"
-        ]
+    shared = known.get("share_embeddings_and_output_weights")
+    if shared is not None:
+        known["untie_embeddings_and_output_weights"] = (
+            not shared if isinstance(shared, bool) else shared  # which is no boolean either
+        )
     if "scale_factor" in settings:  # Megatron-Bridge has it for Llama 3.1 only
         known["rope_scaling"] = settings["scale_factor"] is not None
-    errors = [
-        UserError(where, f"{name} is {known[name]!r}; only {allowed[0]!r} is supported")
-        for name, allowed in _FIXED.items()
-        if name in known and known[name] not in allowed
-    ]
+    return known
+
+
+def _unsupported(known: dict[str, Any], where: str) -> Iterator[UserError]:
+    """What is missing, and what we would compute wrongly."""
+    for name, allowed in _FIXED.items():
+        if name in known and known[name] not in allowed:
+            what = f"{name} is {known[name]!r}; only {allowed[0]!r} is supported"
+            yield UserError(where, what)
     for name in _REQUIRED:
         if known.get(name) is None:
-            errors.append(UserError(where, f"does not say {name}", _GIVE))
+            yield UserError(where, f"does not say {name}", _GIVE)
     if known.get("vocab_size") is None:
         what = "does not say vocab_size, the tokenizer's own size without padding"
-        errors.append(UserError(where, what, _GIVE))
+        yield UserError(where, what, _GIVE)
     if _DROPPED in known and known.get("rope_scaling_factor") is None:
         what = (
             f"{_DROPPED} was {known[_DROPPED]}, which Megatron-LM of megatron-core 0.17 to 0.19 "
             "drops for 8: was it trained with 8, or with another one set by hand?"
         )
         fix = "say `rope_scaling_factor` under `model:` in a file of options, give it by --config"
-        errors.append(UserError(where, what, fix))
+        yield UserError(where, what, fix)
     freq = known.get("moe_layer_freq", 1)
-    experts = known.get("num_moe_experts") or 0
-    if experts and freq != 1 and not (isinstance(freq, list) and set(freq) == {1}):
-        errors.append(UserError(where, f"moe_layer_freq is {freq!r}; experts must be everywhere"))
+    everywhere = freq == 1 or (isinstance(freq, list) and freq == [1] * len(freq))
+    if known.get("num_moe_experts") and not everywhere:
+        yield UserError(where, f"moe_layer_freq is {freq!r}; experts must be everywhere")
     if isinstance(known.get("window_attn_skip_freq"), int):
         what = "window_attn_skip_freq is a number; only a list, a value a layer, is supported"
-        errors.append(UserError(where, what))
-    fields = {name: known[name] for name in _SAME if known.get(name) is not None}
-    if errors:
-        raise UserErrors(errors)
-    routing = None
-    if experts:
-        pre_softmax = bool(known.get("moe_router_pre_softmax"))
-        top = known.get("moe_router_topk") or 2
-        routing = Routing(type="topk", moe_router_topk=top, moe_router_pre_softmax=pre_softmax)
-    return Architecture(
-        model=Model(**fields),
-        vocab_size=known["vocab_size"],
-        experts=tuple(map(str, range(experts))),
-        routing=routing,
-    )
+        yield UserError(where, what)
+
+
+def _moe_of(known: dict[str, Any], where: str, errors: list[UserError]) -> dict[str, Any] | None:
+    given = known.get("num_moe_experts")
+    if given in (None, 0):
+        return None
+    limits = Range(1, MOST_EXPERTS)
+    experts = integer(Node(given, Path(where), 0, "num_moe_experts"), limits, errors)
+    top = known.get("moe_router_topk")
+    routing = {
+        "moe_router_topk": 2 if top is None else top,
+        "moe_router_pre_softmax": known.get("moe_router_pre_softmax") or False,
+    }
+    return {"experts": [str(at) for at in range(experts)], "routing": routing} if experts else None
+
+
+def _as_written(entries: dict[str, Any], settings: Settings, where: Path) -> Node:
+    """Each value under the name that the settings have for it."""
+    names = {ours: theirs for theirs, ours in _ALIASES.items() if theirs in settings}
+    if "share_embeddings_and_output_weights" in settings:
+        names["untie_embeddings_and_output_weights"] = "share_embeddings_and_output_weights"
+
+    def named(node: Node, ours: str) -> Node:
+        if not isinstance(node.value, dict):
+            return replace(node, key=names.get(ours, ours))
+        return replace(node, value={name: named(each, name) for name, each in node.value.items()})
+
+    return named(tree_of(entries, where), "")
+
+
+def refuse_unknown(given: Settings, where: str) -> None:
+    """That all that a user says of a model is looked at.
+
+    Raises:
+        UserErrors: words that are none of the settings here.
+    """
+    words = (*_SAME, *_ALIASES, *_FIXED, "vocab_size", "num_moe_experts", "tokens")
+    words += ("moe_router_topk", "moe_router_pre_softmax", "moe_layer_freq")
+    words += ("share_embeddings_and_output_weights", "padded_vocab_size", "group_query_attention")
+    unknown = [name for name in given if name not in words]
+    if unknown:
+        what = "is no setting of a model here"
+        raise UserErrors(
+            [UserError(f"{where}: model.{n}", what + near_key(n, words)) for n in unknown[:20]]
+        )
 
 
 _GIVE = "say it under `model:` in a file of options, and give that by --config"

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from megatron_btx.errors import UserError, UserErrors
+from megatron_btx.pipeline import graph
+from megatron_btx.recipe import plan
 from megatron_btx.recipe.load import digest, dump, load_recipe, parse_recipe
 from megatron_btx.recipe.schema import Layout, Training
 
@@ -281,3 +283,80 @@ def test_the_room_loads_no_torch() -> None:
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def test_steps_say_tokens(good: str, tmp_path: Path) -> None:
+    """The same recipe, the same keys of its stages."""
+    text = good.replace("tokens: 2e6, layout", "steps: 3907, layout")
+    recipe, same = parse_recipe(text), parse_recipe(good.replace("2e6", str(3907 * 8 * 64)))
+    assert recipe.experts["math"].tokens == 3907 * 8 * 64
+    assert recipe == same
+    assert [s.key for s in graph.build(recipe)] == [s.key for s in graph.build(same)]
+    both = good.replace("tokens: 2e6,", "tokens: 2e6, steps: 5,")
+    with pytest.raises(UserErrors, match=r"experts\.math\.steps: stands beside `tokens`"):
+        parse_recipe(both)
+    with pytest.raises(UserErrors, match=r"steps: is 0, out of range"):
+        parse_recipe(good.replace("tokens: 2e6,", "steps: 0,"))
+    with pytest.raises(UserErrors, match=r"dense\.steps: is derived"):
+        parse_recipe(good.replace("dense: {}", "dense: {steps: 3}"))
+    (tmp_path / "base.yaml").write_text(good)
+    over = tmp_path / "over.yaml"
+    over.write_text("base: base.yaml\nseed: {steps: 7}\ntraining: {steps: 9}\n")
+    over_it = load_recipe(over)
+    assert over_it.seed.tokens == 7 * 8 * 64
+    assert over_it.experts["math"].tokens == 2_000_000, "a stage's own tokens are above training"
+
+
+def test_a_run_beside_its_recipe_is_found_from_anywhere(
+    good: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where it was begun comes first: a run that was made from the current directory goes on."""
+    here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
+    for place in (here, elsewhere):
+        place.mkdir()
+    (here / "recipe.yaml").write_text(good + "share: [runs/other*]\n")
+    monkeypatch.chdir(elsewhere)
+    assert load_recipe(here / "recipe.yaml").run_dir == "runs/small"
+    (here / "runs" / "small").mkdir(parents=True)
+    (here / "runs" / "other_1").mkdir()
+    found = load_recipe(here / "recipe.yaml")
+    assert found.run_dir == str(here / "runs/small")
+    assert found.share == (str(here / "runs/other*"),)
+    assert load_recipe("../here/recipe.yaml").run_dir == "../here/runs/small"
+    (elsewhere / "runs" / "small").mkdir(parents=True)
+    assert load_recipe(here / "recipe.yaml").run_dir == "runs/small"
+
+
+def test_a_stage_that_ends_in_its_warm_up_is_warned_of(good: str) -> None:
+    recipe = parse_recipe(good.replace("tokens: 2e6,", "tokens: 500,"))
+    assert list(plan.warnings(recipe)) == [
+        "experts.math: 1 step under a warm-up of 100: the learning rate never reaches its peak; "
+        "give more `tokens`, or lower `lr_warmup_iters`"
+    ]
+    assert not list(plan.warnings(parse_recipe(good)))
+
+
+KEYS = {
+    "systems/btm_top1": "5a27ff99ef966e3c",
+    "systems/btx_soft": "7dd7fc9ff492c3ad",
+    "demo/recipe": "b9621e654c751c76",
+    "paper_7b/recipe": "e8ae68d5b1fafd9b",
+}
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_content_keys_of_the_examples_stay_what_they_are(name: str) -> None:
+    """A run begun with an earlier version goes on: renamed keys and new fields change no hash."""
+    recipe = load_recipe(Path(__file__).parents[2] / "examples" / f"{name}.yaml")
+    keys = [(s.name, s.key) for s in graph.build(recipe) if s.name != "mix"]
+    assert digest(keys)[:16] == KEYS[name]
+
+
+def test_the_former_name_of_the_method(good: str, capsys: pytest.CaptureFixture[str]) -> None:
+    base = good + "system: btm\nmix: {method: btx}\n"
+    old = parse_recipe(base + "btm: {select: top1}\n")
+    new = parse_recipe(base + "btm: {method: top1}\n")
+    assert old == new
+    assert "btm.select is called `method` now" in capsys.readouterr().err
+    assert "method: top1" in dump(old)
+    assert [s.key for s in graph.build(old)] == [s.key for s in graph.build(new)]

@@ -161,7 +161,7 @@ base: {base}
 name: taken
 run_dir: {run}
 system: btm
-btm: {{select: posterior}}
+btm: {{method: posterior}}
 experts:
   math: {{from: {math}, tokens: 0}}
   web: {{from: {web}, tokens: 0}}

@@ -153,10 +153,10 @@ DAMAGES = {
     "no manifest": (lambda d: (d / "manifest.json").unlink(), "no manifest.json"),
     "manifest truncated": (lambda d: truncate(d / "manifest.json"), "damaged"),
     "manifest of another format": (edit_manifest(format="other/2"), "not of the format"),
-    "manifest without a model": (edit_manifest(model=None), "damaged"),
+    "manifest without a model": (edit_manifest(model=None), "model.num_layers: is missing"),
     "another shape": (edit_model(ffn_hidden_size=64), "has shape (96, 32), not (128, 32)"),
     "more layers": (edit_model(num_layers=5), "layers.4.mlp.router.weight is missing"),
-    "larger vocabulary": (edit_manifest(vocab_size=130), "has shape (128, 32), not (130, 32)"),
+    "larger vocabulary": (edit_manifest(vocab_size=130), "padded_vocab_size: is 128, and 130"),
     "a tensor renamed": (rename_tensor, "layers.0.mlp.router.weighs is unexpected"),
     "a chunk lost": (drop_chunk, "384 of 512 elements are stored"),
 }

@@ -1,0 +1,48 @@
+"""``btx keys``: what may stand in a recipe. Imports no torch."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from typing import Any
+
+from megatron_btx.cli.common import command
+from megatron_btx.errors import UserError
+from megatron_btx.recipe import reference
+from megatron_btx.recipe.messages import near_key
+
+_EPILOG = """examples:
+  btx keys                     every key
+  btx keys model               those of a block
+  btx keys finetune.layout     of a stage's layout
+  btx keys lr --json           wherever a key stands, as JSON"""
+
+
+def add_parser(commands: Any) -> None:
+    """Add ``keys`` to the command line."""
+    parser = command(
+        commands, "keys", "the keys of a recipe: type, default, range, meaning", _EPILOG
+    )
+    parser.add_argument("prefix", nargs="?", default="", metavar="PREFIX", help="a block or a key")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the keys; exit code 0.
+
+    Raises:
+        UserError: there is no such key.
+    """
+    found = reference.matching(options.prefix)
+    if not found:
+        names = [key.name for key in reference.all_keys()]
+        near = near_key(options.prefix, [*names, *(name.rpartition(".")[2] for name in names)])
+        raise UserError(options.prefix, "is no key of a recipe", f"see `btx keys`{near}")
+    if options.json:
+        sys.stdout.write(json.dumps([dataclasses.asdict(key) for key in found], indent=1) + "\n")
+    else:
+        sys.stdout.write(reference.as_text(found))
+    return 0
