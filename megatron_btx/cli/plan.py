@@ -8,10 +8,11 @@ from dataclasses import asdict
 from typing import Any
 
 from megatron_btx.cli.common import recipe_command
-from megatron_btx.errors import UserError
-from megatron_btx.recipe import chips, plan, reading
+from megatron_btx.errors import UserError, collect_errors
+from megatron_btx.recipe import check, chips, plan, reading
 from megatron_btx.recipe.load import load_recipe
 from megatron_btx.recipe.plan import Plan
+from megatron_btx.recipe.schema import Recipe
 
 _EPILOG = """examples:
   btx plan examples/paper_7b/recipe.yaml
@@ -52,6 +53,7 @@ def run(options: argparse.Namespace) -> int:
     domains = reading.prepared(recipe)
     trained = [stage.name for stage in made.stages if stage.steps]
     read = reading.reading(recipe, trained, domains)
+    _warn_of_files(recipe)
     if options.json:
         more: dict[str, Any] = {"reading": [asdict(one) for one in read], "domains": domains}
         more |= {} if took is None else {"estimate": asdict(took)}
@@ -67,6 +69,15 @@ def run(options: argparse.Namespace) -> int:
     for line in reading.warnings(read):
         sys.stdout.write(f"\nwarning: {line}\n")
     return 0
+
+
+def _warn_of_files(recipe: Recipe) -> None:
+    """A plan needs no files, but a run will: say which are not there."""
+    missing: list[UserError] = []
+    with collect_errors(missing):
+        check.files(recipe)
+    for error in missing:
+        sys.stderr.write(f"warning: {error}\n")
 
 
 def _estimate(options: argparse.Namespace, made: Plan) -> chips.Estimate | None:

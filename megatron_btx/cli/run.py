@@ -12,9 +12,10 @@ from typing import Any
 
 from megatron_btx.cli.common import coloured, open_recipe, recipe_command, renamed
 from megatron_btx.cli.report import print_results
-from megatron_btx.pipeline import graph, state
+from megatron_btx.pipeline import graph, run_checks, state
 from megatron_btx.pipeline.graph import Stage
 from megatron_btx.pipeline.local.runner import EXIT_INTERRUPTED
+from megatron_btx.recipe import check
 from megatron_btx.recipe.schema import Recipe
 
 
@@ -46,6 +47,9 @@ def run(options: argparse.Namespace) -> int:
     left = state.left(run_dir, stages)
     if options.dry_run:
         _print_stages(recipe, run_dir, stages, options.json)
+        if left:  # what a run would be refused for, though it is read in seconds
+            check.files(recipe)
+            run_checks.keeps_recipe(run_dir, Path(options.recipe), recipe)
         return 0
     code, problem = 0, ""
     if left:
@@ -71,6 +75,7 @@ def _run_left(
     from megatron_btx.pipeline.local.run import run_left
     from megatron_btx.report import page
 
+    run_checks.keeps_recipe(run_dir, Path(options.recipe), recipe)
     outcome = run_left(recipe, run_dir, stages, page=page.write, refresh=page.REFRESH)
     if outcome.code == EXIT_INTERRUPTED:
         again = f"btx run {shlex.quote(options.recipe)}"

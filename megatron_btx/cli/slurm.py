@@ -15,6 +15,7 @@ from megatron_btx.cli.common import open_recipe, recipe_command, renamed
 from megatron_btx.errors import UserError
 from megatron_btx.pipeline import graph, state
 from megatron_btx.pipeline.graph import Stage
+from megatron_btx.recipe import check
 
 
 def add_parser(commands: Any) -> None:
@@ -102,10 +103,14 @@ def submit(options: argparse.Namespace) -> int:
     selection.check_needs(run_dir, stages, chosen)
     if options.dry_run:
         sys.stdout.write(submit.dry_run(recipe, run_dir, chosen, whole=options.scripts))
+        if chosen:
+            check.files(recipe)
+            run_checks.keeps_recipe(run_dir, Path(options.recipe), recipe)
         return 0
     if not chosen:
         sys.stdout.write(f"{recipe.name}: all that was asked for is done ({run_dir})\n")
         return 0
+    run_checks.keeps_recipe(run_dir, Path(options.recipe), recipe)
     run_checks.check(recipe, run_dir, chosen, gpus=None)
     jobs, notes = submit.submit(recipe, run_dir, chosen, probe=not options.no_probe)
     for note in [*run_checks.warnings(recipe), *notes]:

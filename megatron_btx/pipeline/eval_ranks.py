@@ -71,10 +71,6 @@ def answer(request: Request) -> Any:
     return _start(request, world_size)
 
 
-_RANKS = 16
-"""That many may be started on any machine; each holds some 400 MB before it has a model."""
-
-
 def _number(name: str) -> int:
     """A variable that is a whole number, 1 where there is none."""
     text = os.environ.get(name, "1")
@@ -84,7 +80,7 @@ def _number(name: str) -> int:
 
 
 def _start(request: Request, world_size: int) -> Any:
-    most = max(_RANKS, 4 * runner.cores())
+    most = runner.most_ranks()
     if world_size > most:
         raise UserError(
             "--layout",

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_btx.errors import UserError, UserErrors, collect_errors
-from megatron_btx.pipeline import import_checkpoint
+from megatron_btx.pipeline import graph, import_checkpoint
 from megatron_btx.pipeline.graph import Stage
+from megatron_btx.pipeline.local import runner
 from megatron_btx.recipe import check as recipe_check
 from megatron_btx.recipe import plan
+from megatron_btx.recipe.load import dump
 from megatron_btx.recipe.schema import Recipe
+from megatron_btx.recipe.stages import directory as stage_directory
 from megatron_btx.recipe.stages import recipe_key, stage_of_key
+from megatron_btx.weights.find_checkpoint import find_checkpoint
 
 _READ_AHEAD = 2 << 30
 """Bytes of users' text that are read before the run, over all files; what is behind them is read
@@ -40,6 +45,8 @@ def check(recipe: Recipe, run_dir: Path, left: tuple[Stage, ...], gpus: int | No
                 _machine(recipe, stage, gpus)
     with collect_errors(errors):
         import_checkpoint.check_all(recipe, left)
+    with collect_errors(errors):
+        _sources(run_dir, left)
     if any(stage.kind == "prepare" for stage in left):
         from megatron_btx.data import prepare
 
@@ -79,12 +86,61 @@ def _machine(recipe: Recipe, stage: Stage, gpus: int) -> None:
     key, layout = recipe_key(stage.name) + ".layout", blocks[stage.name]
     if not gpus:
         recipe_check.refuse_on_gloo(layout, key)
+        if stage.world_size > runner.most_ranks():
+            raise UserError(
+                key,
+                f"TP x PP x CP x DP is {stage.world_size} ranks, and this machine has "
+                f"{runner.cores()} core(s)",
+                f"give a layout of {runner.most_ranks()} ranks or fewer, or start the stage over "
+                "several machines (`btx submit`, `btx stage`)",
+            )
     elif stage.world_size > gpus:
         raise UserError(
             key,
             f"TP x PP x CP x DP is {stage.world_size} ranks of a GPU each; this machine has {gpus}",
             "lower it, or start the stage over several machines with `btx stage`",
         )
+
+
+def _sources(run_dir: Path, left: tuple[Stage, ...]) -> None:
+    """That finished stages still have the checkpoints that the stages left start from."""
+    coming, looked = {stage.name for stage in left}, set[str]()
+    errors: list[UserError] = []
+    for stage in left:
+        for need in stage.needs if stage.kind != "report" else ():
+            trained = need.partition(":")[0] in graph.TRAINED
+            if trained and need not in coming and need not in looked:
+                looked.add(need)
+                with collect_errors(errors):
+                    find_checkpoint(stage_directory(run_dir, need))
+    if errors:
+        raise UserErrors(errors)
+
+
+def keeps_recipe(run_dir: Path, given: Path, recipe: Recipe) -> None:
+    """That the copy of the recipe in the run's directory takes no other file's place.
+
+    Args:
+        run_dir: where the copy would be written.
+        given: the recipe's own file.
+        recipe: what is in it.
+
+    Raises:
+        UserError: a ``recipe.yaml`` is there that no run has written, or it is the recipe itself.
+    """
+    copy = run_dir / "recipe.yaml"
+    if not copy.exists():
+        return
+    begun = (run_dir / "lock").exists() or any(run_dir.glob("*/stage.json"))
+    itself = copy.resolve() == given.resolve()
+    resolved = dump(dataclasses.replace(recipe, run_dir=str(run_dir.absolute())))
+    if begun and not (itself and copy.read_text(encoding="utf-8") != resolved):
+        return
+    raise UserError(
+        str(copy),
+        "is the recipe itself" if itself else "was written by no run",
+        "a run writes the resolved recipe under this name: give another `run_dir:`",
+    )
 
 
 def _space(recipe: Recipe, run_dir: Path, left: tuple[Stage, ...]) -> None:

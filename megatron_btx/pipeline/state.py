@@ -39,7 +39,10 @@ def done(run_dir: Path, stage: Stage) -> dict[str, Any] | None:
     for name in (stage.directory, *graph.LOOKS_AHEAD.get(stage.kind, "").split()):
         record = find_json(run_dir / name / "done.json")
         if record is not None and record.get("key") == stage.key:
-            return record
+            table = (record.get("outputs") or {}).get(
+                "results"
+            )  # seconds to make anew, if it is lost
+            return record if table is None or (run_dir / table).exists() else None
     return None
 
 
@@ -60,6 +63,8 @@ def standing(run_dir: Path, stage: Stage) -> tuple[str, str]:
         if (_shelf(run_dir, stage.directory, stage.key) / "done.json").exists():
             return "left", "was made for this recipe before: will be taken back from old/"
         return "left", "its part of the recipe, its text or a stage before it has changed"
+    if (directory / "done.json").exists():
+        return "left", "what it had made is no longer there"
     if (directory / "stopped.json").exists():
         return "stopped", f"goes on from {step.name}" if step else ""
     if (error := find_json(directory / "error.json")) is not None:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
+import socket
 import sys
 import tempfile
 import time
@@ -192,6 +194,8 @@ def _place(stage: Stage) -> int:
             "export MASTER_ADDR (the host of rank 0) and MASTER_PORT (a free port there, the same "
             "for all ranks), or use `btx run` or `btx submit`",
         )
+    if world_size > 1 and "BTX_INIT_METHOD" not in os.environ:
+        _check_port(rank)
     for name in _THREADS:
         os.environ[name] = str(stage.num_threads)
     # oneDNN keeps a compiled primitive for every new shape, 1024 of them by default. The number of
@@ -204,6 +208,30 @@ def _place(stage: Stage) -> int:
 def _can_meet() -> bool:
     """Whether the environment says where the ranks of a job find each other."""
     return "BTX_INIT_METHOD" in os.environ or {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+
+
+def _check_port(rank: int) -> None:
+    """That ``MASTER_PORT`` is a port, and on the first rank that nothing else listens there. Under
+    torchrun its agent does, for the ranks.
+
+    Raises:
+        UserError: it is not.
+    """
+    port = _number("MASTER_PORT")
+    if not 1 <= port <= 65535:
+        raise UserError("MASTER_PORT", f"is {port}", "give a free port, 1024 to 65535")
+    if rank != 0 or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return
+    with socket.socket(socket.AF_INET6 if socket.has_ipv6 else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            if error.errno not in (errno.EADDRINUSE, errno.EACCES):
+                return
+            what = f"is {port}, which is in use on {socket.gethostname()} or not yours to use"
+            fix = "give a free one, the same for all ranks"
+            raise UserError("MASTER_PORT", what, fix) from None
 
 
 @contextlib.contextmanager

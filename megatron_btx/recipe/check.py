@@ -48,6 +48,18 @@ def stages(recipe: Recipe) -> dict[str, Training]:
     return found
 
 
+def _absent(path: Path, key: str) -> str:
+    """What to do about a path that is not there. A model of the Hub is named ``ORG/NAME``, which a
+    recipe takes for a path beside it."""
+    hub = f"{path.parent.name}/{path.name}"
+    if key.startswith("domains.") or path.parent.exists() or not path.parent.parent.exists():
+        return "correct the path"
+    return (
+        f"correct the path; if {hub} is a model on the Hugging Face Hub, download it first: "
+        f"hf download {hub} --local-dir {path}"
+    )
+
+
 def files(recipe: Recipe) -> None:
     """That every file and directory the recipe names is there and not empty.
 
@@ -61,7 +73,7 @@ def files(recipe: Recipe) -> None:
         if not path.exists() and Path(f"{name}.idx").exists() and not directory:
             return  # a Megatron pair by its prefix, which `prepare` looks at
         if not path.exists():
-            missing.append(UserError(key, f"{path} does not exist", "correct the path"))
+            missing.append(UserError(key, f"{path} does not exist", _absent(path, key)))
         elif directory and not path.is_dir():
             missing.append(UserError(key, f"{path} is a file", "give the checkpoint's directory"))
         elif path.is_dir() and not any(path.iterdir()):

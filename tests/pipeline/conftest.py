@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -64,7 +65,15 @@ class Run:
                     found.append(process)
             except psutil.Error:
                 continue
-        return [p for p in found if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+        return [process for process in found if _lives(process)]
+
+    def commands(self, word: str) -> list[list[str]]:
+        """Command lines of those that have ``word`` in theirs."""
+        found = []
+        for process in self.processes():
+            with contextlib.suppress(psutil.Error):  # it has ended meanwhile
+                found.append(process.cmdline())
+        return [command for command in found if word in command]
 
     def wait(self, condition: Callable[[], bool], timeout: float = 20) -> None:
         deadline = time.monotonic() + timeout
@@ -78,6 +87,14 @@ class Run:
         lines = path.read_text().splitlines() if path.exists() else []
         records = [json.loads(line) for line in lines if line.endswith("}")]
         return [record["step"] for record in records if record["kind"] == "train"]
+
+
+def _lives(process: psutil.Process) -> bool:
+    """Whether it runs: what has ended is a zombie until its parent asks for it, then gone."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
 
 
 @pytest.fixture

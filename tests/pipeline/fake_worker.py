@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 from megatron_btx.errors import UserError
-from megatron_btx.pipeline import worker
+from megatron_btx.pipeline import graph, worker
 from megatron_btx.pipeline.graph import Stage
 from megatron_btx.pipeline.state import find_json, write_json
 from megatron_btx.recipe.schema import Recipe
@@ -64,6 +64,8 @@ def _stage(recipe: Recipe, stage: Stage, run_dir: Path) -> dict[str, object]:
                 else:
                     time.sleep(0.3)
                 return {}
+    if stage.kind in graph.TRAINED:  # what the stages behind it start from
+        (directory / "checkpoints" / f"step_{STEPS:08d}").mkdir(parents=True, exist_ok=True)
     return {"steps": STEPS, "pid": os.getpid()}
 
 

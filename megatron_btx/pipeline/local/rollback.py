@@ -11,6 +11,9 @@ from megatron_btx.pipeline import state
 from megatron_btx.pipeline.graph import Stage
 from megatron_btx.pipeline.local.progress import View
 
+_FILES = ("recipe.yaml", "lock", "fingerprints.json", "results.json", "report.html")
+"""What a run writes beside its stages."""
+
 
 class Undo:
     """A run that fails by a mistake in its input before it has made anything worth keeping has
@@ -47,11 +50,16 @@ class Undo:
             if self._recipe is not None and recipe.read_bytes() != self._recipe:
                 recipe.write_bytes(self._recipe)
             for entry in set(self.run_dir.iterdir()) - self._entries:
-                if entry.name != "old":
+                if self._ours(entry.name):
                     _remove(entry)
         for path in self._made:  # those that are empty
             with contextlib.suppress(OSError):
                 path.rmdir()
+
+    def _ours(self, name: str) -> bool:
+        """Whether a run makes an entry of this name: what else has appeared is somebody's."""
+        stages = {stage.directory for stage in self.stages}
+        return name in {*_FILES, *stages}
 
     def _anything_saved(self) -> bool:
         return not state.saved(self.run_dir, self.stages) <= self._saved

@@ -289,6 +289,12 @@ def cores() -> int:
     return count or 1
 
 
+def most_ranks() -> int:
+    """Ranks that may be started on this machine where there are no GPUs: four a core, and sixteen
+    on any (each holds some 400 MB before it has a model)."""
+    return max(16, 4 * cores())
+
+
 def gpus() -> list[int]:
     """Numbers of the GPUs this process may use, without asking CUDA."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_btx.errors import UserError
 from megatron_btx.pipeline import state
 from megatron_btx.pipeline.graph import Stage
 from megatron_btx.pipeline.local.progress import Standing, amount, clock
@@ -58,7 +59,12 @@ def rows(run_dir: Path, stages: tuple[Stage, ...]) -> list[Row]:
     known = jobs.submitted(run_dir)
     # Those whose submission was killed before it could write them down, and those that were
     # submitted by hand, are in the queue.
-    queued = {job.stage: job.number for job in jobs.active(run_dir, stages)}
+    queued: dict[str, str] = {}
+    try:
+        queued = {job.stage: job.number for job in jobs.active(run_dir, stages)}
+    except UserError:  # a run of this machine needs no Slurm to be looked at
+        if known or any("job" in jobs.begun(run_dir / stage.directory) for stage in stages):
+            raise
     found = []
     for stage in stages:
         noted = jobs.begun(run_dir / stage.directory)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
 import pty
+import re
 import resource
 import shlex
 import signal
@@ -15,6 +17,7 @@ import termios
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from tests.pipeline.conftest import Run
@@ -60,8 +63,7 @@ def test_independent_stages_share_the_cores(run: Run) -> None:
     process = run.start(wish={f"expert:{n}": {"seconds": 3} for n in ("code", "math", "prose")})
     alive = [run.run_dir / f"expert-{name}" for name in ("code", "math", "prose")]
     run.wait(lambda: sum((path / "metrics.jsonl").exists() for path in alive) >= 2)
-    ranks = [p for p in run.processes() if "tests.pipeline.fake_worker" in p.cmdline()]
-    assert len(ranks) >= 2
+    assert len(run.commands("tests.pipeline.fake_worker")) >= 2
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=30)
 
@@ -81,7 +83,7 @@ def test_until_a_stage_and_then_the_rest(run: Run) -> None:
 def test_kill_9_leaves_no_process_and_the_next_run_goes_on(run: Run) -> None:
     process = run.start(wish={"seed": {"seconds": 20, "child": True}})
     run.wait(lambda: len(run.steps("seed")) >= 2)
-    assert any(p.name() == "sleep" for p in run.processes())  # a grandchild in its own session
+    assert run.commands("sleep")  # a grandchild in its own session
     process.send_signal(signal.SIGKILL)
     process.wait()
     run.wait(lambda: not run.processes(), 5)
@@ -99,8 +101,9 @@ def test_a_rank_killed_with_its_watcher_still_leaves_nothing(run: Run) -> None:
     process = run.start(wish={"seed": {"seconds": 20}})
     run.wait(lambda: len(run.steps("seed")) >= 1)
     for other in run.processes():
-        if "tests.pipeline.fake_worker" not in other.cmdline():
-            other.kill()
+        with contextlib.suppress(psutil.Error):  # it has ended meanwhile, and is a zombie or gone
+            if "tests.pipeline.fake_worker" not in other.cmdline():
+                other.kill()
     process.wait()
     run.wait(lambda: not run.processes(), 5)
 
@@ -291,3 +294,100 @@ def test_a_changed_recipe_keeps_the_former_stage_and_takes_it_back(run: Run) -> 
     assert code == 0
     assert "taken back" in errors
     assert _attempts(run.run_dir / "expert-math") == 1
+
+
+def test_what_somebody_else_puts_there_stays(run: Run) -> None:
+    """A run that fails before it has made anything removes what it made, and nothing else."""
+    process = run.start(
+        "--stop-after", "prepare", wish={"prepare": {"fail": "user", "after": "go"}}
+    )
+    run.wait(lambda: (run.run_dir / "prepare" / "log").exists())
+    (run.run_dir / "notes.md").write_text("mine")
+    (run.run_dir / "go").mkdir()
+    (run.run_dir / "go" / "metrics.jsonl").touch()
+    process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert sorted(path.name for path in run.run_dir.iterdir()) == ["go", "notes.md"]
+
+
+@pytest.mark.parametrize("name", ["recipe.yaml", "other.yaml"])
+def test_a_recipe_in_the_runs_directory_is_never_overwritten(run: Run, name: str) -> None:
+    """Neither the recipe itself (`run_dir: "."`), nor somebody's file of that name."""
+    text = run.recipe.read_text().replace(str(run.run_dir), str(run.directory))
+    run.recipe.write_text(text)
+    (run.directory / name).write_text(text)
+    mine, run.recipe = run.recipe, run.directory / name
+    before = _tree(run.directory)
+    for options in ((), ("--dry-run",)):
+        code, _, errors = run(*options)
+        assert code == 2
+        assert f"{mine}: " in errors
+        assert "give another `run_dir:`" in errors
+    assert _tree(run.directory) == before
+
+
+def test_the_copy_of_the_recipe_can_be_run(run: Run) -> None:
+    assert run("--stop-after", "prepare")[0] == 0
+    run.recipe = run.run_dir / "recipe.yaml"
+    assert run("--stop-after", "seed")[0] == 0
+
+
+def test_more_ranks_than_a_machine_holds_are_refused(run: Run) -> None:
+    layout = "{data_parallel_size: 1000}"
+    more = f"seed: {{layout: {layout}, micro_batch_size: 1, global_batch_size: 1000}}\n"
+    run.recipe.write_text(run.recipe.read_text() + more)
+    code, _, errors = run("--stop-after", "seed")
+    assert code == 2
+    assert "seed.layout: TP x PP x CP x DP is 1000 ranks, and this machine has" in errors
+    assert not run.run_dir.exists()
+
+
+def test_a_finished_stage_without_its_checkpoint_is_told_at_once(run: Run) -> None:
+    assert run("--stop-after", "seed")[0] == 0
+    (run.run_dir / "seed" / "checkpoints" / "step_00000020").rmdir()
+    code, _, errors = run("--stop-after", "expert:math")
+    assert code == 2
+    assert (
+        f"{run.run_dir / 'seed'}: is a finished stage, and holds no checkpoint any more" in errors
+    )
+    (run.run_dir / "seed" / "done.json").unlink()  # as the error says
+    code, _, errors = run("--stop-after", "expert:math")
+    assert code == 0, errors
+
+
+def test_a_dry_run_says_why_a_stage_is_left(run: Run) -> None:
+    assert run("--stop-after", "expert:math")[0] == 0
+    assert run("--stop-after", "expert:code", wish={"expert:code": {"fail": "crash"}})[0] == 1
+    run.recipe.write_text(run.recipe.read_text() + "experts: {math: {lr: 1e-3}}\n")
+    code, output, _ = run("--dry-run")
+    assert code == 0
+    lines = output.splitlines()
+    why = {line.split()[0]: after.strip() for line, after in zip(lines, lines[1:], strict=False)}
+    assert why["expert:code"] == "failed: RuntimeError: a crash, as asked"
+    assert why["expert:math"].startswith("its part of the recipe, its text")
+    assert not why["expert:prose"].startswith(("failed", "its part"))
+
+
+@pytest.mark.parametrize("command", ["run", "submit"])
+def test_a_dry_run_looks_at_files(run: Run, command: str) -> None:
+    more = "seed: {from: meta-llama/Llama-3.1-8B}\ntokenizer: {path: tokenizer.model}\n"
+    run.recipe.write_text(run.recipe.read_text() + more)
+    words = [sys.executable, "-m", "megatron_btx.cli", command, str(run.recipe), "--dry-run"]
+    done = subprocess.run(words, cwd=run.directory, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "hf download meta-llama/Llama-3.1-8B --local-dir" in done.stderr
+    assert f"tokenizer.path: {run.directory / 'tokenizer.model'} does not exist" in done.stderr
+    assert "finetune" in done.stdout
+
+
+def test_status_of_a_local_run_needs_no_slurm(run: Run) -> None:
+    assert run("--stop-after", "seed")[0] == 0
+    (run.directory / "bin").mkdir()
+    squeue = run.directory / "bin" / "squeue"
+    squeue.write_text("#!/bin/sh\necho 'Unable to contact slurm controller: DNS' >&2\nexit 1\n")
+    squeue.chmod(0o755)
+    words = [sys.executable, "-m", "megatron_btx.cli", "status", str(run.recipe)]
+    environment = {**os.environ, "PATH": f"{squeue.parent}:{os.environ['PATH']}"}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.search(r"^seed +done", done.stdout, re.MULTILINE)

@@ -1,0 +1,50 @@
+"""What a rank refuses of its environment."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+
+from megatron_btx.errors import UserError
+from megatron_btx.pipeline import worker
+from megatron_btx.pipeline.graph import Stage
+
+STAGE = Stage(name="seed", kind="seed", world_size=2)
+
+
+@pytest.fixture
+def two_ranks(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """The environment of the first of two ranks that srun started."""
+    for name in ("BTX_INIT_METHOD", "TORCHELASTIC_USE_AGENT_STORE"):
+        monkeypatch.delenv(name, raising=False)
+    known = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in known.items():
+        monkeypatch.setenv(name, value)
+    for name in (*worker._THREADS, "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):  # set by it: undone after
+        monkeypatch.setenv(name, "1")
+    return monkeypatch
+
+
+@pytest.mark.parametrize("port", ["http", "0", "70000", "-1"])
+def test_a_port_that_is_none(two_ranks: pytest.MonkeyPatch, port: str) -> None:
+    two_ranks.setenv("MASTER_PORT", port)
+    with pytest.raises(UserError, match="MASTER_PORT"):
+        worker._place(STAGE)
+
+
+def test_a_port_in_use(two_ranks: pytest.MonkeyPatch) -> None:
+    """Told by the first rank, before torch is imported; under torchrun its agent holds the port."""
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        two_ranks.setenv("MASTER_PORT", str(taken.getsockname()[1]))
+        with pytest.raises(UserError, match="in use"):
+            worker._place(STAGE)
+        two_ranks.setenv("RANK", "1")
+        assert worker._place(STAGE) == 1
+        two_ranks.setenv("RANK", "0")
+        two_ranks.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+        assert worker._place(STAGE) == 0
+    two_ranks.delenv("TORCHELASTIC_USE_AGENT_STORE")
+    assert worker._place(STAGE) == 0
