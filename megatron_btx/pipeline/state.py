@@ -39,9 +39,8 @@ def done(run_dir: Path, stage: Stage) -> dict[str, Any] | None:
     for name in (stage.directory, *graph.LOOKS_AHEAD.get(stage.kind, "").split()):
         record = find_json(run_dir / name / "done.json")
         if record is not None and record.get("key") == stage.key:
-            table = (record.get("outputs") or {}).get(
-                "results"
-            )  # seconds to make anew, if it is lost
+            # A table that is lost is made anew in seconds.
+            table = (record.get("outputs") or {}).get("results")
             return record if table is None or (run_dir / table).exists() else None
     return None
 

@@ -298,9 +298,8 @@ def test_a_changed_recipe_keeps_the_former_stage_and_takes_it_back(run: Run) -> 
 
 def test_what_somebody_else_puts_there_stays(run: Run) -> None:
     """A run that fails before it has made anything removes what it made, and nothing else."""
-    process = run.start(
-        "--stop-after", "prepare", wish={"prepare": {"fail": "user", "after": "go"}}
-    )
+    wish = {"prepare": {"fail": "user", "after": "go"}}
+    process = run.start("--stop-after", "prepare", wish=wish)
     run.wait(lambda: (run.run_dir / "prepare" / "log").exists())
     (run.run_dir / "notes.md").write_text("mine")
     (run.run_dir / "go").mkdir()
