@@ -31,6 +31,7 @@ again after an interruption, it goes on from the finished files."""
 _DRIFT = """examples:
   btx drift --sources code=DIR math=DIR seed=DIR
   btx drift --sources code=DIR math=DIR seed=DIR --out drift     drift.json and drift.svg as well
+  btx drift --sources code=DIR seed=DIR --out drift.svg          or one file: .svg, .csv, .json
 
 For every group of tensors (embeddings, attention, FFN, norms, head): relative L2 distance, cosine,
 and the cosine of what each model has learned since --seed-model. Nothing is mixed."""

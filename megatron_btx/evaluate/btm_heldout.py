@@ -43,7 +43,7 @@ class Cost:
 
 @dataclass(frozen=True, kw_only=True)
 class Ensemble:
-    """What came of the models' average on held-out text."""
+    """Held-out losses of the models' average, and what it costs."""
 
     heldout: HeldOut
     """Its loss; ``load`` and ``gate`` are ``None``."""

@@ -109,7 +109,7 @@ class _Text:
         return decode([*before, *new])[len(decode(before)) :]
 
     def continuation(self) -> Continuation:
-        """What came of it."""
+        """Of one prompt."""
         text = self.text([t for t in self.new if t != self._predictor.tokenizer.eos_id])
         return Continuation(
             text=text[: self._cut], tokens=len(self.new), ended=self._cut is not None

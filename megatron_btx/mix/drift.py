@@ -6,6 +6,7 @@ time is that of one reading of every model; of the pairs of N models only N x N 
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import os
@@ -13,7 +14,7 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any, TextIO
 
 import rich.markup
 import torch
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from megatron_btx import svg
 from megatron_btx.errors import UserError, UserErrors, shown
-from megatron_btx.files import check_directory, read_bytes, written
+from megatron_btx.files import check_directory, check_file, read_bytes, written
 from megatron_btx.mix.compatibility import disagreements
 from megatron_btx.mix.plan_of_request import open_sources
 from megatron_btx.mix.request import Request
@@ -36,18 +37,21 @@ _ELEMENTS = 1 << 22
 """Of all models together that are held at a time."""
 _ALL_PAIRS = 9
 """Models of which every pair is shown."""
-_MARKS = (("drift.json", '"cosine_of_differences"'), ("drift.svg", ": ffn</text>"))
-"""The files we write, and what is in each of them."""
+_MARKS = {".json": '"cosine_of_differences"', ".svg": ": ffn</text>", ".csv": "relative_l2"}
+"""By suffix what is in every file that we write."""
 
 Grams = dict[tuple[str, int], Tensor]
 """(group, layer; -1 outside the layers) -> inner products of every two models [N, N], fp64."""
 
 
 def show(request: Request, out: TextIO) -> None:
-    """Print the table; write ``drift.json`` and ``drift.svg`` into ``--out`` where one is given."""
-    if request.out:
-        check_directory(Path(request.out))
-        _check_ours(Path(request.out))
+    """Print the table; write ``drift.json`` and ``drift.svg`` into ``--out`` where one is given, or
+    the one file that its name says: ``.json``, ``.svg`` or ``.csv``.
+
+    Raises:
+        UserError: ``--out`` cannot be written, or what is there is none of ours.
+    """
+    files = _files(Path(request.out)) if request.out else {}
     models = open_sources(request)
     grams = drift(models)
     labels = [model.label for model in models]
@@ -55,13 +59,37 @@ def show(request: Request, out: TextIO) -> None:
     rows = [row for key, gram in grams.items() for row in _rows(*key, gram, labels, seed)]
     told = _told(rows, labels, seed)
     _table(told, out)
-    if request.out:
-        directory = Path(request.out)
-        directory.mkdir(parents=True, exist_ok=True)
-        with written(directory / "drift.json") as file:
-            file.write("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
-        with written(directory / "drift.svg") as file:
-            file.write(_heatmap(told))
+    for kind, path in files.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with written(path) as file:
+            if kind == ".json":
+                file.write("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+            elif kind == ".svg":
+                file.write(_heatmap(told))
+            else:
+                _write_csv(rows, file)
+
+
+def _files(out: Path) -> dict[str, Path]:
+    """What is written where, by suffix."""
+    if out.suffix in _MARKS:
+        check_file(out)
+        files = {out.suffix: out}
+    else:
+        check_directory(out)
+        files = {kind: out / f"drift{kind}" for kind in (".json", ".svg")}
+    for kind, path in files.items():
+        if os.path.lexists(path) and _MARKS[kind].encode() not in read_bytes(path, 1 << 30):
+            raise UserError(str(path), "is there and is none of ours", "give another name")
+    return files
+
+
+def _write_csv(rows: Sequence[dict[str, Any]], file: IO[Any]) -> None:
+    head = ["model", "other", *(key for key in rows[0] if key != "models")] if rows else []
+    table = csv.writer(file, lineterminator="\n")
+    table.writerow(head)
+    for row in rows:
+        table.writerow([*row["models"], *(row[key] for key in head[2:])])
 
 
 def drift(models: Sequence[Checkpoint]) -> Grams:
@@ -191,18 +219,6 @@ def _heatmap(rows: Sequence[dict[str, Any]]) -> str:
         label = f"{names[pair]}: {group}"
         parts.append(svg.element("text", label, x=234, y=33 + 18 * at, text_anchor="end"))
     return svg.document(260 + 18 * len(columns), 30 + 18 * len(lines), *parts) + "\n"
-
-
-def _check_ours(directory: Path) -> None:
-    """That no file of another's is written over.
-
-    Raises:
-        UserError: one of the names that we write is taken.
-    """
-    for name, mark in _MARKS:
-        path = directory / name
-        if os.path.lexists(path) and mark.encode() not in read_bytes(path, 1 << 30):
-            raise UserError(str(path), "is there and is none of ours", "give another directory")
 
 
 def _layer(name: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import os
@@ -232,6 +233,20 @@ def test_how_far_models_have_drifted(sources, tmp_path):
         assert abs(row["relative_l2"] - want) < 1e-6
         assert abs(row["cosine"] - 1) < 1e-9
     assert (tmp_path / "drift" / "drift.svg").read_text().startswith("<svg")
+    for name in ("one.svg", "one.csv"):
+        btx("drift", *words[:-1], tmp_path / name)
+        assert (tmp_path / name).is_file()
+        btx("drift", *words[:-1], tmp_path / name)  # ours is written anew
+    assert (tmp_path / "one.svg").read_text() == (tmp_path / "drift" / "drift.svg").read_text()
+    with (tmp_path / "one.csv").open(newline="") as file:
+        told = list(csv.DictReader(file))
+    for row, line in zip(rows, told, strict=True):
+        assert [line["model"], line["other"]] == row["models"]
+        assert float(line["relative_l2"]) == row["relative_l2"]
+    (tmp_path / "mine.csv").write_text("a,b\n")
+    with pytest.raises(UserError, match="is there and is none of ours"):
+        btx("drift", *words[:-1], tmp_path / "mine.csv")
+    assert (tmp_path / "mine.csv").read_text() == "a,b\n"
 
 
 def test_the_command_loads_no_torch():

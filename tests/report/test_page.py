@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -13,7 +14,7 @@ import pytest
 
 from megatron_btx.evaluate.results import SystemResult
 from megatron_btx.recipe.schema import Recipe
-from megatron_btx.report import charts, comparison_page, page, routing
+from megatron_btx.report import charts, comparison_page, page, routing, run
 from megatron_btx.report.comparison import Comparison, System
 from megatron_btx.report.routing import RoutingView
 from megatron_btx.report.run_data import gather
@@ -174,3 +175,21 @@ def test_a_run_on_its_way_loads_itself_again(tmp_path: Path) -> None:
     text = page.write(*make_run(tmp_path)).read_text(encoding="utf-8")
     assert "http-equiv" not in text
     assert "loads itself again" not in text
+
+
+def test_btx_run_writes_it_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While stages are at work, again and again; a damaged record does not end the run."""
+    recipe, run_dir = make_run(tmp_path, 4)
+    monkeypatch.setattr(page, "REFRESH", 0.01)
+    path = run_dir / "report.html"
+    with run._page_kept_current(recipe, run_dir):
+        for _ in range(2):
+            path.unlink(missing_ok=True)
+            while not path.exists():
+                time.sleep(0.01)
+        (run_dir / "seed" / "metrics.jsonl").write_text('{"kind": "train", "step": "x"}\n')
+        time.sleep(0.05)
+    assert "Not finished yet" in path.read_text(encoding="utf-8")
+    path.unlink()
+    time.sleep(0.05)
+    assert not path.exists(), "it ends with the run"
