@@ -13,8 +13,9 @@ from xml.etree import ElementTree
 import pytest
 
 from megatron_btx.evaluate.results import SystemResult
+from megatron_btx.pipeline.local.run import _kept_current
 from megatron_btx.recipe.schema import Recipe
-from megatron_btx.report import charts, comparison_page, page, routing, run
+from megatron_btx.report import charts, comparison_page, page, routing
 from megatron_btx.report.comparison import Comparison, System
 from megatron_btx.report.routing import RoutingView
 from megatron_btx.report.run_data import gather
@@ -177,15 +178,16 @@ def test_a_run_on_its_way_loads_itself_again(tmp_path: Path) -> None:
     assert "loads itself again" not in text
 
 
-def test_btx_run_writes_it_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_btx_run_writes_it_anew(tmp_path: Path) -> None:
     """While stages are at work, again and again; a damaged record does not end the run."""
     recipe, run_dir = make_run(tmp_path, 4)
-    monkeypatch.setattr(page, "REFRESH", 0.01)
     path = run_dir / "report.html"
-    with run._page_kept_current(recipe, run_dir):
+    with _kept_current(lambda: page.write(recipe, run_dir), run_dir, 0.01):
         for _ in range(2):
             path.unlink(missing_ok=True)
+            deadline = time.monotonic() + 120
             while not path.exists():
+                assert time.monotonic() < deadline
                 time.sleep(0.01)
         (run_dir / "seed" / "metrics.jsonl").write_text('{"kind": "train", "step": "x"}\n')
         time.sleep(0.05)
