@@ -73,7 +73,7 @@ begin() {
 }
 
 while :; do
-  begun=$(begin | tee >(grep -v --line-buffered '^begun ' >&2) && exit "${PIPESTATUS[0]}")
+  begun=$(begin | tee -p >(grep -v --line-buffered '^begun ' >&2) && exit "${PIPESTATUS[0]}")
   code=$?
   if [ "$code" = 0 ] || [ -n "$asked" ] || ! away "$begun"; then break; fi
   say "the controller does not answer; it is asked again until it does"
