@@ -3,6 +3,7 @@ accounting database; a job that Slurm has forgotten is known by its files. Impor
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,13 +78,17 @@ def rows(run_dir: Path, stages: tuple[Stage, ...]) -> list[Row]:
 def _row(run_dir: Path, stage: Stage, number: str | None, noted: dict[str, Any]) -> Row:
     directory = run_dir / stage.directory
     job = commands.show(number) if number else None
-    done = state.done(run_dir, stage) is not None
+    record = state.done(run_dir, stage)
+    done = record is not None
     if job is not None and not jobs.is_of(job, run_dir, stage, noted):
         job = None  # Slurm counts anew: another run's job
     seen = Standing(directory).read()
-    active = job is not None and job.active and (not done or job.held)
     word = _word(directory, job, done)
-    if job is not None and active:
+    forgotten = job is not None and record is not None and _forgotten(job, record)
+    active = job is not None and job.active and (not done or job.held or forgotten)
+    if job is not None and forgotten:
+        note = _FORGOTTEN % job.number
+    elif job is not None and active:
         note = _waits(job, done)
     else:
         note = "" if done or word == "left" else _last_words(run_dir, stage, word, job)
@@ -138,6 +143,20 @@ def _last_words(run_dir: Path, stage: Stage, word: str, job: commands.Job | None
     if not found and word == "failed":
         return "no log: do the nodes share the run's directory?"
     return found
+
+
+_FORGOTTEN = """\
+the stage is done, and Slurm takes its job for running: its controller was killed as it ended.
+fix: `scontrol requeue %s` lets it end anew, and what waits for it go on"""
+_ENDING = 60.0
+"""Seconds from a stage's ``done.json`` to the end of its job, and more than enough of them."""
+
+
+def _forgotten(job: commands.Job, record: dict[str, Any]) -> bool:
+    """Whether Slurm has forgotten that a job has ended, whose stage is done."""
+    finished = record.get("finished")
+    since = time.time() - finished if isinstance(finished, int | float) else 0.0
+    return job.state == "RUNNING" and since > _ENDING
 
 
 _HELD = """\
