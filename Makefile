@@ -22,7 +22,7 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -rs -n 2 --dist loadfile --no-loadscope-reorder
 
-UPSTREAM := tests/test_run.py tests/engine tests/weights tests/families tests/mix tests/train \
+UPSTREAM := tests/test_run.py tests/engine tests/megatron_lm tests/weights tests/families tests/mix tests/train \
   tests/convert tests/evaluate tests/recipe tests/data
 
 test-upstream: $(VENV)/.installed-dev

@@ -167,6 +167,9 @@ def _in_our_words(settings: Settings) -> dict[str, Any]:
         )
     if "scale_factor" in settings:  # Megatron-Bridge has it for Llama 3.1 only
         known["rope_scaling"] = settings["scale_factor"] is not None
+    if known.get("rope_scaling") in (None, False):
+        # Then it scales nothing, and its default is not everybody's.
+        known.pop("rope_scaling_factor", None)
     return known
 
 

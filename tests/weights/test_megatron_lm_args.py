@@ -60,6 +60,22 @@ def test_arguments_of_megatron_lm(tmp_path):
     assert torch.equal(read_whole(model.source, name), read_whole(dense("a", 1).source, name))
 
 
+def test_a_factor_counts_where_rope_is_scaled(tmp_path):
+    """Megatron-LM's arguments have one (8) always, and its argument path drops any other."""
+    megatron_lm(tmp_path / "off", argparse.Namespace(**(ARGS | {"rope_scaling_factor": 32.0})))
+    assert open_megatron(tmp_path / "off", "m").architecture == DENSE
+    for factor in (8.0, 32.0):
+        scaled = ARGS | {"use_rope_scaling": True, "rope_scaling_factor": factor}
+        megatron_lm(tmp_path / str(factor), argparse.Namespace(**scaled))
+    found = open_megatron(tmp_path / "8.0", "m").architecture.model
+    assert (found.rope_scaling, found.rope_scaling_factor) == (True, 8.0)
+    with pytest.raises(UserError, match="drops for 8: was it trained with 8, or with another"):
+        open_megatron(tmp_path / "32.0", "m")
+    given = {"rope_scaling_factor": 32.0}
+    found = open_megatron(tmp_path / "32.0", "m", given).architecture.model
+    assert (found.rope_scaling, found.rope_scaling_factor) == (True, 32.0)
+
+
 def test_experts_of_megatron_lm_are_mixed_and_verified(tmp_path):
     for label in ("code", "seed"):
         args = argparse.Namespace(**(ARGS | {"vocab_size": None}))
