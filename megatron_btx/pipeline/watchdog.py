@@ -85,7 +85,8 @@ class Watchdog:
             over.wait(every)
 
     def _leave(self, over: threading.Event) -> None:
-        sys.stderr.write("this job has been started anew elsewhere: saving and ending\n")
+        with contextlib.suppress(OSError):  # srun, which listened, may be gone
+            sys.stderr.write("this job has been started anew elsewhere: saving and ending\n")
         os.kill(os.getpid(), signal.SIGUSR1)  # as Slurm does ahead of a time limit
         if not over.wait(self.grace):
             os._exit(1)

@@ -212,7 +212,7 @@ def _fill_and_mend(run: Run, place: Path) -> None:
     before = files(run)
     full = run.btx("submit", "--no-probe", "--only", "prepare")
     assert full.returncode == 2, full.stderr
-    assert "No space left" in full.stderr
+    assert "no space left" in full.stderr
     assert files(run) == before
     (place / "filler").unlink()
     assert run.status()["prepare"]["note"] == row["note"]  # known also when there is room again
