@@ -25,8 +25,9 @@ READABLE = LATER + "domains: {}\n"
 
 
 def files(run: Run) -> dict[Path, bytes]:
-    """Everything in the run's directory."""
-    return {path: path.read_bytes() for path in run.run_dir.rglob("*") if path.is_file()}
+    """Everything in the run's directory, but for its lock."""
+    found = (path for path in run.run_dir.rglob("*") if path.is_file() and path.name != "lock")
+    return {path: path.read_bytes() for path in found}
 
 
 def share(run: Run) -> None:
