@@ -31,6 +31,7 @@ def run_lock(run_dir: Path) -> Iterator[None]:
             system has no locks.
     """
     path = run_dir / "lock"
+    new = not path.exists()
     with _open(path) as file:
         if not try_lock(file, fcntl.LOCK_EX):
             file.seek(0)
@@ -45,7 +46,8 @@ def run_lock(run_dir: Path) -> Iterator[None]:
         try:
             os.write(file.fileno(), f"process {os.getpid()} on {os.uname().nodename}".encode())
         except OSError:
-            path.unlink()  # no space for a line: leave as little as was found
+            if new:
+                path.unlink()  # no space for a line: leave as little as was found
             raise
         try:
             yield

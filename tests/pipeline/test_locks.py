@@ -44,6 +44,10 @@ def test_a_full_disk_leaves_no_lock(disk: Callable[[str], Path]) -> None:
     with pytest.raises(OSError, match="No space"), locks.run_lock(place):
         pass
     assert not (place / "lock").exists()
+    (place / "lock").touch()  # of a run before this: by it its directory is known
+    with pytest.raises(OSError, match="No space"), locks.run_lock(place):
+        pass
+    assert (place / "lock").exists()
 
 
 def test_ranks_at_work_are_waited_for(tmp_path: Path) -> None:
