@@ -28,7 +28,7 @@ words with one (arXiv 2005.14165, appendix C). The exit code is 1 where there ar
 
 def add_parser(commands: Any) -> None:
     """Add ``data`` to the command line."""
-    parser = command(commands, "data", "look at a recipe's text before it is trained on", "")
+    parser = command(commands, "data", "look at a recipe's text before it is trained on", _EPILOG)
     kinds = parser.add_subparsers(metavar="COMMAND", required=True)
     check = recipe_command(kinds, "check", "find training text that is held-out text too", _EPILOG)
     check.add_argument("--out", metavar="FILE", type=Path, help="write what is found (JSON lines)")
