@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-import shutil
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,6 @@ from megatron_btx.errors import UserError
 from megatron_btx.evaluate.stage import evaluate_plan
 from megatron_btx.families.export import export_hf
 from megatron_btx.families.hf_routing import Gates
-from megatron_btx.files import sync_directory
 from megatron_btx.mix.one_model import copy
 from megatron_btx.recipe.schema import Recipe
 from megatron_btx.recipe.stages import directory
@@ -59,12 +58,14 @@ def run(recipe: Recipe, run_dir: Path) -> dict[str, Any]:
 
 def _write(checkpoint: Path, out: Path, tokenizer: Tokenizer) -> None:
     """Weights, configuration and tokenizer; found under its name only when all are there."""
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    export_hf(checkpoint, partial, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id)
-    tokenizer.save_huggingface(partial)
-    partial.rename(out)
-    sync_directory(out.parent)
+
+    def files() -> dict[str, bytes]:
+        with tempfile.TemporaryDirectory() as made:
+            tokenizer.save_huggingface(made)
+            return {path.name: path.read_bytes() for path in sorted(Path(made).iterdir())}
+
+    begin, end = tokenizer.bos_id, tokenizer.eos_id
+    export_hf(checkpoint, out, bos_token_id=begin, eos_token_id=end, files=files)
 
 
 def compare(recipe: Recipe, run_dir: Path, checkpoint: Path, exported: Path) -> dict[str, float]:

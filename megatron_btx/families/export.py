@@ -35,11 +35,11 @@ def export_hf(
     bos_token_id: int | None = None,
     eos_token_id: int | None = None,
     shard: int = SHARD,
+    files: Callable[[], Mapping[str, bytes]] = dict,
 ) -> None:
     """Write a Megatron checkpoint of ours as a Hugging Face directory.
 
-    It becomes the first of the families (families/hf.py) that computes it. Tokenizer files are the
-    caller's to add.
+    It becomes the first of the families (families/hf.py) that computes it.
 
     Args:
         checkpoint: a ``step_XXXXXXXX`` directory.
@@ -48,6 +48,7 @@ def export_hf(
         bos_token_id: the tokenizer's, for generation.
         eos_token_id: likewise.
         shard: bytes a safetensors file.
+        files: more small files, such as a tokenizer's.
 
     Raises:
         UserError: the checkpoint is damaged, no family computes it, or ``out`` cannot be written.
@@ -62,7 +63,7 @@ def export_hf(
     )
     tokens = {"bos_token_id": bos_token_id, "eos_token_id": eos_token_id}
     given = {key: value for key, value in tokens.items() if value is not None}
-    write_hf(plan, Path(out), known=carried(model) | given, shard=shard)
+    write_hf(plan, Path(out), known=carried(model) | given, shard=shard, files=files)
 
 
 def write_hf(

@@ -6,17 +6,18 @@ range) and the tensors' bytes; nothing in it can run code.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_btx.errors import UserError, UserErrors, capped
-from megatron_btx.weights.box import Box, Shape
+from megatron_btx.errors import UserError, UserErrors, capped, shown
+from megatron_btx.files import parse_json
+from megatron_btx.weights.box import Box, Shape, sizes
 from megatron_btx.weights.mmap_io import read_box
 from megatron_btx.weights.model_files import index_of, weight_files
 from megatron_btx.weights.source import FileSource
@@ -27,8 +28,8 @@ DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-_MAX_HEADER = 100 << 20
-"""The format's own limit."""
+_MAX_HEADER = 16 << 20
+"""Bytes: 100,000 tensors. The format allows 100 MB, which would take gigabytes as JSON."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,11 @@ class _Stored:
     dtype: torch.dtype
     shape: Shape
     strides: Shape
+
+    @property
+    def nbytes(self) -> int:
+        """Of the data."""
+        return prod(self.shape) * self.dtype.itemsize
 
 
 class SafetensorsSource(FileSource[_Stored]):
@@ -76,36 +82,57 @@ def _header(path: Path) -> dict[str, _Stored]:
     """Parse and check one file's header against the file's size."""
     fix = "copy or download the file again"
     if not path.is_file():
-        raise UserError(str(path), "missing", fix)
+        what = "is a pipe, a device or a directory" if path.exists() else "missing"
+        raise UserError(str(path), what, fix)
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, _MAX_HEADER):
             raise UserError(str(path), "truncated, or not a safetensors file", fix)
         raw = file.read(length)
+    header = parse_json(raw, f"{path}: its header")
+    header.pop("__metadata__", None)
     try:
-        header = json.loads(raw)
-        header.pop("__metadata__", None)
-        found, end = {}, 0
-        for name, entry in header.items():
-            shape = tuple(int(size) for size in entry["shape"])
-            start, stop = entry["data_offsets"]
-            if entry["dtype"] not in DTYPES:
-                what = f"tensor {name} has dtype {entry['dtype']}, not one of {', '.join(DTYPES)}"
-                fix = "give the model before it was quantised: weights are fp32, bf16 or fp16"
-                raise UserError(str(path), what, fix)
-            dtype = DTYPES[entry["dtype"]]
-            if not 0 <= start <= stop or stop - start != prod(shape) * dtype.itemsize:
-                raise ValueError(f"tensor {name}: {stop - start} bytes for shape {shape}")
-            strides = tuple(prod(shape[axis + 1 :]) for axis in range(len(shape)))
-            found[name] = _Stored(path, 8 + length + start, dtype, shape, strides)
-            end = max(end, stop)
+        found = {name: _stored(path, name, entry) for name, entry in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(str(path), f"corrupt header: {error}", fix) from error
+    end = _end(path, found)
     if 8 + length + end > size:
         what = f"truncated: {size} bytes of {8 + length + end}"
         raise UserError(str(path), what, fix)
-    return found
+    return {name: replace(one, offset=8 + length + one.offset) for name, one in found.items()}
+
+
+def _stored(path: Path, name: str, entry: Any) -> _Stored:
+    """What the header says of one tensor, its offset counted from the end of the header."""
+    start, stop = sizes(entry["data_offsets"])
+    shape = sizes(entry["shape"])
+    kind = entry["dtype"]
+    if not isinstance(kind, str) or kind not in DTYPES:
+        what = f"tensor {shown(name)} has dtype {shown(kind)}, not one of {', '.join(DTYPES)}"
+        fix = "give the model before it was quantised: weights are fp32, bf16 or fp16"
+        raise UserError(str(path), what, fix)
+    dtype = DTYPES[kind]
+    if stop - start != prod(shape) * dtype.itemsize:
+        raise ValueError(f"tensor {shown(name)}: {stop - start} bytes for shape {shown(shape)}")
+    strides = tuple(prod(shape[axis + 1 :]) for axis in range(len(shape)))
+    return _Stored(path, start, dtype, shape, strides)
+
+
+def _end(path: Path, found: Mapping[str, _Stored]) -> int:
+    """Bytes of all tensors, which lie one behind the other without holes: the format's own rule
+    (``safetensors`` refuses anything else), so that no two names mean the same bytes.
+
+    Raises:
+        UserError: they do not.
+    """
+    end = 0
+    for name, one in sorted(found.items(), key=lambda item: (item[1].offset, item[1].nbytes)):
+        if one.offset != end:
+            what = f"corrupt header: tensor {shown(name)} begins at byte {one.offset}, not {end}"
+            raise UserError(str(path), what, "copy or download the file again")
+        end += one.nbytes
+    return end
 
 
 def _missing(path: Path, stored: Mapping[str, _Stored]) -> list[UserError]:

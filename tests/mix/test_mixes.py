@@ -300,6 +300,17 @@ def test_blended_experts():
     torch.testing.assert_close(total, sum(dense_ffn(m) for m in models), rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize(("ratio", "units"), [(0.45, 22), (0.2, 10), (0.51, 24), (0.99, 48)])
+def test_the_share_of_redrawn_units_is_rounded_to_the_nearest(ratio, units):
+    """Of 48: 21.6, 9.6, 24.48 and 47.52 (arXiv 2502.19261, section 3: a share r of the units)."""
+    model = dense("d", 0)
+    plan = upcycle(model, copies=2, routing=TOP2, dtype=torch.float32, drop_ratio=ratio)
+    old = read_whole(model.source, "decoder.layers.1.mlp.linear_fc2.weight")
+    new = plan.evaluate("decoder.layers.1.mlp.experts.0.linear_fc2.weight")
+    assert old.shape[1] == 48
+    assert int((old != new).any(0).sum()) == units
+
+
 def test_append_then_drop_is_the_moe_again():
     models = [dense(label, i) for i, label in enumerate("abcd")]
     first = memory(btx(models[:3], routing=TOP2, dtype=torch.float32), "moe")

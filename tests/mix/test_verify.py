@@ -179,22 +179,26 @@ def _counting(function, calls):
     return call
 
 
-def test_an_moe_norm_under_either_name_is_read(results, tmp_path):
-    """NVIDIA's local layer spec stores the norm before an MoE layer under the dense one's name."""
-    ours = b"decoder.layers.pre_mlp_layernorm.weight"
-    theirs = b"decoder.layers.mlp.linear_fc1.layer_norm_weight"
+NORMS = (
+    "decoder.layers.pre_mlp_layernorm.weight",
+    "decoder.layers.mlp.linear_fc1.layer_norm_weight",
+)
+
+
+@pytest.mark.parametrize("kept", NORMS)
+def test_an_moe_norm_under_either_name_is_read(results, tmp_path, kept):
+    """NVIDIA's local layer spec looks for an MoE layer's norm under the dense one's name."""
     made = tmp_path / "made"
     shutil.copytree(results / "megatron", made)
-    metadata = (made / ".metadata").read_bytes()
-    if theirs in metadata:
-        pytest.skip("stored under both names")
-    content = pickle.loads(metadata)
-    old, new = ours.decode(), theirs.decode()
-    content.state_dict_metadata[new] = content.state_dict_metadata.pop(old)
+    content = pickle.loads((made / ".metadata").read_bytes())
+    (gone,) = set(NORMS) - {kept}
+    entries, places = content.state_dict_metadata, content.storage_data
+    entries[kept] = entries.get(kept) or entries[gone]
     content.storage_data = {
-        replace(index, fqn=new) if index.fqn == old else index: info
-        for index, info in content.storage_data.items()
+        replace(index, fqn=kept) if index.fqn == gone else index: info
+        for index, info in places.items()
     }
+    entries.pop(gone, None)
     (made / ".metadata").write_bytes(pickle.dumps(content))
     (made / HASHES).unlink()
     code, said = btx("verify", made)

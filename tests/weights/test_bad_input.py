@@ -207,6 +207,15 @@ def test_everything_is_found_at_once(good, tmp_path):
     assert "and 24 more like these" in text
 
 
+def header(content: bytes) -> bytes:
+    """A file that begins with it."""
+    return len(content).to_bytes(8, "little") + content
+
+
+TWO = (
+    b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},'
+    b'"b":{"dtype":"F32","shape":[2],"data_offsets":[%s]}}'
+)
 HEADER = b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}}'
 
 
@@ -217,8 +226,18 @@ HEADER = b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}}'
         (b"\xff" * 100, "truncated, or not a safetensors file"),
         (pickle.dumps({"a": 1}) * 9, "not a safetensors file"),
         (len(HEADER).to_bytes(8, "little") + HEADER + b"\0" * 15, "truncated: 78 bytes of 79"),
-        (b"\3\0\0\0\0\0\0\0{,}", "corrupt header"),
-        (b"\2\0\0\0\0\0\0\0[]", "corrupt header"),
+        (b"\3\0\0\0\0\0\0\0{,}", "its header: is not JSON"),
+        (b"\2\0\0\0\0\0\0\0[]", "its header: holds no JSON object"),
+        (header(b"[" * 100_000), "nested too deep"),
+        (header(b'{"a":' * 90 + b"1" + b"}" * 90), "nested more than"),
+        (header(b'{"a":[]}'), "corrupt header"),
+        (header(b'{"a":{"dtype":"F32","shape":[2.0],"data_offsets":[0,8]}}') + b"0" * 8, "sizes"),
+        (header(b'{"a":{"dtype":"F32","shape":[true],"data_offsets":[0,4]}}') + b"0" * 8, "sizes"),
+        (header(b'{"a":{"dtype":"F32","shape":["2"],"data_offsets":[0,8]}}') + b"0" * 8, "sizes"),
+        (header(b'{"a":{"dtype":"F32","shape":[-1,-2],"data_offsets":[0,8]}}') + b"0" * 8, "sizes"),
+        (header(b'{"a":{"dtype":["F32"],"shape":[2],"data_offsets":[0,8]}}') + b"0" * 8, "dtype"),
+        (header(TWO % b"0,8") + b"0" * 16, "tensor b begins at byte 0, not 8"),
+        (header(TWO % b"12,20") + b"0" * 20, "tensor b begins at byte 12, not 8"),
         (
             (55).to_bytes(8, "little") + HEADER.replace(b"[4]", b"[5]") + b"\0" * 16,
             "16 bytes for shape (5,)",
@@ -236,6 +255,21 @@ def test_a_damaged_safetensors_file_is_one_error(tmp_path, content, found):
         SafetensorsSource(tmp_path)
     assert found in str(caught.value)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "directory"])
+def test_a_special_file_is_one_error(tmp_path, kind):
+    path = tmp_path / "model.safetensors"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.mkdir()
+    with pytest.raises(UserError):
+        SafetensorsSource(tmp_path)
+    with pytest.raises(UserError, match="safetensors"):
+        SafetensorsSource(path)
 
 
 def test_an_index_that_lies(tmp_path):
