@@ -100,6 +100,9 @@ def _header(path: Path) -> dict[str, _Stored]:
     if 8 + length + end > size:
         what = f"truncated: {size} bytes of {8 + length + end}"
         raise UserError(str(path), what, fix)
+    if 8 + length + end < size:  # as safetensors itself
+        what = f"damaged: it is {8 + length + end} bytes by its header, and has {size}"
+        raise UserError(str(path), what, fix)
     return {name: replace(one, offset=8 + length + one.offset) for name, one in found.items()}
 
 

@@ -226,8 +226,8 @@ HEADER = b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}}'
         (b"\xff" * 100, "truncated, or not a safetensors file"),
         (pickle.dumps({"a": 1}) * 9, "not a safetensors file"),
         (len(HEADER).to_bytes(8, "little") + HEADER + b"\0" * 15, "truncated: 78 bytes of 79"),
-        (b"\3\0\0\0\0\0\0\0{,}", "its header: is not JSON"),
-        (b"\2\0\0\0\0\0\0\0[]", "its header: holds no JSON object"),
+        (b"\3\0\0\0\0\0\0\0{,}", "its header: is damaged, not JSON"),
+        (b"\2\0\0\0\0\0\0\0[]", "its header: is damaged: it holds no JSON object"),
         (header(b"[" * 100_000), "nested too deep"),
         (header(b'{"a":' * 90 + b"1" + b"}" * 90), "nested more than"),
         (header(b'{"a":[]}'), "corrupt header"),
@@ -237,6 +237,7 @@ HEADER = b'{"a":{"dtype":"F32","shape":[4],"data_offsets":[0,16]}}'
         (header(b'{"a":{"dtype":"F32","shape":[-1,-2],"data_offsets":[0,8]}}') + b"0" * 8, "sizes"),
         (header(b'{"a":{"dtype":["F32"],"shape":[2],"data_offsets":[0,8]}}') + b"0" * 8, "dtype"),
         (header(TWO % b"0,8") + b"0" * 16, "tensor b begins at byte 0, not 8"),
+        (header(HEADER) + b"0" * 17, "79 bytes by its header, and has 80"),
         (header(TWO % b"12,20") + b"0" * 20, "tensor b begins at byte 12, not 8"),
         (
             (55).to_bytes(8, "little") + HEADER.replace(b"[4]", b"[5]") + b"\0" * 16,
