@@ -4,6 +4,7 @@ nothing about: silenced one by one, by their words. All others are shown."""
 from __future__ import annotations
 
 import logging
+import warnings
 from collections import defaultdict
 
 _SILENCED = (
@@ -23,8 +24,17 @@ _SILENCED = (
 )
 
 
+_SILENCED_WARNINGS = (
+    "full scope is deprecated",  # the default of an option that nobody set (0.19)
+    "torch.distributed is disabled, unavailable or uninitialized",  # one rank reads for all
+)
+"""Begins of messages given to Python's ``warnings``."""
+
+
 def install() -> None:
     """Silence them, in this process."""
+    for begin in _SILENCED_WARNINGS:
+        warnings.filterwarnings("ignore", message=begin)
     words = defaultdict(list)
     for module, message, _ in _SILENCED:
         words[f"megatron.core.{module}"].append(message)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,12 @@ def test_another_release_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_upstreams_own_plans_are_not_a_users_warnings(caplog: pytest.LogCaptureFixture) -> None:
     upstream_warnings.install()
     upstream_warnings.install()  # once is enough
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        upstream_warnings.install()
+        warnings.warn("full scope is deprecated. Use empty cuda_graph_modules", stacklevel=1)
+        warnings.warn("another", stacklevel=1)
+    assert [str(one.message) for one in shown] == ["another"]
     logger = logging.getLogger("megatron.core.models.gpt.gpt_model")
     logger.warning("GPTModel IS DEPRECATED. GPTModel is only accepting critical bug fixes")
     logger.warning("something else")
