@@ -90,6 +90,8 @@ def _row(run_dir: Path, stage: Stage, number: str | None, noted: dict[str, Any])
         note = _FORGOTTEN % job.number
     elif job is not None and active:
         note = _waits(job, done)
+    elif word == "left" and number:  # its controller was killed before it had written it down
+        note = f"Slurm no longer knows its job {number}: submit again"
     else:
         note = "" if done or word == "left" else _last_words(run_dir, stage, word, job)
     return Row(
