@@ -85,18 +85,18 @@ def test_imports_go_one_way() -> None:
 def _graph() -> dict[str, set[str]]:
     """Every file's module name, and the package's modules that it imports anywhere, under
     ``TYPE_CHECKING`` and inside functions too."""
-    files = {
-        ".".join(("megatron_btx", *path.relative_to(PACKAGE).with_suffix("").parts)): path
-        for path in PACKAGE.rglob("*.py")
-        if path.name != "__init__.py"
-    }
+    files = {}
+    for path in PACKAGE.rglob("*.py"):
+        parts = ("megatron_btx", *path.relative_to(PACKAGE).with_suffix("").parts)
+        files[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     graph: dict[str, set[str]] = {}
     for module, path in files.items():
         graph[module] = set()
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ImportFrom):
-                names = {f"{node.module}.{alias.name}" for alias in node.names}
-                graph[module] |= {str(node.module), *names} & files.keys()
+                for alias in node.names:
+                    inner = f"{node.module}.{alias.name}"
+                    graph[module] |= {inner if inner in files else str(node.module)} & files.keys()
             elif isinstance(node, ast.Import):
                 graph[module] |= {alias.name for alias in node.names} & files.keys()
     return graph

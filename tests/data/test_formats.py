@@ -18,7 +18,6 @@ import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from pyarrow import parquet
 
-from megatron_btx.data import formats
 from megatron_btx.data.documents import find_files, read_documents
 from megatron_btx.data.formats import Part, format_of, json_lines, token_pair
 from megatron_btx.errors import UserError
@@ -175,9 +174,8 @@ def test_gigabytes_of_blank_lines(tmp_path: Path) -> None:
 
 
 def test_documents_over_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (formats, json_lines):
-        monkeypatch.setattr(module, "MAX_RECORD", 4_000_000)
-    monkeypatch.setattr(formats, "MAX_DOCUMENT", 100)
+    monkeypatch.setattr(json_lines, "MAX_RECORD", 4_000_000)
+    monkeypatch.setattr("megatron_btx.data.formats.part.MAX_DOCUMENT", 100)
     good, bad = {"text": "a"}, {"text": "\u00e9" * 51}
     (tmp_path / "a.jsonl").write_text(f"{json.dumps(good)}\n{json.dumps(bad)}\n")
     (tmp_path / "a.json").write_text(json.dumps([good, bad]))

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from megatron_btx.data.formats import Document, Part, checked, need_pyarrow
+from megatron_btx.data.formats.part import Document, Part, checked, need_pyarrow
 from megatron_btx.errors import UserError
 
 

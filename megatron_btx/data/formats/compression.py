@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from megatron_btx.data.formats import need_pyarrow
+from megatron_btx.data.formats.part import need_pyarrow
 from megatron_btx.errors import UserError
 
 

@@ -13,8 +13,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
-from megatron_btx.data.formats import MAX_RECORD, Document, Part, checked, too_long
 from megatron_btx.data.formats.compression import compression_of, opened
+from megatron_btx.data.formats.part import MAX_RECORD, Document, Part, checked, too_long
 from megatron_btx.errors import UserError
 
 _BLOCK = 1 << 20

@@ -8,8 +8,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from megatron_btx.data.formats import Document, Part
 from megatron_btx.data.formats.columns import check_column, damaged, documents
+from megatron_btx.data.formats.part import Document, Part
 
 _ROWS = 256
 """Read at once."""

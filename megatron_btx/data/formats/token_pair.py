@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_btx.data.formats import Document, Part
+from megatron_btx.data.formats.part import Document, Part
 from megatron_btx.errors import UserError
 
 _MARK = b"MMIDIDX\x00\x00"
