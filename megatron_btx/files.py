@@ -98,7 +98,8 @@ def _content(path: Path, limit: int) -> bytes:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise UserError(str(path), "is a pipe or a device, not a file", "give a file")
-        content = file.read(limit + 1)
+        # Not limit + 1 at once: that much memory would be asked for, whatever the file holds.
+        content = file.read(min(limit, status.st_size) + 1)
     if len(content) > limit:
         size = max(status.st_size, len(content))
         what = f"is too large: {size:,} bytes, and at most {limit:,} are read"

@@ -36,8 +36,9 @@ _RIGHTS = "make it writable, or give another `run_dir:`"
 _DISK = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _SPACE),
     **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), _RIGHTS),
+    **dict.fromkeys((errno.ENAMETOOLONG, errno.ELOOP), "correct the path"),
 }
-"""What a person can do about a disk that refuses."""
+"""What a person can do about a disk that refuses, or a path that cannot be."""
 
 _EPILOG = """examples:
   btx plan examples/demo/recipe.yaml           what it will train, and what that costs

@@ -79,9 +79,10 @@ def read_config(path: Path) -> tuple[Family, Architecture, dict[str, Any]]:
     config = _read_json(path)
     if config.get("quantization_config"):
         raise quantised(config["quantization_config"], str(where))
-    family = FAMILIES.get(config.get("model_type", ""))
+    model_type = config.get("model_type")
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
-        what = f"model_type is {config.get('model_type')!r}"
+        what = f"model_type is {model_type!r:.60}"
         raise UserError(str(where), what, f"use one of {', '.join(FAMILIES)}")
     return family, family.read_config(config, str(where)), config
 

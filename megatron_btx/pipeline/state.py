@@ -35,13 +35,22 @@ EXIT_STOPPED = 75
 
 def done(run_dir: Path, stage: Stage) -> dict[str, Any] | None:
     """The stage's ``done.json`` if it is finished for the key that the recipe asks for. A look
-    ahead at another stage, which has that one's key, is over when that one is."""
+    ahead at another stage, which has that one's key, is over when that one is.
+
+    Raises:
+        UserError: it is damaged.
+    """
     for name in (stage.directory, *graph.LOOKS_AHEAD.get(stage.kind, "").split()):
-        record = find_json(run_dir / name / "done.json")
+        path = run_dir / name / "done.json"
+        record = find_json(path)
         if record is not None and record.get("key") == stage.key:
+            outputs, seconds = record.get("outputs", {}), record.get("seconds", 0.0)
+            if not isinstance(outputs, dict) or type(seconds) not in (int, float):
+                fix = "remove it; the stage then goes on from its last checkpoint"
+                raise UserError(str(path), "is damaged: its outputs or seconds are none", fix)
             # A table that is lost is made anew in seconds.
-            table = (record.get("outputs") or {}).get("results")
-            return record if table is None or (run_dir / table).exists() else None
+            table = outputs.get("results")
+            return record if table is None or (run_dir / str(table)).exists() else None
     return None
 
 
