@@ -41,7 +41,8 @@ def main() -> None:
         before: tuple[int, float] | None = None
         for command, size, words in rows:
             spent = max(seconds(words) - nothing, 1e-3)
-            ratio = f"{spent / before[1]:.1f}" if before and before[0] < size else ""
+            told = before and before[0] < size and before[1] >= 0.1
+            ratio = f"{spent / before[1]:.1f}" if before and told else ""
             print(f"| {command} | {size} {name} | {spent:.1f} | {ratio} |", flush=True)
             before = (size, spent)
 
