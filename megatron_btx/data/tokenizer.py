@@ -10,6 +10,7 @@ from megatron_btx.data.tokenizer_huggingface import HuggingFace
 from megatron_btx.data.tokenizer_sentencepiece import SentencePiece, train_tokenizer
 from megatron_btx.errors import UserError
 from megatron_btx.files import read_bytes, read_json
+from megatron_btx.weights.model_files import foreign
 
 __all__ = [
     "INFO", "HuggingFace", "SentencePiece", "Tokenizer", "check_vocabulary", "load_tokenizer",
@@ -64,7 +65,8 @@ def read_tokenizer(path: str | Path, type_: str, *, where: str | None = None) ->
     path = Path(path)
     where = where or str(path)
     if not path.exists():
-        raise UserError(where, f"{path} does not exist", "correct the path")
+        hub = foreign(path)
+        raise UserError(where, f"{path} does not exist", hub.fix if hub else "correct the path")
     if _kind(path, type_) == HuggingFace.type:
         return HuggingFace(path if path.is_dir() else path.parent)
     if path.is_dir():

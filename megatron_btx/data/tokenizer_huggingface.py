@@ -11,7 +11,7 @@ import numpy as np
 
 from megatron_btx.data.tokenizer_base import Tokenizer
 from megatron_btx.errors import UserError
-from megatron_btx.families.fast_tokenizer import begin_token, open_fast
+from megatron_btx.families.fast_tokenizer import begin_token, no_panic, open_fast
 from megatron_btx.families.tokenizer_settings import CONFIG, read_settings
 
 
@@ -60,7 +60,8 @@ class HuggingFace(Tokenizer):
         self.begin_id = begin_token(self._tokenizer, str(path))
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:  # noqa: D102
-        rows = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        with no_panic(str(self._directory / self.file)):
+            rows = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(row.ids, dtype=np.int32) for row in rows]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:  # noqa: D102

@@ -20,6 +20,7 @@ import sentencepiece
 
 from megatron_btx.data.tokenizer_base import Tokenizer
 from megatron_btx.errors import UserError, UserErrors
+from megatron_btx.families.slow_tokenizer import open_slow
 from megatron_btx.families.tokenizer_export import huggingface_files
 from megatron_btx.families.tokenizer_settings import CONFIG, FILES, TokenizerSettings, read_settings
 
@@ -56,14 +57,7 @@ class SentencePiece(Tokenizer):
             UserErrors: it is no SentencePiece model, has no end-of-sentence piece, or the files
                 beside it say what SentencePiece does not do.
         """
-        try:
-            if not model:
-                raise RuntimeError
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except RuntimeError as error:
-            raise UserError(
-                where, "is not a SentencePiece model", "give a `.model` file that spm_train wrote"
-            ) from error
+        self._processor = open_slow(model, where)
         self._model = model
         self._beside: dict[str, bytes] = {}
         self.sha256 = hashlib.sha256(model).hexdigest()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,19 +33,25 @@ def open_fast(path: Path, settings: TokenizerSettings) -> Tokenizer:
             "a Hugging Face tokenizer needs the `tokenizers` library",
             "pip install 'megatron-btx[hf]'",
         ) from error
-    try:
+    with no_panic(str(path)):
         found = tokenizers.Tokenizer.from_file(str(path))
-    except (
-        BaseException
-    ) as error:  # its panics are no Exception, and it raises nothing more precise
-        if isinstance(error, (KeyboardInterrupt, SystemExit)):
-            raise
-        raise UserError(str(path), f"is not a tokenizer ({error})", "download it again") from error
-    found.no_padding()
-    found.no_truncation()
-    _complete(found, settings, path)
+        found.no_padding()
+        found.no_truncation()
+        _complete(found, settings, path)
     found.encode_special_tokens = bool(settings.flag("split_special_tokens"))
     return found
+
+
+@contextmanager
+def no_panic(where: str) -> Iterator[None]:
+    """Whatever the library raises over a damaged file as one error: it has no types of its own, and
+    its panics are no ``Exception``."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, UserError):
+        raise
+    except BaseException as error:
+        raise UserError(where, f"is not a tokenizer ({error})", "download it again") from error
 
 
 def _complete(found: Tokenizer, settings: TokenizerSettings, path: Path) -> None:
@@ -96,8 +104,9 @@ def begin_token(tokenizer: Tokenizer, where: str) -> int | None:
         UserError: it puts several there, or changes the text.
     """
     text = "a"
-    plain = tokenizer.encode(text, add_special_tokens=False).ids
-    whole = tokenizer.encode(text, add_special_tokens=True).ids
+    with no_panic(where):
+        plain = tokenizer.encode(text, add_special_tokens=False).ids
+        whole = tokenizer.encode(text, add_special_tokens=True).ids
     starts = [
         at for at in range(len(whole) - len(plain) + 1) if whole[at : at + len(plain)] == plain
     ]

@@ -7,8 +7,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from sentencepiece import SentencePieceProcessor
+
 from megatron_btx.errors import UserError
 from megatron_btx.families.fast_tokenizer import begin_token, open_fast
+from megatron_btx.families.slow_tokenizer import open_slow
 from megatron_btx.families.tokenizer_export import huggingface_files
 from megatron_btx.families.tokenizer_identity import FAST, SLOW
 from megatron_btx.families.tokenizer_settings import CONFIG, FILES, read_settings
@@ -69,7 +72,7 @@ def _begin(directory: Path, kind: str) -> int | None:
         return begin_token(open_fast(path, settings), str(path))
     if not settings.flag("add_bos_token"):
         return None
-    pieces = _pieces(read_bytes(directory / SLOW, _LIMIT))
+    pieces = _open_slow(directory)
     bos = settings.named.get("bos_token")
     at = pieces.bos_id() if bos is None else pieces.piece_to_id(bos.content)
     return at if at >= 0 else None
@@ -119,7 +122,7 @@ def token_ids(directory: Path) -> dict[str, int]:
     """``bos_token_id`` and ``eos_token_id`` of a tokenizer trained here, for ``config.json``."""
     if not _is_trained_here(directory):
         return {}
-    pieces = _pieces(read_bytes(place_of(directory) / SLOW, _LIMIT))
+    pieces = _open_slow(place_of(directory))
     ids = {"bos_token_id": pieces.bos_id(), "eos_token_id": pieces.eos_id()}
     return {name: each for name, each in ids.items() if each >= 0}
 
@@ -134,12 +137,10 @@ def _is_trained_here(directory: Path) -> bool:
 
 
 def _exported(model: bytes) -> dict[str, bytes]:
-    pieces = _pieces(model)
+    pieces = open_slow(model, SLOW)
     bos = pieces.bos_id() if pieces.bos_id() >= 0 else None
     return huggingface_files(model, bos_id=bos, eos_id=pieces.eos_id(), begin_id=None)
 
 
-def _pieces(model: bytes) -> Any:
-    import sentencepiece
-
-    return sentencepiece.SentencePieceProcessor(model_proto=model)
+def _open_slow(place: Path) -> SentencePieceProcessor:
+    return open_slow(read_bytes(place / SLOW, _LIMIT), str(place / SLOW))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_btx.errors import UserError
+from megatron_btx.families.fast_tokenizer import no_panic
 from megatron_btx.files import read_bytes
 
 FAST, SLOW = "tokenizer.json", "tokenizer.model"
@@ -73,7 +74,7 @@ def identity(path: Path) -> Identity:
     content = read_bytes(path, _LIMIT)
     try:
         return _fast(content) if path.suffix == ".json" else _slow(content)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, UserError) as error:
         raise UserError(str(path), f"is damaged: {error!r}"[:300], _AGAIN) from error
 
 
@@ -103,10 +104,8 @@ def _canonical(text: str) -> str:
         import tokenizers
     except ImportError:
         return text
-    try:
+    with no_panic("tokenizer.json"):
         return tokenizers.Tokenizer.from_str(text).to_str()
-    except Exception as error:  # the library raises nothing more precise
-        raise ValueError(str(error)) from error
 
 
 def _without_offsets(part: Any) -> Any:

@@ -158,8 +158,6 @@ def _tokenizer(directory: Path, manifest: dict[str, Any]) -> str:
 
 
 def _read(recipe: Recipe, where: str, path: Path) -> tuple[Path, dict[str, Any]]:
-    if not path.is_dir():
-        raise UserError(where, f"{path} is not a directory", "give a checkpoint's directory")
     with _under(where):
         directory = find_checkpoint(path)
     there = is_hugging_face(directory)

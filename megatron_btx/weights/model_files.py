@@ -108,12 +108,15 @@ def foreign(path: Path) -> UserError | None:
 
 
 def _absent(path: Path) -> UserError | None:
-    if path.is_absolute() or not _HUB.fullmatch(str(path)) or path.parent.exists():
+    """``ORG/NAME``, as given or below a directory that is there: a recipe's paths are absolute."""
+    above = path.absolute().parent
+    name = f"{above.name}/{path.name}"
+    if above.exists() or not above.parent.is_dir() or not _HUB.fullmatch(name):
         return None
     return UserError(
         str(path),
-        "no such directory; it looks like the name of a model on the Hugging Face Hub",
-        f"download it first: hf download {path} --local-dir {path.name}, and give {path.name}",
+        f"no such directory; {name} looks like the name of a model on the Hugging Face Hub",
+        f"download it first: hf download {name} --local-dir {path.name}, and give that directory",
     )
 
 

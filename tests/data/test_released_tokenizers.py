@@ -168,6 +168,11 @@ BAD: list[tuple[str, bytes]] = [
         b'{"model": {"type": "BPE", "vocab": {}, "merges": []}}',
         b'{"model": {"type": "BPE", "vocab": {"a": -1}, "merges": []}}',
         b'{"model": {"type": "BPE", "vocab": {"a": 1}, "merges": ["a b c"]}}',
+        # A template whose token is not among its special ones: the library panics.
+        b'{"model": {"type": "WordLevel", "vocab": {"a": 0, "<|im_end|>": 1, "<|endoftext|>": 2,'
+        b' "<|im_start|>": 3}, "unk_token": "a"}, "post_processor": {"type": "TemplateProcessing",'
+        b' "single": [{"SpecialToken": {"id": "x", "type_id": 0}}], "pair": [],'
+        b' "special_tokens": {}}}',
     )],
 ]  # fmt: skip
 
@@ -181,6 +186,19 @@ def test_damaged_files_are_one_clear_error(tmp_path: Path, name: str, content: b
     assert str(tmp_path) in str(caught.value)
     assert "fix: " in str(caught.value)
     assert len(str(caught.value)) < 2000
+
+
+@pytest.mark.parametrize("change", [
+    lambda model: b"", lambda model: b"no model", lambda model: model[:-7],
+    lambda model: model[: len(model) // 2], lambda model: model.replace(b"</s>", b"\xff/s>"),
+    lambda model: model.replace("\u2581t".encode(), b"\xe2\x96\x81\xa3", 1),
+])  # fmt: skip
+def test_a_damaged_sentencepiece_model_is_one_clear_error(tmp_path: Path, change: Any) -> None:
+    """Cut, or with bytes that are no text."""
+    (tmp_path / "tokenizer.model").write_bytes(change(spm()))
+    with pytest.raises(UserError, match="is not a SentencePiece model") as caught:
+        read_tokenizer(tmp_path, "sentencepiece")
+    assert caught.value.where == str(tmp_path / "tokenizer.model")
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,13 @@ def exported(trained: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return directory
 
 
+def test_what_llama_cpp_reads_is_said(exported: Path) -> None:
+    """Its converter takes the space in front from here, and assumes one where nothing is said."""
+    config = json.loads((exported / "tokenizer_config.json").read_text())
+    assert config["add_prefix_space"] is False
+    assert config["add_bos_token"] is False
+
+
 def test_pieces(trained: Tokenizer, prepared: Prepared) -> None:
     assert trained.vocab_size == prepared[0].tokenizer.vocab_size
     assert (trained.bos_id, trained.eos_id) == (1, 2)
@@ -138,6 +145,8 @@ def test_llama_like_model_with_a_space_in_front(
     (tmp_path / "llama.model").write_bytes(model.getvalue())
     given = read_tokenizer(tmp_path / "llama.model", "sentencepiece")
     given.save_huggingface(tmp_path / "hf")
+    config = json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())
+    assert config["add_prefix_space"] is True
     for domain in documents.values():
         ours = given.encode(domain)
         theirs = HuggingFace(tmp_path / "hf").encode(domain)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_btx.data.tokenizer import read_tokenizer
 from megatron_btx.errors import UserError
 from megatron_btx.families import open_hf
 from megatron_btx.families.open import open_checkpoint
@@ -161,11 +162,16 @@ def test_what_is_no_model_is_named(models, tmp_path, file, what, configured):
 
 
 def test_a_name_of_the_hub_is_recognised(tmp_path, monkeypatch):
+    """As a command line gives it, and as a recipe does, whose paths are absolute."""
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="Hugging Face Hub") as caught:
-        open_checkpoint(Path("meta-llama/Llama-3.1-8B"), "m")
-    assert "hf download meta-llama/Llama-3.1-8B --local-dir Llama-3.1-8B" in caught.value.fix
-    assert foreign(tmp_path / "a" / "b") is None
+    name = "meta-llama/Llama-3.1-8B"
+    for path in (Path(name), tmp_path / name):
+        with pytest.raises(UserError, match="Hugging Face Hub") as caught:
+            open_checkpoint(path, "m")
+        assert f"hf download {name} --local-dir Llama-3.1-8B" in caught.value.fix
+    with pytest.raises(UserError, match="does not exist") as caught:
+        read_tokenizer(tmp_path / name, "sentencepiece", where="tokenizer.path")
+    assert f"hf download {name}" in caught.value.fix
     assert foreign(Path("runs/demo/seed")) is None
     (tmp_path / "runs").mkdir()
     assert foreign(Path("runs/demo")) is None

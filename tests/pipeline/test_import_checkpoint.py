@@ -41,7 +41,7 @@ def test_a_fitting_checkpoint_passes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("missing", "is not a directory"),
+        ("missing", "does not exist"),
         ("no manifest", "has no manifest.json"),
         ("damaged", "is damaged"),
         ("half", "is not whole"),
