@@ -34,8 +34,6 @@ _FOREIGN: tuple[tuple[str, str, str], ...] = (
     ("adapter_model.*", ADAPTER.what, ADAPTER.fix),
     ("model-*-of-*.safetensors", f"shards of a model without their {INDEX}", _DOWNLOAD),
     ("*.gguf", "a GGUF file of llama.cpp", "give the Hugging Face directory it was made from"),
-    ("mp_rank_*", "a checkpoint of Megatron-LM in its older format (torch)",
-     "save it with Megatron-LM's --ckpt-convert-format torch_dist, and give what that writes"),
     ("zero_to_fp32.py", "a checkpoint of DeepSpeed",
      "run its zero_to_fp32.py, and save the model with save_pretrained"),
     ("consolidated*.safetensors", "a model in its maker's own format", _ORIGINAL),

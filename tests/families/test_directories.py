@@ -136,7 +136,6 @@ NONE: list[tuple[str, str]] = [
     ("adapter_model.safetensors", "an adapter"),
     ("model-00001-of-00002.safetensors", "without their model.safetensors.index.json"),
     ("llama.Q4_K_M.gguf", "a GGUF file"),
-    ("mp_rank_00", "older format"),
     ("zero_to_fp32.py", "DeepSpeed"),
     ("consolidated.safetensors", "maker's own format"),
     ("consolidated.00.pth", "maker's own format"),
