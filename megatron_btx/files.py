@@ -122,7 +122,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     (its writer was killed, the disk was full) is no object: it is passed over."""
     try:
         content = _content(path, JOURNAL_LIMIT)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     lines = []
     for text in content.decode("utf-8", errors="replace").split("\n"):
