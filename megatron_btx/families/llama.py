@@ -2,19 +2,9 @@
 
 from __future__ import annotations
 
-from megatron_btx.families.config import (
-    Always,
-    Field,
-    Fixed,
-    LayerWindows,
-    Part,
-    Positions,
-    Rope,
-    Stated,
-    Tied,
-    Window,
-)
+from megatron_btx.families.config import Always, Field, Fixed, Part, Stated, Tied
 from megatron_btx.families.family import Family
+from megatron_btx.families.positions import LayerWindows, Positions, Rope, Window
 from megatron_btx.families.rows import ATTENTION, EMBEDDING, FFN, HEAD, HEAD_NORMS, QKV_BIAS
 from megatron_btx.families.table import Table
 

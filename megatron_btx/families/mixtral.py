@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-from megatron_btx.families.config import (
-    Always,
-    Experts,
-    ExpertWidth,
-    Field,
-    Fixed,
-    LayerWindows,
-    Rope,
-    Window,
-)
+from megatron_btx.families.config import Always, Experts, ExpertWidth, Field, Fixed
 from megatron_btx.families.family import Family
 from megatron_btx.families.llama import GROUPS, HEAD_DIM, LAYERS, WIDTH
+from megatron_btx.families.positions import LayerWindows, Rope, Window
 from megatron_btx.families.rows import (
     ATTENTION,
     EMBEDDING,

@@ -1,4 +1,5 @@
-"""Every key of a recipe with its type, default, range and meaning, from the schema alone.
+"""Every key of a recipe with its type, default, range and meaning, from the schema alone; and a
+model as a recipe's block.
 
 ``python -m megatron_btx.recipe.reference`` prints docs/recipe.md; ``btx keys [PREFIX]`` some of it.
 """
@@ -16,7 +17,7 @@ from typing import Any
 
 from megatron_btx.recipe.fields import field_docs
 from megatron_btx.recipe.messages import describe, options, yaml_name
-from megatron_btx.recipe.schema import Layout, MegatronOptions, Recipe, SlurmJob, Training
+from megatron_btx.recipe.schema import Layout, MegatronOptions, Model, Recipe, SlurmJob, Training
 
 _HEAD = """# Every key of a recipe
 
@@ -151,6 +152,16 @@ def _default(one: Any) -> str:
 def _plain(text: str) -> str:
     """A docstring as one line of Markdown."""
     return re.sub(r"\s+", " ", text).replace("``", "`").replace("`None`", "`null`").strip()
+
+
+def model_block(model: Model) -> str:
+    """YAML that says what differs from the defaults, ready to paste."""
+    lines = ["model:"]
+    for field in dataclasses.fields(model):
+        value = getattr(model, field.name)
+        if value != field.default:
+            lines.append(f"  {field.name}: {json.dumps(value)}")
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from one_model import Arguments, convert, parser, reported
 
-from megatron_btx.recipe.model_block import model_block
+from megatron_btx.recipe.reference import model_block
 
 
 def main() -> int:

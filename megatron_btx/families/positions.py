@@ -1,0 +1,172 @@
+"""Positions in a ``config.json``: their number, RoPE and its scaling, and windows of attention."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_btx.families.config import Reading
+from megatron_btx.recipe.architecture import Architecture
+from megatron_btx.recipe.count import windows
+
+
+@dataclass(frozen=True)
+class Positions:
+    """``max_position_embeddings``: for what the model was made. Training begins with as much."""
+
+    def read(self, reading: Reading) -> None:
+        """Also our ``seq_length``, which a recipe may lower."""
+        value = reading.need("max_position_embeddings")
+        for ours in ("max_position_embeddings", "seq_length"):
+            reading.model[ours] = value
+            reading.keys[ours] = "max_position_embeddings"
+
+    def write(self, architecture: Architecture) -> dict[str, Any]:
+        """What it was made for, or was trained on."""
+        model = architecture.model
+        return {"max_position_embeddings": model.max_position_embeddings or model.seq_length}
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary positions: ``rope_theta`` and ``rope_scaling`` as transformers 4 has them, or
+    ``rope_parameters`` as 5 does. Written in the older form, which both read."""
+
+    default_theta: float
+
+    LLAMA3 = {  # noqa: RUF012
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    """What Megatron's ``rope_scaling`` has for these."""
+
+    def read(self, reading: Reading) -> None:
+        """Base and scaling, from wherever they stand."""
+        rope: dict[str, Any] = {}
+        for key in ("rope_scaling", "rope_parameters"):
+            rope |= reading.typed(dict[str, Any], key, {})
+        theta = reading.take("rope_theta", self.default_theta)
+        reading.keys["rotary_base"] = "rope_theta"
+        if any(isinstance(value, Mapping) for value in rope.values()):
+            what = f"rope_scaling or rope_parameters is {rope}"
+            reading.refuse(f"{what}: other positions in other layers")
+            return
+        own = rope.pop("rope_theta", None)
+        reading.model["rotary_base"] = theta if own is None else own
+        kinds = {str(rope.pop(key, None)) for key in ("rope_type", "type")} - {"None"}
+        kind = " and ".join(sorted(kinds)) or "default"
+        rope = {key: value for key, value in rope.items() if value is not None}
+        for key, value in (("partial_rotary_factor", 1.0), ("attention_factor", 1.0)):
+            if rope.pop(key, value) != value:
+                reading.refuse(f"{key} of rope_scaling is not {value}")
+        for key, value in self.LLAMA3.items() if kind == "llama3" else ():
+            if rope.pop(key, None) != value:
+                reading.refuse(f"{key} of rope_scaling is not {value}, as Megatron has it")
+        factor = rope.pop("factor", None)
+        scaled = kind in ("llama3", "linear")
+        if rope or not (scaled or kind == "default") or scaled != (factor is not None):
+            what = f"rope_scaling of type {kind} with {rope or factor}"
+            reading.refuse(f"{what}; llama3 and linear are supported")
+        elif kind == "llama3":
+            reading.model |= {"rope_scaling": True, "rope_scaling_factor": factor}
+            reading.keys["rope_scaling_factor"] = "rope_scaling.factor"
+        elif kind == "linear":
+            reading.model["seq_len_interpolation_factor"] = factor
+            reading.keys["seq_len_interpolation_factor"] = "rope_scaling.factor"
+
+    def write(self, architecture: Architecture) -> dict[str, Any]:
+        """``rope_theta``, and ``rope_scaling`` where there is one."""
+        model = architecture.model
+        rope: dict[str, Any] = {"rope_theta": model.rotary_base}
+        if model.rope_scaling:
+            own = {"rope_type": "llama3", "factor": model.rope_scaling_factor, **self.LLAMA3}
+            return rope | {"rope_scaling": own}
+        if (factor := model.seq_len_interpolation_factor) is not None:
+            return rope | {"rope_scaling": {"rope_type": "linear", "factor": factor}}
+        return rope
+
+
+@dataclass(frozen=True)
+class Window:
+    """``sliding_window`` of every layer: W tokens, itself among them; null: no window."""
+
+    absent: int | None = None
+    """What ``transformers`` takes where the key is not there at all."""
+    switch: bool = False
+    """Whether it counts only under ``use_sliding_window``."""
+
+    def read(self, reading: Reading) -> None:
+        """As Megatron's ``window_size``, which does not count the token itself."""
+        seen = reading.typed(int, "sliding_window", None)
+        if "sliding_window" not in reading.config:
+            seen = self.absent
+        if self.switch:
+            first = reading.typed(int, "max_window_layers", 0)
+            if not reading.typed(bool, "use_sliding_window", False):
+                seen = None
+            elif first != 0:
+                what = f"use_sliding_window is on and max_window_layers {first!r}"
+                reading.refuse(f"{what}: the versions of transformers disagree about what it means")
+        if seen is not None:
+            reading.model["window_size"] = (seen - 1, 0)
+            reading.keys["window_size"] = "sliding_window"
+
+    def write(self, architecture: Architecture) -> dict[str, Any]:
+        """The window, where all layers have it."""
+        seen = set(windows(architecture.model))
+        value = seen.pop() if len(seen) == 1 else None
+        switch = {"use_sliding_window": value is not None} if self.switch else {}
+        return {"sliding_window": value, **switch}
+
+
+@dataclass(frozen=True)
+class LayerWindows:
+    """Qwen2's and Qwen3's windows: ``layer_types`` names the layers that have one."""
+
+    from_layer: bool
+    """Whether, without ``layer_types``, the layers from ``max_window_layers`` on are meant; the
+    versions of ``transformers`` disagree about Qwen2-MoE's."""
+
+    def read(self, reading: Reading) -> None:
+        """``window_size``, and which layers where not all have it."""
+        types = reading.typed(tuple[str, ...], "layer_types", None)
+        on = reading.typed(bool, "use_sliding_window", False)
+        seen = reading.typed(int, "sliding_window", 4096)
+        full = reading.typed(int, "max_window_layers", 28)
+        layers = reading.typed(int, "num_hidden_layers", 0, high=10_000)
+        if not on:
+            if types and set(types) != {"full_attention"}:
+                reading.refuse("layer_types has windows, use_sliding_window is not on")
+            return
+        if types is None:
+            if not self.from_layer:
+                reading.refuse("use_sliding_window is on without layer_types: in which layers?")
+                return
+            names = ["full_attention", "sliding_attention"]
+            types = [names[layer >= full] for layer in range(layers)]
+        if len(types) != layers or set(types) - {"full_attention", "sliding_attention"}:
+            reading.refuse(f"layer_types is {types} for {layers} layers")
+            return
+        freq = tuple(int(kind == "sliding_attention") for kind in types)
+        if any(freq):
+            reading.model["window_size"] = (seen - 1, 0)
+            reading.keys["window_size"] = "sliding_window"
+        if any(freq) and not all(freq):
+            reading.model["window_attn_skip_freq"] = freq
+
+    def write(self, architecture: Architecture) -> dict[str, Any]:
+        """The window and the layers' kinds."""
+        seen = windows(architecture.model)
+        wide = next(filter(None, seen), None)
+        if wide is None:
+            return {"use_sliding_window": False, "sliding_window": None}
+        kinds = ["full_attention" if window is None else "sliding_attention" for window in seen]
+        first = next(at for at, window in enumerate(seen) if window)
+        return {
+            "use_sliding_window": True,
+            "sliding_window": wide,
+            "max_window_layers": first,
+            "layer_types": kinds,
+        }
