@@ -24,7 +24,7 @@ API = {
     "mix.upcycle": ("upcycle",),
     "mix.split": ("split", "blend"),
     "mix.edit_experts": ("append", "drop"),
-    "mix.router": ("RouterInit",),
+    "mix.router_init": ("RouterInit",),
     "mix.plan_of_recipe": ("mix_plan",),
     "engine": ("install",),
     "engine.model": ("transformer_config", "build_model"),

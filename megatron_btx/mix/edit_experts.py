@@ -9,7 +9,7 @@ import torch
 from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.mix.compatibility import differences
 from megatron_btx.mix.parts import moe_targets
-from megatron_btx.mix.router import NORMAL, RouterInit
+from megatron_btx.mix.router_init import NORMAL, RouterInit
 from megatron_btx.weights.arrange import Cat
 from megatron_btx.weights.box import Shape
 from megatron_btx.weights.expression import Expression

@@ -12,7 +12,7 @@ from megatron_btx.errors import UserError
 from megatron_btx.mix.average import Averaging, Dare
 from megatron_btx.mix.btx import btx
 from megatron_btx.mix.compatibility import labels_of
-from megatron_btx.mix.router import RouterInit
+from megatron_btx.mix.router_init import RouterInit
 from megatron_btx.mix.split import blend, split
 from megatron_btx.mix.upcycle import upcycle
 from megatron_btx.recipe.check_mix import FROM_FILE

@@ -15,7 +15,7 @@ from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.mix.compatibility import disagreements
 from megatron_btx.mix.drop_upcycling import moments_of, redrawn
 from megatron_btx.mix.parts import chunk, moe_targets
-from megatron_btx.mix.router import NORMAL, RouterInit
+from megatron_btx.mix.router_init import NORMAL, RouterInit
 from megatron_btx.recipe.schema import Mix, Routing
 from megatron_btx.weights.arithmetic import WeightedSum
 from megatron_btx.weights.arrange import Cat, Reshape

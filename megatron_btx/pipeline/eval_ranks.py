@@ -229,7 +229,7 @@ def _generate(request: Request, layout: Layout) -> list[dict[str, Any]]:
 
 def _routing(request: Request, layout: Layout) -> dict[str, Any]:
     from megatron_btx.evaluate.loss_on_text import Setting
-    from megatron_btx.evaluate.routing import measure
+    from megatron_btx.evaluate.measure_routing import measure
 
     setting = Setting(layout=layout, **request["setting"])
     return {

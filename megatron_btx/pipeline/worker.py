@@ -91,7 +91,7 @@ def _evaluate(recipe: Recipe, stage: Stage, run_dir: Path) -> Any:
 
 def _export(recipe: Recipe, stage: Stage, run_dir: Path) -> Any:
     _megatron()
-    from megatron_btx.evaluate.export import run
+    from megatron_btx.evaluate.export_stage import run
 
     return run(recipe, run_dir)
 

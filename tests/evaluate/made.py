@@ -13,7 +13,7 @@ from megatron_btx.data.tokenizer import SentencePiece, train_tokenizer
 from megatron_btx.families.export import write_hf
 from megatron_btx.mix.btx import btx
 from megatron_btx.mix.one_model import copy
-from megatron_btx.mix.router import RouterInit
+from megatron_btx.mix.router_init import RouterInit
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.schema import Model, Routing
 from megatron_btx.weights.directory import as_json

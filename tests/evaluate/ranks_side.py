@@ -111,7 +111,7 @@ def route(subject: Subject, layout: Layout, files: dict[str, list[str]]) -> Any:
     """``routing.measure``, a sequence at a time."""
     from megatron_btx.engine import distributed
     from megatron_btx.evaluate.loss_on_text import Setting
-    from megatron_btx.evaluate.routing import measure
+    from megatron_btx.evaluate.measure_routing import measure
 
     distributed.initialize(layout, 0)
     return measure(subject, files, Setting(layout=layout, micro_batch_size=1))

@@ -57,7 +57,7 @@ def mix_live(sources: dict[str, Path], layout: Layout, precision: Any) -> tuple[
     from megatron_btx.engine.checkpoint import model_sharded_state_dict
     from megatron_btx.engine.model import build_model
     from megatron_btx.mix.btx import btx
-    from megatron_btx.mix.router import RouterInit
+    from megatron_btx.mix.router_init import RouterInit
     from megatron_btx.weights.megatron import open_megatron
     from megatron_btx.weights.sharded import load_into_sharded
 

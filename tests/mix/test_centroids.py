@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from megatron_btx.errors import UserError
 from megatron_btx.evaluate.model_spec import parse
 from megatron_btx.evaluate.packed_text import PackedText
-from megatron_btx.evaluate.router_statistics import joined, no_sums, ridge_rows
+from megatron_btx.evaluate.router_rows import joined, no_sums, ridge_rows
 from megatron_btx.families import open_hf
 from megatron_btx.families.export import write_hf
 from megatron_btx.mix.one_model import copy, forced

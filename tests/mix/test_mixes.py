@@ -12,7 +12,7 @@ from megatron_btx.mix.average import Averaging, Dare, average
 from megatron_btx.mix.btx import btx
 from megatron_btx.mix.edit_experts import append, drop
 from megatron_btx.mix.one_model import copy
-from megatron_btx.mix.router import RouterInit
+from megatron_btx.mix.router_init import RouterInit
 from megatron_btx.mix.split import blend, split
 from megatron_btx.mix.upcycle import upcycle
 from megatron_btx.recipe.schema import Routing

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from megatron_btx.mix.btx import btx
-from megatron_btx.mix.router import RouterInit
+from megatron_btx.mix.router_init import RouterInit
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.schema import Model, Routing
 from megatron_btx.weights.names import canonical_tensors
