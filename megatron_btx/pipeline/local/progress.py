@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from megatron_btx.errors import shown
 from megatron_btx.pipeline import state
 from megatron_btx.train.metrics import record_of
 
@@ -53,10 +54,11 @@ class Standing:
             for line in whole.splitlines():
                 with contextlib.suppress(ValueError):
                     self._take(record_of(line) or {})
-        progress = state.find_json(self.directory / "progress.json")
-        if progress is not None:
-            self.done, self.total = float(progress["done"]), 1.0
-            self.text = f"{progress['what']} {self.done:.0%}"
+        progress = state.find_json(self.directory / "progress.json") or {}
+        done = progress.get("done")
+        if isinstance(done, int | float) and 0 <= done <= 1:  # a damaged one says nothing
+            self.done, self.total = float(done), 1.0
+            self.text = f"{shown(progress.get('what'))} {self.done:.0%}"
         return self
 
     def _take(self, record: dict[str, Any]) -> None:
