@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_btx.errors import UserError
 from megatron_btx.evaluate.results import Matrix, Results
 from megatron_btx.evaluate.routing_stats import percentile
 from megatron_btx.pipeline import graph, state
@@ -115,8 +116,13 @@ def gather(recipe: Recipe, run_dir: Path, graph_stages: Sequence[Stage] | None =
 
 
 def _stage(recipe: Recipe, run_dir: Path, stage: Stage) -> StageData:
-    records = metrics.read(run_dir / stage.directory / "metrics.jsonl")
+    log = run_dir / stage.directory / "metrics.jsonl"
+    records = metrics.read(log)
     train = [record for record in records if record.get("kind") == "train"]
+    for record in train:
+        if lacking := {"loss", "tokens", "time"} - record.keys():
+            what = f"the record of step {record['step']} has no {' and no '.join(sorted(lacking))}"
+            raise UserError(str(log), what, "remove that line")
     done = state.done(run_dir, stage)
     attempts = state.read_attempts(run_dir / stage.directory)
     end = done.get("finished") if done else None
