@@ -40,6 +40,8 @@ _ELEMENT = {"fp32": 4, "bf16": 2}
 _ITEM = 2400
 """Bytes that one tensor shard costs in a ``torch_dist`` directory beside its data: the header of
 its zip container and its entry in ``.metadata``."""
+_OBJECT = 1600
+"""The same of an object that is no tensor, an ``_extra_state``."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -259,9 +261,21 @@ def checkpoint_bytes(
     masters = training.precision == "bf16" or training.use_distributed_optimizer
     states = (3 if masters else 2) if has_optimizer else 0
     parameters = count.parameters(architecture).total
-    return parameters * (_ELEMENT[training.precision] + 4 * states) + _ITEM * _shards(
-        architecture, training.layout
-    ) * (1 + states)
+    shards = _shards(architecture, training.layout) * (1 + states)
+    if architecture.experts:  # a layer's norm has two names (weights/megatron.py)
+        shards += architecture.model.num_layers
+    elements = parameters * (_ELEMENT[training.precision] + 4 * states)
+    return elements + _ITEM * shards + _OBJECT * _objects(architecture)
+
+
+def _objects(architecture: Architecture) -> int:
+    """Objects of a checkpoint, as many as ``weights/megatron.extra_states`` names."""
+    model = architecture.model
+    layer = 3 + 2 * model.qk_layernorm + 2 * len(architecture.experts)
+    layer += 1 if architecture.experts else 2
+    if architecture.experts and model.moe_shared_expert_intermediate_size is not None:
+        layer += 2
+    return model.num_layers * layer + 1
 
 
 def _shards(architecture: Architecture, layout: Layout) -> int:

@@ -9,6 +9,7 @@ one that changes what the model computes is mapped or asserted.
 from __future__ import annotations
 
 import io
+import math
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -167,9 +168,11 @@ def _in_our_words(settings: Settings) -> dict[str, Any]:
         )
     if "scale_factor" in settings:  # Megatron-Bridge has it for Llama 3.1 only
         known["rope_scaling"] = settings["scale_factor"] is not None
-    if known.get("rope_scaling") in (None, False):
+    factor = known.get("rope_scaling_factor")
+    is_number = isinstance(factor, int | float) and math.isfinite(factor)  # else it is damaged
+    if known.get("rope_scaling") in (None, False) and is_number:
         # Then it scales nothing, and its default is not everybody's.
-        known.pop("rope_scaling_factor", None)
+        del known["rope_scaling_factor"]
     return known
 
 

@@ -51,7 +51,8 @@ def _stage(recipe: Recipe, stage: Stage, run_dir: Path) -> dict[str, object]:
         _write(metrics, rank, {**start, "time": time.time()})
         for step in range(first + 1, STEPS + 1):
             time.sleep(pause)
-            _write(metrics, rank, {"kind": "train", "step": step, "loss": 4.0 / step})
+            record = {"kind": "train", "step": step, "tokens": 64 * step, "loss": 4.0 / step}
+            _write(metrics, rank, {**record, "time": time.time()})
             if rank == 0:
                 write_json(directory / "saved.json", {"step": step})
                 if wish.get("save") and step % wish["save"] == 0:

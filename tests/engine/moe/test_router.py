@@ -83,7 +83,7 @@ def train_once(layout: Layout, routing: Routing, recompute: bool = False) -> dic
     from megatron_btx.engine.moe.noise import set_routing_context
 
     router, mine = build(layout, routing)
-    moe_utils.MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
+    moe_utils.MoEAuxLossAutoScaler.main_loss_backward_scale = torch.ones(1)
     set_routing_context(20, torch.tensor(SEQUENCES))
     x = mine(HIDDEN_STATES).requires_grad_()
     if recompute:

@@ -97,7 +97,7 @@ def loss_per_token(layout: Layout) -> Tensor:
     router, mine = build(layout, ROUTINGS["topk"], calculate_per_token_loss=True)
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
-    MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
+    MoEAuxLossAutoScaler.main_loss_backward_scale = torch.ones(1)
     gates, _ = router(mine(HIDDEN_STATES))
     (gates * 0).sum().backward()
     return router.weight.grad / (LENGTH * BATCH)  # as finalize_model_grads divides

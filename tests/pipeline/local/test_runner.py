@@ -42,6 +42,7 @@ def _tree(path: Path) -> dict[str, bytes]:
 
 def test_all_stages_once_and_then_all_is_done(run: Run) -> None:
     code, output, errors = run("--json")
+    assert output, errors
     outcome = json.loads(output)
     assert (code, outcome["code"]) == (0, 0), errors
     assert [stage["name"] for stage in outcome["stages"]] == ALL.split()
