@@ -85,7 +85,7 @@ class Averaging:
             for name in base.tensors
             if group_of(name) in averaged
         }
-        return own | {THRESHOLDS: thresholds(own, moved, self.ties)}
+        return own | ({THRESHOLDS: thresholds(own, moved, self.ties)} if moved else {})
 
     def _ties(
         self, name: str, models: Sequence[Checkpoint], weights: Sequence[float], dtype: torch.dtype

@@ -18,7 +18,7 @@ from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.check_layout import sequence_parallel
 from megatron_btx.recipe.schema import Layout, Training
 
-RUNTIME = {"cpu": 350_000_000, "cuda": 840_000_000}
+RUNTIME = {"cpu": 350_000_000, "cuda": 695_000_000}
 """Resident size of a CPU rank that has imported torch and Megatron-Core and joined its process
 groups, before it builds a model, by what its torch was built for. A GPU's context is outside of
 what its allocator reports."""

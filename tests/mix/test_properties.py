@@ -119,7 +119,8 @@ def test_a_plan_covers_its_targets_and_accounts_for_its_sources(data):
     source = plan.sources[label]
     more = {name: read_whole(source, name) for name in source.tensors} | {"stray": torch.ones(1)}
     sources = {**plan.sources, label: MemorySource(more)}
-    with pytest.raises(UserError, match="stray is used by nothing"):
+    # Of many such errors only the first are told.
+    with pytest.raises(UserError, match="(?s)stray is used by nothing|and \\d+ more like these"):
         Plan(plan.architecture, plan.targets, sources, plan.expected)
     read = {take.name for target in plan.targets.values() for take in takes(target)
             if take.source == label}  # fmt: skip
