@@ -167,6 +167,9 @@ def test_ties_trims_elects_a_sign_and_averages_what_agrees():
     same = average(copies, dtype=torch.float32, averaging=Averaging(ties=0.3))
     for name in same.targets:
         assert torch.equal(same.evaluate(name), read_whole(models[0].source, name))
+    alone = average(models[1:2], dtype=torch.float32, averaging=Averaging(ties=0.3))
+    for name in alone.targets:
+        assert torch.equal(alone.evaluate(name), read_whole(models[1].source, name))
     with pytest.raises(UserError, match="no model seed"):
         average(models[2:], dtype=F64, averaging=Averaging(ties=0.3))
 
