@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 TOP = Path(__file__).resolve().parents[1]
-_PLACES = (".venv-3.11", ".venv-3.12", ".venv", ".venv312")
+_PLACES = (".venv-3.11", ".venv-3.12", ".venv")
 
 
 def other_python() -> Path:
