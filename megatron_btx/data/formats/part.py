@@ -11,7 +11,7 @@ Document = tuple[int, str]
 """Its place in its part, as ``where`` takes it, and its text."""
 
 MAX_DOCUMENT = 32 << 20
-"""Bytes of UTF-8 in one document at most. Tokenizers need 50 to 100 times as much memory."""
+"""Bytes of UTF-8 in one document at most. Tokenizing one takes several times as much memory."""
 MAX_RECORD = 4 * MAX_DOCUMENT
 """Bytes of the JSON around a document at most: a character may be written in six (``\\u0007``)."""
 
