@@ -19,7 +19,7 @@ from megatron_btx.engine import cpu_tuning
 from megatron_btx.engine.moe import dispatch
 from megatron_btx.engine.moe.experts import feed_forward
 from megatron_btx.engine.ops import attention as attention_module
-from megatron_btx.engine.ops import blocks, cpu_attention, swiglu
+from megatron_btx.engine.ops import cpu_attention, swiglu
 from megatron_btx.engine.ops.adam import Adam
 from megatron_btx.engine.ops.attention import ScaledDotProductAttention
 from megatron_btx.engine.ops.cross_entropy import cross_entropy
@@ -87,7 +87,7 @@ def attention(**fields: Any) -> ScaledDotProductAttention:
 def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A CPU's, and the one that a GPU without Transformer Engine uses."""
     if request.param == "many":
-        monkeypatch.setattr(cpu_attention, "ELEMENTS", 64 * 150)
+        monkeypatch.setattr(cpu_attention, "BLOCK_ELEMENTS", 64 * 150)
     if request.param == "torch's kernel":
         monkeypatch.setattr(attention_module, "_by_products", attention_module._fused)
 
@@ -167,7 +167,7 @@ def test_rotary_refuses_other_angles() -> None:
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several blocks of the few rows that the tests have, the last one shorter."""
-    monkeypatch.setattr(blocks, "ELEMENTS", 32)
+    monkeypatch.setattr(swiglu, "BLOCK_ELEMENTS", 32)
 
 
 def plain_swiglu(x: Tensor) -> Tensor:

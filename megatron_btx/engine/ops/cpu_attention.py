@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_btx.engine.ops.blocks import ELEMENTS
+from megatron_btx.engine.ops.swiglu import BLOCK_ELEMENTS
 from megatron_btx.recipe.memory import keeps_probabilities, query_rows
 
 # Shapes: H heads of all sequences of the micro-batch, S sequence, D width of a head.
@@ -116,7 +116,7 @@ def _blocks(query: Tensor, window: int | None) -> Iterator[tuple[slice, slice, s
     for first in range(0, seq, rows):
         last = min(first + rows, seq)
         start = 0 if window is None else max(0, first - window)
-        step = max(1, ELEMENTS * torch.get_num_threads() // ((last - first) * (last - start)))
+        step = max(1, BLOCK_ELEMENTS * torch.get_num_threads() // ((last - first) * (last - start)))
         for head in range(0, heads, step):
             yield slice(head, head + step), slice(first, last), slice(start, last)
 

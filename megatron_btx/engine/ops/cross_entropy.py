@@ -13,7 +13,7 @@ import torch
 from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 from torch import Tensor
 
-from megatron_btx.engine.ops.blocks import blocks
+from megatron_btx.engine.ops.swiglu import row_blocks
 
 
 def cross_entropy(
@@ -39,7 +39,7 @@ class _CrossEntropy(torch.autograd.Function):
         ctx.save_for_backward(logits, target)
         rows, places = logits.flatten(0, 1), target.reshape(-1, 1)
         loss = torch.empty(places.shape, dtype=torch.float32, device=logits.device)
-        for block in blocks(rows):
+        for block in row_blocks(rows):
             loss[block] = -rows[block].log_softmax(-1, torch.float32).gather(-1, places[block])
         return loss.view_as(target)
 
@@ -48,7 +48,7 @@ class _CrossEntropy(torch.autograd.Function):
         logits, target = ctx.saved_tensors
         rows, places = logits.detach().flatten(0, 1), target.reshape(-1, 1)
         weight = grad_loss.reshape(-1, 1)
-        for block in blocks(rows):
+        for block in row_blocks(rows):
             grad = rows[block].softmax(-1, torch.float32).mul_(weight[block])
             rows[block] = grad.scatter_add_(-1, places[block], -weight[block])
         return rows.view_as(logits), None
