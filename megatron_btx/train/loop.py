@@ -13,7 +13,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_btx.engine.moe.moe_metrics import pop_balance_loss
+from megatron_btx.engine.moe.loss_tracker import pop_balance_loss
 from megatron_btx.train import throughput
 from megatron_btx.train.heartbeat import HEART
 from megatron_btx.train.signals import StopRequest

@@ -1,5 +1,5 @@
 """Megatron's tracker of auxiliary losses: a dictionary up to 0.17, an object since, here one
-interface."""
+interface; and what of it is logged after a step."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch.distributed as dist
+from megatron.core import parallel_state
 from torch import Tensor
 
 from megatron_btx.engine.megatron_release import MOE_METRICS_TRACKER
@@ -15,6 +16,11 @@ if MOE_METRICS_TRACKER:
     from megatron.core.transformer.moe import moe_logging
 else:
     from megatron.core.transformer.moe import moe_utils
+
+BALANCE_LOSS = "btx_balance_loss"
+"""The paper's loss in Megatron's tracker of auxiliary losses, divided by alpha."""
+
+_LOGGED_AS = {BALANCE_LOSS: "balance_loss", "z_loss": "router_z_loss"}
 
 
 @dataclass(frozen=True)
@@ -75,3 +81,33 @@ def forget() -> None:
         moe_logging.destroy_moe_metrics_tracker()
     else:
         moe_utils.get_moe_layer_wise_logging_tracker().clear()
+
+
+def pop_balance_loss(num_microbatches: int) -> dict[str, float]:
+    """Every auxiliary loss in Megatron's tracker, divided by its coefficient: mean over layers,
+    micro-batches and ranks. Empties the tracker. Every rank calls it; empty for a dense model.
+
+    Megatron's own reduction averages by an operation that gloo does not have.
+    """
+    losses = {}
+    for name, entry in tracked().items():
+        values = entry.values.clone()
+        dist.all_reduce(values, group=parallel_state.get_pipeline_model_parallel_group())
+        summed, averaged = entry.reduce_group, entry.avg_group
+        if summed is None and averaged is None:  # 0.16's z-loss: each rank has its own tokens'
+            averaged = parallel_state.get_tensor_and_context_parallel_group()
+        if summed is not None:
+            dist.all_reduce(values, group=summed)
+        values = _mean_over(values, averaged)
+        if entry.needs_dp_avg:
+            values = _mean_over(values, parallel_state.get_data_parallel_group())
+        losses[_LOGGED_AS.get(name, name)] = values.mean().item() / num_microbatches
+    clear()
+    return losses
+
+
+def _mean_over(values: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    if group is None or group.size() == 1:
+        return values
+    dist.all_reduce(values, group=group)
+    return values / group.size()

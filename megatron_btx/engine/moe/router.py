@@ -24,13 +24,11 @@ from torch import Tensor
 from torch.distributed import all_gather_into_tensor
 
 from megatron_btx.engine.moe import loss_tracker, noise, routing
+from megatron_btx.engine.moe.loss_tracker import BALANCE_LOSS
 from megatron_btx.engine.moe.routing import Routes
 from megatron_btx.engine.unsupported_options import Supported, refuse_unfollowed
 from megatron_btx.errors import UserError, UserErrors, collect_errors
 from megatron_btx.recipe.schema import Routing
-
-BALANCE_LOSS = "btx_balance_loss"
-"""The paper's loss in Megatron's tracker of auxiliary losses, divided by alpha."""
 
 
 def transformer_fields(routing: Routing, num_experts: int) -> dict[str, Any]:

@@ -77,7 +77,7 @@ def test_logged_loss_is_averaged_over_data_parallel_ranks(ranks: Ranks) -> None:
 
 
 def logged_z_loss(layout: Layout) -> float:
-    from megatron_btx.engine.moe.moe_metrics import pop_balance_loss
+    from megatron_btx.engine.moe.loss_tracker import pop_balance_loss
     from megatron_btx.engine.moe.router import routers
 
     router, mine = build(layout, Routing(moe_z_loss_coeff=1e-3, balance_loss_coeff=0.0))
