@@ -51,7 +51,7 @@ def install(platform: Platform) -> None:
         _bind("megatron.core.optimizer.clip_grads", multi_tensor_scale_impl=_scale)
         # torch's AdamW keeps `step` per tensor, the fused ones per group, and the distributed
         # optimizer's checkpoints are written for the latter: `KeyError: 'step'` when loading.
-        from megatron_btx.engine.ops.adam import Adam
+        from megatron_btx.engine.optimizer import Adam
 
         _bind("megatron.core.optimizer", Adam=Adam, USING_PYTORCH_OPTIMIZER=False)
         _bind(

@@ -1,12 +1,17 @@
-"""Megatron's optimizer and learning-rate schedule from a stage of the recipe."""
+"""Megatron's optimizer and learning-rate schedule from a stage of the recipe; and the Adam that it
+has where there is no fused one."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from torch.optim.adam import adam
+from torch.optim.adamw import adamw
 
 from megatron_btx.engine.unsupported_options import megatron_errors
 from megatron_btx.recipe.schema import Training
@@ -65,3 +70,75 @@ def build_schedule(
 def min_lr(training: Training) -> float:
     """Where the schedule ends: a tenth of the peak unless the recipe says otherwise."""
     return training.lr / 10 if training.min_lr is None else training.min_lr
+
+
+class Adam(torch.optim.Optimizer):
+    """Adam or AdamW whose ``step`` lives in the parameter group, as in Apex's and Transformer
+    Engine's ``FusedAdam``: a parameter's state is ``exp_avg`` and ``exp_avg_sq`` and nothing else,
+    the form in which Megatron's distributed optimizer saves and reshards it.
+
+    The update is torch's own (``torch.optim.adamw.adamw``), its fused kernel where there is one.
+
+    Args:
+        params: parameters or parameter groups.
+        lr: learning rate.
+        betas: decay of the two moments.
+        eps: added to the denominator.
+        weight_decay: decoupled (AdamW) when ``adam_w_mode``, else added to the gradient.
+        adam_w_mode: as ``FusedAdam``'s argument.
+        capturable: Megatron's (0.17) for steps inside CUDA graphs; only false is supported.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        adam_w_mode: bool = True,
+        capturable: bool = False,
+    ) -> None:
+        assert not capturable, "optimizer_cuda_graph needs a fused optimizer"
+        self.update = adamw if adam_w_mode else adam
+        super().__init__(
+            params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        """One update of every parameter that has a gradient."""
+        if closure is not None:
+            raise ValueError("closures are not supported")
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            params = [param for param in group["params"] if param.grad is not None]
+            if not params:
+                continue
+            states = [self._state_of(param) for param in params]
+            # The functional form counts the step up itself, in a tensor a parameter.
+            before = torch.tensor(float(group["step"] - 1), device=params[0].device)
+            beta1, beta2 = group["betas"]
+            self.update(
+                params,
+                [param.grad for param in params],
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                [],
+                [before.clone() for _ in params],
+                amsgrad=False,
+                beta1=beta1,
+                beta2=beta2,
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+                fused=True,
+            )
+
+    def _state_of(self, param: torch.Tensor) -> dict[str, torch.Tensor]:
+        state = self.state[param]
+        if not state:
+            state["exp_avg"] = torch.zeros_like(param)
+            state["exp_avg_sq"] = torch.zeros_like(param)
+        return state

@@ -20,11 +20,11 @@ from megatron_btx.engine.moe import dispatch
 from megatron_btx.engine.moe.experts import feed_forward
 from megatron_btx.engine.ops import attention as attention_module
 from megatron_btx.engine.ops import cpu_attention, swiglu
-from megatron_btx.engine.ops.adam import Adam
 from megatron_btx.engine.ops.attention import ScaledDotProductAttention
 from megatron_btx.engine.ops.cross_entropy import cross_entropy
 from megatron_btx.engine.ops.norm import RMSNorm
 from megatron_btx.engine.ops.rotary import split_and_rotate
+from megatron_btx.engine.optimizer import Adam
 
 FP32, BF16 = torch.float32, torch.bfloat16
 TOLERANCE = {FP32: {"rtol": 1e-5, "atol": 1e-5}, BF16: {"rtol": 2e-2, "atol": 4e-2}}
