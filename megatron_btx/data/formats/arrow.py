@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_btx.data.formats.columns import check_column, damaged, documents
-from megatron_btx.data.formats.part import Document, Part
+from megatron_btx.data.formats.part import Document, Part, check_column, damaged, documents
 from megatron_btx.errors import UserError
 
 _END = b"\xff\xff\xff\xff\x00\x00\x00\x00"

@@ -8,8 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from megatron_btx.data.formats.columns import check_column, damaged, documents
-from megatron_btx.data.formats.part import Document, Part
+from megatron_btx.data.formats.part import Document, Part, check_column, damaged, documents
 
 _ROWS = 256
 """Read at once."""
