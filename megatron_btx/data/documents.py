@@ -13,8 +13,9 @@ from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
-from megatron_btx.data.formats import Part, format_of, pair_files
+from megatron_btx.data.formats import Part, format_of
 from megatron_btx.data.formats.compression import COMPRESSIONS
+from megatron_btx.data.formats.part import index_file, is_prefix
 from megatron_btx.errors import UserError
 from megatron_btx.files import read_json
 
@@ -51,8 +52,8 @@ def find_files(paths: Sequence[str | Path], *, where: str) -> list[Path]:
     for path in map(Path, paths):
         if path.is_dir():
             files += _in_directory(path, where)
-        elif pair_files.is_prefix(path):
-            files.append(pair_files.index_file(path))
+        elif is_prefix(path):
+            files.append(index_file(path))
         elif os.path.lexists(path):
             files.append(path)
         else:
@@ -103,7 +104,7 @@ def _in_directory(directory: Path, where: str) -> list[Path]:
     others: list[Path] = []
     for file in sorted(_walk(directory, where)):
         name = file.name.lower()
-        if _COMPANIONS.fullmatch(name) or (name.endswith(".bin") and pair_files.is_prefix(file)):
+        if _COMPANIONS.fullmatch(name) or (name.endswith(".bin") and is_prefix(file)):
             continue
         (found if name.endswith(SUFFIXES) else others).append(file)
     if others:

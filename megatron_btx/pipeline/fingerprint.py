@@ -14,7 +14,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_btx.data.formats.pair_files import pair_files
+from megatron_btx.data.formats.part import pair_files
 from megatron_btx.files import written
 
 _PIECE = 1 << 20
