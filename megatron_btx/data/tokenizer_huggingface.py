@@ -11,7 +11,7 @@ import numpy as np
 
 from megatron_btx.data.tokenizer_base import Tokenizer
 from megatron_btx.errors import UserError
-from megatron_btx.families.fast_tokenizer import begin_token, no_panic, open_fast
+from megatron_btx.families.tokenizer_libraries import begin_token, no_panic, open_fast
 from megatron_btx.families.tokenizer_settings import CONFIG, read_settings
 
 

@@ -20,8 +20,8 @@ import sentencepiece
 
 from megatron_btx.data.tokenizer_base import Tokenizer
 from megatron_btx.errors import UserError, UserErrors
-from megatron_btx.families.slow_tokenizer import open_slow
 from megatron_btx.families.tokenizer_export import huggingface_files
+from megatron_btx.families.tokenizer_libraries import open_slow
 from megatron_btx.families.tokenizer_settings import CONFIG, FILES, TokenizerSettings, read_settings
 
 _PLAIN = {

@@ -10,10 +10,9 @@ from typing import Any
 from sentencepiece import SentencePieceProcessor
 
 from megatron_btx.errors import UserError
-from megatron_btx.families.fast_tokenizer import begin_token, open_fast
-from megatron_btx.families.slow_tokenizer import open_slow
 from megatron_btx.families.tokenizer_export import huggingface_files
 from megatron_btx.families.tokenizer_identity import FAST, SLOW
+from megatron_btx.families.tokenizer_libraries import begin_token, open_fast, open_slow
 from megatron_btx.families.tokenizer_settings import CONFIG, FILES, read_settings
 from megatron_btx.files import find_json, read_bytes
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_btx.errors import UserError
-from megatron_btx.families.fast_tokenizer import no_panic
+from megatron_btx.families.tokenizer_libraries import no_panic
 from megatron_btx.files import read_bytes
 
 FAST, SLOW = "tokenizer.json", "tokenizer.model"

@@ -1,4 +1,5 @@
-"""``tokenizer.json`` opened by the ``tokenizers`` library, completed as by ``transformers``."""
+"""A tokenizer's file opened by its library: ``tokenizer.json`` by ``tokenizers``, completed as by
+``transformers``, and ``tokenizer.model`` by ``sentencepiece``."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from megatron_btx.errors import UserError, UserErrors, capped
 from megatron_btx.families.tokenizer_settings import TokenizerSettings
 
 if TYPE_CHECKING:
+    from sentencepiece import SentencePieceProcessor
     from tokenizers import Tokenizer
 
 _AGAIN = "copy or download the tokenizer's files again, all of them"
@@ -114,3 +116,29 @@ def begin_token(tokenizer: Tokenizer, where: str) -> int | None:
         what = f"{text!r} is {plain}, with special tokens {whole}: at most one can stand in front"
         raise UserError(where, what, "give a tokenizer of a causal language model")
     return whole[0] if starts[0] == 1 else None
+
+
+def open_slow(model: bytes, where: str) -> SentencePieceProcessor:
+    """A SentencePiece model, whole: every piece is text.
+
+    Args:
+        model: the bytes of a ``.model`` file.
+        where: names it in messages.
+
+    Raises:
+        UserError: it is none, or damaged.
+    """
+    import sentencepiece
+
+    try:
+        if not model:
+            raise RuntimeError
+        processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        pieces = [processor.id_to_piece(at) for at in range(processor.vocab_size())]
+    except (RuntimeError, ValueError) as error:  # the latter: text that is no UTF-8
+        raise UserError(
+            where, "is not a SentencePiece model", "give a `.model` file that spm_train wrote"
+        ) from error
+    if len(set(pieces)) < len(pieces) or not pieces:
+        raise UserError(where, "is damaged: its pieces are not unlike each other", "copy it again")
+    return processor
