@@ -1,14 +1,52 @@
-"""Llama and its dense relatives, and what their ``config.json`` have in common."""
+"""Llama and its dense relatives: where each weight gets its Megatron name, and what their
+``config.json`` have in common."""
 
 from __future__ import annotations
 
 from megatron_btx.families.config import Always, Field, Fixed, Part, Stated, Tied
 from megatron_btx.families.family import Family
 from megatron_btx.families.positions import LayerWindows, Positions, Rope, Window
-from megatron_btx.families.rows import ATTENTION, EMBEDDING, FFN, HEAD, HEAD_NORMS, QKV_BIAS
-from megatron_btx.families.table import Table
+from megatron_btx.families.table import Row, Table, gate_up, qkv
 
-LAYERS: tuple[Part, ...] = (
+# fmt: off
+LAYER, HF = "decoder.layers.{layer}.", "model.layers.{layer}."
+
+EMBEDDING: tuple[Row, ...] = (
+    ("embedding.word_embeddings.weight", ("model.embed_tokens.weight",), None),
+)
+ATTENTION: tuple[Row, ...] = (
+    (LAYER + "self_attention.linear_qkv.layer_norm_weight",
+        (HF + "input_layernorm.weight",), None),
+    (LAYER + "self_attention.linear_qkv.weight",
+        (HF + "self_attn.q_proj.weight",
+         HF + "self_attn.k_proj.weight",
+         HF + "self_attn.v_proj.weight"), qkv),
+    (LAYER + "self_attention.linear_proj.weight", (HF + "self_attn.o_proj.weight",), None),
+)
+QKV_BIAS: tuple[Row, ...] = (
+    (LAYER + "self_attention.linear_qkv.bias",
+        (HF + "self_attn.q_proj.bias",
+         HF + "self_attn.k_proj.bias",
+         HF + "self_attn.v_proj.bias"), qkv),
+)
+HEAD_NORMS: tuple[Row, ...] = (
+    (LAYER + "self_attention.q_layernorm.weight", (HF + "self_attn.q_norm.weight",), None),
+    (LAYER + "self_attention.k_layernorm.weight", (HF + "self_attn.k_norm.weight",), None),
+)
+FFN: tuple[Row, ...] = (
+    (LAYER + "mlp.linear_fc1.layer_norm_weight", (HF + "post_attention_layernorm.weight",), None),
+    (LAYER + "mlp.linear_fc1.weight",
+        (HF + "mlp.gate_proj.weight", HF + "mlp.up_proj.weight"), gate_up),
+    (LAYER + "mlp.linear_fc2.weight", (HF + "mlp.down_proj.weight",), None),
+)
+HEAD: tuple[Row, ...] = (
+    ("decoder.final_layernorm.weight", ("model.norm.weight",), None),
+    ("output_layer.weight", ("lm_head.weight",), None),
+)
+# fmt: on
+
+
+FIELDS: tuple[Part, ...] = (
     Field("num_hidden_layers", "num_layers", required=True),
     Field("hidden_size", "hidden_size", required=True),
     Field("num_attention_heads", "num_attention_heads", required=True),
@@ -30,7 +68,7 @@ LLAMA = Family(
     architecture="LlamaForCausalLM",
     table=Table((*EMBEDDING, *ATTENTION, *FFN, *HEAD)),
     config=(
-        *LAYERS,
+        *FIELDS,
         WIDTH,
         Field("num_key_value_heads", "num_query_groups"),
         HEAD_DIM,
@@ -45,14 +83,14 @@ MISTRAL = Family(
     model_type="mistral",
     architecture="MistralForCausalLM",
     table=LLAMA.table,
-    config=(*LAYERS, WIDTH, GROUPS, HEAD_DIM, Rope(1e4), Window(absent=4096)),
+    config=(*FIELDS, WIDTH, GROUPS, HEAD_DIM, Rope(1e4), Window(absent=4096)),
 )
 QWEN2 = Family(
     model_type="qwen2",
     architecture="Qwen2ForCausalLM",
     table=Table((*EMBEDDING, *ATTENTION, *QKV_BIAS, *FFN, *HEAD)),
     config=(
-        *LAYERS,
+        *FIELDS,
         WIDTH,
         GROUPS,
         HEAD_DIM,
@@ -66,7 +104,7 @@ QWEN3 = Family(
     architecture="Qwen3ForCausalLM",
     table=Table((*EMBEDDING, *ATTENTION, *HEAD_NORMS, *FFN, *HEAD)),
     config=(
-        *LAYERS,
+        *FIELDS,
         WIDTH,
         GROUPS,
         Field("head_dim", "kv_channels", required=True),  # absent, it is 128
