@@ -14,7 +14,7 @@ from multiprocessing import resource_tracker
 from multiprocessing.managers import SyncManager
 
 _ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-"""What may ask a rank to stop (train/signals.py), or a terminal all its processes."""
+"""What may ask a rank to stop (train/loop.py), or a terminal all its processes."""
 
 _PR_SET_PDEATHSIG = 1
 

@@ -1,10 +1,14 @@
-"""The loop: sequencing and nothing else. What listens to it is a callback."""
+"""The loop: sequencing and nothing else. What listens to it is a callback; asked to stop by a
+signal, the ranks agree on a step, save and leave."""
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any
 
 import torch
@@ -16,7 +20,6 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_btx.engine.moe.loss_tracker import pop_balance_loss
 from megatron_btx.train import throughput
 from megatron_btx.train.heartbeat import HEART
-from megatron_btx.train.signals import StopRequest
 from megatron_btx.train.step import Batch, train_step
 from megatron_btx.train.throughput import Device
 
@@ -108,3 +111,37 @@ def train(run: Run, callbacks: Sequence[Callback], stop: StopRequest) -> None:
     for callback in callbacks:
         callback.at_end(run)
     dist.barrier()
+
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""SIGTERM from a launcher or a person, SIGUSR1 from Slurm ahead of a time limit."""
+
+
+class StopRequest:
+    """Whether any rank has been asked to stop."""
+
+    def __init__(self) -> None:
+        self._asked = False
+
+    def _note(self, _number: int, _frame: FrameType | None) -> None:
+        self._asked = True
+
+    def agreed(self) -> bool:
+        """The same answer on every rank: True once any of them was asked. A collective."""
+        if dist.get_world_size() == 1:
+            return self._asked
+        flag = torch.tensor([float(self._asked)], device=torch.cuda.current_device())
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag.item())
+
+
+@contextmanager
+def listening() -> Iterator[StopRequest]:
+    """Within it the stop signals are noted instead of ending the process."""
+    request = StopRequest()
+    before = {number: signal.signal(number, request._note) for number in STOP_SIGNALS}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -42,9 +42,9 @@ from megatron_btx.recipe.schema import Recipe, Training
 from megatron_btx.recipe.stages import directory as stage_directory
 from megatron_btx.recipe.stages import model_stage
 from megatron_btx.recipe.stages import training as stage_training
-from megatron_btx.train import signals, throughput
+from megatron_btx.train import throughput
 from megatron_btx.train.callbacks import Callback, Checkpoints, CheckReplicas, HeldOutLoss, Log
-from megatron_btx.train.loop import Run, train
+from megatron_btx.train.loop import Run, listening, train
 from megatron_btx.train.tracking import Tracker
 from megatron_btx.weights.find_checkpoint import find_checkpoint
 from megatron_btx.weights.manifest import read_manifest
@@ -63,7 +63,7 @@ def run(recipe: Recipe, name: str, run_dir: Path) -> dict[str, Any]:
     """
     training = stage_training(recipe, name)
     distributed.initialize(training.layout, recipe.random_seed)
-    with signals.listening() as stop:
+    with listening() as stop:
         progress, callbacks = _begin(recipe, name, training, run_dir)
         train(progress, callbacks, stop)
         directory = stage_directory(run_dir, name)

@@ -33,9 +33,8 @@ def run(
     from megatron_btx.engine.optimizer import build_optimizer, build_schedule
     from megatron_btx.files import newest_step
     from megatron_btx.recipe.schema import Recipe, WandB
-    from megatron_btx.train import signals
     from megatron_btx.train.callbacks import Checkpoints, CheckReplicas, Log
-    from megatron_btx.train.loop import Run, train
+    from megatron_btx.train.loop import Run, listening, train
     from megatron_btx.train.metrics import read
     from megatron_btx.train.tracking import Tracker
     from megatron_btx.weights.manifest import read_manifest
@@ -109,7 +108,7 @@ def run(
             where / "checkpoints", training, lambda r: saved(step=r.step), lambda _: None, log
         ),
     ]
-    with signals.listening() as stop:
+    with listening() as stop:
         train(progress, callbacks, stop)
     return read(where / "metrics.jsonl"), pieces(ddp, lambda parameter: parameter)
 
