@@ -30,8 +30,8 @@ from megatron_btx.families.tokenizer_files import (
 )
 from megatron_btx.mix.compatibility import speaker_of, tokenizer_words
 from megatron_btx.mix.plan_of_request import DTYPES, open_sources, plan_of
-from megatron_btx.mix.progress import Watch
 from megatron_btx.mix.request import Request
+from megatron_btx.mix.source_files import Watch
 from megatron_btx.provenance import versions
 from megatron_btx.recipe.count import parameters
 from megatron_btx.recipe.fields import out_of_range
