@@ -14,6 +14,7 @@ setup(
             "pipeline/slurm/*.sh",
             "evaluate/items/*.yaml",
             "report/templates/*.html",
+            "report/templates/*.css",
         ]
     },
     install_requires=[

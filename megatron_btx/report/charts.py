@@ -9,8 +9,8 @@ from markupsafe import Markup
 
 from megatron_btx.evaluate.results import MEAN, Matrix
 from megatron_btx.report import table
+from megatron_btx.report.html import series
 from megatron_btx.report.run_data import Routing, RunData, StageData
-from megatron_btx.report.style import series
 from megatron_btx.report.svg import Axes, Dot, Line, heatmap, power_of_ten, thin
 
 

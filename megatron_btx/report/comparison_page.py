@@ -9,8 +9,7 @@ from markupsafe import Markup
 from megatron_btx.evaluate.results import MEAN
 from megatron_btx.report import html
 from megatron_btx.report.comparison import HEAD, Comparison, System, cells, notes
-from megatron_btx.report.html import Cell
-from megatron_btx.report.style import series
+from megatron_btx.report.html import Cell, series
 from megatron_btx.report.svg import Axes, Dot, power_of_ten
 
 _STYLES = {"btx": "btx-line", "dense": "dense-line", "seed": "seed-line"}

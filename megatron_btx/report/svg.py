@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from markupsafe import Markup
 
-from megatron_btx.report.style import picture_sheet
+from megatron_btx.report.html import picture_sheet
 from megatron_btx.svg import document, element
 
 Point = tuple[float, float]
