@@ -15,7 +15,7 @@ from megatron_btx.errors import UserError
 from megatron_btx.files import check_directory, written
 from megatron_btx.pipeline import eval_ranks
 from megatron_btx.report import comparison, comparison_page, comparison_runs, figures
-from megatron_btx.report.text_tables import tasks_table
+from megatron_btx.report.table import tasks_table
 
 _EPILOG = """examples:
   btx compare examples/systems                        every system of the paper, on the demo's text

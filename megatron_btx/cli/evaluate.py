@@ -14,7 +14,7 @@ from megatron_btx.errors import UserError
 from megatron_btx.evaluate import model_spec
 from megatron_btx.files import check_file, write_json
 from megatron_btx.pipeline import eval_ranks
-from megatron_btx.report.text_tables import data_table, tasks_table
+from megatron_btx.report.table import data_table, tasks_table
 
 CHECKPOINT = """a CHECKPOINT is
   DIR                 a step_XXXXXXXX directory, a stage's directory of a run, or a Hugging Face

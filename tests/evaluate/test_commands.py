@@ -16,7 +16,7 @@ from megatron_btx.errors import UserError
 from megatron_btx.evaluate.model_spec import Subject, parse
 from megatron_btx.evaluate.models import load, opened
 from megatron_btx.recipe.schema import Layout, Routing
-from megatron_btx.report import routing, text_tables
+from megatron_btx.report import routing, table
 from megatron_btx.weights.find_checkpoint import find_checkpoint
 from tests.evaluate import made, ranks_side
 from tests.ranks import Ranks
@@ -200,10 +200,10 @@ def test_routing_of_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert [view.moment for view in views] == ["before finetuning", "after finetuning"]
     assert views[0].load == {"code": dead}
     assert views[0].dead() == {"seed": [1]}
-    table = routing.table(views[0])
-    rows = [line.split() for line in table.splitlines()]
+    shown = routing.table(views[0])
+    rows = [line.split() for line in shown.splitlines()]
     assert ["code", "1", *["50.0", "30.0", "19.6", "0.4"] * 2] in rows
-    assert "Dead in layer 1 (below 1% of the choices): seed." in table
+    assert "Dead in layer 1 (below 1% of the choices): seed." in shown
     assert main(["routing", str(run_dir), "--out", str(tmp_path / "out"), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found == json.loads((tmp_path / "out" / "routing.json").read_text())
@@ -236,7 +236,7 @@ def test_how_experts_are_taken_is_named(here: Path, ranks: Ranks, tmp_path: Path
     files = {"x": [str(here / "x.jsonl")]}
     (found,) = ranks.run(ranks_side.data, 1, subjects, Layout(), files)
     assert [one.get("expert_choice") for one in found] == [None, "drawn", "argmax"]
-    said = text_tables.data_table({one.name: row for one, row in zip(subjects, found, strict=True)})
+    said = table.data_table({one.name: row for one, row in zip(subjects, found, strict=True)})
     assert said.splitlines()[-2:] == [
         "drawn: one expert a token, drawn with seeded noise",
         "argmax: one expert a token, the argmax of its logits",
