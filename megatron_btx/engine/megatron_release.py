@@ -1,4 +1,5 @@
-"""Which of the two supported releases of Megatron-Core is installed, and in what they differ.
+"""Which of the two supported releases of Megatron-Core is installed, in what they differ, and which
+of its warnings are not shown.
 
 | Python     | megatron-core | named by                                        |
 | ---------- | ------------- | ----------------------------------------------- |
@@ -13,6 +14,9 @@ differs too: the tables of engine/cpu.py and engine/mcore_patches.py are kept by
 from __future__ import annotations
 
 import functools
+import logging
+import warnings
+from collections import defaultdict
 from importlib import metadata
 
 from megatron_btx.errors import UserError
@@ -53,3 +57,52 @@ def require_supported() -> None:
             "supported",
             "pip install -c constraints.txt megatron-core",
         )
+
+
+_SILENCED = (
+    # Warnings about its own future that a user of this project can do nothing about.
+    # (module of megatron.core, words in the message, why it may be)
+    ("models.gpt.gpt_model", "GPTModel IS DEPRECATED", "CONTRIBUTING.md: a move to HybridModel"),
+    (
+        "distributed.distributed_data_parallel",
+        "full_param_layout not provided",
+        "the layout that it computes by itself is the one that we would hand it",
+    ),
+    (
+        "dist_checkpointing.strategies.torch",
+        "MCore's async save is deprecated",
+        "said of every save that is not asynchronous too",
+    ),
+    ("dist_checkpointing.strategies.common", "load_common is deprecated", "0.16 wrote common.pt"),
+)
+
+
+_SILENCED_WARNINGS = (
+    "full scope is deprecated",  # the default of an option that nobody set (0.19)
+    "torch.distributed is disabled, unavailable or uninitialized",  # one rank reads for all
+)
+"""Begins of messages given to Python's ``warnings``."""
+
+
+def silence_warnings() -> None:
+    """In this process, those of :data:`_SILENCED` and :data:`_SILENCED_WARNINGS`."""
+    for begin in _SILENCED_WARNINGS:
+        warnings.filterwarnings("ignore", message=begin)
+    words = defaultdict(list)
+    for module, message, _ in _SILENCED:
+        words[f"megatron.core.{module}"].append(message)
+    for name, messages in words.items():
+        logger = logging.getLogger(name)
+        if not any(isinstance(each, _Without) for each in logger.filters):
+            logger.addFilter(_Without(messages))
+
+
+class _Without(logging.Filter):
+    def __init__(self, messages: list[str]) -> None:
+        super().__init__()
+        self.messages = messages
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the record is shown."""
+        text = record.getMessage()
+        return not any(message in text for message in self.messages)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_btx.engine import cpu, megatron_release, upstream_warnings
+from megatron_btx.engine import cpu, megatron_release
 from megatron_btx.errors import UserError
 
 TOP = Path(__file__).resolve().parents[2]
@@ -38,11 +38,11 @@ def test_another_release_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_upstreams_own_plans_are_not_a_users_warnings(caplog: pytest.LogCaptureFixture) -> None:
-    upstream_warnings.install()
-    upstream_warnings.install()  # once is enough
+    megatron_release.silence_warnings()
+    megatron_release.silence_warnings()  # once is enough
     with warnings.catch_warnings(record=True) as shown:
         warnings.simplefilter("always")
-        upstream_warnings.install()
+        megatron_release.silence_warnings()
         warnings.warn("full scope is deprecated. Use empty cuda_graph_modules", stacklevel=1)
         warnings.warn("another", stacklevel=1)
     assert [str(one.message) for one in shown] == ["another"]
@@ -50,4 +50,4 @@ def test_upstreams_own_plans_are_not_a_users_warnings(caplog: pytest.LogCaptureF
     logger.warning("GPTModel IS DEPRECATED. GPTModel is only accepting critical bug fixes")
     logger.warning("something else")
     assert [record.getMessage() for record in caplog.records] == ["something else"]
-    assert sum(isinstance(each, upstream_warnings._Without) for each in logger.filters) == 1
+    assert sum(isinstance(each, megatron_release._Without) for each in logger.filters) == 1
