@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_btx.errors import UserError, UserErrors
-from megatron_btx.recipe import check_layout, check_mix, check_model, slurm, upstream
+from megatron_btx.recipe import check_layout, check_mix, slurm, upstream
 from megatron_btx.recipe.check_layout import Problem
 from megatron_btx.recipe.messages import near_key, path_problem, show
 from megatron_btx.recipe.schema import Layout, Model, Recipe, Training
@@ -147,7 +147,7 @@ def _names(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _model(model: Model) -> Iterator[Problem]:
-    for key, what, fix in check_model.problems(model):
+    for key, what, fix in check_layout.model_problems(model):
         yield Problem(f"model.{key}", what, fix)
     for name in (
         "moe_ffn_hidden_size",

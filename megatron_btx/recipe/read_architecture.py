@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_btx.errors import UserError
-from megatron_btx.recipe import check_model
 from megatron_btx.recipe.architecture import Architecture
+from megatron_btx.recipe.check_layout import model_problems
 from megatron_btx.recipe.fields import Range, like, within
 from megatron_btx.recipe.schema import Model, Routing, Tokenizer
 from megatron_btx.recipe.typed import BAD, Reader
@@ -88,7 +88,7 @@ def integer(node: Node, limits: Range, errors: list[UserError]) -> int | None:
 
 def _contradictions(found: _Entries) -> list[tuple[str, str, str]]:
     again = "copy the file again, or correct it"
-    wrong = [(f"model.{key}", what, fix) for key, what, fix in check_model.problems(found.model)]
+    wrong = [(f"model.{key}", what, fix) for key, what, fix in model_problems(found.model)]
     multiple = found.model.make_vocab_size_divisible_by
     padded = -(-found.vocab_size // multiple) * multiple
     if found.padded_vocab_size not in (None, padded):
