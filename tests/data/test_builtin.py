@@ -14,8 +14,8 @@ import sympy
 
 from megatron_btx.data.builtin import mathematics
 from megatron_btx.data.builtin import text as builtin_text
+from megatron_btx.data.builtin.algebra import check
 from megatron_btx.data.builtin.corpora import NAMES, Corpus, write_builtin
-from megatron_btx.data.builtin.steps import check
 from megatron_btx.errors import UserError
 from tests.data.oracle import shared, texts
 

@@ -1,4 +1,5 @@
-"""Problems of algebra and calculus for the built-in mathematics (:mod:`.builtin_math`)."""
+"""Problems of algebra and calculus for the built-in mathematics (:mod:`.mathematics`), and how a
+worked problem is written and checked."""
 
 from __future__ import annotations
 
@@ -12,7 +13,26 @@ from sympy.polys.domains import QQ, ZZ
 from sympy.polys.matrices import DomainMatrix
 from sympy.polys.rings import ring
 
-from megatron_btx.data.builtin.steps import check, frac, steps
+
+def check(ours: object, sympys: object) -> None:
+    """That SymPy finds what we found."""
+    assert ours == sympys, f"{ours} is not SymPy's {sympys}"
+
+
+def steps(r: Random, task: str, lines: list[str], answer: str) -> str:
+    """A problem's text: the task, the steps to the answer, the answer."""
+    opening = r.choice(("Problem: ", "Question. ", "", "Exercise: ", "Q: "))
+    middle = r.choice(("Solution.", "Step by step:", "We work it out.", "Solution:", "A:"))
+    closing = r.choice(("Answer: {}", "The answer is {}.", "So the result is {}.", "Result: {}"))
+    return "\n".join((opening + task, middle, *lines, closing.format(answer))) + "\n"
+
+
+def frac(value: Fraction | int) -> str:
+    """A number as it is written: ``3``, ``-7/2``."""
+    value = Fraction(value)
+    whole = value.denominator == 1
+    return str(value.numerator) if whole else f"{value.numerator}/{value.denominator}"
+
 
 _X_RING = ring("x", QQ)[0]
 Poly = list[Fraction]

@@ -15,7 +15,7 @@ from random import Random
 import sympy
 
 from megatron_btx.data.builtin import algebra
-from megatron_btx.data.builtin.steps import check, frac, steps
+from megatron_btx.data.builtin.algebra import check, frac, steps
 
 
 def problems(name: str) -> Iterator[str]:
