@@ -42,17 +42,22 @@ _PRE_MLP_NORM = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
 
 
 def block_spec(
-    config: TransformerConfig, routing: Routing | None = None, random_seed: int = 0
+    config: TransformerConfig,
+    routing: Routing | None = None,
+    random_seed: int = 0,
+    machine: platform.Platform | None = None,
+    vp_stage: int | None = None,
 ) -> ModuleSpec | TransformerBlockSubmodules:
-    """This pipeline stage's layers, for ``GPTModel(transformer_layer_spec=...)``; arguments as
-    ``layer_spec``'s."""
-    layer = layer_spec(routing, random_seed, qk_layernorm=config.qk_layernorm)
-    if platform.detect().layers == "transformer_engine":
+    """This pipeline stage's layers (those of one of its virtual stages), for
+    ``GPTModel(transformer_layer_spec=...)``; other arguments as ``layer_spec``'s."""
+    machine = machine or platform.detect()
+    layer = layer_spec(routing, random_seed, machine, qk_layernorm=config.qk_layernorm)
+    if machine.layers == "transformer_engine":
         return layer
     # Spelled out for the sake of the final norm: given one layer, Megatron takes its own norm,
     # which refuses sequence parallelism.
     return TransformerBlockSubmodules(
-        layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm
+        layer_specs=[layer] * get_num_layers_to_build(config, vp_stage), layer_norm=RMSNorm
     )
 
 

@@ -6,9 +6,6 @@ Nothing is lenient: its loader fails on a name that it looks for and a checkpoin
 from __future__ import annotations
 
 import io
-import shlex
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,116 +19,23 @@ from megatron_btx.mix.request import Request
 from megatron_btx.recipe.schema import Layout
 from megatron_btx.weights.megatron import open_megatron, second_names
 from megatron_btx.weights.source import read_whole
-from tests.families.made import make
 from tests.megatron_lm import trainer
+from tests.megatron_lm.made import (
+    LAYOUTS,
+    LENGTH,
+    TOKENS,
+    TOLERANCE,
+    by_hand,
+    close,
+    export,
+    losses_of,
+    reference,
+    trained,
+    words_for,
+)
 from tests.ranks import RankError, Ranks
 
 pytestmark = pytest.mark.skipif(not trainer.HERE, reason=trainer.WHY)
-
-TOOLS = Path(__file__).parents[2] / "tools" / "convert"
-LENGTH, VOCABULARY = 24, 70
-TOKENS = torch.randint(0, VOCABULARY, (2, LENGTH + 1), generator=torch.Generator().manual_seed(1))
-TOLERANCE = 1e-5
-"""Nats a token, fp32: seen are 1e-6, of sums in another order."""
-
-
-@pytest.fixture(scope="module")
-def pool() -> Iterator[Ranks]:
-    """Ranks of its own: the trainer leaves much behind in a process."""
-    ranks = Ranks(4)
-    yield ranks
-    ranks.close()
-
-
-def convert(source: Path, out: Path, form: str) -> None:
-    request = Request(sources=(f"model={source}",), out=str(out), method="copy", format=form)
-    offline.run(request, io.StringIO())
-
-
-def words_for(step: Path, tp: int) -> list[str]:
-    """What the tool prints for a step directory, and the directory that it says to make."""
-    if str(TOOLS) not in sys.path:
-        sys.path.insert(0, str(TOOLS))
-    import megatron_lm_args
-
-    checkpoint = open_megatron(step, "model")
-    words = [
-        word
-        for name, value in megatron_lm_args.arguments(checkpoint, tp)
-        for word in (f"--{name}", *shlex.split(str(value)))
-    ]
-    load = step.parent / f"{step.name}.load"
-    if not load.is_dir():
-        load.mkdir()
-        (load / "release").symlink_to(step)
-        (load / "latest_checkpointed_iteration.txt").write_text("release\n")
-    words[words.index("--load") + 1] = str(load)
-    words[words.index("--seq-length") + 1] = str(LENGTH)
-    return [*words, "--tokenizer-type", "NullTokenizer"]
-
-
-def by_hand(step: Path) -> dict[str, Any]:
-    """What the tool says to set by hand."""
-    model = open_megatron(step, "model").architecture.model
-    return {"rope_scaling_factor": model.rope_scaling_factor} if model.rope_scaling else {}
-
-
-def reference(model: Any) -> Tensor:
-    """``transformers``' loss of every token."""
-    with torch.no_grad():
-        logits = model(TOKENS[:, :-1]).logits.float()
-    flat = torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1), TOKENS[:, 1:].flatten(), reduction="none"
-    )
-    return flat.view(2, LENGTH)
-
-
-def losses_of(directory: Path) -> Tensor:
-    """``transformers``' losses of a directory of Hugging Face's."""
-    import transformers
-
-    return reference(transformers.AutoModelForCausalLM.from_pretrained(directory).float().eval())
-
-
-def close(found: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=0)
-
-
-LAYOUTS: dict[str, tuple[int, int, tuple[str, ...]]] = {  # ranks, TP, more arguments
-    "one rank": (1, 1, ()),
-    "TP2": (2, 2, ()),
-    "EP2": (2, 1, ("--expert-model-parallel-size", "2")),
-    "TP2 x EP2": (4, 2, ("--expert-model-parallel-size", "2")),
-}
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, Path]]:
-    """Name -> ``transformers``' model and our Megatron directory of it."""
-    found = {}
-    for name in ("llama", "llama 3.2, tied", "qwen3", "mixtral"):
-        directory = tmp_path_factory.mktemp("written")
-        model = make(name, directory / "hf")
-        convert(directory / "hf", directory / "step", "megatron")
-        found[name] = (model, directory / "step")
-    return found
-
-
-@pytest.fixture(scope="module")
-def mixed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
-    """The same of a mix by `btx mix`: the losses of its Hugging Face form, and its directory."""
-    directory = tmp_path_factory.mktemp("mixed")
-    make("llama", directory / "a")
-    model = make("llama", directory / "b")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.01 * torch.randn(parameter.shape))
-    model.save_pretrained(directory / "b")
-    sources = tuple(f"{label}={directory / label}" for label in "ab")
-    for form in ("hf", "megatron"):
-        out = str(directory / form)
-        offline.run(Request(sources=sources, out=out, format=form), io.StringIO())
-    return losses_of(directory / "hf"), directory / "megatron"
 
 
 @pytest.mark.parametrize("layout", ["one rank", "TP2"])
@@ -178,19 +82,6 @@ def test_a_name_that_is_not_there_is_an_error_of_its_own(
         pool.run(trainer.run, 1, job)
 
 
-def trained(
-    pool: Ranks, step: Path, layout: str, save: Path, *more: str, older_form: bool = False
-) -> trainer.Outcome:
-    """Three steps of its training, saved; what the first rank saw."""
-    world, tp, words = LAYOUTS[layout]
-    words = (*words_for(step, tp), *words, "--save", str(save), *more)
-    job = trainer.Job(words, TOKENS, steps=3, older_form=older_form, by_hand=by_hand(step))
-    outcome = pool.run(trainer.run, world, job)[0]
-    assert outcome.losses[0] > outcome.losses[-1], "it learned nothing"
-    assert (save / "iter_0000003").is_dir()
-    return outcome
-
-
 @pytest.mark.parametrize(
     ("name", "layout", "more"),
     [
@@ -221,12 +112,6 @@ def test_a_mix_that_it_trained_is_read(
     outcome = trained(pool, mixed[1], layout, tmp_path / "saved")
     export(tmp_path / "saved" / "iter_0000003", tmp_path / "hf", {})
     close(losses_of(tmp_path / "hf"), outcome.after)
-
-
-def export(step: Path, out: Path, given: dict[str, Any]) -> None:
-    """What its directory does not say is given, as by a file of options."""
-    request = Request(sources=(f"model={step}",), out=str(out), method="copy", model=given)
-    offline.run(request, io.StringIO())
 
 
 def test_its_checkpoints_are_mixed_and_evaluated(

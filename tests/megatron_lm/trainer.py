@@ -12,7 +12,7 @@ import os
 import shlex
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,8 +39,11 @@ class Job:
     words: Sequence[str]
     """Its arguments, ``CHOICES`` apart."""
     tokens: Tensor
-    """[batch, sequence + 1]."""
+    """[batch, sequence + 1]: what losses are measured on, and by default each micro-batch of the
+    training."""
     steps: int = 0
+    batches: Tensor | None = None
+    """[steps, global batch, sequence + 1] to train on instead."""
     older_form: bool = False
     """Save as `--ckpt-convert-format torch` does."""
     compute: bool = True
@@ -56,7 +59,7 @@ class Outcome:
     before: Tensor
     """The loss of every token of the loaded model [batch, sequence]."""
     losses: tuple[float, ...]
-    """Of the training's steps."""
+    """Of the training's steps, the mean over this rank's micro-batches."""
     after: Tensor
     """As ``before``, after them."""
     iteration: int
@@ -76,14 +79,18 @@ def run(job: Job) -> Outcome:
     if args.load:
         iteration, _ = checkpointing.load_checkpoint(models, optimizer, schedule, strict=True)
     before = _loss_of_tokens(models[0], job.tokens) if job.compute else job.tokens
-    losses = tuple(_step(models, optimizer, schedule, job.tokens) for _ in range(job.steps))
+    batches = job.batches
+    if batches is None:
+        batches = job.tokens.repeat(args.global_batch_size // len(job.tokens), 1)
+        batches = batches.expand(job.steps, -1, -1)
+    assert len(batches) == job.steps
+    losses = tuple(_step(args, models, optimizer, schedule, batch) for batch in batches)
     after = _loss_of_tokens(models[0], job.tokens) if job.steps else before
     if args.save:
-        args.consumed_train_samples = 4 * job.steps
         if job.older_form:
             args.ckpt_format = "torch"
             update_use_dist_ckpt(args)
-        checkpointing.save_checkpoint(job.steps, models, optimizer, schedule, 0)
+        checkpointing.save_checkpoint(iteration + job.steps, models, optimizer, schedule, 0)
     return Outcome(before, losses, after, iteration)
 
 
@@ -177,13 +184,21 @@ def _loss_of_tokens(model: Any, tokens: Tensor) -> Tensor:
     return model(inputs, positions, hidden, labels=labels).float()
 
 
-def _step(models: list[Any], optimizer: Any, schedule: Any, tokens: Tensor) -> float:
-    """One step on all tokens as one micro-batch."""
+def _step(
+    args: Namespace, models: list[Any], optimizer: Any, schedule: Any, batch: Tensor
+) -> float:
+    """One step of ``train``: this rank's micro-batches of a global batch, as its sampler deals
+    them."""
+    from megatron.core import parallel_state
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    inputs, positions, hidden, labels = _inputs(tokens)
+    args.curr_iteration = args.consumed_train_samples // args.global_batch_size
+    ranks, size = parallel_state.get_data_parallel_world_size(), args.micro_batch_size
+    mine = batch.split(size)[parallel_state.get_data_parallel_rank() :: ranks]
 
-    def forward(_data: object, model: Any) -> tuple[Tensor, Any]:
+    def forward(micro_batches: Iterator[Tensor], model: Any) -> tuple[Tensor, Any]:
+        inputs, positions, hidden, labels = _inputs(next(micro_batches))
+
         def loss_of(losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
             loss = losses.float().mean()
             return loss, {"loss": loss.clone().detach()}
@@ -193,16 +208,17 @@ def _step(models: list[Any], optimizer: Any, schedule: Any, tokens: Tensor) -> f
     models[0].train()
     models[0].zero_grad_buffer()
     optimizer.zero_grad()
-    (reported,) = get_forward_backward_func()(
+    reported = get_forward_backward_func()(
         forward_step_func=forward,
-        data_iterator=None,
+        data_iterator=iter(mine),
         model=models,
-        num_microbatches=1,
-        seq_length=inputs.shape[1],
-        micro_batch_size=len(inputs),
+        num_microbatches=len(mine),
+        seq_length=batch.shape[1] - 1,
+        micro_batch_size=size,
         forward_only=False,
     )
     updated, _, _ = optimizer.step()
     assert updated
-    schedule.step(increment=len(inputs))
-    return float(reported["loss"])
+    schedule.step(increment=args.global_batch_size)
+    args.consumed_train_samples += args.global_batch_size
+    return sum(float(each["loss"]) for each in reported) / len(reported)

@@ -66,8 +66,7 @@ def transformer_fields(routing: Routing, num_experts: int) -> dict[str, Any]:
     }
 
 
-# Of Megatron's router and its dispatchers.
-_SUPPORTED: Supported = {
+ROUTER_OPTIONS: Supported = {
     "moe_router_dtype": ("fp32", "fp64"),
     "moe_router_load_balancing_type": ("none", "aux_loss", "seq_aux_loss"),
     "moe_router_score_function": ("softmax",),
@@ -84,6 +83,7 @@ _SUPPORTED: Supported = {
     "moe_pad_expert_input_to_capacity": (False,),
     "moe_token_dispatcher_type": ("alltoall", "allgather"),
 }
+"""Of Megatron's router and its dispatchers."""
 
 
 class BTXRouter(TopKRouter):
@@ -261,7 +261,7 @@ def check_config(config: TransformerConfig, routing: Routing) -> None:
     """
     wrong: list[UserError] = []
     with collect_errors(wrong):
-        refuse_unfollowed(vars(config), _SUPPORTED, "BTXRouter")
+        refuse_unfollowed(vars(config), ROUTER_OPTIONS, "BTXRouter")
     fields = transformer_fields(routing, config.num_moe_experts)
     wrong += [
         UserError(
