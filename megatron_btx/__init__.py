@@ -29,6 +29,7 @@ API = {
     "engine": ("install",),
     "engine.model": ("transformer_config", "build_model"),
     "engine.spec": ("layer_spec", "block_spec"),
+    "engine.megatron_lm_spec": ("megatron_lm_spec",),
     "engine.moe.router": ("BTXRouter", "transformer_fields", "forced_routing"),
     "engine.initializer": ("initialize",),
     "errors": ("UserError", "UserErrors"),

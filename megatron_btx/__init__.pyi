@@ -2,6 +2,7 @@
 
 from megatron_btx.engine import install as install
 from megatron_btx.engine.initializer import initialize as initialize
+from megatron_btx.engine.megatron_lm_spec import megatron_lm_spec as megatron_lm_spec
 from megatron_btx.engine.model import build_model as build_model
 from megatron_btx.engine.model import transformer_config as transformer_config
 from megatron_btx.engine.moe.router import BTXRouter as BTXRouter

@@ -149,8 +149,12 @@ def _unfollowed(given: TransformerConfig, machine: platform.Platform) -> Iterato
         **(TORCH_LAYERS if torch_layers else {"moe_grouped_gemm": (True,)}),
         "transformer_impl": ("local",) if torch_layers else ("transformer_engine",),
     }
-    defaults = {field.name: field.default for field in dataclasses.fields(TransformerConfig)}
-    later = {name: (defaults[name],) for name in upstream.UNTRIED["transformer"]}
+    plain = TransformerConfig(num_layers=1, hidden_size=1, num_attention_heads=1)
+    later = {
+        name: (getattr(plain, name),)
+        for name in upstream.UNTRIED["transformer"]
+        if not name.endswith("_num_weight_shards")  # of TP, and of a field of its own
+    }
     for name, values in (later | supported).items():
         if hasattr(given, name) and getattr(given, name) not in values:
             who = "our layers without Transformer Engine" if torch_layers else "our layers"
@@ -172,7 +176,7 @@ def _disagreeing(routing: Routing, given: TransformerConfig) -> Iterator[UserErr
     for name, value in wanted.items():
         if name != "moe_router_dtype" and getattr(given, name) != value:
             what = f"is {getattr(given, name)!r}, and {routing.type} routes with {value!r}"
-            yield UserError(_flag(name), what, f"say {_flag(name)} {value}")
+            yield UserError(_flag(name), what, _said(name, value))
     if given.tensor_model_parallel_size > 1 and not given.sequence_parallel:
         what = "experts under tensor parallelism need it: else every rank routes the same tokens"
         yield UserError("--sequence-parallel", what, "say --sequence-parallel")
@@ -180,6 +184,13 @@ def _disagreeing(routing: Routing, given: TransformerConfig) -> Iterator[UserErr
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
+
+
+def _said(name: str, value: Any) -> str:
+    """How an argument is given that value."""
+    if value is None or value is False:
+        return f"remove {_flag(name)}"
+    return f"say {_flag(name)}" + ("" if value is True else f" {value}")
 
 
 def _script() -> Any:

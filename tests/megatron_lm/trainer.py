@@ -7,6 +7,7 @@ for what it cannot have on a CPU is listed in :func:`_on_a_cpu`.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import shlex
@@ -108,9 +109,29 @@ def _on_a_cpu() -> None:
         cpu._replace_literals(checkpointing.read_metadata, {"cuda": "cpu"}, "read_metadata")
 
 
-def _start(words: Sequence[str]) -> Namespace:
-    from megatron.core import parallel_state, rerun_state_machine, tensor_parallel
-    from megatron.training import arguments, checkpointing, global_vars, initialize
+def refusal(words: Sequence[str], function: str) -> str:
+    """What a function for ``--spec`` says of the arguments, before a model is built."""
+    from megatron.training import global_vars
+    from megatron.training.argument_utils import gpt_config_from_args
+
+    from megatron_btx.errors import UserError
+
+    module = "megatron_btx.engine.megatron_lm_spec"
+    if not hasattr(importlib.import_module(module), function):
+        module = "tests.megatron_lm.test_spec"
+    args = _parsed([*words, "--spec", module, function])
+    global_vars.set_args(args)
+    config = gpt_config_from_args(args)
+    try:
+        config.transformer_layer_spec(config)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def _parsed(words: Sequence[str]) -> Namespace:
+    from megatron.core import rerun_state_machine
+    from megatron.training import arguments, checkpointing, global_vars
 
     _on_a_cpu()
     global_vars.unset_global_variables()
@@ -118,6 +139,14 @@ def _start(words: Sequence[str]) -> Namespace:
     checkpointing._CHECKPOINT_VERSION = None
     sys.argv = ["pretrain_gpt.py", *CHOICES, *words]
     args: Namespace = arguments.parse_and_validate_args()
+    return args
+
+
+def _start(words: Sequence[str]) -> Namespace:
+    from megatron.core import parallel_state, tensor_parallel
+    from megatron.training import initialize
+
+    args = _parsed(words)
     torch.distributed.init_process_group(
         "gloo",
         init_method=os.environ["BTX_INIT_METHOD"],
