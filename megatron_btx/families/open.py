@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from megatron_btx.families.hf import open_hf
+from megatron_btx.families.tokenizer_files import describe_tokenizer, place_of
 from megatron_btx.weights.find_checkpoint import find_checkpoint, is_hugging_face
 from megatron_btx.weights.megatron import open_megatron
 from megatron_btx.weights.plan import Checkpoint
@@ -28,4 +30,9 @@ def open_checkpoint(
     checkpoint = find_checkpoint(path)
     if is_hugging_face(checkpoint):
         return open_hf(checkpoint, label)
-    return open_megatron(checkpoint, label, given)
+    found = open_megatron(checkpoint, label, given)
+    if "tokenizer" in found.manifest:
+        return found
+    # Not ours: Megatron-Bridge leaves a tokenizer beside the weights, and says nothing of it.
+    beside = {"tokenizer": describe_tokenizer(place_of(checkpoint))}
+    return replace(found, manifest={**found.manifest, **beside})

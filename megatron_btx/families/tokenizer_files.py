@@ -118,12 +118,36 @@ def tokenizer_files(directory: Path, *, megatron: bool) -> dict[str, bytes]:
 
 
 def token_ids(directory: Path) -> dict[str, int]:
-    """``bos_token_id`` and ``eos_token_id`` of a tokenizer trained here, for ``config.json``."""
-    if not _is_trained_here(directory):
+    """``bos_token_id`` and ``eos_token_id`` that a Megatron checkpoint's tokenizer names, for the
+    ``config.json`` of one that came from none, or kept nothing of it: ours that were trained here,
+    Megatron-Bridge's.
+
+    Raises:
+        UserErrors: the tokenizer's files are damaged or contradict each other.
+    """
+    if (directory / "config.json").is_file() or _huggingface_of(directory):
         return {}
-    pieces = _open_slow(place_of(directory))
-    ids = {"bos_token_id": pieces.bos_id(), "eos_token_id": pieces.eos_id()}
-    return {name: each for name, each in ids.items() if each >= 0}
+    place = place_of(directory)
+    if _is_trained_here(directory):
+        pieces = _open_slow(place)
+        ids = {"bos_token_id": pieces.bos_id(), "eos_token_id": pieces.eos_id()}
+        return {name: each for name, each in ids.items() if each >= 0}
+    described = describe_tokenizer(place)
+    return {} if described is None else _named_ids(place, described["type"])
+
+
+def _named_ids(place: Path, kind: str) -> dict[str, int]:
+    """Ids of the tokens that the files beside a tokenizer name."""
+    settings = read_settings(place)
+    keys = ("bos_token", "eos_token")
+    named = {f"{key}_id": settings.named[key].content for key in keys if key in settings.named}
+    if kind == "huggingface":
+        tokenizer = open_fast(place / FAST, settings) if named else None
+        found = {key: tokenizer.token_to_id(token) for key, token in named.items() if tokenizer}
+    else:
+        pieces = _open_slow(place)
+        found = {key: pieces.piece_to_id(token) for key, token in named.items()}
+    return {key: id_ for key, id_ in found.items() if id_ is not None and id_ >= 0}
 
 
 def _is_trained_here(directory: Path) -> bool:
@@ -132,7 +156,12 @@ def _is_trained_here(directory: Path) -> bool:
     slow = (place / _INFO).is_file() and (place / SLOW).is_file()
     if not slow or any((place / name).exists() for name in (FAST, *FILES)):
         return False
-    return not (find_json(directory / "manifest.json") or {}).get("huggingface")
+    return not _huggingface_of(directory)
+
+
+def _huggingface_of(directory: Path) -> Any:
+    """What a manifest of ours kept of the ``config.json`` that its model came with."""
+    return (find_json(directory / "manifest.json") or {}).get("huggingface")
 
 
 def _exported(model: bytes) -> dict[str, bytes]:

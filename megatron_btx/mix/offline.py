@@ -21,6 +21,7 @@ import torch
 from megatron_btx.errors import UserError, UserErrors, collect_errors
 from megatron_btx.families.export import carried, write_hf
 from megatron_btx.families.hf import to_hf
+from megatron_btx.families.megatron_bridge import RUN_CONFIG, run_config
 from megatron_btx.families.open import open_checkpoint
 from megatron_btx.families.tokenizer_files import (
     described_whole,
@@ -191,12 +192,14 @@ def write(
         "lineage": {"mix": plan.hash, "sources": [str(model.path) for model in models]},
         "has_optimizer": False,
     }
+    config = run_config(plan.architecture, manifest["precision"])
+    bridge = {} if config is None else {RUN_CONFIG: config}
     write_torch_dist(
         plan,
         destination,
         shard=shard,
         execution=execution,
-        files=lambda: {MANIFEST: as_json(manifest), **files()},
+        files=lambda: {MANIFEST: as_json(manifest), **bridge, **files()},
         check=_opened,
     )
 
