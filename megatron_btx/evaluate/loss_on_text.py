@@ -27,7 +27,7 @@ from megatron_btx.evaluate.models import (
 )
 from megatron_btx.evaluate.packed_text import PackedText, read
 from megatron_btx.evaluate.predictor import NO_PROGRESS
-from megatron_btx.evaluate.sample_top1_mode import expert_choices
+from megatron_btx.evaluate.routing_stats import expert_choices
 from megatron_btx.recipe.schema import Layout, Precision
 
 

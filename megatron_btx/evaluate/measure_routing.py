@@ -14,7 +14,7 @@ from megatron_btx.evaluate.loss_on_text import Setting, min_length, packed, whol
 from megatron_btx.evaluate.model_spec import Subject, run_of
 from megatron_btx.evaluate.models import load, opened
 from megatron_btx.evaluate.predictor import NO_PROGRESS
-from megatron_btx.evaluate.sample_top1_mode import expert_choice
+from megatron_btx.evaluate.routing_stats import expert_choice
 from megatron_btx.recipe.load import load_recipe
 
 

@@ -36,7 +36,7 @@ from megatron_btx.evaluate.models import (
     similarity_index,
     tokenizer_of,
 )
-from megatron_btx.evaluate.sample_top1_mode import expert_choices
+from megatron_btx.evaluate.routing_stats import expert_choices
 from megatron_btx.evaluate.tfidf import TfIdf
 from megatron_btx.recipe.schema import Layout, Precision
 

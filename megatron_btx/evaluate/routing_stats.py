@@ -2,14 +2,17 @@
 
 Of the shares p of a layer's N experts, on one text: utilisation is N p (1 is even), cv their
 standard deviation over their mean, diversity exp(H(p)) / N (1 is even, 1/N is one expert), and an
-expert is dead whose share is below ``DEAD``.
+expert is dead whose share is below ``DEAD``. And how Sample Top-1 takes its expert at inference,
+which every evaluation of it names.
 """
 
 from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+
+from megatron_btx.recipe.schema import Routing
 
 DEAD = 0.01
 """An expert that gets less than this share of the choices is called dead."""
@@ -60,3 +63,25 @@ def percentile(ordered: Sequence[float], share: float) -> float:
     low = math.floor(place)
     high = min(low + 1, len(ordered) - 1)
     return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+
+
+_CHOICES = {"drawn": "drawn with seeded noise", "argmax": "the argmax of its logits"}
+
+
+def expert_choice(routing: Routing | None) -> str | None:
+    """``drawn`` or ``argmax``; ``None`` of a model that does not sample its experts."""
+    if routing is None or routing.type != "sample_top1":
+        return None
+    return "argmax" if routing.greedy else "drawn"
+
+
+def expert_choices(routings: Iterable[Routing | None]) -> str | None:
+    """Of the models of a set: ``drawn``, ``argmax``, or both joined by «and»."""
+    found = {choice for one in routings if (choice := expert_choice(one)) is not None}
+    return " and ".join(sorted(found)) or None
+
+
+def choice_in_words(choice: str) -> str:
+    """For people."""
+    words = " and ".join(_CHOICES[one] for one in choice.split(" and "))
+    return f"one expert a token, {words}"

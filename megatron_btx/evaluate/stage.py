@@ -17,7 +17,7 @@ from megatron_btx.engine.model import DTYPES, build_model
 from megatron_btx.evaluate.btm_heldout import btm_heldout, training_text
 from megatron_btx.evaluate.heldout import HeldOut, evaluate, text_of
 from megatron_btx.evaluate.results import Results, StageCost, SystemResult, total
-from megatron_btx.evaluate.sample_top1_mode import expert_choice
+from megatron_btx.evaluate.routing_stats import expert_choice
 from megatron_btx.files import find_json, write_json
 from megatron_btx.mix.average import average
 from megatron_btx.mix.one_model import copy

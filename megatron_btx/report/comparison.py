@@ -18,7 +18,7 @@ from typing import Any
 
 from megatron_btx.errors import UserError
 from megatron_btx.evaluate.results import Results, SystemResult, damaged
-from megatron_btx.evaluate.sample_top1_mode import in_words
+from megatron_btx.evaluate.routing_stats import choice_in_words
 from megatron_btx.files import find_json
 from megatron_btx.pipeline.local.progress import amount, clock
 from megatron_btx.recipe.schema import Recipe
@@ -238,7 +238,9 @@ def notes(comparison: Comparison) -> list[str]:
             "by less than the larger spread of the two."
         )
     chosen = [(system.name, system.result.expert_choice) for system in comparison.systems]
-    lines += [f"{name}: {in_words(choice)}." for name, choice in chosen if choice is not None]
+    lines += [
+        f"{name}: {choice_in_words(choice)}." for name, choice in chosen if choice is not None
+    ]
     costs = [system.train_flops_by_stage.items() for system in comparison.systems]
     taken = [stage for items in costs for stage, flops in items if flops is None]
     if taken:

@@ -13,8 +13,7 @@ from markupsafe import Markup
 
 from megatron_btx.errors import UserError
 from megatron_btx.evaluate.results import Matrix, Results
-from megatron_btx.evaluate.routing_stats import DEAD
-from megatron_btx.evaluate.sample_top1_mode import expert_choice, in_words
+from megatron_btx.evaluate.routing_stats import DEAD, choice_in_words, expert_choice
 from megatron_btx.recipe.load import load_recipe
 from megatron_btx.recipe.schema import Recipe
 from megatron_btx.report import html
@@ -38,7 +37,7 @@ class RoutingView:
     gate: dict[str, Matrix]
     """Domain -> mean gate, likewise."""
     expert_choice: str | None = None
-    """Of Sample Top-1 (evaluate/sample_top1_mode.py)."""
+    """Of Sample Top-1 (evaluate/routing_stats.py)."""
 
     @property
     def title(self) -> str:
@@ -47,7 +46,7 @@ class RoutingView:
         if alpha is not None:
             said.append(f"balance loss {alpha:g}" if alpha else "no balance loss")
         if self.expert_choice is not None:
-            said.append(in_words(self.expert_choice))
+            said.append(choice_in_words(self.expert_choice))
         return ", ".join(said)
 
     def dead(self) -> dict[str, list[int]]:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import IO, Any
 
 from megatron_btx.evaluate.results import MEAN, Results, SystemResult
-from megatron_btx.evaluate.sample_top1_mode import in_words
+from megatron_btx.evaluate.routing_stats import choice_in_words
 from megatron_btx.pipeline.local.progress import amount
 
 TITLES = {
@@ -108,7 +108,7 @@ def _cost(btx: SystemResult, dense: SystemResult) -> str:
 def notes(results: Results) -> list[str]:
     """What must be known to read the table."""
     lines = [
-        f"{title(system.name)}: {in_words(system.expert_choice)}."
+        f"{title(system.name)}: {choice_in_words(system.expert_choice)}."
         for system in results.systems.values()
         if system.expert_choice
     ]
@@ -210,7 +210,7 @@ def _choices(result: Mapping[str, Any]) -> str:
     """How each checkpoint of Sample Top-1 was evaluated."""
     chosen = {name: found["expert_choice"] for name, found in result.items()
               if "expert_choice" in found}  # fmt: skip
-    return "".join(f"{name}: {in_words(choice)}\n" for name, choice in chosen.items())
+    return "".join(f"{name}: {choice_in_words(choice)}\n" for name, choice in chosen.items())
 
 
 def _percent(score: float, stderr: float | None) -> str:
