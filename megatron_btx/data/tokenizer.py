@@ -10,7 +10,7 @@ from megatron_btx.data.tokenizer_huggingface import HuggingFace
 from megatron_btx.data.tokenizer_sentencepiece import SentencePiece, train_tokenizer
 from megatron_btx.errors import UserError
 from megatron_btx.files import read_bytes, read_json
-from megatron_btx.weights.model_files import foreign
+from megatron_btx.weights.find_checkpoint import foreign
 
 __all__ = [
     "INFO", "HuggingFace", "SentencePiece", "Tokenizer", "check_vocabulary", "load_tokenizer",

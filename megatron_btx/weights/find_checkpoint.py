@@ -1,13 +1,20 @@
-"""Which checkpoint a path stands for: the one rule wherever a checkpoint is taken. Imports no
-torch."""
+"""Which checkpoint a path stands for: the one rule wherever a checkpoint is taken. And which files
+of a Hugging Face directory are the model, and what a directory without any is instead. Imports no
+torch.
+
+The order of files is that of ``transformers`` (``_get_resolved_checkpoint_files`` of 4.57 and 5):
+``model.safetensors``, else the shards of ``model.safetensors.index.json``, else nothing that is
+safe to read. A file of another name is never taken for weights: ``consolidated.safetensors`` is
+the same model under its maker's names, ``adapter_model.safetensors`` a part of one.
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
+import re
+from pathlib import Path, PurePosixPath
 
-from megatron_btx.errors import UserError
-from megatron_btx.files import newest_step
-from megatron_btx.weights.model_files import foreign
+from megatron_btx.errors import UserError, UserErrors
+from megatron_btx.files import newest_step, read_json
 
 _MARKS = (".metadata", "config.json", "manifest.json", "mp_rank_*")
 """Files of which every checkpoint has one: Megatron's, Hugging Face's, ours (should its
@@ -74,3 +81,117 @@ def _run(path: Path) -> UserError:
     names = ", ".join(str(stage.relative_to(path)) for stage in stages)
     what = f"is a run's directory; checkpoints are in {names}"
     return UserError(str(path), what, f"give one of them, such as {stages[-1]}")
+
+
+MODEL = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+ADAPTER = UserError(
+    "",
+    "an adapter (LoRA or another of peft), not a model",
+    "merge it into its base model first: PeftModel.from_pretrained(BASE, ADAPTER)"
+    ".merge_and_unload().save_pretrained(NEW), and give NEW",
+)
+_DOWNLOAD = "copy or download the whole directory again"
+_SAFE = (
+    "convert it: AutoModelForCausalLM.from_pretrained(DIR)"
+    ".save_pretrained(NEW, safe_serialization=True)"
+)
+_ORIGINAL = "download the Hugging Face files of the model (config.json and model*.safetensors)"
+_FOREIGN: tuple[tuple[str, str, str], ...] = (
+    ("adapter_config.json", ADAPTER.what, ADAPTER.fix),
+    ("adapter_model.*", ADAPTER.what, ADAPTER.fix),
+    ("model-*-of-*.safetensors", f"shards of a model without their {INDEX}", _DOWNLOAD),
+    ("*.gguf", "a GGUF file of llama.cpp", "give the Hugging Face directory it was made from"),
+    ("zero_to_fp32.py", "a checkpoint of DeepSpeed",
+     "run its zero_to_fp32.py, and save the model with save_pretrained"),
+    ("consolidated*.safetensors", "a model in its maker's own format", _ORIGINAL),
+    ("consolidated*.pth", "a model in its maker's own format", _ORIGINAL),
+    ("*.bin", "a pickle, which can run any code when it is read", _SAFE),
+    ("*.pt", "a pickle, which can run any code when it is read", _SAFE),
+    ("*.pth", "a pickle, which can run any code when it is read", _SAFE),
+    ("*.safetensors", f"no {MODEL} and no {INDEX}, the names under which a model is looked for",
+     f"give a whole Hugging Face directory, or name the model's file {MODEL}"),
+)  # fmt: skip
+"""A file's name, what a directory (or file) with it is, and what to do; the first counts."""
+
+_INDEX_LIMIT = 256 << 20
+"""Bytes: of an MoE with 100,000 tensors it has 10 million."""
+_HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The safetensors files of a model.
+
+    Args:
+        path: one file, or a directory.
+
+    Raises:
+        UserErrors: there are none, or the index is damaged or names files outside the directory.
+    """
+    if path.is_file() and path.suffix != ".gguf":
+        return [path]
+    if (path / MODEL).is_file():
+        return [path / MODEL]
+    names = index_of(path)
+    if names is not None:
+        return [path / name for name in sorted(set(names.values()))]
+    raise foreign(path) or UserError(
+        str(path), "no .safetensors file here", "give a Hugging Face model directory"
+    )
+
+
+def index_of(path: Path) -> dict[str, str] | None:
+    """Tensor -> file, as the index that counts says it; ``None`` where none does.
+
+    Raises:
+        UserErrors: it is no index, or names files outside the directory.
+    """
+    where = path / INDEX
+    if not where.is_file() or (path / MODEL).is_file():
+        return None
+    index = read_json(where, _INDEX_LIMIT)
+    names = index.get("weight_map")
+    if not isinstance(names, dict) or not names:
+        raise UserError(str(where), "has no weight_map of tensors to files", _DOWNLOAD)
+    outside = [name for name in dict.fromkeys(map(_text, names.values())) if not _inside(name)]
+    if outside:
+        what = "names a file that is not a .safetensors inside the directory: "
+        raise UserErrors([UserError(str(where), what + repr(n), _DOWNLOAD) for n in outside[:8]])
+    return names
+
+
+def foreign(path: Path) -> UserError | None:
+    """What a path is that holds no model that we read: an error that names it; ``None`` where it is
+    nothing that we know."""
+    if not path.exists():
+        return _absent(path)
+    for pattern, what, fix in _FOREIGN:
+        here = path.match(pattern) if path.is_file() else False
+        found = [path] if here else sorted(path.glob(pattern))
+        if found:
+            return UserError(str(found[0]), what, fix)
+    return None
+
+
+def _absent(path: Path) -> UserError | None:
+    """``ORG/NAME``, as given or below a directory that is there: a recipe's paths are absolute."""
+    above = path.absolute().parent
+    name = f"{above.name}/{path.name}"
+    if above.exists() or not above.parent.is_dir() or not _HUB.fullmatch(name):
+        return None
+    return UserError(
+        str(path),
+        f"no such directory; {name} looks like the name of a model on the Hugging Face Hub",
+        f"download it first: hf download {name} --local-dir {path.name}, and give that directory",
+    )
+
+
+def _text(name: object) -> str:
+    return name if isinstance(name, str) else repr(name)
+
+
+def _inside(name: str) -> bool:
+    parts = PurePosixPath(name)
+    safe = not parts.is_absolute() and ".." not in parts.parts and "\\" not in name
+    return safe and name.endswith(".safetensors") and "\0" not in name and len(name) < 256

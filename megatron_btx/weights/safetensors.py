@@ -18,8 +18,8 @@ from torch import Tensor
 from megatron_btx.errors import UserError, UserErrors, capped, shown
 from megatron_btx.files import parse_json
 from megatron_btx.weights.box import Box, Shape, sizes
+from megatron_btx.weights.find_checkpoint import index_of, weight_files
 from megatron_btx.weights.mmap_io import read_box
-from megatron_btx.weights.model_files import index_of, weight_files
 from megatron_btx.weights.source import FileSource
 
 DTYPES = {

@@ -16,7 +16,7 @@ from megatron_btx.data.tokenizer import read_tokenizer
 from megatron_btx.errors import UserError
 from megatron_btx.families import open_hf
 from megatron_btx.families.open import open_checkpoint
-from megatron_btx.weights.model_files import INDEX, MODEL, foreign, weight_files
+from megatron_btx.weights.find_checkpoint import INDEX, MODEL, foreign, weight_files
 from megatron_btx.weights.source import read_whole
 from tests.families.made import make
 
