@@ -30,7 +30,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_btx.engine import checkpoint_workers, integrity
+from megatron_btx.engine import checkpoint_hashes, checkpoint_workers
 from megatron_btx.engine.distributed import is_first_rank
 from megatron_btx.engine.model import gather_parameters, unwrap
 from megatron_btx.errors import UserError
@@ -149,7 +149,7 @@ def save(
                 add_files(partial)
             write_json(partial / MANIFEST, manifest)
         dist.barrier()
-        hashes = integrity.take_hashes(partial)
+        hashes = checkpoint_hashes.take_hashes(partial)
         if is_first_rank():
             write_small(partial / HASHES, hashes_json(hashes))
             _remove(directory)
@@ -195,12 +195,12 @@ def load(directory: Path, state: TrainingState) -> None:
     _wait_until_seen(directory)
     read_manifest(directory)
     read_metadata(directory)
-    integrity.check_hashes(directory)
+    checkpoint_hashes.check_hashes(directory)
     sharded = state.sharded(is_loading=True)
     rng = sharded.pop("rng_state", None)
     if rng is not None and _same_world(directory):
         sharded["rng_state"] = rng
-    with _refusals(directory), integrity.guarded(directory):
+    with _refusals(directory), checkpoint_hashes.guarded(directory):
         loaded = dist_checkpointing.load(sharded, str(directory))
         keys = unwrap(state.model).load_state_dict(loaded["model"], strict=False)
         wrong = [key for key in (*keys[0], *keys[1]) if not key.endswith("._extra_state")]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from megatron_btx.engine.checkpoint import model_sharded_state_dict
-from megatron_btx.engine.integrity import check_hashes
+from megatron_btx.engine.checkpoint_hashes import check_hashes
 from megatron_btx.weights.plan import Plan
 from megatron_btx.weights.sharded import load_into_sharded
 

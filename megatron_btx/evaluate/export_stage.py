@@ -15,7 +15,7 @@ from megatron_btx.data.mixture import HeldOutText, held_out
 from megatron_btx.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_btx.engine import distributed
 from megatron_btx.errors import UserError
-from megatron_btx.evaluate.stage import evaluate_plan
+from megatron_btx.evaluate.evaluate_stage import evaluate_plan
 from megatron_btx.families.export import export_hf
 from megatron_btx.families.hf_routing import Gates
 from megatron_btx.mix.one_model import copy

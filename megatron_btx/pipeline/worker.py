@@ -61,7 +61,7 @@ def _megatron() -> None:
 def _prepare(recipe: Recipe, stage: Stage, run_dir: Path) -> Any:
     _megatron()
     from megatron_btx.data.prepare import prepare
-    from megatron_btx.train.stage import check_options
+    from megatron_btx.train.train_stage import check_options
 
     check_options(recipe)
     directory = run_dir / stage.directory
@@ -70,21 +70,21 @@ def _prepare(recipe: Recipe, stage: Stage, run_dir: Path) -> Any:
 
 def _train(recipe: Recipe, stage: Stage, run_dir: Path) -> Any:
     _megatron()
-    from megatron_btx.train.stage import run
+    from megatron_btx.train.train_stage import run
 
     return run(recipe, stage.name, run_dir)
 
 
 def _mix(recipe: Recipe, stage: Stage, run_dir: Path) -> Any:
     _megatron()
-    from megatron_btx.train.stage import check_mix
+    from megatron_btx.train.train_stage import check_mix
 
     return check_mix(recipe, run_dir)
 
 
 def _evaluate(recipe: Recipe, stage: Stage, run_dir: Path) -> Any:
     _megatron()
-    from megatron_btx.evaluate.stage import run
+    from megatron_btx.evaluate.evaluate_stage import run
 
     return run(recipe, run_dir)
 

@@ -10,8 +10,8 @@ from markupsafe import Markup
 from megatron_btx.evaluate.results import MEAN, Matrix
 from megatron_btx.report import table
 from megatron_btx.report.html import series
+from megatron_btx.report.plots import Axes, Dot, Line, heatmap, power_of_ten, thin
 from megatron_btx.report.run_data import Routing, RunData, StageData
-from megatron_btx.report.svg import Axes, Dot, Line, heatmap, power_of_ten, thin
 
 
 def losses(facts: RunData) -> list[tuple[str, Markup]]:

@@ -10,7 +10,7 @@ from megatron_btx.evaluate.results import MEAN
 from megatron_btx.report import html
 from megatron_btx.report.comparison import HEAD, Comparison, System, cells, notes
 from megatron_btx.report.html import Cell, series
-from megatron_btx.report.svg import Axes, Dot, power_of_ten
+from megatron_btx.report.plots import Axes, Dot, power_of_ten
 
 _STYLES = {"btx": "btx-line", "dense": "dense-line", "seed": "seed-line"}
 _OTHERS = ("experts", "upcycling", "btm")

@@ -16,9 +16,9 @@ from megatron_btx.evaluate.results import MEAN
 from megatron_btx.files import check_directory, check_file, written
 from megatron_btx.report import charts, comparison_page, table
 from megatron_btx.report.comparison import Comparison
+from megatron_btx.report.plots import figure
 from megatron_btx.report.routing import MEASURES, RoutingView, heatmaps
 from megatron_btx.report.run_data import RunData
-from megatron_btx.report.svg import figure
 
 FORMATS = ("svg", "png", "csv")
 ZOOM = 3

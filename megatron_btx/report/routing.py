@@ -17,7 +17,7 @@ from megatron_btx.evaluate.routing_stats import DEAD, choice_in_words, expert_ch
 from megatron_btx.recipe.load import load_recipe
 from megatron_btx.recipe.schema import Recipe
 from megatron_btx.report import html
-from megatron_btx.report.svg import heatmap
+from megatron_btx.report.plots import heatmap
 from megatron_btx.report.table import columns
 from megatron_btx.train import metrics
 

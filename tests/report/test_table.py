@@ -10,7 +10,7 @@ import pytest
 
 from megatron_btx.evaluate.results import Results
 from megatron_btx.report import table
-from megatron_btx.report.svg import spread, thin, ticks
+from megatron_btx.report.plots import spread, thin, ticks
 from tests.report.made import make_run
 
 

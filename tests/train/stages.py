@@ -117,14 +117,14 @@ def seen_by_ranks(directory: str) -> str | None:
     """What a rank would go on from; the second one's view of the directory lacks the last step."""
     from megatron_btx.engine import distributed
     from megatron_btx.recipe.schema import Layout
-    from megatron_btx.train import stage
+    from megatron_btx.train import train_stage
 
     distributed.initialize(Layout(data_parallel_size=2), 0)
-    newest = stage.newest_step
+    newest = train_stage.newest_step
     if os.environ["RANK"] == "1":
-        stage.newest_step = lambda path: sorted(path.glob("step_*"))[0]
+        train_stage.newest_step = lambda path: sorted(path.glob("step_*"))[0]
     try:
-        found = stage.last_checkpoint(Path(directory))
+        found = train_stage.last_checkpoint(Path(directory))
     finally:
-        stage.newest_step = newest
+        train_stage.newest_step = newest
     return None if found is None else found[0].name
