@@ -13,7 +13,7 @@ API = {
     "recipe.load": ("load_recipe", "parse_recipe"),
     "recipe.schema": ("Recipe", "Model", "Training", "Layout", "Mix", "Routing"),
     "recipe.architecture": ("Architecture",),
-    "recipe.plan": ("plan",),
+    "recipe.run_plan": ("plan",),
     "weights.plan": ("Checkpoint", "Plan"),
     "weights.sharded": ("load_into_sharded",),
     "weights.write_torch_dist": ("write_torch_dist",),

@@ -27,7 +27,7 @@ from megatron_btx.mix.upcycle import upcycle as upcycle
 from megatron_btx.recipe.architecture import Architecture as Architecture
 from megatron_btx.recipe.load import load_recipe as load_recipe
 from megatron_btx.recipe.load import parse_recipe as parse_recipe
-from megatron_btx.recipe.plan import plan as plan
+from megatron_btx.recipe.run_plan import plan as plan
 from megatron_btx.recipe.schema import Layout as Layout
 from megatron_btx.recipe.schema import Mix as Mix
 from megatron_btx.recipe.schema import Model as Model

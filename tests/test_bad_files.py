@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_btx.recipe import plan
+from megatron_btx.recipe import run_plan
 from megatron_btx.recipe.load import load_recipe
 from tests.bad import RUN, Bad, Commands, both, change
 from tests.small import Exported, environ
@@ -183,7 +183,7 @@ def test_a_tokenizer_that_is_none(small: Commands) -> None:
 
 def test_the_disk_is_known_to_be_too_small(disk: Callable[[str], Path], small: Commands) -> None:
     """It would hold what is left in the end, but not what is there on the way."""
-    made = plan.plan(load_recipe(small.directory / "recipe.yaml"))
+    made = run_plan.plan(load_recipe(small.directory / "recipe.yaml"))
     where = disk(f"size={(made.total_disk_bytes + made.peak_disk_bytes) // 2}")
     edit = change("name: small", f"name: small\nrun_dir: {where}/run")
     words = (f"{where}/run", "no space left for the rest", "free some, give another `run_dir:`")

@@ -17,7 +17,7 @@ import psutil
 import pytest
 import yaml
 
-from megatron_btx.recipe import plan
+from megatron_btx.recipe import run_plan
 from megatron_btx.recipe.load import load_recipe
 from megatron_btx.report import routing
 from megatron_btx.train.metrics import read
@@ -135,7 +135,7 @@ def test_the_export_reads_and_writes_text(whole: Path) -> None:
 
 def test_the_plan_said_what_it_takes_on_the_disk(whole: Path) -> None:
     """Every stage's checkpoint, and all of them, when the run is done."""
-    made = plan.plan(load_recipe(TINY))
+    made = run_plan.plan(load_recipe(TINY))
     held = {stage.name: size(whole / stage.name.replace(":", "-")) for stage in made.stages}
     for stage in made.stages:
         assert stage.disk_bytes == pytest.approx(held[stage.name], rel=0.05), stage.name
@@ -253,7 +253,7 @@ def test_ctrl_c_saves_and_goes_on(whole: Path, tmp_path: Path) -> None:
     stopped = json.loads((log.parent / "stopped.json").read_text())
     saved = log.parent / "checkpoints"
     assert (saved / f"step_{stopped['step']:08d}" / "manifest.json").exists()
-    seed = plan.plan(load_recipe(TINY)).stages[0]  # these are made to go on, with the optimizer
+    seed = run_plan.plan(load_recipe(TINY)).stages[0]  # these are made to go on, with the optimizer
     whole_ones = len(list(saved.iterdir())) * seed.checkpoint_bytes
     assert whole_ones == pytest.approx(size(log.parent), rel=0.05)
     finish(start(tmp_path, "--stop-after", "seed"))

@@ -9,9 +9,9 @@ from typing import Any
 
 from megatron_btx.cli.common import recipe_command
 from megatron_btx.errors import UserError, collect_errors
-from megatron_btx.recipe import check, chips, plan, reading
+from megatron_btx.recipe import check, chips, reading, run_plan
 from megatron_btx.recipe.load import load_recipe
-from megatron_btx.recipe.plan import Plan
+from megatron_btx.recipe.run_plan import Plan
 from megatron_btx.recipe.schema import Recipe
 
 _EPILOG = """examples:
@@ -46,8 +46,8 @@ def run(options: argparse.Namespace) -> int:
         UserErrors: the recipe is wrong, or a flag.
     """
     recipe = load_recipe(options.recipe)
-    made = plan.plan(recipe)
-    for line in plan.warnings(recipe):
+    made = run_plan.plan(recipe)
+    for line in run_plan.warnings(recipe):
         sys.stderr.write(f"warning: {line}\n")
     took = _estimate(options, made)
     domains = reading.prepared(recipe)
@@ -57,12 +57,12 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         more: dict[str, Any] = {"reading": [asdict(one) for one in read], "domains": domains}
         more |= {} if took is None else {"estimate": asdict(took)}
-        sys.stdout.write(plan.as_json(made, **more) + "\n")
+        sys.stdout.write(run_plan.as_json(made, **more) + "\n")
         return 0
     if sys.stdout.isatty():
         _print_table(made)
     else:
-        sys.stdout.write(plan.render(made) + "\n")
+        sys.stdout.write(run_plan.render(made) + "\n")
     if took is not None:
         sys.stdout.write(f"\n{chips.render(took)}\n")
     sys.stdout.write("\n" + reading.render(read, domains) + "\n")
@@ -96,10 +96,10 @@ def _print_table(made: Plan) -> None:
     from rich.table import Table
 
     table = Table(title=f"Plan of {made.recipe}", box=box.SIMPLE_HEAD, pad_edge=False)
-    for i, column in enumerate(plan.COLUMNS):
+    for i, column in enumerate(run_plan.COLUMNS):
         title = column.replace(" ", "\n")
         table.add_column(title, justify="left" if i == 0 else "right", no_wrap=True)
-    *stages, total = plan.rows(made)
+    *stages, total = run_plan.rows(made)
     for row in stages:
         table.add_row(*row)
     table.add_section()
@@ -109,5 +109,5 @@ def _print_table(made: Plan) -> None:
     wide = Console(width=1000)
     console.width = max(console.width, Measurement.get(wide, wide.options, table).maximum)
     console.print(table)
-    for line in plan.notes(made):
+    for line in run_plan.notes(made):
         console.print(line, soft_wrap=True)

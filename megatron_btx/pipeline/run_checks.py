@@ -13,8 +13,9 @@ from megatron_btx.pipeline import graph, import_checkpoint
 from megatron_btx.pipeline.graph import Stage
 from megatron_btx.pipeline.local import runner
 from megatron_btx.recipe import check as recipe_check
-from megatron_btx.recipe import plan
+from megatron_btx.recipe import run_plan
 from megatron_btx.recipe.load import dump
+from megatron_btx.recipe.run_plan import human
 from megatron_btx.recipe.schema import Recipe
 from megatron_btx.recipe.stages import directory as stage_directory
 from megatron_btx.recipe.stages import recipe_key, stage_of_key
@@ -62,7 +63,7 @@ def warnings(recipe: Recipe) -> Iterator[str]:
     """What a person should know, though it stops nothing."""
     from megatron_btx.train import tracking
 
-    yield from plan.warnings(recipe)
+    yield from run_plan.warnings(recipe)
     apex = importlib.util.find_spec("apex") is not None
     if apex and importlib.util.find_spec("amp_C") is None:
         yield (
@@ -146,7 +147,9 @@ def keeps_recipe(run_dir: Path, given: Path, recipe: Recipe) -> None:
 def _space(recipe: Recipe, run_dir: Path, left: tuple[Stage, ...]) -> None:
     """That the checkpoints of what is left fit the disk, all the way to its end."""
     names = {stage.name for stage in left}
-    needed = plan.peak_disk(stage for stage in plan.plan(recipe).stages if stage.name in names)
+    needed = run_plan.peak_disk(
+        stage for stage in run_plan.plan(recipe).stages if stage.name in names
+    )
     for stage in left:
         for file in (run_dir / stage.directory / "checkpoints").glob("step_????????/*"):
             needed -= file.stat().st_size
@@ -157,7 +160,7 @@ def _space(recipe: Recipe, run_dir: Path, left: tuple[Stage, ...]) -> None:
     if needed > free:
         raise UserError(
             str(run_dir),
-            f"its checkpoints need {plan.human(needed, 'B')}, {plan.human(free, 'B')} are free: "
+            f"its checkpoints need {human(needed, 'B')}, {human(free, 'B')} are free: "
             "no space left for the rest",
             "free some, give another `run_dir:`, or lower `keep_checkpoints`",
         )

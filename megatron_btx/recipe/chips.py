@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from megatron_btx.errors import UserError
-from megatron_btx.recipe.plan import Plan, StagePlan, human
+from megatron_btx.recipe.run_plan import Plan, StagePlan, human
 
 PEAK_TFLOPS: dict[str, float] = {
     # Dense bf16 tensor cores, without sparsity, of the makers' data sheets; V100: fp16.

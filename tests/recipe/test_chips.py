@@ -12,7 +12,7 @@ from megatron_btx.cli.main import main
 from megatron_btx.errors import UserError
 from megatron_btx.recipe import chips
 from megatron_btx.recipe.load import load_recipe
-from megatron_btx.recipe.plan import Plan, plan
+from megatron_btx.recipe.run_plan import Plan, plan
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PAPER = EXAMPLES / "paper_7b" / "recipe.yaml"

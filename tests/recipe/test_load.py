@@ -10,7 +10,7 @@ import pytest
 
 from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.pipeline import graph
-from megatron_btx.recipe import plan
+from megatron_btx.recipe import run_plan
 from megatron_btx.recipe.load import digest, dump, load_recipe, parse_recipe
 from megatron_btx.recipe.schema import Layout, Training
 
@@ -277,7 +277,7 @@ def test_experts_without_tokens_are_sparse_upcycling(good: str) -> None:
 def test_the_room_loads_no_torch() -> None:
     code = (
         "import sys; from megatron_btx.recipe import check, check_layout, count, load; "
-        "from megatron_btx.recipe import memory, plan; "
+        "from megatron_btx.recipe import memory, run_plan; "
         "from megatron_btx.recipe import upstream; assert upstream.fields('transformer'); "
         "print(sorted({'torch', 'numpy', 'megatron.core'} & set(sys.modules)))"
     )
@@ -329,11 +329,11 @@ def test_a_run_beside_its_recipe_is_found_from_anywhere(
 
 def test_a_stage_that_ends_in_its_warm_up_is_warned_of(good: str) -> None:
     recipe = parse_recipe(good.replace("tokens: 2e6,", "tokens: 500,"))
-    assert list(plan.warnings(recipe)) == [
+    assert list(run_plan.warnings(recipe)) == [
         "experts.math: 1 step under a warm-up of 100: the learning rate never reaches its peak; "
         "give more `tokens`, or lower `lr_warmup_iters`"
     ]
-    assert not list(plan.warnings(parse_recipe(good)))
+    assert not list(run_plan.warnings(parse_recipe(good)))
 
 
 KEYS = {

@@ -17,7 +17,7 @@ from megatron_btx.errors import UserError
 from megatron_btx.evaluate.model_spec import parse
 from megatron_btx.families.hf import FAMILIES, read_config
 from megatron_btx.pipeline import graph
-from megatron_btx.recipe import plan
+from megatron_btx.recipe import run_plan
 from megatron_btx.recipe.load import dump, load_recipe, parse_recipe
 from megatron_btx.weights.manifest import FORMAT, read_manifest
 from megatron_btx.weights.megatron_lm_args import architecture_of
@@ -80,7 +80,7 @@ def try_all(read: Callable[[dict[str, Any]], object], bases: list[dict[str, Any]
 def test_recipes(example: str) -> None:
     def read(content: dict[str, Any]) -> None:
         recipe = parse_recipe(yaml.safe_dump(content, sort_keys=False))
-        plan.plan(recipe)
+        run_plan.plan(recipe)
         graph.build(recipe)
         assert parse_recipe(dump(recipe)) == recipe
 

@@ -12,7 +12,7 @@ import pytest
 
 from megatron_btx.cli.main import main
 from megatron_btx.pipeline import graph
-from megatron_btx.recipe import plan
+from megatron_btx.recipe import run_plan
 from megatron_btx.recipe.load import dump, load_recipe, parse_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -24,12 +24,12 @@ RECIPES = sorted(EXAMPLES.rglob("*.yaml"))
 def test_examples_parse_plan_and_round_trip(path: Path) -> None:
     recipe = load_recipe(path)
     assert parse_recipe(dump(recipe)) == recipe
-    made = plan.plan(recipe)
-    text = plan.render(made)
+    made = run_plan.plan(recipe)
+    text = run_plan.render(made)
     for stage in made.stages:
         assert stage.name in text
         assert stage.memory_per_rank.allocated < stage.memory_per_rank.resident
-    assert json.loads(plan.as_json(made))["recipe"] == recipe.name
+    assert json.loads(run_plan.as_json(made))["recipe"] == recipe.name
 
 
 def test_the_readmes_recipe_loads_and_plans(tmp_path: Path) -> None:
@@ -39,9 +39,9 @@ def test_the_readmes_recipe_loads_and_plans(tmp_path: Path) -> None:
     (tmp_path / "more.yaml").write_text(f"base: mine.yaml\n{more}")
     for name in ("mine.yaml", "more.yaml"):
         recipe = load_recipe(tmp_path / name)
-        made = plan.plan(recipe)
+        made = run_plan.plan(recipe)
         assert [stage.name for stage in made.stages][-1] == "dense"
-        assert "finetune" in plan.render(made)
+        assert "finetune" in run_plan.render(made)
         others = ["prepare", "mix", "evaluate", "export", "report"]
         assert len(graph.build(recipe)) == len(made.stages) + len(others)
     assert recipe.finetune.megatron.transformer["recompute_granularity"] == "full"
@@ -51,9 +51,9 @@ def test_the_readmes_recipe_loads_and_plans(tmp_path: Path) -> None:
 def test_the_papers_run() -> None:
     """Section 4.1.1 and tables 3 and 4."""
     path = EXAMPLES / "paper_7b" / "recipe.yaml"
-    made = plan.plan(load_recipe(path))
+    made = run_plan.plan(load_recipe(path))
     stages = {stage.name: stage for stage in made.stages}
-    table = plan.render(made).split("\n\n")[1]
+    table = run_plan.render(made).split("\n\n")[1]
     lines = {line.split()[0]: line.split() for line in table.splitlines()}
     assert lines["finetune"][1:4] == ["19.7B", "11.1B", "80.0B"]
     assert lines["seed"][1:3] == ["6.7B", "6.7B"]
@@ -61,22 +61,22 @@ def test_the_papers_run() -> None:
     assert lines["expert:code"][3:5] == ["209.7B", "50,000"]
     assert lines["expert:wikipedia"][3] == "42.0B"
     assert lines["dense"][3] == "533.0B"
-    assert "533.0B tokens" in plan.render(made)
+    assert "533.0B tokens" in run_plan.render(made)
     assert stages["dense"].tokens == made.system_tokens
     assert stages["seed"].train_flops == 0
     assert {stage.ranks for stage in made.stages if stage.steps} == {128}
     text = path.read_text()
     for routing, active in (("switch", "6.7B"), ("soft", "19.7B")):
         changed = text.replace("type: topk", f"type: {routing}") + "export: {format: none}\n"
-        other = plan.plan(parse_recipe(changed, path))
-        row = next(line for line in plan.render(other).splitlines() if "finetune " in line)
+        other = run_plan.plan(parse_recipe(changed, path))
+        row = next(line for line in run_plan.render(other).splitlines() if "finetune " in line)
         assert row.split()[2] == active
 
 
 def test_disk_on_the_way() -> None:
     """A checkpoint every 8 steps, two kept: a third is whole before the first of them goes; the
     last of a stage has no optimizer."""
-    made = plan.plan(load_recipe(EXAMPLES / "tiny" / "recipe.yaml"))
+    made = run_plan.plan(load_recipe(EXAMPLES / "tiny" / "recipe.yaml"))
     stages = {stage.name: stage for stage in made.stages}
     whole, left = stages["seed"].checkpoint_bytes, stages["expert:math"].disk_bytes
     assert stages["seed"].peak_disk_bytes == 3 * whole  # 32 steps
@@ -84,8 +84,8 @@ def test_disk_on_the_way() -> None:
     beside = 3 * stages["expert:math"].peak_disk_bytes + stages["dense"].peak_disk_bytes
     assert made.peak_disk_bytes == stages["seed"].disk_bytes + beside
     assert made.total_disk_bytes == sum(stage.disk_bytes for stage in made.stages)
-    assert plan.peak_disk(stages[name] for name in ("seed",)) == 3 * whole
-    assert plan.peak_disk(()) == 0
+    assert run_plan.peak_disk(stages[name] for name in ("seed",)) == 3 * whole
+    assert run_plan.peak_disk(()) == 0
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -98,8 +98,8 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_planning_loads_no_torch() -> None:
     code = (
-        "import sys; from megatron_btx.recipe import plan, load; "
-        f"plan.render(plan.plan(load.load_recipe({str(RECIPES[0])!r}))); "
+        "import sys; from megatron_btx.recipe import run_plan, load; "
+        f"plan.render(run_plan.plan(load.load_recipe({str(RECIPES[0])!r}))); "
         "print(sorted({'torch', 'numpy', 'megatron.core'} & set(sys.modules)))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

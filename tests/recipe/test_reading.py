@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_btx.cli.main import main
-from megatron_btx.recipe import plan, reading
+from megatron_btx.recipe import reading, run_plan
 from megatron_btx.recipe.load import dump, load_recipe
 from megatron_btx.recipe.schema import Recipe
 
@@ -22,12 +22,12 @@ def domains_of(recipe: Recipe, tokens: int) -> dict[str, dict[str, dict[str, int
 
 
 def trained(recipe: Recipe) -> list[str]:
-    return [stage.name for stage in plan.plan(recipe).stages if stage.steps]
+    return [stage.name for stage in run_plan.plan(recipe).stages if stage.steps]
 
 
 def test_every_token_is_of_a_domain() -> None:
     recipe = load_recipe(TINY)
-    made = plan.plan(recipe)
+    made = run_plan.plan(recipe)
     read = reading.reading(recipe, trained(recipe), domains_of(recipe, 1000))
     for stage in made.stages:
         mine = [one for one in read if one.stage == stage.name]
