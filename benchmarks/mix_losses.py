@@ -30,7 +30,7 @@ from torch import Tensor
 from megatron_btx.data.heldout import HeldOutText
 from megatron_btx.engine import distributed
 from megatron_btx.mix import offline
-from megatron_btx.mix.request import Request
+from megatron_btx.mix.request import MixRequest
 from megatron_btx.recipe.schema import Layout
 
 MIXES: dict[str, dict[str, Any]] = {
@@ -85,7 +85,7 @@ def main() -> None:
             if "centroids" in asked:
                 asked = {**asked, "centroids": centroids(folder, sources, names, data, asked)}
             with open(os.devnull, "w", encoding="utf-8") as nowhere:
-                offline.run(Request(sources=given, out=str(out), **asked), nowhere)
+                offline.run(MixRequest(sources=given, out=str(out), **asked), nowhere)
             line = measured(out, data, names, options.sequences)
             sys.stdout.write(f"{mix:24} {json.dumps(line)}\n")
             sys.stdout.flush()
@@ -148,7 +148,7 @@ def centroids(
     if not torch.distributed.is_initialized():
         os.environ["BTX_INIT_METHOD"] = f"file://{folder / 'ranks'}"
         distributed.initialize(Layout(), 0)
-    request = Request(sources=sources, router_init="zeros", dtype="fp32")
+    request = MixRequest(sources=sources, router_init="zeros", dtype="fp32")
     plan = plan_of(request, open_sources(request))
     length = plan.architecture.model.seq_length
     other = next(path.parent for path in data if path.parent.name not in names)

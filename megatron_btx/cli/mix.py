@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from megatron_btx.cli.common import command
 from megatron_btx.errors import UserError
-from megatron_btx.mix.request import Request
+from megatron_btx.mix.request import MixRequest
 from megatron_btx.provenance import code_revision
 from megatron_btx.recipe.fields import field_docs
 from megatron_btx.recipe.typed import Reader
@@ -104,7 +104,7 @@ def run_verify(options: argparse.Namespace) -> int:
     return verify.show(Path(options.result), sys.stdout)
 
 
-def request_of(options: argparse.Namespace, name: str, needed: Sequence[str]) -> Request:
+def request_of(options: argparse.Namespace, name: str, needed: Sequence[str]) -> MixRequest:
     """The file's options, the flags' on top.
 
     Args:
@@ -118,11 +118,11 @@ def request_of(options: argparse.Namespace, name: str, needed: Sequence[str]) ->
     layers = [] if options.config is None else [read_tree(Path(options.config), "options")]
     flags = {
         one.name: replace(tree_of(value, None), key="--" + one.name.replace("_", "-"))
-        for one in dataclasses.fields(Request)
+        for one in dataclasses.fields(MixRequest)
         if (value := getattr(options, one.name, None)) is not None
     }
     reader = Reader(noun="btx mix's options")
-    request: Request = reader.instance(Request, [*layers, Node(flags, None, 0, "")], "")
+    request: MixRequest = reader.instance(MixRequest, [*layers, Node(flags, None, 0, "")], "")
     reader.raise_errors()
     missing = [name for name in needed if not getattr(request, name)]
     if missing:
@@ -131,11 +131,11 @@ def request_of(options: argparse.Namespace, name: str, needed: Sequence[str]) ->
 
 
 def _add_flags(parser: argparse.ArgumentParser, names: Sequence[str] = ()) -> None:
-    """One flag a field of :class:`Request`, or of those named; absent flags are None, so that a
+    """One flag a field of :class:`MixRequest`, or of those named; absent flags are None, so that a
     file can say it."""
     parser.add_argument("--config", metavar="YAML", help="these options from a file")
-    helps = field_docs(Request)
-    for one, hint in zip(dataclasses.fields(Request), _hints(), strict=True):
+    helps = field_docs(MixRequest)
+    for one, hint in zip(dataclasses.fields(MixRequest), _hints(), strict=True):
         if names and one.name not in names:
             continue
         flag = "--" + one.name.replace("_", "-")
@@ -173,5 +173,5 @@ def _members(hint: Any) -> tuple[Any, ...]:
 
 
 def _hints() -> list[Any]:
-    hints = typing.get_type_hints(Request)
-    return [hints[one.name] for one in dataclasses.fields(Request)]
+    hints = typing.get_type_hints(MixRequest)
+    return [hints[one.name] for one in dataclasses.fields(MixRequest)]

@@ -11,7 +11,7 @@ from megatron_btx.cli.common import recipe_command
 from megatron_btx.errors import UserError, collect_errors
 from megatron_btx.recipe import check, chips, reading, run_plan
 from megatron_btx.recipe.load import load_recipe
-from megatron_btx.recipe.run_plan import Plan
+from megatron_btx.recipe.run_plan import RunPlan
 from megatron_btx.recipe.schema import Recipe
 
 _EPILOG = """examples:
@@ -80,7 +80,7 @@ def _warn_of_files(recipe: Recipe) -> None:
         sys.stderr.write(f"warning: {error}\n")
 
 
-def _estimate(options: argparse.Namespace, made: Plan) -> chips.Estimate | None:
+def _estimate(options: argparse.Namespace, made: RunPlan) -> chips.Estimate | None:
     if options.gpu is None:
         if options.mfu is not None or options.price is not None:
             raise UserError("--mfu, --price", "are of a GPU", "add --gpu h100")
@@ -89,7 +89,7 @@ def _estimate(options: argparse.Namespace, made: Plan) -> chips.Estimate | None:
     return chips.estimate(made, options.gpu, mfu, options.price)
 
 
-def _print_table(made: Plan) -> None:
+def _print_table(made: RunPlan) -> None:
     from rich import box
     from rich.console import Console
     from rich.measure import Measurement

@@ -32,7 +32,7 @@ from megatron_btx.errors import UserError
 from megatron_btx.files import sweep, unfinished
 from megatron_btx.recipe import count
 from megatron_btx.recipe.schema import Recipe, Training
-from megatron_btx.recipe.stages import Part, directory, reads, training
+from megatron_btx.recipe.stages import MixturePart, directory, reads, training
 
 __all__ = ["HeldOutText", "Phase", "Sample", "Stream", "held_out", "stage_stream"]
 
@@ -137,7 +137,7 @@ def stage_stream(recipe: Recipe, name: str, run_dir: Path) -> Stream:
     return Stream(groups=groups, training=training(recipe, name))
 
 
-def _phase(recipe: Recipe, part: Part, run_dir: Path, index: Path) -> Phase:
+def _phase(recipe: Recipe, part: MixturePart, run_dir: Path, index: Path) -> Phase:
     samples = count.steps(part.block, recipe.model) * part.block.global_batch_size
     mixture = count.mixture(part.block.data)
     pieces = {domain: _piece(run_dir, domain, "train") for domain in mixture}

@@ -21,7 +21,7 @@ _MIN_PIECE = 200
 """Characters; shorter remains of a cut document are dropped."""
 
 
-class HeldOut:
+class HeldOutRuns:
     """The 13-word runs of held-out text, by 64-bit hash, and the cuts they ask of other text.
 
     A collision of hashes can only cut a little too much, never too little.
@@ -57,7 +57,7 @@ class HeldOut:
             np.save(directory / f"owners.{kind}.npy", self._owners[kind])
 
     @classmethod
-    def load(cls, directory: Path) -> HeldOut:
+    def load(cls, directory: Path) -> HeldOutRuns:
         """The one that :meth:`save` wrote; its arrays are mapped, and so shared by processes."""
         self = cls([])
         for kind in range(2):

@@ -42,8 +42,7 @@ from megatron_btx.errors import UserError, UserErrors, collect_errors
 from megatron_btx.families.tokenizer_files import place_of
 from megatron_btx.families.tokenizer_identity import differences
 from megatron_btx.files import find_json, sweep, unfinished, write_json
-from megatron_btx.recipe.schema import Recipe
-from megatron_btx.recipe.schema import Tokenizer as Wanted
+from megatron_btx.recipe.schema import Recipe, TokenizerBlock
 from megatron_btx.weights.find_checkpoint import find_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -201,7 +200,7 @@ def _tokenizer(
     return load_tokenizer(directory)
 
 
-def _trained(texts: dict[str, DomainText], wanted: Wanted) -> Tokenizer:
+def _trained(texts: dict[str, DomainText], wanted: TokenizerBlock) -> Tokenizer:
     errors: list[UserError] = []
 
     def documents() -> Iterator[str]:

@@ -1,7 +1,7 @@
 """What training text shares with held-out text: equal documents and runs of 13 words, by document.
 
-Held-out text of all domains is indexed (:class:`~megatron_btx.data.overlap.HeldOut`), as much of it
-at a time as :data:`PASS` says, and all cores go through the training text with that index.
+Held-out text of all domains is indexed (:class:`~megatron_btx.data.overlap.HeldOutRuns`), as much
+of it at a time as :data:`PASS` says, and all cores go through the training text with that index.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from megatron_btx.data import Progress, no_progress
 from megatron_btx.data.domain_text import DomainText, find
 from megatron_btx.data.formats import Part, format_of, token_pair
-from megatron_btx.data.overlap import HeldOut
+from megatron_btx.data.overlap import HeldOutRuns
 from megatron_btx.data.parallel import advance, cores, run_all
 from megatron_btx.data.shards import cut, split_of
 from megatron_btx.data.tokenizer import Tokenizer, load_tokenizer
@@ -78,7 +78,7 @@ def check_separation(
     valid = [source for text in texts for source, _ in _sources(text, "valid", tokenizer_dir)]
     for number, (documents, names) in enumerate(_passes(valid, tokenizer_dir)):
         with tempfile.TemporaryDirectory(prefix="btx-held-out-") as place:
-            HeldOut(documents).save(Path(place))
+            HeldOutRuns(documents).save(Path(place))
             hashes = {_hash(text): i for i, text in reversed(list(enumerate(documents)))}
             documents.clear()
             yield from _search(train, place, hashes, names, tokenizer_dir, number, progress)
@@ -142,14 +142,14 @@ def _search(
             )
 
 
-_held_out = HeldOut([])
+_held_out = HeldOutRuns([])
 _hashes: Mapping[bytes, int] = {}
 _tokenizer: Tokenizer | None = None
 
 
 def _set_up(place: str, hashes: Mapping[bytes, int], tokenizer_dir: Path | None) -> None:
     global _held_out, _hashes, _tokenizer
-    _held_out, _hashes = HeldOut.load(Path(place)), hashes
+    _held_out, _hashes = HeldOutRuns.load(Path(place)), hashes
     _tokenizer = None if tokenizer_dir is None else load_tokenizer(tokenizer_dir)
 
 

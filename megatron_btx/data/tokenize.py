@@ -21,7 +21,7 @@ SHARD = 64 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class TokenizeJob:
     """One group of files on its way to pairs, one for each split."""
 
     domain: str
@@ -60,14 +60,14 @@ class Job:
         ]
 
 
-def _cut(job: Job) -> list[tuple[tuple[Part, ...], int]]:
+def _cut(job: TokenizeJob) -> list[tuple[tuple[Part, ...], int]]:
     shards = cut(job.group.files, SHARD)
     if not job.in_place:
         return shards
     return [((part,), size // len(parts)) for parts, size in shards for part in parts]
 
 
-def jobs(text: DomainText, directory: Path) -> list[Job]:
+def jobs(text: DomainText, directory: Path) -> list[TokenizeJob]:
     """What becomes of a domain's files in ``directory``."""
     made = []
     for splits in (("train", "valid"),) if text.is_split else (("train",), ("valid",)):
@@ -76,7 +76,7 @@ def jobs(text: DomainText, directory: Path) -> list[Job]:
         for number, group in enumerate(groups):
             names = {split: split if alone else f"{split}.{number}" for split in splits}
             made.append(
-                Job(
+                TokenizeJob(
                     domain=text.name,
                     text=text,
                     group=group,
@@ -88,7 +88,9 @@ def jobs(text: DomainText, directory: Path) -> list[Job]:
     return made
 
 
-def run(jobs: Sequence[Job], tokenizer_dir: Path, tokenizer: Tokenizer, progress: Progress) -> None:
+def run(
+    jobs: Sequence[TokenizeJob], tokenizer_dir: Path, tokenizer: Tokenizer, progress: Progress
+) -> None:
     """Make every pair that is not there yet.
 
     Raises:
@@ -120,7 +122,7 @@ def run(jobs: Sequence[Job], tokenizer_dir: Path, tokenizer: Tokenizer, progress
             _join(jobs[number], work[number], tokenizer)
 
 
-def finish(text: DomainText, split: str, jobs: Sequence[Job], directory: Path) -> Piece:
+def finish(text: DomainText, split: str, jobs: Sequence[TokenizeJob], directory: Path) -> Piece:
     """The whole of a split, from the pairs of its jobs; what was there before goes."""
     prefix = directory / split
     pieces = [read_piece(directory / job.names[split]) for job in jobs]
@@ -150,14 +152,14 @@ def finish(text: DomainText, split: str, jobs: Sequence[Job], directory: Path) -
     return whole
 
 
-def _is_done(job: Job, tokenizer: Tokenizer) -> bool:
+def _is_done(job: TokenizeJob, tokenizer: Tokenizer) -> bool:
     return all(
         read_piece(job.directory / job.names[split], job.key(split, tokenizer)) is not None
         for split in job.splits
     )
 
 
-def _join(job: Job, shards: Sequence[Shard], tokenizer: Tokenizer) -> None:
+def _join(job: TokenizeJob, shards: Sequence[Shard], tokenizer: Tokenizer) -> None:
     counts = [read(shard) for shard in shards]
     for split in job.splits:
         prefix, key = job.directory / job.names[split], job.key(split, tokenizer)

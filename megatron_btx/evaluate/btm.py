@@ -21,7 +21,7 @@ from torch import Tensor
 
 from megatron_btx.evaluate.tfidf import TfIdf
 
-Method = Literal["top1", "top2", "posterior"]
+BtmMethod = Literal["top1", "top2", "posterior"]
 Context = Literal["prefix", "document"]
 
 TOP = {"top1": 1, "top2": 2}

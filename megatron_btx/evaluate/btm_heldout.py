@@ -17,7 +17,7 @@ from megatron_btx.engine.initializer import initialize
 from megatron_btx.engine.model import DTYPES, build_model
 from megatron_btx.errors import UserError
 from megatron_btx.evaluate import btm
-from megatron_btx.evaluate.btm import Context, Method
+from megatron_btx.evaluate.btm import BtmMethod, Context
 from megatron_btx.evaluate.heldout import Batch, HeldOut, label_log_probs
 from megatron_btx.evaluate.tfidf import DOCUMENTS, TfIdf
 from megatron_btx.families.open import open_checkpoint
@@ -56,7 +56,7 @@ def btm_heldout(
     models: Mapping[str, Path],
     domains: Mapping[str, Sequence[Batch]],
     *,
-    method: Method,
+    method: BtmMethod,
     corpora: Mapping[str, Iterable[str]],
     tokenizer: Tokenizer,
     settings: Evaluate,

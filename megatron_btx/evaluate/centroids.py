@@ -28,7 +28,7 @@ from megatron_btx.engine.initializer import initialize
 from megatron_btx.engine.model import DTYPES, build_model, unwrap
 from megatron_btx.errors import UserError, UserErrors, collect_errors
 from megatron_btx.evaluate.heldout import Batch, Listener, evaluate
-from megatron_btx.evaluate.loss_on_text import Setting, min_length, packed, whole_sequences
+from megatron_btx.evaluate.loss_on_text import EvalSetting, min_length, packed, whole_sequences
 from megatron_btx.evaluate.model_spec import Subject
 from megatron_btx.evaluate.models import opened, precision_of
 from megatron_btx.evaluate.predictor import NO_PROGRESS
@@ -67,7 +67,7 @@ class Routers:
 def measure(
     subject: Subject,
     data: Mapping[str, Sequence[str]],
-    setting: Setting,
+    setting: EvalSetting,
     *,
     out: Path,
     kind: Literal["centroids", "ridge"] = "centroids",

@@ -26,7 +26,7 @@ from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.load import digest
 from megatron_btx.recipe.schema import Evaluate, Precision, Recipe
 from megatron_btx.recipe.stages import directory, training
-from megatron_btx.recipe.systems import Row, rows
+from megatron_btx.recipe.systems import TableRow, rows
 from megatron_btx.weights.find_checkpoint import find_checkpoint
 from megatron_btx.weights.manifest import read_manifest
 from megatron_btx.weights.megatron import open_megatron
@@ -92,7 +92,7 @@ def evaluate_checkpoint(
 
 
 def _single(
-    recipe: Recipe, run_dir: Path, row: Row, domains: Domains, text: Mapping[str, Any]
+    recipe: Recipe, run_dir: Path, row: TableRow, domains: Domains, text: Mapping[str, Any]
 ) -> SystemResult:
     """One model, taken from what is kept beside it where it has been evaluated on this text. All
     that its losses depend on is in the file's name; layout and micro-batches change nothing."""
@@ -116,7 +116,7 @@ def _single(
     return _measured(row, architecture, found)
 
 
-def _measured(row: Row, architecture: Architecture, found: HeldOut) -> SystemResult:
+def _measured(row: TableRow, architecture: Architecture, found: HeldOut) -> SystemResult:
     parameters = count.parameters(architecture)
     return SystemResult(
         name=row.name,
@@ -131,7 +131,7 @@ def _measured(row: Row, architecture: Architecture, found: HeldOut) -> SystemRes
     )
 
 
-def _ensemble(recipe: Recipe, run_dir: Path, row: Row, domains: Domains) -> SystemResult:
+def _ensemble(recipe: Recipe, run_dir: Path, row: TableRow, domains: Domains) -> SystemResult:
     """Branch-Train-Merge, of experts and seed as they are."""
     names = [stage.removeprefix("expert:") for stage in row.models]
     models = {
@@ -165,7 +165,9 @@ def _ensemble(recipe: Recipe, run_dir: Path, row: Row, domains: Domains) -> Syst
     )
 
 
-def _with_training(recipe: Recipe, run_dir: Path, row: Row, measured: SystemResult) -> SystemResult:
+def _with_training(
+    recipe: Recipe, run_dir: Path, row: TableRow, measured: SystemResult
+) -> SystemResult:
     """With the tokens and FLOPs of the stages that made it, and its checkpoints."""
     stages = {stage: _cost(recipe, run_dir, stage) for stage in row.made_by}
     checkpoints = [find_checkpoint(directory(run_dir, stage)) for stage in row.models]

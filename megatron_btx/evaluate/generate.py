@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_btx.evaluate.predictor import NO_PROGRESS, Predictor, Row
+from megatron_btx.evaluate.predictor import NO_PROGRESS, Predictor, ScoredText
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,10 +86,10 @@ class _Text:
         self._cut: int | None = None
         self.done = decoding.max_new_tokens == 0
 
-    def row(self) -> Row:
+    def row(self) -> ScoredText:
         """All that is known; of a text longer than the context, its end."""
         ids = [*self.prompt, *self.new][-self._predictor.seq_length :]
-        return Row(tuple(ids), first=min(len(self.prompt), len(ids)), number=self.number)
+        return ScoredText(tuple(ids), first=min(len(self.prompt), len(ids)), number=self.number)
 
     def add(self, token: int) -> None:
         """Take a token, and see whether it is the last."""

@@ -11,7 +11,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from megatron_btx.evaluate.generate import Decoding, generate
-from megatron_btx.evaluate.predictor import NO_PROGRESS, Predictor, Row
+from megatron_btx.evaluate.predictor import NO_PROGRESS, Predictor, ScoredText
 
 MAX_NEW_TOKENS = 256
 """Of an answer, where the task does not say."""
@@ -73,7 +73,7 @@ class Harness(TemplateLM):
     ) -> list[float]:
         """Log-likelihood of whole texts, each token predicted once with as much before it as the
         model takes."""
-        rows: list[Row] = []
+        rows: list[ScoredText] = []
         owners: list[int] = []
         for number, request in enumerate(requests):
             windows = get_rolling_token_windows(
@@ -84,7 +84,7 @@ class Harness(TemplateLM):
             )
             for context, continuation in map(make_disjoint_window, windows):
                 first = len(context)
-                rows.append(Row((*context, *continuation), first, number))
+                rows.append(ScoredText((*context, *continuation), first, number))
                 owners.append(number)
         totals = [0.0] * len(requests)
         with self._running():
@@ -115,10 +115,10 @@ class Harness(TemplateLM):
             until=(until,) if isinstance(until, str) else tuple(until),
         )
 
-    def _row(self, context: Sequence[int], continuation: Sequence[int], number: int) -> Row:
+    def _row(self, context: Sequence[int], continuation: Sequence[int], number: int) -> ScoredText:
         if not context or context[0] != self._predictor.start_id:
             context = [self._predictor.start_id, *context]
         most = self._predictor.seq_length + 1
         self.cut += len(context) + len(continuation) > most
         ids = (*context, *continuation)[-most:]
-        return Row(ids, max(1, len(ids) - len(continuation)), number)
+        return ScoredText(ids, max(1, len(ids) - len(continuation)), number)

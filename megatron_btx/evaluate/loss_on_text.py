@@ -32,7 +32,7 @@ from megatron_btx.recipe.schema import Layout, Precision
 
 
 @dataclass(frozen=True, kw_only=True)
-class Setting:
+class EvalSetting:
     """How a subject is run."""
 
     layout: Layout = Layout()
@@ -53,7 +53,7 @@ class Setting:
 def evaluate_data(
     subject: Subject,
     data: Mapping[str, Sequence[str]],
-    setting: Setting,
+    setting: EvalSetting,
     progress: Callable[[float], None] = NO_PROGRESS,
 ) -> dict[str, Any]:
     """Every token of every text, predicted once. Every rank calls it.
@@ -115,7 +115,7 @@ def evaluate_data(
     return result | asdict(spent)
 
 
-def min_length(checkpoints: Mapping[str, Any], setting: Setting) -> int:
+def min_length(checkpoints: Mapping[str, Any], setting: EvalSetting) -> int:
     """The length of the sequences.
 
     Raises:
@@ -132,7 +132,7 @@ def min_length(checkpoints: Mapping[str, Any], setting: Setting) -> int:
 
 
 def packed(
-    subject: Subject, data: Mapping[str, Sequence[str]], setting: Setting, seq_length: int
+    subject: Subject, data: Mapping[str, Sequence[str]], setting: EvalSetting, seq_length: int
 ) -> dict[str, PackedText]:
     """Each text in the tokens of a subject.
 

@@ -10,7 +10,7 @@ from megatron_btx.data.heldout import Sample
 from megatron_btx.data.mixture import held_out
 from megatron_btx.errors import UserError
 from megatron_btx.evaluate.heldout import evaluate
-from megatron_btx.evaluate.loss_on_text import Setting, min_length, packed, whole_sequences
+from megatron_btx.evaluate.loss_on_text import EvalSetting, min_length, packed, whole_sequences
 from megatron_btx.evaluate.model_spec import Subject, run_of
 from megatron_btx.evaluate.models import load, opened
 from megatron_btx.evaluate.predictor import NO_PROGRESS
@@ -21,7 +21,7 @@ from megatron_btx.recipe.load import load_recipe
 def measure(
     subject: Subject,
     data: Mapping[str, Sequence[str]],
-    setting: Setting,
+    setting: EvalSetting,
     progress: Callable[[float], None] = NO_PROGRESS,
 ) -> dict[str, Any]:
     """The routing of a checkpoint. Every rank calls it.
@@ -68,7 +68,7 @@ def measure(
     return result
 
 
-def _held_out(subject: Subject, setting: Setting) -> Mapping[str, Sequence[Sample]]:
+def _held_out(subject: Subject, setting: EvalSetting) -> Mapping[str, Sequence[Sample]]:
     """The run's, as its own evaluation reads it.
 
     Raises:

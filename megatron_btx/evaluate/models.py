@@ -20,8 +20,7 @@ from megatron_btx.mix.one_model import copy
 from megatron_btx.recipe import check_layout, count
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.load import load_recipe
-from megatron_btx.recipe.schema import Layout, Mix, Precision, Recipe, Training
-from megatron_btx.recipe.schema import Tokenizer as TokenizerBlock
+from megatron_btx.recipe.schema import Layout, Mix, Precision, Recipe, TokenizerBlock, Training
 from megatron_btx.weights.plan import Checkpoint
 
 

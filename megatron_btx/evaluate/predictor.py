@@ -44,7 +44,7 @@ NO_PROGRESS: Callable[[float], None] = lambda share: None  # noqa: E731
 
 
 @dataclass(frozen=True)
-class Row:
+class ScoredText:
     """A text to look at: ``ids`` of which those from ``first`` on are scored, or continued."""
 
     ids: tuple[int, ...]
@@ -112,14 +112,14 @@ class Predictor:
         return self.tokenizer.encode([text])[0].tolist()
 
     def score(
-        self, rows: Sequence[Row], progress: Callable[[float], None] = NO_PROGRESS
+        self, rows: Sequence[ScoredText], progress: Callable[[float], None] = NO_PROGRESS
     ) -> list[Score]:
         """How likely the scored tokens of each row are. No row is longer than ``seq_length + 1``:
         its last token is predicted, not read."""
         answers = self._each(rows, 2, self._scored, progress, drop_last=True)
         return [Score(total, greedy > 0.5) for total, greedy in answers.tolist()]
 
-    def next(self, rows: Sequence[Row]) -> Tensor:
+    def next(self, rows: Sequence[ScoredText]) -> Tensor:
         """Log-probabilities of what follows each row, fp32 [rows, V] on the CPU.
 
         No row is longer than ``seq_length``.
@@ -129,9 +129,9 @@ class Predictor:
 
     def _each(
         self,
-        rows: Sequence[Row],
+        rows: Sequence[ScoredText],
         width: int,
-        look: Callable[[Sequence[Row], dict[str, Tensor]], Tensor],
+        look: Callable[[Sequence[ScoredText], dict[str, Tensor]], Tensor],
         progress: Callable[[float], None],
         *,
         drop_last: bool,
@@ -158,7 +158,7 @@ class Predictor:
         return answers.cpu()
 
     @torch.no_grad()
-    def _run(self, rows: Sequence[Row], longest: int) -> dict[str, Tensor]:
+    def _run(self, rows: Sequence[ScoredText], longest: int) -> dict[str, Tensor]:
         """Each member's logits [B, S, V] of this rank's rows; none where the last pipeline stage
         is elsewhere."""
         length = -(-longest // self._multiple) * self._multiple
@@ -192,7 +192,7 @@ class Predictor:
             )
         return outputs[0]["logits"][..., : self.vocab_size].float() if outputs else None
 
-    def _scored(self, rows: Sequence[Row], logits: dict[str, Tensor]) -> Tensor:
+    def _scored(self, rows: Sequence[ScoredText], logits: dict[str, Tensor]) -> Tensor:
         """Sum of log-probabilities, and 1 where all are greedy: [rows, 2]."""
         weights = self._weights(rows, logits)
         answers = torch.zeros(len(rows), 2, dtype=torch.float64)
@@ -207,7 +207,7 @@ class Predictor:
             answers[place, 1] = (mixed.argmax(1) == labels).all()
         return answers
 
-    def _following(self, rows: Sequence[Row], logits: dict[str, Tensor]) -> Tensor:
+    def _following(self, rows: Sequence[ScoredText], logits: dict[str, Tensor]) -> Tensor:
         """Log-probabilities [rows, V] at the last token of each."""
         weights = self._weights(rows, logits)
         spans = [slice(len(row.ids) - 1, len(row.ids)) for row in rows]
@@ -224,7 +224,9 @@ class Predictor:
             return each[0]
         return btm.mixed(torch.stack(each), weights[row][:, span, None])
 
-    def _weights(self, rows: Sequence[Row], logits: dict[str, Tensor]) -> Sequence[Tensor] | None:
+    def _weights(
+        self, rows: Sequence[ScoredText], logits: dict[str, Tensor]
+    ) -> Sequence[Tensor] | None:
         """Of each row the members' weights [N, S]."""
         method = self.subject.method
         if method is None:
@@ -233,7 +235,7 @@ class Predictor:
             return [self._posterior(row, place, logits) for place, row in enumerate(rows)]
         return [self._chosen(row, btm.TOP[method]).to(_device(logits)) for row in rows]
 
-    def _posterior(self, row: Row, place: int, logits: dict[str, Tensor]) -> Tensor:
+    def _posterior(self, row: ScoredText, place: int, logits: dict[str, Tensor]) -> Tensor:
         """From the tokens that are known; the label of the last one is not, and not looked at."""
         labels = torch.tensor((*row.ids[1:], 0), device=_device(logits))
         read = next(iter(logits.values())).shape[1]
@@ -251,7 +253,7 @@ class Predictor:
             known = (known / known.sum()).to(scores.device)
         return btm.posterior(scores, known)
 
-    def _chosen(self, row: Row, k: int) -> Tensor:
+    def _chosen(self, row: ScoredText, k: int) -> Tensor:
         assert self._index is not None
         ids = torch.tensor(row.ids)
         if self.subject.context == "document":

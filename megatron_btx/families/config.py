@@ -57,7 +57,7 @@ HARMLESS = frozenset(key for keys in _IGNORED.values() for key in keys.split())
 
 
 @dataclass
-class Reading:
+class ConfigReading:
     """A ``config.json`` being read."""
 
     config: Mapping[str, Any]
@@ -118,10 +118,10 @@ class Reading:
                 self.refuse(what, f"{fix} directory's config.json")
 
 
-class Part(Protocol):
+class ConfigPart(Protocol):
     """Some keys of ``config.json``, both ways."""
 
-    def read(self, reading: Reading) -> None:
+    def read(self, reading: ConfigReading) -> None:
         """Put what the keys say into ``reading.model``, or note what is wrong with them."""
 
     def write(self, architecture: Architecture) -> dict[str, Any]:
@@ -138,7 +138,7 @@ class Field:
     default: Any = None
     """What an absent key means; ``None``: our own default."""
 
-    def read(self, reading: Reading) -> None:
+    def read(self, reading: ConfigReading) -> None:
         """The value as it is."""
         value = reading.need(self.key) if self.required else reading.take(self.key, self.default)
         if value is not None:
@@ -160,7 +160,7 @@ class Fixed:
     key: str
     value: Any
 
-    def read(self, reading: Reading) -> None:
+    def read(self, reading: ConfigReading) -> None:
         """Absent, it has that value."""
         found = reading.take(self.key, self.value)
         if found != self.value:
@@ -179,7 +179,7 @@ class Stated:
     key: str
     value: Any
 
-    def read(self, reading: Reading) -> None:
+    def read(self, reading: ConfigReading) -> None:
         """Nothing else than the value."""
         found = reading.take(self.key, self.value)
         if found != self.value:
@@ -197,7 +197,7 @@ class Always:
     ours: str
     value: Any
 
-    def read(self, reading: Reading) -> None:
+    def read(self, reading: ConfigReading) -> None:
         """The value."""
         reading.model[self.ours] = self.value
 
@@ -210,7 +210,7 @@ class Always:
 class Tied:
     """``tie_word_embeddings``, of which ours is the opposite."""
 
-    def read(self, reading: Reading) -> None:
+    def read(self, reading: ConfigReading) -> None:
         """Absent: not tied."""
         tied = reading.typed(bool, "tie_word_embeddings", False)
         reading.model["untie_embeddings_and_output_weights"] = not tied
@@ -227,7 +227,7 @@ class ExpertWidth:
 
     key: str
 
-    def read(self, reading: Reading) -> None:
+    def read(self, reading: ConfigReading) -> None:
         """Also as the dense width, where the family has no key for that."""
         width = reading.need(self.key)
         if reading.model.setdefault("ffn_hidden_size", width) != width:
@@ -249,7 +249,7 @@ class Experts:
     normalised: bool | None = None
     """Whether gates sum to one; ``None``: ``norm_topk_prob`` says it."""
 
-    def read(self, reading: Reading) -> None:
+    def read(self, reading: ConfigReading) -> None:
         """Names of the experts (ours, where the mix gave them some) and their gates."""
         counts = {count for key in self.keys if (count := self._count(reading, key)) is not None}
         if len(counts) > 1:
@@ -270,7 +270,7 @@ class Experts:
             k = reading.typed(int, "num_experts_per_tok", 1, low=1)
             reading.gates = Gates(k, normalised or k == count)
 
-    def _count(self, reading: Reading, key: str) -> int | None:
+    def _count(self, reading: ConfigReading, key: str) -> int | None:
         count: int | None = reading.typed(int, key, None, low=1, high=MOST_EXPERTS)
         return count
 

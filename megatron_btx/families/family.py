@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from megatron_btx.errors import UserError, UserErrors, collect_errors
-from megatron_btx.families.config import Part, Reading
+from megatron_btx.families.config import ConfigPart, ConfigReading
 from megatron_btx.families.hf_routing import Gates
 from megatron_btx.families.table import Table
 from megatron_btx.recipe.architecture import Architecture
@@ -40,7 +40,7 @@ class Family:
     model_type: str
     architecture: str
     table: Table
-    config: tuple[Part, ...]
+    config: tuple[ConfigPart, ...]
     fused: Table | None = None
     has_shared_expert: bool = False
 
@@ -51,7 +51,7 @@ class Family:
             UserErrors: every field that is missing, unknown, or has a value we would compute
                 wrongly.
         """
-        reading = Reading(config, where)
+        reading = ConfigReading(config, where)
         reading.need("vocab_size")
         for part in self.config:
             part.read(reading)
@@ -103,7 +103,7 @@ class Family:
         ]
 
 
-def _entries(reading: Reading) -> Node:
+def _entries(reading: ConfigReading) -> Node:
     """What was read, each value with its key in ``config.json``."""
     whole = reading.node("", reading.config)
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from megatron_btx.families.config import Always, Field, Fixed, Part, Stated, Tied
+from megatron_btx.families.config import Always, ConfigPart, Field, Fixed, Stated, Tied
 from megatron_btx.families.family import Family
 from megatron_btx.families.positions import LayerWindows, Positions, Rope, Window
 from megatron_btx.families.table import Row, Table, gate_up, qkv
@@ -46,7 +46,7 @@ HEAD: tuple[Row, ...] = (
 # fmt: on
 
 
-FIELDS: tuple[Part, ...] = (
+FIELDS: tuple[ConfigPart, ...] = (
     Field("num_hidden_layers", "num_layers", required=True),
     Field("hidden_size", "hidden_size", required=True),
     Field("num_attention_heads", "num_attention_heads", required=True),

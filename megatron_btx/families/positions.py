@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_btx.families.config import Reading
+from megatron_btx.families.config import ConfigReading
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.count import windows
 
@@ -15,7 +15,7 @@ from megatron_btx.recipe.count import windows
 class Positions:
     """``max_position_embeddings``: for what the model was made. Training begins with as much."""
 
-    def read(self, reading: Reading) -> None:
+    def read(self, reading: ConfigReading) -> None:
         """Also our ``seq_length``, which a recipe may lower."""
         value = reading.need("max_position_embeddings")
         for ours in ("max_position_embeddings", "seq_length"):
@@ -42,7 +42,7 @@ class Rope:
     }
     """What Megatron's ``rope_scaling`` has for these."""
 
-    def read(self, reading: Reading) -> None:
+    def read(self, reading: ConfigReading) -> None:
         """Base and scaling, from wherever they stand."""
         rope: dict[str, Any] = {}
         for key in ("rope_scaling", "rope_parameters"):
@@ -97,7 +97,7 @@ class Window:
     switch: bool = False
     """Whether it counts only under ``use_sliding_window``."""
 
-    def read(self, reading: Reading) -> None:
+    def read(self, reading: ConfigReading) -> None:
         """As Megatron's ``window_size``, which does not count the token itself."""
         seen = reading.typed(int, "sliding_window", None)
         if "sliding_window" not in reading.config:
@@ -129,7 +129,7 @@ class LayerWindows:
     """Whether, without ``layer_types``, the layers from ``max_window_layers`` on are meant; the
     versions of ``transformers`` disagree about Qwen2-MoE's."""
 
-    def read(self, reading: Reading) -> None:
+    def read(self, reading: ConfigReading) -> None:
         """``window_size``, and which layers where not all have it."""
         types = reading.typed(tuple[str, ...], "layer_types", None)
         on = reading.typed(bool, "use_sliding_window", False)

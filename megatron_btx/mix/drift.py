@@ -27,7 +27,7 @@ from megatron_btx.errors import UserError, UserErrors, shown
 from megatron_btx.files import check_directory, check_file, read_bytes, written
 from megatron_btx.mix.compatibility import disagreements
 from megatron_btx.mix.plan_of_request import open_sources
-from megatron_btx.mix.request import Request
+from megatron_btx.mix.request import MixRequest
 from megatron_btx.recipe.check_mix import GROUPS
 from megatron_btx.weights.box import slabs, whole
 from megatron_btx.weights.names import group_of
@@ -44,7 +44,7 @@ Grams = dict[tuple[str, int], Tensor]
 """(group, layer; -1 outside the layers) -> inner products of every two models [N, N], fp64."""
 
 
-def show(request: Request, out: TextIO) -> None:
+def show(request: MixRequest, out: TextIO) -> None:
     """Print the table; write ``drift.json`` and ``drift.svg`` into ``--out`` where one is given, or
     the one file that its name says: ``.json``, ``.svg`` or ``.csv``.
 

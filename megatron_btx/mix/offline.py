@@ -31,7 +31,7 @@ from megatron_btx.families.tokenizer_files import (
 )
 from megatron_btx.mix.compatibility import speaker_of, tokenizer_words
 from megatron_btx.mix.plan_of_request import DTYPES, open_sources, plan_of
-from megatron_btx.mix.request import Request
+from megatron_btx.mix.request import MixRequest
 from megatron_btx.mix.source_files import Watch
 from megatron_btx.provenance import versions
 from megatron_btx.recipe.count import parameters
@@ -44,7 +44,7 @@ from megatron_btx.weights.plan import Checkpoint, Plan
 LINEAGE = "mix.json"
 
 
-def run(request: Request, out: TextIO, revision: str | None = None) -> Plan:
+def run(request: MixRequest, out: TextIO, revision: str | None = None) -> Plan:
     """Do what is asked: print the plan, or write the result.
 
     Args:
@@ -100,7 +100,7 @@ def interrupted_once() -> Iterator[None]:
             signal.signal(signal.SIGINT, before)
 
 
-def _prepared(request: Request) -> tuple[list[Checkpoint], Plan, Execution]:
+def _prepared(request: MixRequest) -> tuple[list[Checkpoint], Plan, Execution]:
     """Sources, plan and execution; whatever is wrong with any of them, and with where the result
     shall lie, is told at once."""
     errors: list[UserError] = []
@@ -128,7 +128,7 @@ def _prepared(request: Request) -> tuple[list[Checkpoint], Plan, Execution]:
     return models, plan, execution
 
 
-def _not_computed(plan: Plan, request: Request) -> list[UserError]:
+def _not_computed(plan: Plan, request: MixRequest) -> list[UserError]:
     """Why Megatron-Core, and so we, could not run the result: it is not written."""
     routing = plan.architecture.routing
     if routing is None or routing.type != "topk" or routing.moe_router_pre_softmax:
@@ -143,7 +143,7 @@ def _not_computed(plan: Plan, request: Request) -> list[UserError]:
 
 def write(
     plan: Plan,
-    request: Request,
+    request: MixRequest,
     models: list[Checkpoint],
     execution: Execution,
     hashes: Callable[[], Mapping[str, Mapping[str, str]]],
@@ -209,7 +209,9 @@ def _opened(result: Path) -> None:
     open_checkpoint(result, "the result")
 
 
-def describe(plan: Plan, request: Request, models: list[Checkpoint], execution: Execution) -> str:
+def describe(
+    plan: Plan, request: MixRequest, models: list[Checkpoint], execution: Execution
+) -> str:
     """What ``--dry-run`` prints."""
     shown = to_hf(plan, fused=request.fused) if request.format == "hf" else plan
     count = parameters(plan.architecture)
@@ -228,7 +230,7 @@ def describe(plan: Plan, request: Request, models: list[Checkpoint], execution: 
 
 def lineage_of(
     plan: Plan,
-    request: Request,
+    request: MixRequest,
     models: list[Checkpoint],
     hashes: Mapping[str, Mapping[str, str]],
     revision: str | None,
@@ -271,7 +273,7 @@ def _precision(plan: Plan) -> str:
     return {value: name for name, value in DTYPES.items()}[dtype]
 
 
-def _execution(request: Request) -> Execution:
+def _execution(request: MixRequest) -> Execution:
     """Slabs and workers that keep a promise of memory.
 
     Besides what the process holds already, a worker holds a slab of the result, what it is made of

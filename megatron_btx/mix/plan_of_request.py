@@ -16,7 +16,7 @@ from megatron_btx.mix.compatibility import disagreements, with_tokenizer
 from megatron_btx.mix.edit_experts import append, drop
 from megatron_btx.mix.one_model import copy
 from megatron_btx.mix.plan_of_recipe import averaging_of, mix_plan, router_of
-from megatron_btx.mix.request import Request
+from megatron_btx.mix.request import MixRequest
 from megatron_btx.recipe.check_mix import misplaced, weights
 from megatron_btx.recipe.schema import Mix, Routing
 from megatron_btx.weights.find_checkpoint import name_of
@@ -25,7 +25,7 @@ from megatron_btx.weights.plan import Checkpoint, Plan
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
 
-def open_sources(request: Request) -> list[Checkpoint]:
+def open_sources(request: MixRequest) -> list[Checkpoint]:
     """Open every source; all that is wrong with any of them at once."""
     models: list[Checkpoint] = []
     errors: list[UserError] = []
@@ -43,7 +43,7 @@ def open_sources(request: Request) -> list[Checkpoint]:
     return models
 
 
-def plan_of(request: Request, models: list[Checkpoint]) -> Plan:
+def plan_of(request: MixRequest, models: list[Checkpoint]) -> Plan:
     """The plan that a request asks for.
 
     Raises:
@@ -82,11 +82,11 @@ def plan_of(request: Request, models: list[Checkpoint]) -> Plan:
 
 def _same() -> set[str]:
     """Names that ``Mix`` and a request have in common."""
-    mix, asked = dataclasses.fields(Mix), dataclasses.fields(Request)
+    mix, asked = dataclasses.fields(Mix), dataclasses.fields(MixRequest)
     return {one.name for one in mix} & {one.name for one in asked}
 
 
-def mix_of(request: Request) -> Mix:
+def mix_of(request: MixRequest) -> Mix:
     """A request's part that a recipe has too."""
     options: dict[str, Any] = {name: getattr(request, name) for name in _same()}
     if request.method in ("average", "append", "drop", "copy"):

@@ -8,18 +8,18 @@ from typing import Any, Literal
 from megatron_btx.recipe.fields import COUNT, like, within
 from megatron_btx.recipe.schema import Mix, Recipe, Routing
 
-Method = Literal["btx", "upcycle", "split", "blend", "average", "append", "drop", "copy"]
+MixMethod = Literal["btx", "upcycle", "split", "blend", "average", "append", "drop", "copy"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
+class MixRequest:
     """What to mix and how. Every field is a flag, and a key of ``--config``."""
 
     sources: tuple[str, ...] = ()
     """NAME=DIR or DIR, in the order of the experts"""
     out: str = ""
     """the new directory"""
-    method: Method = "btx"
+    method: MixMethod = "btx"
     """which mix"""
     format: Literal["hf", "megatron"] = "hf"
     """what the result is written as"""

@@ -25,7 +25,7 @@ from megatron_btx.files import find_json, write_json
 from megatron_btx.pipeline.local import reaper, runner
 from megatron_btx.recipe.schema import Layout
 
-Request = Mapping[str, Any]
+EvalRequest = Mapping[str, Any]
 """``{"what": "data", "tasks", "generate", "routing" or "centroids", "layout": {...}, "subjects":
 [...], ...}`` and what that one takes."""
 
@@ -55,7 +55,7 @@ def request_of(
     return {"what": what, "layout": dataclasses.asdict(layout), "subjects": written, **entries}
 
 
-def answer(request: Request) -> Any:
+def answer(request: EvalRequest) -> Any:
     """What the ranks answer; ``None`` on a rank of somebody else's job that is not the first.
 
     Raises:
@@ -79,7 +79,7 @@ def _number(name: str) -> int:
     return int(text)
 
 
-def _start(request: Request, world_size: int) -> Any:
+def _start(request: EvalRequest, world_size: int) -> Any:
     most = runner.most_ranks()
     if world_size > most:
         raise UserError(
@@ -165,7 +165,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
 
 
-def _work(request: Request) -> Any:
+def _work(request: EvalRequest) -> Any:
     """Do what is asked, on every rank; the answer on the first."""
     import logging
     import warnings
@@ -185,7 +185,7 @@ def _work(request: Request) -> Any:
     return found if os.environ.get("RANK", "0") == "0" else None
 
 
-def _subjects(request: Request) -> list[Subject]:
+def _subjects(request: EvalRequest) -> list[Subject]:
     found = []
     for entry in request["subjects"]:
         models = {name: Path(path) for name, path in entry["models"].items()}
@@ -195,66 +195,66 @@ def _subjects(request: Request) -> list[Subject]:
     return found
 
 
-def _data(request: Request, layout: Layout) -> dict[str, Any]:
-    from megatron_btx.evaluate.loss_on_text import Setting, evaluate_data
+def _data(request: EvalRequest, layout: Layout) -> dict[str, Any]:
+    from megatron_btx.evaluate.loss_on_text import EvalSetting, evaluate_data
 
-    setting = Setting(layout=layout, **request["setting"])
+    setting = EvalSetting(layout=layout, **request["setting"])
     return {
-        subject.name: evaluate_data(subject, request["data"], setting, Progress(subject.name))
+        subject.name: evaluate_data(subject, request["data"], setting, ProgressLine(subject.name))
         for subject in _subjects(request)
     }
 
 
-def _tasks(request: Request, layout: Layout) -> dict[str, Any]:
+def _tasks(request: EvalRequest, layout: Layout) -> dict[str, Any]:
     from megatron_btx.evaluate.tasks import evaluate_tasks
 
     return {
         subject.name: evaluate_tasks(
-            _predictor(request, layout, subject), request["tasks"], Progress(subject.name)
+            _predictor(request, layout, subject), request["tasks"], ProgressLine(subject.name)
         )
         for subject in _subjects(request)
     }
 
 
-def _generate(request: Request, layout: Layout) -> list[dict[str, Any]]:
+def _generate(request: EvalRequest, layout: Layout) -> list[dict[str, Any]]:
     from megatron_btx.evaluate.generate import Decoding, generate
 
     (subject,) = _subjects(request)
     predictor = _predictor(request, layout, subject)
     decoding = request["decoding"]
     decoding = Decoding(**{**decoding, "until": tuple(decoding["until"])})
-    found = generate(predictor, request["prompts"], decoding, Progress("generating"))
+    found = generate(predictor, request["prompts"], decoding, ProgressLine("generating"))
     return [dataclasses.asdict(one) for one in found]
 
 
-def _routing(request: Request, layout: Layout) -> dict[str, Any]:
-    from megatron_btx.evaluate.loss_on_text import Setting
+def _routing(request: EvalRequest, layout: Layout) -> dict[str, Any]:
+    from megatron_btx.evaluate.loss_on_text import EvalSetting
     from megatron_btx.evaluate.measure_routing import measure
 
-    setting = Setting(layout=layout, **request["setting"])
+    setting = EvalSetting(layout=layout, **request["setting"])
     return {
-        subject.name: measure(subject, request["data"], setting, Progress(subject.name))
+        subject.name: measure(subject, request["data"], setting, ProgressLine(subject.name))
         for subject in _subjects(request)
     }
 
 
-def _centroids(request: Request, layout: Layout) -> dict[str, Any]:
+def _centroids(request: EvalRequest, layout: Layout) -> dict[str, Any]:
     from megatron_btx.evaluate.centroids import measure
-    from megatron_btx.evaluate.loss_on_text import Setting
+    from megatron_btx.evaluate.loss_on_text import EvalSetting
 
     (subject,) = _subjects(request)
     return measure(
         subject,
         request["data"],
-        Setting(layout=layout, **request["setting"]),
+        EvalSetting(layout=layout, **request["setting"]),
         **request["how"],
         out=Path(request["out"]),
         statistics=Path(request["statistics"]) if request["statistics"] else None,
-        progress=Progress(subject.name),
+        progress=ProgressLine(subject.name),
     )
 
 
-def _predictor(request: Request, layout: Layout, subject: Subject) -> Any:
+def _predictor(request: EvalRequest, layout: Layout, subject: Subject) -> Any:
     from megatron_btx.evaluate.predictor import Predictor
 
     return Predictor(subject, layout, **request["predictor"])
@@ -269,7 +269,7 @@ _KINDS = {
 }
 
 
-class Progress:
+class ProgressLine:
     """How far the first rank is, on stderr: one line that changes on a terminal, else a line every
     ten seconds."""
 

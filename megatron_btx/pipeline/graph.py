@@ -22,7 +22,7 @@ from megatron_btx.pipeline.fingerprint import Memo
 from megatron_btx.recipe import count, systems
 from megatron_btx.recipe.load import digest
 from megatron_btx.recipe.schema import Layout, Recipe, Training
-from megatron_btx.recipe.stages import Part, expert_stage, is_data_matched, reads, training
+from megatron_btx.recipe.stages import MixturePart, expert_stage, is_data_matched, reads, training
 
 NEEDS: dict[str, tuple[str, ...]] = {
     "prepare": (),
@@ -295,7 +295,7 @@ class _Keys:
             own += [self._part(part) for group in reads(recipe, name) for part in group]
         return own
 
-    def _part(self, part: Part) -> list[Any]:
+    def _part(self, part: MixturePart) -> list[Any]:
         block = part.block
         return [part.stage, block.tokens, block.global_batch_size, self._mixture(block.data)]
 

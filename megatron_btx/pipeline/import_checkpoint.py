@@ -135,11 +135,11 @@ def _convert(directory: Path, target: Path) -> None:
     """A Hugging Face directory as Megatron's, with its tokenizer; an interrupted one goes on."""
     from megatron_btx.families.open import open_checkpoint
     from megatron_btx.mix import offline
-    from megatron_btx.mix.request import Request
+    from megatron_btx.mix.request import MixRequest
 
     model = open_checkpoint(directory, "model")
     dtypes = {dtype for _, dtype in model.source.tensors.values()}
-    request = Request(
+    request = MixRequest(
         sources=(f"model={directory}",),
         out=str(target),
         method="copy",

@@ -35,7 +35,7 @@ _SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "S
 _ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 
 
-class Progress:
+class ProgressFile:
     """Writes how far a stage is to ``progress.json``, a few times a second at most."""
 
     def __init__(self, path: Path) -> None:
@@ -65,7 +65,7 @@ def _prepare(recipe: Recipe, stage: Stage, run_dir: Path) -> Any:
 
     check_options(recipe)
     directory = run_dir / stage.directory
-    return prepare(recipe, directory, Progress(directory / "progress.json"))
+    return prepare(recipe, directory, ProgressFile(directory / "progress.json"))
 
 
 def _train(recipe: Recipe, stage: Stage, run_dir: Path) -> Any:

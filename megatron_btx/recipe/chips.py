@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from megatron_btx.errors import UserError
-from megatron_btx.recipe.run_plan import Plan, StagePlan, human
+from megatron_btx.recipe.run_plan import RunPlan, StagePlan, human
 
 PEAK_TFLOPS: dict[str, float] = {
     # Dense bf16 tensor cores, without sparsity, of the makers' data sheets; V100: fp16.
@@ -85,7 +85,7 @@ class Estimate:
     finetuning."""
 
 
-def estimate(plan: Plan, gpu: str, mfu: float = MFU, price: float | None = None) -> Estimate:
+def estimate(plan: RunPlan, gpu: str, mfu: float = MFU, price: float | None = None) -> Estimate:
     """GPU-hours, days and cost of a plan: its model FLOPs over peak times MFU.
 
     Saves, evaluations and waiting in queues come on top.

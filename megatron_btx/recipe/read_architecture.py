@@ -13,7 +13,7 @@ from megatron_btx.errors import UserError
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.check_layout import model_problems
 from megatron_btx.recipe.fields import Range, like, within
-from megatron_btx.recipe.schema import Model, Routing, Tokenizer
+from megatron_btx.recipe.schema import Model, Routing, TokenizerBlock
 from megatron_btx.recipe.typed import BAD, Reader
 from megatron_btx.recipe.yaml_tree import Node, tree_of
 
@@ -32,7 +32,7 @@ class _MoE:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Entries:
     model: Model
-    vocab_size: int = within(1, like(Tokenizer, "vocab_size").metadata["range"].high)
+    vocab_size: int = within(1, like(TokenizerBlock, "vocab_size").metadata["range"].high)
     padded_vocab_size: int | None = within(1, 10**9, default=None)
     moe: _MoE | None
 

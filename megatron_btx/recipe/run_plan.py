@@ -40,7 +40,7 @@ class StagePlan:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
+class RunPlan:
     """A recipe's stages, and what its system costs without its baseline and its seed."""
 
     recipe: str
@@ -58,7 +58,7 @@ class Plan:
     """The most that they take at one time (:func:`peak_disk`)."""
 
 
-def plan(recipe: Recipe) -> Plan:
+def plan(recipe: Recipe) -> RunPlan:
     """The numbers of a recipe; pure arithmetic."""
     taking_part = systems.kinds(recipe)
     names = [stage_of_key(key) for key in check.stages(recipe)]
@@ -66,7 +66,7 @@ def plan(recipe: Recipe) -> Plan:
     stages = tuple(_stage(recipe, name) for name in names)
     made_by = systems.rows(recipe)[-1].made_by
     own = [stage for stage in stages if stage.name in made_by]
-    return Plan(
+    return RunPlan(
         recipe=recipe.name,
         system=recipe.system,
         stages=stages,
@@ -185,7 +185,7 @@ COLUMNS = (
 """Heads of the table of :func:`rows`."""
 
 
-def rows(plan: Plan) -> list[tuple[str, ...]]:
+def rows(plan: RunPlan) -> list[tuple[str, ...]]:
     """The table's cells, a row a stage and one of totals."""
     table = [
         (
@@ -208,7 +208,7 @@ def rows(plan: Plan) -> list[tuple[str, ...]]:
     return [*table, ("all stages", "", "", "", "", total, "", "", "", *disk)]
 
 
-def render(plan: Plan) -> str:
+def render(plan: RunPlan) -> str:
     """The plan as plain text."""
     table = [COLUMNS, *rows(plan)]
     widths = [max(len(row[i]) for row in table) for i in range(len(COLUMNS))]
@@ -224,7 +224,7 @@ def render(plan: Plan) -> str:
     return "\n".join([f"Plan of {plan.recipe}", "", *lines, "", *notes(plan)])
 
 
-def notes(plan: Plan) -> list[str]:
+def notes(plan: RunPlan) -> list[str]:
     """The lines under the table."""
     lines = [
         f"{_SYSTEM[plan.system]}: {human(plan.system_tokens)} tokens, "
@@ -249,7 +249,7 @@ def human(number: float, unit: str = "") -> str:
     return f"{number:.0f}{unit}"
 
 
-def as_json(plan: Plan, **more: Any) -> str:
+def as_json(plan: RunPlan, **more: Any) -> str:
     """The plan for other programs; numbers unrounded. ``more`` joins it."""
     content: dict[str, Any] = asdict(plan)
     for entry, stage in zip(content["stages"], plan.stages, strict=True):

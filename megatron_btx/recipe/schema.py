@@ -75,7 +75,7 @@ class Model:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Tokenizer:
+class TokenizerBlock:
     """SentencePiece (trained by the recipe or given) or a Hugging Face tokenizer."""
 
     type: Literal["sentencepiece", "huggingface"] = "sentencepiece"
@@ -431,7 +431,7 @@ class Recipe:
     lasts until the system has cost the training FLOPs of BTX with top-2 routing (section 4.1.2)."""
     model: Model
     """The dense models."""
-    tokenizer: Tokenizer = Tokenizer()
+    tokenizer: TokenizerBlock = TokenizerBlock()
     """How text becomes tokens."""
     domains: dict[str, Domain]
     """Every body of text by name; the order is the order of the table's columns."""

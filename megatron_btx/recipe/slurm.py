@@ -42,7 +42,7 @@ OURS = frozenset(
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Shape:
+class JobShape:
     """How a stage's ranks lie over nodes."""
 
     nodes: int
@@ -71,7 +71,7 @@ def _layers(kind: str, name: str) -> list[str]:
     return [kind] if kind == name else [kind, name]
 
 
-def shape(job: SlurmJob, world_size: int, num_threads: int) -> Shape:
+def shape(job: SlurmJob, world_size: int, num_threads: int) -> JobShape:
     """Nodes, and ranks and GPUs on each, for a stage of ``world_size`` ranks.
 
     Raises:
@@ -87,7 +87,7 @@ def shape(job: SlurmJob, world_size: int, num_threads: int) -> Shape:
     ranks = world_size // nodes
     if gpus and ranks > gpus:
         raise ValueError(f"{ranks} ranks a node, and a node has {gpus} GPUs")
-    return Shape(
+    return JobShape(
         nodes=nodes,
         ranks_per_node=ranks,
         gpus_per_node=ranks if gpus else 0,

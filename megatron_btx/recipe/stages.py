@@ -12,7 +12,7 @@ from megatron_btx.recipe.schema import Mix, Recipe, Routing, Training
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Part:
+class MixturePart:
     """One mixture from its first sample to its last."""
 
     stage: str
@@ -43,7 +43,7 @@ def is_data_matched(recipe: Recipe, name: str) -> bool:
     return name == "dense" or upcycled
 
 
-def reads(recipe: Recipe, name: str) -> tuple[tuple[Part, ...], ...]:
+def reads(recipe: Recipe, name: str) -> tuple[tuple[MixturePart, ...], ...]:
     """What a stage reads: groups one after the other, the parts of a group interleaved in
     proportion to their samples. Parts without tokens are left out.
 
@@ -51,13 +51,15 @@ def reads(recipe: Recipe, name: str) -> tuple[tuple[Part, ...], ...]:
     in its order. Compute-matched: the finetuning's mixture throughout.
     """
     if not is_data_matched(recipe, name):
-        return ((Part(stage=name, block=training(recipe, name)),),)
+        return ((MixturePart(stage=name, block=training(recipe, name)),),)
     experts = tuple(
-        Part(stage=expert_stage(domain), block=block)
+        MixturePart(stage=expert_stage(domain), block=block)
         for domain, block in recipe.experts.items()
         if block.tokens
     )
-    finetune = (Part(stage="finetune", block=recipe.finetune),) if recipe.finetune.tokens else ()
+    finetune = (
+        (MixturePart(stage="finetune", block=recipe.finetune),) if recipe.finetune.tokens else ()
+    )
     return tuple(group for group in (experts, finetune) if group)
 
 

@@ -27,7 +27,7 @@ SYSTEMS: dict[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Row:
+class TableRow:
     """A model of the final table, and the stages that made it after the seed (the seed: itself)."""
 
     name: str
@@ -44,20 +44,20 @@ def kinds(recipe: Recipe) -> tuple[str, ...]:
     return tuple(kind for kind in SYSTEMS[recipe.system] if kind not in absent)
 
 
-def rows(recipe: Recipe) -> tuple[Row, ...]:
+def rows(recipe: Recipe) -> tuple[TableRow, ...]:
     """The rows of the recipe's table; the last is the system itself."""
     taking_part = kinds(recipe)
     experts: tuple[str, ...] = ()
-    found = [Row(name="seed", models=("seed",), made_by=("seed",))]
+    found = [TableRow(name="seed", models=("seed",), made_by=("seed",))]
     if "expert" in taking_part:
         experts = tuple(map(expert_stage, recipe.experts))
-        found += [Row(name=name, models=(name,), made_by=(name,)) for name in experts]
+        found += [TableRow(name=name, models=(name,), made_by=(name,)) for name in experts]
     if "dense" in taking_part:
-        found.append(Row(name="dense", models=("dense",), made_by=("dense",)))
+        found.append(TableRow(name="dense", models=("dense",), made_by=("dense",)))
     if recipe.system == "btm":
         models = (*experts, "seed") if recipe.mix.include_seed else experts
-        found.append(Row(name="btm", models=models, made_by=experts))
+        found.append(TableRow(name="btm", models=models, made_by=experts))
     if "finetune" in taking_part:
         made_by = (*experts, "finetune")
-        found.append(Row(name=recipe.system, models=("finetune",), made_by=made_by))
+        found.append(TableRow(name=recipe.system, models=("finetune",), made_by=made_by))
     return tuple(found)

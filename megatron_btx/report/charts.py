@@ -11,7 +11,7 @@ from megatron_btx.evaluate.results import MEAN, Matrix
 from megatron_btx.report import table
 from megatron_btx.report.html import series
 from megatron_btx.report.plots import Axes, Dot, Line, heatmap, power_of_ten, thin
-from megatron_btx.report.run_data import Routing, RunData, StageData
+from megatron_btx.report.run_data import RoutingData, RunData, StageData
 
 
 def losses(facts: RunData) -> list[tuple[str, Markup]]:
@@ -156,7 +156,7 @@ def _course(stage: StageData, start: float, end: float) -> list[tuple[float, flo
     ]
 
 
-def routing(facts: RunData, routing: Routing) -> list[tuple[str, list[tuple[str, Markup]]]]:
+def routing(facts: RunData, routing: RoutingData) -> list[tuple[str, list[tuple[str, Markup]]]]:
     """``(measure, [(domain, heatmap)])``: share of tokens, and mean gate weight."""
     groups = []
     for label, measured in (("Share of tokens", routing.load), ("Mean gate weight", routing.gate)):
@@ -187,7 +187,7 @@ def _heat(matrix: Matrix, experts: Sequence[str], top: float, name: str) -> Mark
     )
 
 
-def routing_words(routing: Routing) -> list[str]:
+def routing_words(routing: RoutingData) -> list[str]:
     """What the heatmaps say, in sentences: preferred experts, dead ones."""
     said = []
     use = {domain: _over_layers(matrix) for domain, matrix in routing.load.items()}

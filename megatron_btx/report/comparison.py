@@ -31,7 +31,7 @@ UNKNOWN = "?"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Run:
+class FinishedRun:
     """A recipe that has been run, under one random seed."""
 
     recipe: Recipe
@@ -81,14 +81,14 @@ class Comparison:
         return system.result.loss[column] - other.result.loss[column] < spread
 
 
-def compare(runs: Sequence[Run]) -> Comparison:
+def compare(runs: Sequence[FinishedRun]) -> Comparison:
     """What the runs' ``results.json`` say, side by side. What several of them hold (the seed, an
     expert) is one row.
 
     Raises:
         UserError: a run has no results, they are of other domains, or of other text.
     """
-    found: dict[str, list[tuple[Run, SystemResult]]] = {}
+    found: dict[str, list[tuple[FinishedRun, SystemResult]]] = {}
     first: Results | None = None
     for run in runs:
         results = Results.read(run.run_dir)
@@ -112,7 +112,7 @@ def compare(runs: Sequence[Run]) -> Comparison:
     return Comparison(columns=columns, systems=systems, best=best)
 
 
-def _check_same(run: Run, results: Results, first: Run, theirs: Results) -> None:
+def _check_same(run: FinishedRun, results: Results, first: FinishedRun, theirs: Results) -> None:
     """That the losses are of the first run's domains, and of its held-out text, token by token."""
     if results.columns != theirs.columns:
         here, there = ", ".join(results.columns), ", ".join(theirs.columns)
@@ -145,7 +145,9 @@ def title(recipe: Recipe, row: str) -> str:
     return recipe.name if row == own and recipe.system not in ("seed", "experts") else row
 
 
-def _system(name: str, found: Sequence[tuple[Run, SystemResult]], columns: Sequence[str]) -> System:
+def _system(
+    name: str, found: Sequence[tuple[FinishedRun, SystemResult]], columns: Sequence[str]
+) -> System:
     run, row = found[0]
     seconds = [_seconds(each.run_dir, row.stages) for each, row in found]
     known = [value for value in seconds if value is not None]

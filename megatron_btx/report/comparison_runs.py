@@ -18,10 +18,10 @@ from megatron_btx.pipeline.fingerprint import Memo
 from megatron_btx.recipe.load import digest, load_recipe
 from megatron_btx.recipe.schema import Layout
 from megatron_btx.recipe.stages import directory
-from megatron_btx.recipe.systems import SYSTEMS, Row, rows
+from megatron_btx.recipe.systems import SYSTEMS, TableRow, rows
 from megatron_btx.recipe.yaml_tree import read_tree
 from megatron_btx.report import comparison
-from megatron_btx.report.comparison import Run
+from megatron_btx.report.comparison import FinishedRun
 from megatron_btx.weights.find_checkpoint import find_checkpoint
 
 
@@ -46,18 +46,18 @@ def recipe_files(given: Sequence[Path]) -> list[Path]:
     return found
 
 
-def runs_of(files: Sequence[Path], base: str | None, seeds: int) -> list[Run]:
+def runs_of(files: Sequence[Path], base: str | None, seeds: int) -> list[FinishedRun]:
     """Every recipe under every random seed, in the order of the paper's table 2: what systems
     share is so trained by the simplest of them."""
     recipes = [load_recipe(file, base) for file in files]
     recipes.sort(key=lambda recipe: list(SYSTEMS).index(recipe.system))
-    runs: list[Run] = []
+    runs: list[FinishedRun] = []
     for more in range(seeds):
         for recipe in recipes:
             seed = recipe.random_seed + more
             run_dir = recipe.run_dir if more == 0 else f"{recipe.run_dir}-{seed}"
             one = dataclasses.replace(recipe, random_seed=seed, run_dir=run_dir)
-            runs.append(Run(recipe=one, run_dir=Path(run_dir)))
+            runs.append(FinishedRun(recipe=one, run_dir=Path(run_dir)))
     places = [made.run_dir for made in runs]
     for place in places:
         if places.count(place) > 1:
@@ -66,7 +66,7 @@ def runs_of(files: Sequence[Path], base: str | None, seeds: int) -> list[Run]:
     return runs
 
 
-def run_one(one: Run, runs: Sequence[Run], place: str) -> int:
+def run_one(one: FinishedRun, runs: Sequence[FinishedRun], place: str) -> int:
     """Run what is left of one; the exit code. ``place`` is told: ``2/6``."""
     from megatron_btx.pipeline.local.run import run_left
     from megatron_btx.report import page
@@ -86,7 +86,7 @@ def run_one(one: Run, runs: Sequence[Run], place: str) -> int:
     return outcome.code
 
 
-def print_left(runs: Sequence[Run]) -> None:
+def print_left(runs: Sequence[FinishedRun]) -> None:
     """What each run has, what it will take from another, and what is left."""
     wanted: dict[tuple[str, str], str] = {}
     width = max(len(one.recipe.name) for one in runs)
@@ -106,7 +106,7 @@ def print_left(runs: Sequence[Run]) -> None:
 
 
 def measure_tasks(
-    runs: Sequence[Run], tasks: list[dict[str, Any]], kept: Path
+    runs: Sequence[FinishedRun], tasks: list[dict[str, Any]], kept: Path
 ) -> dict[str, dict[str, Any]]:
     """Scores on tasks of every system, under the first random seed: by name what ``btx evaluate
     --tasks`` says of it. What has been measured lies in ``kept``, by what it is of. An average of
@@ -136,7 +136,7 @@ def measure_tasks(
     return found
 
 
-def _score(run: Run, row: Row, tasks: list[dict[str, Any]]) -> dict[str, Any]:
+def _score(run: FinishedRun, row: TableRow, tasks: list[dict[str, Any]]) -> dict[str, Any]:
     if len(row.models) > 1:
         (one,) = model_spec.parse([f"btm:{run.run_dir}"])
     else:

@@ -66,7 +66,7 @@ class StageData:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Routing:
+class RoutingData:
     """The router's last measured work on held-out text."""
 
     experts: list[str]
@@ -84,7 +84,7 @@ class RunData:
     run_dir: Path
     results: Results | None
     stages: list[StageData]
-    routing: Routing | None
+    routing: RoutingData | None
 
     @property
     def by_name(self) -> dict[str, StageData]:
@@ -148,11 +148,13 @@ def _flops(recipe: Recipe, stage: Stage, share: float) -> float:
     return graph.training_flops(recipe, stage.name) * share
 
 
-def _routing(recipe: Recipe, stages: list[StageData], results: Results | None) -> Routing | None:
+def _routing(
+    recipe: Recipe, stages: list[StageData], results: Results | None
+) -> RoutingData | None:
     """As the final evaluation measured it; before that, as the last one during training did."""
     for system in results.systems.values() if results is not None else ():
         if system.load:
-            return Routing(
+            return RoutingData(
                 experts=list(system.experts or recipe.model_names),
                 load=dict(system.load),
                 gate=dict(system.gate),
@@ -160,7 +162,7 @@ def _routing(recipe: Recipe, stages: list[StageData], results: Results | None) -
     for facts in reversed(stages):
         for record in reversed(facts.evals):
             if record.get("load"):
-                return Routing(
+                return RoutingData(
                     experts=list(recipe.model_names),
                     load=dict(record["load"]),
                     gate=dict(record.get("gate") or {}),

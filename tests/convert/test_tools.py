@@ -24,7 +24,7 @@ from megatron_btx.families import open_hf
 from megatron_btx.families.family import computed
 from megatron_btx.mix import offline
 from megatron_btx.mix.reference import verify
-from megatron_btx.mix.request import Request
+from megatron_btx.mix.request import MixRequest
 from megatron_btx.pipeline import graph, import_checkpoint
 from megatron_btx.recipe.load import load_recipe
 from megatron_btx.recipe.schema import Model, Recipe
@@ -197,7 +197,7 @@ def test_mixes_of_every_family_are_verified(tmp_path, name, fused):
     for label in "ab":
         make(name, tmp_path / label)
     sources = tuple(f"{label}={tmp_path / label}" for label in "ab")
-    offline.run(Request(sources=sources, out=str(tmp_path / "moe"), fused=fused), io.StringIO())
+    offline.run(MixRequest(sources=sources, out=str(tmp_path / "moe"), fused=fused), io.StringIO())
     out = io.StringIO()
     assert verify.show(tmp_path / "moe", out) == 0, out.getvalue()
 

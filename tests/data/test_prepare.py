@@ -22,7 +22,7 @@ from megatron_btx.data.indexed import read_piece
 from megatron_btx.data.prepare import check, prefix, prepare
 from megatron_btx.data.tokenizer import load_tokenizer
 from megatron_btx.errors import UserError, UserErrors
-from megatron_btx.recipe.schema import Domain, Model, Recipe, Tokenizer, Training
+from megatron_btx.recipe.schema import Domain, Model, Recipe, TokenizerBlock, Training
 from tests.data.conftest import TINY
 from tests.data.oracle import texts
 from tests.families.tokenizers_made import qwen
@@ -59,7 +59,7 @@ def recipe_of(domains: dict[str, Domain], **changes: Any) -> Recipe:
     data = dict.fromkeys(domains, 1.0)
     fields: dict[str, Any] = {
         "name": "t", "model": model, "domains": domains, "experts": {},
-        "tokenizer": Tokenizer(vocab_size=300), "seed": Training(tokens=1, data=data),
+        "tokenizer": TokenizerBlock(vocab_size=300), "seed": Training(tokens=1, data=data),
         "finetune": Training(tokens=1, data=data),
     }  # fmt: skip
     return Recipe(**{**fields, **changes})
@@ -205,8 +205,8 @@ def test_given_and_inherited_tokenizers(prepared: Prepared, tmp_path: Path) -> N
     (step / "manifest.json").write_text(json.dumps({"vocab_size": theirs.vocab_size}))
     seed = Training(from_=str(tmp_path / "seed"))
     kinds: dict[str, dict[str, Any]] = {
-        "model": {"tokenizer": Tokenizer(path=str(tmp_path / "hf" / "tokenizer.model"))},
-        "hf": {"tokenizer": Tokenizer(type="huggingface", path=str(tmp_path / "hf"))},
+        "model": {"tokenizer": TokenizerBlock(path=str(tmp_path / "hf" / "tokenizer.model"))},
+        "hf": {"tokenizer": TokenizerBlock(type="huggingface", path=str(tmp_path / "hf"))},
         "seed": {"seed": seed},
     }
     tokens = set()
@@ -223,7 +223,7 @@ def test_given_and_inherited_tokenizers(prepared: Prepared, tmp_path: Path) -> N
     (step / "manifest.json").write_text(json.dumps({"vocab_size": 512}))
     named = {"tokenizer": kinds["hf"]["tokenizer"], "seed": seed}  # the seed's, as it was exported
     prepare(recipe_of(domains, **named), tmp_path / "named")
-    other = Tokenizer(type="huggingface", path=str(qwen(tmp_path / "qwen")))
+    other = TokenizerBlock(type="huggingface", path=str(qwen(tmp_path / "qwen")))
     with pytest.raises(UserError, match="not the tokenizer that the seed"):
         prepare(recipe_of(domains, seed=seed, tokenizer=other), tmp_path / "other")
     (tmp_path / "bare" / "step_00000001").mkdir(parents=True)
@@ -240,7 +240,7 @@ def test_everything_wrong_is_said_at_once(tmp_path: Path) -> None:
         "b": Domain(train=(str(tmp_path / "empty.jsonl"), )),
         "c": Domain(train=(str(tmp_path / "latin.jsonl"), ), valid=(str(tmp_path / "nix"), )),
     }  # fmt: skip
-    recipe = recipe_of(domains, tokenizer=Tokenizer(path=str(tmp_path / "no.model")))
+    recipe = recipe_of(domains, tokenizer=TokenizerBlock(path=str(tmp_path / "no.model")))
     before = tree(tmp_path)
     with pytest.raises(UserErrors) as error:
         check(recipe)
@@ -262,7 +262,7 @@ def test_too_little_text(tmp_path: Path) -> None:
         prepare(recipe_of(domains), tmp_path / "out")
     assert error.value.where == "domains.a.valid"
     with pytest.raises(UserError, match="pieces"):
-        prepare(recipe_of(domains, tokenizer=Tokenizer(vocab_size=30_000)), tmp_path / "out2")
+        prepare(recipe_of(domains, tokenizer=TokenizerBlock(vocab_size=30_000)), tmp_path / "out2")
 
 
 def test_a_bad_line_leaves_no_half_written_files(tmp_path: Path) -> None:

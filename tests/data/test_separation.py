@@ -12,12 +12,12 @@ from pyarrow import parquet
 
 from megatron_btx.cli.main import main
 from megatron_btx.data import separation
-from megatron_btx.data.overlap import HeldOut
+from megatron_btx.data.overlap import HeldOutRuns
 from megatron_btx.data.prepare import check, prepare
 from megatron_btx.data.separation import Found, check_separation
 from megatron_btx.errors import UserError
 from megatron_btx.recipe.load import dump, load_recipe
-from megatron_btx.recipe.schema import Domain, Recipe, Tokenizer
+from megatron_btx.recipe.schema import Domain, Recipe, TokenizerBlock
 from tests.data.conftest import TINY
 from tests.data.oracle import shared
 from tests.data.test_prepare import recipe_of, write
@@ -78,10 +78,10 @@ def test_the_index_against_plain_sets(tmp_path: Path) -> None:
     draw = random.Random(8)
     texts = [" ".join(draw.choices("ab", k=draw.randrange(5, 60))) for _ in range(60)]
     held, others = texts[:6], texts[6:]
-    index = HeldOut(held)
+    index = HeldOutRuns(held)
     index.save(tmp_path)
     for text in others:
-        owner = HeldOut.load(tmp_path).owner(text)
+        owner = HeldOutRuns.load(tmp_path).owner(text)
         assert owner == index.owner(text)
         assert (owner is None) == (not shared([text], held))
         assert owner is None or shared([text], [held[owner]])
@@ -99,7 +99,7 @@ def test_a_split_domain_and_pairs(tmp_path: Path, prepared: Prepared) -> None:
     held = write(tmp_path / "v.jsonl", [f"a {COMMON} b"])
     tokenizer = prepared[1] / "prepare" / "tokenizer"
     domain = Domain(train=(pair,), valid=(held,))
-    recipe = recipe_of({"a": domain}, tokenizer=Tokenizer(path=str(tokenizer)))
+    recipe = recipe_of({"a": domain}, tokenizer=TokenizerBlock(path=str(tokenizer)))
     (one,) = check_separation(recipe, tmp_path / "x", tokenizer)
     assert one.document == f"{pair}.idx, document 21"
     with pytest.raises(UserError, match="has to decode"):

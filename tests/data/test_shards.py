@@ -29,7 +29,7 @@ from megatron_btx.data.tokenizer import load_tokenizer
 from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.pipeline.fingerprint import Memo
 from megatron_btx.recipe.load import digest
-from megatron_btx.recipe.schema import Domain, Recipe, Tokenizer, Training
+from megatron_btx.recipe.schema import Domain, Recipe, TokenizerBlock, Training
 from tests.data.tasks import kill_second
 from tests.data.test_formats import TEXTS, WRITERS, write_pair
 from tests.data.test_prepare import recipe_of, story, tree, write
@@ -38,8 +38,8 @@ Prepared = tuple[Recipe, Path]
 
 
 @pytest.fixture
-def tokenizer(prepared: Prepared) -> Tokenizer:
-    return Tokenizer(path=str(prepared[1] / "prepare" / "tokenizer"))
+def tokenizer(prepared: Prepared) -> TokenizerBlock:
+    return TokenizerBlock(path=str(prepared[1] / "prepare" / "tokenizer"))
 
 
 def data_of(out: Path) -> dict[str, bytes]:
@@ -48,7 +48,9 @@ def data_of(out: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("name", [name for name in WRITERS if name != "a.jsonl"])
-def test_each_format_gives_the_same_ids(tmp_path: Path, tokenizer: Tokenizer, name: str) -> None:
+def test_each_format_gives_the_same_ids(
+    tmp_path: Path, tokenizer: TokenizerBlock, name: str
+) -> None:
     found = []
     for kind in ("a.jsonl", name):
         WRITERS[kind](tmp_path / kind)
@@ -76,7 +78,7 @@ def corpus(directory: Path) -> dict[str, Domain]:
 
 
 def test_the_same_bytes_whatever_the_workers(
-    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tokenizer: TokenizerBlock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = recipe_of(corpus(tmp_path), tokenizer=tokenizer)
     pools = []
@@ -111,7 +113,9 @@ if __name__ == "__main__":
 """
 
 
-def test_killed_and_run_again(tmp_path: Path, prepared: Prepared, tokenizer: Tokenizer) -> None:
+def test_killed_and_run_again(
+    tmp_path: Path, prepared: Prepared, tokenizer: TokenizerBlock
+) -> None:
     """kill -9 at seeded moments of a preparation by processes: the bytes of one that was not, and
     no process left."""
     recipe = recipe_of(corpus(tmp_path), tokenizer=tokenizer)
@@ -149,7 +153,7 @@ def marked(mark: str) -> list[int]:
 
 
 def test_finished_shards_are_kept(
-    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tokenizer: TokenizerBlock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A bad line costs its own shard; text that changed costs all of its file's."""
     monkeypatch.setattr(tokenize, "SHARD", 4_000)
@@ -178,7 +182,7 @@ def test_finished_shards_are_kept(
 
 
 def test_errors_of_processes(
-    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tokenizer: TokenizerBlock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A bad line is named by file and line though a process met it in the middle of a file."""
     monkeypatch.setattr(tokenize, "SHARD", 4_000)
@@ -198,7 +202,7 @@ def test_a_killed_process_is_said() -> None:
         list(parallel.run_all(kill_second, range(4), workers=2))
 
 
-def test_keys_are_those_of_before(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_keys_are_those_of_before(tmp_path: Path, tokenizer: TokenizerBlock) -> None:
     """Token files and stages that an earlier version finished stay finished."""
     file = Path(write(tmp_path / "a.jsonl", story(1)))
     domain = Domain(train=(str(file),), valid=(write(tmp_path / "v.jsonl", story(2, 30)),))
@@ -236,7 +240,7 @@ def domain_of_pairs(tmp_path: Path, prepared: Prepared, **more: Any) -> Domain:
 
 
 def test_pairs_are_read_where_they_lie(
-    tmp_path: Path, prepared: Prepared, tokenizer: Tokenizer
+    tmp_path: Path, prepared: Prepared, tokenizer: TokenizerBlock
 ) -> None:
     recipe = recipe_of({"a": domain_of_pairs(tmp_path, prepared)}, tokenizer=tokenizer)
     run_dir = tmp_path / "run"
@@ -261,7 +265,7 @@ def test_pairs_are_read_where_they_lie(
 def test_pairs_are_blended(
     tmp_path: Path,
     prepared: Prepared,
-    tokenizer: Tokenizer,
+    tokenizer: TokenizerBlock,
     weights: tuple[float, ...],
     share: float,
 ) -> None:
@@ -286,7 +290,7 @@ def test_pairs_are_blended(
     assert {int(phase[i]["domains"]) for i in range(40)} == {0, 1}
 
 
-def test_weights_of_text(tmp_path: Path, tokenizer: Tokenizer) -> None:
+def test_weights_of_text(tmp_path: Path, tokenizer: TokenizerBlock) -> None:
     """Each path of text with a weight becomes a pair of its own."""
     paths = tuple(write(tmp_path / f"{i}.jsonl", story(i, 50 * i)) for i in (1, 2, 3))
     valid = (write(tmp_path / "v.jsonl", story(9, 30)),)
@@ -304,7 +308,7 @@ def test_weights_of_text(tmp_path: Path, tokenizer: Tokenizer) -> None:
 
 
 def test_pairs_without_held_out_text_are_split(
-    tmp_path: Path, prepared: Prepared, tokenizer: Tokenizer
+    tmp_path: Path, prepared: Prepared, tokenizer: TokenizerBlock
 ) -> None:
     documents = story(1, 400) + story(1, 200)
     domain = Domain(train=(pair_of(tmp_path / "p", documents, prepared, np.int32),))
@@ -320,7 +324,9 @@ def test_pairs_without_held_out_text_are_split(
     assert facts["a"]["valid"]["bytes"] == sum(len(text.encode()) for text in sides[1])
 
 
-def test_pairs_that_do_not_fit(tmp_path: Path, prepared: Prepared, tokenizer: Tokenizer) -> None:
+def test_pairs_that_do_not_fit(
+    tmp_path: Path, prepared: Prepared, tokenizer: TokenizerBlock
+) -> None:
     good = pair_of(tmp_path / "good", story(1), prepared)
     write_pair(tmp_path / "bad", [[5, 2], [5, 600, 2]])
     write_pair(tmp_path / "open", [[5, 2], [5, 6]])

@@ -15,11 +15,11 @@ from megatron_btx.recipe.schema import Evaluate, Layout
 def predict(subject: Subject, layout: Layout, rows: list[tuple[list[int], int]]) -> Any:
     """Scores of rows, and what follows them."""
     from megatron_btx.engine import distributed
-    from megatron_btx.evaluate.predictor import Predictor, Row
+    from megatron_btx.evaluate.predictor import Predictor, ScoredText
 
     distributed.initialize(layout, 0)
     predictor = Predictor(subject, layout, micro_batch_size=2)
-    asked = [Row(tuple(ids), first, number) for number, (ids, first) in enumerate(rows)]
+    asked = [ScoredText(tuple(ids), first, number) for number, (ids, first) in enumerate(rows)]
     scores = predictor.score(asked)
     return [(s.log_prob, s.is_greedy) for s in scores], predictor.next(asked)
 
@@ -42,10 +42,10 @@ def generate(subject: Subject, prompts: list[str], decodings: list[dict[str, Any
 def data(subjects: list[Subject], layout: Layout, files: dict[str, list[str]]) -> Any:
     """``evaluate_data`` of each."""
     from megatron_btx.engine import distributed
-    from megatron_btx.evaluate.loss_on_text import Setting, evaluate_data
+    from megatron_btx.evaluate.loss_on_text import EvalSetting, evaluate_data
 
     distributed.initialize(layout, 0)
-    setting = Setting(layout=layout, micro_batch_size=2)
+    setting = EvalSetting(layout=layout, micro_batch_size=2)
     return [evaluate_data(subject, files, setting) for subject in subjects]
 
 
@@ -110,11 +110,11 @@ def rolling(subject: Subject, texts: list[str]) -> list[float]:
 def route(subject: Subject, layout: Layout, files: dict[str, list[str]]) -> Any:
     """``routing.measure``, a sequence at a time."""
     from megatron_btx.engine import distributed
-    from megatron_btx.evaluate.loss_on_text import Setting
+    from megatron_btx.evaluate.loss_on_text import EvalSetting
     from megatron_btx.evaluate.measure_routing import measure
 
     distributed.initialize(layout, 0)
-    return measure(subject, files, Setting(layout=layout, micro_batch_size=1))
+    return measure(subject, files, EvalSetting(layout=layout, micro_batch_size=1))
 
 
 def evaluate(model: Path, layout: Layout, text: Any, micro_batch_size: int) -> Any:

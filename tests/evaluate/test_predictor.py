@@ -14,7 +14,7 @@ from megatron_btx.evaluate import btm
 from megatron_btx.evaluate.model_spec import Subject
 from megatron_btx.evaluate.tfidf import TfIdf
 from megatron_btx.mix import offline
-from megatron_btx.mix.request import Request
+from megatron_btx.mix.request import MixRequest
 from megatron_btx.recipe.schema import Layout
 from tests.evaluate import made, ranks_side
 from tests.families import made as families
@@ -195,7 +195,7 @@ def test_a_model_has_one_loss_read_as_either_format(
 
     model = families.make("llama", tmp_path / "hf", vocab_size=512, max_position_embeddings=32)
     tokenizers_made.MADE[name][0](tmp_path / "hf")
-    request = Request(
+    request = MixRequest(
         sources=(f"m={tmp_path / 'hf'}",), out=str(tmp_path / "m"), method="copy", format="megatron"
     )
     offline.run(request, io.StringIO())

@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_btx.families import open_hf
 from megatron_btx.families.family import computed
 from megatron_btx.mix import offline
-from megatron_btx.mix.request import Request
+from megatron_btx.mix.request import MixRequest
 from megatron_btx.recipe import count, memory
 from megatron_btx.recipe.schema import Layout
 from tests.engine.test_layouts import EP2, TP2_PP2_EP2
@@ -32,7 +32,7 @@ LENGTH = 24
 
 def convert(source: Path, out: Path, form: Any, **options: Any) -> Path:
     """What the two tools do."""
-    request = Request(
+    request = MixRequest(
         sources=(f"model={source}",), out=str(out), method="copy", format=form, **options
     )
     offline.run(request, io.StringIO())

@@ -17,7 +17,7 @@ from megatron_btx.data.tokenizer import load_tokenizer
 from megatron_btx.errors import UserError
 from megatron_btx.families.tokenizer_identity import differences
 from megatron_btx.mix import offline
-from megatron_btx.mix.request import Request
+from megatron_btx.mix.request import MixRequest
 from tests.families.made import make
 from tests.families.tokenizers_made import TEXT, llama3, mistral, qwen, spm
 
@@ -165,7 +165,7 @@ def model(weights: Path, out: Path, tokenizer: Callable[[Path], Path] | None) ->
 
 def mixed(*sources: str, out: Path, **options: Any) -> str:
     said = io.StringIO()
-    offline.run(Request(sources=sources, out=str(out), **options), said)
+    offline.run(MixRequest(sources=sources, out=str(out), **options), said)
     return said.getvalue()
 
 

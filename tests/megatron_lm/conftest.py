@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from megatron_btx.mix import offline
-from megatron_btx.mix.request import Request
+from megatron_btx.mix.request import MixRequest
 from tests.families.made import make
 from tests.megatron_lm.made import convert, losses_of
 from tests.ranks import Ranks
@@ -50,5 +50,5 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     sources = tuple(f"{label}={directory / label}" for label in "ab")
     for form in ("hf", "megatron"):
         out = str(directory / form)
-        offline.run(Request(sources=sources, out=out, format=form), io.StringIO())
+        offline.run(MixRequest(sources=sources, out=out, format=form), io.StringIO())
     return losses_of(directory / "hf"), directory / "megatron"

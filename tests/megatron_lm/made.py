@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_btx.mix import offline
-from megatron_btx.mix.request import Request
+from megatron_btx.mix.request import MixRequest
 from megatron_btx.weights.megatron import open_megatron
 from tests.megatron_lm import trainer
 from tests.ranks import Ranks
@@ -25,7 +25,7 @@ TOLERANCE = 1e-5
 
 
 def convert(source: Path, out: Path, form: str) -> None:
-    request = Request(sources=(f"model={source}",), out=str(out), method="copy", format=form)
+    request = MixRequest(sources=(f"model={source}",), out=str(out), method="copy", format=form)
     offline.run(request, io.StringIO())
 
 
@@ -101,5 +101,5 @@ def trained(
 
 def export(step: Path, out: Path, given: dict[str, Any]) -> None:
     """What its directory does not say is given, as by a file of options."""
-    request = Request(sources=(f"model={step}",), out=str(out), method="copy", model=given)
+    request = MixRequest(sources=(f"model={step}",), out=str(out), method="copy", model=given)
     offline.run(request, io.StringIO())

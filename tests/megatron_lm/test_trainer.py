@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_btx.errors import UserError
 from megatron_btx.mix import offline
-from megatron_btx.mix.request import Request
+from megatron_btx.mix.request import MixRequest
 from megatron_btx.recipe.schema import Layout
 from megatron_btx.weights.megatron import open_megatron, second_names
 from megatron_btx.weights.source import read_whole
@@ -121,7 +121,7 @@ def test_its_checkpoints_are_mixed_and_evaluated(
     outcome = trained(pool, written["llama"][1], "one rank", tmp_path / "a")
     steps = [tmp_path / "a" / "iter_0000003", written["llama"][1]]
     sources = tuple(f"{label}={step}" for label, step in zip("ab", steps, strict=True))
-    request = Request(sources=sources, out=str(tmp_path / "moe"), format="megatron")
+    request = MixRequest(sources=sources, out=str(tmp_path / "moe"), format="megatron")
     offline.run(request, io.StringIO())
     moe, expert = open_megatron(tmp_path / "moe", "m"), open_megatron(steps[0], "m")
     name = "decoder.layers.1.mlp.{}linear_fc2.weight"

@@ -85,10 +85,10 @@ def measure_centroids(
     from megatron_btx.engine import distributed
     from megatron_btx.errors import UserError
     from megatron_btx.evaluate.centroids import measure
-    from megatron_btx.evaluate.loss_on_text import Setting
+    from megatron_btx.evaluate.loss_on_text import EvalSetting
 
     distributed.initialize(layout, 0)
-    setting = Setting(layout=layout, micro_batch_size=2, seq_length=seq_length)
+    setting = EvalSetting(layout=layout, micro_batch_size=2, seq_length=seq_length)
     try:
         return measure(subject, files, setting, out=out, **(how or {"spread": 0.7}))
     except UserError as error:

@@ -12,7 +12,7 @@ from megatron_btx.cli.main import main
 from megatron_btx.errors import UserError
 from megatron_btx.recipe import chips
 from megatron_btx.recipe.load import load_recipe
-from megatron_btx.recipe.run_plan import Plan, plan
+from megatron_btx.recipe.run_plan import RunPlan, plan
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PAPER = EXAMPLES / "paper_7b" / "recipe.yaml"
@@ -21,11 +21,11 @@ GPU_DAYS, MOE_SHARE = 926.1, 0.23
 
 
 @pytest.fixture(scope="module")
-def paper() -> Plan:
+def paper() -> RunPlan:
     return plan(load_recipe(PAPER))
 
 
-def test_the_papers_gpu_days(paper: Plan) -> None:
+def test_the_papers_gpu_days(paper: RunPlan) -> None:
     """The paper names no GPU. Its GPU-days are those of H100s at an MFU as usual then, the same for
     the dense experts and for the mixture; of A100s they would be more than the peak."""
     flops = {name: sum(s.train_flops for s in paper.stages if s.name in names) for name, names in
@@ -48,7 +48,7 @@ def test_the_papers_gpu_days(paper: Plan) -> None:
     )
 
 
-def test_hours_are_flops_over_peak_times_mfu(paper: Plan) -> None:
+def test_hours_are_flops_over_peak_times_mfu(paper: RunPlan) -> None:
     found = chips.estimate(paper, "h100", 0.4, price=2.5)
     for stage in paper.stages:
         took = found.stages[stage.name]

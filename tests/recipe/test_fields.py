@@ -12,7 +12,7 @@ import pytest
 
 from megatron_btx.errors import UserError
 from megatron_btx.evaluate.model_spec import _Set
-from megatron_btx.mix.request import Request
+from megatron_btx.mix.request import MixRequest
 from megatron_btx.recipe.fields import Range, field_docs, out_of_range
 from megatron_btx.recipe.messages import options, yaml_name
 from megatron_btx.recipe.schema import Mix, Model, Recipe, Slurm, SlurmJob, Training
@@ -44,7 +44,7 @@ def holds_numbers(hint: Any) -> bool:
     return False
 
 
-ROOTS = (Recipe, Request, _Set)
+ROOTS = (Recipe, MixRequest, _Set)
 FIELDS = {
     (cls, field.name): (field, typing.get_type_hints(cls)[field.name])
     for root in ROOTS

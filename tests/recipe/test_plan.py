@@ -99,7 +99,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
 def test_planning_loads_no_torch() -> None:
     code = (
         "import sys; from megatron_btx.recipe import run_plan, load; "
-        f"plan.render(run_plan.plan(load.load_recipe({str(RECIPES[0])!r}))); "
+        f"run_plan.render(run_plan.plan(load.load_recipe({str(RECIPES[0])!r}))); "
         "print(sorted({'torch', 'numpy', 'megatron.core'} & set(sys.modules)))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -11,17 +11,17 @@ import pytest
 
 from megatron_btx.errors import UserError
 from megatron_btx.report import comparison
-from megatron_btx.report.comparison import Run
+from megatron_btx.report.comparison import FinishedRun
 from tests.report.made import make_run
 
 
-def two(tmp_path: Path, change: Callable[[dict[str, Any]], object]) -> list[Run]:
+def two(tmp_path: Path, change: Callable[[dict[str, Any]], object]) -> list[FinishedRun]:
     """Two runs of one recipe; the second one's results.json is changed."""
     runs = []
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         recipe, run_dir = make_run(tmp_path / name)
-        runs.append(Run(recipe=recipe, run_dir=run_dir))
+        runs.append(FinishedRun(recipe=recipe, run_dir=run_dir))
     path = runs[1].run_dir / "results.json"
     content = json.loads(path.read_text())
     change(content)

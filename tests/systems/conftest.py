@@ -9,7 +9,7 @@ import pytest
 
 from megatron_btx.pipeline import graph, state
 from megatron_btx.recipe.load import dump, load_recipe
-from megatron_btx.report.comparison import Run
+from megatron_btx.report.comparison import FinishedRun
 from tests.ranks import Ranks
 from tests.small import write_small
 from tests.systems.ranks_side import run_stage
@@ -36,7 +36,7 @@ training: {{save_interval: 100, eval_interval: 0, lr_warmup_iters: 4}}
 
 
 @pytest.fixture(scope="session")
-def systems(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Run]:
+def systems(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, FinishedRun]:
     """By name; what is shared is linked, as ``btx compare`` does."""
     directory = tmp_path_factory.mktemp("systems")
     small = write_small(directory)
@@ -45,7 +45,7 @@ def systems(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Mapping[s
     (directory / "data" / "more.jsonl").write_text("\n".join(more) + "\n")
     base = directory / "base.yaml"
     base.write_text(BASE.format(small=small, runs=directory / "runs"))
-    runs: dict[str, Run] = {}
+    runs: dict[str, FinishedRun] = {}
     order = ("seed", "experts", "dense")
     for name in sorted(NAMES, key=lambda name: (name not in order, NAMES.index(name))):
         recipe = load_recipe(EXAMPLES / "systems" / f"{name}.yaml", base)
@@ -58,5 +58,5 @@ def systems(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Mapping[s
         for stage in state.left(run_dir, stages):
             codes = ranks.run(run_stage, stage.world_size, str(resolved), stage.name)
             assert codes == [0] * stage.world_size, stage.name
-        runs[name] = Run(recipe=recipe, run_dir=run_dir)
+        runs[name] = FinishedRun(recipe=recipe, run_dir=run_dir)
     return runs

@@ -24,7 +24,7 @@ from megatron_btx.recipe import count
 from megatron_btx.recipe.load import load_recipe
 from megatron_btx.recipe.stages import btx_flops, training
 from megatron_btx.report import comparison, comparison_page
-from megatron_btx.report.comparison import Run
+from megatron_btx.report.comparison import FinishedRun
 from megatron_btx.train import metrics
 from megatron_btx.weights.find_checkpoint import find_checkpoint
 from megatron_btx.weights.megatron import open_megatron
@@ -33,13 +33,13 @@ from tests.ranks import Ranks
 from tests.systems.conftest import EXAMPLES, NAMES
 from tests.systems.ranks_side import run_stage
 
-Systems = Mapping[str, Run]
+Systems = Mapping[str, FinishedRun]
 
 OWN = {"dense": "dense", "upcycling": "upcycling", "btm": "btm", "btx": "btx"}
 """The row of a system's own, beside the seed's and the experts'."""
 
 
-def results(run: Run) -> dict[str, dict]:
+def results(run: FinishedRun) -> dict[str, dict]:
     content = json.loads((run.run_dir / "results.json").read_text())
     systems: dict[str, dict] = content["systems"]
     return systems
@@ -112,7 +112,7 @@ def _samples(stream: Stream, steps: Iterable[int]) -> list[bytes]:
     return [row for _, row in sorted(found)]
 
 
-def _all(run: Run, stage: str) -> list[bytes]:
+def _all(run: FinishedRun, stage: str) -> list[bytes]:
     steps = count.steps(training(run.recipe, stage), run.recipe.model)
     return _samples(stage_stream(run.recipe, stage, run.run_dir), range(steps))
 
@@ -186,7 +186,7 @@ def test_what_is_taken_says_what_it_was_trained_on(
     state.link_shared(run_dir, stages, [str(shared.run_dir)])
     for stage in state.left(run_dir, stages):
         assert ranks.run(run_stage, 1, str(file), stage.name) == [0]
-    taken = Run(recipe=recipe, run_dir=run_dir)
+    taken = FinishedRun(recipe=recipe, run_dir=run_dir)
     table, theirs = results(taken), results(shared)
     for key in ("train_tokens", "train_flops"):
         assert table["expert:math"][key] == theirs["expert:math"][key] > 0

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from megatron_btx.errors import UserError
-from megatron_btx.mix.request import Request
+from megatron_btx.mix.request import MixRequest
 from megatron_btx.provenance import code_revision
 
 
@@ -53,7 +53,7 @@ def convert(given: Arguments, form: Literal["hf", "megatron"]) -> None:
     options: dict[str, Any] = {
         name: getattr(given, name) for name in ("dtype", "memory", "shard", "fused")
     }
-    request = Request(
+    request = MixRequest(
         sources=(f"model={given.source}",),
         out=str(given.out),
         method="copy",

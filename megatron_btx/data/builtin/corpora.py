@@ -21,7 +21,7 @@ from megatron_btx.data import Progress, no_progress
 from megatron_btx.data.builtin import mathematics
 from megatron_btx.data.builtin import text as sources
 from megatron_btx.data.documents import read_documents
-from megatron_btx.data.overlap import HeldOut
+from megatron_btx.data.overlap import HeldOutRuns
 from megatron_btx.data.parallel import advance, cores, run_all
 from megatron_btx.errors import UserError
 from megatron_btx.files import written
@@ -75,7 +75,7 @@ def write_builtin(
         name: list(_take(library.documents(name, "valid"), min(VALID_BYTES, max(size // 10, 1))))
         for name, size in sizes.items()
     }
-    held_out = HeldOut(chain.from_iterable(valid.values()))
+    held_out = HeldOutRuns(chain.from_iterable(valid.values()))
 
     trains = _write_training(Path(directory), sizes, library, held_out, progress)
     if trains.get("general", (0, 0))[0]:
@@ -108,7 +108,7 @@ def _write_training(
     directory: Path,
     sizes: Mapping[str, int],
     library: _Library,
-    held_out: HeldOut,
+    held_out: HeldOutRuns,
     progress: Progress,
 ) -> dict[str, tuple[int, int]]:
     """``{name: (documents, bytes)}``. Side by side, where a fork is safe: a process with torch in
@@ -187,7 +187,7 @@ class _Library:
     def __init__(self, seed: int) -> None:
         self._seed = seed
         self._prose = sources.Prose()
-        self._listed: dict[str, list[sources.Source]] = {}
+        self._listed: dict[str, list[sources.SourceFile]] = {}
 
     def branch(self) -> _Library:
         """A copy that has met the same paragraphs, and meets the next ones for itself.
@@ -231,7 +231,7 @@ class _Library:
 
     def _english(self, role: str) -> Iterator[str]:
         for name, text in sources.documentation():
-            place = sources.Source(name, Path()).order(self._seed)
+            place = sources.SourceFile(name, Path()).order(self._seed)
             if _role(place) == role and (prose := self._prose.of_texts([text])):
                 yield prose
         for source in self._sources("packages", sources.package_sources, role):
@@ -239,8 +239,8 @@ class _Library:
                 yield prose
 
     def _sources(
-        self, name: str, find: Callable[[], list[sources.Source]], role: str
-    ) -> Iterator[sources.Source]:
+        self, name: str, find: Callable[[], list[sources.SourceFile]], role: str
+    ) -> Iterator[sources.SourceFile]:
         if name not in self._listed:
             self._listed[name] = sorted(find(), key=lambda source: source.order(self._seed))
         return (s for s in self._listed[name] if _role(s.order(self._seed)) == role)

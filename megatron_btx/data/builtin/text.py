@@ -31,7 +31,7 @@ _TESTS = {"test", "tests", "testing", "_test"}
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class SourceFile:
     """A file that text is taken from. ``name`` tells it apart on any machine."""
 
     name: str
@@ -49,19 +49,19 @@ class Source:
             return ""
 
 
-def stdlib_sources(*, tests: bool = False) -> list[Source]:
+def stdlib_sources(*, tests: bool = False) -> list[SourceFile]:
     """Modules of the running Python's standard library (``tests``: its test suite instead)."""
     root = Path(sysconfig.get_paths()["stdlib"])
     return [
-        Source(f"python/{path.relative_to(root).as_posix()}", path)
+        SourceFile(f"python/{path.relative_to(root).as_posix()}", path)
         for path in _python_files(root)
         if bool(_TESTS & set(path.relative_to(root).parts)) is tests
     ]
 
 
-def package_sources() -> list[Source]:
+def package_sources() -> list[SourceFile]:
     """Modules of those :data:`PACKAGES` that are installed, without their tests."""
-    sources: list[Source] = []
+    sources: list[SourceFile] = []
     for package in PACKAGES:
         spec = _find(package)
         if spec is None or not spec.submodule_search_locations:
@@ -70,7 +70,7 @@ def package_sources() -> list[Source]:
         for path in _python_files(root):
             parts = path.relative_to(root).parts
             if not _TESTS & set(parts):
-                sources.append(Source("/".join((package, *parts)), path))
+                sources.append(SourceFile("/".join((package, *parts)), path))
     return sources
 
 
@@ -155,7 +155,7 @@ def documentation() -> Iterator[tuple[str, str]]:
     if site is None or site.origin is None:
         return
     for metadata in sorted(Path(site.origin).parents[1].glob("*.dist-info/METADATA")):
-        text = Source("", metadata).read().partition("\n\n")[2]
+        text = SourceFile("", metadata).read().partition("\n\n")[2]
         yield f"metadata/{metadata.parent.name.partition('-')[0]}", text
 
 

@@ -23,7 +23,7 @@ _PATIENCE = 5.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Setting:
+class RunSetting:
     """What all jobs of a run share."""
 
     recipe: Path
@@ -37,7 +37,7 @@ class Setting:
     """A directory of this machine for the files through which ranks find each other."""
 
 
-class Job:
+class StageJob:
     """The ranks of one attempt, started when this is made.
 
     The ranks are started directly, not by torchrun: that turns every exit code into 1, also after a
@@ -45,7 +45,7 @@ class Job:
     its own, so that Ctrl-C in the terminal reaches this program and nobody else.
     """
 
-    def __init__(self, stage: Stage, setting: Setting, gpus: Sequence[int] = ()) -> None:
+    def __init__(self, stage: Stage, setting: RunSetting, gpus: Sequence[int] = ()) -> None:
         self.stage, self.gpus = stage, tuple(gpus)
         self.directory = setting.run_dir / stage.directory
         self.attempt = state.next_attempt(self.directory)

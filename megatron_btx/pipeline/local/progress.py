@@ -19,7 +19,7 @@ from megatron_btx.train.metrics import record_of
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from megatron_btx.pipeline.local.job import Job, Verdict
+    from megatron_btx.pipeline.local.job import StageJob, Verdict
 
 _WORDS = {"done": "done", "stopped": "stopped", "failed": "failed"}
 
@@ -131,7 +131,7 @@ class _Patient:
         return getattr(self._stream, name)
 
 
-class View:
+class ProgressView:
     """Plain lines: when a stage starts and ends, and every ``interval`` seconds between."""
 
     def __init__(self, stream: IO[str] | None = None, interval: float = 20.0) -> None:
@@ -140,13 +140,13 @@ class View:
         self._standing: dict[str, Standing] = {}
         self._said: dict[str, float] = {}
 
-    def __enter__(self) -> View:
+    def __enter__(self) -> ProgressView:
         return self
 
     def __exit__(self, *_: object) -> None:
         return None
 
-    def begin(self, job: Job) -> None:
+    def begin(self, job: StageJob) -> None:
         """A stage has started."""
         name = job.stage.name
         self._standing[name] = Standing(job.directory)
@@ -155,14 +155,14 @@ class View:
         ranks = f"{job.stage.world_size} rank{'s' * (job.stage.world_size > 1)}"
         self.note(f"{name}: started ({ranks}{attempt})")
 
-    def update(self, jobs: Sequence[Job]) -> None:
+    def update(self, jobs: Sequence[StageJob]) -> None:
         """Time has passed."""
         for job in jobs:
             if time.monotonic() - self._said[job.stage.name] >= self.interval:
                 self._said[job.stage.name] = time.monotonic()
                 self.note(f"{job.stage.name}: {self._standing[job.stage.name].read().words}")
 
-    def end(self, job: Job, verdict: Verdict) -> None:
+    def end(self, job: StageJob, verdict: Verdict) -> None:
         """A stage has ended."""
         self.note(f"{job.stage.name}: {_WORDS[verdict]} after {clock(job.seconds)}")
 
@@ -172,7 +172,7 @@ class View:
         self.stream.flush()
 
 
-class Bars(View):
+class Bars(ProgressView):
     """A bar for every running stage, kept at the foot of the terminal."""
 
     def __init__(self, stream: IO[str] | None = None) -> None:
@@ -203,14 +203,14 @@ class Bars(View):
         assert self._bars is not None
         self._bars.stop()
 
-    def begin(self, job: Job) -> None:
+    def begin(self, job: StageJob) -> None:
         """A stage has started."""
         assert self._bars is not None
         name = job.stage.name
         self._standing[name] = Standing(job.directory)
         self._rows[name] = self._bars.add_task(name, total=None, words="starting")
 
-    def update(self, jobs: Sequence[Job]) -> None:
+    def update(self, jobs: Sequence[StageJob]) -> None:
         """Time has passed."""
         assert self._bars is not None
         if time.monotonic() < self._next:
@@ -225,7 +225,7 @@ class Bars(View):
             self._bars.update(row, completed=completed, total=total, words=seen.words)
         self._bars.refresh()
 
-    def end(self, job: Job, verdict: Verdict) -> None:
+    def end(self, job: StageJob, verdict: Verdict) -> None:
         """A stage has ended."""
         assert self._bars is not None
         row = self._rows.pop(job.stage.name)
@@ -242,10 +242,10 @@ class Bars(View):
         self._bars.console.print(text, markup=False)
 
 
-def view(stream: IO[str] | None = None) -> View:
+def view(stream: IO[str] | None = None) -> ProgressView:
     """Bars where ``stream`` (by default the standard error) is a terminal, else plain lines."""
     stream = stream or sys.stderr
-    return Bars(stream) if stream.isatty() else View(stream)
+    return Bars(stream) if stream.isatty() else ProgressView(stream)
 
 
 def clock(seconds: float) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from megatron_btx.pipeline import state
 from megatron_btx.pipeline.graph import Stage
-from megatron_btx.pipeline.local.progress import View
+from megatron_btx.pipeline.local.progress import ProgressView
 
 _FILES = ("recipe.yaml", "lock", "fingerprints.json", "results.json", "report.html")
 """What a run writes beside its stages."""
@@ -20,7 +20,7 @@ class Undo:
     changed nothing: what it made is removed, a stage that it set aside is back in its place, the
     recipe kept beside it is the former one. Whatever was saved on the way keeps all of it."""
 
-    def __init__(self, run_dir: Path, stages: tuple[Stage, ...], view: View) -> None:
+    def __init__(self, run_dir: Path, stages: tuple[Stage, ...], view: ProgressView) -> None:
         self.wanted = False
         """Whether the run is failing by such a mistake."""
         self.set_aside: dict[Path, Path] = {}

@@ -19,8 +19,8 @@ from megatron_btx.files import written
 from megatron_btx.pipeline import locks, state
 from megatron_btx.pipeline.graph import Stage
 from megatron_btx.pipeline.local import reaper
-from megatron_btx.pipeline.local.job import Job, Setting
-from megatron_btx.pipeline.local.progress import View
+from megatron_btx.pipeline.local.job import RunSetting, StageJob
+from megatron_btx.pipeline.local.progress import ProgressView
 from megatron_btx.pipeline.local.rollback import Undo
 
 WORKER = (sys.executable, "-m", "megatron_btx.pipeline.worker")
@@ -49,7 +49,7 @@ def run(
     run_dir: Path,
     recipe_text: str,
     *,
-    view: View,
+    view: ProgressView,
     max_parallel: int | None = None,
     worker: tuple[str, ...] | None = None,
     inline: Mapping[str, Callable[[], object]] | None = None,
@@ -84,7 +84,7 @@ def run(
         undo.wanted = True  # until the first stage begins
         with written(run_dir / "recipe.yaml") as file:
             file.write(recipe_text)
-        setting = Setting(
+        setting = RunSetting(
             recipe=run_dir / "recipe.yaml",
             run_dir=run_dir,
             worker=worker or WORKER,
@@ -126,8 +126,8 @@ class _Runner:
     def __init__(
         self,
         stages: tuple[Stage, ...],
-        setting: Setting,
-        view: View,
+        setting: RunSetting,
+        view: ProgressView,
         signals: _Signals,
         inline: Mapping[str, Callable[[], object]],
         max_parallel: int | None,
@@ -140,7 +140,7 @@ class _Runner:
         self.cores, self.gpus = cores(), gpus()
         left = state.left(setting.run_dir, stages)
         self.waiting = in_order(left)
-        self.jobs: list[Job] = []
+        self.jobs: list[StageJob] = []
         self.outcome = Outcome()
 
     def run(self) -> Outcome:
@@ -221,7 +221,7 @@ class _Runner:
             self.outcome.finished.append(stage.name)
             return
         locks.wait_until_idle(run_dir / stage.directory)
-        job = Job(stage, self.setting, self._free_gpus()[: stage.world_size])
+        job = StageJob(stage, self.setting, self._free_gpus()[: stage.world_size])
         self.jobs.append(job)
         self.view.begin(job)
 
@@ -234,7 +234,7 @@ class _Runner:
         state.finish(directory, stage, {})
         self.outcome.finished.append(stage.name)
 
-    def _look_at(self, job: Job) -> None:
+    def _look_at(self, job: StageJob) -> None:
         verdict = job.poll()
         if verdict is None:
             return
@@ -252,7 +252,7 @@ class _Runner:
             self.outcome.problem = message if user else _report(job, message)
 
 
-def _report(job: Job, message: str) -> str:
+def _report(job: StageJob, message: str) -> str:
     lines = "\n".join(f"  | {line}" for line in job.last_lines())
     return (
         f"{job.stage.name} failed (attempt {job.attempt}): {message}\n"

@@ -26,7 +26,7 @@ _BETWEEN = "\x1f"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Job:
+class SlurmJob:
     """What Slurm says of a job."""
 
     number: str
@@ -129,7 +129,7 @@ def environment() -> dict[str, str]:
     }
 
 
-def queued(users: Iterable[str] = ()) -> list[Job]:
+def queued(users: Iterable[str] = ()) -> list[SlurmJob]:
     """Jobs that are not over, as far as this user may see them.
 
     Args:
@@ -151,7 +151,7 @@ def queued(users: Iterable[str] = ()) -> list[Job]:
             continue  # a name with a line break is none of ours
         number, state, reason, user, name, directory, command = words
         jobs.append(
-            Job(
+            SlurmJob(
                 number=number,
                 name=name,
                 state=state,
@@ -186,7 +186,7 @@ def jobs_private() -> bool:
     return match is not None and bool({"jobs", "all"} & set(match[1].split(",")))
 
 
-def show(number: str) -> Job | None:
+def show(number: str) -> SlurmJob | None:
     """A job, also a finished one as long as the controller remembers it."""
     try:
         text = call("scontrol", "-o", "show", "job", number)
@@ -198,7 +198,7 @@ def show(number: str) -> Job | None:
     for name, value in _FIELD.findall(text.partition("\n")[0]):
         fields.setdefault(name, value)
     nodes = fields.get("NodeList", "")
-    return Job(
+    return SlurmJob(
         number=number,
         name=fields.get("JobName", ""),
         user=fields.get("UserId", "").partition("(")[0],
@@ -213,7 +213,7 @@ def show(number: str) -> Job | None:
     )
 
 
-def _accounted(number: str) -> Job | None:
+def _accounted(number: str) -> SlurmJob | None:
     """From the accounting database, where there is one."""
     fields = ("JobName", "State", "NodeList", "User", "Comment", "WorkDir")
     try:
@@ -225,7 +225,7 @@ def _accounted(number: str) -> Job | None:
     if not found:
         return None
     name, state, nodes, user, comment, directory = found[-1]
-    return Job(
+    return SlurmJob(
         number=number,
         name=name,
         state=state.split(" ")[0],

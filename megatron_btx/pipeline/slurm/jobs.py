@@ -21,7 +21,7 @@ from megatron_btx.files import find_json
 from megatron_btx.pipeline import state
 from megatron_btx.pipeline.graph import Stage
 from megatron_btx.pipeline.slurm import commands
-from megatron_btx.pipeline.slurm.commands import Job
+from megatron_btx.pipeline.slurm.commands import SlurmJob
 from megatron_btx.recipe import slurm
 from megatron_btx.recipe.load import load_recipe
 
@@ -50,7 +50,7 @@ def this_job() -> dict[str, Any]:
     return {"job": number, **noted}
 
 
-def active(run_dir: Path, stages: Iterable[Stage], *, of_all: bool = False) -> list[Job]:
+def active(run_dir: Path, stages: Iterable[Stage], *, of_all: bool = False) -> list[SlurmJob]:
     """The jobs that work for a run, or will, each with its stage.
 
     Args:
@@ -79,7 +79,7 @@ def _ended(directory: Path) -> bool:
     return any((directory / f"{how}.json").exists() for how in ("done", "stopped", "error"))
 
 
-def _stage(job: Job, run_dir: Path, noted: dict[str, dict[str, Any]]) -> str | None:
+def _stage(job: SlurmJob, run_dir: Path, noted: dict[str, dict[str, Any]]) -> str | None:
     """The stage of this run that a job is for."""
     if job.directory == str(run_dir):
         return job.name.partition("@")[0]
@@ -94,13 +94,13 @@ def _stage(job: Job, run_dir: Path, noted: dict[str, dict[str, Any]]) -> str | N
     return next((name for name, line in noted.items() if same(job, line)), None)
 
 
-def same(job: Job, line: dict[str, Any]) -> bool:
+def same(job: SlurmJob, line: dict[str, Any]) -> bool:
     """Whether an attempt was made in this job: Slurm counts anew after a loss of its state."""
     noted = (line.get("job"), line.get("job_name"), line.get("user"))
     return noted == (job.number, job.name, job.user)
 
 
-def is_of(job: Job, run_dir: Path, stage: Stage, noted: dict[str, Any]) -> bool:
+def is_of(job: SlurmJob, run_dir: Path, stage: Stage, noted: dict[str, Any]) -> bool:
     """Whether a job that was found by its number is a stage's."""
     return not job.directory or _stage(job, run_dir, {stage.name: noted}) == stage.name
 

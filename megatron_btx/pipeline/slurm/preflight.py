@@ -39,7 +39,7 @@ def fits(recipe: Recipe, chosen: tuple[Stage, ...], there: list[commands.Nodes])
 def _misfit(
     partition: str | None,
     limit: str | None,
-    shape: slurm.Shape,
+    shape: slurm.JobShape,
     nodes: list[commands.Nodes],
     there: list[commands.Nodes],
 ) -> tuple[str, str, str] | None:

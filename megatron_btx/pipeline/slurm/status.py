@@ -22,7 +22,7 @@ COLUMNS = ("stage", "job", "state", "nodes", "step", "loss", "tokens/s", "left",
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Row:
+class StageStatus:
     """One stage."""
 
     stage: str
@@ -54,7 +54,7 @@ class Row:
         return (*where, self.step, loss, speed, self.left, restarts)
 
 
-def rows(run_dir: Path, stages: tuple[Stage, ...]) -> list[Row]:
+def rows(run_dir: Path, stages: tuple[Stage, ...]) -> list[StageStatus]:
     """A row a stage; ``run_dir`` is absolute.
 
     Raises:
@@ -78,7 +78,7 @@ def rows(run_dir: Path, stages: tuple[Stage, ...]) -> list[Row]:
     return found
 
 
-def _row(run_dir: Path, stage: Stage, number: str | None, noted: dict[str, Any]) -> Row:
+def _row(run_dir: Path, stage: Stage, number: str | None, noted: dict[str, Any]) -> StageStatus:
     directory = run_dir / stage.directory
     job = commands.show(number) if number else None
     record = state.done(run_dir, stage)
@@ -97,7 +97,7 @@ def _row(run_dir: Path, stage: Stage, number: str | None, noted: dict[str, Any])
         note = f"Slurm no longer knows its job {number}: submit again"
     else:
         note = "" if done or word == "left" else _last_words(run_dir, stage, word, job)
-    return Row(
+    return StageStatus(
         stage=stage.name,
         job=number or "",
         state=word,
@@ -113,7 +113,7 @@ def _row(run_dir: Path, stage: Stage, number: str | None, noted: dict[str, Any])
     )
 
 
-def _word(directory: Path, job: commands.Job | None, done: bool) -> str:
+def _word(directory: Path, job: commands.SlurmJob | None, done: bool) -> str:
     """Where a stage stands, in one word."""
     if job is not None and job.active and job.held:
         return "held"
@@ -122,12 +122,12 @@ def _word(directory: Path, job: commands.Job | None, done: bool) -> str:
     return job.state.lower() if job is not None and job.active else _ended(directory, job)
 
 
-def _left(seen: Standing, job: commands.Job) -> str:
+def _left(seen: Standing, job: commands.SlurmJob) -> str:
     limit = job.time_left or "no limit"
     return limit if seen.seconds_left is None else f"{clock(seen.seconds_left)} of {limit}"
 
 
-def _ended(directory: Path, job: commands.Job | None) -> str:
+def _ended(directory: Path, job: commands.SlurmJob | None) -> str:
     """How a stage that is neither done nor in the queue ended."""
     if (directory / "error.json").exists():
         return "failed"
@@ -140,7 +140,7 @@ def _ended(directory: Path, job: commands.Job | None) -> str:
     return "ended" if (directory / "attempts.jsonl").exists() else "left"
 
 
-def _last_words(run_dir: Path, stage: Stage, word: str, job: commands.Job | None) -> str:
+def _last_words(run_dir: Path, stage: Stage, word: str, job: commands.SlurmJob | None) -> str:
     directory = run_dir / stage.directory
     if word == "cancelled" and job is not None and job.reason.startswith("Depend"):
         return "a stage that it waits for was not done, or Slurm has lost its job: submit again"
@@ -157,7 +157,7 @@ _ENDING = 60.0
 """Seconds from a stage's ``done.json`` to the end of its job, and more than enough of them."""
 
 
-def _forgotten(job: commands.Job, record: dict[str, Any]) -> bool:
+def _forgotten(job: commands.SlurmJob, record: dict[str, Any]) -> bool:
     """Whether Slurm has forgotten that a job has ended, whose stage is done."""
     finished = record.get("finished")
     since = time.time() - finished if isinstance(finished, int | float) else 0.0
@@ -170,7 +170,7 @@ fix: mend the cause (a launch that failed is in slurmd's log on the node: ask th
 then `scontrol release %s`; or `btx cancel`"""
 
 
-def _waits(job: commands.Job, done: bool) -> str:
+def _waits(job: commands.SlurmJob, done: bool) -> str:
     """Why a job that is in the queue does not run."""
     if job.held:
         text = _HELD % (job.reason.replace("_", " ") or job.state.lower(), job.number)
@@ -189,7 +189,7 @@ def log_file(run_dir: Path, stage: Stage) -> Path | None:
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
-def table(found: list[Row]) -> str:
+def table(found: list[StageStatus]) -> str:
     """The rows as text, what there is to say about one under it."""
     cells = [COLUMNS, *(row.cells for row in found)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(COLUMNS))]
@@ -217,7 +217,7 @@ _ERROR = re.compile(r"(\d+: )?(error: .*|[\w.]*(Error|Exception|Interrupt)\b.*)"
 _LOOKED_AT = 400
 
 
-def cause(directory: Path, job: commands.Job | None, log: Path | None) -> str:
+def cause(directory: Path, job: commands.SlurmJob | None, log: Path | None) -> str:
     """Why the stage in ``directory`` ended without being done; empty if nothing is known.
 
     The last line of a log is ``srun``'s, and says that a task ended. What is asked, in this order:
@@ -250,7 +250,7 @@ def cause(directory: Path, job: commands.Job | None, log: Path | None) -> str:
     return (own or lines or [""])[-1]
 
 
-def _told(directory: Path, job: commands.Job | None) -> tuple[str, str] | None:
+def _told(directory: Path, job: commands.SlurmJob | None) -> tuple[str, str] | None:
     """Message and kind of what was written down."""
     record = find_json(directory / "error.json")
     if record is not None:

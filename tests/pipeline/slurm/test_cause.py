@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_btx.pipeline.slurm.commands import Job
+from megatron_btx.pipeline.slurm.commands import SlurmJob
 from megatron_btx.pipeline.slurm.status import cause
 
 TRACEBACK = """\
@@ -56,7 +56,7 @@ def test_a_rank_that_was_killed_goes_before_what_the_others_lost(tmp_path: Path)
 
 
 def test_the_jobs_comment_where_there_was_no_room_for_a_file(tmp_path: Path) -> None:
-    job = Job(number="5", name="seed@x", state="FAILED", comment="btx: no space left")
+    job = SlurmJob(number="5", name="seed@x", state="FAILED", comment="btx: no space left")
     assert cause(tmp_path, job, None) == "no space left"
-    own = Job(number="5", name="seed@x", state="FAILED", comment="the user's")
+    own = SlurmJob(number="5", name="seed@x", state="FAILED", comment="the user's")
     assert cause(tmp_path, own, None) == ""

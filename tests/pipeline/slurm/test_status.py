@@ -7,7 +7,7 @@ import time
 import pytest
 
 from megatron_btx.pipeline.slurm import status
-from megatron_btx.pipeline.slurm.commands import Job
+from megatron_btx.pipeline.slurm.commands import SlurmJob
 
 
 @pytest.mark.parametrize(
@@ -17,7 +17,7 @@ from megatron_btx.pipeline.slurm.commands import Job
 def test_a_job_that_slurm_takes_for_running_though_it_has_ended(
     state: str, ago: float, forgotten: bool
 ) -> None:
-    job = Job(number="5", name="seed@x", state=state)
+    job = SlurmJob(number="5", name="seed@x", state=state)
     assert status._forgotten(job, {"finished": time.time() - ago}) is forgotten
     assert not status._forgotten(job, {"finished": "damaged"})
 
@@ -35,6 +35,6 @@ def test_a_job_that_slurm_takes_for_running_though_it_has_ended(
     ],
 )
 def test_what_waits_for_a_person(state: str, reason: str, held: bool) -> None:
-    job = Job(number="5", name="seed@x", state=state, reason=reason)
+    job = SlurmJob(number="5", name="seed@x", state=state, reason=reason)
     assert job.held is held
     assert ("scontrol release 5" in status._waits(job, done=False)) is held
