@@ -21,6 +21,8 @@ from wandb.proto import wandb_internal_pb2
 
 from megatron_btx.train.metrics import read
 from megatron_btx.train.tracking import sync_command
+from megatron_btx.weights.find_checkpoint import find_checkpoint
+from megatron_btx.weights.integrity import hash_file, hashes_of
 from tests.small import FAKE_KEY, ROOT, Exported, command, environ, write_small
 
 BLOCK, HEADER = 32768, 7
@@ -66,6 +68,29 @@ def logged(stage: Path) -> tuple[list[Any], dict[int, dict[str, Any]]]:
     return runs, history
 
 
+def artifacts(stage: Path) -> dict[str, list[Any]]:
+    """What the run of a stage uses and makes, as its last piece says."""
+    found: dict[str, list[Any]] = {"used": [], "made": []}
+    piece = max(stage.glob("wandb/offline-run-*/*.wandb"))
+    for record in records(piece):
+        if record.WhichOneof("record_type") == "artifact":
+            found["used" if record.artifact.use_after_commit else "made"].append(record.artifact)
+    return found
+
+
+def summaries(stage: Path) -> list[dict[str, Any]]:
+    """The run's summary as each piece has left it."""
+    found = []
+    for path in sorted(stage.glob("wandb/offline-run-*/*.wandb")):
+        values: dict[str, Any] = {}
+        for record in records(path):
+            if record.WhichOneof("record_type") == "summary":
+                for item in record.summary.update:
+                    values[item.key or "/".join(item.nested_key)] = json.loads(item.value_json)
+        found.append(values)
+    return found
+
+
 def test_pieces_of_a_resumed_stage_are_one_run(exported: Exported) -> None:
     runs, history = logged(exported.run_dir / "seed")
     assert len(runs) >= 2, "one piece before Ctrl-C, one after"
@@ -87,6 +112,54 @@ def test_pieces_of_a_resumed_stage_are_one_run(exported: Exported) -> None:
         elif record["kind"] == "eval":
             for domain, loss in record["loss"].items():
                 assert history[record["step"]][f"eval/loss/{domain}"] == loss
+
+
+def test_the_summary_is_that_of_metrics_jsonl(exported: Exported) -> None:
+    seed = exported.run_dir / "seed"
+    logged = [r for r in read(seed / "metrics.jsonl") if r["kind"] == "summary"][-1]
+    values = summaries(seed)[-1]
+    names = [name for name in logged if "/" in name]
+    assert "goodput/share" in names
+    assert {name: values[f"summary/{name}"] for name in names} == {n: logged[n] for n in names}
+
+
+def names(artifacts: list[Any]) -> dict[str, str]:
+    """Name -> digest: what makes two of one name the same version."""
+    return {artifact.name: artifact.digest for artifact in artifacts}
+
+
+def test_what_stages_make_and_use_is_a_graph(taken: Path, exported: Exported) -> None:
+    """From the text over seed and expert to the mix and its finetuning, each by its hashes."""
+    found = {
+        path.parent.name: artifacts(path.parent)
+        for run_dir in (exported.run_dir, taken)
+        for path in run_dir.glob("*/wandb_run_id")
+    }
+    data, seed = found["prepare"]["made"], artifacts(exported.run_dir / "seed")["made"]
+    assert [artifact.type for artifact in (*data, *seed)] == ["dataset", "model"]
+    branched = artifacts(exported.run_dir / "expert-math")
+    assert names(branched["used"])["small-seed"] == seed[0].digest
+    mix, finetuned, evaluated = found["mix"], found["finetune"], found["evaluate"]
+    # What was taken from another run is there with that one's content.
+    used = names(mix["used"])
+    assert used["taken-seed"] == seed[0].digest
+    assert used["taken-expert-math"] == branched["made"][0].digest
+    assert names(finetuned["used"]) == names(data) | names(mix["made"])
+    assert finetuned["made"][0].name == "taken-finetune"
+    assert names(evaluated["used"])["taken-finetune"] == finetuned["made"][0].digest
+    assert evaluated["made"][0].name == "taken-evaluate"
+    # By reference, with the hashes of the files.
+    (model,) = finetuned["made"]
+    checkpoint = find_checkpoint(taken / "finetune")
+    hashes = hashes_of(checkpoint)
+    entries = {entry.path: entry for entry in model.manifest.contents}
+    assert entries.keys() == hashes.keys() | {"hashes.json"}
+    for name, entry in entries.items():
+        assert entry.ref == (checkpoint / name).resolve().as_uri()
+        assert not entry.local_path
+        (extra,) = entry.extra
+        assert json.loads(extra.value_json) == hashes.get(name, hash_file(checkpoint / name))
+    assert json.loads(model.metadata)["directory"] == str(checkpoint.resolve())
 
 
 def test_an_moe_logs_balance_and_load(taken: Path) -> None:

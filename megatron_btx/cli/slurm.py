@@ -55,9 +55,13 @@ def add_parser(commands: Any) -> None:
         "examples:\n"
         "  btx status recipe.yaml\n"
         "  btx status recipe.yaml --watch\n"
+        "  btx status recipe.yaml --numbers            MFU, step times, memory, goodput, experts\n"
         "  btx status recipe.yaml --json | python -m json.tool",
     )
-    parser.add_argument("--json", action="store_true", help="print it as JSON")
+    parser.add_argument("--json", action="store_true", help="print it as JSON, with all numbers")
+    parser.add_argument(
+        "--numbers", action="store_true", help="speed, goodput and the experts' use, too"
+    )
     parser.add_argument(
         "--watch",
         metavar="SECONDS",
@@ -126,7 +130,7 @@ def submit(options: argparse.Namespace) -> int:
 def status(options: argparse.Namespace) -> int:
     """``btx status``."""
     if not options.watch:
-        text, _ = _standing(options.recipe, options.json)
+        text, _ = _standing(options)
         sys.stdout.write(text)
         return 0
     from megatron_btx.pipeline.slurm import commands
@@ -134,7 +138,7 @@ def status(options: argparse.Namespace) -> int:
     left = True
     while left:
         try:
-            text, left = _standing(options.recipe, options.json)
+            text, left = _standing(options)
         except commands.Silent as error:  # the controller is being restarted, or busy
             text = f"{error}\n"
         sys.stdout.write(f"\x1b[H\x1b[J{text}" if sys.stdout.isatty() else text)
@@ -144,16 +148,18 @@ def status(options: argparse.Namespace) -> int:
     return 0
 
 
-def _standing(recipe: str, as_json: bool) -> tuple[str, bool]:
+def _standing(options: argparse.Namespace) -> tuple[str, bool]:
     """Where every stage stands, as text, and whether any is still in the queue."""
     from megatron_btx.pipeline.slurm import status
 
-    _, run_dir, stages = open_recipe(recipe)
+    _, run_dir, stages = open_recipe(options.recipe)
     rows = status.rows(run_dir.absolute(), stages)
-    if as_json:
+    if options.json:
         text = json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n"
     else:
         text = status.table(rows)
+        if options.numbers and (more := status.numbers_text(rows)):
+            text += f"\n{more}"
     return text, any(row.active for row in rows)
 
 

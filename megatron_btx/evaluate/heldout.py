@@ -19,6 +19,7 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from megatron_btx.engine.heartbeat import HEART
 from megatron_btx.engine.model import gather_parameters, unwrap
 from megatron_btx.engine.moe.noise import set_routing_context
 from megatron_btx.engine.moe.router import Load, collect_load, dropless, routers
@@ -164,7 +165,7 @@ class _Pass:
         if not len(sequences):
             what, fix = "holds no whole sequence", "give it more held-out text"
             raise UserError(f"domains.{name}.valid", what, fix)
-        self.model, self.sequences, self.step = model, sequences, step
+        self.model, self.name, self.sequences, self.step = model, name, sequences, step
         dp = parallel_state.get_data_parallel_world_size()
         self.count = -(-len(sequences) // (most * dp))
         self.size = -(-len(sequences) // (self.count * dp))
@@ -199,6 +200,7 @@ class _Pass:
             chosen = [self._sequence(first + row) for row in range(self.size)]
             batch = {key: torch.stack([one[key] for one in chosen]) for key in chosen[0]}
             batch["samples"] = torch.arange(first, first + self.size)
+            HEART.beat(f"micro-batch {index} of {self.name}")
             yield {key: value.to(device) for key, value in batch.items()}
 
     def _sequence(self, place: int) -> Batch:

@@ -22,10 +22,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_btx.errors import UserError
-from megatron_btx.files import append_line, find_json, newest_step, read_lines, write_json
+from megatron_btx.files import append_line, find_json, newest_step, write_json
 from megatron_btx.pipeline import graph
 from megatron_btx.pipeline.graph import Stage
 from megatron_btx.provenance import code_revision, versions
+from megatron_btx.train.goodput import read_attempts
 
 LEAVE = "leave.json"
 
@@ -209,15 +210,6 @@ def begin(directory: Path, attempt: int, world_size: int, **more: Any) -> None:
         (directory / name).unlink(missing_ok=True)
     line = {"attempt": attempt, "time": time.time(), "world_size": world_size, **more}
     append_line(directory / "attempts.jsonl", line)
-
-
-def read_attempts(directory: Path) -> list[dict[str, Any]]:
-    """What ``begin`` has noted of a stage, the oldest first."""
-    return [
-        line
-        for line in read_lines(directory / "attempts.jsonl")
-        if isinstance(line.get("attempt"), int) and isinstance(line.get("time"), int | float)
-    ]
 
 
 def seconds(directory: Path) -> float:

@@ -5,9 +5,10 @@ anew elsewhere and waits for them (slurm/attempt.py). It leaves ``leave.json``, 
 end.
 
 *A rank that hangs.* It is stopped, or its node is gone, and the others wait for it in a collective
-operation. A rank without a step for ``hang_minutes`` prints the stacks of its threads and leaves a
-sign in ``hang/``; a little later those who have are ended, and ``error.json`` names those who have
-not. Where the interpreter itself is stuck, ``faulthandler``'s own thread does the printing.
+operation. A rank that has done no step, and evaluated no micro-batch, for ``hang_minutes`` prints
+the stacks of its threads and leaves a sign in ``hang/``; a little later those who have are ended,
+and ``error.json`` names those who have not. Where the interpreter itself is stuck,
+``faulthandler``'s own thread does the printing.
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_btx.engine.heartbeat import HEART
 from megatron_btx.files import find_json, write_json
 from megatron_btx.pipeline import state
-from megatron_btx.train.heartbeat import HEART
 
 HANG = "hang"
 """Directory of the signs, in the stage's; and the ``kind`` of the error."""
@@ -49,7 +50,7 @@ class Watchdog:
         rank: this process's.
         world_size: of the stage.
         grace: seconds that a rank gets to save and end when it is asked to leave.
-        hang: seconds without a step after which a rank hangs; 0: it may be silent for ever.
+        hang: seconds without a sign of work after which a rank hangs; 0: it may be silent for ever.
     """
 
     directory: Path
@@ -96,7 +97,7 @@ class Watchdog:
         sys.stderr.write(f"rank {self.rank}: {self._last}; what its threads are doing:\n")
         sys.stderr.flush()
         faulthandler.dump_traceback(all_threads=True)
-        sign = {"host": socket.gethostname(), "step": HEART.step, "time": time.time()}
+        sign = {"host": socket.gethostname(), "last": HEART.last, "time": time.time()}
         with contextlib.suppress(OSError):
             (self.directory / HANG).mkdir(exist_ok=True)
             write_json(self._sign(self.rank), sign)
@@ -119,8 +120,9 @@ class Watchdog:
 
     @property
     def _last(self) -> str:
-        since = "since it began" if HEART.step is None else f"since step {HEART.step}"
-        return f"no step for {HEART.silence / 60:.1f} minutes, {since}"
+        return (
+            f"nothing done for {HEART.silence / 60:.1f} minutes, since {HEART.last or 'it began'}"
+        )
 
     def _sign(self, rank: int) -> Path:
         return self.directory / HANG / f"rank-{rank}.json"

@@ -22,13 +22,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_btx.errors import UserError
-from megatron_btx.files import written
+from megatron_btx.files import write_json, written
 from megatron_btx.pipeline import failure, graph, import_checkpoint, locks, state, watchdog
 from megatron_btx.pipeline.graph import Stage
 from megatron_btx.pipeline.local import reaper
 from megatron_btx.pipeline.slurm import jobs
 from megatron_btx.recipe.load import load_recipe
 from megatron_btx.recipe.schema import Recipe
+from megatron_btx.train import tracking
 
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
@@ -72,14 +73,16 @@ def _train(recipe: Recipe, stage: Stage, run_dir: Path) -> Any:
     _megatron()
     from megatron_btx.train.train_stage import run
 
-    return run(recipe, stage.name, run_dir)
+    return run(recipe, stage.name, run_dir, stage.needs)
 
 
 def _mix(recipe: Recipe, stage: Stage, run_dir: Path) -> Any:
     _megatron()
     from megatron_btx.train.train_stage import check_mix
 
-    return check_mix(recipe, run_dir)
+    plan = check_mix(recipe, run_dir)
+    write_json(run_dir / stage.directory / "plan.json", plan)
+    return plan
 
 
 def _evaluate(recipe: Recipe, stage: Stage, run_dir: Path) -> Any:
@@ -113,6 +116,12 @@ KINDS: dict[str, Callable[[Recipe, Stage, Path], Any]] = {
 }
 """What a rank runs for each kind of stage. It returns what goes into ``done.json`` as ``outputs``
 (a mapping, or nothing). ``report`` is the command line's: it needs no ranks."""
+
+_TOLD = ("prepare", "mix", "evaluate", "export")
+"""Kinds that log no metrics, and tell W&B when they are done what they have used and made."""
+
+_WATCHED = (_train, _evaluate)
+"""Whose ranks wait for each other, so that one that hangs holds all."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -157,7 +166,7 @@ def run_rank(recipe: Recipe, stage: Stage, run_dir: Path) -> int:
         rank=rank,
         world_size=stage.world_size,
         grace=recipe.slurm.signal_seconds,
-        hang=60 * recipe.hang_minutes if KINDS[stage.kind] is _train else 0,
+        hang=60 * recipe.hang_minutes if KINDS[stage.kind] in _WATCHED else 0,
     )
     with locks.stage_lock(directory), dog.watching(), _rendezvous():
         try:
@@ -167,6 +176,8 @@ def run_rank(recipe: Recipe, stage: Stage, run_dir: Path) -> int:
         if (directory / "stopped.json").exists():
             return state.EXIT_STOPPED
         if rank == 0:
+            if stage.kind in _TOLD:
+                tracking.track(recipe, stage.name, stage.needs, run_dir)
             state.finish(directory, stage, dict(outputs or {}))
     return 0
 

@@ -170,8 +170,8 @@ class Recipe:
     peak_tflops: float | None = within(1e-6, 1e6, default=None)
     """Peak of one GPU or rank in TFLOP/s, for MFU; ``None``: looked up (chips.py)."""
     hang_minutes: float = within(0, 100_000, default=60.0)
-    """A training rank without a step for so long, its first included, hangs: all ranks print their
-    stacks, the stage ends, and under Slurm it is requeued. 0: never."""
+    """A rank that trains without a step, or evaluates without a micro-batch, for so long, its first
+    included, hangs: all print their stacks, the stage ends, on Slurm it is requeued. 0: never."""
 
     @property
     def model_names(self) -> tuple[str, ...]:

@@ -12,14 +12,16 @@ from markupsafe import Markup
 from megatron_btx.evaluate import routing_stats
 from megatron_btx.evaluate.results import MEAN, Results
 from megatron_btx.files import written
+from megatron_btx.pipeline import numbers
 from megatron_btx.pipeline.graph import TRAINED, Stage
 from megatron_btx.pipeline.local.progress import amount, clock
 from megatron_btx.recipe import reading
 from megatron_btx.recipe.load import dump
 from megatron_btx.recipe.schema import Recipe
-from megatron_btx.report import charts, goodput, html, table
+from megatron_btx.report import charts, html, table
 from megatron_btx.report.html import Cell
 from megatron_btx.report.run_data import RunData, StageData, gather
+from megatron_btx.train.summary import slow_in_words
 
 _COUNTED = ("documents", "tokens", "bytes")
 REFRESH = 30
@@ -65,7 +67,7 @@ def render(facts: RunData) -> str:
         routing=_routing(facts),
         stages={"head": _STAGES, "rows": [("", _stage_cells(stage)) for stage in made]},
         numbers=_numbers(made),
-        wall=_wall(made),
+        slow=[f"{s.stage.name}: {slow_in_words(s.slow_ranks)}" for s in made if s.slow_ranks],
         use=_use(facts),
         exported=outputs.get("loss"),
         data=_data(facts),
@@ -160,81 +162,24 @@ def _stage_cells(facts: StageData) -> list[Cell]:
     ]
 
 
-def _numbers(made: Sequence[StageData]) -> dict[str, Any] | None:
-    """Speed of every stage that has logged it."""
-    names = ("stage", "tokens/s per GPU", "TFLOP/s per GPU", "MFU", "step p50", "step p95",
-             "data", "forward, backward", "optimizer", "memory", "save", "load")  # fmt: skip
-    rows = []
-    for stage in made:
-        step, tail = stage.median(_STEP), stage.percentile(_STEP, 0.95)
-        if step is None or tail is None:
-            continue
-        flops, mfu = (stage.median(f"throughput/device/{key}") for key in ("flopsPS", "MFU"))
-        parts = [stage.median(f"time_metrics/{part}(s)") for part in _PARTS]
-        cells = [stage.stage.name, _amount(stage.median("throughput/device/TPS"))]
-        cells += ["–" if flops is None else f"{flops / 1e12:.3g}"]
-        cells += ["–" if mfu is None else f"{mfu:.1%}", _short(step), _short(tail)]
-        cells += ["–" if part is None else f"{part / step:.0%}" for part in parts]
-        cells += [_memory(stage), _transfer(stage, "save"), _transfer(stage, "load")]
-        rows.append(("", [(cell, "") for cell in cells]))
-    return {"head": [(name, "") for name in names], "rows": rows} if rows else None
+def _numbers(made: Sequence[StageData]) -> list[dict[str, Any]]:
+    """Speed of every stage that has logged it, and where its wall time went."""
+    tables = numbers.tables({stage.stage.name: stage.numbers for stage in made})
+    return [_plain(head, rows) for head, rows in tables]
 
 
-_STEP = "time_metrics/end_to_end(s)"
-_PARTS = ("data_loading", "forward_backward", "optimizer")
-
-
-def _short(seconds: float) -> str:
-    return f"{1000 * seconds:.0f} ms" if seconds < 1 else f"{seconds:.2f} s"
-
-
-def _memory(stage: StageData) -> str:
-    """The highest of the first rank."""
-    for name in ("max_active", "max_resident"):
-        if (peak := stage.percentile(f"memory/{name}(GiB)", 1.0)) is not None:
-            return f"{peak:.2f} GiB"
-    return "–"
-
-
-def _transfer(stage: StageData, what: str) -> str:
-    """Median seconds and GB/s of saves or loads."""
-    found = sorted(
-        (record[f"train/checkpoint_{what}_duration_s"], record[f"train/checkpoint_{what}_GBps"])
-        for record in stage.saves
-        if record["kind"] == what
-    )
-    if not found:
-        return "–"
-    seconds, speed = found[len(found) // 2]
-    return f"{_short(seconds)}, {speed:.2g} GB/s"
-
-
-def _wall(made: Sequence[StageData]) -> dict[str, Any] | None:
-    """Where the wall time of every stage went."""
-    rows = []
-    for stage in made:
-        share = goodput.goodput(stage.spent) if stage.spent else None
-        if share is not None:
-            cells = [stage.stage.name, clock(sum(stage.spent.values())), f"{share:.1%}"]
-            cells += [_short(stage.spent[kind]) for kind in goodput.KINDS[1:]]
-            rows.append(("", [(cell, "") for cell in cells]))
-    names = ("stage", "wall time", "goodput", "start", "evaluation", "save", "lost steps", "queue",
-             "other")  # fmt: skip
-    return {"head": [(name, "") for name in names], "rows": rows} if rows else None
+def _plain(head: Sequence[str], rows: Sequence[Sequence[str]]) -> dict[str, Any]:
+    return {
+        "head": [(name, "") for name in head],
+        "rows": [("", [(cell, "") for cell in row]) for row in rows],
+    }
 
 
 def _use(facts: RunData) -> dict[str, Any] | None:
     """How evenly the experts are used, by domain and layer."""
     if facts.routing is None:
         return None
-    names = ("domain", "layer", "utilisation min", "p25", "median", "p75", "max", "cv",
-             "diversity", "dead")  # fmt: skip
-    rows = []
-    for domain, layers in routing_stats.by_layer(facts.routing.load).items():
-        for number, found in enumerate(layers, 1):
-            values = [f"{value:.2f}" for value in found.values()]
-            rows.append(("", [(cell, "") for cell in (domain, str(number), *values)]))
-    return {"head": [(name, "") for name in names], "rows": rows}
+    return _plain(*numbers.experts(routing_stats.by_layer(facts.routing.load)))
 
 
 def _data(facts: RunData) -> dict[str, Any] | None:

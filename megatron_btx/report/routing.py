@@ -14,11 +14,11 @@ from markupsafe import Markup
 from megatron_btx.errors import UserError
 from megatron_btx.evaluate.results import Matrix, Results
 from megatron_btx.evaluate.routing_stats import DEAD, choice_in_words, expert_choice
+from megatron_btx.pipeline.numbers import columns
 from megatron_btx.recipe.load import load_recipe
 from megatron_btx.recipe.schema import Recipe
 from megatron_btx.report import html
 from megatron_btx.report.plots import heatmap
-from megatron_btx.report.table import columns
 from megatron_btx.train import metrics
 
 

@@ -9,12 +9,12 @@ from typing import Any
 
 from megatron_btx.errors import UserError
 from megatron_btx.evaluate.results import Matrix, Results
-from megatron_btx.evaluate.routing_stats import percentile
 from megatron_btx.pipeline import graph, state
 from megatron_btx.pipeline.graph import Stage
 from megatron_btx.recipe.schema import Recipe
-from megatron_btx.report import goodput
 from megatron_btx.train import metrics
+from megatron_btx.train.goodput import read_attempts
+from megatron_btx.train.summary import Summary
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,10 +30,10 @@ class StageData:
     evals: Sequence[Mapping[str, Any]] = field(default_factory=list)
     flops: float = 0.0
     """Training FLOPs so far."""
-    spent: Mapping[str, float] = field(default_factory=dict)
-    """Wall seconds by ``goodput.KINDS``; empty of a stage that has not begun."""
-    saves: Sequence[Mapping[str, Any]] = field(default_factory=list)
-    """Records of saves and loads."""
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    """Of the stage so far (train/summary.py)."""
+    slow_ranks: Mapping[str, float] = field(default_factory=dict)
+    """At the last look (train/slow_ranks.py)."""
 
     @property
     def tokens(self) -> int:
@@ -50,15 +50,6 @@ class StageData:
         """Median over the steps."""
         speeds = sorted(r["tokens_per_second"] for r in self.train if r.get("tokens_per_second"))
         return float(speeds[len(speeds) // 2]) if speeds else None
-
-    def median(self, name: str) -> float | None:
-        """Of a number of the training records."""
-        return self.percentile(name, 0.5)
-
-    def percentile(self, name: str, share: float) -> float | None:
-        """Likewise, any percentile; ``None`` where nothing of the name is logged."""
-        values = sorted(float(r[name]) for r in self.train if isinstance(r.get(name), int | float))
-        return percentile(values, share) if values else None
 
     def tokens_at(self, step: int) -> float:
         """Tokens after ``step`` steps."""
@@ -124,16 +115,14 @@ def _stage(recipe: Recipe, run_dir: Path, stage: Stage) -> StageData:
             what = f"the record of step {record['step']} has no {' and no '.join(sorted(lacking))}"
             raise UserError(str(log), what, "remove that line")
     done = state.done(run_dir, stage)
-    attempts = state.read_attempts(run_dir / stage.directory)
-    end = done.get("finished") if done else None
-    pieces = goodput.intervals(attempts, records, end) if train else []
+    attempts, summary = read_attempts(run_dir / stage.directory), Summary(records)
     starts = [record for record in records if record.get("kind") == "start"]
     total = int(starts[-1].get("total_steps", 0)) if starts else 0
     return StageData(
         stage=stage,
         done=done,
-        spent=goodput.seconds(pieces) if pieces else {},
-        saves=[record for record in records if record.get("kind") in ("save", "load")],
+        numbers=summary.values(attempts, done.get("finished") if done else None),
+        slow_ranks=summary.slow_ranks,
         total_steps=total,
         train=train,
         evals=[record for record in records if record.get("kind") == "eval"],

@@ -4,12 +4,13 @@ evaluate`` prints."""
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import IO, Any
 
 from megatron_btx.evaluate.results import MEAN, Results, SystemResult
 from megatron_btx.evaluate.routing_stats import choice_in_words
 from megatron_btx.pipeline.local.progress import amount
+from megatron_btx.pipeline.numbers import columns
 
 TITLES = {
     "seed": "seed",
@@ -239,14 +240,3 @@ def tasks_table(result: Mapping[str, Any]) -> str:
                     "and lost their beginning\n"
                 )
     return text + _choices(result)
-
-
-def columns(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A plain table: the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    lines = []
-    for row in (head, *rows):
-        cells = [row[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines) + "\n"

@@ -25,21 +25,38 @@ from megatron_btx.evaluate import routing_stats
 from megatron_btx.evaluate.heldout import evaluate
 from megatron_btx.recipe.schema import Training
 from megatron_btx.train import throughput
+from megatron_btx.train.goodput import read_attempts
+from megatron_btx.train.lineage import Artifact
 from megatron_btx.train.loop import Callback, Run
-from megatron_btx.train.metrics import MetricsLog
+from megatron_btx.train.metrics import MetricsLog, read
 from megatron_btx.train.step import Batch
+from megatron_btx.train.summary import Summary
 from megatron_btx.train.tracking import Tracker
 
 
 class Log(Callback):
     """``metrics.jsonl`` and W&B; the first rank writes."""
 
-    def __init__(self, path: Path, tracker: Tracker, resumed_step: int) -> None:
-        self.metrics, self.tracker = MetricsLog(path, resumed_step), tracker
+    def __init__(
+        self,
+        path: Path,
+        tracker: Tracker,
+        resumed_step: int,
+        made: Callable[[], Artifact] | None = None,
+    ) -> None:
+        self.metrics, self.tracker, self.made = MetricsLog(path, resumed_step), tracker, made
+        self.summary = Summary(read(path, strict=False))
+        self.attempts = read_attempts(path.parent)
 
     def write(self, kind: str, step: int, values: Mapping[str, Any]) -> None:
         """One record to both."""
-        self.tracker.log(self.metrics.write(kind, step, **values))
+        record = self.metrics.write(kind, step, **values)
+        self.summary.add(record)
+        self.tracker.log(record)
+
+    def summarise(self, step: int) -> None:
+        """What the stage comes to so far."""
+        self.write("summary", step, self.summary.values(self.attempts))
 
     def sync(self) -> None:
         """What is logged is on the disk when this returns: a checkpoint must not outlive it."""
@@ -51,6 +68,9 @@ class Log(Callback):
 
     def at_end(self, run: Run) -> None:
         """Close both."""
+        self.summarise(run.step)
+        if self.made is not None and run.step == run.total_steps:
+            self.tracker.make(self.made)
         self.metrics.close()
         self.tracker.close()
 
@@ -142,6 +162,7 @@ class Checkpoints(Callback):
         if self.log is not None:
             seconds = time.perf_counter() - started
             self.log.write("save", run.step, throughput.of_checkpoint("save", target, seconds))
+            self.log.summarise(run.step)
         if is_first_rank():
             checkpoint.prune(self.directory, 1 if last else self.training.keep_checkpoints)
 

@@ -17,9 +17,10 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from megatron_btx.engine import waiting
+from megatron_btx.engine.heartbeat import HEART
 from megatron_btx.engine.moe.loss_tracker import pop_balance_loss
 from megatron_btx.train import throughput
-from megatron_btx.train.heartbeat import HEART
 from megatron_btx.train.step import Batch, train_step
 from megatron_btx.train.throughput import Device
 
@@ -78,18 +79,19 @@ def train(run: Run, callbacks: Sequence[Callback], stop: StopRequest) -> None:
     while run.step < run.total_steps and not run.stopped:
         started = time.perf_counter()
         learning_rate = run.optimizer.param_groups[0]["lr"]
-        result = train_step(
-            run.model,
-            run.optimizer,
-            run.schedule,
-            run.batches(run.step),
-            step=run.step,
-            num_microbatches=run.num_microbatches,
-            micro_batch_size=run.micro_batch_size,
-            seq_length=run.seq_length,
-        )
+        with waiting.counted() as waited:
+            result = train_step(
+                run.model,
+                run.optimizer,
+                run.schedule,
+                run.batches(run.step),
+                step=run.step,
+                num_microbatches=run.num_microbatches,
+                micro_batch_size=run.micro_batch_size,
+                seq_length=run.seq_length,
+            )
         run.step += 1
-        HEART.beat(run.step)
+        HEART.beat(f"step {run.step}")
         if not torch.isfinite(torch.tensor([result.loss, result.grad_norm])).all():
             raise NotFinite(
                 f"step {run.step}: loss {result.loss}, gradient norm {result.grad_norm}; "
@@ -105,6 +107,8 @@ def train(run: Run, callbacks: Sequence[Callback], stop: StopRequest) -> None:
             "tokens_per_second": run.tokens_per_step / elapsed,
             **throughput.of_step(run.device, run.tokens_per_step, elapsed, result.seconds),
         }
+        if not torch.cuda.is_available():
+            record["time_metrics/work(s)"] = elapsed - waited.seconds
         run.stopped = stop.agreed() and run.step < run.total_steps
         for callback in callbacks:
             callback.after_step(run, record)

@@ -109,6 +109,7 @@ def record_of(line: bytes) -> dict[str, Any] | None:
     for name, value in record.items():
         if "/" in name:
             _check_numbers(value, name, 0)
+    _check_numbers(record.get("slow_ranks", {}), "slow_ranks", 1)
     if record["kind"] == "eval":
         _check_numbers(record.get("loss"), "loss", 1)
         for name in ("load", "gate"):
@@ -124,6 +125,7 @@ def record_of(line: bytes) -> dict[str, Any] | None:
 
 _NUMBERS = ("tokens", "loss", "tokens_per_second", "time", "total_steps")
 _WHOLE = ("tokens", "total_steps")
+_BY_NAME = ("loss", "slow_ranks")
 
 
 def _check_numbers(value: Any, name: str, depth: int) -> None:
@@ -132,7 +134,7 @@ def _check_numbers(value: Any, name: str, depth: int) -> None:
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise ValueError(f"{name} is {value!r:.60}, no number")
         return
-    kind = dict if depth == 3 or name == "loss" else list
+    kind = dict if depth == 3 or name in _BY_NAME else list
     if not isinstance(value, kind):
         raise ValueError(f"{name} is {value!r:.60}")
     for part in value.values() if isinstance(value, dict) else value:

@@ -1,14 +1,17 @@
-"""Weights & Biases: one group a recipe, one run a stage, the same run across resumes."""
+"""Weights & Biases: one group a recipe, one run a stage, the same run across resumes; what stages
+make and use as artifacts, so that its graph shows the branches and the mix."""
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import functools
 import hashlib
 import logging
 import os
 import shlex
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -16,6 +19,9 @@ from urllib.parse import urlsplit
 from megatron_btx.engine import checkpoint_workers
 from megatron_btx.files import written
 from megatron_btx.recipe.schema import Recipe, WandB
+from megatron_btx.recipe.stages import directory as stage_directory
+from megatron_btx.train import lineage
+from megatron_btx.weights.integrity import ALGORITHM
 
 logger = logging.getLogger(__name__)
 
@@ -78,16 +84,38 @@ class Tracker:
 
     def log(self, record: dict[str, Any]) -> None:
         """One record of ``metrics.jsonl``, nested mappings and lists flattened into names. A name
-        with a ``/`` in it is the field's, and stays as it is."""
+        with a ``/`` in it is the field's, and stays as it is. A summary goes to the run's, under
+        ``summary/``: without it stand the last values."""
         if self._run is not None and record["kind"] != "start":
             values = {k: v for k, v in record.items() if k not in ("kind", "step", "time")}
             with self._unstopped():
+                if record["kind"] == "summary":
+                    self._run.summary.update({f"summary/{k}": v for k, v in values.items()})
+                    return
                 flat = [
                     pair
                     for key, value in values.items()
                     for pair in _flat(key if "/" in key else f"{record['kind']}/{key}", value)
                 ]
                 self._run.log(dict(flat), step=record["step"])
+
+    def use(self, artifacts: Iterable[Callable[[], lineage.Artifact]]) -> None:
+        """Declare what the run was made from. Each is described anew: equal content under an equal
+        name is the same version, whoever has made it."""
+        for artifact in artifacts:
+            if self._run is None:
+                return
+            with self._unstopped():
+                # ``use_artifact`` does this and waits for the answer; offline it refuses.
+                self._run._log_artifact(
+                    _described(artifact()), is_user_created=True, use_after_commit=True
+                )
+
+    def make(self, artifact: Callable[[], lineage.Artifact]) -> None:
+        """Declare what the run has made."""
+        if self._run is not None:
+            with self._unstopped():
+                self._run.log_artifact(_described(artifact()))
 
     def close(self) -> None:
         """Finish the run's files."""
@@ -107,6 +135,40 @@ class Tracker:
 
             with contextlib.suppress(Exception):  # else it tries to end its service once more
                 wandb.teardown()
+
+
+def _described(artifact: lineage.Artifact) -> Any:
+    """An artifact of W&B's that refers to the files. It takes an entry's digest as it is given: by
+    itself it would read every checkpoint once more."""
+    import wandb
+
+    found = wandb.Artifact(artifact.name, artifact.type, metadata=dict(artifact.metadata))
+    for name, digest in artifact.files.items():
+        uri = (artifact.root / name).as_uri()
+        (entry,) = found.add_reference(uri, name, checksum=False)
+        entry.digest = base64.b64encode(bytes.fromhex(digest)).decode()
+        entry.extra[ALGORITHM] = digest
+    return found
+
+
+def track(recipe: Recipe, stage: str, needs: Iterable[str], run_dir: Path) -> None:
+    """The run of a finished stage that logs nothing but what it has used and made."""
+    if recipe.wandb.mode == "disabled":
+        return
+    tracker = Tracker(recipe, stage, stage_directory(run_dir, stage), {"recipe": recipe.name})
+    tracker.use(artifacts(recipe, lineage.used_by(stage, needs), run_dir))
+    tracker.make(*artifacts(recipe, [stage], run_dir))
+    tracker.close()
+
+
+def artifacts(
+    recipe: Recipe, stages: Iterable[str], run_dir: Path
+) -> list[Callable[[], lineage.Artifact]]:
+    """What stages have made, to be looked at when it is told."""
+    return [
+        functools.partial(lineage.made_by, stage, recipe.name, run_dir.absolute())
+        for stage in stages
+    ]
 
 
 _OFFLINE = "*/wandb/offline-run-*"

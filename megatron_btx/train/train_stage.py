@@ -4,6 +4,7 @@ baseline. They differ in where their weights come from and in what they read."""
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -42,17 +43,24 @@ from megatron_btx.recipe.schema import Recipe, Training
 from megatron_btx.recipe.stages import directory as stage_directory
 from megatron_btx.recipe.stages import model_stage
 from megatron_btx.recipe.stages import training as stage_training
-from megatron_btx.train import throughput
+from megatron_btx.train import lineage, throughput, tracking
 from megatron_btx.train.callbacks import Callback, Checkpoints, CheckReplicas, HeldOutLoss, Log
 from megatron_btx.train.loop import Run, listening, train
+from megatron_btx.train.slow_ranks import SlowRanks
 from megatron_btx.train.tracking import Tracker
 from megatron_btx.weights.find_checkpoint import find_checkpoint
 from megatron_btx.weights.manifest import read_manifest
 from megatron_btx.weights.plan import Checkpoint, Plan
 
 
-def run(recipe: Recipe, name: str, run_dir: Path) -> dict[str, Any]:
+def run(recipe: Recipe, name: str, run_dir: Path, needs: Sequence[str] = ()) -> dict[str, Any]:
     """Run stage ``name`` on this rank, or go on with it; the environment says which rank it is.
+
+    Args:
+        recipe: the run's.
+        name: of the stage.
+        run_dir: of the run.
+        needs: the stages that it waits for, whose artifacts it uses.
 
     Returns:
         ``{"checkpoint": the last one, relative to ``run_dir``, "step": ...}``. Of a run that was
@@ -64,7 +72,10 @@ def run(recipe: Recipe, name: str, run_dir: Path) -> dict[str, Any]:
     training = stage_training(recipe, name)
     distributed.initialize(training.layout, recipe.random_seed)
     with listening() as stop:
-        progress, callbacks = _begin(recipe, name, training, run_dir)
+        progress, callbacks, log = _begin(recipe, name, training, run_dir)
+        if log is not None:
+            used = lineage.used_by(name, needs)
+            log.tracker.use(tracking.artifacts(recipe, used, run_dir))
         train(progress, callbacks, stop)
         directory = stage_directory(run_dir, name)
         last = f"{directory.name}/checkpoints/step_{progress.step:08d}"
@@ -77,7 +88,7 @@ def run(recipe: Recipe, name: str, run_dir: Path) -> dict[str, Any]:
 
 def _begin(
     recipe: Recipe, name: str, training: Training, run_dir: Path
-) -> tuple[Run, list[Callback]]:
+) -> tuple[Run, list[Callback], Log | None]:
     """Model, optimizer, schedule and data of the stage, where its last checkpoint left them."""
     directory = stage_directory(run_dir, name)
     checkpoints = directory / "checkpoints"
@@ -140,7 +151,7 @@ def _begin(
     callbacks, log = _callbacks(recipe, name, training, run_dir, progress, architecture, lineage)
     if log is not None and loaded:
         log.write("load", progress.step, loaded)
-    return progress, callbacks
+    return progress, callbacks, log
 
 
 def last_checkpoint(checkpoints: Path) -> tuple[Path, Architecture, dict[str, Any]] | None:
@@ -263,6 +274,7 @@ def _callbacks(
             directory / "metrics.jsonl",
             Tracker(recipe, name, directory, {"recipe": recipe.name, **asdict(training)}),
             progress.step,
+            *tracking.artifacts(recipe, [name], run_dir),
         )
         log.write(
             "start",
@@ -289,7 +301,7 @@ def _callbacks(
         )
 
     evaluation = held_out(recipe, run_dir, tokens=training.eval_tokens)
-    listeners: list[Callback] = [] if log is None else [log]
+    listeners: list[Callback] = [SlowRanks(), *([] if log is None else [log])]
     callbacks: list[Callback] = [
         *listeners,
         HeldOutLoss(evaluation, training, log),

@@ -14,6 +14,7 @@ from megatron_btx.pipeline import state
 from megatron_btx.pipeline.fingerprint import Memo
 from megatron_btx.pipeline.slurm import jobs
 from megatron_btx.train import metrics
+from megatron_btx.train.goodput import read_attempts
 from tests.bad import fill
 
 
@@ -49,14 +50,14 @@ def test_what_follows_a_torn_line_is_not_lost(tmp_path: Path) -> None:
     journal.write_text(TORN)
     state.begin(tmp_path, 3, world_size=1, job="8")
     state.begin(tmp_path, 4, world_size=1, job="8")
-    assert [line["attempt"] for line in state.read_attempts(tmp_path)] == [1, 3, 4]
+    assert [line["attempt"] for line in read_attempts(tmp_path)] == [1, 3, 4]
     assert journal.read_text().startswith(TORN + "\n{")
 
 
 @pytest.mark.parametrize("line", ["[1]", "7", '{"attempt": "1", "time": 5}', '{"time": 5}', "\0\0"])
 def test_a_line_that_is_no_start_is_none(tmp_path: Path, line: str) -> None:
     (tmp_path / "attempts.jsonl").write_text(f"{TORN}\n{line}\n")
-    assert [record["job"] for record in state.read_attempts(tmp_path)] == ["7"]
+    assert [record["job"] for record in read_attempts(tmp_path)] == ["7"]
 
 
 def test_a_full_disk_leaves_a_journal_as_it_was(

@@ -14,14 +14,14 @@ CHILD = """
 import signal, sys, time
 from pathlib import Path
 from megatron_btx.pipeline import watchdog
-from megatron_btx.train.heartbeat import HEART
+from megatron_btx.engine.heartbeat import HEART
 
 signal.signal(signal.SIGUSR1, lambda *_: print("asked to save", flush=True))
 watchdog._TOGETHER = watchdog._EVERY = 0.2
 directory, hang, grace = sys.argv[1:]
 
 def waits_for_ever():
-    HEART.beat(12)
+    HEART.beat("step 12")
     while True:
         time.sleep(1)
 

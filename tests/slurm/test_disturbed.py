@@ -20,9 +20,10 @@ from typing import Any
 
 import pytest
 
-from megatron_btx.pipeline import state
+from megatron_btx.train.goodput import read_attempts
 from tests.slurm.cluster import Cluster, wait
 from tests.slurm.conftest import LO, MATH, ROOT, SLOW, WAITS, Run, branch, longer_finetune, sums
+from tests.slurm.ranks_disturbed import a_rank_hangs, a_rank_hangs_as_it_evaluates, a_slow_rank
 
 ELSEWHERE = "slurm: {environment: {GLOO_SOCKET_IFNAME: lo}, sbatch: ['--exclude=n[3-4]']%s}\n"
 """Away from the nodes one of which is set down."""
@@ -298,25 +299,9 @@ def a_lost_node_whose_ranks_live_on(around: Around) -> None:
         row = run.status()["seed"]
         assert (row["state"], row["restarts"]) == ("done", 1), run.out()
         assert f"ranks of this job live on ({node}): they are asked to end" in run.out()
-        first, second = state.read_attempts(run.run_dir / "seed")  # what the first did is kept
+        first, second = read_attempts(run.run_dir / "seed")  # what the first did is kept
         assert int(second["progress"].removeprefix("step_")) >= 60 > int(first["progress"])
         assert run.steps("seed") == around.undisturbed(a_seed)
-
-
-def a_rank_hangs(around: Around) -> None:
-    """One of two is stopped: both say where they are, and the job is requeued."""
-    run = longer_finetune(around.whole, around.place("hangs"), "hang_minutes: 1\n")
-    job = run.submit("--only", "finetune")["finetune"]
-    run.training("finetune", job)
-    os.kill(run.ranks("finetune")[-1], signal.SIGSTOP)
-    wait(lambda: "requeued: a rank hangs: rank " in run.out(), 240, run.out())
-    run.finished()
-    row = run.status()["finetune"]
-    assert (row["state"], row["restarts"] > 0) == ("done", True), run.out()
-    first = (run.run_dir / "finetune" / "log" / "attempt-1.log").read_text()
-    for rank in (0, 1):
-        assert f"{rank}: rank {rank}: no step for 1." in first
-    assert run.steps("finetune") == around.undisturbed(a_finetuning)
 
 
 def gpus(around: Around) -> None:
@@ -422,6 +407,8 @@ SCENARIOS: tuple[Scenario, ...] = (
     the_controller_killed_while_a_requeue_is_asked_for,
     a_lost_node_whose_ranks_live_on,
     a_rank_hangs,
+    a_rank_hangs_as_it_evaluates,
+    a_slow_rank,
     one_domain_changed,
     the_same_by_hand_and_without_slurm,
 )

@@ -15,6 +15,7 @@ from typing import IO, TYPE_CHECKING, Any
 from megatron_btx.errors import shown
 from megatron_btx.pipeline import state
 from megatron_btx.train.metrics import record_of
+from megatron_btx.train.summary import Summary
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -35,6 +36,7 @@ class Standing:
     tokens_per_second: float | None = None
     mfu: float | None = None
     text: str = ""
+    summary: Summary = field(default_factory=Summary)
     _inode: int = 0
     _offset: int = 0
     _times: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=30))
@@ -47,6 +49,7 @@ class Standing:
             if status.st_ino != self._inode or status.st_size < self._offset:
                 self._inode, self._offset = status.st_ino, 0  # cut to the steps that stand
                 self._times.clear()
+                self.summary = Summary()
             file.seek(self._offset)
             new = file.read()
             whole = new[: new.rfind(b"\n") + 1]
@@ -63,6 +66,8 @@ class Standing:
 
     def _take(self, record: dict[str, Any]) -> None:
         kind = record.get("kind")
+        if kind is not None:
+            self.summary.add(record)
         if kind == "start":
             self.total = float(record.get("total_steps", 0))
             self._times.clear()  # the pause before a resume is nobody's speed

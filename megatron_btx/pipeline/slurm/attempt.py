@@ -24,6 +24,7 @@ from megatron_btx.pipeline.slurm import jobs
 from megatron_btx.recipe import stages
 from megatron_btx.recipe.load import load_recipe
 from megatron_btx.recipe.schema import Recipe
+from megatron_btx.train.goodput import read_attempts
 
 TOKEN = "slurm/token"
 """File of the run's directory by which a node's view of it is known."""
@@ -188,7 +189,7 @@ def _restarts() -> int:
 def _limit_restarts(recipe: Recipe, directory: Path) -> None:
     """Stop a job that restarts without getting on, or without end."""
     job, restarts = os.environ.get("SLURM_JOB_ID"), _restarts()
-    attempts = state.read_attempts(directory)
+    attempts = read_attempts(directory)
     starts = [line.get("progress") for line in attempts if line.get("job") == job]
     now, same = progress(directory), 0
     while same < len(starts) and starts[-1 - same] == now:

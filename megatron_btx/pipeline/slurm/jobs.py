@@ -18,12 +18,12 @@ from typing import Any
 
 from megatron_btx.errors import UserError
 from megatron_btx.files import find_json
-from megatron_btx.pipeline import state
 from megatron_btx.pipeline.graph import Stage
 from megatron_btx.pipeline.slurm import commands
 from megatron_btx.pipeline.slurm.commands import SlurmJob
 from megatron_btx.recipe import slurm
 from megatron_btx.recipe.load import load_recipe
+from megatron_btx.train.goodput import read_attempts
 
 _SCRIPT = re.compile(rf"(?:.*/)?({'|'.join(slurm.KINDS)})\.sbatch (.+)")
 
@@ -36,7 +36,7 @@ def submitted(run_dir: Path) -> dict[str, dict[str, Any]]:
 
 def begun(directory: Path) -> dict[str, Any]:
     """What the latest attempt at a stage has noted of the job that it was in; empty if of none."""
-    attempts = state.read_attempts(directory)
+    attempts = read_attempts(directory)
     return attempts[-1] if attempts and attempts[-1].get("job") else {}
 
 

@@ -7,18 +7,22 @@ import contextlib
 import os
 import re
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_btx.errors import UserError
 from megatron_btx.files import find_json
-from megatron_btx.pipeline import state
+from megatron_btx.pipeline import numbers, state
 from megatron_btx.pipeline.graph import Stage
 from megatron_btx.pipeline.local.progress import Standing, amount, clock
 from megatron_btx.pipeline.slurm import commands, jobs
+from megatron_btx.train.goodput import read_attempts
+from megatron_btx.train.summary import slow_in_words
 
-COLUMNS = ("stage", "job", "state", "nodes", "step", "loss", "tokens/s", "left", "restarts")
+COLUMNS = ("stage", "job", "state", "nodes", "step", "loss", "tokens/s", "MFU", "goodput", "left",
+           "restarts")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,6 +45,12 @@ class StageStatus:
     restarts: int = 0
     active: bool = False
     """Whether its job is in the queue."""
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    """Of the stage so far (train/summary.py)."""
+    slow_ranks: Mapping[str, float] = field(default_factory=dict)
+    """By ``RANK@HOST``: how many times as long as the median rank it works."""
+    experts: Mapping[str, Sequence[Mapping[str, float]]] = field(default_factory=dict)
+    """Of an MoE: how evenly its experts are used, by domain and layer."""
     note: str = ""
     """Why it waits, or the last thing that a failed one said."""
 
@@ -51,7 +61,10 @@ class StageStatus:
         speed = amount(self.tokens_per_second) if self.tokens_per_second else ""
         restarts = str(self.restarts) if self.restarts else ""
         where = (self.stage, self.job, self.state, self.nodes)
-        return (*where, self.step, loss, speed, self.left, restarts)
+        mfu = "" if self.mfu is None else numbers.percent(self.mfu)
+        share = self.numbers.get("goodput/share")
+        goodput = "" if share is None else numbers.percent(share)
+        return (*where, self.step, loss, speed, mfu, goodput, self.left, restarts)
 
 
 def rows(run_dir: Path, stages: tuple[Stage, ...]) -> list[StageStatus]:
@@ -92,7 +105,7 @@ def _row(run_dir: Path, stage: Stage, number: str | None, noted: dict[str, Any])
     if job is not None and forgotten:
         note = _FORGOTTEN % job.number
     elif job is not None and active:
-        note = _waits(job, done)
+        note = _waits(job, done) or slow_in_words(seen.summary.slow_ranks)
     elif word == "left" and number:  # its controller was killed before it had written it down
         note = f"Slurm no longer knows its job {number}: submit again"
     else:
@@ -109,6 +122,9 @@ def _row(run_dir: Path, stage: Stage, number: str | None, noted: dict[str, Any])
         left=_left(seen, job) if job is not None and word == "running" else "",
         restarts=job.restarts if job else 0,
         active=active,
+        numbers=seen.summary.values(read_attempts(directory), _finished(record)),
+        slow_ranks=seen.summary.slow_ranks,
+        experts=seen.summary.experts,
         note=note,
     )
 
@@ -159,9 +175,15 @@ _ENDING = 60.0
 
 def _forgotten(job: commands.SlurmJob, record: dict[str, Any]) -> bool:
     """Whether Slurm has forgotten that a job has ended, whose stage is done."""
-    finished = record.get("finished")
-    since = time.time() - finished if isinstance(finished, int | float) else 0.0
+    finished = _finished(record)
+    since = 0.0 if finished is None else time.time() - finished
     return job.state == "RUNNING" and since > _ENDING
+
+
+def _finished(record: dict[str, Any] | None) -> float | None:
+    """When a stage was done, by its ``done.json``."""
+    finished = (record or {}).get("finished")
+    return finished if isinstance(finished, int | float) else None
 
 
 _HELD = """\
@@ -200,6 +222,13 @@ def table(found: list[StageStatus]) -> str:
         if row is not None and row.note:
             lines += [f"    {text}" for text in row.note.splitlines()]
     return "\n".join(lines) + "\n"
+
+
+def numbers_text(found: list[StageStatus]) -> str:
+    """What the stages' logs say of speed, of the wall time and of the experts' use, as tables."""
+    tables = numbers.tables({row.stage: row.numbers for row in found})
+    tables += [numbers.experts(row.experts) for row in found if row.experts]
+    return "\n".join(numbers.columns(head, rows) for head, rows in tables)
 
 
 MARK = "btx: "

@@ -15,7 +15,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
+
+from megatron_btx.files import read_lines
 
 Record = Mapping[str, Any]
 
@@ -29,6 +32,17 @@ _SECONDS = {
 
 
 @dataclass(frozen=True, slots=True)
+class Sign:
+    """What a record of ``metrics.jsonl`` says of the time."""
+
+    time: float
+    """When it was written, seconds since the epoch."""
+    kind: str = ""
+    """Of ``KINDS``: what the time before it was; empty: it says nothing of that."""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class Interval:
     """A piece of the wall time."""
 
@@ -39,47 +53,62 @@ class Interval:
     end: float
 
 
+def read_attempts(stage: Path) -> list[dict[str, Any]]:
+    """The starts of a stage that ``attempts.jsonl`` in its directory notes, the oldest first:
+    ``attempt``, ``time``, and of all but the first ``former_ended``."""
+    return [
+        line
+        for line in read_lines(stage / "attempts.jsonl")
+        if isinstance(line.get("attempt"), int) and isinstance(line.get("time"), int | float)
+    ]
+
+
+def sign(record: Record) -> Sign | None:
+    """Of a record of ``metrics.jsonl``; ``None`` where it has no time."""
+    if not isinstance(record.get("time"), int | float):
+        return None
+    kind, key = _SECONDS.get(record["kind"], ("", ""))
+    if not isinstance(record.get(key), int | float):
+        return Sign(float(record["time"]))
+    return Sign(float(record["time"]), kind, float(record[key]))
+
+
 def intervals(
-    attempts: Sequence[Record], records: Sequence[Record], end: float | None = None
+    attempts: Sequence[Record], signs: Sequence[Sign], end: float | None = None
 ) -> list[Interval]:
     """The wall time of a stage, piece by piece, without gaps or overlaps.
 
     Args:
-        attempts: of ``attempts.jsonl``: ``time``, and of all but the first ``former_ended``.
-        records: of ``metrics.jsonl``: what the stage has kept, each with its ``time``.
+        attempts: as :func:`read_attempts` finds them.
+        signs: of the records that the stage has kept.
         end: of the stage; ``None``: its last record.
     """
     if not attempts:
         return []
     starts = [float(attempt["time"]) for attempt in attempts]
-    timed = sorted(
-        ((float(r["time"]), r) for r in records if "time" in r), key=lambda item: item[0]
-    )
-    last = end if end is not None else max([starts[-1], *(time for time, _ in timed)])
+    ordered = sorted(signs, key=lambda sign: sign.time)
+    last = end if end is not None else max([starts[-1], *(sign.time for sign in ordered)])
     found: list[Interval] = []
     for place, (begin, until) in enumerate(pairwise([*starts, last])):
         ended = until
         if place + 1 < len(attempts):
             ended = min(until, max(begin, float(attempts[place + 1].get("former_ended", until))))
-        own = [(time, record) for time, record in timed if begin <= time <= until]
+        own = [sign for sign in ordered if begin <= sign.time <= until]
         found += _attempt(begin, ended, own, killed=place + 1 < len(attempts))
         found.append(Interval("queue", ended, until))
     return [piece for piece in found if piece.end > piece.begin]
 
 
-def _attempt(
-    begin: float, ended: float, records: Sequence[tuple[float, Record]], *, killed: bool
-) -> list[Interval]:
+def _attempt(begin: float, ended: float, signs: Sequence[Sign], *, killed: bool) -> list[Interval]:
     """Of one attempt; what came after its last kept step is lost, if it was killed."""
     found: list[Interval] = []
     at, gap = begin, "start"
-    for time, record in records:
-        kind, key = _SECONDS.get(record["kind"], ("", ""))
-        if not kind or time > ended or not isinstance(record.get(key), int | float):
+    for sign in signs:
+        if not sign.kind or sign.time > ended:
             continue
-        first = min(max(at, time - float(record[key])), time)
-        found += [Interval(gap, at, first), Interval(kind, first, time)]
-        at, gap = max(at, time), "other"
+        first = min(max(at, sign.time - sign.seconds), sign.time)
+        found += [Interval(gap, at, first), Interval(sign.kind, first, sign.time)]
+        at, gap = max(at, sign.time), "other"
     if killed and gap == "other":
         gap = "lost"
     return [*found, Interval(gap, at, ended)]

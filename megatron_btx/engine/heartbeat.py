@@ -8,19 +8,19 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True)
 class Heartbeat:
-    """The last sign of this process's training."""
+    """The last sign of this process's work."""
 
-    step: int | None = None
-    """Optimizer steps done; ``None`` before the first."""
+    last: str = ""
+    """What was done: ``step 12``, ``micro-batch 3 of math``; empty before the first."""
     time: float = field(default_factory=time.monotonic)
 
-    def beat(self, step: int) -> None:
-        """A step has been done."""
-        self.step, self.time = step, time.monotonic()
+    def beat(self, what: str) -> None:
+        """Something has been done."""
+        self.last, self.time = what, time.monotonic()
 
     def begin(self) -> None:
         """Nothing has been done yet, from now on."""
-        self.step, self.time = None, time.monotonic()
+        self.beat("")
 
     @property
     def silence(self) -> float:
@@ -29,4 +29,4 @@ class Heartbeat:
 
 
 HEART = Heartbeat()
-"""This process's: it trains one model at a time."""
+"""This process's: it works at one model at a time."""
