@@ -13,10 +13,10 @@ from tests.ranks import Ranks
 from tests.small import FAKE_KEY, Exported, btx, export, write_small
 
 LONGEST = (
-    "tests/test_run.py",
-    "tests/systems",
+    "tests/cli/test_run.py",
+    "tests/examples",
     "tests/engine/test_layouts.py",
-    "tests/test_wandb.py",
+    "tests/cli/test_wandb.py",
 )
 """Files of minutes, begun first: two workers then end at the same time."""
 

@@ -22,7 +22,7 @@ from megatron_btx.recipe.load import load_recipe
 from megatron_btx.report import routing
 from megatron_btx.train.metrics import read
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TINY = ROOT / "examples" / "tiny" / "recipe.yaml"
 STAGES = ("seed", "expert-code", "expert-math", "expert-prose", "dense", "finetune")
 

@@ -10,9 +10,9 @@ import pytest
 from megatron_btx.pipeline import graph, state
 from megatron_btx.recipe.load import dump, load_recipe
 from megatron_btx.report.comparison import FinishedRun
+from tests.examples.ranks_side import run_stage
 from tests.ranks import Ranks
 from tests.small import write_small
-from tests.systems.ranks_side import run_stage
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 NAMES = sorted(path.stem for path in (EXAMPLES / "systems").glob("*.yaml"))

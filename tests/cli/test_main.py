@@ -19,7 +19,7 @@ from tests.bad import Bad, Commands
 from tests.report.made import make_run
 from tests.small import btx, write_small
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "examples" / "tiny" / "recipe.yaml"
 
 

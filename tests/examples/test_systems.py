@@ -29,9 +29,9 @@ from megatron_btx.train import metrics
 from megatron_btx.weights.find_checkpoint import find_checkpoint
 from megatron_btx.weights.megatron import open_megatron
 from megatron_btx.weights.source import read_whole
+from tests.examples.conftest import EXAMPLES, NAMES
+from tests.examples.ranks_side import run_stage
 from tests.ranks import Ranks
-from tests.systems.conftest import EXAMPLES, NAMES
-from tests.systems.ranks_side import run_stage
 
 Systems = Mapping[str, FinishedRun]
 
