@@ -15,6 +15,9 @@ setup(
             "evaluate/items/*.yaml",
             "report/templates/*.html",
             "report/templates/*.css",
+            # A link to examples/, for `btx init --example`.
+            "examples/*",
+            "examples/*/*",
         ]
     },
     install_requires=[

@@ -13,9 +13,11 @@ from megatron_btx import __version__
 from megatron_btx.cli import (
     centroids,
     compare,
+    convert,
     data,
     evaluate,
     generate,
+    init,
     keys,
     mix,
     plan,
@@ -41,6 +43,7 @@ _DISK = {
 """What a person can do about a disk that refuses, or a path that cannot be."""
 
 _EPILOG = """examples:
+  btx init --example demo                      write an example out, where there is no checkout
   btx plan examples/demo/recipe.yaml           what it will train, and what that costs
   btx run examples/demo/recipe.yaml            do it; after an interruption, go on
   btx report examples/demo/recipe.yaml         the final table, and the page anew
@@ -74,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 _COMMANDS = (
-    *(run, plan, keys, report, stage, mix, compare),
+    *(init, run, plan, keys, report, stage, mix, convert, compare),
     *(evaluate, generate, routing, centroids, data, slurm),
 )
 """Each adds its parsers, in the order of ``btx --help``."""

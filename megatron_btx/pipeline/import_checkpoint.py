@@ -175,7 +175,7 @@ def _read(recipe: Recipe, where: str, path: Path) -> tuple[Path, dict[str, Any]]
         raise UserError(
             where,
             f"{directory} is of another model ({'; '.join(different)})",
-            f"write what `python tools/convert/hf_to_megatron.py {directory}` prints"
+            f"write what `btx convert hf-to-megatron {directory}` prints"
             if there
             else "change `model:` to the checkpoint's, or take another checkpoint",
         )

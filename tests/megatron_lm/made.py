@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import io
 import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatron_btx.families import trainer_arguments
 from megatron_btx.mix import offline
 from megatron_btx.mix.request import MixRequest
 from megatron_btx.weights.megatron import open_megatron
 from tests.megatron_lm import trainer
 from tests.ranks import Ranks
 
-TOOLS = Path(__file__).parents[2] / "tools" / "convert"
 LENGTH, VOCABULARY = 24, 70
 TOKENS = torch.randint(0, VOCABULARY, (2, LENGTH + 1), generator=torch.Generator().manual_seed(1))
 TOLERANCE = 1e-5
@@ -31,14 +30,10 @@ def convert(source: Path, out: Path, form: str) -> None:
 
 def words_for(step: Path, tp: int) -> list[str]:
     """What the tool prints for a step directory, and the directory that it says to make."""
-    if str(TOOLS) not in sys.path:
-        sys.path.insert(0, str(TOOLS))
-    import megatron_lm_args
-
     checkpoint = open_megatron(step, "model")
     words = [
         word
-        for name, value in megatron_lm_args.arguments(checkpoint, tp)
+        for name, value in trainer_arguments.arguments(checkpoint, tp)
         for word in (f"--{name}", *shlex.split(str(value)))
     ]
     load = step.parent / f"{step.name}.load"

@@ -1,4 +1,4 @@
-"""The scripts of tools/convert, as they are used, and what a recipe takes from Hugging Face."""
+"""``btx convert`` by its doors in tools/convert, and what a recipe takes from Hugging Face."""
 
 from __future__ import annotations
 
@@ -44,7 +44,6 @@ TEXT = "the quick brown fox jumps over a lazy dog while seven wizards mix jars o
 @pytest.fixture
 def tool(monkeypatch, capsys):
     """Run a script of tools/convert: (exit code, what it said)."""
-    monkeypatch.syspath_prepend(str(TOOLS))
 
     def run(script: str, *words: object) -> tuple[object, str]:
         monkeypatch.setattr(sys, "argv", [script, *map(str, words)])
@@ -136,11 +135,10 @@ def test_neither_transformers_nor_a_network_is_needed(tmp_path, released):
         "import runpy, socket, sys\n"
         "sys.modules['transformers'] = None\n"
         "socket.socket.connect = None\n"
-        "sys.path.insert(0, sys.argv[1])\n"
-        "script, sys.argv = sys.argv[2], sys.argv[2:]\n"
+        "script, sys.argv = sys.argv[1], sys.argv[1:]\n"
         "runpy.run_path(script, run_name='__main__')\n"
     )
-    command = [sys.executable, "-c", program, str(TOOLS), str(TOOLS / "hf_to_megatron.py")]
+    command = [sys.executable, "-c", program, str(TOOLS / "hf_to_megatron.py")]
     done = subprocess.run(
         [*command, released, tmp_path / "out", "--memory", "1GiB"], capture_output=True, text=True
     )
@@ -286,7 +284,7 @@ def test_a_block_of_another_model_is_refused(taking):
     changed = replace(taking, model=replace(taking.model, window_size=None))
     with pytest.raises(UserError, match=r"window_size: \(6, 0\) there, None here") as caught:
         import_checkpoint.check(changed, "seed")
-    assert "hf_to_megatron.py" in caught.value.fix
+    assert "btx convert hf-to-megatron" in caught.value.fix
 
 
 def test_the_printed_block_is_the_model(taking, released):

@@ -1,0 +1,147 @@
+"""The arguments with which NVIDIA's Megatron-LM loads and trains a checkpoint on."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from typing import Any
+
+from megatron_btx.errors import UserError
+from megatron_btx.families.hf_routing import Gates
+from megatron_btx.recipe.architecture import Architecture
+from megatron_btx.recipe.count import expert_width, kv_channels, query_groups
+from megatron_btx.weights.plan import Checkpoint
+
+_TOKENIZERS = {"huggingface": "HuggingFaceTokenizer", "sentencepiece": "GPTSentencePieceTokenizer"}
+
+
+def command_line(checkpoint: Checkpoint, tp: int) -> str:
+    """The arguments as a shell takes them, under notes on what they cannot say.
+
+    Args:
+        checkpoint: opened from a directory.
+        tp: tensor parallel size under which Megatron-LM will run.
+
+    Raises:
+        UserError: Megatron-LM has no argument for what the model computes.
+    """
+    words = [f"--{name} {value}".rstrip() for name, value in arguments(checkpoint, tp)]
+    assert checkpoint.path is not None
+    step = shlex.quote(str(checkpoint.path.resolve()))
+    return (
+        "# Megatron-LM looks for a directory of a fixed name below --load:\n"
+        f"#   mkdir load && ln -s {step} load/release\n"
+        "#   echo release > load/latest_checkpointed_iteration.txt\n"
+        + "".join(f"# {line}\n" for line in notes(checkpoint.architecture, tp))
+        + " \\\n".join(words)
+        + "\n"
+    )
+
+
+def arguments(checkpoint: Checkpoint, tp: int) -> Iterator[tuple[str, Any]]:
+    """Name and value of every argument; flags have an empty one.
+
+    Raises:
+        UserError: Megatron-LM has no argument for what the model computes.
+    """
+    yield from _model(checkpoint.architecture, tp)
+    if checkpoint.architecture.experts:
+        yield from _experts(checkpoint.architecture)
+    tokenizer = checkpoint.manifest.get("tokenizer")
+    if tokenizer and checkpoint.path:
+        inside = checkpoint.path / "tokenizer"
+        place = inside if inside.is_dir() else checkpoint.path
+        whole = tokenizer["type"] == "huggingface"
+        yield "tokenizer-type", _TOKENIZERS[tokenizer["type"]]
+        yield "tokenizer-model", shlex.quote(str(place if whole else place / tokenizer["file"]))
+    yield from {
+        "tensor-model-parallel-size": tp,
+        "ckpt-format": "torch_dist",
+        "load": "load",
+        "finetune": "",
+        "no-load-optim": "",
+        "no-load-rng": "",
+    }.items()
+
+
+def notes(architecture: Architecture, tp: int) -> Iterator[str]:
+    """What the arguments cannot say, for people."""
+    model = architecture.model
+    if model.rope_scaling and model.rope_scaling_factor != 8:
+        yield "Megatron-LM (megatron-core 0.17 to 0.19) drops --rope-scaling-factor for 8: after"
+        yield "  config = gpt_config_from_args(args)"
+        yield f"  config.rope_scaling_factor = {model.rope_scaling_factor}"
+    if more := -architecture.vocab_size % tp:
+        yield f"{more} row(s) of zeros pad the vocabulary for TP {tp}, and count in its loss"
+    if architecture.experts:
+        yield "--moe-grouped-gemm needs Transformer Engine, and computes the same"
+
+
+def _model(architecture: Architecture, tp: int) -> Iterator[tuple[str, Any]]:
+    model = architecture.model
+    if tp < 1:
+        raise UserError("--tensor-model-parallel-size", f"is {tp}", "give at least 1")
+    yield from {
+        "num-layers": model.num_layers,
+        "hidden-size": model.hidden_size,
+        "ffn-hidden-size": model.ffn_hidden_size,
+        "num-attention-heads": model.num_attention_heads,
+        "group-query-attention": "",
+        "num-query-groups": query_groups(model),
+        "kv-channels": kv_channels(model),
+        "seq-length": model.seq_length,
+        "max-position-embeddings": model.max_position_embeddings or model.seq_length,
+        "position-embedding-type": "rope",
+        "rotary-base": _whole("rotary_base", model.rotary_base),
+        "normalization": "RMSNorm",
+        "norm-epsilon": model.layernorm_epsilon,
+        "swiglu": "",
+        "disable-bias-linear": "",
+        "attention-dropout": 0.0,
+        "hidden-dropout": 0.0,
+        "init-method-std": model.init_method_std,
+        "vocab-size": architecture.vocab_size,
+        # It rounds up to a multiple of this and of TP; rows that are stored beyond are not loaded.
+        "make-vocab-size-divisible-by": 1,
+    }.items()
+    if model.untie_embeddings_and_output_weights:
+        yield "untie-embeddings-and-output-weights", ""
+    if model.add_qkv_bias:
+        yield "add-qkv-bias", ""
+    if model.qk_layernorm:
+        yield "qk-layernorm", ""
+    if model.rope_scaling:
+        yield "use-rope-scaling", ""
+        yield "rope-scaling-factor", model.rope_scaling_factor
+    if (factor := model.seq_len_interpolation_factor) is not None:
+        whole = _whole("seq_len_interpolation_factor", factor)
+        yield "rotary-seq-len-interpolation-factor", whole
+    if model.window_size is not None:
+        yield "window-size", ",".join(map(str, model.window_size))
+    if model.window_attn_skip_freq is not None:
+        yield "window-attn-skip-freq", shlex.quote(str(list(model.window_attn_skip_freq)))
+
+
+def _experts(architecture: Architecture) -> Iterator[tuple[str, Any]]:
+    model, gates = architecture.model, Gates.of(architecture)
+    if gates.k == 1 and gates.normalised:
+        what = "routes to one expert with weight 1; Megatron-LM's top-1 takes its probability"
+        raise UserError("routing", what, "keep it in this project, or export it")
+    yield from {
+        "num-experts": len(architecture.experts),
+        "moe-ffn-hidden-size": expert_width(model),
+        "moe-router-topk": gates.k,
+        "moe-router-dtype": "fp32",
+    }.items()
+    if not gates.normalised:
+        yield "moe-router-pre-softmax", ""
+    if (shared := model.moe_shared_expert_intermediate_size) is not None:
+        yield "moe-shared-expert-intermediate-size", shared
+        if model.moe_shared_expert_gate:
+            yield "moe-shared-expert-gate", ""
+
+
+def _whole(name: str, value: float) -> int:
+    if value != int(value):
+        raise UserError(name, f"is {value}; Megatron-LM takes whole numbers", "train it here")
+    return int(value)
