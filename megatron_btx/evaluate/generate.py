@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_btx.evaluate.predictor import NO_PROGRESS, Predictor, ScoredText
+from megatron_btx.evaluate.remembered import Remembered, remembers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,18 +47,24 @@ def generate(
 
     What a prompt is continued with depends on no other prompt: each draws from a generator of its
     own, keyed by the seed and its place. A prompt that leaves no room in the model's context is cut
-    at its beginning.
+    at its beginning. Keys and values are kept where :func:`remembers` says so; elsewhere a token
+    costs a pass over all that stands before it.
     """
     settings = [decoding] * len(prompts) if isinstance(decoding, Decoding) else list(decoding)
     texts = [_Text(predictor, prompt, at, one) for at, (prompt, one) in
              enumerate(zip(prompts, settings, strict=True))]  # fmt: skip
     total = sum(one.max_new_tokens for one in settings)
-    while going := [text for text in texts if not text.done]:
-        found = predictor.next([text.row() for text in going])
-        for text, log_probs in zip(going, found, strict=True):
-            text.add(pick(log_probs, text.decoding, text.draw))
-        left = sum(t.decoding.max_new_tokens - len(t.new) for t in texts if not t.done)
-        progress(1 - left / max(total, 1))
+    order = sorted(texts, key=lambda text: -len(text.prompt))  # of like length together
+    for first in range(0, len(order), predictor.rows_at_once):
+        together = order[first : first + predictor.rows_at_once]
+        room = max(text.decoding.max_new_tokens for text in together)
+        following = Remembered(predictor, room) if remembers(predictor) else predictor
+        while going := [text for text in together if not text.done]:
+            found = following.next([text.row() for text in going])
+            for text, log_probs in zip(going, found, strict=True):
+                text.add(pick(log_probs, text.decoding, text.draw))
+            left = sum(t.decoding.max_new_tokens - len(t.new) for t in texts if not t.done)
+            progress(1 - left / max(total, 1))
     return [text.continuation() for text in texts]
 
 

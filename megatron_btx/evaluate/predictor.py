@@ -5,14 +5,13 @@ next by what came back (:mod:`megatron_btx.evaluate.lm_eval_adapter`) simply run
 Rows are dealt to the data-parallel ranks; under expert parallelism all of those run together, so
 each runs the same number of batches, short ones filled up.
 
-Nothing is kept between calls, no keys and values either: a token that is generated costs a pass
-over all that stands before it.
+Nothing is kept between calls, no keys and values either: texts that grow are remembered.py's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,22 +88,24 @@ class Predictor:
         tokenizer: str | None = None,
         random_seed: int = 0,
     ) -> None:
-        self.subject = subject
+        self.subject, self.layout = subject, layout
         self.tokenizer: Tokenizer = (
             tokenizer_of(subject.first) if tokenizer is None else given_tokenizer(Path(tokenizer))
         )
         self.start_id = self.tokenizer.start_id
-        self._members = {
+        self.members: dict[str, Live] = {
             label: load(checkpoint, layout, precision, random_seed)
             for label, checkpoint in opened(subject).items()
         }
-        architectures = [member.architecture for member in self._members.values()]
+        architectures = [member.architecture for member in self.members.values()]
         self.expert_choice = expert_choices(one.routing for one in architectures)
-        """Of Sample Top-1 (choice.py)."""
+        """Of Sample Top-1 (sample_top1_mode.py)."""
         self.vocab_size = architectures[0].vocab_size
         self.seq_length = min(one.model.seq_length for one in architectures)
         self._index: TfIdf | None = similarity_index(subject, random_seed)
+        self.by_posterior = subject.method is not None and self._index is None
         self._size = micro_batch_size
+        self.rows_at_once = micro_batch_size * layout.data_parallel_size
         self._multiple = layout.tensor_model_parallel_size  # sequence parallelism cuts rows evenly
 
     def encode(self, text: str) -> list[int]:
@@ -162,21 +163,25 @@ class Predictor:
         """Each member's logits [B, S, V] of this rank's rows; none where the last pipeline stage
         is elsewhere."""
         length = -(-longest // self._multiple) * self._multiple
-        tokens = torch.full((len(rows), length), self.start_id)
-        for place, row in enumerate(rows):
-            read = torch.tensor(row.ids[:longest])
-            tokens[place, : len(read)] = read
+        tokens = self.padded([replace(row, ids=row.ids[:longest]) for row in rows], length)
         batch = {
             "tokens": tokens,
-            "positions": torch.arange(length).expand_as(tokens).contiguous(),
+            "positions": torch.arange(length).expand(tokens.shape).contiguous(),
             "samples": torch.tensor([row.number for row in rows]),
         }
         batch = {key: value.to(torch.cuda.current_device()) for key, value in batch.items()}
         return {
             label: found
-            for label, member in self._members.items()
+            for label, member in self.members.items()
             if (found := self._logits(member, batch)) is not None
         }
+
+    def padded(self, rows: Sequence[ScoredText], length: int) -> Tensor:
+        """The rows' ids side by side, filled up at the end, int64 [rows, length]."""
+        tokens = torch.full((len(rows), length), self.start_id)
+        for place, row in enumerate(rows):
+            tokens[place, : len(row.ids)] = torch.tensor(row.ids)
+        return tokens.to(torch.cuda.current_device())
 
     def _logits(self, member: Live, batch: dict[str, Tensor]) -> Tensor | None:
         size, length = batch["tokens"].shape
@@ -202,7 +207,7 @@ class Predictor:
             if not len(labels):
                 answers[place, 1] = 1
                 continue
-            mixed = self._mixed(logits, weights, place, span)
+            mixed = self.mixed(logits, weights, place, span)
             answers[place, 0] = mixed.gather(1, labels[:, None]).double().sum()
             answers[place, 1] = (mixed.argmax(1) == labels).all()
         return answers
@@ -212,10 +217,10 @@ class Predictor:
         weights = self._weights(rows, logits)
         spans = [slice(len(row.ids) - 1, len(row.ids)) for row in rows]
         return torch.cat(
-            [self._mixed(logits, weights, place, span) for place, span in enumerate(spans)]
+            [self.mixed(logits, weights, place, span) for place, span in enumerate(spans)]
         )
 
-    def _mixed(
+    def mixed(
         self, logits: dict[str, Tensor], weights: Sequence[Tensor] | None, row: int, span: slice
     ) -> Tensor:
         """The average's log-probabilities [positions, V] within one row."""
@@ -231,29 +236,37 @@ class Predictor:
         method = self.subject.method
         if method is None:
             return None
-        if self._index is None:
-            return [self._posterior(row, place, logits) for place, row in enumerate(rows)]
-        return [self._chosen(row, btm.TOP[method]).to(_device(logits)) for row in rows]
+        if self.by_posterior:
+            return [
+                btm.posterior(self.scores(row, place, logits), self.prior())
+                for place, row in enumerate(rows)
+            ]
+        return [self.chosen(row, btm.TOP[method]).to(_device(logits)) for row in rows]
 
-    def _posterior(self, row: ScoredText, place: int, logits: dict[str, Tensor]) -> Tensor:
-        """From the tokens that are known; the label of the last one is not, and not looked at."""
+    def scores(self, row: ScoredText, place: int, logits: dict[str, Tensor]) -> Tensor:
+        """Log-probability of each token's successor under each member, [N, tokens read]; that of
+        the last is not known, and stands for nothing."""
         labels = torch.tensor((*row.ids[1:], 0), device=_device(logits))
         read = next(iter(logits.values())).shape[1]
         labels = labels[:read]
-        scores = torch.stack(
+        return torch.stack(
             [
                 found[place, : len(labels)].gather(1, labels[:, None])[:, 0]
                 - found[place, : len(labels)].logsumexp(-1)
                 for found in logits.values()
             ]
         )
-        prior = self.subject.prior
-        known = None if prior is None else torch.tensor([prior[name] for name in logits])
-        if known is not None:
-            known = (known / known.sum()).to(scores.device)
-        return btm.posterior(scores, known)
 
-    def _chosen(self, row: ScoredText, k: int) -> Tensor:
+    def prior(self) -> Tensor | None:
+        """Of the members, summing to 1, [N]."""
+        prior = self.subject.prior
+        if prior is None:
+            return None
+        known = torch.tensor([prior[name] for name in self.members])
+        return (known / known.sum()).to(torch.cuda.current_device())
+
+    def chosen(self, row: ScoredText, k: int) -> Tensor:
+        """Weights [N, tokens] of the k members whose text is most like a row's."""
         assert self._index is not None
         ids = torch.tensor(row.ids)
         if self.subject.context == "document":

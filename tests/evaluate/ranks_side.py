@@ -127,3 +127,76 @@ def evaluate(model: Path, layout: Layout, text: Any, micro_batch_size: int) -> A
     distributed.initialize(layout, 0)
     live = load(open_checkpoint(model, "model"), layout, "fp32")
     return heldout.evaluate(live.module, {"t": text}, micro_batch_size=micro_batch_size)
+
+
+def continued(models: dict[str, Path], precision: str) -> dict[str, float]:
+    """By how much logits with keys and values kept differ from those of a whole pass, at most, over
+    rows of several lengths, some of which end early."""
+    from megatron_btx.engine import distributed
+    from megatron_btx.engine.decoding import KeyValueCache
+    from megatron_btx.engine.moe.router import dropless
+    from megatron_btx.evaluate.models import load
+    from megatron_btx.families.open import open_checkpoint
+
+    distributed.initialize(Layout(), 0)
+    draw = torch.Generator().manual_seed(0)
+    found = {}
+    for name, path in models.items():
+        live = load(open_checkpoint(path, "m"), Layout(), precision)  # type: ignore[arg-type]
+        tokens = torch.randint(1, live.architecture.vocab_size, (3, 40), generator=draw)
+        with torch.no_grad(), dropless(live.module):
+            places = torch.arange(40).expand(3, 40)
+            whole = live.module(tokens, places, attention_mask=None).float()
+        cache = KeyValueCache(live.module, 40)
+        lengths = torch.tensor([9, 1, 20])
+        logits = cache.read(tokens[:, :20], lengths).float()
+        pairs = [(logits[row, :length], whole[row, :length]) for row, length in enumerate(lengths)]
+        rows = [0, 1, 2]
+        for step in range(18):
+            if step == 12:
+                rows = [1, 0]
+                cache.keep([1, 0])
+            logits = cache.step(tokens[rows, cache.lengths])
+            pairs += [(logits[i], whole[row, cache.lengths[i] - 1]) for i, row in enumerate(rows)]
+        real = slice(0, live.architecture.vocab_size)
+        worst = max(float((a[..., real] - b[..., real]).abs().max()) for a, b in pairs)
+        found[name] = worst / float(whole[..., real].std())
+    return found
+
+
+def grown(
+    subject: Subject, layout: Layout, prompts: list[str], decodings: list[dict[str, Any]]
+) -> Any:
+    """Continuations with keys and values kept, and without; and the tokens that were read: of the
+    prompts, and after them."""
+    from megatron_btx.engine import distributed
+    from megatron_btx.engine.decoding import KeyValueCache
+    from megatron_btx.evaluate import generate as room
+    from megatron_btx.evaluate.predictor import Predictor
+
+    distributed.initialize(layout, 0)
+    predictor = Predictor(subject, layout, micro_batch_size=2)
+    settings = [room.Decoding(**decoding) for decoding in decodings]
+    counted = [0, 0]
+    read, step, remembers = KeyValueCache.read, KeyValueCache.step, room.remembers
+
+    def reading(self, tokens, lengths):
+        counted[0] += int(lengths.sum())
+        return read(self, tokens, lengths)
+
+    def stepping(self, tokens):
+        counted[1] += len(tokens)
+        return step(self, tokens)
+
+    KeyValueCache.read, KeyValueCache.step = reading, stepping  # type: ignore[method-assign]
+    try:
+        kept = [asdict(one) for one in room.generate(predictor, prompts, settings)]
+    finally:
+        KeyValueCache.read, KeyValueCache.step = read, step  # type: ignore[method-assign]
+    remembered = remembers(predictor)
+    room.remembers = lambda _predictor: False
+    try:
+        whole = [asdict(one) for one in room.generate(predictor, prompts, settings)]
+    finally:
+        room.remembers = remembers
+    return remembered, kept, whole, counted

@@ -148,7 +148,7 @@ class BTXRouter(TopKRouter):
         if self.forced_expert is not None:
             return routing.forced(logits, self.forced_expert, self.topk)
         logits = self.apply_z_loss(logits)
-        gates, routing_map = self._routes(logits, length)
+        gates, routing_map = self.routes(logits, length)
         if self.training and torch.is_grad_enabled():
             gates = self._attach_balance_losses(gates, routing_map, logits, length, batch)
         if self.function == "switch" and not self.dropless:
@@ -167,7 +167,8 @@ class BTXRouter(TopKRouter):
         load.tokens[self.layer_number - 1] += routing_map.sum(0)
         load.gates[self.layer_number - 1] += gates.sum(0)
 
-    def _routes(self, logits: Tensor, length: int) -> Routes:
+    def routes(self, logits: Tensor, length: int) -> Routes:
+        """Gates and routing map [s * b, N] of logits [s * b, N]; none dropped, no loss attached."""
         if self.function == "topk":
             function = routing.topk_of_all if self.recipe.moe_router_pre_softmax else routing.topk
             return function(logits, self.topk)
