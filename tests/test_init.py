@@ -50,4 +50,4 @@ def test_mistakes(capsys: pytest.CaptureFixture[str]) -> None:
     assert "did you mean" in said
     assert "demo, four_domains" in said
     assert main(["init"]) == 2
-    assert "--example NAME" in capsys.readouterr().err
+    assert "--seed DIR or --example NAME" in capsys.readouterr().err

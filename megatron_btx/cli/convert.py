@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_btx.cli.common import command
-from megatron_btx.mix.request import Request
+from megatron_btx.mix.request import MixRequest
 from megatron_btx.provenance import code_revision
 
 _EPILOG = """examples:
@@ -119,7 +119,7 @@ def _convert(options: argparse.Namespace, form: Literal["hf", "megatron"], **mor
     revision = code_revision()  # asks git by a child: while we are small (cli/mix.py)
     from megatron_btx.mix import offline
 
-    request = Request(
+    request = MixRequest(
         sources=(f"model={options.source}",),
         out=options.out,
         method="copy",

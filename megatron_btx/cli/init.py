@@ -1,9 +1,11 @@
-"""``btx init``: an example to begin with. Imports no torch."""
+"""``btx init``: a recipe to begin with, an example's or one for checkpoints. Imports no torch until
+it looks at a checkpoint."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +14,45 @@ from megatron_btx.errors import UserError
 from megatron_btx.recipe import examples
 
 _EPILOG = """examples:
-  btx init --example demo                 examples/demo/recipe.yaml, in the current directory
-  btx init --example systems own_loop     with the recipes that they start from
-  btx init --list                         the examples that there are"""
+  Experts that are there already, into a mixture; DIR is a Hugging Face or a Megatron checkpoint:
+    btx init --seed llama --expert code=codellama --expert math=mathllama \\
+             --data code=code.jsonl --data math=math.jsonl --data web=web.jsonl --gpus 8
+  Experts that are still to be trained from the seed, each on its text:
+    btx init --seed llama --expert code --expert math --data code=code/ --data math=math/
+  An example of the project, and the list of them:
+    btx init --example demo
+    btx init --list
+
+Then `btx plan recipe.yaml` and `btx run recipe.yaml`. The recipe is commented; change it as you
+like. --data takes files, directories and Megatron pairs (docs/data.md); a name may have several."""
 
 
 def add_parser(commands: Any) -> None:
     """Add ``init`` to the command line."""
     parser = command(commands, "init", "write a recipe to begin with", _EPILOG)
+    parser.add_argument("--seed", metavar="DIR", type=Path, help="the model to branch from")
+    parser.add_argument(
+        "--expert", metavar="NAME[=DIR]", action="append", default=[], help="taken, or trained"
+    )
+    parser.add_argument(
+        "--data", metavar="NAME=FILE", action="append", default=[], help="a domain's text"
+    )
+    parser.add_argument(
+        "--valid", metavar="NAME=FILE", action="append", default=[], help="its held-out text"
+    )
+    parser.add_argument("--tokenizer", metavar="PATH", type=Path, help="where the seed has none")
+    parser.add_argument("--gpus", metavar="N", type=int, default=0, help="GPUs (0: CPUs)")
+    parser.add_argument(
+        "--gpu-memory", metavar="GB", type=float, default=80.0, help="of each of them (80)"
+    )
+    parser.add_argument(
+        "--seq-length", metavar="N", type=int, help="of training (the model's, at most 4096)"
+    )
+    parser.add_argument("--name", default="mine", help="of the run (mine)")
     parser.add_argument("--example", metavar="NAME", nargs="+", default=[], help="write these out")
     parser.add_argument("--list", action="store_true", help="list the examples")
     parser.add_argument(
-        "--out", metavar="DIR", type=Path, default=Path("examples"), help="where (examples)"
+        "--out", metavar="PATH", type=Path, help="recipe.yaml; of examples their directory"
     )
     parser.set_defaults(run=run)
 
@@ -32,20 +61,72 @@ def run(options: argparse.Namespace) -> int:
     """``btx init``.
 
     Raises:
-        UserError: nothing is asked for, or it cannot be written.
+        UserErrors: nothing is asked for, or it cannot be written.
     """
     if options.list:
         sys.stdout.write("\n".join(examples.names()) + "\n")
         return 0
-    if not options.example:
-        if sys.stdout.isatty():
-            sys.stdout.write(f"{_EPILOG}\n")
-            return 0
-        raise UserError("btx init", "nothing to write", "give --example NAME, or see --list")
-    written = examples.write_out(options.example, options.out)
+    if options.seed is not None:
+        return _begin(options)
+    if options.example:
+        return _examples(options)
+    if any((options.expert, options.data)):
+        raise UserError("--seed", "is missing", "give the model that the experts come from")
+    if sys.stdout.isatty():
+        sys.stdout.write(f"{_EPILOG}\n")
+        return 0
+    raise UserError("btx init", "nothing to write", "give --seed DIR or --example NAME; see --help")
+
+
+def _examples(options: argparse.Namespace) -> int:
+    written = examples.write_out(options.example, options.out or Path("examples"))
     for path in written:
         sys.stdout.write(f"{path}\n")
     recipes = [path for path in written if path.name == "recipe.yaml"]
     if recipes:
         sys.stdout.write(f"\nnext: btx plan {recipes[-1]}\n")
     return 0
+
+
+def _begin(options: argparse.Namespace) -> int:
+    if options.example:
+        raise UserError("--example", "stands beside --seed", "give one of the two")
+    if options.gpus < 0 or options.gpu_memory <= 0:
+        raise UserError("--gpus, --gpu-memory", "are out of range", "give a number of GPUs, and GB")
+    if options.seq_length is not None and options.seq_length < 1:
+        raise UserError("--seq-length", f"is {options.seq_length}", "give at least 1")
+    experts: dict[str, Path | None] = {}
+    for entry in options.expert:
+        name, _, path = entry.partition("=")
+        if not name or name in experts:
+            raise UserError("--expert", f"{entry!r} is no new NAME or NAME=DIR", "see --help")
+        experts[name] = Path(path) if path else None
+    from megatron_btx.pipeline.begin import Asked, begin
+
+    out = options.out or Path("recipe.yaml")
+    begin(
+        Asked(
+            out=out,
+            name=options.name,
+            seed=options.seed,
+            experts=experts,
+            train=_by_name("--data", options.data),
+            valid=_by_name("--valid", options.valid),
+            tokenizer=options.tokenizer,
+            gpus=options.gpus,
+            gpu_bytes=options.gpu_memory * 1e9,
+            seq_length=options.seq_length,
+        )
+    )
+    sys.stdout.write(f"{out}\n\nnext: btx plan {out}\n")
+    return 0
+
+
+def _by_name(flag: str, entries: Sequence[str]) -> dict[str, list[Path]]:
+    found: dict[str, list[Path]] = {}
+    for entry in entries:
+        name, _, path = entry.partition("=")
+        if not name or not path:
+            raise UserError(flag, f"{entry!r} is not NAME=FILE", f"{flag} code=code.jsonl")
+        found.setdefault(name, []).append(Path(path))
+    return found

@@ -15,6 +15,7 @@ from megatron_btx.cli import (
     compare,
     convert,
     data,
+    doctor,
     evaluate,
     generate,
     init,
@@ -77,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 _COMMANDS = (
-    *(init, run, plan, keys, report, stage, mix, convert, compare),
+    *(init, doctor, run, plan, keys, report, stage, mix, convert, compare),
     *(evaluate, generate, routing, centroids, data, slurm),
 )
 """Each adds its parsers, in the order of ``btx --help``."""

@@ -13,8 +13,8 @@ from megatron_btx.files import read_bytes, read_json
 from megatron_btx.weights.find_checkpoint import foreign
 
 __all__ = [
-    "INFO", "HuggingFace", "SentencePiece", "Tokenizer", "check_vocabulary", "load_tokenizer",
-    "read_tokenizer", "train_tokenizer",
+    "INFO", "HuggingFace", "SentencePiece", "Tokenizer", "check_vocabulary", "given_tokenizer",
+    "load_tokenizer", "read_tokenizer", "tokenizer_of", "train_tokenizer",
 ]  # fmt: skip
 
 _FILES: dict[str, str] = {kind.type: kind.file for kind in (SentencePiece, HuggingFace)}
@@ -99,3 +99,27 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, *, where: str) -> No
             f"the tokenizer has {tokenizer.vocab_size} tokens, the model's vocabulary {vocab_size}",
             "take the tokenizer that the model was trained with",
         )
+
+
+def tokenizer_of(path: Path) -> Tokenizer:
+    """The tokenizer that lies with a checkpoint, or in its run's ``prepare/``.
+
+    Raises:
+        UserError: there is none.
+    """
+    run_dir = path.absolute().parent.parent.parent
+    for place in (path / "tokenizer", path, run_dir / "prepare" / "tokenizer"):
+        if (place / INFO).is_file():
+            return load_tokenizer(place)
+    for kind, name in (("huggingface", "tokenizer.json"), ("sentencepiece", "tokenizer.model")):
+        for place in (path / "tokenizer", path):
+            if (place / name).is_file():
+                return read_tokenizer(place, kind)
+    raise UserError(str(path), "comes without a tokenizer", "give its directory as --tokenizer")
+
+
+def given_tokenizer(path: Path) -> Tokenizer:
+    """A user's ``--tokenizer``: a directory or a file."""
+    if path.is_dir():
+        return tokenizer_of(path)
+    return read_tokenizer(path, "sentencepiece" if path.suffix == ".model" else "huggingface")

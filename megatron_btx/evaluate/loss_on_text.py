@@ -13,17 +13,16 @@ from torch import Tensor
 
 from megatron_btx.data.documents import find_files
 from megatron_btx.data.heldout import Sample
+from megatron_btx.data.tokenizer import given_tokenizer, tokenizer_of
 from megatron_btx.errors import UserError
 from megatron_btx.evaluate import btm
 from megatron_btx.evaluate.btm_heldout import cost
 from megatron_btx.evaluate.heldout import label_log_probs
 from megatron_btx.evaluate.model_spec import Subject
 from megatron_btx.evaluate.models import (
-    given_tokenizer,
     load,
     opened,
     similarity_index,
-    tokenizer_of,
 )
 from megatron_btx.evaluate.packed_text import PackedText, read
 from megatron_btx.evaluate.predictor import NO_PROGRESS

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 
 import torch
 
 from megatron_btx.data.documents import find_files, read_documents
-from megatron_btx.data.tokenizer import INFO, Tokenizer, load_tokenizer, read_tokenizer
 from megatron_btx.engine.initializer import initialize
 from megatron_btx.engine.model import DTYPES, build_model
 from megatron_btx.errors import UserError, UserErrors
@@ -97,30 +95,6 @@ def precision_of(checkpoint: Checkpoint) -> Precision:
     have, is computed in fp32."""
     dtypes = {tensor.dtype for tensor in checkpoint.tensors.values()}
     return "bf16" if torch.bfloat16 in dtypes else "fp32"
-
-
-def tokenizer_of(path: Path) -> Tokenizer:
-    """The tokenizer that lies with a checkpoint, or in its run's ``prepare/``.
-
-    Raises:
-        UserError: there is none.
-    """
-    run_dir = path.absolute().parent.parent.parent
-    for place in (path / "tokenizer", path, run_dir / "prepare" / "tokenizer"):
-        if (place / INFO).is_file():
-            return load_tokenizer(place)
-    for kind, name in (("huggingface", "tokenizer.json"), ("sentencepiece", "tokenizer.model")):
-        for place in (path / "tokenizer", path):
-            if (place / name).is_file():
-                return read_tokenizer(place, kind)
-    raise UserError(str(path), "comes without a tokenizer", "give its directory as --tokenizer")
-
-
-def given_tokenizer(path: Path) -> Tokenizer:
-    """A user's ``--tokenizer``: a directory or a file."""
-    if path.is_dir():
-        return tokenizer_of(path)
-    return read_tokenizer(path, "sentencepiece" if path.suffix == ".model" else "huggingface")
 
 
 def similarity_index(subject: Subject, random_seed: int = 0) -> TfIdf | None:

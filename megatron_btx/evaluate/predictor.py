@@ -22,18 +22,16 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
 from torch import Tensor
 
-from megatron_btx.data.tokenizer import Tokenizer
+from megatron_btx.data.tokenizer import Tokenizer, given_tokenizer, tokenizer_of
 from megatron_btx.engine.moe.noise import set_routing_context
 from megatron_btx.engine.moe.router import dropless
 from megatron_btx.evaluate import btm
 from megatron_btx.evaluate.model_spec import Subject
 from megatron_btx.evaluate.models import (
     Live,
-    given_tokenizer,
     load,
     opened,
     similarity_index,
-    tokenizer_of,
 )
 from megatron_btx.evaluate.routing_stats import expert_choices
 from megatron_btx.evaluate.tfidf import TfIdf
@@ -99,7 +97,7 @@ class Predictor:
         }
         architectures = [member.architecture for member in self.members.values()]
         self.expert_choice = expert_choices(one.routing for one in architectures)
-        """Of Sample Top-1 (sample_top1_mode.py)."""
+        """Of Sample Top-1 (routing_stats.py)."""
         self.vocab_size = architectures[0].vocab_size
         self.seq_length = min(one.model.seq_length for one in architectures)
         self._index: TfIdf | None = similarity_index(subject, random_seed)
