@@ -101,6 +101,6 @@ def _text(rows: list[dict[str, Any]], out: Path | None) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _progress(what: str, done: float) -> None:
+def _progress(what: str, done: float, **_: float) -> None:
     if sys.stderr.isatty():
         sys.stderr.write(f"\r{what} {done:.0%} ")

@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron_btx.cli.common import open_recipe, recipe_command, renamed
 from megatron_btx.errors import UserError
-from megatron_btx.pipeline import graph, state
+from megatron_btx.pipeline import graph, parts, state
 from megatron_btx.pipeline.graph import Stage
 from megatron_btx.recipe import check
 
@@ -103,8 +103,9 @@ def submit(options: argparse.Namespace) -> int:
     wished = selection.select(
         stages, only=options.only, first=options.first, last=options.stop_after
     )
-    chosen = state.left(run_dir, wished)
-    selection.check_needs(run_dir, stages, chosen)
+    left = state.left(run_dir, wished)
+    selection.check_needs(run_dir, stages, left)
+    chosen = parts.expand(recipe, left)
     if options.dry_run:
         sys.stdout.write(submit.dry_run(recipe, run_dir, chosen, whole=options.scripts))
         if chosen:
@@ -115,7 +116,7 @@ def submit(options: argparse.Namespace) -> int:
         sys.stdout.write(f"{recipe.name}: all that was asked for is done ({run_dir})\n")
         return 0
     run_checks.keeps_recipe(run_dir, Path(options.recipe), recipe)
-    run_checks.check(recipe, run_dir, chosen, gpus=None)
+    run_checks.check(recipe, run_dir, left, gpus=None)
     jobs, notes = submit.submit(recipe, run_dir, chosen, probe=not options.no_probe)
     for note in [*run_checks.warnings(recipe), *notes]:
         sys.stderr.write(f"warning: {note}\n")
@@ -150,15 +151,15 @@ def status(options: argparse.Namespace) -> int:
 
 def _standing(options: argparse.Namespace) -> tuple[str, bool]:
     """Where every stage stands, as text, and whether any is still in the queue."""
-    from megatron_btx.pipeline.slurm import status
+    from megatron_btx.pipeline.slurm import status, status_table
 
     _, run_dir, stages = open_recipe(options.recipe)
     rows = status.rows(run_dir.absolute(), stages)
     if options.json:
         text = json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n"
     else:
-        text = status.table(rows)
-        if options.numbers and (more := status.numbers_text(rows)):
+        text = status_table.table(rows)
+        if options.numbers and (more := status_table.numbers_text(rows)):
             text += f"\n{more}"
     return text, any(row.active for row in rows)
 
@@ -169,7 +170,7 @@ def logs(options: argparse.Namespace) -> int:
 
     _, run_dir, stages = open_recipe(options.recipe)
     run_dir = run_dir.absolute()
-    stage = graph.find(stages, options.stage)
+    stage = parts.find(stages, options.stage)
     path = status.log_file(run_dir, stage)
     if path is None and not options.follow:
         raise UserError(stage.name, "has no log yet", f"btx status {shlex.quote(options.recipe)}")
@@ -210,7 +211,9 @@ def cancel(options: argparse.Namespace) -> int:
     recipe, run_dir, stages = open_recipe(options.recipe)
     wished = {graph.find(stages, name).name for name in options.stage}
     found = [
-        job for job in jobs.active(run_dir.absolute(), stages) if not wished or job.stage in wished
+        job
+        for job in jobs.active(run_dir.absolute(), stages)
+        if not wished or any(f"{job.stage}:".startswith(f"{name}:") for name in wished)
     ]
     commands.cancel(job.number for job in found)
     for job in found:

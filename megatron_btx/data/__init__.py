@@ -1,10 +1,15 @@
 """Documents, tokenizers, .bin/.idx files and the order in which they are read."""
 
-from collections.abc import Callable
-
-Progress = Callable[[str, float], None]
-"""Told what is being done and how much of it is done, from 0 to 1."""
+from typing import Protocol
 
 
-def no_progress(what: str, done: float) -> None:
-    """The :data:`Progress` of those who don't watch."""
+class Progress(Protocol):
+    """Told how far something is."""
+
+    def __call__(self, what: str, done: float, **speed: float) -> None:
+        """``what`` is being done and ``done`` of it, from 0 to 1; where they are known,
+        ``bytes_per_second`` and ``seconds_left``."""
+
+
+def no_progress(what: str, done: float, **speed: float) -> None:
+    """The :class:`Progress` of those who don't watch."""

@@ -115,6 +115,19 @@ class DomainText:
         return digest([stats, self.domain.text_key, self.is_split, split])
 
 
+def texts_of(recipe: Recipe, out_dir: Path) -> dict[str, DomainText]:
+    """The text of every domain by its name; of built-in text, where it will be.
+
+    Raises:
+        UserErrors: files that are missing.
+    """
+    found = find(recipe)
+    return {
+        name: DomainText(name, domain, found[name], out_dir)
+        for name, domain in recipe.domains.items()
+    }
+
+
 def find(recipe: Recipe) -> dict[str, dict[str, list[list[Path]]]]:
     """The files of every domain, by split and path.
 

@@ -32,8 +32,10 @@ class Stopped(Exception):
 
 
 def cores() -> int:
-    """That this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    """That this process may use: what its job asked for, too, where Slurm does not bind it."""
+    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
+    asked = os.environ.get("SLURM_CPUS_PER_TASK", "")
+    return min(bound, int(asked)) if asked.isdecimal() and int(asked) else bound
 
 
 def advance(amount: int) -> None:

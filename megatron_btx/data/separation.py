@@ -15,7 +15,7 @@ from itertools import groupby
 from pathlib import Path
 
 from megatron_btx.data import Progress, no_progress
-from megatron_btx.data.domain_text import DomainText, find
+from megatron_btx.data.domain_text import DomainText, texts_of
 from megatron_btx.data.formats import Part, format_of, token_pair
 from megatron_btx.data.overlap import HeldOutRuns
 from megatron_btx.data.parallel import advance, cores, run_all
@@ -71,7 +71,7 @@ def check_separation(
     Raises:
         UserError: text cannot be read, or there are pairs and no tokenizer.
     """
-    texts = _texts(recipe, out_dir)
+    texts = list(texts_of(recipe, out_dir).values())
     train = [
         (source, size) for text in texts for source, size in _sources(text, "train", tokenizer_dir)
     ]
@@ -91,7 +91,7 @@ def write_clean(
     documents in ``shared`` (by file and line or row)."""
     directory.mkdir(parents=True, exist_ok=True)
     tokenizer = None if tokenizer_dir is None else load_tokenizer(tokenizer_dir)
-    for text in _texts(recipe, out_dir):
+    for text in texts_of(recipe, out_dir).values():
         if text.domain.builtin is not None:
             continue
         with written(directory / f"{text.name}.jsonl") as file:
@@ -100,13 +100,6 @@ def write_clean(
                     if name not in shared:
                         line = json.dumps({"text": document}, ensure_ascii=False)
                         file.write(line + "\n")
-
-
-def _texts(recipe: Recipe, out_dir: Path) -> list[DomainText]:
-    found = find(recipe)
-    return [
-        DomainText(name, domain, found[name], out_dir) for name, domain in recipe.domains.items()
-    ]
 
 
 def _search(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,37 +89,70 @@ def jobs(text: DomainText, directory: Path) -> list[TokenizeJob]:
 
 
 def run(
-    jobs: Sequence[TokenizeJob], tokenizer_dir: Path, tokenizer: Tokenizer, progress: Progress
-) -> None:
+    jobs: Sequence[TokenizeJob],
+    tokenizer_dir: Path,
+    tokenizer: Tokenizer,
+    progress: Progress,
+    share: tuple[int, int] | None = None,
+) -> int:
     """Make every pair that is not there yet.
+
+    Args:
+        jobs: what becomes of all text.
+        tokenizer_dir: where ``tokenizer`` is.
+        tokenizer: the run's.
+        progress: told how far it is.
+        share: make shards only, and of them share i (from 0) of n: all n together make every one,
+            whenever each begins. Nothing is joined.
+
+    Returns:
+        How many shards this call was to make.
 
     Raises:
         UserError: some text cannot be read; what is finished is kept.
     """
     work = {number: job.shards(tokenizer) for number, job in enumerate(jobs)
             if not _is_done(job, tokenizer)}  # fmt: skip
-    missing = {
-        number: {place for place, shard in enumerate(shards) if read(shard) is None}
-        for number, shards in work.items()
-    }
-    todo = [(number, place) for number, places in missing.items() for place in sorted(places)]
+    mine = _dealt(work, *(share or (0, 1)))
+    todo = [(number, place) for number, place in mine if read(work[number][place]) is None]
+    missing = {number: sum(each == number for each, _ in todo) for number in work}
+
+    def join_whole(number: int) -> None:
+        if share is None and not missing[number]:
+            _join(jobs[number], work[number], tokenizer)
+
+    for number in work:
+        join_whole(number)
     shards = [work[number][place] for number, place in todo]
+    for index in _made(shards, tokenizer_dir, progress):
+        number, _ = todo[index]
+        missing[number] -= 1
+        join_whole(number)
+    return len(mine)
+
+
+def _dealt(work: dict[int, list[Shard]], share: int, of: int) -> list[tuple[int, int]]:
+    """Job and place in it of the shards of a share; large ones are dealt first, so that shares are
+    alike."""
+    every = [(number, place) for number, shards in work.items() for place in range(len(shards))]
+    if of > 1:
+        every.sort(key=lambda each: -work[each[0]][each[1]].size)
+    return sorted(every[share::of])
+
+
+def _made(shards: Sequence[Shard], tokenizer_dir: Path, progress: Progress) -> Iterator[int]:
+    """Make ``shards``; the place of each when it is."""
     size = sum(shard.size for shard in shards)
     workers = min(cores(), len(shards)) if size > SHARD else 1
     meter = _Meter(size, progress)
-    for number in [number for number, places in missing.items() if not places]:
-        _join(jobs[number], work[number], tokenizer)
     threads = max(1, cores() // workers) if workers > 1 else 0
     ended = run_all(
         make, shards, workers=workers, setup=set_up, arguments=(tokenizer_dir, threads),
         watch=meter.read,
     )  # fmt: skip
     for index, _ in ended:
-        number, place = todo[index]
         meter.finished(shards[index].size)
-        missing[number].discard(place)
-        if not missing[number]:
-            _join(jobs[number], work[number], tokenizer)
+        yield index
 
 
 def finish(text: DomainText, split: str, jobs: Sequence[TokenizeJob], directory: Path) -> Piece:
@@ -195,11 +228,12 @@ class _Meter:
         self._read += amount
         done = min(max(self._read, self._finished) / self._total, 0.99)
         seconds = time.monotonic() - self._begin
-        text = "tokens"
-        if seconds > 2 and self._read:
-            left = _clock(seconds / done - seconds)
-            text += f" at {self._read / seconds / 1e6:.1f} MB/s, {left} left,"
-        self._progress(text, done)
+        if seconds <= 2 or not self._read:
+            self._progress("tokens", done)
+            return
+        rate, left = self._read / seconds, seconds / done - seconds
+        what = f"tokens at {rate / 1e6:.1f} MB/s, {_clock(left)} left,"
+        self._progress(what, done, bytes_per_second=rate, seconds_left=left)
 
     def finished(self, size: int) -> None:
         """A shard is, whatever its text was guessed to be."""

@@ -88,8 +88,8 @@ class Stage:
 
     @property
     def directory(self) -> str:
-        """Name of its directory in the run's."""
-        return self.name.replace(":", "-")
+        """Name of its directory in the run's; parts of ``prepare`` (parts.py) lie in its own."""
+        return self.name.replace(":", "/" if self.kind == "prepare" else "-")
 
     @property
     def cores(self) -> int:

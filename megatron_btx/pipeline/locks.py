@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,6 +54,21 @@ def run_lock(run_dir: Path) -> Iterator[None]:
             yield
         finally:
             file.truncate(0)
+
+
+def run_since(run_dir: Path) -> float | None:
+    """Since when a ``btx run`` is at work in a run's directory (seconds of the epoch); ``None``:
+    none is. Reads what is written in the lock, for asking the lock itself would be to hold it."""
+    path = run_dir / "lock"
+    with contextlib.suppress(OSError):
+        words = re.fullmatch(r"process (\d+) on (\S+)", path.read_text("utf-8", "replace"))
+        if words is None:
+            return None
+        if words[2] == os.uname().nodename:
+            with contextlib.suppress(PermissionError):  # it is another user's
+                os.kill(int(words[1]), 0)
+        return path.stat().st_mtime
+    return None
 
 
 @contextlib.contextmanager

@@ -23,7 +23,15 @@ from typing import Any
 
 from megatron_btx.errors import UserError
 from megatron_btx.files import write_json, written
-from megatron_btx.pipeline import failure, graph, import_checkpoint, locks, state, watchdog
+from megatron_btx.pipeline import (
+    failure,
+    graph,
+    import_checkpoint,
+    locks,
+    parts,
+    state,
+    watchdog,
+)
 from megatron_btx.pipeline.graph import Stage
 from megatron_btx.pipeline.local import reaper
 from megatron_btx.pipeline.slurm import jobs
@@ -42,13 +50,13 @@ class ProgressFile:
     def __init__(self, path: Path) -> None:
         self.path, self._next = path, 0.0
 
-    def __call__(self, what: str, done: float) -> None:
-        """``what`` is being done, and how much of it is, from 0 to 1."""
+    def __call__(self, what: str, done: float, **speed: float) -> None:
+        """``what`` is being done, how much of it is, from 0 to 1, and how fast."""
         now = time.monotonic()
         if now >= self._next or done >= 1:
             self._next = now + 0.2
             with written(self.path, durable=False) as file:
-                json.dump({"what": what, "done": done}, file)
+                json.dump({"what": what, "done": done, **speed}, file)
 
 
 def _megatron() -> None:
@@ -60,13 +68,21 @@ def _megatron() -> None:
 
 
 def _prepare(recipe: Recipe, stage: Stage, run_dir: Path) -> Any:
-    _megatron()
-    from megatron_btx.data.prepare import prepare
-    from megatron_btx.train.train_stage import check_options
+    share = parts.share(recipe, stage, run_dir)
+    if share is None:
+        _megatron()
+    from megatron_btx.data import prepare
+
+    out = run_dir / parts.whole(stage).directory
+    progress = ProgressFile(run_dir / stage.directory / "progress.json")
+    if share is not None:
+        return prepare.make_share(recipe, out, *share, progress)
+    from megatron_btx.train.stage import check_options
 
     check_options(recipe)
-    directory = run_dir / stage.directory
-    return prepare(recipe, directory, ProgressFile(directory / "progress.json"))
+    if stage.name == parts.BEGIN:
+        return prepare.begin(recipe, out, progress)
+    return prepare.prepare(recipe, out, progress)
 
 
 def _train(recipe: Recipe, stage: Stage, run_dir: Path) -> Any:
@@ -146,9 +162,9 @@ def stage_of(recipe: Recipe, name: str, run_dir: Path) -> Stage:
         UserError: the recipe has no such stage.
     """
     if "BTX_STAGE_KEY" in os.environ:
-        stage = graph.find(graph.outline(recipe), name)
+        stage = parts.find(graph.outline(recipe), name)
         return dataclasses.replace(stage, key=os.environ["BTX_STAGE_KEY"])
-    return graph.find(graph.of_run(recipe, run_dir), name)
+    return parts.find(graph.of_run(recipe, run_dir), name)
 
 
 def run_rank(recipe: Recipe, stage: Stage, run_dir: Path) -> int:
@@ -158,7 +174,7 @@ def run_rank(recipe: Recipe, stage: Stage, run_dir: Path) -> int:
     # Started by srun or by hand. Else a runner or a batch script has looked, for all ranks alike:
     # on another machine a rank's view of a network file system may be older.
     if "BTX_ATTEMPT" not in os.environ:
-        if state.done(run_dir, stage) is not None:
+        if state.done(run_dir, parts.whole(stage)) is not None:
             return 0
         _begin_unaided(recipe, stage, run_dir, rank)
     dog = watchdog.Watchdog(
@@ -168,7 +184,8 @@ def run_rank(recipe: Recipe, stage: Stage, run_dir: Path) -> int:
         grace=recipe.slurm.signal_seconds,
         hang=60 * recipe.hang_minutes if KINDS[stage.kind] in _WATCHED else 0,
     )
-    with locks.stage_lock(directory), dog.watching(), _rendezvous():
+    whole = run_dir / parts.whole(stage).directory
+    with locks.stage_lock(whole), locks.stage_lock(directory), dog.watching(), _rendezvous():
         try:
             outputs = KINDS[stage.kind](recipe, stage, run_dir)
         except Exception as error:
@@ -280,7 +297,7 @@ def _begin_unaided(recipe: Recipe, stage: Stage, run_dir: Path, rank: int) -> No
     if missing:
         raise UserError(stage.name, f"needs {', '.join(missing)} first", "run those, or `btx run`")
     run_dir.mkdir(parents=True, exist_ok=True)
-    state.claim(run_dir, stage)
+    parts.claim(run_dir, stage)
     attempt = state.next_attempt(directory)
     os.environ["BTX_ATTEMPT"] = str(attempt)
     state.log_file(directory, attempt).touch()

@@ -91,6 +91,9 @@ class SlurmJob:
     """Cores a rank; ``None``: the layout's ``num_threads``."""
     mem: str | None = None
     """Memory of a node, ``"200G"``; ``"0"``: all of it."""
+    tasks: int | None = within(1, 100_000, default=None)
+    """``prepare`` only: an array of so many jobs tokenizes the text, each with ``cpus_per_task``
+    cores. ``None``: one job does."""
     sbatch: tuple[str, ...] | None = None
     """More flags of sbatch, a word each: ``["--mail-type=END", "--reservation=x"]``."""
     environment: dict[str, Any] = field(default_factory=dict)

@@ -106,6 +106,10 @@ def problems(recipe: Recipe) -> Iterator[Problem]:
             known = ", ".join([*KINDS, *map(expert_stage, recipe.experts)])
             yield Problem(key, "is no stage of this recipe", f"known: {known}")
         yield from _job(key, job)
+        if job.tasks is not None and name != "prepare":
+            yield _one_job(key)
+    if slurm.tasks is not None:
+        yield _one_job("slurm")
     for index, module in enumerate(slurm.modules):
         yield from _text(f"slurm.modules[{index}]", module)
         if module.startswith("-"):
@@ -117,6 +121,11 @@ def problems(recipe: Recipe) -> Iterator[Problem]:
     else:
         yield from _prefix("slurm.launch_prefix", slurm.launch_prefix)
     yield from _shapes(recipe)
+
+
+def _one_job(key: str) -> Problem:
+    what = "is for prepare alone: no other stage can be cut into an array of jobs"
+    return Problem(f"{key}.tasks", what, "write `slurm: {stages: {prepare: {tasks: 64}}}`")
 
 
 def _job(key: str, job: SlurmJob) -> Iterator[Problem]:

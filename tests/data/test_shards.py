@@ -24,7 +24,7 @@ from pyarrow import parquet
 
 from megatron_btx.data import parallel, tokenize
 from megatron_btx.data.mixture import held_out, stage_stream, train_pairs
-from megatron_btx.data.prepare import check, prepare
+from megatron_btx.data.prepare import begin, check, make_share, prepare
 from megatron_btx.data.tokenizer import load_tokenizer
 from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.pipeline.fingerprint import Memo
@@ -378,3 +378,33 @@ def test_evaluation_reads_the_same(tmp_path: Path, prepared: Prepared) -> None:
         assert all((text[i]["labels"] == one[i]["labels"]).all() for i in range(len(one)))
     both = PackedText(read([pair, files[0]], "text", tokens), tokens, 32, start_id=0)
     assert both.size.tokens == 2 * texts[0].size.tokens
+
+
+def test_shares_of_an_array(
+    tmp_path: Path, tokenizer: TokenizerBlock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Jobs of an array in any order, one of them cut off: the bytes of one job."""
+    monkeypatch.setattr(tokenize, "SHARD", 4_000)
+    monkeypatch.setattr(tokenize, "cores", lambda: 1)
+    recipe, out = recipe_of(corpus(tmp_path), tokenizer=tokenizer), tmp_path / "out"
+    prepare(recipe, tmp_path / "whole")
+    begin(recipe, out)
+    made: list[Any] = []
+    make = tokenize.make
+
+    def failing(shard: Any) -> Any:
+        if len(made) == 11:
+            raise UserError("x", "is broken")
+        return (make(shard), made.append(shard.place))[0]
+
+    monkeypatch.setattr(tokenize, "make", failing)
+    with pytest.raises(UserError, match="is broken"):
+        make_share(recipe, out, 2, 3)
+    monkeypatch.setattr(tokenize, "make", lambda shard: (make(shard), made.append(shard.place))[0])
+    shares = [make_share(recipe, out, number, 3)["shards"] for number in (1, 2, 0)]
+    assert len(made) == len(set(made)) == sum(shares)
+    assert max(shares) - min(shares) <= 1
+    assert not list((out / "data").glob("*/*.bin"))
+    monkeypatch.setattr(tokenize, "make", lambda shard: pytest.fail("every shard is there"))
+    prepare(recipe, out)
+    assert tree(out) == tree(tmp_path / "whole")

@@ -28,6 +28,19 @@ def test_the_second_is_told_who_the_first_is(tmp_path: Path) -> None:
         pass
 
 
+def test_since_when_a_run_is_at_work(tmp_path: Path) -> None:
+    """It is read, not asked: to ask for the lock would be to hold it."""
+    assert locks.run_since(tmp_path) is None
+    with locks.run_lock(tmp_path):
+        assert locks.run_since(tmp_path) == (tmp_path / "lock").stat().st_mtime
+        _refused(tmp_path, "another btx is at work")
+    assert locks.run_since(tmp_path) is None
+    gone = f"process {2**22 + 1} on {os.uname().nodename}"  # no system has so many
+    for left, seen in (("", False), ("\0torn", False), (gone, False), ("process 1 on far", True)):
+        (tmp_path / "lock").write_text(left)
+        assert (locks.run_since(tmp_path) is not None) is seen
+
+
 @pytest.mark.parametrize("left", [b"", b"process 1 on gone", b"\xff\xfe\x00torn"])
 def test_what_a_dead_owner_wrote_locks_nobody_out(tmp_path: Path, left: bytes) -> None:
     (tmp_path / "lock").write_bytes(left)

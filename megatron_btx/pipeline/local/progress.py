@@ -37,6 +37,9 @@ class Standing:
     mfu: float | None = None
     text: str = ""
     summary: Summary = field(default_factory=Summary)
+    bytes_per_second: float = 0.0
+    """Of text that is tokenized."""
+    _left: float | None = None
     _inode: int = 0
     _offset: int = 0
     _times: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=30))
@@ -62,6 +65,9 @@ class Standing:
         if isinstance(done, int | float) and 0 <= done <= 1:  # a damaged one says nothing
             self.done, self.total = float(done), 1.0
             self.text = f"{shown(progress.get('what'))} {self.done:.0%}"
+        rate, left = (progress.get(name) for name in ("bytes_per_second", "seconds_left"))
+        self.bytes_per_second = float(rate) if isinstance(rate, int | float) else 0.0
+        self._left = float(left) if isinstance(left, int | float) else None
         return self
 
     def _take(self, record: dict[str, Any]) -> None:
@@ -80,7 +86,9 @@ class Standing:
 
     @property
     def seconds_left(self) -> float | None:
-        """From the pace of the last steps."""
+        """As the stage says itself, or from the pace of its last steps."""
+        if self._left is not None:
+            return self._left
         if len(self._times) < 2 or not self.total:
             return None
         (first, began), (last, ended) = self._times[0], self._times[-1]

@@ -18,10 +18,9 @@ from pathlib import Path
 
 from megatron_btx.errors import UserError
 from megatron_btx.files import write_json
-from megatron_btx.pipeline import failure, graph, locks, state
+from megatron_btx.pipeline import failure, graph, locks, parts, state
 from megatron_btx.pipeline.graph import Stage
 from megatron_btx.pipeline.slurm import jobs
-from megatron_btx.recipe import stages
 from megatron_btx.recipe.load import load_recipe
 from megatron_btx.recipe.schema import Recipe
 from megatron_btx.train.goodput import read_attempts
@@ -72,7 +71,8 @@ def _first(recipe: Recipe, name: str) -> int:
             sys.stdout.write("busy\n")
         return 2
     except Exception as error:
-        directory = stages.directory(Path(recipe.run_dir).absolute(), name)
+        stage = Stage(name=name, kind=name.partition(":")[0])
+        directory = Path(recipe.run_dir).absolute() / stage.directory
         seen = failure.leave(directory, 0, error) if directory.is_dir() else error
         if not isinstance(seen, UserError):
             traceback.print_exception(error)
@@ -116,28 +116,31 @@ def begin(recipe: Recipe, name: str) -> tuple[int, str, Path]:
     run_dir = Path(recipe.run_dir).absolute()
     if "BTX_STAGE_KEY" in os.environ:  # as it was submitted, whatever has changed since then
         every = graph.outline(recipe)
-        stage = dataclasses.replace(graph.find(every, name), key=os.environ["BTX_STAGE_KEY"])
+        stage = dataclasses.replace(parts.find(every, name), key=os.environ["BTX_STAGE_KEY"])
         missing = [need for need in graph.read_by(stage, every) if not _ended(run_dir, need)]
     else:
         every = graph.of_run(recipe, run_dir)
-        stage = graph.find(every, name)
+        stage = parts.find(every, name)
         missing = list(state.left(run_dir, graph.read_by(stage, every)))
-    directory = run_dir / stage.directory
-    state.link_shared(run_dir, (stage,), recipe.share)
-    if state.done(run_dir, stage) is not None:
+    directory, whole = run_dir / stage.directory, parts.whole(stage)
+    state.link_shared(run_dir, (whole,), recipe.share)
+    if state.done(run_dir, whole) is not None:
         return 0, stage.key, directory
     if missing:
         names = ", ".join(need.name for need in missing)
         raise UserError(stage.name, f"needs {names} first", "submit those, too")
     directory.mkdir(parents=True, exist_ok=True)
     _wait_until_idle(directory)
-    state.claim(run_dir, stage)
-    if state.done(run_dir, stage) is not None:  # taken back from old/
+    if stage.name == parts.BEGIN:  # none of those that were begun for an earlier submission
+        _wait_until_idle(run_dir / whole.directory)
+    parts.claim(run_dir, stage)
+    if state.done(run_dir, whole) is not None:  # taken back from old/
         return 0, stage.key, directory
-    _limit_restarts(recipe, directory)
+    made = progress(run_dir / whole.directory)
+    _limit_restarts(recipe, directory, made)
     attempt = state.next_attempt(directory)
     state.log_file(directory, attempt).touch()
-    noted = jobs.this_job() | {"progress": progress(directory)}
+    noted = jobs.this_job() | {"progress": made}
     state.begin(directory, attempt, stage.world_size, **noted)
     return attempt, stage.key, directory
 
@@ -174,8 +177,10 @@ def _wait_until_idle(directory: Path) -> None:
 def progress(directory: Path) -> str:
     """How far a stage has come on the disk: what a restart without it has not changed."""
     steps = sorted(path.name for path in directory.glob("checkpoints/step_????????"))
-    made = sum(1 for _ in directory.glob("data/*/*.json"))  # of prepare
-    return steps[-1] if steps else str(made)
+    pairs, shards = (  # of prepare
+        sum(1 for _ in directory.glob(f"data/*/{made}")) for made in ("*.json", ".shards*/*.json")
+    )
+    return steps[-1] if steps else f"{pairs}.{shards}"
 
 
 def _ended(run_dir: Path, stage: Stage) -> bool:
@@ -186,12 +191,12 @@ def _restarts() -> int:
     return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 
 
-def _limit_restarts(recipe: Recipe, directory: Path) -> None:
-    """Stop a job that restarts without getting on, or without end."""
+def _limit_restarts(recipe: Recipe, directory: Path, now: str) -> None:
+    """Stop a job that restarts without getting on (it stands at ``now``), or without end."""
     job, restarts = os.environ.get("SLURM_JOB_ID"), _restarts()
     attempts = read_attempts(directory)
     starts = [line.get("progress") for line in attempts if line.get("job") == job]
-    now, same = progress(directory), 0
+    same = 0
     while same < len(starts) and starts[-1 - same] == now:
         same += 1
     if restarts and same > WITHOUT_PROGRESS:

@@ -4,6 +4,9 @@ export PYTHONUNBUFFERED=1
 export SLURM_EXPORT_ENV=ALL # srun would inherit --export=NONE, and find nothing
 asked='' step=''
 started=${SLURM_RESTART_COUNT:-0}
+# The number alone of an array's last job is that of the whole array.
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job=${job:-$SLURM_JOB_ID}
 
 say() { printf '%(%F %T)T %s: %s\n' -1 "$stage" "$*"; }
 
@@ -26,7 +29,7 @@ answers() { scontrol ping 2>/dev/null | grep -q ' is UP'; }
 away() { ! answers || grep -q 'slurm controller' <<<"$1"; }
 
 restarts() {
-  scontrol -o show job "$SLURM_JOB_ID" 2>/dev/null | sed -n 's/.* Restarts=\([0-9]*\) .*/\1/p'
+  scontrol -o show job "$job" 2>/dev/null | sed -n 's/.* Restarts=\([0-9]*\) .*/\1/p'
 }
 
 # Asks until the controller counts one restart more: one that is silent is asked again, one that was
@@ -39,7 +42,7 @@ requeue() {
     counted=$(restarts)
     if [ -n "$counted" ] && [ "$counted" != "$started" ]; then
       over=$((over + 1))
-    elif answer=$(scontrol requeue "$SLURM_JOB_ID" 2>&1); then
+    elif answer=$(scontrol requeue "$job" 2>&1); then
       refused=0
     elif answers; then
       refused=$((refused + 1))
@@ -61,7 +64,7 @@ requeue() {
 tell() {
   local text=${1//[$'\n\r|']/ }
   if [ -z "$text" ]; then return; fi
-  scontrol update job="$SLURM_JOB_ID" comment="btx: ${text:0:500}" >/dev/null 2>&1
+  scontrol update job="$job" comment="btx: ${text:0:500}" >/dev/null 2>&1
 }
 
 # One task a node. Each must see the run's directory; the first makes the stage's ready for another

@@ -32,6 +32,8 @@ class SlurmJob:
     number: str
     name: str
     state: str
+    task: str = ""
+    """Of an array: its number in it, or several (``4-63``) of those that wait."""
     user: str = ""
     directory: str = ""
     command: str = ""
@@ -188,18 +190,29 @@ def jobs_private() -> bool:
 
 def show(number: str) -> SlurmJob | None:
     """A job, also a finished one as long as the controller remembers it."""
+    return next(iter(show_array(number)), None)
+
+
+def show_array(number: str) -> list[SlurmJob]:
+    """Every job of an array, those that wait together as one; of another job that job."""
     try:
         text = call("scontrol", "-o", "show", "job", number)
     except Refused as error:
         if _GONE.search(str(error)):
             return _accounted(number)
         raise _silent("scontrol", error) from None
+    return [_told(number, line) for line in text.splitlines() if line.strip()]
+
+
+def _told(number: str, line: str) -> SlurmJob:
+    """What ``scontrol`` says of a job in a line."""
     fields: dict[str, str] = {}
-    for name, value in _FIELD.findall(text.partition("\n")[0]):
+    for name, value in _FIELD.findall(line):
         fields.setdefault(name, value)
     nodes = fields.get("NodeList", "")
     return SlurmJob(
         number=number,
+        task=fields.get("ArrayTaskId", ""),
         name=fields.get("JobName", ""),
         user=fields.get("UserId", "").partition("(")[0],
         comment=fields.get("Comment", ""),
@@ -213,27 +226,29 @@ def show(number: str) -> SlurmJob | None:
     )
 
 
-def _accounted(number: str) -> SlurmJob | None:
+def _accounted(number: str) -> list[SlurmJob]:
     """From the accounting database, where there is one."""
-    fields = ("JobName", "State", "NodeList", "User", "Comment", "WorkDir")
+    fields = ("JobID", "JobName", "State", "NodeList", "User", "Comment", "WorkDir")
     try:
         text = call("sacct", "-n", "-P", "-X", "-j", number, "-o", ",".join(fields))
     except (Refused, UserError):
-        return None
+        return []
     lines = [line.split("|", len(fields) - 1) for line in text.splitlines()]
-    found = [line for line in lines if len(line) == len(fields)]
-    if not found:
-        return None
-    name, state, nodes, user, comment, directory = found[-1]
-    return SlurmJob(
-        number=number,
-        name=name,
-        state=state.split(" ")[0],
-        nodes="" if nodes == "None assigned" else nodes,
-        user=user,
-        comment=comment,
-        directory=directory,
-    )
+    return [
+        SlurmJob(
+            number=number,
+            task=of.partition("_")[2].strip("[]"),
+            name=name,
+            state=state.split(" ")[0],
+            nodes="" if nodes == "None assigned" else nodes,
+            user=user,
+            comment=comment,
+            directory=directory,
+        )
+        for of, name, state, nodes, user, comment, directory in (
+            line for line in reversed(lines) if len(line) == len(fields)
+        )
+    ]
 
 
 def me() -> str:

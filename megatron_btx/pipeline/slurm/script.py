@@ -17,6 +17,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from megatron_btx.pipeline import parts
 from megatron_btx.pipeline.graph import Stage
 from megatron_btx.recipe import slurm
 from megatron_btx.recipe.schema import Recipe
@@ -51,7 +52,7 @@ def script(
     lines += [
         f"export BTX_SUBMISSION={quoted(token)} BTX_STAGE_KEY={quoted(stage.key)}",
         f"recipe={quoted(str(run_dir / 'recipe.yaml'))}",
-        f"stage={quoted(stage.name)}",
+        f"stage={_this(stage)}",
         f"python={quoted(python)}",
         f"cpus={shape.cpus_per_task}",
         f"launch=({' '.join(map(quoted, shlex.split(settings.launch_prefix)))})",
@@ -68,7 +69,7 @@ def flags(recipe: Recipe, stage: Stage, run_dir: Path, output: Path) -> list[str
     words = [
         f"--job-name={job_name(recipe, stage.name)}",
         f"--chdir={run_dir}",
-        f"--output={_literal(output)}",
+        *_output(recipe, stage, output),
         "--open-mode=append",
         "--requeue",
         f"--signal=B:USR1@{recipe.slurm.signal_seconds}",
@@ -85,6 +86,24 @@ def flags(recipe: Recipe, stage: Stage, run_dir: Path, output: Path) -> list[str
         if value is not None:
             words.append(f"--{name}={value}")
     return words + list(job.sbatch or ())
+
+
+def _output(recipe: Recipe, stage: Stage, output: Path) -> list[str]:
+    text = _literal(output)
+    if stage.name != parts.SHARDS:
+        return [f"--output={text}"]
+    return [f"--array=0-{parts.tasks(recipe) - 1}", f"--output={text.removesuffix('.out')}-%a.out"]
+
+
+def _this(stage: Stage) -> str:
+    """The stage, as the shell knows it: of an array each job is a part of its own."""
+    number = '/"$SLURM_ARRAY_TASK_ID"' if stage.name == parts.SHARDS else ""
+    return quoted(stage.name) + number
+
+
+def stem(name: str) -> str:
+    """What the files of a stage are called in a submission's directory, without their ending."""
+    return re.sub("[:/]", "-", name)
 
 
 def job_name(recipe: Recipe, stage: str) -> str:

@@ -3,68 +3,20 @@ accounting database; a job that Slurm has forgotten is known by its files. Impor
 
 from __future__ import annotations
 
-import contextlib
-import os
-import re
+import dataclasses
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_btx.errors import UserError
-from megatron_btx.files import find_json
-from megatron_btx.pipeline import numbers, state
+from megatron_btx.pipeline import locks, parts, state
 from megatron_btx.pipeline.graph import Stage
-from megatron_btx.pipeline.local.progress import Standing, amount, clock
-from megatron_btx.pipeline.slurm import commands, jobs
+from megatron_btx.pipeline.local.progress import Standing, clock
+from megatron_btx.pipeline.slurm import array_status, commands, jobs, script
+from megatron_btx.pipeline.slurm.cause import cause
+from megatron_btx.pipeline.slurm.status_table import StageStatus
 from megatron_btx.train.goodput import read_attempts
 from megatron_btx.train.summary import slow_in_words
-
-COLUMNS = ("stage", "job", "state", "nodes", "step", "loss", "tokens/s", "MFU", "goodput", "left",
-           "restarts")  # fmt: skip
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StageStatus:
-    """One stage."""
-
-    stage: str
-    job: str = ""
-    state: str = ""
-    """Slurm's word for an active job, or ``held``; else ``done``, ``failed``, ``stopped``,
-    ``cancelled``, ``left``."""
-    nodes: str = ""
-    step: str = ""
-    loss: float | None = None
-    tokens_per_second: float | None = None
-    mfu: float | None = None
-    """Model FLOPs utilisation of the last step, of 1."""
-    left: str = ""
-    """Until the last step at the present pace; and the job's time limit, where it comes before."""
-    restarts: int = 0
-    active: bool = False
-    """Whether its job is in the queue."""
-    numbers: Mapping[str, float] = field(default_factory=dict)
-    """Of the stage so far (train/summary.py)."""
-    slow_ranks: Mapping[str, float] = field(default_factory=dict)
-    """By ``RANK@HOST``: how many times as long as the median rank it works."""
-    experts: Mapping[str, Sequence[Mapping[str, float]]] = field(default_factory=dict)
-    """Of an MoE: how evenly its experts are used, by domain and layer."""
-    note: str = ""
-    """Why it waits, or the last thing that a failed one said."""
-
-    @property
-    def cells(self) -> tuple[str, ...]:
-        """As the table shows it."""
-        loss = "" if self.loss is None else f"{self.loss:.3f}"
-        speed = amount(self.tokens_per_second) if self.tokens_per_second else ""
-        restarts = str(self.restarts) if self.restarts else ""
-        where = (self.stage, self.job, self.state, self.nodes)
-        mfu = "" if self.mfu is None else numbers.percent(self.mfu)
-        share = self.numbers.get("goodput/share")
-        goodput = "" if share is None else numbers.percent(share)
-        return (*where, self.step, loss, speed, mfu, goodput, self.left, restarts)
 
 
 def rows(run_dir: Path, stages: tuple[Stage, ...]) -> list[StageStatus]:
@@ -84,10 +36,31 @@ def rows(run_dir: Path, stages: tuple[Stage, ...]) -> list[StageStatus]:
             raise
     found = []
     for stage in stages:
+        found += _parts(run_dir, stage, known)
         noted = jobs.begun(run_dir / stage.directory)
         numbers = [str(line["job"]) for line in (known.get(stage.name, {}), noted) if "job" in line]
         latest = max(filter(str.isdecimal, numbers), key=int, default=None)
         found.append(_row(run_dir, stage, queued.get(stage.name) or latest, noted))
+    return found
+
+
+def _parts(run_dir: Path, stage: Stage, known: dict[str, dict[str, Any]]) -> list[StageStatus]:
+    """A row each for the parts of ``prepare`` that were submitted with it, until it is done."""
+    if stage.name != parts.WHOLE or state.done(run_dir, stage) is not None:
+        return []
+    submission = known.get(stage.name, {}).get("submission")
+    numbers = {
+        name: str(known[name]["job"])
+        for name in (parts.BEGIN, parts.SHARDS)
+        if submission and known.get(name, {}).get("submission") == submission
+    }
+    found = []
+    for name, number in numbers.items():
+        part = dataclasses.replace(stage, name=name)
+        if name == parts.BEGIN:
+            found.append(_row(run_dir, part, number, jobs.begun(run_dir / part.directory)))
+        else:
+            found.append(array_status.row(run_dir, part, number, int(known[name]["tasks"])))
     return found
 
 
@@ -100,6 +73,8 @@ def _row(run_dir: Path, stage: Stage, number: str | None, noted: dict[str, Any])
         job = None  # Slurm counts anew: another run's job
     seen = Standing(directory).read()
     word = _word(directory, job, done)
+    if word == "ended" and _is_run(run_dir, directory):
+        word = "running"
     forgotten = job is not None and record is not None and _forgotten(job, record)
     active = job is not None and job.active and (not done or job.held or forgotten)
     if job is not None and forgotten:
@@ -119,7 +94,7 @@ def _row(run_dir: Path, stage: Stage, number: str | None, noted: dict[str, Any])
         loss=seen.loss,
         tokens_per_second=seen.tokens_per_second if word == "running" else None,
         mfu=seen.mfu if word == "running" else None,
-        left=_left(seen, job) if job is not None and word == "running" else "",
+        left=_left(seen, job) if word == "running" else "",
         restarts=job.restarts if job else 0,
         active=active,
         numbers=seen.summary.values(read_attempts(directory), _finished(record)),
@@ -138,7 +113,15 @@ def _word(directory: Path, job: commands.SlurmJob | None, done: bool) -> str:
     return job.state.lower() if job is not None and job.active else _ended(directory, job)
 
 
-def _left(seen: Standing, job: commands.SlurmJob) -> str:
+def _is_run(run_dir: Path, directory: Path) -> bool:
+    """Whether a stage was begun by the ``btx run`` that is at work."""
+    since, attempts = locks.run_since(run_dir), state.read_attempts(directory)
+    return since is not None and bool(attempts) and attempts[-1]["time"] >= since
+
+
+def _left(seen: Standing, job: commands.SlurmJob | None) -> str:
+    if job is None:
+        return "" if seen.seconds_left is None else clock(seen.seconds_left)
     limit = job.time_left or "no limit"
     return limit if seen.seconds_left is None else f"{clock(seen.seconds_left)} of {limit}"
 
@@ -205,94 +188,10 @@ def log_file(run_dir: Path, stage: Stage) -> Path | None:
     these are newer or no rank has started."""
     attempt = state.next_attempt(run_dir / stage.directory) - 1
     ranks = state.log_file(run_dir / stage.directory, attempt)
-    record = jobs.submitted(run_dir).get(stage.name)
-    batch = run_dir / "slurm" / str((record or {}).get("submission")) / f"{stage.directory}.out"
+    known = jobs.submitted(run_dir)
+    record = known.get(stage.name) or known.get(stage.name.partition("/")[0])
+    batch = (
+        run_dir / "slurm" / str((record or {}).get("submission")) / f"{script.stem(stage.name)}.out"
+    )
     found = [path for path in (ranks, batch) if path.is_file() and path.stat().st_size]
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
-
-
-def table(found: list[StageStatus]) -> str:
-    """The rows as text, what there is to say about one under it."""
-    cells = [COLUMNS, *(row.cells for row in found)]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(COLUMNS))]
-    lines = []
-    for line, row in zip(cells, [None, *found], strict=True):
-        padded = (text.ljust(width) for text, width in zip(line, widths, strict=True))
-        lines.append("  ".join(padded).rstrip())
-        if row is not None and row.note:
-            lines += [f"    {text}" for text in row.note.splitlines()]
-    return "\n".join(lines) + "\n"
-
-
-def numbers_text(found: list[StageStatus]) -> str:
-    """What the stages' logs say of speed, of the wall time and of the experts' use, as tables."""
-    tables = numbers.tables({row.stage: row.numbers for row in found})
-    tables += [numbers.experts(row.experts) for row in found if row.experts]
-    return "\n".join(numbers.columns(head, rows) for head, rows in tables)
-
-
-MARK = "btx: "
-"""What the batch script's word on a job begins with."""
-
-_KILLED = re.compile(
-    r"srun: error: .*: task.* (Killed|Out Of Memory|Segmentation fault|Bus error|Aborted"
-    r"|Floating point exception|Illegal instruction).*"
-    r"|(slurmstepd|srun): error: .*(oom[-_ ]kill|out of memory|exceeded memory|TIME LIMIT"
-    r"|NODE FAIL|PREEMPT).*",
-    re.IGNORECASE,
-)
-_LAUNCHER = re.compile(r"(srun|slurmstepd|scontrol): |slurmstepd-\S+: ")
-_ERROR = re.compile(r"(\d+: )?(error: .*|[\w.]*(Error|Exception|Interrupt)\b.*)")
-_LOOKED_AT = 400
-
-
-def cause(directory: Path, job: commands.SlurmJob | None, log: Path | None) -> str:
-    """Why the stage in ``directory`` ended without being done; empty if nothing is known.
-
-    The last line of a log is ``srun``'s, and says that a task ended. What is asked, in this order:
-    what killed a rank (Slurm's message), ``error.json``, what the batch script itself left on the
-    job (its comment, where there was no room for a file), an error that a rank has printed, the
-    last line that is not ``srun``'s.
-
-    Args:
-        directory: the stage's.
-        job: its latest, if Slurm remembers it.
-        log: what was said last.
-    """
-    lines = [line for line in tail(log, _LOOKED_AT) if line.strip()] if log else []
-    killed = next((line for line in lines if _KILLED.fullmatch(line)), "")
-    if re.search("Killed", killed):
-        killed += " (out of memory?)"
-    told = _told(directory, job)
-    if killed and (told is None or told[1] == "crash"):  # other ranks lose their connection then
-        return "\n".join(filter(None, [killed, told and told[0]]))
-    if told is not None:
-        return told[0]
-    own = [line for line in lines if not _LAUNCHER.match(line)]
-    errors = [line for line in own if _ERROR.match(line)]
-    if errors:
-        return errors[-1]
-    with contextlib.suppress(OSError):
-        disk = os.statvfs(directory if directory.exists() else directory.parent)
-        if disk.f_bavail * disk.f_frsize < 1 << 20:
-            return f"no space left on the disk of {directory}: free some and submit again"
-    return (own or lines or [""])[-1]
-
-
-def _told(directory: Path, job: commands.SlurmJob | None) -> tuple[str, str] | None:
-    """Message and kind of what was written down."""
-    record = find_json(directory / "error.json")
-    if record is not None:
-        return str(record.get("message")), str(record.get("kind"))
-    if job is not None and job.comment.startswith(MARK):
-        return job.comment.removeprefix(MARK), "user"
-    return None
-
-
-def tail(path: Path, count: int) -> list[str]:
-    """The last lines of a file."""
-    with contextlib.suppress(OSError), path.open("rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - 300 * count))
-        return file.read().decode(errors="replace").splitlines()[-count:]
-    return []

@@ -7,6 +7,7 @@ what a script says is script.py's.
 <run_dir>/slurm/jobs.json       stage -> its latest job
 <run_dir>/slurm/submit-<n>/     what a submission was: scripts, recipe, code, environment, jobs
 <run_dir>/slurm/submit-<n>/<stage>.out      what the batch script says, over all requeues
+                                (``prepare-shards-<task>.out`` of an array)
 
 A run directory belongs to one submission at a time. While it submits, it holds the lock that
 ``btx run`` takes as well (locks.py); afterwards its jobs are the lock, whoever submitted them and
@@ -31,7 +32,7 @@ from typing import Any
 
 from megatron_btx.errors import UserError
 from megatron_btx.files import written
-from megatron_btx.pipeline import locks, state
+from megatron_btx.pipeline import locks, parts, state
 from megatron_btx.pipeline.graph import Stage
 from megatron_btx.pipeline.slurm import attempt, commands, jobs, preflight, script
 from megatron_btx.provenance import code_revision, versions
@@ -64,7 +65,7 @@ def prepared(
             recipe,
             stage,
             run_dir=run_dir,
-            output=directory / f"{stage.directory}.out",
+            output=directory / f"{script.stem(stage.name)}.out",
             python=python,
             token=token,
         )
@@ -104,8 +105,9 @@ def graph_lines(recipe: Recipe, chosen: tuple[Stage, ...]) -> list[str]:
     for stage in chosen:
         job = slurm.resolve(recipe, stage.name)
         shape = slurm.shape(job, stage.world_size, stage.num_threads)
+        tasks = f"{parts.tasks(recipe)} jobs of " if stage.name == parts.SHARDS else ""
         gpus = f", {shape.gpus_per_node} GPUs each" if shape.gpus_per_node else ""
-        size = f"{shape.nodes} node{'s' * (shape.nodes > 1)} x {shape.ranks_per_node}{gpus}"
+        size = f"{tasks}{shape.nodes} node{'s' * (shape.nodes > 1)} x {shape.ranks_per_node}{gpus}"
         after = ", ".join(need for need in stage.needs if need in names)
         lines.append(f"{stage.name:<{width}}  {size:<12}  {after and 'after ' + after}".rstrip())
     return lines
@@ -140,7 +142,7 @@ def submit(
             if probe:
                 notes += preflight.probe(recipe, run_dir, chosen, token)
             _keep(recipe, run_dir, directory, scripts)
-            numbers = _send(run_dir, directory, chosen)
+            numbers = _send(recipe, run_dir, directory, chosen)
         undo.clear()
     return numbers, notes
 
@@ -190,7 +192,9 @@ def _keep(recipe: Recipe, run_dir: Path, directory: Path, scripts: dict[str, str
     )
 
 
-def _send(run_dir: Path, directory: Path, chosen: tuple[Stage, ...]) -> dict[str, str]:
+def _send(
+    recipe: Recipe, run_dir: Path, directory: Path, chosen: tuple[Stage, ...]
+) -> dict[str, str]:
     """Submit the scripts in order, each after those it waits for; if one fails, none."""
     numbers: dict[str, str] = {}
     record: dict[str, Any] = dict(jobs.submitted(run_dir))
@@ -210,6 +214,8 @@ def _send(run_dir: Path, directory: Path, chosen: tuple[Stage, ...]) -> dict[str
                 "submission": directory.name,
                 "after": after,
             }
+            if stage.name == parts.SHARDS:
+                record[stage.name]["tasks"] = parts.tasks(recipe)
             state.write_json(directory / "jobs.json", numbers)
             state.write_json(run_dir / "slurm" / "jobs.json", record)
     except BaseException as error:
@@ -270,7 +276,7 @@ def _keep_as(path: Path, kept: Path) -> None:
 
 
 def _file(stage: str) -> str:
-    return stage.replace(":", "-") + ".sbatch"
+    return f"{script.stem(stage)}.sbatch"
 
 
 def _next(run_dir: Path) -> Path:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_btx.pipeline.slurm.cause import cause
 from megatron_btx.pipeline.slurm.commands import SlurmJob
-from megatron_btx.pipeline.slurm.status import cause
 
 TRACEBACK = """\
 0: Traceback (most recent call last):

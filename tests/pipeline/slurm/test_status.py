@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import pytest
 
-from megatron_btx.pipeline.slurm import status
+from megatron_btx.files import write_json
+from megatron_btx.pipeline import locks, state, worker
+from megatron_btx.pipeline.graph import Stage
+from megatron_btx.pipeline.slurm import array_status, commands, status, status_table
 from megatron_btx.pipeline.slurm.commands import SlurmJob
 
 
@@ -38,3 +42,53 @@ def test_what_waits_for_a_person(state: str, reason: str, held: bool) -> None:
     job = SlurmJob(number="5", name="seed@x", state=state, reason=reason)
     assert job.held is held
     assert ("scontrol release 5" in status._waits(job, done=False)) is held
+
+
+def test_a_local_preparation_on_its_way(tmp_path: Path) -> None:
+    """MB/s and the time left, of the stage that the ``btx run`` at work has begun."""
+    stage = Stage(name="prepare", kind="prepare", key="k")
+    directory = tmp_path / "prepare"
+    (directory / "log").mkdir(parents=True)
+    state.begin(directory, 1, 1)
+
+    def row() -> status_table.StageStatus:
+        (found,) = status.rows(tmp_path, (stage,))
+        return found
+
+    assert row().state == "ended"
+    with locks.run_lock(tmp_path):
+        state.begin(directory, 2, 1)
+        what = "tokens at 3.0 MB/s, 2 min left,"
+        progress = worker.ProgressFile(directory / "progress.json")
+        progress(what, 0.4, bytes_per_second=3e6, seconds_left=125.0)
+        assert (row().state, row().step, row().left) == ("running", f"{what} 40%", "2:05")
+    assert (row().state, row().left) == ("ended", "")
+
+
+def test_an_array_in_one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ``scontrol -o show job`` says of an array: a line a job, those that wait together."""
+    line = "JobId={} ArrayJobId=8 ArrayTaskId={} JobName=prepare:shards@x UserId=me(0) Restarts={}"
+    line += " JobState={} Reason={} RunTime=00:00:05 TimeLimit=01:00:00 NodeList={} WorkDir=/r\n"
+    text = line.format(9, 0, 0, "COMPLETED", "None", "n1")
+    text += line.format(10, 1, 1, "RUNNING", "None", "n2")
+    text += line.format(11, 2, 0, "RUNNING", "None", "n1")
+    text += line.format(8, "3-4", 0, "PENDING", "Resources", "(null)")
+    monkeypatch.setattr(commands, "call", lambda *command: text)
+    stage = Stage(name="prepare:shards", kind="prepare", key="k")
+    places = [tmp_path / "prepare" / "shards" / str(task) for task in range(5)]
+    for place in places[:3]:
+        place.mkdir(parents=True)
+    write_json(places[0] / "done.json", {"key": "k"})
+    for place, done, left in ((places[1], 0.5, 60.0), (places[2], 0.25, 90.0)):
+        progress = worker.ProgressFile(place / "progress.json")
+        progress("tokens", done, bytes_per_second=2e6, seconds_left=left)
+    row = array_status.row(tmp_path, stage, "8", 5)
+    assert (row.state, row.nodes, row.restarts, row.active) == ("running", "n1,n2", 1, True)
+    assert (row.step, row.left) == ("1 of 5 done, 4.0 MB/s, 35%", "1:30")
+    assert row.note == ""
+    text = text.replace("RUNNING", "FAILED", 1)
+    write_json(places[1] / "error.json", {"kind": "user", "message": "/d/a.jsonl:7: is broken"})
+    row = array_status.row(tmp_path, stage, "8", 5)
+    assert row.note == "prepare:shards/1: /d/a.jsonl:7: is broken"
+    text = line.format(10, 1, 0, "FAILED", "None", "n2") + line.format(8, 2, 0, "COMPLETED", "", "")
+    assert array_status.row(tmp_path, stage, "8", 5).state == "failed"

@@ -1,0 +1,146 @@
+"""The tokenizer of a run: the one that its recipe names, its seed's, or one trained on its text.
+Imports no torch."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from megatron_btx.data import Progress
+from megatron_btx.data.documents import find_files
+from megatron_btx.data.domain_text import DomainText, digest, document_hash
+from megatron_btx.data.formats import format_of, token_pair
+from megatron_btx.data.tokenizer import (
+    HuggingFace,
+    SentencePiece,
+    Tokenizer,
+    check_vocabulary,
+    load_tokenizer,
+    read_tokenizer,
+    train_tokenizer,
+)
+from megatron_btx.errors import UserError, collect_errors
+from megatron_btx.families.tokenizer_files import place_of
+from megatron_btx.families.tokenizer_identity import differences
+from megatron_btx.files import find_json, unfinished, write_json
+from megatron_btx.recipe.schema import Recipe, TokenizerBlock
+from megatron_btx.weights.find_checkpoint import find_checkpoint
+
+
+def check_trainable(recipe: Recipe) -> None:
+    """That there is text where a tokenizer is to be trained.
+
+    Raises:
+        UserError: there are token ids.
+    """
+    if recipe.tokenizer.path is not None or recipe.seed.from_ is not None:
+        return
+    for name in recipe.seed.data or recipe.domains:
+        for path in recipe.domains[name].train:
+            files = find_files([path], where=f"domains.{name}.train")
+            if any(format_of(file) is token_pair for file in files):
+                raise UserError(
+                    "tokenizer.path",
+                    f"has to be given: {path} of domain {name} is token ids, not text",
+                    "give the tokenizer that made them",
+                )
+
+
+def make_tokenizer(
+    recipe: Recipe, texts: dict[str, DomainText], directory: Path, progress: Progress
+) -> Tokenizer:
+    """The tokenizer that the recipe names, its seed's, or one trained on its text, in
+    ``directory``, where it is kept as long as it would be the same.
+
+    Raises:
+        UserError: it is missing, unusable, or not the seed's.
+    """
+    wanted, seed = recipe.tokenizer, recipe.seed.from_
+    given: Tokenizer | None = None
+    if wanted.path is not None:
+        given = read_tokenizer(wanted.path, wanted.type, where="tokenizer.path")
+    if seed is not None:
+        given = _seeds_tokenizer(Path(seed), given, wanted.path)
+    if given is not None:
+        key = given.sha256
+    else:
+        readers = {name: texts[name] for name in recipe.seed.data or texts}
+        key = digest([wanted.vocab_size, wanted.train_bytes, sorted(readers),
+                       [readers[name].key("train") for name in sorted(readers)]])  # fmt: skip
+    if (find_json(directory / "made.json") or {}).get("key") == key:
+        return load_tokenizer(directory)
+    progress("tokenizer", 0.0)
+    tokenizer = given or _trained(readers, wanted)
+    temporary = unfinished(directory)
+    shutil.rmtree(temporary, ignore_errors=True)
+    tokenizer.save(temporary)
+    write_json(temporary / "made.json", {"key": key})
+    shutil.rmtree(directory, ignore_errors=True)
+    os.replace(temporary, directory)
+    progress("tokenizer", 1.0)
+    return load_tokenizer(directory)
+
+
+def _trained(texts: dict[str, DomainText], wanted: TokenizerBlock) -> Tokenizer:
+    errors: list[UserError] = []
+
+    def documents() -> Iterator[str]:
+        with collect_errors(errors):  # SentencePiece makes of any error one of its own
+            yield from _sample(texts, wanted.train_bytes)
+
+    try:
+        return train_tokenizer(documents(), wanted.vocab_size, where="tokenizer.vocab_size")
+    finally:
+        if errors:
+            raise errors[0]
+
+
+def _seeds_tokenizer(seed: Path, given: Tokenizer | None, path: str | None) -> Tokenizer:
+    """The tokenizer that lies beside the seed's weights, or the one given at ``path``, if it fits
+    them. The seed is a checkpoint of Megatron's or a Hugging Face directory."""
+    checkpoint = find_checkpoint(seed)
+    theirs = None
+    if (checkpoint / "tokenizer").is_dir():
+        theirs = load_tokenizer(checkpoint / "tokenizer")
+    elif (checkpoint / HuggingFace.file).is_file():
+        theirs = read_tokenizer(checkpoint, HuggingFace.type, where="seed.from")
+    elif (checkpoint / SentencePiece.file).is_file():
+        theirs = read_tokenizer(checkpoint, SentencePiece.type, where="seed.from")
+    tokenizer = given or theirs
+    if tokenizer is None:
+        raise UserError(
+            "seed.from",
+            f"{checkpoint} comes without its tokenizer",
+            "give the tokenizer it was trained with as tokenizer.path",
+        )
+    unlike = differences(place_of(checkpoint), Path(path)) if theirs and path else []
+    if unlike:
+        raise UserError(
+            "tokenizer.path",
+            "is not the tokenizer that the seed was trained with (seed.from): " + "; ".join(unlike),
+            "leave tokenizer.path out: the seed's own is taken",
+        )
+    manifest = (
+        find_json(checkpoint / "manifest.json") or find_json(checkpoint / "config.json") or {}
+    )
+    size = manifest.get("vocab_size")
+    if size is not None:
+        check_vocabulary(tokenizer, size, where="tokenizer.path")
+    return tokenizer
+
+
+def _sample(texts: dict[str, DomainText], size: int) -> Iterator[str]:
+    """About ``size`` bytes of training text, the same from each domain, spread over its files."""
+    quota = size // len(texts)
+    for text in texts.values():
+        share = min(1.0, 1.1 * quota / max(text.size(), 1))
+        left = quota
+        for document in text.documents("train"):
+            if share < 1 and document_hash(document) % 1000 >= 1000 * share:
+                continue
+            yield document
+            left -= len(document.encode())
+            if left <= 0:
+                break
