@@ -11,8 +11,11 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from torch import Tensor
 
+from megatron_btx.data.boundaries import Boundaries
+
 Sample = dict[str, Tensor]
-"""``tokens``, ``labels``, ``position_ids`` int64 [S] and ``loss_mask`` float32 [S]."""
+"""``tokens``, ``labels``, ``position_ids`` int64 [S] and ``loss_mask`` float32 [S]; where attention
+is reset at the ends of documents, ``document_begins`` int64 [S]."""
 
 
 class HeldOutText(Sequence[Sample]):
@@ -26,10 +29,16 @@ class HeldOutText(Sequence[Sample]):
         seq_length: S.
         tokens: at most this many.
         sha256: hash of the files' content, for those who keep what they found of it.
+        boundaries: what happens at the ends of documents; ``None``: nothing.
     """
 
     def __init__(
-        self, prefixes: Sequence[Path], seq_length: int, tokens: int, sha256: str = ""
+        self,
+        prefixes: Sequence[Path],
+        seq_length: int,
+        tokens: int,
+        sha256: str = "",
+        boundaries: Boundaries | None = None,
     ) -> None:
         self._pairs = [IndexedDataset(str(prefix)) for prefix in prefixes]
         lengths = [int(pair.sequence_lengths.sum(dtype=np.int64)) for pair in self._pairs]
@@ -37,7 +46,7 @@ class HeldOutText(Sequence[Sample]):
         length = int(self._begins[-1])
         self._whole = max(0, (length - 1) // seq_length)  # a last token is only a label
         self._length = min(tokens // seq_length, self._whole)
-        self.seq_length, self.sha256 = seq_length, sha256
+        self.seq_length, self.sha256, self.boundaries = seq_length, sha256, boundaries
 
     def __len__(self) -> int:
         return self._length
@@ -49,12 +58,13 @@ class HeldOutText(Sequence[Sample]):
         first = index * self._whole // self._length * self.seq_length
         ids = self._ids(first, first + self.seq_length + 1)
         text = torch.from_numpy(ids)
-        return {
+        sample = {
             "tokens": text[:-1],
             "labels": text[1:],
             "loss_mask": torch.ones(self.seq_length),
             "position_ids": torch.arange(self.seq_length),
         }
+        return sample if self.boundaries is None else self.boundaries.marked(sample)
 
     def _ids(self, first: int, end: int) -> np.ndarray:
         """Ids ``first`` to ``end`` of all pairs together, int64 [end - first]."""

@@ -23,11 +23,12 @@ from megatron.core.datasets.blended_dataset import BlendedDataset
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
+from megatron_btx.data.boundaries import Boundaries, boundaries_of
 from megatron_btx.data.heldout import HeldOutText, Sample
 from megatron_btx.data.indexed import Piece, pairs, read_piece
 from megatron_btx.data.interleave import Interleaved
 from megatron_btx.data.prepare import prefix
-from megatron_btx.data.tokenizer import load_tokenizer
+from megatron_btx.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_btx.errors import UserError
 from megatron_btx.files import sweep, unfinished
 from megatron_btx.recipe import count
@@ -69,6 +70,8 @@ class Stream:
     """Read one after the other; the phases of a group are interleaved in proportion."""
     training: Training
     """Batch sizes and layout."""
+    boundaries: Boundaries
+    """Of documents."""
 
     @property
     def num_microbatches(self) -> int:
@@ -105,7 +108,8 @@ class Stream:
 
         Yields:
             On this rank's device ``tokens``, ``labels``, ``position_ids`` int64 [B, S],
-            ``loss_mask`` float32 [B, S], ``samples`` (global indices) and ``domains`` int64 [B].
+            ``loss_mask`` float32 [B, S], ``samples`` (global indices) and ``domains`` int64 [B];
+            and what :meth:`~megatron_btx.data.boundaries.Boundaries.marked` adds.
         """
         size, dp = self.training.micro_batch_size, self.training.layout.data_parallel_size
         rank = data_parallel_rank
@@ -113,7 +117,8 @@ class Stream:
             rank = parallel_state.get_data_parallel_rank()
         for micro in range(self.num_microbatches):
             first = step * self.training.global_batch_size + (micro * dp + rank) * size
-            yield _stack([phase[index] for phase, index in self.locate(first, size)], first)
+            batch = _stack([phase[index] for phase, index in self.locate(first, size)], first)
+            yield self.boundaries.marked(batch)
 
 
 def _stack(samples: Sequence[Sample], first: int) -> Sample:
@@ -134,7 +139,11 @@ def stage_stream(recipe: Recipe, name: str, run_dir: Path) -> Stream:
     groups = [
         [_phase(recipe, part, run_dir, index) for part in group] for group in reads(recipe, name)
     ]
-    return Stream(groups=groups, training=training(recipe, name))
+    return Stream(
+        groups=groups,
+        training=training(recipe, name),
+        boundaries=boundaries_of(recipe, _tokenizer(run_dir).eos_id),
+    )
 
 
 def _phase(recipe: Recipe, part: MixturePart, run_dir: Path, index: Path) -> Phase:
@@ -155,15 +164,19 @@ def _phase(recipe: Recipe, part: MixturePart, run_dir: Path, index: Path) -> Pha
         samples=samples,
         seed=_seed(recipe.random_seed, part.stage),
         seq_length=recipe.model.seq_length,
-        facts=_Facts(load_tokenizer(run_dir / "prepare" / "tokenizer")),
+        facts=_Facts(_tokenizer(run_dir)),
     )
     return Phase(name=part.stage, samples=samples, domains=tuple(domains), dataset=dataset)
+
+
+def _tokenizer(run_dir: Path) -> Tokenizer:
+    return load_tokenizer(run_dir / "prepare" / "tokenizer")
 
 
 class _Facts:
     """What Megatron's datasets ask of a tokenizer. It names no padding: there is none to mask."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self.eod = tokenizer.eos_id
         self.vocab_size = tokenizer.vocab_size
         self.unique_identifiers = {"sha256": tokenizer.sha256}
@@ -201,7 +214,7 @@ def _build(
             blend_per_split=[tuple(map(list, zip(*blend, strict=True))), None, None],
             path_to_cache=str(path),
             tokenizer=facts,
-            reset_position_ids=False,
+            reset_position_ids=False,  # these are boundaries.py's
             reset_attention_mask=False,
             eod_mask_loss=False,
             create_attention_mask=False,
@@ -233,13 +246,22 @@ def _seed(random_seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(f"{random_seed}/data/{name}".encode()).digest()[:4], "big")
 
 
-def held_out(recipe: Recipe, run_dir: Path, tokens: int) -> dict[str, HeldOutText]:
-    """Every domain's held-out text, at most ``tokens`` each, in the recipe's order.
+def held_out(
+    recipe: Recipe, run_dir: Path, tokens: int, *, plain: bool = False
+) -> dict[str, HeldOutText]:
+    """Every domain's held-out text in the recipe's order, with its boundaries of documents.
+
+    Args:
+        recipe: the run's.
+        run_dir: its directory.
+        tokens: of each domain at most.
+        plain: without the boundaries, as models outside of Megatron read it.
 
     Raises:
         UserError: a domain has no whole sequence of it.
     """
     found = {}
+    marks = None if plain else boundaries_of(recipe, _tokenizer(run_dir).eos_id)
     for domain in recipe.domains:
         piece = _piece(run_dir, domain, "valid")
         where = prefix(run_dir, domain, "valid")
@@ -248,6 +270,7 @@ def held_out(recipe: Recipe, run_dir: Path, tokens: int) -> dict[str, HeldOutTex
             recipe.model.seq_length,
             tokens,
             piece.sha256,
+            marks,
         )
         found[domain] = text
         if not len(text):

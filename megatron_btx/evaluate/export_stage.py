@@ -76,7 +76,7 @@ def compare(recipe: Recipe, run_dir: Path, checkpoint: Path, exported: Path) -> 
     """
     settings = recipe.evaluate
     distributed.initialize(settings.layout, recipe.random_seed)
-    domains = held_out(recipe, run_dir, tokens=SEQUENCES * recipe.model.seq_length)
+    domains = held_out(recipe, run_dir, tokens=SEQUENCES * recipe.model.seq_length, plain=True)
     plan = copy(open_megatron(checkpoint, "model"), dtype=torch.float32)
     if plan.architecture.routing is not None:
         gates = Gates.of(plan.architecture).routing()

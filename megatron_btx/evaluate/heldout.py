@@ -58,8 +58,9 @@ def evaluate(
 
     Args:
         model: this rank's part, wrapped or not.
-        domains: by name, sequences as ``tokens``, ``labels``, ``loss_mask``, ``position_ids`` [S].
-            Tokens whose ``loss_mask`` is 0 count neither in the loss nor in the load.
+        domains: by name, sequences as ``tokens``, ``labels``, ``loss_mask``, ``position_ids`` [S],
+            and ``document_begins`` [S] where attention is reset at the ends of documents. Tokens
+            whose ``loss_mask`` is 0 count neither in the loss nor in the load.
         micro_batch_size: sequences a rank runs at once, at most.
         step: keys the noise of sampled routing.
         listener: told of every micro-batch.
@@ -116,7 +117,7 @@ def _identity(sequences: Sequence[Batch]) -> dict[str, Any]:
     content, tokens = hashlib.sha256(), 0
     for place in range(len(sequences)):
         one = sequences[place]
-        for key in ("tokens", "labels", "loss_mask"):
+        for key in ("tokens", "labels", "loss_mask", *({"document_begins"} & one.keys())):
             content.update(one[key].to(torch.int32).numpy().astype("<i4").tobytes())
         tokens += int(one["loss_mask"].sum())
     return {"tokens": tokens, "sha256": content.hexdigest()}
@@ -232,7 +233,10 @@ def _forward(
     for listener in listeners:
         listener(batch)
     output = model(
-        batch["tokens"], batch["position_ids"], attention_mask=None, labels=batch["labels"]
+        batch["tokens"],
+        batch["position_ids"],
+        attention_mask=batch.get("document_begins"),
+        labels=batch["labels"],
     )
     return output, functools.partial(keep, batch["loss_mask"])
 

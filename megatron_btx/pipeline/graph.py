@@ -22,7 +22,14 @@ from megatron_btx.pipeline.fingerprint import Memo
 from megatron_btx.recipe import count, systems
 from megatron_btx.recipe.load import digest
 from megatron_btx.recipe.schema import Layout, Recipe, Training
-from megatron_btx.recipe.stages import MixturePart, expert_stage, is_data_matched, reads, training
+from megatron_btx.recipe.stages import (
+    MixturePart,
+    boundaries,
+    expert_stage,
+    is_data_matched,
+    reads,
+    training,
+)
 
 NEEDS: dict[str, tuple[str, ...]] = {
     "prepare": (),
@@ -62,10 +69,12 @@ _EXECUTION = frozenset(
         "check_replicas_interval",
         "data",
         "from_",
+        "reset_position_ids",
     ]
 )
 """Fields of ``Training`` outside its key. The layout is how, not what: a run moved to other
-machines goes on from its checkpoints and repeats nothing. ``data`` and ``from`` enter by content.
+machines goes on from its checkpoints and repeats nothing. ``data`` and ``from`` enter by content;
+position ids change nothing.
 """
 
 
@@ -282,7 +291,9 @@ class _Keys:
             return [recipe.model, "seed" if source == "seed" else self.source(source)]
         if kind == "evaluate":
             how = [recipe.system, recipe.btm if recipe.system == "btm" else None]
-            return [how, recipe.evaluate.tokens, self._tokenizer, list(self._text.items())]
+            marks = [["boundaries", *boundaries(recipe)]] if any(boundaries(recipe)) else []
+            text = list(self._text.items())
+            return [how, recipe.evaluate.tokens, self._tokenizer, text, *marks]
         if kind in OWN:
             return OWN[kind](recipe)
         block = training(recipe, name)

@@ -193,7 +193,7 @@ def run_rank(recipe: Recipe, stage: Stage, run_dir: Path) -> int:
         if (directory / "stopped.json").exists():
             return state.EXIT_STOPPED
         if rank == 0:
-            if stage.kind in _TOLD:
+            if stage.kind in _TOLD and not parts.is_part(stage):
                 tracking.track(recipe, stage.name, stage.needs, run_dir)
             state.finish(directory, stage, dict(outputs or {}))
     return 0

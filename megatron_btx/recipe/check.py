@@ -29,6 +29,7 @@ def problems(recipe: Recipe) -> list[Problem]:
     found += _routing(recipe)
     found += check_mix.problems(recipe)
     found += _system(recipe)
+    found += _boundaries(recipe)
     for key, stage in stages(recipe).items():
         found += _stage(recipe, key, stage)
     found += check_layout.problems(recipe, "evaluate.layout", recipe.evaluate.layout, moe=True)
@@ -232,21 +233,24 @@ def _system(recipe: Recipe) -> Iterator[Problem]:
             )
 
 
-_BOUNDARIES = {
-    "reset_position_ids": "rotary positions are those of the sequence: Megatron's rotary embedding "
-    "does not look at position ids",
-    "reset_attention_mask": "attention is causal over the whole sequence: no attention that we "
-    "use, on a CPU or a GPU, takes a mask of documents",
-    "eod_mask_loss": "the loss is a mean over each micro-batch: with masked tokens it would depend "
-    "on micro_batch_size and on the layout",
-}
-"""Megatron's options at the boundaries of documents, and why each is not followed."""
+def _boundaries(recipe: Recipe) -> Iterator[Problem]:
+    """What stages do at the ends of documents: their models are mixed, and compared on one text."""
+    for name in ("reset_attention_mask", "eod_mask_loss"):
+        for key, stage in stages(recipe).items():
+            if getattr(stage, name) != getattr(recipe.finetune, name):
+                what = f"is {str(getattr(stage, name)).lower()}, and in finetune it is not"
+                fix = "set it under `training:`, for all stages: models are mixed, and compared"
+                yield Problem(f"{key}.{name}", what, fix)
 
 
 def _stage(recipe: Recipe, key: str, stage: Training) -> Iterator[Problem]:
-    for name, why in _BOUNDARIES.items():
-        if getattr(stage, name):
-            yield Problem(f"{key}.{name}", f"is not supported: {why}", "remove it")
+    if stage.reset_position_ids and not stage.reset_attention_mask:
+        yield Problem(
+            f"{key}.reset_position_ids",
+            "is not supported alone: Megatron's rotary embedding does not look at position ids",
+            "remove it, or set reset_attention_mask too: positions count by their differences, and "
+            "only those within a document are left then",
+        )
     moe = key == "finetune"
     model, layout = recipe.model, stage.layout
     if key == "seed" and not stage.tokens and stage.from_ is None:

@@ -202,13 +202,15 @@ class Training:
     freeze_experts: bool = False
     """The finetuning only: attention, routers and the rest learn, the experts stay as they are (an
     ablation of section 4.3.2)."""
-    reset_position_ids: bool = False
-    """Megatron's: positions begin anew with each document of a sequence. Refused where true, as
-    the two below (docs/data.md)."""
     reset_attention_mask: bool = False
-    """Megatron's: a token sees its own document only."""
+    """Megatron's: a token sees its own document only, in held-out evaluations too. The same in all
+    stages, as the next: set it under ``training`` (docs/data.md). Not with Transformer Engine."""
     eod_mask_loss: bool = False
-    """Megatron's: what follows an end token is not predicted."""
+    """Megatron's: what follows an end token is not predicted, nor counted in held-out losses; the
+    loss is the mean over the predicted tokens of the global batch."""
+    reset_position_ids: bool = False
+    """Megatron's: positions begin anew with each document. Only with ``reset_attention_mask``,
+    beside which it changes nothing: rotary positions count by their differences."""
     megatron: MegatronOptions = MegatronOptions()
     """Options of Megatron's own."""
     from_: str | None = path()

@@ -112,6 +112,11 @@ def _flops_per_step(recipe: Recipe) -> int:
     return tokens * count.training_flops_per_token(mixed, recipe.finetune.freeze_experts)
 
 
+def boundaries(recipe: Recipe) -> tuple[bool, bool]:
+    """``reset_attention_mask`` and ``eod_mask_loss``: those of all stages are alike (check.py)."""
+    return recipe.finetune.reset_attention_mask, recipe.finetune.eod_mask_loss
+
+
 def expert_stage(domain: str) -> str:
     """The name of an expert's stage."""
     return f"expert:{domain}"

@@ -39,6 +39,8 @@ class Run:
     micro_batch_size: int
     global_batch_size: int
     seq_length: int
+    masked: bool = False
+    """Whether some tokens are not predicted (``eod_mask_loss``)."""
     step: int = 0
     """Optimizer steps done."""
     device: Device = field(default_factory=Device)
@@ -89,6 +91,7 @@ def train(run: Run, callbacks: Sequence[Callback], stop: StopRequest) -> None:
                 num_microbatches=run.num_microbatches,
                 micro_batch_size=run.micro_batch_size,
                 seq_length=run.seq_length,
+                masked=run.masked,
             )
         run.step += 1
         HEART.beat(f"step {run.step}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +21,8 @@ from megatron_btx.engine.moe.noise import set_routing_context
 from megatron_btx.train.throughput import Stopwatch
 
 Batch = dict[str, Tensor]
-"""``tokens``, ``labels``, ``loss_mask``, ``position_ids`` [B, S]; ``samples`` [B], their ids."""
+"""``tokens``, ``labels``, ``loss_mask``, ``position_ids`` [B, S], where attention is reset at the
+ends of documents ``document_begins`` [B, S]; ``samples`` [B], their ids."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,24 +38,31 @@ class StepResult:
 
 
 def forward_step(
-    batches: Iterator[Batch], model: torch.nn.Module, *, step: int
+    batches: Iterator[Batch], model: torch.nn.Module, *, step: int, weight: Tensor | None = None
 ) -> tuple[Tensor, Any]:
-    """Megatron's ``forward_step_func``: one micro-batch through this rank's part of the model."""
+    """Megatron's ``forward_step_func``: one micro-batch through this rank's part of the model.
+    ``weight``: of a token in the loss; ``None``: all micro-batches count alike."""
     batch = next(batches)
     set_routing_context(step, batch["samples"])
     output = model(
-        batch["tokens"], batch["position_ids"], attention_mask=None, labels=batch["labels"]
+        batch["tokens"],
+        batch["position_ids"],
+        attention_mask=batch.get("document_begins"),
+        labels=batch["labels"],
     )
-    return output, functools.partial(mean_loss, batch["loss_mask"])
+    return output, functools.partial(mean_loss, batch["loss_mask"], weight=weight)
 
 
-def mean_loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Mean over a micro-batch's unmasked tokens; nats per token.
+def mean_loss(
+    loss_mask: Tensor, losses: Tensor, *, weight: Tensor | None = None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Mean over a micro-batch's unmasked tokens, or their sum times ``weight``; nats per token.
 
     What is logged is a copy: Megatron divides the loss in place by the number of micro-batches.
     """
     mask = loss_mask.view(-1).float()
-    loss = (losses.float().view(-1) * mask).sum() / mask.sum()
+    total = (losses.float().view(-1) * mask).sum()
+    loss = total / mask.sum() if weight is None else total * weight
     return loss, {"loss": loss.clone().detach()}
 
 
@@ -67,6 +76,7 @@ def train_step(
     num_microbatches: int,
     micro_batch_size: int,
     seq_length: int,
+    masked: bool = False,
 ) -> StepResult:
     """Forward and backward of every micro-batch, then the update.
 
@@ -74,13 +84,20 @@ def train_step(
         batches: at least ``num_microbatches`` micro-batches for this data-parallel rank, the same
             on every tensor- and pipeline-parallel rank.
         step: counts from 0; keys the routing's noise and temperature.
+        masked: some tokens are not predicted. The loss is then the mean over those of the global
+            batch that are, as with Megatron's ``calculate_per_token_loss``: micro-batches that have
+            more of them count more, whatever the layout.
     """
     watch = Stopwatch()
+    batches, weight = watch.waiting(batches), None
+    if masked:
+        held = list(itertools.islice(batches, num_microbatches))
+        batches, weight = iter(held), token_weight([batch["loss_mask"] for batch in held])
     model.zero_grad_buffer()
     optimizer.zero_grad()
     forwards = get_forward_backward_func()(
-        forward_step_func=functools.partial(forward_step, step=step),
-        data_iterator=watch.waiting(batches),
+        forward_step_func=functools.partial(forward_step, step=step, weight=weight),
+        data_iterator=batches,
         model=[model],
         num_microbatches=num_microbatches,
         seq_length=seq_length,
@@ -95,6 +112,19 @@ def train_step(
     norm = float(grad_norm or 0.0)
     watch.lap("optimizer")
     return StepResult(loss=loss, grad_norm=norm, seconds=watch.seconds)
+
+
+def token_weight(masks: list[Tensor]) -> Tensor:
+    """What a token counts for in the loss of its micro-batch, so that the mean of all micro-batches
+    of all data-parallel ranks is that of the global batch's unmasked tokens.
+
+    Args:
+        masks: of this rank's micro-batches, [B, S] each.
+    """
+    total = torch.stack([mask.float().sum() for mask in masks]).sum()
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    dist.all_reduce(total, group=group)
+    return len(masks) * group.size() / total.clamp_min(1.0)
 
 
 def global_mean(micro_losses: list[Tensor]) -> float:

@@ -9,9 +9,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from megatron_btx.data.boundaries import check_attention
 from megatron_btx.data.mixture import held_out, stage_stream
 from megatron_btx.data.tokenizer import load_tokenizer
-from megatron_btx.engine import distributed
+from megatron_btx.engine import distributed, platform
 from megatron_btx.engine.checkpoint import (
     TrainingState,
     load,
@@ -140,6 +141,7 @@ def _begin(
         micro_batch_size=training.micro_batch_size,
         global_batch_size=training.global_batch_size,
         seq_length=recipe.model.seq_length,
+        masked=training.eod_mask_loss,
         step=manifest["step"] if manifest else 0,
         device=throughput.device(
             count.training_flops_per_token(architecture, training.freeze_experts),
@@ -213,6 +215,8 @@ def check_options(recipe: Recipe) -> None:
             transformer_config(architecture, training.layout, training.precision, options)
             data_parallel_config(training.use_distributed_optimizer, options)
             optimizer_config(training)
+            if training.reset_attention_mask:
+                check_attention(platform.detect())
         except UserError as error:
             wrong.append(UserError(name, str(error)))
     if wrong:

@@ -52,6 +52,8 @@ class Case:
     global_batch_size: int = 8
     micro_batch_size: int = 1
     random_seed: int = 7
+    eos_id: int | None = None
+    """Ends documents that are kept apart: attention is reset, and what follows is not predicted."""
 
 
 @dataclass
@@ -107,6 +109,7 @@ def train(case: Case) -> Trained:
             num_microbatches=len(micro),
             micro_batch_size=case.micro_batch_size,
             seq_length=case.architecture.model.seq_length,
+            masked=case.eos_id is not None,
         )
         losses.append(result.loss)
         norms.append(result.grad_norm)
@@ -119,11 +122,12 @@ def gradients(ddp: Any, micro: list[Any], case: Case) -> Pieces:
 
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    from megatron_btx.train.step import forward_step
+    from megatron_btx.train.step import forward_step, token_weight
 
     ddp.zero_grad_buffer()
+    weight = None if case.eos_id is None else token_weight([one["loss_mask"] for one in micro])
     get_forward_backward_func()(
-        forward_step_func=functools.partial(forward_step, step=0),
+        forward_step_func=functools.partial(forward_step, step=0, weight=weight),
         data_iterator=iter(micro),
         model=[ddp],
         num_microbatches=len(micro),
@@ -149,6 +153,8 @@ def microbatches(case: Case, step: int) -> Iterator[dict[str, torch.Tensor]]:
     """This data-parallel rank's micro-batches of a step, cut from one global batch."""
     from megatron.core import parallel_state
 
+    from megatron_btx.data.boundaries import Boundaries
+
     model = case.architecture.model
     generator = torch.Generator().manual_seed(1000 + step)
     shape = (case.global_batch_size, model.seq_length + 1)
@@ -157,13 +163,17 @@ def microbatches(case: Case, step: int) -> Iterator[dict[str, torch.Tensor]]:
     dp, mbs = parallel_state.get_data_parallel_world_size(), case.micro_batch_size
     for first in range(parallel_state.get_data_parallel_rank() * mbs, len(tokens), dp * mbs):
         rows = tokens[first : first + mbs]
-        yield {
+        batch = {
             "tokens": rows[:, :-1].contiguous(),
             "labels": rows[:, 1:].contiguous(),
             "loss_mask": torch.ones(mbs, model.seq_length),
             "position_ids": torch.arange(model.seq_length).expand(mbs, -1).contiguous(),
             "samples": torch.arange(first, first + mbs) + step * case.global_batch_size,
         }
+        if case.eos_id is not None:
+            both = {"reset_attention_mask": True, "eod_mask_loss": True}
+            batch = Boundaries(eos_id=case.eos_id, **both).marked(batch)
+        yield batch
 
 
 def named_tensor(name: str, shape: tuple[int, ...]) -> torch.Tensor:

@@ -86,6 +86,8 @@ CASES = {
     "moe-tp2-etp2-distopt": Case(MOE, TP2_ETP2, use_distributed_optimizer=True),
     "moe-tp2-pp2-ep2-recompute": Case(MOE, TP2_PP2_EP2, megatron=RECOMPUTE),
     "moe-ep2-overlap-distopt": Case(MOE, EP2, use_distributed_optimizer=True, megatron=OVERLAP),
+    "documents-dense-dp2-pp2": Case(DENSE, replace(DP2, pipeline_model_parallel_size=2), eos_id=1),
+    "documents-moe-tp2-ep2-recompute": Case(MOE, TP2_EP2, megatron=RECOMPUTE, eos_id=1),
     "bf16-dense-tp2": Case(DENSE, TP2, "bf16"),
     "bf16-dense-dp2-distopt": Case(DENSE, DP2, "bf16", use_distributed_optimizer=True),
     "bf16-dense-pp2": Case(DENSE, PP2, "bf16"),
@@ -106,8 +108,8 @@ _references: dict[tuple[object, ...], Trained] = {}
 
 def reference(ranks: Ranks, case: Case) -> Trained:
     """The same case on one rank, run once a session."""
-    alone = Case(case.architecture, precision=case.precision)
-    key = (alone.architecture, alone.precision)
+    alone = Case(case.architecture, precision=case.precision, eos_id=case.eos_id)
+    key = (alone.architecture, alone.precision, alone.eos_id)
     if key not in _references:
         _references[key] = ranks.run(train, 1, alone)[0]
     return _references[key]

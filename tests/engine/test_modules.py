@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.datasets.gpt_dataset import _get_ltor_masks_and_position_ids
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.autograd import gradcheck
 
+from megatron_btx.data.boundaries import document_begins
 from megatron_btx.engine import cpu_tuning
 from megatron_btx.engine.moe import dispatch
 from megatron_btx.engine.moe.experts import feed_forward
@@ -121,6 +123,37 @@ def test_attention(groups: int, seq: int, window: int | None, dtype: torch.dtype
         draw(2, seq, 2, groups, 8, dtype=dtype),
     )
     agree(ours, inputs, reference, dtype)
+
+
+@dtypes
+@pytest.mark.parametrize(("seq", "window"), [(60, None), (150, 20), (300, None), (1, None)])
+@pytest.mark.usefixtures("kernel")
+def test_attention_within_documents(seq: int, window: int | None, dtype: torch.dtype) -> None:
+    """Against float64 with Megatron's own mask; some documents end with a block, one is a token."""
+    tokens = torch.randint(2, 9, (2, seq), generator=torch.Generator().manual_seed(3))
+    tokens[0, [place for place in (0, 6, 31, 63, 64, 127, seq - 1) if place < seq]] = 1
+    module = attention(num_query_groups=2, window_size=None if window is None else (window, 0))
+    begins = document_begins(tokens, 1)
+
+    def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return module(q, k, v, begins)
+
+    def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = (x.repeat_interleave(2, dim=2) for x in (k, v))
+        hidden = torch.stack([
+            _get_ltor_masks_and_position_ids(row, 1, False, True, False, True)[0] for row in tokens
+        ])  # fmt: skip
+        if window is not None:
+            hidden = hidden | torch.ones(seq, seq).tril(-window - 1).bool()
+        scores = torch.einsum("sbnd,tbnd->bnst", q, k) / 8**0.5
+        weights = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+        return torch.einsum("bnst,tbnd->sbnd", weights, v).flatten(2)
+
+    shapes = ((seq, 2, 4, 8), (seq, 2, 2, 8), (seq, 2, 2, 8))
+    inputs = tuple(draw(seed, *shape, dtype=dtype) for seed, shape in enumerate(shapes))
+    agree(ours, inputs, reference, dtype)
+    with pytest.raises(ValueError, match="a mask other"):
+        module(*inputs, torch.ones(1, 1, seq, seq, dtype=torch.bool))
 
 
 def test_attention_refuses_what_it_does_not_compute() -> None:

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from megatron_btx.errors import UserError, UserErrors
+from megatron_btx.pipeline import graph
 from megatron_btx.recipe import check, upstream
 from megatron_btx.recipe.load import load_recipe, parse_recipe
-from megatron_btx.recipe.schema import Layout
+from megatron_btx.recipe.schema import Layout, Recipe
 
 
 def test_files(good: str, tmp_path: Path) -> None:
@@ -51,24 +52,35 @@ def test_context_parallelism_is_refused_everywhere(good: str, place: str, tmp_pa
     assert "context parallelism is not supported" in wrong[0].what
 
 
-@pytest.mark.parametrize(
-    ("name", "why"),
-    [
-        ("reset_position_ids", "does not look at position ids"),
-        ("reset_attention_mask", "mask of documents"),
-        ("eod_mask_loss", "depend on micro_batch_size"),
-    ],
-)
-def test_document_boundaries_are_refused_by_name(
-    good: str, name: str, why: str, tmp_path: Path
-) -> None:
+BOUNDARIES = ("reset_position_ids", "reset_attention_mask", "eod_mask_loss")
+
+
+def test_boundaries_of_documents(good: str, tmp_path: Path) -> None:
+    """Alike in all stages; position ids alone are refused by name; absent or false is one key."""
     (tmp_path / "base.yaml").write_text(good)
-    over = tmp_path / "over.yaml"
-    over.write_text(f"base: base.yaml\ntraining: {{{name}: false}}\n")
-    assert load_recipe(over) == load_recipe(tmp_path / "base.yaml")
-    over.write_text(f"base: base.yaml\nfinetune: {{{name}: true}}\n")
-    with pytest.raises(UserErrors, match=f"finetune.{name}: is not supported: .*{why}"):
-        load_recipe(over)
+    plain, over = load_recipe(tmp_path / "base.yaml"), tmp_path / "over.yaml"
+
+    def read(text: str) -> Recipe:
+        over.write_text(f"base: base.yaml\n{text}\n")
+        return load_recipe(over)
+
+    assert read(f"training: {{{': false, '.join(BOUNDARIES)}: false}}") == plain
+    with pytest.raises(UserErrors, match=r"finetune.reset_position_ids: is not supported alone: .*"
+                                         "does not look at position ids"):  # fmt: skip
+        read("finetune: {reset_position_ids: true}")
+    for name in BOUNDARIES[1:]:
+        with pytest.raises(UserErrors, match=rf"finetune|seed.{name}: is .*set it under `training"):
+            read(f"finetune: {{{name}: true}}")
+        assert keys(read(f"training: {{{name}: true}}")).isdisjoint(keys(plain))
+    with_mask = read("training: {reset_attention_mask: true}")
+    both = read("training: {reset_attention_mask: true, reset_position_ids: true}")
+    assert keys(both) == keys(with_mask)
+
+
+def keys(recipe: Recipe) -> set[str]:
+    """Of all that is trained or measured."""
+    apart = ("prepare", "report")
+    return {stage.key for stage in graph.build(recipe) if stage.kind not in apart}
 
 
 @pytest.mark.parametrize("block", upstream.SOURCES)

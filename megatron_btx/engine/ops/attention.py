@@ -81,11 +81,18 @@ class ScaledDotProductAttention(MegatronModule):
             query: [S, B, N, D], rotated.
             key: [S, B, G, D], rotated; G divides N.
             value: [S, B, G, D].
-            attention_mask: ignored, the mask is causal, with or without a window.
+            attention_mask: int64 [B, S], the first position that each token sees (where its
+                document begins); ``None``: 0. Beside it the mask is causal, with or without a
+                window.
 
         Returns:
             [S, B, N * D], in the dtype of ``query``.
+
+        Raises:
+            ValueError: for any other mask.
         """
+        if attention_mask is not None and attention_mask.dim() != 2:
+            raise ValueError("a mask other than the beginnings of documents is not followed")
         if attention_bias is not None or packed_seq_params is not None:
             raise ValueError("attention bias and packed sequences need Transformer Engine")
         repeats = query.shape[2] // key.shape[2]
@@ -96,6 +103,7 @@ class ScaledDotProductAttention(MegatronModule):
             _heads_first(value, repeats),
             self.window,
             self.softmax_scale,
+            attention_mask,
         )
         return context_BNSD.permute(2, 0, 1, 3).flatten(2)
 
@@ -106,10 +114,12 @@ def _by_products(
     value_BNSD: Tensor,
     window: int | None,
     scale: float | None,
+    begins_BS: Tensor | None,
 ) -> Tensor:
     """On a CPU."""
     heads = (part.flatten(0, 1) for part in (query_BNSD, key_BNSD, value_BNSD))
-    context_HSD = cpu_attention.attend(*heads, window=window, scale=scale)
+    begins = None if begins_BS is None else begins_BS.repeat_interleave(query_BNSD.shape[1], 0)
+    context_HSD = cpu_attention.attend(*heads, window=window, scale=scale, begins=begins)
     return context_HSD.unflatten(0, query_BNSD.shape[:2])
 
 
@@ -119,11 +129,16 @@ def _fused(
     value_BNSD: Tensor,
     window: int | None,
     scale: float | None,
+    begins_BS: Tensor | None,
 ) -> Tensor:
     """torch's kernel."""
     seq, within = query_BNSD.shape[2], None
     if window is not None and window + 1 < seq:
         within = _band(seq, window, query_BNSD.device)
+    if begins_BS is not None:
+        band = _band(seq, seq, query_BNSD.device) if within is None else within
+        place = torch.arange(seq, device=begins_BS.device)
+        within = (band & (place >= begins_BS.unsqueeze(-1))).unsqueeze(1)
     return scaled_dot_product_attention(
         query_BNSD, key_BNSD, value_BNSD, attn_mask=within, is_causal=within is None, scale=scale
     )

@@ -29,6 +29,7 @@ def attend(
     *,
     window: int | None = None,
     scale: float | None = None,
+    begins: Tensor | None = None,
 ) -> Tensor:
     """Attention of every token to itself and those before it (arXiv 1706.03762, equation 1).
 
@@ -40,12 +41,14 @@ def attend(
         value: [H, S, D].
         window: how many tokens a token sees before itself; ``None``: all.
         scale: multiplies the scores; ``None``: ``1 / sqrt(D)``.
+        begins: int64 [H, S], the first position that a token sees, no later than its own;
+            ``None``: 0.
 
     Returns:
         [H, S, D] in the dtype of ``query``, in the memory order [S, H, D].
     """
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return _Attend.apply(query, key, value, window, scale)
+    return _Attend.apply(query, key, value, window, scale, begins)
 
 
 class _Attend(torch.autograd.Function):
@@ -53,14 +56,21 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def forward(  # noqa: PLR0913
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, window: int | None, scale: float
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        window: int | None,
+        scale: float,
+        begins: Tensor | None,
     ) -> Tensor:
-        ctx.window, ctx.scale = window, scale
+        ctx.window, ctx.scale, ctx.begins = window, scale, begins
         out, inputs, kept = _sequence_first(query), (query, key, value), []
         keeps = keeps_probabilities(*query.shape[1:])
         query, key, value = query.float() * scale, key.float(), value.float()
         for heads, rows, seen in _blocks(query, window):
-            probabilities = _probabilities(query[heads, rows], key[heads, seen], window)
+            hidden = _hidden(begins, heads, rows, seen)
+            probabilities = _probabilities(query[heads, rows], key[heads, seen], window, hidden)
             out[heads, rows] = torch.bmm(probabilities, value[heads, seen])
             if keeps:
                 kept.append(probabilities)
@@ -78,7 +88,11 @@ class _Attend(torch.autograd.Function):
         for heads, rows, seen in _blocks(query, ctx.window):
             q, grad = query[heads, rows], grad_out[heads, rows]
             k, v = key[heads, seen], value[heads, seen]
-            probabilities = kept.pop() if kept else _probabilities(q, k, ctx.window)
+            if kept:
+                probabilities = kept.pop()
+            else:
+                hidden = _hidden(ctx.begins, heads, rows, seen)
+                probabilities = _probabilities(q, k, ctx.window, hidden)
             grad_gates = torch.bmm(grad, v.mT)
             grad_scores = torch._softmax_backward_data(
                 grad_gates, probabilities, -1, probabilities.dtype
@@ -87,14 +101,18 @@ class _Attend(torch.autograd.Function):
             grad_key[heads, seen] += torch.bmm(grad_scores.mT, q)
             grad_value[heads, seen] += torch.bmm(probabilities.mT, grad)
         grad_query.mul_(ctx.scale)
-        return grad_query.to(dtype), grad_key.to(dtype), grad_value.to(dtype), None, None
+        grads = (grad.to(dtype) for grad in (grad_query, grad_key, grad_value))
+        return (*grads, None, None, None)
 
 
-def _probabilities(query: Tensor, key: Tensor, window: int | None) -> Tensor:
-    """[h, R, K]: what each of the last R of K tokens takes of each."""
+def _probabilities(query: Tensor, key: Tensor, window: int | None, before: Tensor | None) -> Tensor:
+    """[h, R, K]: what each of the last R of K tokens takes of each, but of those ``before`` its
+    document (bool [h, R, K])."""
     scores = torch.bmm(query, key.mT)
     hidden = _causal_mask(query.shape[1], key.shape[1], window)
     scores[..., -hidden.shape[1] :] += hidden
+    if before is not None:
+        scores.masked_fill_(before, -math.inf)
     return scores.softmax(-1)
 
 
@@ -107,6 +125,13 @@ def _causal_mask(rows: int, keys: int, window: int | None) -> Tensor:
     behind = torch.arange(keys - rows, keys).unsqueeze(1) - torch.arange(keys)
     seen = behind >= 0 if window is None else (behind >= 0) & (behind <= window)
     return torch.zeros(rows, keys).masked_fill_(~seen, -math.inf)
+
+
+def _hidden(begins: Tensor | None, heads: slice, rows: slice, seen: slice) -> Tensor | None:
+    """[h, R, K]: which keys of a block stand before the document of its query."""
+    if begins is None:
+        return None
+    return torch.arange(seen.start, seen.stop) < begins[heads, rows].unsqueeze(-1)
 
 
 def _blocks(query: Tensor, window: int | None) -> Iterator[tuple[slice, slice, slice]]:
