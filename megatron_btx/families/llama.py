@@ -56,6 +56,7 @@ FIELDS: tuple[ConfigPart, ...] = (
     Tied(),
     Fixed("hidden_act", "silu"),
     Fixed("attention_dropout", 0.0),
+    Stated("is_causal", True),  # transformers 5 masks nothing where it is false
 )
 """What all of them have."""
 WIDTH = Field("intermediate_size", "ffn_hidden_size", required=True)

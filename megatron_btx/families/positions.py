@@ -28,6 +28,17 @@ class Positions:
         return {"max_position_embeddings": model.max_position_embeddings or model.seq_length}
 
 
+_ROPE = ("rope_scaling", "rope_parameters")
+_ONE = "keep the one that the model was trained with, in a copy of the directory's config.json"
+
+
+def _words(rope: Mapping[str, Any]) -> str:
+    """What a mapping says, to be compared; ``type`` is an older word for ``rope_type``."""
+    named = {{"type": "rope_type"}.get(key, key): value for key, value in rope.items()}
+    numbers = {k: float(v) if isinstance(v, int) else v for k, v in named.items() if v is not None}
+    return repr(sorted(numbers.items()))
+
+
 @dataclass(frozen=True)
 class Rope:
     """Rotary positions: ``rope_theta`` and ``rope_scaling`` as transformers 4 has them, or
@@ -44,17 +55,11 @@ class Rope:
 
     def read(self, reading: ConfigReading) -> None:
         """Base and scaling, from wherever they stand."""
-        rope: dict[str, Any] = {}
-        for key in ("rope_scaling", "rope_parameters"):
-            rope |= reading.typed(dict[str, Any], key, {})
-        theta = reading.take("rope_theta", self.default_theta)
-        reading.keys["rotary_base"] = "rope_theta"
+        rope = self._scaling(reading)
         if any(isinstance(value, Mapping) for value in rope.values()):
             what = f"rope_scaling or rope_parameters is {rope}"
             reading.refuse(f"{what}: other positions in other layers")
             return
-        own = rope.pop("rope_theta", None)
-        reading.model["rotary_base"] = theta if own is None else own
         kinds = {str(rope.pop(key, None)) for key in ("rope_type", "type")} - {"None"}
         kind = " and ".join(sorted(kinds)) or "default"
         rope = {key: value for key, value in rope.items() if value is not None}
@@ -75,6 +80,24 @@ class Rope:
         elif kind == "linear":
             reading.model["seq_len_interpolation_factor"] = factor
             reading.keys["seq_len_interpolation_factor"] = "rope_scaling.factor"
+
+    def _scaling(self, reading: ConfigReading) -> dict[str, Any]:
+        """The scaling, without the base, which becomes the model's. ``transformers`` 4 and 5 look
+        in different places: where several speak, they must say the same."""
+        places = {key: reading.typed(dict[str, Any], key, {}) for key in _ROPE}
+        told = {key: rope for key, rope in places.items() if rope}
+        base = reading.take("rope_theta", self.default_theta)
+        bases = [] if told and reading.take("rope_theta") is None else [base]
+        for rope in told.values():
+            own = rope.pop("rope_theta", None)
+            bases.append(base if own is None else own)
+        if any(one != bases[0] for one in bases):
+            reading.refuse(f"rope_theta is {' and '.join(map(str, bases))}", _ONE)
+        elif len({_words(rope) for rope in told.values()}) > 1:
+            reading.refuse(" and ".join(f"{key} is {rope}" for key, rope in told.items()), _ONE)
+        reading.model["rotary_base"] = bases[0]
+        reading.keys["rotary_base"] = "rope_theta"
+        return next(iter(told.values()), {})
 
     def write(self, architecture: Architecture) -> dict[str, Any]:
         """``rope_theta``, and ``rope_scaling`` where there is one."""

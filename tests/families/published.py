@@ -222,6 +222,17 @@ UNLIKE: list[tuple[str, dict[str, Any], str]] = [
         "of type yarn",
     ),
     ("meta-llama/Llama-2-7b-hf", {"attention_bias": True}, "attention_bias is True"),
+    (
+        "meta-llama/Llama-2-7b-hf",  # transformers 4 reads the one, 5 the other
+        {"rope_theta": 1e4, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+        "rope_theta is 10000.0 and 500000.0",
+    ),
+    (
+        "meta-llama/Llama-3.1-8B-Instruct",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 5e5, "factor": 4.0}},
+        "and rope_parameters is",
+    ),
+    ("Qwen/Qwen3-8B-Base", {"is_causal": False}, "is_causal is False"),
     ("01-ai/Yi-6B", {"auto_map": {"AutoModelForCausalLM": "modeling_yi.Yi"}}, "auto_map"),
 ]  # fmt: skip
 """A name, what a variant of it has, and what is said of it."""

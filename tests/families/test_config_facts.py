@@ -1,0 +1,171 @@
+"""Published ``config.json`` files with changed keys: whatever is accepted means to us what it means
+to ``transformers``. Seeded, and compared as facts, without weights."""
+
+from __future__ import annotations
+
+import copy
+import random
+from typing import Any
+
+import pytest
+
+from megatron_btx.errors import UserError
+from megatron_btx.families.hf import FAMILIES
+from megatron_btx.families.hf_routing import Gates
+from megatron_btx.recipe.architecture import Architecture
+from megatron_btx.recipe.count import expert_width, kv_channels, query_groups, windows
+from tests.families.published import PUBLISHED
+
+transformers = pytest.importorskip("transformers")
+
+GONE = "gone"
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+CHANGES: dict[str, list[Any]] = {
+    "rope_theta": [GONE, 1e4, 5e5],
+    "rope_scaling": [
+        GONE,
+        None,
+        _LLAMA3,
+        {"type": "linear", "factor": 2.0},
+        {"rope_type": "dynamic", "factor": 2.0},
+        {"rope_type": "default", "rope_theta": 7e4},
+        {"rope_type": "linear", "type": "dynamic", "factor": 2.0},
+    ],
+    "rope_parameters": [
+        None,
+        {"rope_type": "default", "rope_theta": 5e5},
+        {"rope_theta": 2e5},
+        _LLAMA3 | {"rope_theta": 5e5},
+        {"rope_type": "linear", "factor": 4.0},
+        {"rope_type": "default", "partial_rotary_factor": 0.5},
+    ],
+    "partial_rotary_factor": [0.5, None],
+    "head_dim": [GONE, None, 8, 16],
+    "num_key_value_heads": [GONE, None, 1, 4],
+    "sliding_window": [GONE, None, 0, 1, 7],
+    "use_sliding_window": [GONE, True, False],
+    "max_window_layers": [GONE, 0, 1, 5],
+    "layer_types": [
+        None,
+        ["full_attention"] * 2,
+        ["sliding_attention"] * 2,
+        ["full_attention", "sliding_attention"],
+        ["chunked_attention"] * 2,
+    ],
+    "tie_word_embeddings": [GONE, True, False],
+    "attention_bias": [GONE, True],
+    "qkv_bias": [GONE, False],
+    "mlp_bias": [GONE, True],
+    "hidden_act": [GONE, "gelu"],
+    "norm_topk_prob": [GONE, True, False],
+    "num_experts_per_tok": [1, 2, 4],
+    "num_local_experts": [4, 8],
+    "decoder_sparse_step": [GONE, 1, 2],
+    "mlp_only_layers": [GONE, None, [], [1]],
+    "moe_intermediate_size": [24, 32],
+    "shared_expert_intermediate_size": [GONE, 24],
+    "rms_norm_eps": [GONE, 1e-6],
+    "is_causal": [True, False],
+    "model_type": ["llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe"],
+}
+
+
+def changed(seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A configuration and what was changed in it."""
+    r = random.Random(seed)
+    config = copy.deepcopy(PUBLISHED[r.choice(sorted(PUBLISHED))])
+    keys = r.sample(sorted(CHANGES), r.choice((1, 2, 2, 3)))
+    changes = {key: copy.deepcopy(r.choice(CHANGES[key])) for key in keys}
+    config |= changes
+    return {key: value for key, value in config.items() if value != GONE}, changes
+
+
+def ours(found: Architecture) -> dict[str, Any]:
+    model, experts = found.model, found.experts
+    scaling = ("default", None)
+    if model.rope_scaling:
+        scaling = ("llama3", model.rope_scaling_factor)
+    elif model.seq_len_interpolation_factor is not None:
+        scaling = ("linear", model.seq_len_interpolation_factor)
+    gates = Gates.of(found) if experts else None
+    return {
+        "layers": model.num_layers,
+        "head": kv_channels(model),
+        "groups": query_groups(model),
+        "base": model.rotary_base,
+        "scaling": scaling,
+        "rotated": 1.0,
+        "epsilon": model.layernorm_epsilon,
+        "activation": "silu",
+        "causal": True,
+        "windows": windows(model),
+        "tied": not model.untie_embeddings_and_output_weights,
+        "biases": (model.add_qkv_bias, False),
+        "width": expert_width(model) if experts else model.ffn_hidden_size,
+        "shared": model.moe_shared_expert_intermediate_size,
+        "experts": len(experts),
+        "gates": gates and (gates.k, gates.normalised),
+        "everywhere": True,
+    }
+
+
+def theirs(config: Any) -> dict[str, Any]:
+    kind, layers, rope = config.model_type, config.num_hidden_layers, config.rope_parameters
+    window = getattr(config, "sliding_window", None)
+    types = getattr(config, "layer_types", None) if kind.startswith("qwen") else None
+    types = types or ["full_attention" if kind == "llama" else "sliding_attention"] * layers
+    moe = kind in ("mixtral", "qwen2_moe", "qwen3_moe")
+    count = (
+        getattr(config, "num_local_experts" if kind == "mixtral" else "num_experts", 0)
+        if moe
+        else 0
+    )
+    gates = None
+    if moe:
+        k = config.num_experts_per_tok
+        gates = (k, kind == "mixtral" or config.norm_topk_prob or k == count)
+    qwen_moe = moe and kind != "mixtral"
+    sparse = qwen_moe and (config.decoder_sparse_step, config.mlp_only_layers or [])
+    bias = {"qwen2": True, "qwen2_moe": getattr(config, "qkv_bias", True)}
+    own_bias = getattr(config, "attention_bias", False)
+    head = getattr(config, "head_dim", None)
+    scaled = rope["rope_type"] != "default"
+    return {
+        "layers": layers,
+        "head": head or config.hidden_size // config.num_attention_heads,
+        "groups": config.num_key_value_heads or config.num_attention_heads,
+        "base": rope["rope_theta"],
+        "scaling": (rope["rope_type"], rope["factor"] if scaled else None),
+        "rotated": rope.get("partial_rotary_factor") or 1.0,
+        "epsilon": config.rms_norm_eps,
+        "activation": config.hidden_act,
+        "causal": getattr(config, "is_causal", True),
+        "windows": tuple(window if one == "sliding_attention" else None for one in types),
+        "tied": config.tie_word_embeddings,
+        "biases": (bias.get(kind, own_bias), getattr(config, "mlp_bias", False)),
+        "width": config.moe_intermediate_size if qwen_moe else config.intermediate_size,
+        "shared": config.shared_expert_intermediate_size if kind == "qwen2_moe" else None,
+        "experts": count,
+        "gates": gates,
+        "everywhere": sparse in (False, (1, [])),
+    }
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_what_is_accepted_means_what_transformers_takes_it_for(part: int) -> None:
+    accepted = 0
+    for seed in range(part * 100, (part + 1) * 100):
+        config, changes = changed(seed)
+        try:
+            found = FAMILIES[config["model_type"]].read_config(copy.deepcopy(config), "config.json")
+        except UserError:
+            continue
+        accepted += 1
+        assert ours(found) == theirs(transformers.AutoConfig.for_model(**config)), (seed, changes)
+    assert accepted > 20
