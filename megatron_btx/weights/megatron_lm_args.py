@@ -76,9 +76,24 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "moe_router_topk_scaling_factor": (None, 1.0),
     "moe_router_enable_expert_bias": (False,),
     "moe_router_num_groups": (None,),
+    "moe_router_group_topk": (None,),
+    "moe_router_topk_limited_devices": (None,),
+    "moe_router_force_biased": (None,),
+    "moe_router_quantile_balancing_ema": (0.0, None),
+    "moe_apply_probs_on_input": (False,),
     "moe_latent_size": (None,),
+    "moe_mlp_glu_interleave_size": (None,),
+    "moe_shared_expert_glu_interleave_size": (None,),
     "activation_func_clamp_value": (None,),
     "glu_linear_offset": (0.0,),
+    "squared_relu": (False,),
+    "openai_gelu": (False,),
+    "quick_geglu": (False,),
+    "use_mup": (False,),
+    "experimental_attention_variant": (None,),
+    "linear_attention_freq": (None,),
+    "heterogeneous_block_specs": (False,),
+    "is_hybrid_model": (False,),
 }
 """Settings of one value (or a few of one meaning), the only one that we compute."""
 
@@ -199,6 +214,10 @@ def _unsupported(known: dict[str, Any], where: str) -> Iterator[UserError]:
     everywhere = freq == 1 or (isinstance(freq, list) and freq == [1] * len(freq))
     if known.get("num_moe_experts") and not everywhere:
         yield UserError(where, f"moe_layer_freq is {freq!r}; experts must be everywhere")
+    balancing = known.get("moe_router_load_balancing_type")
+    if "sinkhorn" in (balancing if isinstance(balancing, list) else [balancing]):
+        what = "moe_router_load_balancing_type is sinkhorn, whose gates do not sum to one"
+        yield UserError(where, what)
     if isinstance(known.get("window_attn_skip_freq"), int):
         what = "window_attn_skip_freq is a number; only a list, a value a layer, is supported"
         yield UserError(where, what)

@@ -15,8 +15,11 @@ from megatron.core.transformer.enums import AttnBackend
 
 from megatron_btx.errors import UserError
 from megatron_btx.mix.one_model import copy
+from megatron_btx.recipe import upstream
 from megatron_btx.recipe.schema import Routing
+from megatron_btx.weights import megatron_lm_args
 from megatron_btx.weights.megatron import open_megatron
+from megatron_btx.weights.megatron_lm_args import architecture_of
 from megatron_btx.weights.source import read_whole
 from megatron_btx.weights.write_torch_dist import write_torch_dist
 from tests.mix.commands import btx
@@ -119,6 +122,39 @@ def test_models_that_we_would_compute_wrongly_are_refused_at_once(tmp_path):
         open_megatron(tmp_path / "iter", "m")
     for name in wrong:
         assert name in str(caught.value)
+
+
+OTHERS = {
+    "moe_apply_probs_on_input": True,
+    "moe_router_load_balancing_type": "sinkhorn",
+    "moe_router_group_topk": 2,
+    "moe_mlp_glu_interleave_size": 32,
+    "squared_relu": True,
+    "use_mup": True,
+    "experimental_attention_variant": "gated_delta_net",
+    "linear_attention_freq": 4,
+    "is_hybrid_model": True,
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_another_model_of_the_same_tensors_is_refused(name):
+    """All of these are stored under the names and shapes of ours, and compute something else."""
+    settings = ARGS | {"num_experts": 4, "moe_router_load_balancing_type": ["aux_loss"]}
+    assert architecture_of(settings, "iter").experts
+    with pytest.raises(UserError, match=f"{name} is "):
+        architecture_of(settings | {name: OTHERS[name]}, "iter")
+
+
+def test_what_a_recipe_may_not_set_is_looked_at_here_too():
+    """The fields that make another model are known in one place for recipes, in one for this."""
+    trained = (
+        "calculate_per_token_loss", "optimizer", "perform_initialization",
+        "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage",
+        "pipeline_model_parallel_layout", "virtual_pipeline_model_parallel_size",
+    )  # fmt: skip
+    looked_at = {*megatron_lm_args._FIXED, *megatron_lm_args._SAME, "moe_layer_freq", *trained}
+    assert upstream._FIXED.keys() <= looked_at
 
 
 class Evil:
