@@ -54,11 +54,12 @@ def run(options: argparse.Namespace) -> int:
         ("temperature", options.temperature >= 0),
         ("top_p", 0 < options.top_p <= 1),
         ("random_seed", 0 <= options.random_seed < 2**31),
+        ("stop", all(options.stop)),
     ):
         if not good:
             what = f"{getattr(options, flag)} is out of range"
             raise UserError("--" + flag.replace("_", "-"), what, "see btx generate --help")
-    prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in options.prompt]
+    prompts = [_text_of(prompt) for prompt in options.prompt]
     decoding = {
         "max_new_tokens": options.max_new_tokens,
         "temperature": options.temperature,
@@ -82,8 +83,25 @@ def run(options: argparse.Namespace) -> int:
         return 0
     if options.json:
         rows = [{"prompt": prompt} | one for prompt, one in zip(prompts, found, strict=True)]
-        sys.stdout.write(json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
+        shows_all = (sys.stdout.encoding or "").lower().startswith("utf")
+        sys.stdout.write(json.dumps(rows, indent=1, ensure_ascii=not shows_all) + "\n")
         return 0
     for number, (prompt, one) in enumerate(zip(prompts, found, strict=True)):
         sys.stdout.write(("\n" if number else "") + prompt + one["text"] + "\n")
     return 0
+
+
+def _text_of(prompt: str) -> str:
+    """A prompt, or what the standard input holds.
+
+    Raises:
+        UserError: it is not UTF-8.
+    """
+    try:
+        if prompt == "-":
+            return sys.stdin.buffer.read().decode()
+        prompt.encode()
+    except UnicodeError as error:
+        fix = "convert it, for example with iconv -t UTF-8"
+        raise UserError("--prompt", "is not UTF-8", fix) from error
+    return prompt

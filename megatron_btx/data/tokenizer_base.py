@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from megatron_btx.errors import UserError, shown
 from megatron_btx.files import write_json
 
 INFO = "tokenizer_info.json"
@@ -57,6 +58,23 @@ class Tokenizer(ABC):
         Raises:
             UserError: this tokenizer cannot be expressed exactly.
         """
+
+    def check_ids(self, ids: np.ndarray, vocab_size: int, *, where: str) -> None:
+        """That a model of ``vocab_size`` has a row for each of ``ids``. A tokenizer may have tokens
+        more (CodeLlama-Python's has four) that no text makes; behind a model's own rows lie those
+        that pad them.
+
+        Raises:
+            UserError: it has none; ``where`` says of what.
+        """
+        if len(ids) and int(ids.max()) >= vocab_size:
+            token = int(ids.max())
+            text = shown(repr(self.decode([token])))
+            raise UserError(
+                where,
+                f"holds the token {text} ({token}), and the model's vocabulary has {vocab_size}",
+                "take the tokenizer that the model was trained with",
+            )
 
     def describe(self) -> dict[str, Any]:
         """What a manifest holds of it."""

@@ -28,7 +28,7 @@ from megatron_btx.engine.initializer import initialize
 from megatron_btx.engine.model import DTYPES, build_model, unwrap
 from megatron_btx.errors import UserError, UserErrors, collect_errors
 from megatron_btx.evaluate.heldout import Batch, Listener, evaluate
-from megatron_btx.evaluate.loss_on_text import EvalSetting, min_length, packed, whole_sequences
+from megatron_btx.evaluate.loss_on_text import EvalSetting, packed, whole_sequences
 from megatron_btx.evaluate.model_spec import Subject
 from megatron_btx.evaluate.models import opened, precision_of
 from megatron_btx.evaluate.predictor import NO_PROGRESS
@@ -105,8 +105,8 @@ def measure(
     errors = list(_misnamed(subject.name, names, data, str(statistics), before))
     if errors:
         raise UserErrors(errors)
-    length = min_length({"model": checkpoint}, setting)
-    given = packed(subject, {name: data[name] for name in names if name in data}, setting, length)
+    wanted = {name: data[name] for name in names if name in data}
+    given = packed(subject, wanted, setting, {"model": checkpoint})
     texts: dict[str, list[Batch]] = {}
     for name, text in given.items():
         with collect_errors(errors):

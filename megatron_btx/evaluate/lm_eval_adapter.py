@@ -8,13 +8,23 @@ from typing import Any
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
+from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from megatron_btx.errors import UserError
 from megatron_btx.evaluate.generate import Decoding, generate
 from megatron_btx.evaluate.predictor import NO_PROGRESS, Predictor, ScoredText
 
 MAX_NEW_TOKENS = 256
 """Of an answer, where the task does not say."""
+
+_ASKS = object()
+_NEUTRAL: dict[str, Any] = {
+    "top_k": 0, "num_beams": 1, "repetition_penalty": 1.0, "use_cache": True,
+}  # fmt: skip
+"""Options of generation that we have not, at the value at which they do nothing."""
+_OF_DRAWS = ("top_k", "top_p", "min_p", "typical_p")
+"""Those that do nothing where nothing is drawn."""
 
 
 class Harness(TemplateLM):
@@ -105,14 +115,28 @@ class Harness(TemplateLM):
         return [one.text for one in found]
 
     def _decoding(self, options: dict[str, Any]) -> Decoding:
-        until = options.get("until") or ()
-        temperature = float(options.get("temperature", 0.0)) if options.get("do_sample") else 0.0
-        wanted = int(options.get("max_gen_toks", MAX_NEW_TOKENS))
+        """A task's ``generation_kwargs``, by lm-eval's own reading of them.
+
+        Raises:
+            UserError: they ask for what is not done here.
+        """
+        given = {
+            k: v for k, v in normalize_gen_kwargs(options, MAX_NEW_TOKENS).items() if v is not None
+        }
+        until = tuple(stop for stop in given.pop("until") if stop)
+        wanted, temperature = given.pop("max_gen_toks"), float(given.pop("temperature", 0.0))
+        sampled = given.pop("do_sample") and temperature > 0
+        top_p = float(given.pop("top_p", 1.0)) if sampled else 1.0
+        neutral = _NEUTRAL if sampled else _NEUTRAL | {name: given.get(name) for name in _OF_DRAWS}
+        if more := [key for key, value in given.items() if neutral.get(key, _ASKS) != value]:
+            what = f"{', '.join(f'{key} ({given[key]!r})' for key in more)} is not done here"
+            fix = "give until, do_sample, temperature, top_p and max_gen_toks"
+            raise UserError("generation_kwargs", what, fix)
         return Decoding(
             max_new_tokens=min(wanted, max(1, self._predictor.seq_length // 2)),
-            temperature=temperature,
-            top_p=float(options.get("top_p", 1.0)),
-            until=(until,) if isinstance(until, str) else tuple(until),
+            temperature=temperature if sampled else 0.0,
+            top_p=top_p,
+            until=until,
         )
 
     def _row(self, context: Sequence[int], continuation: Sequence[int], number: int) -> ScoredText:

@@ -28,6 +28,7 @@ from megatron_btx.evaluate.packed_text import PackedText, read
 from megatron_btx.evaluate.predictor import NO_PROGRESS
 from megatron_btx.evaluate.routing_stats import expert_choices
 from megatron_btx.recipe.schema import Layout, Precision
+from megatron_btx.weights.plan import Checkpoint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +74,10 @@ def evaluate_data(
         of Sample Top-1 the ``expert_choice``.
     """
     checkpoints = opened(subject)
-    texts = packed(subject, data, setting, min_length(checkpoints, setting))
+    tp = setting.layout.tensor_model_parallel_size
+    texts = packed(subject, data, setting, checkpoints)
+    length = next(iter(texts.values())).seq_length
+    texts = {name: text.fitted(tp) for name, text in texts.items()}
     scores: dict[str, list[Tensor]] = {name: [] for name in texts}
     done, work = 0, len(checkpoints) * len(texts)
     for checkpoint in checkpoints.values():
@@ -106,7 +110,7 @@ def evaluate_data(
         }
     losses = [entry["nats_per_token"] for entry in result["data"].values()]
     result["mean"] = sum(losses) / len(losses)
-    result["seq_length"] = next(iter(texts.values())).seq_length
+    result["seq_length"] = length
     choice = expert_choices(one.architecture.routing for one in checkpoints.values())
     if choice is not None:
         result["expert_choice"] = choice
@@ -114,7 +118,7 @@ def evaluate_data(
     return result | asdict(spent)
 
 
-def min_length(checkpoints: Mapping[str, Any], setting: EvalSetting) -> int:
+def min_length(checkpoints: Mapping[str, Checkpoint], setting: EvalSetting) -> int:
     """The length of the sequences.
 
     Raises:
@@ -131,13 +135,18 @@ def min_length(checkpoints: Mapping[str, Any], setting: EvalSetting) -> int:
 
 
 def packed(
-    subject: Subject, data: Mapping[str, Sequence[str]], setting: EvalSetting, seq_length: int
+    subject: Subject,
+    data: Mapping[str, Sequence[str]],
+    setting: EvalSetting,
+    checkpoints: Mapping[str, Checkpoint],
 ) -> dict[str, PackedText]:
-    """Each text in the tokens of a subject.
+    """Each text in the tokens of a subject, of which ``checkpoints`` are the opened ones.
 
     Raises:
-        UserError: a file is missing, damaged or empty, or there is no tokenizer.
+        UserError: a file is missing, damaged or empty, there is no tokenizer, or one with tokens
+            that the models have not.
     """
+    seq_length = min_length(checkpoints, setting)
     if setting.tokenizer is None:
         tokenizer = tokenizer_of(subject.first)
     else:
@@ -148,6 +157,7 @@ def packed(
             tokenizer,
             seq_length,
             start_id=tokenizer.start_id,
+            vocab_size=next(iter(checkpoints.values())).architecture.vocab_size,
             most=setting.tokens,
             where=f"--data {name}",
         )

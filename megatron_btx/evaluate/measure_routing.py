@@ -10,7 +10,7 @@ from megatron_btx.data.heldout import Sample
 from megatron_btx.data.mixture import held_out
 from megatron_btx.errors import UserError
 from megatron_btx.evaluate.heldout import evaluate
-from megatron_btx.evaluate.loss_on_text import EvalSetting, min_length, packed, whole_sequences
+from megatron_btx.evaluate.loss_on_text import EvalSetting, packed, whole_sequences
 from megatron_btx.evaluate.model_spec import Subject, run_of
 from megatron_btx.evaluate.models import load, opened
 from megatron_btx.evaluate.predictor import NO_PROGRESS
@@ -44,10 +44,9 @@ def measure(
     architecture = checkpoint.architecture
     if not architecture.experts:
         raise UserError(subject.name, "is a dense model: it routes nothing", "give an MoE")
-    seq_length = min_length({"model": checkpoint}, setting)
     texts: Mapping[str, Sequence[Sample]]
     if data:
-        given = packed(subject, data, setting, seq_length)
+        given = packed(subject, data, setting, {"model": checkpoint})
         texts = {name: whole_sequences(name, text) for name, text in given.items()}
     else:
         texts = _held_out(subject, setting)

@@ -42,11 +42,12 @@ class PackedText(Sequence[Sample]):
         tokenizer: the model's.
         seq_length: S.
         start_id: what stands before a text.
+        vocab_size: of the model; ``None``: the tokenizer's.
         most: so many tokens at most, whole documents; ``None``: all.
         where: the text's name, for messages.
 
     Raises:
-        UserError: there is no text.
+        UserError: there is no text, or the model has no row for a token of it.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class PackedText(Sequence[Sample]):
         seq_length: int,
         *,
         start_id: int,
+        vocab_size: int | None = None,
         most: int | None = None,
         where: str = "text",
     ) -> None:
@@ -66,6 +68,7 @@ class PackedText(Sequence[Sample]):
             if most is not None and size["tokens"] >= most:
                 break
             pieces.append(np.append(ids, np.int32(tokenizer.eos_id)))
+            tokenizer.check_ids(pieces[-1], vocab_size or tokenizer.vocab_size, where=where)
             size["documents"] += 1
             size["tokens"] += len(ids) + 1
             size["bytes"] += length
@@ -79,6 +82,14 @@ class PackedText(Sequence[Sample]):
 
     def __len__(self) -> int:
         return (len(self._ids) - 1) // self.seq_length
+
+    def fitted(self, multiple: int) -> PackedText:
+        """The same in a sequence no longer than it must be, where there is less text than one
+        holds; its length is a multiple of ``multiple``."""
+        length = -(-self.size.tokens // multiple) * multiple
+        if length < self.seq_length:
+            self._ids, self.seq_length = self._ids[: length + 1], length
+        return self
 
     def __getitem__(self, index: Any) -> Any:
         """Sequence ``index``."""

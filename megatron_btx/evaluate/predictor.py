@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -25,6 +26,7 @@ from torch import Tensor
 from megatron_btx.data.tokenizer import Tokenizer, given_tokenizer, tokenizer_of
 from megatron_btx.engine.moe.noise import set_routing_context
 from megatron_btx.engine.moe.router import dropless
+from megatron_btx.errors import shown
 from megatron_btx.evaluate import btm
 from megatron_btx.evaluate.model_spec import Subject
 from megatron_btx.evaluate.models import (
@@ -99,6 +101,9 @@ class Predictor:
         self.expert_choice = expert_choices(one.routing for one in architectures)
         """Of Sample Top-1 (routing_stats.py)."""
         self.vocab_size = architectures[0].vocab_size
+        """Of the models; the tokenizer may have fewer tokens, or more that no text makes."""
+        ends = np.array([self.start_id, self.tokenizer.eos_id])
+        self.tokenizer.check_ids(ends, self.vocab_size, where=f"the tokenizer of {subject.name}")
         self.seq_length = min(one.model.seq_length for one in architectures)
         self._index: TfIdf | None = similarity_index(subject, random_seed)
         self.by_posterior = subject.method is not None and self._index is None
@@ -107,8 +112,14 @@ class Predictor:
         self._multiple = layout.tensor_model_parallel_size  # sequence parallelism cuts rows evenly
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, without the one that stands before it."""
-        return self.tokenizer.encode([text])[0].tolist()
+        """Token ids of a text, without the one that stands before it.
+
+        Raises:
+            UserError: the models have no row for one of them.
+        """
+        ids = self.tokenizer.encode([text])[0]
+        self.tokenizer.check_ids(ids, self.vocab_size, where=shown(repr(text), 60))
+        return ids.tolist()
 
     def score(
         self, rows: Sequence[ScoredText], progress: Callable[[float], None] = NO_PROGRESS

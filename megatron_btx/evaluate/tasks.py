@@ -77,6 +77,9 @@ def evaluate_tasks(
         for one in asked:
             try:
                 name, built = _build(one)
+                if name in tasks:
+                    what = "is given twice"
+                    raise UserError(f"--tasks {name}", what, "evaluate them one after the other")
                 tasks[name] = built
             except UserError as error:
                 errors.append(error)

@@ -54,7 +54,9 @@ def tokenizer() -> SentencePiece:
     return train_tokenizer(lines, VOCABULARY, where="test")
 
 
-def random_model(tokenizer: SentencePiece, seed: int, *, seq_length: int = 32) -> Checkpoint:
+def random_model(
+    tokenizer: SentencePiece, seed: int, *, seq_length: int = 32, vocab_size: int | None = None
+) -> Checkpoint:
     """Two layers of random weights, as good as any for comparing numbers."""
     model = Model(
         num_layers=2,
@@ -65,7 +67,7 @@ def random_model(tokenizer: SentencePiece, seed: int, *, seq_length: int = 32) -
         seq_length=seq_length,
         make_vocab_size_divisible_by=64,
     )
-    architecture = Architecture(model=model, vocab_size=tokenizer.vocab_size)
+    architecture = Architecture(model=model, vocab_size=vocab_size or tokenizer.vocab_size)
     draw = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, shape in canonical_tensors(architecture).items():

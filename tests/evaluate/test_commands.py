@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -94,6 +96,8 @@ def test_help_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> 
         ("generate {here}/a --prompt x --random-seed -1", "out of range"),
         ("generate {here}/a", "--prompt: is missing"),
         ("generate {here}/a --prompt x --top-p 0", "out of range"),
+        ("generate {here}/a --prompt x --stop=", "--stop: "),
+        ("generate {here}/a --prompt x\udcff", "--prompt: is not UTF-8"),
         ("routing {here}/a", "say on what to measure it"),
         ("routing nope", "nope: does not exist"),
         ("routing {here}/moe --data x={here}/x.jsonl --out {here}/x.jsonl", "is not a directory"),
@@ -265,3 +269,25 @@ def shares(path: Path) -> tuple[list[float], list[float]]:
         loads += ((weights > 0).double().mean(0) / 2).tolist()
         gates += weights.mean(0).tolist()
     return loads, gates
+
+
+def test_a_prompt_on_the_standard_input_is_text(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9")))
+    assert main(["generate", str(here / "a"), "--prompt", "-"]) == 2
+    assert "--prompt: is not UTF-8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("encoding", "name"), [("ascii", "caf\u00e9"), ("utf-8", "\udcff")])
+def test_what_the_terminal_cannot_show_is_said_some_way(
+    here: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, encoding: str, name: str
+) -> None:
+    """Letters on an output of ASCII, and a directory whose name is no text."""
+    out = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    words = ["--method", "copy", "--sources", f"m={here / 'a'}", "--out", str(tmp_path / name)]
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", out)
+        assert main(["mix", *words]) == 0
+    assert b"\\" in out.buffer.getvalue()
+    assert (tmp_path / name / "config.json").is_file()

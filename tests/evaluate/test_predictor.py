@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from megatron_btx.evaluate import btm
 from megatron_btx.evaluate.model_spec import Subject
+from megatron_btx.evaluate.packed_text import PackedText
 from megatron_btx.evaluate.tfidf import TfIdf
 from megatron_btx.mix import offline
 from megatron_btx.mix.request import MixRequest
@@ -184,6 +186,52 @@ def test_loss_on_any_text(here: Path, ranks: Ranks) -> None:
             )
     assert set(found[2]["weights"]["x"]) == {"a", "b", "c"}
     assert found[2]["models_per_token"] == 3
+
+
+def test_a_short_text_is_not_filled_up_to_the_model_s_length(
+    here: Path, ranks: Ranks, tmp_path: Path
+) -> None:
+    """Models are made for 131,072 tokens and more; the loss of a few words is theirs alone."""
+    spoken, file = made.tokenizer(), tmp_path / "short.jsonl"
+    text = PackedText(["loop value"], spoken, 131_072, start_id=spoken.eos_id)
+    whole = text[0]
+    assert len(text.fitted(4)) == 1
+    short = text[0]
+    assert text.size.tokens <= text.seq_length < text.size.tokens + 4
+    assert text.seq_length % 4 == 0
+    for key, values in short.items():
+        assert torch.equal(values, whole[key][: text.seq_length])
+    assert short["loss_mask"].sum() == whole["loss_mask"].sum() == text.size.tokens
+    file.write_text('{"text": "loop value"}\n')
+    ids = [spoken.eos_id, *spoken.encode(["loop value"])[0].tolist(), spoken.eos_id]
+    log_probs = made.log_probs(here / "a", ids[:-1])
+    nats = -sum(log_probs[place, token].item() for place, token in enumerate(ids[1:]))
+    for name in ("one", "tp2"):
+        layout = LAYOUTS[name]
+        asked = (ranks_side.data, layout.world_size, [one(here / "a")], layout)
+        found = ranks.run(*asked, {"t": [str(file)]})[0][0]
+        assert found["data"]["t"]["nats_per_token"] == pytest.approx(nats / len(ids[1:]), abs=1e-5)
+        assert found["seq_length"] == 32
+
+
+def test_a_token_without_a_row_in_the_model(here: Path, ranks: Ranks, tmp_path: Path) -> None:
+    """Behind a model's own rows lie those that pad them: what they hold is no answer."""
+    spoken, last = made.tokenizer(), made.tokenizer().vocab_size - 1
+    piece = spoken.decode([last])
+    text = json.dumps({"text": f"{piece} loop"})
+    (tmp_path / "t.jsonl").write_text(text + "\n")
+    smaller = made.random_model(spoken, 0, vocab_size=last)
+    made.write(smaller, tmp_path / "model", spoken)
+    words = f"holds the token {piece!r} ({last}), and the model's vocabulary has {last}"
+    subject = one(tmp_path / "model")
+    with pytest.raises(AssertionError) as caught:
+        ranks.run(ranks_side.data, 1, [subject], ONE, {"t": [str(tmp_path / "t.jsonl")]})
+    assert words in str(caught.value)
+    with pytest.raises(AssertionError) as caught:
+        ranks.run(ranks_side.generate, 1, subject, [piece], [{"max_new_tokens": 2}])
+    assert words in str(caught.value)
+    ((found,),) = ranks.run(ranks_side.generate, 1, subject, ["loop"], [{"max_new_tokens": 2}])
+    assert found[0]["tokens"] > 0
 
 
 @pytest.mark.parametrize("name", ["Llama 3", "Qwen"])

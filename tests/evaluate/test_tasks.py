@@ -7,11 +7,14 @@ import itertools
 import json
 import math
 import statistics
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from megatron_btx.errors import UserError
 from megatron_btx.evaluate import code_exec
 from megatron_btx.evaluate.model_spec import Subject
 from megatron_btx.recipe.schema import Layout
@@ -129,6 +132,43 @@ def test_whole_texts(here: Path, ranks: Ranks) -> None:
             log_probs = made.log_probs(here / "a", ids[start : start + 32])
             wanted += log_probs[place - 1 - start, ids[place]].item()
         assert total == pytest.approx(wanted, abs=1e-3)
+
+
+KWARGS: list[tuple[dict[str, Any], dict[str, Any] | str]] = [
+    ({"until": ["\n", ""], "max_gen_toks": 5}, {"until": ("\n",), "max_new_tokens": 5}),
+    ({"until": "x", "max_new_tokens": 7}, {"until": ("x",), "max_new_tokens": 7}),
+    ({"max_tokens": 9, "temperature": 0.5}, {"max_new_tokens": 9, "temperature": 0.5}),
+    ({"do_sample": False, "temperature": 0.5, "top_k": 50, "top_p": 0.9}, {"temperature": 0.0}),
+    ({"do_sample": True, "temperature": 0.7, "top_p": 0.9}, {"temperature": 0.7, "top_p": 0.9}),
+    ({"do_sample": True, "temperature": 0.7, "top_k": 0}, {"temperature": 0.7, "top_p": 1.0}),
+    ({"do_sample": True, "temperature": 0.7, "top_k": 50}, "top_k (50) is not done here"),
+    ({"repetition_penalty": 1.2}, "repetition_penalty (1.2) is not done here"),
+    ({"num_beams": 4}, "num_beams (4) is not done here"),
+    ({"num_beams": 1, "repetition_penalty": 1.0}, {"temperature": 0.0}),
+]
+
+
+@pytest.mark.parametrize(("given", "wanted"), KWARGS, ids=str)
+def test_generation_kwargs_are_followed_or_refused(
+    given: dict[str, Any], wanted: dict[str, Any] | str
+) -> None:
+    """Read as lm-eval reads them, under all of its names."""
+    from megatron_btx.evaluate.lm_eval_adapter import Harness
+
+    harness = Harness(SimpleNamespace(seq_length=192))
+    if isinstance(wanted, str):
+        with pytest.raises(UserError) as caught:
+            harness._decoding(given)
+        assert wanted in str(caught.value)
+        return
+    found = asdict(harness._decoding(given))
+    assert wanted.items() <= found.items()
+
+
+def test_a_task_is_asked_once(here: Path, ranks: Ranks, tmp_path: Path) -> None:
+    (task,) = asked(tmp_path, "nq_open")
+    with pytest.raises(AssertionError, match="--tasks nq_open: is given twice"):
+        ranks.run(ranks_side.tasks, 1, one(here / "uniform"), Layout(), [task, task])
 
 
 def test_mistakes_are_told_all_at_once(here: Path, ranks: Ranks, tmp_path: Path) -> None:
