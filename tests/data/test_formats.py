@@ -47,6 +47,11 @@ def write_arrow(path: Path, new: Callable[..., Any] = pyarrow.ipc.new_stream) ->
         out.write_table(whole, max_chunksize=100)
 
 
+def joined(compress: Callable[[bytes], bytes], between: bytes) -> bytes:
+    """Two streams behind each other; ``between`` fills up an xz file."""
+    return compress(lines(TEXTS[:300])) + between + compress(lines(TEXTS[300:])) + between
+
+
 WRITERS: dict[str, Callable[[Path], Any]] = {
     "a.jsonl": lambda path: path.write_bytes(lines(TEXTS)),
     "a.json": lambda path: path.write_text(json.dumps([{"text": t} for t in TEXTS])),
@@ -62,7 +67,9 @@ WRITERS: dict[str, Callable[[Path], Any]] = {
     ),
     "a.jsonl.zst": lambda path: path.write_bytes(zstd(lines(TEXTS[:9])) + zstd(lines(TEXTS[9:]))),
     "a.jsonl.bz2": lambda path: path.write_bytes(bz2.compress(lines(TEXTS))),
+    "b.jsonl.bz2": lambda path: path.write_bytes(joined(bz2.compress, b"")),
     "a.JSON.XZ": lambda path: path.write_bytes(lzma.compress(lines(TEXTS))),
+    "b.jsonl.xz": lambda path: path.write_bytes(joined(lzma.compress, bytes(8))),
     "a.parquet": write_parquet,
     "a.arrow": write_arrow,
     "b.arrow": lambda path: write_arrow(path, pyarrow.ipc.new_file),
@@ -126,6 +133,14 @@ DAMAGED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "cut.jsonl.bz2": (lambda p: p.write_bytes(bz2.compress(lines(TEXTS))[:-40]), "whole bzip2"),
     "cut.jsonl.xz": (lambda p: p.write_bytes(lzma.compress(lines(TEXTS))[:-40]), "whole xz"),
     "behind.zst": (lambda p: p.write_bytes(zstd(lines(TEXTS)) + b"x" * 40), "whole Zstandard"),
+    # The standard library's files end well here, and the second half of the text is lost.
+    "behind.bz2": (lambda p: p.write_bytes(joined(bz2.compress, b"x" * 9)), "whole bzip2"),
+    "behind.xz": (lambda p: p.write_bytes(joined(lzma.compress, b"x" * 12)), "whole xz"),
+    "twice.jsonl": (
+        lambda p: p.write_bytes(b'{"text": "a"}\n{"text": "a", "text": "b"}\n'),
+        "twice.jsonl:2: has 2 texts under 'text'",
+    ),
+    "twice.json": (lambda p: p.write_bytes(b'[{"text": "a", "text": "b"}]'), "has 2 texts"),
     "cut.json": (lambda p: p.write_bytes(b'[{"text": "a"},\n {"text": '), "cut.json:2"),
     "open.json": (lambda p: p.write_bytes(b'[{"text": "a"}\n'), "list"),
     "behind.json": (lambda p: p.write_bytes(b'[{"text": "a"}] {"text": "b"}'), "list"),
@@ -137,6 +152,18 @@ DAMAGED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "null.parquet": (lambda p: bad_table(p, ["a", None]), "row 2"),
     "bytes.parquet": (lambda p: bad_table(p, [b"a", b"\xff"]), "row 2: is not UTF-8"),
 }
+
+
+def test_a_text_that_speaks_of_its_key(tmp_path: Path) -> None:
+    """It stands once in the object, and elsewhere as often as it likes."""
+    inner = json.dumps({"text": "a", "more": {"text": "b"}})
+    records = [{"text": inner, "more": {"text": "c"}, "tags": ["text", "text"]}] * 2
+    for name, content in (
+        ("a.jsonl", "\n".join(map(json.dumps, records))),
+        ("a.json", json.dumps(records)),
+    ):
+        (tmp_path / name).write_text(content)
+        assert list(read_documents([tmp_path / name])) == [inner] * 2
 
 
 @pytest.mark.parametrize("name", DAMAGED)

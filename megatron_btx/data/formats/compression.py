@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import io
 import lzma
 import zlib
 from collections.abc import Callable, Iterator
@@ -16,11 +17,61 @@ from megatron_btx.data.formats.part import need_pyarrow
 from megatron_btx.errors import UserError
 
 
+class _Streams(io.RawIOBase):
+    """One or several streams behind each other. ``BZ2File`` and ``LZMAFile`` pass over whatever
+    follows a stream and is none: of files joined, of which one is damaged, the rest would be lost.
+
+    Args:
+        file: the file.
+        make: a new decompressor.
+    """
+
+    def __init__(self, file: Path, make: Callable[[], Any]) -> None:
+        self._file, self._make = file.open("rb"), make
+        self._now = make()
+        self._begun = False
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """What is there next, at most as much as ``buffer`` holds."""
+        while True:
+            data = b""
+            if self._now.eof:
+                data, self._now, self._begun = self._now.unused_data, self._make(), False
+            if not data and self._now.needs_input:
+                data = self._file.read(_BLOCK)
+                if not data and self._begun:
+                    raise EOFError("it ends within its data")
+                if not data:
+                    return 0
+            if not self._begun:
+                data = data.lstrip(b"\0")  # xz files are filled up with zeros
+            self._begun = self._begun or bool(data)
+            if found := self._now.decompress(data, len(buffer)):
+                buffer[: len(found)] = found
+                return len(found)
+
+    def close(self) -> None:
+        """And the file."""
+        self._file.close()
+        super().close()
+
+
+def _streams(make: Callable[[], Any]) -> Callable[[Path], Any]:
+    return lambda file: io.BufferedReader(_Streams(file, make))
+
+
 def _zstd(file: Path) -> Any:
     need_pyarrow(file)
     import pyarrow
 
     return pyarrow.input_stream(str(file), compression="zstd")
+
+
+_BLOCK = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +88,8 @@ class Compression:
 COMPRESSIONS = (
     Compression("gzip", (".gz",), b"\x1f\x8b", gzip.GzipFile),
     Compression("Zstandard", (".zst", ".zstd"), b"\x28\xb5\x2f\xfd", _zstd),
-    Compression("bzip2", (".bz2",), b"BZh", bz2.BZ2File),
-    Compression("xz", (".xz",), b"\xfd7zXZ\x00", lzma.LZMAFile),
+    Compression("bzip2", (".bz2",), b"BZh", _streams(bz2.BZ2Decompressor)),
+    Compression("xz", (".xz",), b"\xfd7zXZ\x00", _streams(lzma.LZMADecompressor)),
 )
 
 _DAMAGED = (gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError, OSError, ValueError)

@@ -40,6 +40,9 @@ def read(part: Part, text_key: str) -> Iterator[Document]:
     records = _values if _is_list(part.file) else _lines
     for number, record in records(part):
         try:
+            if isinstance(record, tuple):
+                written, record = record  # noqa: PLW2901
+                _check_once(written, text_key)
             text = _text(record, text_key)
         except UserError as error:
             raise UserError(where(part, number), error.what, error.fix) from error.__cause__
@@ -65,7 +68,9 @@ def _lines_before(part: Part) -> int:
 def _text(record: Any, text_key: str) -> str:
     try:
         if isinstance(record, bytes):
-            record = json.loads(record.decode("utf-8-sig"))
+            text = record.decode("utf-8-sig")
+            record = json.loads(text)
+            _check_once(text, text_key)
     except UnicodeDecodeError as error:
         raise UserError(
             "",
@@ -84,6 +89,26 @@ def _text(record: Any, text_key: str) -> str:
             "set the domain's text_key to the key that holds the text",
         )
     return checked(record[text_key], text_key)
+
+
+def _check_once(text: str, text_key: str) -> None:
+    """That a JSON object has its text once: of two the parser keeps one.
+
+    Raises:
+        UserError: it has not.
+    """
+    if text.count(json.dumps(text_key)) < 2:
+        return
+    times = 0
+
+    def count(pairs: list[tuple[str, Any]]) -> None:
+        nonlocal times
+        times = sum(key == text_key for key, _ in pairs)  # at last of the outermost
+
+    json.loads(text, object_pairs_hook=count)
+    if times > 1:
+        what = f"has {times} texts under {text_key!r}"
+        raise UserError("", what, "keep one, or give them different keys")
 
 
 def _not_an_object(what: str, text_key: str) -> UserError:
@@ -179,8 +204,8 @@ class _Source:
         """Pass over the character that ``peek`` gave."""
         self._skip(self._at + 1)
 
-    def value(self) -> tuple[int, Any]:
-        """The value that begins here, and its line."""
+    def value(self) -> tuple[int, tuple[str, Any]]:
+        """The value that begins here, as it is written and as it is read, and its line."""
         while True:
             try:
                 found, end = self._scan(self._text, self._at)
@@ -190,9 +215,9 @@ class _Source:
                 if not self._more(max(_BLOCK, len(self._text))):
                     raise self.error(str(error)) from error
             else:
-                line = self._line
+                line, written = self._line, self._text[self._at : end]
                 self._skip(end)
-                return line, found
+                return line, (written, found)
 
     def error(self, what: str) -> UserError:
         """That it is not what it should be, here."""
