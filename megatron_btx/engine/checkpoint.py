@@ -14,7 +14,7 @@ import pickle
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,13 +25,15 @@ from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_btx.engine import checkpoint_hashes, checkpoint_workers
-from megatron_btx.engine.distributed import is_first_rank
+from megatron_btx.engine.distributed import from_first_rank, is_first_rank
+from megatron_btx.engine.megatron_release import SAVE_TAKES_STRATEGY
 from megatron_btx.engine.model import gather_parameters, unwrap
 from megatron_btx.errors import UserError
 from megatron_btx.files import sync_directory, write_json, written
@@ -124,38 +126,72 @@ def save(
     Raises:
         UserError: the disk is full or the directory cannot be written.
     """
-    partial = directory.with_name(directory.name + _PARTIAL)
+    partial = partial_of(directory)
+    with written_or_told(directory):
+        request(partial, directory, state, manifest).execute_sync()
+        publish(directory, manifest, add_files)
+
+
+def request(
+    partial: Path, directory: Path, state: TrainingState, manifest: dict[str, Any]
+) -> AsyncRequest:
+    """What Megatron has to write, planned and ready to be executed; ``partial`` is made. Every rank
+    calls it."""
     checkpoint_workers.start()
-    with _written(directory, partial):
-        if is_first_rank():
-            _remove(partial)
-            partial.mkdir(parents=True)
-        dist.barrier()
-        # Two writers a rank would fork two processes a rank; one is enough for one disk.
-        strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
-        content = state.sharded(is_loading=False)
-        architecture = from_manifest(manifest, directory / MANIFEST)
-        content["megatron_lm"] = _for_megatron_lm(content["model"], architecture)
-        dist_checkpointing.save(
-            {**content, "checkpoint_version": 3.0},
-            str(partial),
-            strategy,
-            content_metadata=_saved_form(),
-        )
-        dist.barrier()
-        if is_first_rank():
-            _write_common(partial)
-            if add_files is not None:
-                add_files(partial)
-            write_json(partial / MANIFEST, manifest)
-        dist.barrier()
-        hashes = checkpoint_hashes.take_hashes(partial)
-        if is_first_rank():
-            write_small(partial / HASHES, hashes_json(hashes))
-            _remove(directory)
-            os.rename(partial, directory)
-            sync_directory(directory.parent)
-        dist.barrier()
+    if is_first_rank():
+        _remove(partial)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    # Two writers a rank would fork two processes a rank; one is enough for one disk.
+    strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
+    content = state.sharded(is_loading=False)
+    architecture = from_manifest(manifest, directory / MANIFEST)
+    content["megatron_lm"] = _for_megatron_lm(content["model"], architecture)
+    found = dist_checkpointing.save(
+        {**content, "checkpoint_version": 3.0},
+        str(partial),
+        strategy,
+        async_sharded_save=True,
+        content_metadata=_saved_form(),
+        **({"async_strategy": "mcore"} if SAVE_TAKES_STRATEGY else {}),
+    )
+    assert found is not None
+    return found
+
+
+def publish(
+    directory: Path,
+    manifest: dict[str, Any],
+    add_files: Callable[[Path], None] | None,
+    known: Mapping[str, str] | None = None,
+) -> None:
+    """Complete what all ranks have written, and give it its name. Every rank calls it.
+
+    Args:
+        directory: the final name.
+        manifest: written now.
+        add_files: as of :func:`save`.
+        known: hashes of files that this rank has written, where they are known already.
+    """
+    partial = partial_of(directory)
+    if is_first_rank():
+        _write_common(partial)
+        if add_files is not None:
+            add_files(partial)
+        write_json(partial / MANIFEST, manifest)
+    dist.barrier()
+    hashes = checkpoint_hashes.take_hashes(partial, known or {})
+    if is_first_rank():
+        write_small(partial / HASHES, hashes_json(hashes))
+        _remove(directory)
+        os.rename(partial, directory)
+        sync_directory(directory.parent)
+    dist.barrier()
+
+
+def partial_of(directory: Path) -> Path:
+    """Where a checkpoint is written before it gets its name."""
+    return directory.with_name(directory.name + _PARTIAL)
 
 
 def _for_megatron_lm(model: dict[str, Any], architecture: Architecture) -> dict[str, Any]:
@@ -304,9 +340,9 @@ def _remove(directory: Path) -> None:
 
 
 @contextlib.contextmanager
-def _written(directory: Path, partial: Path) -> Iterator[None]:
-    """What the writers of a checkpoint meet on the disk, in a user's words; ``partial`` is gone
-    then, for it may be what fills the disk."""
+def written_or_told(directory: Path) -> Iterator[None]:
+    """What the writers of a checkpoint meet on the disk, in a user's words; what there is of it is
+    removed then, for it may be what fills the disk."""
     said = _Said()
     writer = logging.getLogger(filesystem_async.__name__)
     writer.addHandler(said)
@@ -314,8 +350,11 @@ def _written(directory: Path, partial: Path) -> Iterator[None]:
         yield
     except (OSError, CheckpointException) as error:
         if is_first_rank():
-            shutil.rmtree(partial, ignore_errors=True)
-        found = error if isinstance(error, OSError) else _disk_error(f"{error} {said.words}")
+            shutil.rmtree(partial_of(directory), ignore_errors=True)
+        if isinstance(error, OSError):
+            found: OSError | None = error
+        else:  # on every rank, and only the first one is told what it was
+            found = from_first_rank(_disk_error(f"{error} {said.words}"))
         if found is None:
             raise RuntimeError(f"{directory} was not written: {error}") from error
         raise UserError(

@@ -11,7 +11,7 @@ import io
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,16 +30,22 @@ _OWN = re.compile(r"__(\d+)_\d+\.distcp")
 _LISTED = {**safe_unpickle.METADATA_NAMES, **safe_unpickle.COMMON_NAMES}
 
 
-def take_hashes(directory: Path) -> dict[str, str]:
+def take_hashes(directory: Path, known: Mapping[str, str]) -> dict[str, str]:
     """The hash of every file of a directory that is complete. Every rank calls it.
+
+    Args:
+        directory: of the checkpoint.
+        known: those that this rank has taken as it wrote.
 
     Raises:
         OSError: some rank cannot read a file.
     """
     names = from_first_rank(files_of(directory))
+    taken = {name for part in _all_ranks(dict(known)) for name in part}
     found: dict[str, str] | OSError = {}
     try:
-        found = {name: hash_file(directory / name) for name in _share(names)}
+        left = _share([name for name in names if name not in taken])
+        found = {**known, **{name: hash_file(directory / name) for name in left}}
     except OSError as error:
         found = error
     hashes: dict[str, str] = {}

@@ -35,7 +35,7 @@ def start() -> None:
     with block_signals():
         resource_tracker.ensure_running()
     with block_signals():
-        manager.start(_end_with_parent, (os.getpid(),))
+        manager.start(end_with_parent, (os.getpid(),))
     filesystem_async._results_queue = manager.Queue()
 
 
@@ -49,7 +49,8 @@ def block_signals() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _end_with_parent(parent: int) -> None:
+def end_with_parent(parent: int) -> None:
+    """Let this process end when process ``parent`` does, however it ends."""
     if sys.platform.startswith("linux"):
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() != parent:  # it ended before the request was made

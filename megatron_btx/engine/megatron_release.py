@@ -43,6 +43,10 @@ before), and ``MLP.as_mlp_submodule`` builds the dense one."""
 MOE_METRICS_TRACKER = RELEASE >= (0, 18)
 """Auxiliary losses are kept in ``moe_logging.MoEMetricsTracker`` (a dictionary before)."""
 
+SAVE_TAKES_STRATEGY = RELEASE >= (0, 19)
+"""``dist_checkpointing.save`` is told whose asynchronous save it is to prepare: by default that of
+``nvidia-resiliency-ext``. Not in 0.16; the releases between were not looked at."""
+
 
 def require_supported() -> None:
     """That the installed release is one that this project is tested with.

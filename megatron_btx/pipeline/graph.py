@@ -63,6 +63,7 @@ _EXECUTION = frozenset(
     [
         "layout",
         "save_interval",
+        "async_save",
         "keep_checkpoints",
         "eval_interval",
         "eval_tokens",

@@ -62,6 +62,10 @@ class Memory:
     """On a CPU, see ``HELD``, ``KEPT`` and ``keeps_probabilities``; with the distributed optimizer
     also its collectives' fp32 copy."""
 
+    saving: int = 0
+    """Host memory that an asynchronous save takes meanwhile: a second copy of what the rank saves,
+    of a GPU's state the copy on the host; on a CPU of what training changes as it is written."""
+
     @property
     def allocated(self) -> int:
         """On a GPU: the peak of ``torch.cuda.max_memory_allocated``."""
@@ -71,7 +75,7 @@ class Memory:
     @property
     def resident(self) -> int:
         """On a CPU: the process's peak resident set."""
-        return self.allocated + runtime() + self.held
+        return self.allocated + runtime() + self.held + self.saving
 
 
 @functools.cache
@@ -203,8 +207,9 @@ def _stage(architecture: Architecture, training: Training, stage: int) -> Memory
         softmax = 4 * tokens * vocabulary  # fp32 whatever the precision
         loss = softmax + element * (tokens + model.hidden_size) * vocabulary
         transient = max(transient, loss)
+    weights = element * (dense + experts)
     return Memory(
-        weights=element * (dense + experts),
+        weights=weights,
         gradients=4 * (dense + experts),
         optimizer=optimizer,
         activations=activations,
@@ -212,6 +217,7 @@ def _stage(architecture: Architecture, training: Training, stage: int) -> Memory
         held=_held(architecture, training, activations)
         + in_flight * model.num_layers // pp * _gates(architecture, training)
         + distributed * 4 * (dense + experts),
+        saving=weights + optimizer if training.async_save else 0,
     )
 
 

@@ -232,6 +232,10 @@ def notes(plan: RunPlan) -> list[str]:
         "Memory is a rank's peak: allocated on a GPU, or resident on a CPU.",
         "Disk: the checkpoints that are left when a stage is done, and the most on the way to it.",
     ]
+    if saving := max(stage.memory_per_rank.saving for stage in plan.stages if stage.steps):
+        lines.append(
+            f"Asynchronous saves take up to {human(saving, 'B')} of a host's memory a rank."
+        )
     for stage in plan.stages:
         if stage.taken_from is not None:
             lines.append(f"{stage.name} is taken from {stage.taken_from}.")

@@ -191,6 +191,9 @@ class Training:
     """The stage's ranks."""
     save_interval: int = within(1, default=1000)
     """Steps between checkpoints; the last step is always saved."""
+    async_save: bool = False
+    """Go on training while a checkpoint is written; the last one, and that of a stopped run, are
+    waited for. Takes the host's memory for a second copy of what a rank saves."""
     keep_checkpoints: int = within(1, default=2)
     """Whole checkpoints kept for resuming; the final one is kept for the stages that follow."""
     eval_interval: int = within(0, default=1000)

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 
 from megatron_btx.engine import checkpoint
+from megatron_btx.engine.async_save import AsyncSave
 from megatron_btx.engine.checkpoint import TrainingState, model_sharded_state_dict
 from megatron_btx.engine.distributed import is_first_rank
 from megatron_btx.evaluate import routing_stats
@@ -127,7 +128,7 @@ class Checkpoints(Callback):
     half written or half deleted goes first.
 
     The last one is what later stages start from: weights only, since an optimizer is fresh in every
-    stage.
+    stage. With ``async_save`` those before it are written while training goes on.
     """
 
     def __init__(
@@ -140,31 +141,67 @@ class Checkpoints(Callback):
     ) -> None:
         self.directory, self.training, self.log = directory, training, log
         self.manifest, self.add_tokenizer = manifest, add_tokenizer
+        self._writing: tuple[AsyncSave, int, float] | None = None
+        """A checkpoint on its way, its step, and seconds that training has waited for it."""
         if is_first_rank():
             checkpoint.sweep(directory)
 
     def after_step(self, run: Run, record: dict[str, Any]) -> None:
         """Save where it is time to, then drop what is older than the recipe keeps."""
-        last = run.step == run.total_steps
-        if not (last or run.stopped or run.step % self.training.save_interval == 0):
+        ends = run.step == run.total_steps or run.stopped
+        due = ends or run.step % self.training.save_interval == 0
+        self._look(wait=due)
+        if not due:
             return
         if self.log is not None:
             self.log.sync()
+        started = time.perf_counter()
+        target = checkpoint.step_directory(self.directory, run.step)
+        if self.training.async_save and not ends:
+            writing = AsyncSave(target, *self._content(run), self.add_tokenizer)
+            seconds = time.perf_counter() - started
+            self._writing = writing, run.step, seconds
+            if self.log is not None:
+                self.log.write("saving", run.step, {"time_metrics/checkpoint_begin(s)": seconds})
+            return
+        checkpoint.save(target, *self._content(run), self.add_tokenizer)
+        seconds = time.perf_counter() - started
+        values = throughput.of_checkpoint("save", target, seconds)
+        self._saved(run.step, values, last=run.step == run.total_steps)
+
+    def _content(self, run: Run) -> tuple[TrainingState, dict[str, Any]]:
+        """What is saved, and the manifest that says so."""
+        last = run.step == run.total_steps
         state = (
             TrainingState(model=run.model)
             if last
             else TrainingState(model=run.model, optimizer=run.optimizer, schedule=run.schedule)
         )
-        target = checkpoint.step_directory(self.directory, run.step)
-        manifest = {**self.manifest(run), "has_optimizer": not last}
+        return state, {**self.manifest(run), "has_optimizer": not last}
+
+    def _look(self, *, wait: bool) -> None:
+        """Whether what is on its way has become a whole checkpoint."""
+        if self._writing is None:
+            return
+        writing, step, stalled = self._writing
         started = time.perf_counter()
-        checkpoint.save(target, state, manifest, self.add_tokenizer)
+        done = writing.finished(wait=wait)
+        now = time.perf_counter()
+        stalled += now - started
+        self._writing = None if done else (writing, step, stalled)
+        if done:
+            values = throughput.of_checkpoint("save", writing.directory, now - writing.begun)
+            values["train/checkpoint_save_stall_s"] = stalled
+            values["time_metrics/checkpoint_end(s)"] = now - started
+            self._saved(step, values)
+
+    def _saved(self, step: int, values: dict[str, float], *, last: bool = False) -> None:
         if self.log is not None:
-            seconds = time.perf_counter() - started
-            self.log.write("save", run.step, throughput.of_checkpoint("save", target, seconds))
-            self.log.summarise(run.step)
+            self.log.write("save", step, values)
+            self.log.summarise(step)
         if is_first_rank():
-            checkpoint.prune(self.directory, 1 if last else self.training.keep_checkpoints)
+            keep = 1 if last else self.training.keep_checkpoints
+            checkpoint.prune(self.directory, keep)
 
 
 class ReplicaDrift(RuntimeError):

@@ -24,11 +24,14 @@ Record = Mapping[str, Any]
 
 KINDS = ("productive", "start", "evaluation", "save", "lost", "queue", "other")
 
-_SECONDS = {
+_SECONDS: dict[str, tuple[str, ...]] = {
     "train": ("productive", "time_metrics/end_to_end(s)"),
     "eval": ("evaluation", "time_metrics/evaluation(s)"),
-    "save": ("save", "train/checkpoint_save_duration_s"),
+    "saving": ("save", "time_metrics/checkpoint_begin(s)"),
+    "save": ("save", "time_metrics/checkpoint_end(s)", "train/checkpoint_save_duration_s"),
 }
+"""Kind of record -> kind of interval, and where the record says its seconds: the first of these
+that it has. Training waits for an asynchronous save at its beginning and at its end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +70,11 @@ def sign(record: Record) -> Sign | None:
     """Of a record of ``metrics.jsonl``; ``None`` where it has no time."""
     if not isinstance(record.get("time"), int | float):
         return None
-    kind, key = _SECONDS.get(record["kind"], ("", ""))
-    if not isinstance(record.get(key), int | float):
-        return Sign(float(record["time"]))
-    return Sign(float(record["time"]), kind, float(record[key]))
+    kind, *keys = _SECONDS.get(record["kind"], ("",))
+    for key in keys:
+        if isinstance(record.get(key), int | float):
+            return Sign(float(record["time"]), kind, float(record[key]))
+    return Sign(float(record["time"]))
 
 
 def intervals(

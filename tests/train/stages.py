@@ -22,6 +22,7 @@ def run(
     *,
     stop_at: int | None = None,
     break_replica_at: int | None = None,
+    async_save: bool = False,
 ) -> tuple[list[dict[str, Any]], Pieces]:
     """Train (or go on) in ``directory``; the metrics and this rank's weights.
 
@@ -47,6 +48,7 @@ def run(
         precision=case.precision,  # type: ignore[arg-type]
         use_distributed_optimizer=case.use_distributed_optimizer,
         save_interval=2,
+        async_save=async_save,
         check_replicas_interval=1,
         layout=case.layout,
     )

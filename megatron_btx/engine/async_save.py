@@ -1,0 +1,111 @@
+"""A checkpoint that is written while training goes on.
+
+Megatron's own asynchronous save, of either release: the state is planned and, from a GPU, copied to
+the host; a process forked off this one writes it (on a CPU it sees the state as it was when it was
+forked, and what training then changes is copied page by page); when the processes of all ranks have
+ended, the ranks publish the checkpoint together, as a synchronous save does. What differs from
+Megatron's: the process ends with its rank, writes by itself and no further processes, and hashes
+what it has written.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import queue
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+
+from megatron_btx.engine import checkpoint, checkpoint_workers
+from megatron_btx.engine.checkpoint import TrainingState
+from megatron_btx.files import find_json
+from megatron_btx.weights.integrity import hash_file
+
+
+class AsyncSave:
+    """One checkpoint on its way. Every rank makes it and asks it, in the same order."""
+
+    def __init__(
+        self,
+        directory: Path,
+        state: TrainingState,
+        manifest: dict[str, Any],
+        add_files: Callable[[Path], None] | None = None,
+    ) -> None:
+        """Begin; as :func:`checkpoint.save`, but for what the disk says, which ``finished`` does.
+
+        Raises:
+            UserError: the directory cannot be made, or is not ours.
+        """
+        self.directory, self._manifest, self._add = directory, manifest, add_files
+        self.begun = time.perf_counter()
+        self._calls = AsyncCallsQueue()
+        partial = checkpoint.partial_of(directory)
+        self._hashes = partial / f".hashes-{dist.get_rank()}.tmp"
+        with checkpoint.written_or_told(directory):
+            request = checkpoint.request(partial, directory, state, manifest)
+            if request.async_fn is not None:
+                write = functools.partial(_write, request.async_fn, os.getpid(), self._hashes)
+                request = request._replace(async_fn=write)
+            self._calls.schedule_async_request(request)
+
+    def finished(self, *, wait: bool = False) -> bool:
+        """Whether the checkpoint is whole and has its name; a rank that asks with ``wait`` waits.
+
+        Raises:
+            UserError: the disk was full or could not be written, on whichever rank.
+        """
+        with checkpoint.written_or_told(self.directory):
+            if not self._calls.maybe_finalize_async_calls(blocking=wait):
+                return False
+            known = (find_json(self._hashes) or {}) if self._hashes.exists() else {}
+            self._hashes.unlink(missing_ok=True)
+            checkpoint.publish(self.directory, self._manifest, self._add, known)
+        return True
+
+
+def _write(
+    megatrons: functools.partial[None],
+    parent: int,
+    hashes: Path,
+    _rank: int,
+    buckets: Sequence[Any],
+    results: Any,
+) -> None:
+    """In the process that is forked off: write each file, and its hash.
+
+    Args:
+        megatrons: what Megatron would run here; it starts processes of its own, which would outlive
+            a rank that is killed (0.16), or threads (0.19).
+        parent: the rank's process.
+        hashes: where the hashes of the files go.
+        buckets: (path, name, data) of each file.
+        results: queue on which Megatron waits for what was written, or the error.
+    """
+    checkpoint_workers.end_with_parent(parent)
+    transforms, written, found = megatrons.args[0], {}, {}
+    for place, bucket in enumerate(buckets):
+        said: Any = queue.SimpleQueue()
+        working: queue.Queue[int] = queue.Queue()
+        working.put(place)
+        FileSystemWriterAsync.write_preloaded_data(
+            transforms, place, bucket, results_queue=said, count_queue=working, use_fsync=True
+        )
+        written[place] = said.get()[1]
+        if isinstance(written[place], Exception):
+            results.put(written[place])
+            return
+        found[bucket[1]] = hash_file(Path(bucket[0]))
+    try:
+        hashes.write_text(json.dumps(found), encoding="utf-8")
+    except OSError as error:
+        results.put(error)
+        return
+    results.put(written)
