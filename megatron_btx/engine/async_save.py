@@ -10,18 +10,25 @@ what it has written.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
 import queue
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import torch
 import torch.distributed as dist
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies import torch as strategy
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItemType
 
 from megatron_btx.engine import checkpoint, checkpoint_workers
 from megatron_btx.engine.checkpoint import TrainingState
@@ -50,7 +57,8 @@ class AsyncSave:
         partial = checkpoint.partial_of(directory)
         self._hashes = partial / f".hashes-{dist.get_rank()}.tmp"
         with checkpoint.written_or_told(directory):
-            request = checkpoint.request(partial, directory, state, manifest)
+            with _copied_by_the_fork():
+                request = checkpoint.request(partial, directory, state, manifest)
             if request.async_fn is not None:
                 write = functools.partial(_write, request.async_fn, os.getpid(), self._hashes)
                 request = request._replace(async_fn=write)
@@ -69,6 +77,44 @@ class AsyncSave:
             self._hashes.unlink(missing_ok=True)
             checkpoint.publish(self.directory, self._manifest, self._add, known)
         return True
+
+
+class _Writer(FileSystemWriterAsync):  # type: ignore[misc]
+    """On a CPU: leaves the copy of views, which Megatron makes before the process is forked, to
+    that process."""
+
+    def prepare_write_data(self, plan: SavePlan, planner: SavePlanner) -> None:
+        """As Megatron's for one file, but for that."""
+        files: tuple[list[Any], list[Any]] = [], []
+        for item in plan.items:
+            data = planner.resolve_data(item)
+            if item.type == WriteItemType.BYTE_IO:
+                files[0].append((item, data))
+            else:
+                files[1].append((item, data.detach()))
+        name = f"{plan.storage_data.prefix}0{DEFAULT_SUFFIX}"
+        place = str(Path(self.checkpoint_dir) / name)
+        self.write_buckets = [(place, name, files)] if any(files) else []
+        self.results_queue = filesystem_async._results_queue if any(files) else None
+
+
+@contextlib.contextmanager
+def _copied_by_the_fork() -> Iterator[None]:
+    """Plan with ``_Writer``, where a fork copies what there is."""
+    if torch.cuda.is_available():
+        yield
+        return
+    with (
+        mock.patch.object(filesystem_async, "FileSystemWriterAsync", _Writer),
+        mock.patch.object(strategy, "FileSystemWriterAsync", _Writer, create=True),
+    ):
+        yield
+
+
+def _whole(tensor: torch.Tensor) -> torch.Tensor:
+    """Not a view: with one, all that it is a part of would be written."""
+    is_view = tensor.untyped_storage().size() != tensor.numel() * tensor.itemsize
+    return tensor.clone() if is_view else tensor
 
 
 def _write(
@@ -90,8 +136,10 @@ def _write(
         results: queue on which Megatron waits for what was written, or the error.
     """
     checkpoint_workers.end_with_parent(parent)
+    torch.set_num_threads(1)  # OpenMP's threads are not there any more, and would be waited for
     transforms, written, found = megatrons.args[0], {}, {}
-    for place, bucket in enumerate(buckets):
+    for place, (path, name, (objects, tensors)) in enumerate(buckets):
+        bucket = path, name, (objects, [(item, _whole(tensor)) for item, tensor in tensors])
         said: Any = queue.SimpleQueue()
         working: queue.Queue[int] = queue.Queue()
         working.put(place)
@@ -102,7 +150,7 @@ def _write(
         if isinstance(written[place], Exception):
             results.put(written[place])
             return
-        found[bucket[1]] = hash_file(Path(bucket[0]))
+        found[name] = hash_file(Path(path))
     try:
         hashes.write_text(json.dumps(found), encoding="utf-8")
     except OSError as error:

@@ -139,3 +139,12 @@ def test_what_shrinks_what() -> None:
     fp32 = memory.training_memory(DENSE, replace(plain, precision="fp32"))
     assert fp32.activations == 2 * base.activations
     assert fp32.optimizer == base.optimizer * 8 / 12
+
+
+def test_an_asynchronous_save_takes_a_second_copy_of_what_it_saves() -> None:
+    plain = memory.training_memory(DENSE, Training())
+    beside = memory.training_memory(DENSE, Training(async_save=True))
+    assert plain.saving == 0
+    assert beside.saving == plain.weights + plain.optimizer
+    assert beside.resident == plain.resident + beside.saving
+    assert beside.allocated == plain.allocated
