@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_btx.mix import offline
-from megatron_btx.mix.request import Request
+from megatron_btx.mix.request import MixRequest
 from tests.families import tokenizers_made
 from tests.families.made import make
 
@@ -68,7 +68,7 @@ def make_source(name: str, directory: Path, seed: int = 0) -> Path:
 
 def converted(source: Path, out: Path, form: Literal["hf", "megatron"]) -> Path:
     """What ``hf_to_megatron.py`` and ``megatron_to_hf.py`` do."""
-    request = Request(sources=(f"model={source}",), out=str(out), method="copy", format=form)
+    request = MixRequest(sources=(f"model={source}",), out=str(out), method="copy", format=form)
     offline.run(request, io.StringIO())
     return out
 
@@ -76,7 +76,7 @@ def converted(source: Path, out: Path, form: Literal["hf", "megatron"]) -> Path:
 def mixed(sources: Sequence[Path], out: Path, form: Literal["hf", "megatron"]) -> Path:
     """What ``btx mix`` does with two dense models."""
     named = tuple(f"{name}={source}" for name, source in zip("ab", sources, strict=True))
-    offline.run(Request(sources=named, out=str(out), format=form), io.StringIO())
+    offline.run(MixRequest(sources=named, out=str(out), format=form), io.StringIO())
     return out
 
 
