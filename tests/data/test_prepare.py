@@ -25,6 +25,7 @@ from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.recipe.schema import Domain, Model, Recipe, TokenizerBlock, Training
 from tests.data.conftest import TINY
 from tests.data.oracle import texts
+from tests.data.tasks import marked
 from tests.families.tokenizers_made import qwen
 
 Prepared = tuple[Recipe, Path]
@@ -126,21 +127,9 @@ def test_killed_and_run_again(prepared: Prepared, tmp_path: Path) -> None:
     for name in expected:
         assert found[name] == expected[name], name
     deadline = time.monotonic() + 10
-    while _marked(str(tmp_path)) and time.monotonic() < deadline:
+    while marked(str(tmp_path)) and time.monotonic() < deadline:
         time.sleep(0.2)
-    assert not _marked(str(tmp_path))
-
-
-def _marked(mark: str) -> list[int]:
-    found = []
-    for entry in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            environment = Path("/proc", entry, "environ").read_bytes()
-        except OSError:
-            continue
-        if f"BTX_TEST_MARK={mark}".encode() in environment:
-            found.append(int(entry))
-    return found
+    assert not marked(str(tmp_path))
 
 
 def test_users_files(tmp_path: Path) -> None:

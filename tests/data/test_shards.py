@@ -30,7 +30,7 @@ from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.pipeline.fingerprint import Memo
 from megatron_btx.recipe.load import digest
 from megatron_btx.recipe.schema import Domain, Recipe, TokenizerBlock, Training
-from tests.data.tasks import kill_second
+from tests.data.tasks import kill_second, marked
 from tests.data.test_formats import TEXTS, WRITERS, write_pair
 from tests.data.test_prepare import recipe_of, story, tree, write
 
@@ -138,18 +138,6 @@ def test_killed_and_run_again(
     while marked(str(tmp_path)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not marked(str(tmp_path))
-
-
-def marked(mark: str) -> list[int]:
-    found = []
-    for entry in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            environment = Path("/proc", entry, "environ").read_bytes()
-        except OSError:
-            continue
-        if f"BTX_TEST_MARK={mark}\0".encode() in environment:
-            found.append(int(entry))
-    return found
 
 
 def test_finished_shards_are_kept(

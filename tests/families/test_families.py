@@ -77,9 +77,9 @@ def distance(ours: Tensor | None, want: Tensor) -> float:
     return float((ours - want)[batch()[1].bool()].abs().max())
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_in_and_out_is_the_same_model(converted, name):
-    original, place = converted(name)
+def the_same_model(original: Any, place: Path) -> Any:
+    """What ``transformers`` reads from ``place/out``: that it is ``original``, and by our own
+    reading what lies in ``place/in``."""
     again = transformers.AutoModelForCausalLM.from_pretrained(place / "out", dtype=torch.float32)
     assert type(again) is type(original)
     want, got = original.state_dict(), again.state_dict()
@@ -89,6 +89,13 @@ def test_in_and_out_is_the_same_model(converted, name):
     assert torch.equal(theirs(again), theirs(original))
     opened = [open_hf(place / end, "model").architecture for end in ("in", "out")]
     assert computed(opened[0]) == computed(opened[1])
+    return again
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_in_and_out_is_the_same_model(converted, name):
+    original, place = converted(name)
+    again = the_same_model(original, place)
     for key in (*SHAPE, "rope_parameters", "sliding_window", "layer_types", "norm_topk_prob"):
         if hasattr(original.config, key):
             assert getattr(again.config, key) == getattr(original.config, key), key

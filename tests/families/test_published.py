@@ -11,12 +11,11 @@ import pytest
 import torch
 
 from megatron_btx.errors import UserError
-from megatron_btx.families.family import computed
-from megatron_btx.families.hf import open_hf, read_config
+from megatron_btx.families.hf import read_config
 from megatron_btx.recipe.schema import Layout
 from tests.families.published import PUBLISHED, UNLIKE
 from tests.families.ranks_side import logits
-from tests.families.test_families import batch, convert, distance, theirs
+from tests.families.test_families import batch, convert, distance, the_same_model, theirs
 
 transformers = pytest.importorskip("transformers")
 
@@ -44,15 +43,7 @@ def test_a_published_model_in_and_out(ranks, tmp_path, name):
     original = publish(name, tmp_path / "in")
     convert(tmp_path / "in", tmp_path / "megatron", "megatron")
     convert(tmp_path / "megatron", tmp_path / "out", "hf")
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
-    assert type(again) is type(original)
-    want, got = original.state_dict(), again.state_dict()
-    assert want.keys() == got.keys()
-    for key, tensor in want.items():
-        assert torch.equal(got[key], tensor), key
-    assert torch.equal(theirs(again), theirs(original))
-    opened = [open_hf(tmp_path / end, "model").architecture for end in ("in", "out")]
-    assert computed(opened[0]) == computed(opened[1])
+    again = the_same_model(original, tmp_path)
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         assert getattr(again.config, key) == getattr(original.config, key), key
     rope = [dict(model.config.rope_parameters) for model in (original, again)]

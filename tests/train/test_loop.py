@@ -6,11 +6,14 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
-from megatron_btx.recipe.schema import Layout, MegatronOptions
+from megatron_btx.recipe.schema import Layout, MegatronOptions, Training
+from megatron_btx.train.callbacks import CheckReplicas
 from megatron_btx.weights.manifest import FORMAT, MANIFEST
 from tests.engine.harness import DENSE, MOE, Case, assemble
 from tests.ranks import RankError, Ranks
@@ -86,3 +89,8 @@ def test_ranks_go_on_from_what_the_first_one_sees(ranks: Ranks, tmp_path: Path) 
         (tmp_path / f"step_{step:08d}").mkdir()
         (tmp_path / f"step_{step:08d}" / MANIFEST).write_text(manifest)
     assert ranks.run(seen_by_ranks, 2, str(tmp_path)) == ["step_00000004"] * 2
+
+
+def test_replicas_are_never_checked_at_interval_0() -> None:
+    run: Any = SimpleNamespace(step=1, total_steps=1, stopped=True)  # and no model to look at
+    CheckReplicas(Training(check_replicas_interval=0)).after_step(run, {})
