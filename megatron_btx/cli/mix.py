@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 import typing
 from collections.abc import Sequence
@@ -13,9 +14,10 @@ from typing import Any, Literal
 
 from megatron_btx.cli.common import command
 from megatron_btx.errors import UserError
+from megatron_btx.files import named_path
 from megatron_btx.mix.request import MixRequest
 from megatron_btx.provenance import code_revision
-from megatron_btx.recipe.fields import field_docs
+from megatron_btx.recipe.fields import beside, field_docs
 from megatron_btx.recipe.typed import Reader
 from megatron_btx.recipe.yaml_tree import Node, read_tree, tree_of
 
@@ -115,7 +117,7 @@ def request_of(options: argparse.Namespace, name: str, needed: Sequence[str]) ->
     Raises:
         UserErrors: unknown keys in the file, wrong types and numbers out of range, all at once.
     """
-    layers = [] if options.config is None else [read_tree(Path(options.config), "options")]
+    layers = [] if options.config is None else [_read(Path(options.config))]
     flags = {
         one.name: replace(tree_of(value, None), key="--" + one.name.replace("_", "-"))
         for one in dataclasses.fields(MixRequest)
@@ -128,6 +130,28 @@ def request_of(options: argparse.Namespace, name: str, needed: Sequence[str]) ->
     if missing:
         raise UserError(name, f"--{' and --'.join(missing)} missing", f"see {name} --help")
     return request
+
+
+def _read(config: Path) -> Node:
+    """The options in a file, their paths from the directory that it stands in."""
+    tree = read_tree(config, "options")
+    entries = {
+        name: _anchored(node) if name in ("sources", "out", "centroids") else node
+        for name, node in tree.value.items()
+    }
+    return replace(tree, value=entries)
+
+
+def _anchored(node: Node) -> Node:
+    if isinstance(node.value, list):
+        return replace(node, value=[_anchored(item) for item in node.value])
+    if not isinstance(node.value, str):  # whoever builds the request refuses it
+        return node
+    name, path = named_path(node.value)
+    if node.file is not None and os.path.lexists(node.file.parent / node.value):
+        name, path = "", Path(node.value)
+    anchored = beside(str(path), node.file, node.key)
+    return replace(node, value=f"{name}={anchored}" if name else anchored)
 
 
 def _add_flags(parser: argparse.ArgumentParser, names: Sequence[str] = ()) -> None:

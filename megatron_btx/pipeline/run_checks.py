@@ -14,7 +14,7 @@ from megatron_btx.pipeline.graph import Stage
 from megatron_btx.pipeline.local import runner
 from megatron_btx.recipe import check as recipe_check
 from megatron_btx.recipe import run_plan
-from megatron_btx.recipe.load import dump
+from megatron_btx.recipe.load import dump, dump_kept
 from megatron_btx.recipe.run_plan import human
 from megatron_btx.recipe.schema import Recipe
 from megatron_btx.recipe.stages import directory as stage_directory
@@ -134,8 +134,9 @@ def keeps_recipe(run_dir: Path, given: Path, recipe: Recipe) -> None:
         return
     begun = (run_dir / "lock").exists() or any(run_dir.glob("*/stage.json"))
     itself = copy.resolve() == given.resolve()
-    resolved = dump(dataclasses.replace(recipe, run_dir=str(run_dir.absolute())))
-    if begun and not (itself and copy.read_text(encoding="utf-8") != resolved):
+    earlier = dump(dataclasses.replace(recipe, run_dir=str(run_dir.absolute())))
+    resolved = (dump_kept(recipe, run_dir), earlier)  # of a release that kept `share` as it stood
+    if begun and not (itself and copy.read_text(encoding="utf-8") not in resolved):
         return
     raise UserError(
         str(copy),

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import glob
 import inspect
 import itertools
+import os
 import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from megatron_btx.errors import notice
 from megatron_btx.recipe.messages import show
 
 UTMOST = 10**18
@@ -58,6 +62,34 @@ PATH = {"path": True}
 def path(default: Any = None) -> Any:
     """Such a field."""
     return dataclasses.field(default=default, metadata=PATH)
+
+
+def run_path(default: Any) -> Any:
+    """Likewise, but of runs: relative as long as it can be, and see :func:`beside`."""
+    return dataclasses.field(default=default, metadata={"path": "run"})
+
+
+def beside(path: str, file: Path | None, key: str) -> str:
+    """``path`` from the directory of the file that names it, ``*`` allowed; what was begun from the
+    current directory, as releases before had it, is still found there, with a hint.
+
+    Args:
+        path: as it is written.
+        file: ``None``: it is not written in any, and stands as it is.
+        key: named in the hint.
+    """
+    path = os.path.expanduser(path)
+    if file is None or os.path.isabs(path):
+        return path
+    anchored = os.path.normpath(file.parent / path)
+    if _is_there(anchored) or not _is_there(path):
+        return anchored
+    notice(f"{key}: {path} is taken from the current directory, as before; it means {anchored} now")
+    return path
+
+
+def _is_there(path: str) -> bool:
+    return os.path.lexists(path) or any(glob.iglob(path))
 
 
 def renamed(default: Any, formerly: str) -> Any:

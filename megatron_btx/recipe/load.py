@@ -15,7 +15,6 @@ Four conveniences, all resolved on reading (``dump`` writes the result out in fu
 from __future__ import annotations
 
 import dataclasses
-import glob
 import hashlib
 import json
 import os
@@ -28,7 +27,7 @@ import yaml
 from megatron_btx.errors import UserError
 from megatron_btx.files import find_json, newest_step
 from megatron_btx.recipe import check, stages
-from megatron_btx.recipe.fields import Range
+from megatron_btx.recipe.fields import Range, beside
 from megatron_btx.recipe.messages import homes, path_problem, yaml_name
 from megatron_btx.recipe.schema import Recipe, Training
 from megatron_btx.recipe.typed import BAD, Reader
@@ -47,8 +46,7 @@ def load_recipe(path: str | Path, base: str | Path | None = None) -> Recipe:
     """
     tree = read_tree(Path(path))
     bases = [] if base is None else _with_bases(read_tree(Path(base)), ())
-    recipe = _build([*bases, tree] if bases else _with_bases(tree, ()))
-    return _found_from_anywhere(recipe, Path(path).parent)
+    return _build([*bases, tree] if bases else _with_bases(tree, ()))
 
 
 def parse_recipe(text: str, path: str | Path = "recipe.yaml") -> Recipe:
@@ -59,6 +57,12 @@ def parse_recipe(text: str, path: str | Path = "recipe.yaml") -> Recipe:
 def dump(recipe: Recipe) -> str:
     """The recipe as YAML with every default resolved; ``parse_recipe(dump(r)) == r``."""
     return yaml.safe_dump(_plain(recipe), sort_keys=False, allow_unicode=True, width=100)
+
+
+def dump_kept(recipe: Recipe, run_dir: Path) -> str:
+    """``dump`` for the run's directory: it says the same wherever it is read from."""
+    share = tuple(os.path.abspath(path) for path in recipe.share)
+    return dump(dataclasses.replace(recipe, run_dir=str(run_dir.absolute()), share=share))
 
 
 def digest(part: Any) -> str:
@@ -132,7 +136,7 @@ def _build(layers: list[Node]) -> Recipe:
         recipe = _derive(builder.with_steps(recipe))
         builder.check(recipe)
         if not builder.errors:
-            recipe = builder.match_dense(recipe)
+            recipe = _anchored(builder.match_dense(recipe), builder)
     builder.raise_errors()
     return recipe
 
@@ -153,17 +157,16 @@ def _derive(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, experts=experts, run_dir=run_dir, tokenizer=tokenizer)
 
 
-def _found_from_anywhere(recipe: Recipe, here: Path) -> Recipe:
-    """The recipe with its relative run directories where they are: under the current directory, as
-    they are made, else beside the recipe, whose run may have been begun from there."""
+def _anchored(recipe: Recipe, builder: _Builder) -> Recipe:
+    """The recipe with its run directories where they are: from the file that names them, as its
+    other paths; the default from the recipe itself."""
 
-    def found(path: str) -> str:
-        beside = os.path.normpath(here / path)
-        there = any(glob.iglob(path)) or not any(glob.iglob(beside))
-        return path if there else beside
+    def file(key: str) -> Path | None:
+        return builder.marks.get(key, builder.roots[-1]).file
 
-    share = tuple(map(found, recipe.share))
-    return dataclasses.replace(recipe, run_dir=found(recipe.run_dir), share=share)
+    share = tuple(beside(path, file("share"), "share") for path in recipe.share)
+    run_dir = beside(recipe.run_dir, file("run_dir"), "run_dir")
+    return dataclasses.replace(recipe, run_dir=run_dir, share=share)
 
 
 def _taken_vocabulary(seed: Path) -> int | None:

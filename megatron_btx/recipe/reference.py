@@ -27,8 +27,8 @@ current. `btx keys finetune` prints a part of it in the terminal, `btx plan RECI
 - **Numbers**: `4_000_000`, `4e6`, `1e-4`; counts also with a suffix, small or capital: `60k`, `4M`,
   `80B` (or `80G`), `2T`. A number outside its range is an error with the line where it stands.
 - **Paths** (marked *path*) are relative to the directory of the file in which they are written; `~`
-  is the home directory. `run_dir` and `share` are relative to the directory in which `btx` is
-  started; where nothing is there, a run that lies beside the recipe is found.
+  is the home directory. A run that was begun under the directory in which `btx` is started, where
+  earlier releases put it, is still found there.
 - **Inheritance**: `training:` at the top holds any key of a training stage, as the default of
   `seed`, `experts.*`, `finetune` and `dense`. `base: other.yaml` starts from another recipe. Both
   work key by key; a mixture (`data`) is one value.

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from megatron_btx.recipe.fields import within
+from megatron_btx.recipe.fields import run_path, within
 from megatron_btx.recipe.schema_mix import BTM, Mix, Routing
 from megatron_btx.recipe.schema_training import (
     Domain,
@@ -126,7 +126,7 @@ class Recipe:
 
     name: str
     """The run's name."""
-    run_dir: str = "runs/{name}"
+    run_dir: str = run_path("runs/{name}")
     """Everything the run writes; ``{name}`` is the recipe's."""
     random_seed: int = within(0, 2**31 - 1, default=1234)
     """Of weights, data order and sampling."""
@@ -165,7 +165,7 @@ class Recipe:
     """Where metrics go."""
     slurm: Slurm = Slurm()
     """How `btx submit` runs the stages."""
-    share: tuple[str, ...] = ()
+    share: tuple[str, ...] = run_path(())
     """Run directories, ``*`` allowed: what is finished there under the same key is linked here
     instead of made again."""
     max_parallel_jobs: int | None = within(1, default=None)

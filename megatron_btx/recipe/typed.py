@@ -156,7 +156,7 @@ class Reader:
 
     def _allowed(self, field: Any, value: Any, node: Node) -> Any:
         """The value, where it is in the field's range; a path made absolute."""
-        if field.metadata.get("path"):
+        if field.metadata.get("path") is True:
             return self._path(value, node)
         limits = field.metadata.get("range")
         if limits is None or value is None:

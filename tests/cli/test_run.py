@@ -29,8 +29,10 @@ STAGES = ("seed", "expert-code", "expert-math", "expert-prose", "dense", "finetu
 
 def start(directory: Path, *options: str) -> subprocess.Popen[str]:
     """``btx run`` on the tiny recipe, writing under ``directory``."""
+    recipe = directory / "recipe.yaml"
+    recipe.write_text(f"base: {TINY}\nname: tiny\n")
     return subprocess.Popen(
-        [sys.executable, "-m", "megatron_btx.cli", "run", str(TINY), *options],
+        [sys.executable, "-m", "megatron_btx.cli", "run", str(recipe), *options],
         cwd=directory,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -215,6 +215,30 @@ def test_options_from_a_file(sources, tmp_path):
         btx("mix", "--config", config, "--out", tmp_path / "x")
 
 
+def test_paths_in_a_file_stand_from_its_directory(sources, tmp_path, monkeypatch, capsys):
+    """And what only the current directory has is found, as earlier releases did, with a hint."""
+    (tmp_path / "own").mkdir()
+    config = tmp_path / "own" / "mix.yaml"
+    monkeypatch.chdir(tmp_path)
+    for label in ("code", "math"):
+        (tmp_path / "own" / label).symlink_to(sources / "hf" / label)
+    text = {"sources": ["code", "second=math"], "method": "average", "out": "made"}
+    config.write_text(yaml.safe_dump(text))
+    btx("mix", "--config", config)
+    assert (tmp_path / "own" / "made").is_dir()
+    (tmp_path / "lr=1e-4").symlink_to(sources / "hf" / "code")
+    (tmp_path / "own" / "lr=1e-4").symlink_to(sources / "hf" / "math")  # no label
+    config.write_text(yaml.safe_dump(text | {"sources": ["lr=1e-4", "code"], "out": "again"}))
+    _, said = btx("mix", "--config", config, "--dry-run")
+    assert "= (math:embedding" in said
+    assert "hint" not in capsys.readouterr().err
+    (tmp_path / "here").symlink_to(sources / "hf" / "code")
+    config.write_text(yaml.safe_dump(text | {"sources": ["here", "math"], "out": "third"}))
+    btx("mix", "--config", config)
+    assert "sources[0]: here is taken from the current directory" in capsys.readouterr().err
+    assert (tmp_path / "own" / "third").is_dir()
+
+
 def test_how_far_models_have_drifted(sources, tmp_path):
     near = dense("code", 0)
     tensors = {n: read_whole(near.source, n) for n in near.tensors}

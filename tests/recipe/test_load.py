@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,13 +12,13 @@ import pytest
 from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.pipeline import graph
 from megatron_btx.recipe import run_plan
-from megatron_btx.recipe.load import digest, dump, load_recipe, parse_recipe
+from megatron_btx.recipe.load import digest, dump, dump_kept, load_recipe, parse_recipe
 from megatron_btx.recipe.schema import Layout, Training
 
 
 def test_values(good: str, tmp_path: Path) -> None:
     recipe = parse_recipe(good, tmp_path / "recipe.yaml")
-    assert recipe.run_dir == "runs/small"
+    assert recipe.run_dir == str(tmp_path / "runs/small")
     assert recipe.seed.tokens == 4_000_000
     assert recipe.experts["math"].tokens == 2_000_000
     assert recipe.seed.lr == 1e-3
@@ -47,9 +48,11 @@ def test_dense_tokens_are_those_of_experts_and_finetune(good: str) -> None:
 
 def test_round_trip(good: str) -> None:
     recipe = parse_recipe(good)
-    again = parse_recipe(dump(recipe), "/elsewhere/recipe.yaml")
+    again = parse_recipe(dump(recipe))
     assert again == recipe
     assert digest(again) == digest(recipe)
+    kept = parse_recipe(dump_kept(recipe, Path("runs/small")), "/elsewhere/recipe.yaml")
+    assert kept == replace(recipe, run_dir=str(Path("runs/small").absolute()))
 
 
 def test_digest_is_of_the_content(good: str) -> None:
@@ -307,24 +310,40 @@ def test_steps_say_tokens(good: str, tmp_path: Path) -> None:
     assert over_it.experts["math"].tokens == 2_000_000, "a stage's own tokens are above training"
 
 
-def test_a_run_beside_its_recipe_is_found_from_anywhere(
-    good: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_run_lies_beside_its_recipe_wherever_btx_is_started(
+    good: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Where it was begun comes first: a run that was made from the current directory goes on."""
+    """And one that an earlier release began from the current directory goes on, with a hint."""
     here, elsewhere = tmp_path / "here", tmp_path / "elsewhere"
     for place in (here, elsewhere):
         place.mkdir()
     (here / "recipe.yaml").write_text(good + "share: [runs/other*]\n")
     monkeypatch.chdir(elsewhere)
-    assert load_recipe(here / "recipe.yaml").run_dir == "runs/small"
-    (here / "runs" / "small").mkdir(parents=True)
-    (here / "runs" / "other_1").mkdir()
     found = load_recipe(here / "recipe.yaml")
     assert found.run_dir == str(here / "runs/small")
     assert found.share == (str(here / "runs/other*"),)
     assert load_recipe("../here/recipe.yaml").run_dir == "../here/runs/small"
+    assert capsys.readouterr().err == ""
     (elsewhere / "runs" / "small").mkdir(parents=True)
-    assert load_recipe(here / "recipe.yaml").run_dir == "runs/small"
+    (elsewhere / "runs" / "other_1").mkdir()
+    found = load_recipe(here / "recipe.yaml")
+    assert (found.run_dir, found.share) == ("runs/small", ("runs/other*",))
+    assert "run_dir: runs/small is taken from the current directory" in capsys.readouterr().err
+    (here / "runs" / "small").mkdir(parents=True)
+    assert load_recipe(here / "recipe.yaml").run_dir == str(here / "runs/small")
+
+
+def test_a_run_dir_stands_from_the_file_that_names_it(good: str, tmp_path: Path) -> None:
+    (tmp_path / "over").mkdir()
+    (tmp_path / "base.yaml").write_text(good + "run_dir: made/{name}\n")
+    over = tmp_path / "over" / "recipe.yaml"
+    over.write_text("base: ../base.yaml\nname: other\n")
+    assert load_recipe(over).run_dir == str(tmp_path / "made" / "other")
+    over.write_text("base: ../base.yaml\nrun_dir: /some/where\n")
+    assert load_recipe(over).run_dir == "/some/where"
 
 
 def test_a_stage_that_ends_in_its_warm_up_is_warned_of(good: str) -> None:

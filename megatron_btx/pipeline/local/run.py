@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +15,7 @@ from megatron_btx.pipeline.local import runner
 from megatron_btx.pipeline.local.progress import view
 from megatron_btx.pipeline.local.runner import Outcome
 from megatron_btx.pipeline.slurm import submit
-from megatron_btx.recipe.load import dump
+from megatron_btx.recipe.load import dump_kept
 from megatron_btx.recipe.schema import Recipe
 
 
@@ -51,13 +50,12 @@ def run_left(
     def written() -> object:
         return page(recipe, run_dir, every)
 
-    absolute = dataclasses.replace(recipe, run_dir=str(run_dir.absolute()))
     try:
         with _kept_current(written, run_dir, refresh):
             outcome = runner.run(
                 stages,
                 run_dir,
-                dump(absolute),
+                dump_kept(recipe, run_dir),
                 view=view(),
                 max_parallel=recipe.max_parallel_jobs,
                 inline={"report": written},

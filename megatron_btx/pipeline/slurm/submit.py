@@ -17,7 +17,6 @@ however (jobs.py). Neither outlives a crash.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import re
 import shutil
@@ -37,7 +36,7 @@ from megatron_btx.pipeline.graph import Stage
 from megatron_btx.pipeline.slurm import attempt, commands, jobs, preflight, script
 from megatron_btx.provenance import code_revision, versions
 from megatron_btx.recipe import slurm
-from megatron_btx.recipe.load import dump
+from megatron_btx.recipe.load import dump_kept
 from megatron_btx.recipe.schema import Recipe
 
 _KEPT = re.compile(
@@ -162,8 +161,7 @@ def refuse_beside_jobs(run_dir: Path, stages: tuple[Stage, ...]) -> None:
 
 def _keep(recipe: Recipe, run_dir: Path, directory: Path, scripts: dict[str, str]) -> None:
     """Write down what is submitted."""
-    absolute = dataclasses.replace(recipe, run_dir=str(run_dir))
-    text = dump(absolute)
+    text = dump_kept(recipe, run_dir)
     for path in (run_dir / "recipe.yaml", directory / "recipe.yaml"):
         with written(path) as file:
             file.write(text)
