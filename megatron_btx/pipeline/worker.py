@@ -77,7 +77,7 @@ def _prepare(recipe: Recipe, stage: Stage, run_dir: Path) -> Any:
     progress = ProgressFile(run_dir / stage.directory / "progress.json")
     if share is not None:
         return prepare.make_share(recipe, out, *share, progress)
-    from megatron_btx.train.stage import check_options
+    from megatron_btx.train.train_stage import check_options
 
     check_options(recipe)
     if stage.name == parts.BEGIN:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_btx.pipeline import graph, state
-from megatron_btx.pipeline.slurm import status
+from megatron_btx.pipeline.slurm import status, status_table
 from megatron_btx.recipe.load import load_recipe
 from megatron_btx.report import page
 from megatron_btx.report.run_data import gather
@@ -147,7 +147,7 @@ def test_a_summary_is_of_known_numbers() -> None:
 
 
 def test_every_view_shows_the_same_numbers(exported: Exported) -> None:
-    """metrics.jsonl, ``btx status``, the page; W&B's is in tests/test_wandb.py."""
+    """metrics.jsonl, ``btx status``, the page; W&B's is in tests/cli/test_wandb.py."""
     recipe = load_recipe(exported.directory / "recipe.yaml")
     directory = exported.run_dir / "seed"
     attempts, finished = goodput.read_attempts(directory), state.find_json(directory / "done.json")
@@ -165,6 +165,6 @@ def test_every_view_shows_the_same_numbers(exported: Exported) -> None:
     assert row.numbers == expected
     assert gather(recipe, exported.run_dir, stages).by_name["seed"].numbers == expected
     share = f"{expected['goodput/share']:.1%}"
-    assert share in status.numbers_text(rows)
-    assert share in status.table(rows)
+    assert share in status_table.numbers_text(rows)
+    assert share in status_table.table(rows)
     assert f">{share}<" in page.render(gather(recipe, exported.run_dir, stages))
