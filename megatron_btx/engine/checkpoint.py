@@ -14,7 +14,7 @@ import pickle
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_btx.engine import checkpoint_hashes, checkpoint_workers
 from megatron_btx.engine.distributed import from_first_rank, is_first_rank
+from megatron_btx.engine.freezing import numbered
 from megatron_btx.engine.megatron_release import SAVE_TAKES_STRATEGY
 from megatron_btx.engine.model import gather_parameters, unwrap
 from megatron_btx.errors import UserError
@@ -47,7 +48,7 @@ from megatron_btx.weights.torch_dist import read_metadata
 
 logger = logging.getLogger(__name__)
 
-_PARTIAL, _OLD = ".partial", ".old"
+_PARTIAL, _OLD, _LAST = ".partial", ".old", ".last"
 _SAVED = re.compile(
     r".*\.distcp|\.metadata|common\.pt|(metadata|manifest|hashes)\.json|tokenizer|\..*\.tmp"
 )
@@ -71,7 +72,7 @@ class TrainingState:
         if self.optimizer is not None:
             assert self.schedule is not None
             state["optimizer"] = self.optimizer.sharded_state_dict(
-                model_part, is_loading=is_loading, metadata=metadata
+                numbered(unwrap(self.model), model_part), is_loading=is_loading, metadata=metadata
             )
             state["opt_param_scheduler"] = self.schedule.state_dict()
             state["rng_state"] = _rng_state()
@@ -228,7 +229,7 @@ def load(directory: Path, state: TrainingState) -> None:
         UserError: the checkpoint is missing, damaged or of another shape; or it holds a pickle that
             names what no checkpoint needs.
     """
-    _wait_until_seen(directory)
+    wait_until_seen(directory)
     read_manifest(directory)
     read_metadata(directory)
     checkpoint_hashes.check_hashes(directory)
@@ -273,7 +274,7 @@ def _refusals(directory: Path) -> Iterator[None]:
         ) from error
 
 
-def _wait_until_seen(directory: Path, seconds: float = 60.0) -> None:
+def wait_until_seen(directory: Path, seconds: float = 60.0) -> None:
     """Wait for a directory that another rank has named: NFS lets a machine's view of its parent be
     as old as ``acdirmax`` (60 s by default, nfs(5))."""
     deadline = time.monotonic() + seconds
@@ -304,9 +305,18 @@ def step_directory(checkpoints: Path, step: int) -> Path:
     return checkpoints / f"step_{step:08d}"
 
 
-def prune(checkpoints: Path, keep: int) -> None:
-    """Delete all but the last ``keep`` checkpoints of a stage. The first rank calls it."""
-    for old in filter(_is_ours, sorted(checkpoints.glob("step_????????"))[:-keep]):
+def last_step_directory(checkpoints: Path, step: int) -> Path:
+    """Where the last step's own weights lie while a stage's model, their mean with others, has not
+    been saved under the step's name; who goes on does not find them."""
+    return checkpoints / f"step_{step:08d}{_LAST}"
+
+
+def prune(checkpoints: Path, keep: int, spared: Collection[int] = ()) -> None:
+    """Delete all but the last ``keep`` checkpoints of a stage, and those of the steps ``spared``.
+    The first rank calls it."""
+    kept = {step_directory(checkpoints, step) for step in spared}
+    old_ones = sorted(checkpoints.glob("step_????????"))[:-keep]
+    for old in filter(_is_ours, (one for one in old_ones if one not in kept)):
         # Renamed first: a half-deleted checkpoint must not bear its name.
         doomed = old.with_name(old.name + _OLD)
         old.rename(doomed)
@@ -314,8 +324,9 @@ def prune(checkpoints: Path, keep: int) -> None:
 
 
 def sweep(checkpoints: Path) -> None:
-    """Delete what a killed run had half written or half deleted. The first rank calls it."""
-    for suffix in (_PARTIAL, _OLD):
+    """Delete what a killed run had half written, half deleted or not averaged yet. The first rank
+    calls it."""
+    for suffix in (_PARTIAL, _OLD, _LAST, _LAST + _PARTIAL):
         for left in filter(_is_ours, checkpoints.glob("step_????????" + suffix)):
             shutil.rmtree(left)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from megatron_btx.engine import platform
+from megatron_btx.engine.freezing import freeze
 from megatron_btx.engine.moe.router import check_config, transformer_fields
 from megatron_btx.engine.spec import block_spec
 from megatron_btx.engine.unsupported_options import TORCH_LAYERS, megatron_errors, refuse_unfollowed
@@ -211,20 +213,19 @@ def wrap_ddp(
     model: GPTModel | Float16Module,
     *,
     use_distributed_optimizer: bool,
-    freeze_experts: bool = False,
+    frozen: Collection[str] = (),
     options: MegatronOptions = NO_OPTIONS,
 ) -> DistributedDataParallel:
     """Megatron's gradient buffers around the model.
 
-    Frozen experts get no gradient and take no part in the optimizer, not even in its weight decay.
+    The tensors of the canonical names ``frozen`` get no gradient and take no part in the optimizer,
+    not even in its weight decay.
 
     The schedules' hooks (``no_sync_func``, ``finalize_model_grads_func``, ...) are set on the
     model's configuration, where Megatron's pipeline schedules look for them.
     """
     config: TransformerConfig = model.config
-    for name, parameter in model.named_parameters() if freeze_experts else ():
-        if ".mlp.experts." in name:
-            parameter.requires_grad_(False)
+    freeze(unwrap(model), frozen)
     ddp_config = data_parallel_config(use_distributed_optimizer, options)
     ddp = DistributedDataParallel(config, ddp_config, model)
     config.finalize_model_grads_func = finalize_model_grads

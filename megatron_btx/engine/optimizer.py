@@ -3,18 +3,33 @@ has where there is no fused one."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import (
+    ChainedOptimizer,
+    MegatronOptimizer,
+    OptimizerConfig,
+    ParamGroupOverride,
+    ParamKey,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
+from megatron.core.optimizer.optimizer_config import ParamWithNamePredicate
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.optim.adam import adam
 from torch.optim.adamw import adamw
 
+from megatron_btx.engine.freezing import canonical_names
+from megatron_btx.engine.model import unwrap
 from megatron_btx.engine.unsupported_options import megatron_errors
+from megatron_btx.errors import UserError
 from megatron_btx.recipe.schema import Training
+
+NO_RATES: Mapping[str, float] = MappingProxyType({})
 
 
 def optimizer_config(training: Training) -> OptimizerConfig:
@@ -39,11 +54,57 @@ def optimizer_config(training: Training) -> OptimizerConfig:
         return OptimizerConfig(**(fields | training.megatron.optimizer))
 
 
-def build_optimizer(model: DistributedDataParallel, training: Training) -> MegatronOptimizer:
+def build_optimizer(
+    model: DistributedDataParallel, training: Training, rates: Mapping[str, float] = NO_RATES
+) -> MegatronOptimizer:
     """AdamW with the stage's settings. Its state is fresh; master weights start from the model's
-    (rounded) weights, so set those first, or call ``reload_model_params`` after."""
+    (rounded) weights, so set those first, or call ``reload_model_params`` after.
+
+    Args:
+        model: wrapped; what does not learn has no state.
+        training: the stage's settings.
+        rates: peak learning rates of their own by canonical name (recipe/freezing.py).
+
+    Raises:
+        UserError: Megatron refuses the combination, or one tensor here holds experts of different
+            rates.
+    """
     with megatron_errors("optimizer"):
-        return get_megatron_optimizer(optimizer_config(training), [model])
+        config = optimizer_config(training)
+        overrides = get_standard_config_overrides(config)
+        for rate, own in _by_rate(model, rates).items():
+            lr = {"max_lr": rate, "min_lr": min_lr(training) * rate / training.lr}
+            here = ParamWithNamePredicate(f"lr {rate}", lambda p, _, own=own: id(p) in own)
+            overrides[ParamKey(with_name_predicate=here)] = ParamGroupOverride(**lr)
+        built: Any = get_megatron_optimizer(config, [model], overrides if rates else None)
+    # Where nothing of a kind learns on any rank, Megatron leaves an empty shell that can neither be
+    # saved nor loaded.
+    whole = [one for one in built.chained_optimizers if not one.is_stub_optimizer]
+    return built if len(whole) == len(built.chained_optimizers) else ChainedOptimizer(whole)
+
+
+def _by_rate(model: DistributedDataParallel, rates: Mapping[str, float]) -> dict[float, set[int]]:
+    """Ids of the parameters that have a learning rate of their own, by that."""
+    inner = unwrap(model)
+    names = canonical_names(inner) if rates else {}
+    found: dict[float, set[int]] = {}
+    for name, parameter in inner.named_parameters() if rates else ():
+        own = {rates.get(held) for held in names[name]}
+        if len(own) > 1:
+            what = f"gives the experts of a rank different rates, and {name} holds all of them"
+            fix = "give them one rate, or each rank one expert (expert_model_parallel_size)"
+            raise UserError("lr_groups", what, fix)
+        (rate,) = own
+        if rate is not None and parameter.requires_grad:
+            found.setdefault(rate, set()).add(id(parameter))
+    return found
+
+
+def learning_rate(optimizer: MegatronOptimizer) -> float:
+    """That of the parameters that have none of their own; where all have, the first's."""
+    groups = optimizer.param_groups
+    plain = [group for group in groups if group.get("default_config", True)]
+    return float((plain or groups)[0]["lr"])
 
 
 def build_schedule(

@@ -47,6 +47,9 @@ from megatron_btx.mix.one_model import copy, forced
 from megatron_btx.recipe.schema import Layout, Precision
 from megatron_btx.weights.plan import Plan
 
+SPREAD = 1.0
+"""Of the logits, where nobody says it, of ``centroids``."""
+
 Texts = Mapping[str, Sequence[Batch]]
 
 
@@ -114,7 +117,7 @@ def measure(
     if errors:
         raise UserErrors(errors)
     precision = setting.precision or precision_of(checkpoint)
-    spread = 1.0 if kind == "centroids" and spread is None else spread
+    spread = SPREAD if kind == "centroids" and spread is None else spread
     found = routers(
         copy(checkpoint, dtype=DTYPES[precision]),
         texts,

@@ -21,7 +21,7 @@ from megatron_btx.evaluate.routing_stats import expert_choice
 from megatron_btx.files import find_json, write_json
 from megatron_btx.mix.average import average
 from megatron_btx.mix.one_model import copy
-from megatron_btx.recipe import count
+from megatron_btx.recipe import count, freezing
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.load import digest
 from megatron_btx.recipe.schema import Evaluate, Precision, Recipe
@@ -187,8 +187,10 @@ def _cost(recipe: Recipe, run_dir: Path, stage: str) -> StageCost:
     block = training(recipe, stage)
     architecture, manifest = read_manifest(find_checkpoint(directory(run_dir, stage)))
     taken = block.from_ is not None
-    tokens = manifest.get("tokens") or None if taken else count.trained_tokens(block, recipe.model)
+    if not taken:
+        flops = freezing.stage_flops(architecture, block, recipe.model)
+        return StageCost(tokens=count.trained_tokens(block, recipe.model), flops=flops)
+    tokens = manifest.get("tokens") or None
     if tokens is None:
         return StageCost()
-    flops = tokens * count.training_flops_per_token(architecture, block.freeze_experts)
-    return StageCost(tokens=tokens, flops=flops)
+    return StageCost(tokens=tokens, flops=tokens * count.training_flops_per_token(architecture))

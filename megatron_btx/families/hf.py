@@ -20,9 +20,9 @@ from megatron_btx.families.table import Table
 from megatron_btx.families.tokenizer_files import describe_tokenizer
 from megatron_btx.files import read_json
 from megatron_btx.recipe.architecture import Architecture
+from megatron_btx.recipe.names import canonical_tensors
 from megatron_btx.weights.box import Shape
 from megatron_btx.weights.find_checkpoint import ADAPTER, foreign
-from megatron_btx.weights.names import canonical_tensors
 from megatron_btx.weights.plan import Checkpoint, Ignore, Plan, mismatches, unmatched
 from megatron_btx.weights.random_fill import Fill
 from megatron_btx.weights.safetensors import SafetensorsSource

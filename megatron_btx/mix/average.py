@@ -11,10 +11,10 @@ import torch
 from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.mix.compatibility import disagreements, labels_of
 from megatron_btx.recipe.check_mix import AVERAGED, GROUPS
+from megatron_btx.recipe.names import canonical_tensors, group_of
 from megatron_btx.weights.arithmetic import Product, Ties, WeightedSum
 from megatron_btx.weights.arrange import Take
 from megatron_btx.weights.expression import Expression
-from megatron_btx.weights.names import canonical_tensors, group_of
 from megatron_btx.weights.ops import mean
 from megatron_btx.weights.plan import Checkpoint, Plan
 from megatron_btx.weights.random_fill import Draw
@@ -49,7 +49,7 @@ class Averaging:
     on since the seed, by its own manifest; the seed itself has weight zero, so the average is the
     seed plus the weighted mean of what the others learned."""
     groups: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    """Other weights for a kind of tensor (:func:`megatron_btx.weights.names.group_of`)."""
+    """Other weights for a kind of tensor (:func:`megatron_btx.recipe.names.group_of`)."""
     dare: Dare | None = None
     seed_model: str = "seed"
     """Label of the seed among the models, for ``tokens`` and TIES."""
@@ -176,6 +176,18 @@ def _moved(model: Expression, base: Expression) -> Expression:
 
 UNIFORM = Averaging()
 """The paper's."""
+
+
+def mean_of(models: Sequence[Checkpoint], dtype: torch.dtype) -> Plan:
+    """The plan of the plain mean of checkpoints of one model, dense or MoE: a run's last ones."""
+    architecture = models[0].architecture
+    expected = canonical_tensors(architecture)
+    return Plan(
+        architecture=architecture,
+        targets={name: mean([one.tensors[name] for one in models], dtype) for name in expected},
+        sources={one.label: one.source for one in models},
+        expected=expected,
+    )
 
 
 def average(

@@ -29,8 +29,8 @@ from megatron_btx.mix.compatibility import disagreements
 from megatron_btx.mix.plan_of_request import open_sources
 from megatron_btx.mix.request import MixRequest
 from megatron_btx.recipe.check_mix import GROUPS
+from megatron_btx.recipe.names import group_of
 from megatron_btx.weights.box import slabs, whole
-from megatron_btx.weights.names import group_of
 from megatron_btx.weights.plan import Checkpoint
 
 _ELEMENTS = 1 << 22

@@ -10,10 +10,10 @@ from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.mix.compatibility import differences
 from megatron_btx.mix.parts import moe_targets
 from megatron_btx.mix.router_init import NORMAL, RouterInit
+from megatron_btx.recipe.names import MOE_NORM, canonical_tensors
 from megatron_btx.weights.arrange import Cat
 from megatron_btx.weights.box import Shape
 from megatron_btx.weights.expression import Expression
-from megatron_btx.weights.names import MOE_NORM, canonical_tensors
 from megatron_btx.weights.ops import rows
 from megatron_btx.weights.plan import Checkpoint, Ignore, Plan
 

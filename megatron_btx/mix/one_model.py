@@ -11,8 +11,8 @@ import torch
 from megatron_btx.errors import UserError
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.count import expert_width
+from megatron_btx.recipe.names import DENSE_NORM, MOE_NORM, SHARED, canonical_tensors
 from megatron_btx.weights.expression import Expression
-from megatron_btx.weights.names import DENSE_NORM, MOE_NORM, SHARED, canonical_tensors
 from megatron_btx.weights.plan import Checkpoint, Ignore, Plan
 from megatron_btx.weights.random_fill import Draw, Fill
 

@@ -6,10 +6,10 @@ import re
 from collections.abc import Callable, Iterable
 
 from megatron_btx.recipe.architecture import Architecture
+from megatron_btx.recipe.names import DENSE_NORM, MOE_NORM, ROUTER, canonical_tensors
 from megatron_btx.weights.arrange import Cat
 from megatron_btx.weights.box import Shape
 from megatron_btx.weights.expression import Expression
-from megatron_btx.weights.names import DENSE_NORM, MOE_NORM, ROUTER, canonical_tensors
 from megatron_btx.weights.ops import rows
 
 _EXPERT = re.compile(r"(.*\.mlp\.)experts\.(\d+)\.(.*)")

@@ -32,6 +32,7 @@ def mix_plan(
     dtype: torch.dtype,
     random_seed: int,
     seed_model: str = SEED,
+    router: RouterInit | None = None,
 ) -> Plan:
     """The plan of the MoE that ``mix`` makes of dense models.
 
@@ -42,6 +43,7 @@ def mix_plan(
         dtype: of its weights.
         random_seed: of routers, noise, re-initialisation and DARE.
         seed_model: label of the seed among the models.
+        router: how the routers begin, where it is not as ``mix`` says.
 
     Raises:
         UserErrors: everything in which the models differ but must not, and options that do not fit
@@ -54,7 +56,7 @@ def mix_plan(
     new: dict[str, Any] = {
         "routing": routing,
         "dtype": dtype,
-        "router": router_of(mix, random_seed),
+        "router": router or router_of(mix, random_seed),
     }
     if mix.method == "upcycle":
         if len(models) != 1:

@@ -13,9 +13,9 @@ from megatron_btx.mix.average import UNIFORM, Averaging
 from megatron_btx.mix.compatibility import disagreements, labels_of
 from megatron_btx.mix.parts import chunk, joined, moe_targets
 from megatron_btx.mix.router_init import NORMAL, RouterInit
+from megatron_btx.recipe.names import canonical_tensors
 from megatron_btx.recipe.schema import Mix, Routing
 from megatron_btx.weights.expression import Expression
-from megatron_btx.weights.names import canonical_tensors
 from megatron_btx.weights.ops import scaled
 from megatron_btx.weights.plan import Checkpoint, Plan
 

@@ -21,12 +21,12 @@ from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.mix.compatibility import disagreements
 from megatron_btx.mix.parts import chunk, moe_targets
 from megatron_btx.mix.router_init import NORMAL, RouterInit
+from megatron_btx.recipe.names import canonical_tensors
 from megatron_btx.recipe.schema import Mix, Routing
 from megatron_btx.weights.arithmetic import Product, WeightedSum
 from megatron_btx.weights.arrange import Cat, Reshape, Take
 from megatron_btx.weights.box import Shape
 from megatron_btx.weights.expression import Expression
-from megatron_btx.weights.names import canonical_tensors
 from megatron_btx.weights.ops import reshape, rows
 from megatron_btx.weights.plan import Checkpoint, Plan
 from megatron_btx.weights.random_fill import Draw, Fill

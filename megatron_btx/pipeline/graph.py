@@ -19,15 +19,16 @@ from typing import Any
 
 from megatron_btx.errors import UserError
 from megatron_btx.pipeline.fingerprint import Memo
-from megatron_btx.recipe import count, systems
+from megatron_btx.recipe import systems
 from megatron_btx.recipe.load import digest
 from megatron_btx.recipe.schema import Layout, Recipe, Training
 from megatron_btx.recipe.stages import (
     MixturePart,
     boundaries,
     expert_stage,
-    is_data_matched,
+    flops,
     reads,
+    reads_all,
     training,
 )
 
@@ -211,7 +212,7 @@ def _stage(recipe: Recipe, kind: str, name: str, before: tuple[Stage, ...]) -> S
     layout = recipe.evaluate.layout if kind == "evaluate" else Layout()
     if kind in TRAINED:
         layout = training(recipe, name).layout
-        work = training_flops(recipe, name) / (layout.world_size * layout.num_threads)
+        work = float(flops(recipe, name)) / (layout.world_size * layout.num_threads)
     elif kind == "export":  # one rank with the whole of the evaluation's cores
         cores = recipe.evaluate.layout
         layout = Layout(num_threads=cores.world_size * cores.num_threads)
@@ -223,16 +224,6 @@ def _stage(recipe: Recipe, kind: str, name: str, before: tuple[Stage, ...]) -> S
         num_threads=layout.num_threads,
         work=work,
     )
-
-
-def training_flops(recipe: Recipe, name: str) -> float:
-    """Training FLOPs of stage ``name`` (recipe/count.py), with the recipe's vocabulary."""
-    architecture = count.dense_architecture(recipe)
-    if name == "finetune":
-        architecture = architecture.mixed(recipe)
-    block = training(recipe, name)
-    tokens = count.trained_tokens(block, recipe.model)
-    return float(tokens * count.training_flops_per_token(architecture, block.freeze_experts))
 
 
 class _Keys:
@@ -303,7 +294,7 @@ class _Keys:
             mix = dataclasses.replace(recipe.mix, centroids=None)  # it enters by content
             centroids = [] if recipe.mix.centroids is None else [recipe.mix.centroids]
             own += [mix, self.memo.paths(centroids), recipe.routing]
-        if is_data_matched(recipe, name):  # it reads what the others read
+        if reads_all(recipe, name):  # it reads what the others read
             own += [self._part(part) for group in reads(recipe, name) for part in group]
         return own
 
@@ -313,6 +304,8 @@ class _Keys:
 
     def _training(self, block: Training, moe: bool) -> list[Any]:
         plain = {name: getattr(Training(), name) for name in _EXECUTION}
+        if block.average_last > 1:  # of what is saved
+            plain["save_interval"] = block.save_interval
         if not moe:  # how a batch is cut matters only to what is counted over a micro-batch:
             plain["micro_batch_size"] = 1  # the balance loss and Switch's capacity
         return [dataclasses.replace(block, **plain), self._mixture(block.data)]

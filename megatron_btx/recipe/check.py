@@ -11,11 +11,25 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_btx.errors import UserError, UserErrors
-from megatron_btx.recipe import check_layout, check_mix, slurm, upstream
+from megatron_btx.recipe import (
+    check_freezing,
+    check_layout,
+    check_mix,
+    slurm,
+    systems,
+    upstream,
+)
 from megatron_btx.recipe.check_layout import Problem
 from megatron_btx.recipe.messages import near_key, path_problem, show
 from megatron_btx.recipe.schema import Layout, Model, Recipe, Training
-from megatron_btx.recipe.stages import expert_stage, mismatch, recipe_key
+from megatron_btx.recipe.stages import (
+    architecture,
+    expert_stage,
+    mismatches,
+    recipe_key,
+    stage_of_key,
+    training,
+)
 
 RESERVED = ("seed", "dense", "upcycling", "btm", "btx", "mean", "finetune")
 """Names of systems and columns of the final table, so no names of domains or experts."""
@@ -215,20 +229,26 @@ def _system(recipe: Recipe) -> Iterator[Problem]:
         yield Problem("mix.method", f"is {recipe.mix.method} in a system {recipe.system}", fix)
     if recipe.system == "dense" and recipe.dense is None:
         yield Problem("dense", "is missing, and is the system", "add `dense: {}`")
-    finetuned = recipe.system in ("upcycling", "btx")
-    if recipe.match == "compute" and not finetuned:
-        what = f"compute, but a system {recipe.system} is not finetuned"
-        yield Problem("match", what, "remove it, or choose system: upcycling or btx")
-    for key, stage in stages(recipe).items():
-        if stage.freeze_experts and key != "finetune":
-            what = "trains a dense model, which has no experts"
-            yield Problem(f"{key}.freeze_experts", what, "set it for finetune only")
-    if finetuned and recipe.match == "compute" and not any(_model(recipe.model)):
-        off = mismatch(recipe)
-        if off > 0.01:
+    if recipe.match == "compute" and not any(_model(recipe.model)):
+        yield from _matched(recipe)
+
+
+def _matched(recipe: Recipe) -> Iterator[Problem]:
+    """Whether ``match: compute`` can be fulfilled, within 1%."""
+    taking_part = systems.kinds(recipe)
+    off = {
+        name: share
+        for name, share in mismatches(recipe).items()
+        if name.partition(":")[0] in taking_part
+    }
+    if not off:
+        what = f"compute, but in a system {recipe.system} nothing is trained after the seed"
+        yield Problem("match", what, "remove it, or choose another system")
+    for name, share in off.items():
+        if share > 0.01:
             yield Problem(
-                "finetune.global_batch_size",
-                f"whole steps of it miss the training FLOPs of BTX by {off:.1%}",
+                f"{recipe_key(name)}.global_batch_size",
+                f"whole steps of it miss the training FLOPs of BTX by {share:.1%}",
                 "lower it, or give more tokens: within 1% is matched",
             )
 
@@ -268,6 +288,11 @@ def _stage(recipe: Recipe, key: str, stage: Training) -> Iterator[Problem]:
     yield from check_layout.problems(recipe, f"{key}.layout", layout, moe=moe)
     if moe and not any(_model(model)):
         yield from _widths(key, stage, model, recipe.mix.chunks)
+    if not any(_model(model)):
+        name = stage_of_key(key)
+        yield from check_freezing.problems(
+            key, training(recipe, name), architecture(recipe, name), model
+        )
     batch = stage.micro_batch_size * layout.data_parallel_size
     if stage.global_batch_size % batch:
         yield Problem(

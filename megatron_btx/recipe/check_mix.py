@@ -43,10 +43,12 @@ def problems(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(f"mix.{name}", what, fix)
     yield from _averages(mix, models)
     yield from _chunks(recipe)
-    if (mix.router_init in FROM_FILE) != (mix.centroids is not None):
-        fix = "give the file of `btx centroids`, and the `router_init` that it was made for"
-        what = "goes with router_init: centroids or ridge, and they with it"
-        yield Problem("mix.centroids", what, fix)
+    if mix.centroids is not None and mix.router_init not in FROM_FILE:
+        fix = "give the `router_init` that the file was made for, or remove it"
+        yield Problem("mix.centroids", "goes with router_init: centroids or ridge", fix)
+    if mix.router_init in FROM_FILE and mix.method != "btx":
+        what = f"{mix.router_init} needs experts that have domains, those of {mix.method} have none"
+        yield Problem("mix.router_init", what, "use method btx, or another router_init")
 
 
 def misplaced(mix: Mix, method: str) -> Iterator[tuple[str, str, str]]:

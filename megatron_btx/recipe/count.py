@@ -67,19 +67,16 @@ def query_groups(model: Model) -> int:
     return model.num_query_groups or model.num_attention_heads
 
 
-def experts_run(architecture: Architecture) -> int:
-    """Experts (feed-forward layers) a token runs through, summed over the layers.
+def experts_run(architecture: Architecture) -> tuple[int, ...]:
+    """Experts (feed-forward layers) a token runs through in each layer.
 
     ``sample_top1`` runs all of them in the first layer where that one routes softly (section 3.3);
     the paper's 6.7B for it leaves that out.
     """
     layers, routing = architecture.model.num_layers, architecture.routing
-    if routing is None:
-        return layers
-    first = experts_per_token(architecture)
-    if routing.type == "sample_top1" and routing.first_layer_soft:
-        first = len(architecture.experts)
-    return first + (layers - 1) * experts_per_token(architecture)
+    each = experts_per_token(architecture)
+    soft = routing is not None and routing.type == "sample_top1" and routing.first_layer_soft
+    return (len(architecture.experts) if soft else each, *[each] * (layers - 1))
 
 
 def experts_per_token(architecture: Architecture) -> int:
@@ -150,7 +147,7 @@ def parameters(architecture: Architecture) -> Parameters:
         attention=layers * attention_parameters(model),
         norms=layers * in_layer + h,
         ffn=layers * (ffn * (experts or 1) + shared),
-        ffn_active=ffn * experts_run(architecture) + layers * shared,
+        ffn_active=ffn * sum(experts_run(architecture)) + layers * shared,
         router=layers * (experts * h + gate),
         vocab_padding=(padded - architecture.vocab_size) * h * matrices,
     )
@@ -170,11 +167,11 @@ def forward_flops_per_token(architecture: Architecture) -> int:
     return 2 * matrices + 4 * width * seen
 
 
-def training_flops_per_token(architecture: Architecture, freeze_experts: bool = False) -> int:
+def training_flops_per_token(architecture: Architecture) -> int:
     """Forward and backward: the backward pass has two products for each of the forward's, one for
-    the gradient of the input and one for that of the weight, which frozen experts do not need."""
-    saved = 2 * parameters(architecture).ffn_active if freeze_experts else 0
-    return 3 * forward_flops_per_token(architecture) - saved
+    the gradient of the input and one for that of the weight. Where something is frozen:
+    ``freezing.py``."""
+    return 3 * forward_flops_per_token(architecture)
 
 
 def steps(training: Training, model: Model) -> int:
@@ -185,6 +182,16 @@ def steps(training: Training, model: Model) -> int:
 def trained_tokens(training: Training, model: Model) -> int:
     """The tokens of those steps."""
     return steps(training, model) * training.global_batch_size * model.seq_length
+
+
+def averaged_steps(training: Training, model: Model) -> tuple[int, ...]:
+    """The steps whose checkpoints a stage's model is the mean of: the last one, and multiples of
+    ``save_interval`` before it; fewer than ``average_last`` where the stage is too short."""
+    last = steps(training, model)
+    before = range(
+        (last - 1) // training.save_interval * training.save_interval, 0, -training.save_interval
+    )
+    return tuple(sorted([*before[: training.average_last - 1], last]))
 
 
 def mixture(data: dict[str, float]) -> dict[str, float]:

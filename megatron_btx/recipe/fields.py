@@ -9,7 +9,7 @@ import inspect
 import itertools
 import os
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,10 +49,17 @@ class Range:
 
 
 def within(
-    low: float, high: float = UTMOST, *, default: Any = dataclasses.MISSING, **more: Any
+    low: float,
+    high: float = UTMOST,
+    *,
+    default: Any = dataclasses.MISSING,
+    default_factory: Any = dataclasses.MISSING,
 ) -> Any:
-    """A field of one number (or a tuple of some) with its range, and with its default if any."""
-    return dataclasses.field(default=default, metadata={"range": Range(low, high), **more})
+    """A field of one number (or some) with its range, and with its default if any."""
+    metadata = {"range": Range(low, high)}
+    if default_factory is not dataclasses.MISSING:
+        return dataclasses.field(default_factory=default_factory, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 PATH = {"path": True}
@@ -97,6 +104,12 @@ def renamed(default: Any, formerly: str) -> Any:
     return dataclasses.field(default=default, metadata={"formerly": formerly})
 
 
+def of_before(default: Any, hashed: Callable[[Any], tuple[str, Any]]) -> Any:
+    """A field that can say what another said before it: ``hashed`` gives the name and the value
+    that content hashes have for a value, so that what was made before stays finished."""
+    return dataclasses.field(default=default, metadata={"hashed": hashed})
+
+
 def like(cls: type, name: str) -> Any:
     """A field with default and range of another block's."""
     (field,) = (field for field in dataclasses.fields(cls) if field.name == name)
@@ -107,7 +120,11 @@ def out_of_range(block: Any) -> Iterator[tuple[str, str, str]]:
     """Numbers of a block that are outside their ranges: field, what is wrong, fix."""
     for one in dataclasses.fields(block):
         value, limits = getattr(block, one.name), one.metadata.get("range")
-        wrong = limits.problem(value) if limits and value is not None else None
+        if limits is None or value is None:
+            continue
+        each = value.values() if isinstance(value, dict) else value
+        each = each if isinstance(value, (dict, tuple)) else [value]
+        wrong = next(filter(None, map(limits.problem, each)), None)
         if wrong is not None:
             yield one.name, *wrong
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import yaml
 
-from megatron_btx.errors import UserError
+from megatron_btx.errors import UserError, notice
 from megatron_btx.files import find_json, newest_step
 from megatron_btx.recipe import check, stages
 from megatron_btx.recipe.fields import Range, beside
@@ -73,32 +73,39 @@ def digest(part: Any) -> str:
     new option leaves the hash of what was made before it as it was; who changes what a default
     means gives the field another name.
     """
-    plain = _plain(part, written=_differs, name=_hashed_name)
+    plain = _plain(part, written=_differs, entry=_hashed)
     text = json.dumps(plain, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _hashed_name(field: Any) -> str:
-    """A field's name in hashes: its first one, whatever it is called now."""
-    return str(field.metadata.get("formerly") or yaml_name(field.name))
+def _hashed(field: Any, value: Any) -> tuple[str, Any]:
+    """A field in hashes: by its first name, whatever it is called now."""
+    if "hashed" in field.metadata:
+        name, value = field.metadata["hashed"](value)
+        return name, value
+    return str(field.metadata.get("formerly") or yaml_name(field.name)), value
 
 
 def _plain(
     value: Any,
     written: Callable[[Any, Any], bool] = lambda value, field: True,
-    name: Callable[[Any], str] = lambda field: yaml_name(field.name),
+    entry: Callable[[Any, Any], tuple[str, Any]] = lambda field, value: (
+        yaml_name(field.name),
+        value,
+    ),
 ) -> Any:
     """Dataclasses as mappings, of those fields that ``written(value, field)`` admits."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {
-            name(field): _plain(getattr(value, field.name), written, name)
+        entries = [
+            entry(field, getattr(value, field.name))
             for field in dataclasses.fields(value)
             if written(getattr(value, field.name), field)
-        }
+        ]
+        return {key: _plain(item, written, entry) for key, item in entries}
     if isinstance(value, dict):
-        return {key: _plain(item, written, name) for key, item in value.items()}
+        return {key: _plain(item, written, entry) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item, written, name) for item in value]
+        return [_plain(item, written, entry) for item in value]
     return value
 
 
@@ -210,7 +217,7 @@ class _Builder(Reader):
         ``stages.reads``; what ``training:`` says about either is not meant for it."""
         if recipe.dense is None:
             return recipe
-        tokens = stages.data_matched_tokens(recipe)
+        tokens = stages.matched_tokens(recipe)["dense"]
         for name, right in (
             ("steps", False),
             ("tokens", recipe.dense.tokens == tokens),
@@ -234,8 +241,21 @@ class _Builder(Reader):
     def instance(self, cls: type, layers: list[Node], key: str, extra: tuple[str, ...] = ()) -> Any:
         """A dataclass; a training stage may give ``steps`` instead of tokens."""
         if cls is Training:
-            layers = self._take_steps(layers, key)
+            layers = self._take_steps([self._take_freeze_experts(one) for one in layers], key)
         return super().instance(cls, layers, key, extra)
+
+    def _take_freeze_experts(self, layer: Node) -> Node:
+        """A layer with ``freeze: [experts]`` for what said so before."""
+        entries = dict(layer.value)
+        node = entries.pop("freeze_experts", None)
+        if node is None:
+            return layer
+        if not isinstance(node.value, bool) or "freeze" in entries:
+            self.error(node, "is `freeze: [experts]` now", "write that, and remove it")
+        elif node.value:
+            notice(f"{node.where} is `freeze: [experts]` now; this release reads both")
+            entries["freeze"] = dataclasses.replace(node, value="experts")
+        return dataclasses.replace(layer, value=entries)
 
     def _take_steps(self, layers: list[Node], key: str) -> list[Node]:
         """The layers without ``steps``; of tokens and steps the later layer's counts."""

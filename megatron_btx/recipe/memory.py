@@ -136,7 +136,7 @@ def layer_activations(architecture: Architecture, training: Training) -> tuple[i
     if model.qk_layernorm:
         attention += heads + tokens * count.qkv_width(model) // tp
     if is_moe:
-        runs = count.experts_run(architecture) / model.num_layers * tokens / split * layout.etp
+        runs = sum(count.experts_run(architecture)) / model.num_layers * tokens / split * layout.etp
         inner = count.expert_width(model) / layout.etp
         ffn = 2 * rows + int(runs * 2 * (model.hidden_size + inner))
         if shared := model.moe_shared_expert_intermediate_size:

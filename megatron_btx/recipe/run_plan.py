@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from megatron_btx.recipe import check, count, memory, systems
+from megatron_btx.recipe import stages as of_recipe
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.schema import Recipe, Training
 from megatron_btx.recipe.stages import stage_of_key, training
@@ -27,6 +28,7 @@ class StagePlan:
     tokens: int
     steps: int
     flops_per_token: int
+    """Of training, mean over its steps."""
     train_flops: int
     inference_flops_per_token: int
     ranks: int
@@ -80,7 +82,8 @@ def plan(recipe: Recipe) -> RunPlan:
 
 
 def warnings(recipe: Recipe) -> Iterator[str]:
-    """What is allowed and is hardly meant: stages that end before their warm-up does."""
+    """What is allowed and is hardly meant: stages that end before their warm-up does, or save less
+    than they average."""
     taking_part = systems.kinds(recipe)
     for key in check.stages(recipe):
         name = stage_of_key(key)
@@ -88,6 +91,12 @@ def warnings(recipe: Recipe) -> Iterator[str]:
             continue
         stage = training(recipe, name)
         steps = count.steps(stage, recipe.model) if stage.from_ is None else 0
+        saved = len(count.averaged_steps(stage, recipe.model))
+        if steps and saved < stage.average_last:
+            yield (
+                f"{key}: average_last is {stage.average_last}, and {steps} steps save {saved} "
+                "checkpoints: all of them are averaged; lower `save_interval`"
+            )
         if 0 < steps <= stage.lr_warmup_iters:
             yield (
                 f"{key}: {steps} step{'s'[: steps - 1]} under a warm-up of "
@@ -116,13 +125,11 @@ def peak_disk(stages: Iterable[StagePlan]) -> int:
 
 def _stage(recipe: Recipe, name: str) -> StagePlan:
     stage = training(recipe, name)
-    architecture = count.dense_architecture(recipe)
-    if name == "finetune":
-        architecture = architecture.mixed(recipe)
+    architecture = of_recipe.architecture(recipe, name)
     parameters = count.parameters(architecture)
     steps = count.steps(stage, recipe.model) if stage.from_ is None else 0
     tokens = steps * stage.global_batch_size * recipe.model.seq_length
-    flops = count.training_flops_per_token(architecture, stage.freeze_experts)
+    flops = of_recipe.flops(recipe, name) if steps else 0
     checkpoint = memory.checkpoint_bytes(architecture, stage)
     done, peak = _disk(stage, architecture, steps, _ancestors(recipe, name))
     return StagePlan(
@@ -133,8 +140,8 @@ def _stage(recipe: Recipe, name: str) -> StagePlan:
         vocab_padding=parameters.vocab_padding,
         tokens=tokens,
         steps=steps,
-        flops_per_token=flops,
-        train_flops=flops * tokens,
+        flops_per_token=flops // tokens if steps else count.training_flops_per_token(architecture),
+        train_flops=flops,
         inference_flops_per_token=count.forward_flops_per_token(architecture),
         ranks=stage.layout.world_size,
         memory_per_rank=memory.training_memory(architecture, stage),
@@ -159,7 +166,9 @@ def _disk(
     done = memory.checkpoint_bytes(architecture, stage, has_optimizer=False)
     done += _MANIFEST * (1 + ancestors)
     saved, keep = (steps - 1) // stage.save_interval, stage.keep_checkpoints
-    return done, max(min(saved, keep + 1) * whole, min(saved, keep) * whole + done)
+    last = done if stage.average_last == 1 else 2 * done  # beside the last step's own, their mean
+    keep = max(keep, stage.average_last - 1)
+    return done, max(min(saved, keep + 1) * whole, min(saved, keep) * whole + last)
 
 
 def _ancestors(recipe: Recipe, name: str) -> int:

@@ -135,7 +135,9 @@ class Recipe:
     match: Literal["data", "compute"] = "data"
     """``data``: every system is trained on the same text; an upcycled seed on what experts and
     finetuning together read, in the dense baseline's order. ``compute``: the finetuning's mixture
-    lasts until the system has cost the training FLOPs of BTX with top-2 routing (section 4.1.2)."""
+    lasts until the system has cost the training FLOPs of BTX with top-2 routing (section 4.1.2), of
+    the dense baseline behind the experts' data; without a finetuning (btm, experts) every expert
+    is trained on its own mixture for longer, each by the same factor."""
     model: Model
     """The dense models."""
     tokenizer: TokenizerBlock = TokenizerBlock()
@@ -153,8 +155,8 @@ class Recipe:
     finetune: Training
     """The stage that trains the MoE."""
     dense: Training | None = None
-    """The data-matched dense baseline (section 4.1.2); ``None`` leaves it out. Its ``tokens`` and
-    ``data`` are derived: the experts' data first, then the finetune mixture."""
+    """The dense baseline (section 4.1.2), matched as ``match`` says; ``None`` leaves it out. Its
+    ``tokens`` and ``data`` are derived: the experts' data first, then the finetune mixture."""
     btm: BTM = BTM()
     """Branch-Train-Merge; of `system: btm`."""
     evaluate: Evaluate = Evaluate()

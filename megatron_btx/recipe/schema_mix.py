@@ -56,7 +56,10 @@ class Mix:
     router_init_std: float = within(0, 100, default=0.02)
     """Standard deviation, or half the width of the interval."""
     centroids: str | None = path()
-    """The file of ``btx centroids``, for ``router_init: centroids`` or ``ridge``."""
+    """The file of ``btx centroids``, for ``router_init: centroids`` or ``ridge``; ``None``: made of
+    the run's own training text where the finetuning begins."""
+    router_init_tokens: int = within(1, default=65_536)
+    """Tokens of each expert's domain that they are then made of."""
 
     def expert_names(self, models: Sequence[str]) -> tuple[str, ...]:
         """The experts that become of dense models, in the MoE's order."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from megatron_btx.recipe.fields import path, within
+from megatron_btx.recipe.fields import of_before, path, within
 
 Precision = Literal["fp32", "bf16"]
 
@@ -151,6 +151,11 @@ class MegatronOptions:
     """``OptimizerConfig``: overlap_param_gather, log_num_zeros_in_grad, ..."""
 
 
+def _as_freeze_experts(freeze: tuple[str, ...]) -> tuple[str, Any]:
+    """``[experts]`` was ``freeze_experts: true`` once."""
+    return ("freeze_experts", True) if freeze == ("experts",) else ("freeze", freeze)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Training:
     """One training stage. Optimiser settings default to the paper's (section 4.1): AdamW, weight
@@ -196,15 +201,27 @@ class Training:
     waited for. Takes the host's memory for a second copy of what a rank saves."""
     keep_checkpoints: int = within(1, default=2)
     """Whole checkpoints kept for resuming; the final one is kept for the stages that follow."""
+    average_last: int = within(1, 1000, default=1)
+    """The stage's model is the mean of its last so many checkpoints (of all if there are fewer):
+    the last step's, and those of ``save_interval`` before it. In place of a decay of the learning
+    rate (WSM, arXiv 2507.17634): with ``lr_decay_style: constant``."""
     eval_interval: int = within(0, default=1000)
     """Steps between held-out evaluations during training; 0: only at the end."""
     eval_tokens: int = within(1, default=65_536)
     """Held-out tokens a domain for those, at most."""
     check_replicas_interval: int = within(0, default=100)
     """Steps between hashes of replicated parameters across ranks; 0: never."""
-    freeze_experts: bool = False
-    """The finetuning only: attention, routers and the rest learn, the experts stay as they are (an
-    ablation of section 4.3.2)."""
+    freeze: tuple[str, ...] = of_before((), _as_freeze_experts)
+    """What does not learn: ``embeddings``, ``attention``, ``norms``, ``ffn`` (of a dense model),
+    ``experts``, ``experts.NAME``, ``router``, ``head``, or a pattern of tensor names
+    (``decoder.layers.0.*``). It stays as it is, to the bit, and has no optimizer state. The paper's
+    ablation (section 4.3.2) freezes ``[experts]``."""
+    freeze_until: int | None = within(1, default=None)
+    """For so many tokens of the stage, rounded up to whole steps, after which all learns; ``None``:
+    throughout."""
+    lr_groups: dict[str, float] = within(1e-12, 10, default_factory=dict)
+    """Peak learning rates of their own, by the words of ``freeze``; of several that name a tensor
+    the last counts. ``min_lr`` is in proportion."""
     reset_attention_mask: bool = False
     """Megatron's: a token sees its own document only, in held-out evaluations too. The same in all
     stages, as the next: set it under ``training`` (docs/data.md). Not with Transformer Engine."""

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from megatron_btx.errors import UserError
-from megatron_btx.recipe import count
+from megatron_btx.recipe import count, freezing
+from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.schema import Mix, Recipe, Routing, Training
 
 
@@ -29,14 +30,21 @@ def training(recipe: Recipe, name: str) -> Training:
         UserError: the recipe has no such stage.
     """
     block = _block(recipe, name)
-    if is_data_matched(recipe, name):
-        return replace(block, tokens=data_matched_tokens(recipe))
-    if name == "finetune" and recipe.match == "compute":
-        return replace(block, tokens=compute_matched_tokens(recipe))
-    return block
+    tokens = matched_tokens(recipe).get(name) if block.from_ is None else None
+    return block if tokens is None else replace(block, tokens=tokens)
 
 
-def is_data_matched(recipe: Recipe, name: str) -> bool:
+def matched_tokens(recipe: Recipe) -> dict[str, int]:
+    """Tokens of the stages whose own block does not say them, by name: of the dense baseline, and
+    of those by which a system is matched to the others (``match``)."""
+    if recipe.match == "compute":
+        return _compute_matched(recipe)
+    tokens = data_matched_tokens(recipe)
+    found = {} if recipe.dense is None else {"dense": tokens}
+    return found | ({"finetune": tokens} if recipe.system == "upcycling" else {})
+
+
+def reads_all(recipe: Recipe, name: str) -> bool:
     """Whether a stage reads what all others are trained on after the seed, in the same order: the
     dense baseline, and sparse upcycling where it is matched in data."""
     upcycled = name == "finetune" and recipe.system == "upcycling" and recipe.match == "data"
@@ -48,43 +56,26 @@ def reads(recipe: Recipe, name: str) -> tuple[tuple[MixturePart, ...], ...]:
     proportion to their samples. Parts without tokens are left out.
 
     Data-matched (section 4.1.2): first the very samples of all the experts, then the finetuning's
-    in its order. Compute-matched: the finetuning's mixture throughout.
+    in its order. Compute-matched: the finetuning's mixture throughout; of the dense baseline it
+    lasts longer, behind the experts' samples.
     """
-    if not is_data_matched(recipe, name):
+    if not reads_all(recipe, name):
         return ((MixturePart(stage=name, block=training(recipe, name)),),)
     experts = tuple(
         MixturePart(stage=expert_stage(domain), block=block)
         for domain, block in recipe.experts.items()
         if block.tokens
     )
-    finetune = (
-        (MixturePart(stage="finetune", block=recipe.finetune),) if recipe.finetune.tokens else ()
-    )
+    last = recipe.finetune
+    if recipe.match == "compute":
+        last = replace(last, tokens=training(recipe, name).tokens - _expert_tokens(recipe))
+    finetune = (MixturePart(stage="finetune", block=last),) if last.tokens > 0 else ()
     return tuple(group for group in (experts, finetune) if group)
 
 
 def data_matched_tokens(recipe: Recipe) -> int:
     """All tokens of experts and finetuning, those really trained on: whole steps of each."""
-    blocks = [*recipe.experts.values(), recipe.finetune]
-    return sum(count.trained_tokens(block, recipe.model) for block in blocks)
-
-
-def compute_matched_tokens(recipe: Recipe) -> int:
-    """Tokens of the finetuning for which the system costs what Branch-Train-MiX with top-2 routing
-    does in training FLOPs (count.py), to the nearest step. The paper matches sparse upcycling by
-    GPU-days (table 3), and gives Sample Top-1 twice the tokens of top-2 (section 4.1.2)."""
-    step = recipe.finetune.global_batch_size * recipe.model.seq_length
-    left = btx_flops(recipe) - _before_finetuning(recipe)
-    return max(1, round(left / _flops_per_step(recipe))) * step
-
-
-def mismatch(recipe: Recipe) -> float:
-    """By what share whole steps of the finetuning miss the FLOPs that they are matched to."""
-    steps = compute_matched_tokens(recipe) // (
-        recipe.finetune.global_batch_size * recipe.model.seq_length
-    )
-    flops = _before_finetuning(recipe) + steps * _flops_per_step(recipe)
-    return abs(flops / btx_flops(recipe) - 1)
+    return _expert_tokens(recipe) + count.trained_tokens(recipe.finetune, recipe.model)
 
 
 def btx_flops(recipe: Recipe) -> int:
@@ -92,24 +83,81 @@ def btx_flops(recipe: Recipe) -> int:
     recipe is: all its experts, and the top-2 finetuning of them and the seed."""
     dense = count.dense_architecture(recipe)
     mixed = dense.mixture((*recipe.experts, "seed"), Mix(), Routing())
+    experts = _expert_tokens(recipe) * count.training_flops_per_token(dense)
     tokens = count.trained_tokens(recipe.finetune, recipe.model)
-    return _expert_flops(recipe) + tokens * count.training_flops_per_token(mixed)
+    return experts + tokens * count.training_flops_per_token(mixed)
 
 
-def _before_finetuning(recipe: Recipe) -> int:
+def architecture(recipe: Recipe, name: str) -> Architecture:
+    """The model that a stage trains, with the vocabulary that the recipe states."""
+    dense = count.dense_architecture(recipe)
+    return dense.mixed(recipe) if name == "finetune" else dense
+
+
+def flops(recipe: Recipe, name: str) -> int:
+    """Training FLOPs of a stage (count.py)."""
+    return _flops(recipe, name, training(recipe, name))
+
+
+def mismatches(recipe: Recipe) -> dict[str, float]:
+    """By what share whole steps miss the FLOPs that a system is matched to, by the stage whose
+    tokens are derived; of several experts they miss it together."""
+    wanted, tokens = btx_flops(recipe), _compute_matched(recipe)
+    found: dict[str, float] = {}
+    if "dense" in tokens:
+        found["dense"] = abs(flops(recipe, "dense") / wanted - 1)
+    if "finetune" in tokens:
+        found["finetune"] = abs((_own_flops(recipe) + flops(recipe, "finetune")) / wanted - 1)
+    extended = [name for name in tokens if name not in found]
+    if extended:
+        every = sum(flops(recipe, expert_stage(domain)) for domain in recipe.experts)
+        found[extended[0]] = abs(every / wanted - 1)
+    return found
+
+
+def _compute_matched(recipe: Recipe) -> dict[str, int]:
+    """Tokens for which a system costs what Branch-Train-MiX with top-2 routing does in training
+    FLOPs (count.py), to the nearest step. The paper matches sparse upcycling by GPU-days (table 3),
+    and gives Sample Top-1 twice the tokens of top-2 (section 4.1.2). Without a finetuning the
+    experts get more, each by the same factor."""
+    wanted = btx_flops(recipe)
+    found: dict[str, int] = {}
+    if recipe.dense is not None:
+        found["dense"] = _tokens_for(recipe, "dense", recipe.dense, wanted)
+    if recipe.system in ("upcycling", "btx"):
+        left = wanted - _own_flops(recipe)
+        found["finetune"] = _tokens_for(recipe, "finetune", recipe.finetune, left)
+    elif recipe.system in ("btm", "experts"):
+        own = {expert_stage(name): block for name, block in recipe.experts.items()}
+        cost = {name: _flops(recipe, name, block) for name, block in own.items()}
+        # What is taken, or is the seed, cannot be given more; the others make up for it.
+        longer = [name for name, e in own.items() if e.from_ is None and e.tokens > 0]
+        left = wanted - sum(cost[name] for name in cost.keys() - longer)
+        whole = sum(cost[name] for name in longer)
+        for name in longer:
+            found[name] = _tokens_for(recipe, name, own[name], left * cost[name] // whole)
+    return found
+
+
+def _tokens_for(recipe: Recipe, name: str, block: Training, flops: int) -> int:
+    steps = freezing.steps_for(architecture(recipe, name), block, recipe.model, flops)
+    return steps * block.global_batch_size * recipe.model.seq_length
+
+
+def _own_flops(recipe: Recipe) -> int:
     """FLOPs of the system's own stages between seed and finetuning."""
-    return 0 if recipe.system == "upcycling" else _expert_flops(recipe)
+    if recipe.system == "upcycling":
+        return 0
+    blocks = recipe.experts.items()
+    return sum(_flops(recipe, expert_stage(name), block) for name, block in blocks)
 
 
-def _expert_flops(recipe: Recipe) -> int:
-    tokens = sum(count.trained_tokens(e, recipe.model) for e in recipe.experts.values())
-    return tokens * count.training_flops_per_token(count.dense_architecture(recipe))
+def _flops(recipe: Recipe, name: str, block: Training) -> int:
+    return freezing.stage_flops(architecture(recipe, name), block, recipe.model)
 
 
-def _flops_per_step(recipe: Recipe) -> int:
-    mixed = count.dense_architecture(recipe).mixed(recipe)
-    tokens = recipe.finetune.global_batch_size * recipe.model.seq_length
-    return tokens * count.training_flops_per_token(mixed, recipe.finetune.freeze_experts)
+def _expert_tokens(recipe: Recipe) -> int:
+    return sum(count.trained_tokens(e, recipe.model) for e in recipe.experts.values())
 
 
 def boundaries(recipe: Recipe) -> tuple[bool, bool]:

@@ -90,14 +90,14 @@ def compare(runs: Sequence[FinishedRun]) -> Comparison:
     """
     found: dict[str, list[tuple[FinishedRun, SystemResult]]] = {}
     first: Results | None = None
-    for run in runs:
+    for run, named in zip(runs, titles(runs), strict=True):
         results = Results.read(run.run_dir)
         if results is None:
             raise UserError(str(run.run_dir), "has no results.json", "run its recipe first")
         first = first or results
         _check_same(run, results, runs[0], first)
         for name, row in results.systems.items():
-            known = found.setdefault(title(run.recipe, name), [])
+            known = found.setdefault(named.get(name, name), [])
             if all(other.recipe.random_seed != run.recipe.random_seed for other, _ in known):
                 known.append((run, row))
     assert first is not None
@@ -138,11 +138,24 @@ def _check_same(run: FinishedRun, results: Results, first: FinishedRun, theirs: 
             raise UserError(str(run.run_dir), what, fix)
 
 
-def title(recipe: Recipe, row: str) -> str:
-    """What a row of a recipe is called beside those of others: a system's own has the recipe's
-    name, the seed and the experts are the same everywhere."""
-    own = rows(recipe)[-1].name
-    return recipe.name if row == own and recipe.system not in ("seed", "experts") else row
+def titles(runs: Sequence[FinishedRun]) -> list[dict[str, str]]:
+    """What each run's rows are called beside those of others. A system's own has the recipe's name.
+    The seed and the experts are the same everywhere; an expert that was trained otherwise than in
+    an earlier run (for longer, say) bears its recipe's name too."""
+    first: dict[tuple[str, int], Any] = {}
+    found = []
+    for run in runs:
+        named = {}
+        own = rows(run.recipe)[-1].name if run.recipe.system not in ("seed", "experts") else None
+        for row in rows(run.recipe):
+            record = find_json(directory(run.run_dir, row.models[0]) / "stage.json") or {}
+            key = first.setdefault((row.name, run.recipe.random_seed), record.get("key"))
+            same = key == record.get("key")
+            named[row.name] = row.name if same else f"{run.recipe.name} {row.name}"
+            if row.name == own:
+                named[row.name] = run.recipe.name
+        found.append(named)
+    return found
 
 
 def _system(
@@ -167,7 +180,7 @@ def _kind(name: str, recipe: Recipe) -> str:
     """Which of the systems a row is of."""
     if name == "seed":
         return "seed"
-    if name.startswith("expert:"):
+    if "expert:" in name:
         return "experts"
     return "dense" if name == "dense" else recipe.system
 

@@ -115,9 +115,9 @@ def measure_tasks(
     found: dict[str, dict[str, Any]] = {}
     seed = runs[0].recipe.random_seed
     memo = Memo()
-    for run in runs if tasks else ():
+    for run, named in zip(runs, comparison.titles(runs), strict=True) if tasks else ():
         for row in rows(run.recipe):
-            name = comparison.title(run.recipe, row.name)
+            name = named[row.name]
             ensemble = len(row.models) > 1
             averaged = ensemble and run.recipe.btm.method == "average"
             if name in found or averaged or run.recipe.random_seed != seed:

@@ -11,6 +11,7 @@ from megatron_btx.errors import UserError
 from megatron_btx.evaluate.results import Matrix, Results
 from megatron_btx.pipeline import graph, state
 from megatron_btx.pipeline.graph import Stage
+from megatron_btx.recipe import stages
 from megatron_btx.recipe.schema import Recipe
 from megatron_btx.train import metrics
 from megatron_btx.train.goodput import read_attempts
@@ -134,7 +135,7 @@ def _flops(recipe: Recipe, stage: Stage, share: float) -> float:
     """The recipe's arithmetic, for the share of a stage's steps that is done."""
     if stage.kind not in graph.TRAINED:
         return 0.0
-    return graph.training_flops(recipe, stage.name) * share
+    return stages.flops(recipe, stage.name) * share
 
 
 def _routing(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,12 @@ from megatron_btx.engine import checkpoint
 from megatron_btx.engine.async_save import AsyncSave
 from megatron_btx.engine.checkpoint import TrainingState, model_sharded_state_dict
 from megatron_btx.engine.distributed import is_first_rank
+from megatron_btx.engine.initializer import initialize
+from megatron_btx.engine.model import DTYPES
 from megatron_btx.evaluate import routing_stats
 from megatron_btx.evaluate.heldout import evaluate
-from megatron_btx.recipe.schema import Training
+from megatron_btx.mix.average import mean_of
+from megatron_btx.recipe.schema import Precision, Training
 from megatron_btx.train import throughput
 from megatron_btx.train.goodput import read_attempts
 from megatron_btx.train.lineage import Artifact
@@ -33,6 +36,7 @@ from megatron_btx.train.metrics import MetricsLog, read
 from megatron_btx.train.step import Batch
 from megatron_btx.train.summary import Summary
 from megatron_btx.train.tracking import Tracker
+from megatron_btx.weights.megatron import open_megatron
 
 
 class Log(Callback):
@@ -123,6 +127,44 @@ class CheckReplicas(Callback):
             check_replicas(run.model, run.step)
 
 
+class AverageLast(Callback):
+    """Behind the last step the model becomes the mean of the stage's last checkpoints, summed in
+    fp64 and rounded once, before it is evaluated and saved.
+
+    Args:
+        directory: of the checkpoints.
+        steps: whose mean it is, the last one among them.
+        precision: of the weights.
+        manifest: of the last step's own.
+        saving: what writes the others, perhaps still.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        steps: Sequence[int],
+        precision: Precision,
+        manifest: Callable[[Run], dict[str, Any]],
+        saving: Checkpoints,
+    ) -> None:
+        self.directory, self.steps, self.precision = directory, steps, precision
+        self.manifest, self.saving = manifest, saving
+
+    def after_step(self, run: Run, record: dict[str, Any]) -> None:
+        """Average where it was the last."""
+        if run.step != run.total_steps or len(self.steps) == 1:
+            return
+        self.saving.finish()
+        last = checkpoint.last_step_directory(self.directory, run.step)
+        manifest = {**self.manifest(run), "has_optimizer": False}
+        checkpoint.save(last, TrainingState(model=run.model), manifest)
+        places = [checkpoint.step_directory(self.directory, step) for step in self.steps[:-1]]
+        checkpoint.wait_until_seen(last)
+        models = [open_megatron(place, place.name) for place in (*places, last)]
+        initialize(run.model, mean_of(models, DTYPES[self.precision]))
+        run.averaged = tuple(self.steps)
+
+
 class Checkpoints(Callback):
     """A whole checkpoint every so many steps, when stopped, and at the end; what a killed run had
     half written or half deleted goes first.
@@ -138,8 +180,9 @@ class Checkpoints(Callback):
         manifest: Callable[[Run], dict[str, Any]],
         add_tokenizer: Callable[[Path], None],
         log: Log | None,
+        spared: Collection[int] = (),
     ) -> None:
-        self.directory, self.training, self.log = directory, training, log
+        self.directory, self.training, self.log, self.spared = directory, training, log, spared
         self.manifest, self.add_tokenizer = manifest, add_tokenizer
         self._writing: tuple[AsyncSave, int, float] | None = None
         """A checkpoint on its way, its step, and seconds that training has waited for it."""
@@ -177,7 +220,14 @@ class Checkpoints(Callback):
             if last
             else TrainingState(model=run.model, optimizer=run.optimizer, schedule=run.schedule)
         )
-        return state, {**self.manifest(run), "has_optimizer": not last}
+        manifest = {**self.manifest(run), "has_optimizer": not last}
+        if run.averaged:
+            manifest["averaged"] = list(run.averaged)
+        return state, manifest
+
+    def finish(self) -> None:
+        """Wait for what is on its way."""
+        self._look(wait=True)
 
     def _look(self, *, wait: bool) -> None:
         """Whether what is on its way has become a whole checkpoint."""
@@ -201,7 +251,9 @@ class Checkpoints(Callback):
             self.log.summarise(step)
         if is_first_rank():
             keep = 1 if last else self.training.keep_checkpoints
-            checkpoint.prune(self.directory, keep)
+            checkpoint.prune(self.directory, keep, () if last else self.spared)
+            if last:
+                checkpoint.sweep(self.directory)
 
 
 class ReplicaDrift(RuntimeError):

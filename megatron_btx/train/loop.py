@@ -20,6 +20,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_btx.engine import waiting
 from megatron_btx.engine.heartbeat import HEART
 from megatron_btx.engine.moe.loss_tracker import pop_balance_loss
+from megatron_btx.engine.optimizer import learning_rate
 from megatron_btx.train import throughput
 from megatron_btx.train.step import Batch, train_step
 from megatron_btx.train.throughput import Device
@@ -45,6 +46,12 @@ class Run:
     """Optimizer steps done."""
     device: Device = field(default_factory=Device)
     stopped: bool = False
+    averaged: tuple[int, ...] = ()
+    """The steps whose mean the model has become, behind the last step."""
+    thaws_at: int | None = None
+    """After how many steps what was frozen begins to learn."""
+    thaw: Callable[[Run], None] = lambda _: None
+    """Lets it: another wrapper, optimizer and schedule."""
 
     @property
     def tokens_per_step(self) -> int:
@@ -80,7 +87,7 @@ def train(run: Run, callbacks: Sequence[Callback], stop: StopRequest) -> None:
             callback.at_start(run)
     while run.step < run.total_steps and not run.stopped:
         started = time.perf_counter()
-        learning_rate = run.optimizer.param_groups[0]["lr"]
+        rate = learning_rate(run.optimizer)
         with waiting.counted() as waited:
             result = train_step(
                 run.model,
@@ -104,7 +111,7 @@ def train(run: Run, callbacks: Sequence[Callback], stop: StopRequest) -> None:
         record = {
             "tokens": run.step * run.tokens_per_step,
             "loss": result.loss,
-            "lr": learning_rate,
+            "lr": rate,
             "grad_norm": result.grad_norm,
             **pop_balance_loss(run.num_microbatches),
             "tokens_per_second": run.tokens_per_step / elapsed,
@@ -113,6 +120,8 @@ def train(run: Run, callbacks: Sequence[Callback], stop: StopRequest) -> None:
         if not torch.cuda.is_available():
             record["time_metrics/work(s)"] = elapsed - waited.seconds
         run.stopped = stop.agreed() and run.step < run.total_steps
+        if run.step == run.thaws_at:
+            run.thaw(run)  # before it is saved: who goes on from here has the same optimizer
         for callback in callbacks:
             callback.after_step(run, record)
     for callback in callbacks:

@@ -24,28 +24,32 @@ from megatron_btx.engine.model import (
     build_model,
     data_parallel_config,
     transformer_config,
-    wrap_ddp,
 )
-from megatron_btx.engine.optimizer import (
-    build_optimizer,
-    build_schedule,
-    min_lr,
-    optimizer_config,
-)
+from megatron_btx.engine.optimizer import min_lr, optimizer_config
 from megatron_btx.errors import UserError, UserErrors
+from megatron_btx.evaluate.run_routers import not_yet, run_routers
 from megatron_btx.families.open import open_checkpoint
 from megatron_btx.files import newest_step, write_json
 from megatron_btx.mix.one_model import copy, fresh
 from megatron_btx.mix.plan_of_recipe import mix_plan
 from megatron_btx.provenance import code_revision, versions
-from megatron_btx.recipe import check, count
+from megatron_btx.recipe import check, count, freezing
 from megatron_btx.recipe.architecture import Architecture
+from megatron_btx.recipe.check_mix import FROM_FILE
 from megatron_btx.recipe.schema import Recipe, Training
 from megatron_btx.recipe.stages import directory as stage_directory
 from megatron_btx.recipe.stages import model_stage
 from megatron_btx.recipe.stages import training as stage_training
 from megatron_btx.train import lineage, throughput, tracking
-from megatron_btx.train.callbacks import Callback, Checkpoints, CheckReplicas, HeldOutLoss, Log
+from megatron_btx.train.callbacks import (
+    AverageLast,
+    Callback,
+    Checkpoints,
+    CheckReplicas,
+    HeldOutLoss,
+    Log,
+)
+from megatron_btx.train.learning import Learning
 from megatron_btx.train.loop import Run, listening, train
 from megatron_btx.train.slow_ranks import SlowRanks
 from megatron_btx.train.tracking import Tracker
@@ -98,7 +102,7 @@ def _begin(
     if resumed is not None:
         path, architecture, manifest = resumed
     else:
-        plan = starting_point(recipe, name, training, run_dir)
+        plan = starting_point(recipe, name, training, run_dir, look=False)
         architecture = plan.architecture
 
     model = build_model(
@@ -110,14 +114,9 @@ def _begin(
     )
     if plan is not None:
         initialize(model, plan)
-    ddp = wrap_ddp(
-        model,
-        use_distributed_optimizer=training.use_distributed_optimizer,
-        freeze_experts=training.freeze_experts,
-        options=training.megatron,
-    )
-    optimizer = build_optimizer(ddp, training)
-    schedule = build_schedule(optimizer, training, steps)
+    step = manifest["step"] if manifest else 0
+    learning = Learning(architecture, training, recipe.model)
+    ddp, optimizer, schedule = learning.begin(model, step)
     loaded: dict[str, float] = {}
     if resumed is not None and manifest is not None:
         started = time.perf_counter()
@@ -142,12 +141,12 @@ def _begin(
         global_batch_size=training.global_batch_size,
         seq_length=recipe.model.seq_length,
         masked=training.eod_mask_loss,
-        step=manifest["step"] if manifest else 0,
+        step=step,
         device=throughput.device(
-            count.training_flops_per_token(architecture, training.freeze_experts),
-            training.layout.world_size,
-            recipe.peak_tflops,
+            learning.flops_per_token(step), training.layout.world_size, recipe.peak_tflops
         ),
+        thaws_at=freezing.thaws_at(training, recipe.model),
+        thaw=learning.thaw,
     )
     lineage = manifest["lineage"] if manifest else _lineage(recipe, name, training, plan)
     callbacks, log = _callbacks(recipe, name, training, run_dir, progress, architecture, lineage)
@@ -176,17 +175,27 @@ def _trained(run_dir: Path, stage: str) -> Path:
     return found
 
 
-def starting_point(recipe: Recipe, name: str, training: Training, run_dir: Path) -> Plan:
+def starting_point(
+    recipe: Recipe, name: str, training: Training, run_dir: Path, *, look: bool
+) -> Plan:
     """The plan of the weights that a stage begins with: fresh draws for the seed, the seed for
-    experts and the dense baseline, the mix for the finetuning."""
+    experts and the dense baseline, the mix for the finetuning. Every rank calls it; where someone
+    only looks, one does, and routers that would be computed are left at zero."""
     dtype = DTYPES[training.precision]
     if name == "seed":
         tokenizer = load_tokenizer(run_dir / "prepare" / "tokenizer")
         architecture = Architecture(model=recipe.model, vocab_size=tokenizer.vocab_size)
         return fresh(architecture, seed=recipe.random_seed, dtype=dtype)
     if name == "finetune":
+        models = [_model(run_dir, model) for model in recipe.model_names]
+        router = None
+        if recipe.mix.router_init in FROM_FILE and recipe.mix.centroids is None:
+            router = (
+                not_yet(recipe, models) if look else run_routers(recipe, run_dir, models, training)
+            )
         return mix_plan(
-            [_model(run_dir, model) for model in recipe.model_names],
+            models,
+            router=router,
             mix=recipe.mix,
             routing=recipe.routing,
             dtype=dtype,
@@ -233,7 +242,7 @@ def check_mix(recipe: Recipe, run_dir: Path) -> dict[str, Any]:
     Raises:
         UserError: a checkpoint is missing, damaged or of another model.
     """
-    plan = starting_point(recipe, "finetune", recipe.finetune, run_dir)
+    plan = starting_point(recipe, "finetune", recipe.finetune, run_dir, look=True)
     return {"plan": plan.hash, "made_of": plan.describe().splitlines()}
 
 
@@ -304,18 +313,22 @@ def _callbacks(
             lineage=lineage,
         )
 
+    averaged = count.averaged_steps(training, recipe.model)
     evaluation = held_out(recipe, run_dir, tokens=training.eval_tokens)
     listeners: list[Callback] = [SlowRanks(), *([] if log is None else [log])]
+    saving = Checkpoints(
+        directory / "checkpoints",
+        training,
+        manifest,
+        lambda target: tokenizer.save(target / "tokenizer"),
+        log,
+        averaged,
+    )
     callbacks: list[Callback] = [
         *listeners,
+        AverageLast(directory / "checkpoints", averaged, training.precision, manifest, saving),
         HeldOutLoss(evaluation, training, log),
         CheckReplicas(training),
-        Checkpoints(
-            directory / "checkpoints",
-            training,
-            manifest,
-            lambda target: tokenizer.save(target / "tokenizer"),
-            log,
-        ),
+        saving,
     ]
     return callbacks, log

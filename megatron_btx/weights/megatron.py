@@ -17,12 +17,7 @@ import torch
 
 from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.recipe.architecture import Architecture
-from megatron_btx.weights.arrange import Cat
-from megatron_btx.weights.box import Shape
-from megatron_btx.weights.expression import Expression
-from megatron_btx.weights.manifest import read_manifest
-from megatron_btx.weights.mp_rank import MpRankSource, is_mp_rank, joined
-from megatron_btx.weights.names import (
+from megatron_btx.recipe.names import (
     DENSE_NORM,
     EMBEDDING,
     HEAD,
@@ -31,6 +26,11 @@ from megatron_btx.weights.names import (
     SHARED,
     canonical_tensors,
 )
+from megatron_btx.weights.arrange import Cat
+from megatron_btx.weights.box import Shape
+from megatron_btx.weights.expression import Expression
+from megatron_btx.weights.manifest import read_manifest
+from megatron_btx.weights.mp_rank import MpRankSource, is_mp_rank, joined
 from megatron_btx.weights.ops import item, rows, stack
 from megatron_btx.weights.plan import Checkpoint, Ignore, mismatches, unmatched
 from megatron_btx.weights.random_fill import Fill

@@ -21,12 +21,12 @@ from typing import Any
 from torch import Tensor, dtype
 
 from megatron_btx.errors import UserError, UserErrors, shown
+from megatron_btx.recipe.names import EMBEDDING, HEAD
 from megatron_btx.weights import safe_unpickle
 from megatron_btx.weights.arrange import Cat, Take
 from megatron_btx.weights.box import Box, Shape, sizes
 from megatron_btx.weights.expression import Expression
 from megatron_btx.weights.mmap_io import read_box
-from megatron_btx.weights.names import EMBEDDING, HEAD
 from megatron_btx.weights.ops import rows
 from megatron_btx.weights.read_torch_zip import DAMAGED, MALFORMED, Chunk, StoredArchive
 from megatron_btx.weights.source import FileSource

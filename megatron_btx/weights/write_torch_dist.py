@@ -30,12 +30,12 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.recipe.architecture import Architecture
+from megatron_btx.recipe.names import EMBEDDING, HEAD
 from megatron_btx.weights.box import Box, Shape, extent, slabs, whole
 from megatron_btx.weights.directory import Piece, as_json, write_directory
 from megatron_btx.weights.execute import ONE_BY_ONE, Execution
 from megatron_btx.weights.expression import Expression
 from megatron_btx.weights.megatron import extra_states, second_names, stored
-from megatron_btx.weights.names import EMBEDDING, HEAD
 from megatron_btx.weights.plan import Plan
 from megatron_btx.weights.torch_zip import ALIGN, Archive
 

@@ -15,10 +15,10 @@ from megatron_btx.mix.btx import btx
 from megatron_btx.mix.one_model import copy
 from megatron_btx.mix.router_init import RouterInit
 from megatron_btx.recipe.architecture import Architecture
+from megatron_btx.recipe.names import canonical_tensors
 from megatron_btx.recipe.schema import Model, Routing
 from megatron_btx.weights.directory import as_json
 from megatron_btx.weights.manifest import FORMAT, MANIFEST
-from megatron_btx.weights.names import canonical_tensors
 from megatron_btx.weights.plan import Checkpoint, Plan
 from megatron_btx.weights.source import MemorySource
 from megatron_btx.weights.write_torch_dist import write_torch_dist

@@ -9,9 +9,9 @@ import torch
 from megatron_btx.mix.btx import btx
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.count import parameters
+from megatron_btx.recipe.names import canonical_tensors
 from megatron_btx.recipe.schema import Model, Routing
 from megatron_btx.weights.megatron import stored
-from megatron_btx.weights.names import canonical_tensors
 from megatron_btx.weights.ops import nbytes, takes
 from megatron_btx.weights.plan import Checkpoint
 

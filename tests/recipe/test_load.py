@@ -170,7 +170,7 @@ BAD = [
     ("dense: {}", "mix: {method: split, num_chunks: 7}", "mix.num_chunks", "into 7 parts"),
     ("dense: {}", "mix: {dare: 0.5, include_seed: false}", "mix.dare", "set include_seed"),
     ("dense: {}", "mix: {dare: 1.0}", "mix.dare", "out of range"),
-    ("dense: {}", "mix: {router_init: centroids}", "mix.centroids", "btx centroids"),
+    ("dense: {}", "mix: {centroids: x}", "mix.centroids", "router_init"),
     ("dense: {}", "mix: {method: split, num_chunks: 2, scale: cube_root}", "mix.scale", "down"),
     ("dense: {}", "mix: {average: even}", "mix.average", "uniform, tokens or a mapping"),
     ("dense: {}", "tokenizers: {}", "tokenizers", "did you mean `tokenizer`"),

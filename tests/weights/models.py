@@ -9,8 +9,8 @@ import torch
 from megatron_btx.mix.btx import btx
 from megatron_btx.mix.router_init import RouterInit
 from megatron_btx.recipe.architecture import Architecture
+from megatron_btx.recipe.names import canonical_tensors
 from megatron_btx.recipe.schema import Model, Routing
-from megatron_btx.weights.names import canonical_tensors
 from megatron_btx.weights.plan import Checkpoint, Plan
 from megatron_btx.weights.source import MemorySource
 

@@ -7,6 +7,7 @@ freely between the three.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -53,6 +54,9 @@ class GroupedExperts(MegatronModule):
         self.tp_group = pg_collection.expt_tp
         self.dp_group = pg_collection.expt_dp
         self.fuse = config.gradient_accumulation_fusion
+        self.apart = False
+        """Whether some experts are frozen, on this rank or on others: then each is saved by itself,
+        so that an optimizer that has the others has no holes in its tensors."""
         hidden = config.hidden_size
         width = config.moe_ffn_hidden_size // self.tp_group.size()
         self.linear_fc1 = _ExpertWeights((num_local_experts, 2 * width, hidden), 1, config)
@@ -76,8 +80,10 @@ class GroupedExperts(MegatronModule):
         Returns:
             [T, H] and no bias.
         """
-        fc1, fc2 = self.linear_fc1.weight, self.linear_fc2.weight
-        out_TH = feed_forward(permuted_local_hidden_states, tokens_per_expert, fc1, fc2, self.fuse)
+        x, counts = permuted_local_hidden_states, tokens_per_expert
+        fc1, fc2 = self.linear_fc1, self.linear_fc2
+        held = (fc1.held, fc2.held)
+        out_TH = feed_forward(x, counts, fc1.weight, fc2.weight, self.fuse, held)
         return out_TH * permuted_probs.unsqueeze(-1).to(out_TH.dtype), None
 
     def sharded_state_dict(
@@ -88,6 +94,8 @@ class GroupedExperts(MegatronModule):
         ``{prefix}experts.linear_fc1.weight`` is [..., N, 2F, H] globally with [gate; up] along 2F
         whatever the tensor parallelism, ``linear_fc2`` is [..., N, H, F]; N counts all experts.
         """
+        if self.apart:
+            return self._sharded_apart(prefix, sharded_offsets)
         dims = len(sharded_offsets)
         ep = (dims, self.ep_group.rank(), self.ep_group.size())
         tp_rank, tp_size = self.tp_group.rank(), self.tp_group.size()
@@ -132,6 +140,51 @@ class GroupedExperts(MegatronModule):
             ),
         }
 
+    def _sharded_apart(self, prefix: str, sharded_offsets: tuple) -> ShardedStateDict:
+        """The same, expert by expert."""
+        dims = len(sharded_offsets)
+        first = self.ep_group.rank() * self.num_local_experts
+        number = self.ep_group.size() * self.num_local_experts
+        tp_rank, tp_size = self.tp_group.rank(), self.tp_group.size()
+        replica_id = (0, 0, self.dp_group.rank())
+
+        def factory(linear: str, part: str, experts: Sequence[int]) -> ShardedTensorFactory:
+            key = f"{prefix}experts.{linear}.weight"
+            halves = 2 if linear == "linear_fc1" else 1
+            axis = dims + (1 if linear == "linear_fc1" else 2)
+
+            def pieces(
+                key: str, data: Tensor, replica: tuple, flattened_range: slice | None
+            ) -> list[ShardedTensor]:
+                assert flattened_range is None, "ask for fully_reshardable optimizer checkpoints"
+                return [
+                    ShardedTensor.from_rank_offsets(
+                        key,
+                        half,
+                        *sharded_offsets,
+                        (dims, first + expert, number),
+                        (axis, which * tp_size + tp_rank, halves * tp_size),
+                        replica_id=replica,
+                        prepend_axis_num=dims,
+                    )
+                    for place, expert in enumerate(experts)
+                    for which, half in enumerate(data[place : place + 1].chunk(halves, dim=1))
+                ]
+
+            def joined(parts: list[Tensor]) -> Tensor:
+                with torch.no_grad():
+                    each = [parts[at : at + halves] for at in range(0, len(parts), halves)]
+                    return torch.cat([torch.cat(one, dim=-2) for one in each], dim=-3)
+
+            data = getattr(getattr(self, linear), part)
+            return ShardedTensorFactory(key, data, pieces, joined, replica_id)
+
+        return {
+            f"{prefix}{linear}.{part}": factory(linear, part, experts)
+            for linear in ("linear_fc1", "linear_fc2")
+            for part, experts in getattr(self, linear).parts()
+        }
+
     def backward_dw(self) -> None:
         """Nothing is delayed: weight gradients are computed with the others."""
 
@@ -155,12 +208,72 @@ class _ExpertWeights(torch.nn.Module):
         self.weight.allreduce = config.expert_model_parallel_size == 1  # type: ignore[attr-defined]
         set_tensor_model_parallel_attributes(self.weight, True, partition_dim, 1)
         config.init_method(self.weight)
+        self.register_parameter("frozen", None)
+        self.frozen: torch.nn.Parameter | None
+        """[E - number of ``learn``, ...], where some experts are kept apart."""
+        self.learn: tuple[int, ...] = tuple(range(shape[0]))
+        """The experts whose weights ``weight`` has, in their order."""
+
+    @property
+    def held(self) -> Held | None:
+        """What ``feed_forward`` needs of the experts that are kept apart."""
+        return None if self.frozen is None else (self.frozen, self.learn)
+
+    def parts(self) -> list[tuple[str, tuple[int, ...]]]:
+        """The parameters' names, and the experts whose weights each has."""
+        if self.frozen is None:
+            return [("weight", self.learn)]
+        number = len(self.weight) + len(self.frozen)
+        still = tuple(expert for expert in range(number) if expert not in self.learn)
+        return [("weight", self.learn), ("frozen", still)]
+
+    @torch.no_grad()
+    def divide(self, still: Collection[int]) -> None:
+        """Keep the weights of the experts ``still`` apart from those that learn, so that they are
+        in no gradient buffer and no optimizer. With none or all of them: together, as before."""
+        whole = _arranged(self.weight, self.held)
+        every = range(len(whole))
+        rest = [expert for expert in every if expert in still]
+        rest = rest if len(rest) < len(whole) else []
+        learn = tuple(expert for expert in every if expert not in rest)
+        if learn == self.learn:
+            return
+        attributes = {k: v for k, v in vars(self.weight).items() if k in _ATTRIBUTES}
+        self.weight = torch.nn.Parameter(whole[list(learn)].clone())
+        self.frozen = torch.nn.Parameter(whole[rest].clone()) if rest else None
+        for parameter in self.parameters():
+            vars(parameter).update(attributes)
+        self.learn = learn
+
+
+_ATTRIBUTES = ("allreduce", "tensor_model_parallel", "partition_dim", "partition_stride")
+"""What Megatron marks a weight with."""
+
+Held = tuple[Tensor, tuple[int, ...]]
+"""Weights of the experts that are frozen, and which experts the others are."""
+
+
+def _arranged(weight: Tensor, held: Held | None) -> Tensor:
+    """Weights of all experts [E, ...] in their order, of those that learn and those that do not."""
+    if held is None:
+        return weight
+    frozen, learn = held
+    learned, still = iter(weight.unbind()), iter(frozen.unbind())
+    places = range(len(weight) + len(frozen))
+    return torch.stack([next(learned if place in learn else still) for place in places])
 
 
 _TILE = 64
 
 
-def feed_forward(x: Tensor, counts: Tensor, fc1: Tensor, fc2: Tensor, fuse: bool) -> Tensor:
+def feed_forward(  # noqa: PLR0913
+    x: Tensor,
+    counts: Tensor,
+    fc1: Tensor,
+    fc2: Tensor,
+    fuse: bool,
+    held: tuple[Held | None, Held | None] = (None, None),
+) -> Tensor:
     """``W2 swiglu(W1 x)`` of every expert's rows.
 
     Args:
@@ -169,12 +282,13 @@ def feed_forward(x: Tensor, counts: Tensor, fc1: Tensor, fc2: Tensor, fuse: bool
         fc1: [E, 2F, H].
         fc2: [E, H, F].
         fuse: add the weights' gradients to their ``main_grad``, where they have one.
+        held: of each matrix the experts that it does not have: they are frozen.
 
     Returns:
         [T, H].
     """
     tile = _TILE if x.device.type == "cpu" and cpu_tuning.onednn_multiplies(x.dtype) else 1
-    return _FeedForward.apply(x, fc1, fc2, counts, fuse, tile)
+    return _FeedForward.apply(x, fc1, fc2, counts, fuse, tile, held)
 
 
 class _Tiles:
@@ -230,15 +344,24 @@ class _FeedForward(torch.autograd.Function):
 
     @staticmethod
     def forward(  # noqa: PLR0913
-        ctx: Any, x: Tensor, fc1: Tensor, fc2: Tensor, counts: Tensor, fuse: bool, tile: int
+        ctx: Any,
+        x: Tensor,
+        fc1: Tensor,
+        fc2: Tensor,
+        counts: Tensor,
+        fuse: bool,
+        tile: int,
+        held: tuple[Held | None, Held | None],
     ) -> Tensor:
         tiles = _Tiles(counts, tile, x.device)
         x = tiles.spread(x)
+        # The parameters themselves: saved ones come back as other objects, without `main_grad`.
+        ctx.parameters = [w if fuse and hasattr(w, "main_grad") else None for w in (fc1, fc2)]
+        ctx.learn = [None if one is None else one[1] for one in held]
+        fc1, fc2 = _arranged(fc1, held[0]), _arranged(fc2, held[1])
         gate_up = grouped_mm(x, fc1.transpose(1, 2), offs=tiles.ends)
         ctx.save_for_backward(x, gate_up, fc1, fc2)
         ctx.tiles = tiles
-        # The parameters themselves: saved ones come back as other objects, without `main_grad`.
-        ctx.parameters = (fc1, fc2) if fuse and hasattr(fc1, "main_grad") else (None, None)
         inner = swiglu.activate(gate_up, tiles.used)
         return tiles.collect(grouped_mm(inner, fc2.transpose(1, 2), offs=tiles.ends))
 
@@ -253,27 +376,37 @@ class _FeedForward(torch.autograd.Function):
         grad_gate_up = swiglu.gradient(gate_up, grad_inner, tiles.used, again=inner)
         grad_fc1 = grad_fc2 = None
         if ctx.needs_input_grad[1]:  # not frozen
-            grad_fc1 = _weight_gradient(ctx.parameters[0], grad_gate_up, x, ends)
-            grad_fc2 = _weight_gradient(ctx.parameters[1], grad, inner, ends)
+            grad_fc1 = _weight_gradient(ctx.parameters[0], grad_gate_up, x, ends, ctx.learn[0])
+        if ctx.needs_input_grad[2]:
+            grad_fc2 = _weight_gradient(ctx.parameters[1], grad, inner, ends, ctx.learn[1])
         grad_x = tiles.collect(grouped_mm(grad_gate_up, fc1, offs=ends))
-        return grad_x, grad_fc1, grad_fc2, None, None, None
+        return grad_x, grad_fc1, grad_fc2, None, None, None, None
 
 
-def _weight_gradient(weights: Any, grad: Tensor, x: Tensor, ends: Tensor) -> Tensor:
-    """``grad_e^T x_e`` of every expert, added to ``weights.main_grad`` where there are weights.
+def _weight_gradient(
+    weights: Any, grad: Tensor, x: Tensor, ends: Tensor, learn: Sequence[int] | None
+) -> Tensor:
+    """``grad_e^T x_e`` of every expert (or of those that learn), added to ``weights.main_grad``
+    where there are weights.
 
     Returns:
         The gradient; where it was added, memory that nothing reads, which autograd expects and
         Megatron's hook drops.
     """
-    if weights is None:
+    if weights is None and learn is None:
         return grouped_mm(grad.t(), x, offs=ends)
-    if grad.device.type == "cpu" and grad.dtype == weights.main_grad.dtype:
-        first = 0
-        for expert, last in enumerate(ends.tolist()):
-            weights.main_grad[expert].addmm_(grad[first:last].t(), x[first:last])
-            first = last
-    else:
+    if learn is None and not (grad.device.type == "cpu" and grad.dtype == weights.main_grad.dtype):
         weights.main_grad.add_(grouped_mm(grad.t(), x, offs=ends))
+    else:
+        bounds = [0, *ends.tolist()]
+        experts = range(len(ends)) if learn is None else learn
+        spans = [slice(bounds[expert], bounds[expert + 1]) for expert in experts]
+        if weights is None:
+            return torch.stack([grad[span].t() @ x[span] for span in spans])
+        for target, span in zip(weights.main_grad, spans, strict=True):
+            if grad.dtype == target.dtype:
+                target.addmm_(grad[span].t(), x[span])
+            else:
+                target.add_(grad[span].t() @ x[span])
     weights.grad_added_to_main_grad = True
     return torch.empty_like(weights)

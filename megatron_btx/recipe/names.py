@@ -11,7 +11,8 @@ from collections.abc import Iterator
 
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.count import expert_width, kv_channels, qkv_width
-from megatron_btx.weights.box import Shape
+
+Shape = tuple[int, ...]
 
 EMBEDDING = "embedding.word_embeddings.weight"
 HEAD = "output_layer.weight"

@@ -1,0 +1,140 @@
+"""The state of Megatron's optimizers by canonical name, to be carried from one to another.
+
+When something begins to learn in the middle of a stage, gradient buffers and optimizer are made
+anew, and every other parameter keeps its moments and its master weight to the bit, however the two
+optimizers divide them over data-parallel ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from torch import Tensor
+
+from megatron_btx.engine.freezing import canonical_names
+from megatron_btx.engine.model import gather_parameters, unwrap
+
+_STATES = ("param", "exp_avg", "exp_avg_sq")
+"""What AdamW keeps of a parameter: its master weight in fp32, and two moments."""
+
+
+@dataclass
+class Carried:
+    """Of this rank's part of a model."""
+
+    states: dict[str, Tensor] = field(default_factory=dict)
+    """By canonical name, fp32 [3, ...]: ``_STATES`` of the tensor's part here, in host memory."""
+    step: int = 0
+    """Updates done, from which AdamW corrects the moments' bias."""
+
+
+@torch.no_grad()
+def take(model: DistributedDataParallel, optimizer: MegatronOptimizer) -> Carried:
+    """The state of every parameter that learns, whole on each data-parallel rank; what the model
+    was wrapped in is let go of. Every rank calls it."""
+    gather_parameters(model)
+    carried = Carried()
+    inner = unwrap(model)
+    names = canonical_names(inner)
+    owners = _owners(optimizer)
+    for name, parameter in inner.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        whole = _whole(owners[_is_expert(parameter)], parameter)
+        parts = whole.unbind(1) if len(names[name]) > 1 else (whole,)  # of several experts
+        carried.states |= dict(zip(names[name], parts, strict=True))
+    groups = [group for one in owners.values() for group in one.optimizer.param_groups]
+    carried.step = max(int(group.get("step", 0)) for group in groups)
+    _let_go(model)
+    return carried
+
+
+@torch.no_grad()
+def give(model: DistributedDataParallel, optimizer: MegatronOptimizer, carried: Carried) -> None:
+    """Put back what :func:`take` took; what has none begins without moments, from the model's
+    weight. AdamW's count of updates is one for all, as Megatron's distributed optimizer has it."""
+    inner = unwrap(model)
+    names = canonical_names(inner)
+    owners = _owners(optimizer)
+    for one in owners.values():
+        one.init_state_fn(one.optimizer, one.config)
+        for group in one.optimizer.param_groups:
+            group["step"] = carried.step
+    for name, parameter in inner.named_parameters():
+        known = [part for part in names[name] if part in carried.states]
+        if not parameter.requires_grad or not known:
+            continue
+        owner = owners[_is_expert(parameter)]
+        whole = _whole(owner, parameter)
+        for place, part in enumerate(names[name]):
+            if part in carried.states:
+                target = whole[:, place] if len(names[name]) > 1 else whole
+                target.copy_(carried.states[part].reshape(target.shape))
+        _set(owner, parameter, whole)
+
+
+def _owners(optimizer: Any) -> dict[bool, Any]:
+    """Megatron's optimizers by whether they are of expert-parallel parameters."""
+    found = {}
+    for one in optimizer.chained_optimizers:
+        (is_expert,) = {group["is_expert_parallel"] for group in one.optimizer.param_groups}
+        found[is_expert] = one
+    return found
+
+
+def _is_expert(parameter: torch.nn.Parameter) -> bool:
+    return not getattr(parameter, "allreduce", True)
+
+
+def _whole(owner: Any, parameter: torch.nn.Parameter) -> Tensor:
+    """``_STATES`` of a parameter [3, ...] in fp32, in host memory."""
+    if isinstance(owner, DistributedOptimizer):
+        return _gathered(owner, parameter)
+    main = getattr(parameter, "main_param", parameter)
+    state = owner.optimizer.state[main]
+    return torch.stack([main.detach(), state["exp_avg"], state["exp_avg_sq"]]).float().cpu()
+
+
+def _gathered(owner: DistributedOptimizer, parameter: torch.nn.Parameter) -> Tensor:
+    """From the ranks that share it. Bits are added, not numbers: zeros of either sign stay."""
+    device = torch.cuda.current_device()
+    bits = torch.zeros(len(_STATES), parameter.numel(), dtype=torch.int32, device=device)
+    if parameter in owner.model_param_gbuf_map:
+        place = owner._get_model_param_range_map(parameter)["param"]
+        tensors = owner._get_main_param_and_optimizer_states(parameter)
+        for row, name in zip(bits, _STATES, strict=True):
+            row[place.start : place.end] = tensors[name].detach().float().view(torch.int32)
+    dist.all_reduce(bits, group=owner.data_parallel_group)
+    return bits.view(torch.float32).reshape(len(_STATES), *parameter.shape).cpu()
+
+
+def _set(owner: Any, parameter: torch.nn.Parameter, whole: Tensor) -> None:
+    if isinstance(owner, DistributedOptimizer):
+        if parameter in owner.model_param_gbuf_map:
+            place = owner._get_model_param_range_map(parameter)["param"]
+            rows = whole.flatten(1)[:, place.start : place.end]
+            tensors = {name: row for name, row in zip(_STATES, rows, strict=True)}
+            owner._set_main_param_and_optimizer_states(parameter, tensors)
+        return
+    main = getattr(parameter, "main_param", parameter)
+    state = owner.optimizer.state[main]
+    for target, row in zip((main, state["exp_avg"], state["exp_avg_sq"]), whole, strict=True):
+        target.copy_(row)
+
+
+def _let_go(model: DistributedDataParallel) -> None:
+    """Let nothing of a wrapper reach its parameters any more: a graph that is still in memory keeps
+    its hooks alive."""
+    if model.use_forward_hook:
+        model.disable_forward_pre_hook(param_sync=False)
+    model.param_to_bucket_group.clear()
+    model.grad_accs.clear()
+    for parameter in model.parameters():
+        for name in ("main_grad", "main_param"):
+            vars(parameter).pop(name, None)

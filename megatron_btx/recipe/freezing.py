@@ -1,0 +1,138 @@
+"""What does not learn in a training stage, until when, and at which rate the rest does.
+
+``freeze:`` and ``lr_groups:`` name tensors by groups, by experts, or by patterns of their canonical
+names (recipe/names.py), so that they mean the same under every layout.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from megatron_btx.recipe import count
+from megatron_btx.recipe.architecture import Architecture
+from megatron_btx.recipe.names import EMBEDDING, HEAD, ROUTER, canonical_tensors, group_of
+from megatron_btx.recipe.schema import Model, Training
+
+WORDS = ("embeddings", "attention", "norms", "ffn", "experts", "router", "head")
+"""Groups of tensors. Biases belong to their matrices, the norms over heads to the norms."""
+
+
+def kind_of(name: str) -> str:
+    """The group of a canonical tensor: one of ``WORDS``."""
+    if name.endswith(ROUTER):
+        return "router"
+    return "experts" if ".mlp.experts." in name else group_of(name)
+
+
+def named(architecture: Architecture, word: str) -> frozenset[str]:
+    """The canonical tensors that a word of ``freeze`` names; none: it says nothing here.
+
+    ``head`` is the embedding where the two are tied; ``experts.math`` also names what became of an
+    expert's parts or copies (``math.0``, ``math.1``).
+    """
+    names = canonical_tensors(architecture)
+    if word == "head" and HEAD not in names:
+        return frozenset([EMBEDDING])
+    if word in WORDS:
+        return frozenset(name for name in names if kind_of(name) == word)
+    expert = word.removeprefix("experts.")
+    numbers = [
+        number
+        for number, own in enumerate(architecture.experts)
+        if word.startswith("experts.") and (own == expert or own.startswith(f"{expert}."))
+    ]
+    if numbers:
+        ends = tuple(f".mlp.experts.{number}." for number in numbers)
+        return frozenset(name for name in names if any(end in name for end in ends))
+    return frozenset(fnmatch.filter(names, word))
+
+
+def frozen(architecture: Architecture, words: Iterable[str]) -> frozenset[str]:
+    """All canonical tensors that ``words`` name."""
+    return frozenset[str]().union(*(named(architecture, word) for word in words))
+
+
+def rates(architecture: Architecture, lr_groups: Mapping[str, float]) -> dict[str, float]:
+    """The peak learning rate of each canonical tensor that has one of its own."""
+    found: dict[str, float] = {}
+    for word, rate in lr_groups.items():
+        found |= dict.fromkeys(named(architecture, word), rate)
+    return found
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Phase:
+    """Steps of a stage in which the same tensors are frozen."""
+
+    first: int
+    """Step, from 0."""
+    last: int
+    """The step behind them."""
+    frozen: frozenset[str]
+    """Canonical names."""
+
+
+def phases(architecture: Architecture, stage: Training, model: Model) -> tuple[Phase, ...]:
+    """A stage's phases in their order: one, or what comes before and after ``freeze_until``."""
+    steps, thawed = count.steps(stage, model), thaws_at(stage, model)
+    still = frozen(architecture, stage.freeze)
+    if not still or thawed is None or thawed >= steps:
+        return (Phase(first=0, last=steps, frozen=still),)
+    return (
+        Phase(first=0, last=thawed, frozen=still),
+        Phase(first=thawed, last=steps, frozen=frozenset()),
+    )
+
+
+def thaws_at(stage: Training, model: Model) -> int | None:
+    """The first step in which everything learns; ``None``: there is none."""
+    if stage.freeze_until is None:
+        return None
+    return math.ceil(stage.freeze_until / (stage.global_batch_size * model.seq_length))
+
+
+def flops_per_token(architecture: Architecture, still: frozenset[str]) -> int:
+    """Of training. A frozen matrix needs no gradient of its own: one product of the backward pass
+    is saved, two FLOPs for each weight that a token meets. Gradients of inputs go all the way down.
+    """
+    return count.training_flops_per_token(architecture) - 2 * sum(_met(architecture, still))
+
+
+def stage_flops(architecture: Architecture, stage: Training, model: Model) -> int:
+    """Training FLOPs of a whole stage."""
+    tokens = stage.global_batch_size * model.seq_length
+    return sum(
+        (phase.last - phase.first) * tokens * flops_per_token(architecture, phase.frozen)
+        for phase in phases(architecture, stage, model)
+    )
+
+
+def steps_for(architecture: Architecture, stage: Training, model: Model, flops: int) -> int:
+    """Steps of a stage that cost so many FLOPs, to the nearest; at least one."""
+    tokens = stage.global_batch_size * model.seq_length
+    each = tokens * flops_per_token(architecture, frozen(architecture, stage.freeze))
+    before = thaws_at(stage, model)
+    if before is None or flops <= before * each:
+        return max(1, round(flops / each))
+    left = flops - before * each
+    return before + round(left / (tokens * flops_per_token(architecture, frozenset())))
+
+
+def _met(architecture: Architecture, still: frozenset[str]) -> Iterator[int]:
+    """Of each frozen matrix, the weights that one token meets; of experts, on average."""
+    model = architecture.model
+    shapes = canonical_tensors(architecture)
+    head = HEAD if model.untie_embeddings_and_output_weights else EMBEDDING
+    if head in still:
+        yield architecture.padded_vocab_size * model.hidden_size
+    run = count.experts_run(architecture)
+    for layer in range(model.num_layers):
+        prefix = f"decoder.layers.{layer}."
+        here = [(name, shapes[name]) for name in still if name.startswith(prefix)]
+        sizes = {name: math.prod(shape) for name, shape in here if len(shape) == 2}
+        experts = sum(size for name, size in sizes.items() if ".mlp.experts." in name)
+        yield sum(sizes.values()) - experts
+        yield experts * run[layer] // max(len(architecture.experts), 1)
