@@ -6,35 +6,16 @@ import hashlib
 import os
 from array import array
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from megatron_btx.data.piece import Piece, beside, write_piece
 from megatron_btx.data.shards import Counts, Shard, ids_file, lengths_file
-from megatron_btx.files import find_json, unfinished, write_json
+from megatron_btx.files import unfinished
 
 _BLOCK = 1 << 22
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Piece:
-    """One split of a domain, or one of the pairs that make it up."""
-
-    key: str
-    """Hash of what it was made from."""
-    documents: int
-    tokens: int
-    """An end-of-document token after each document included."""
-    bytes: int | None
-    """UTF-8 bytes of text; ``None``: not known, of training text that came as ids."""
-    sha256: str
-    """Of the ``.bin`` file; of several pairs, or one in place, of their content otherwise."""
-    prefix: str | None = None
-    """Of a pair of the user's, which stays where it is."""
-    blend: tuple[tuple[str, float], ...] = ()
-    """Of several pairs: their names in this directory, and the share of samples of each."""
 
 
 def join(
@@ -54,8 +35,8 @@ def join(
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     prefix.parent.mkdir(parents=True, exist_ok=True)
-    _beside(prefix, "json").unlink(missing_ok=True)  # from here the old pair is not whole any more
-    temporary = {kind: unfinished(_beside(prefix, kind)) for kind in ("bin", "idx")}
+    beside(prefix, "json").unlink(missing_ok=True)  # from here the old pair is not whole any more
+    temporary = {kind: unfinished(beside(prefix, kind)) for kind in ("bin", "idx")}
     digest = hashlib.sha256()
     try:
         builder = IndexedDatasetBuilder(str(temporary["bin"]), dtype=dtype)
@@ -75,7 +56,7 @@ def join(
         for kind, path in temporary.items():
             with path.open("rb+") as file:
                 os.fsync(file.fileno())
-            os.replace(path, _beside(prefix, kind))
+            os.replace(path, beside(prefix, kind))
     finally:
         for path in temporary.values():
             path.unlink(missing_ok=True)
@@ -94,46 +75,3 @@ def total(counts: Sequence[Counts]) -> Counts:
         bytes=None if None in sizes else sum(size for size in sizes if size is not None),
         sha256=hashlib.sha256("".join(count.sha256 for count in counts).encode()).hexdigest(),
     )
-
-
-def write_piece(prefix: Path, piece: Piece) -> Piece:
-    """Write ``prefix.json``; what says nothing is left out."""
-    content = {name: value for name, value in asdict(piece).items() if value or name == "bytes"}
-    write_json(_beside(prefix, "json"), content)
-    return piece
-
-
-def read_piece(prefix: str | Path, key: str | None = None) -> Piece | None:
-    """The finished piece at ``prefix``; ``None`` if it isn't finished or was made from other things
-    (``key``)."""
-    prefix = Path(prefix)
-    try:
-        found = find_json(_beside(prefix, "json")) or {}
-        blend = tuple((str(name), float(share)) for name, share in found.pop("blend", ()))
-        piece = Piece(**{"documents": 0, "tokens": 0, **found}, blend=blend)
-    except (ValueError, TypeError):
-        return None
-    if key is not None and piece.key != key:
-        return None
-    if piece.blend:
-        parts = [read_piece(prefix.with_name(name)) for name, _ in piece.blend]
-        return piece if all(parts) else None
-    there = prefix if piece.prefix is None else Path(piece.prefix)
-    files = _beside(there, "bin").is_file() and _beside(there, "idx").is_file()
-    return piece if files else None
-
-
-def pairs(prefix: Path, piece: Piece) -> list[tuple[Path, float]]:
-    """The pairs of the piece at ``prefix``, and the share of samples of each."""
-    if not piece.blend:
-        return [(prefix if piece.prefix is None else Path(piece.prefix), 1.0)]
-    found = []
-    for name, share in piece.blend:
-        part = read_piece(prefix.with_name(name))
-        assert part is not None  # read_piece looked
-        found.append((pairs(prefix.with_name(name), part)[0][0], share))
-    return found
-
-
-def _beside(prefix: Path, suffix: str) -> Path:
-    return prefix.with_name(f"{prefix.name}.{suffix}")

@@ -25,8 +25,8 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
 from megatron_btx.data.boundaries import Boundaries, boundaries_of
 from megatron_btx.data.heldout import HeldOutText, Sample
-from megatron_btx.data.indexed import Piece, pairs, read_piece
 from megatron_btx.data.interleave import Interleaved
+from megatron_btx.data.piece import Piece, pairs, read_piece
 from megatron_btx.data.prepare import prefix
 from megatron_btx.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_btx.errors import UserError

@@ -25,7 +25,7 @@ from megatron_btx.data.documents import find_files, no_document
 from megatron_btx.data.domain_text import SPLITS, DomainText, digest, find, texts_of
 from megatron_btx.data.formats import Part, format_of, json_lines, token_pair
 from megatron_btx.data.formats.compression import compression_of
-from megatron_btx.data.indexed import read_piece
+from megatron_btx.data.piece import read_piece
 from megatron_btx.data.run_tokenizer import check_trainable, make_tokenizer
 from megatron_btx.data.tokenizer import Tokenizer, load_tokenizer, read_tokenizer
 from megatron_btx.errors import UserError, UserErrors, collect_errors

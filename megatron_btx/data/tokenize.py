@@ -11,8 +11,9 @@ from pathlib import Path
 from megatron_btx.data import Progress
 from megatron_btx.data.domain_text import DomainText, Group, digest
 from megatron_btx.data.formats import Part
-from megatron_btx.data.indexed import Piece, join, read_piece, total, write_piece
+from megatron_btx.data.indexed import join, total
 from megatron_btx.data.parallel import cores, run_all
+from megatron_btx.data.piece import Piece, read_piece, write_piece
 from megatron_btx.data.shards import Counts, Shard, cut, dtype_of, make, read, set_up
 from megatron_btx.data.tokenizer import Tokenizer
 

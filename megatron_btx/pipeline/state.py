@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_btx.data.piece import are_there
 from megatron_btx.errors import UserError
 from megatron_btx.files import append_line, find_json, newest_step, write_json
 from megatron_btx.pipeline import graph
@@ -49,16 +50,40 @@ def done(run_dir: Path, stage: Stage) -> dict[str, Any] | None:
             if not isinstance(outputs, dict) or type(seconds) not in (int, float):
                 fix = "remove it; the stage then goes on from its last checkpoint"
                 raise UserError(str(path), "is damaged: its outputs or seconds are none", fix)
-            # A table that is lost is made anew in seconds.
-            table = outputs.get("results")
-            return record if table is None or (run_dir / str(table)).exists() else None
+            return record if _has_what_it_made(run_dir, stage, outputs) else None
     return None
 
 
+def _has_what_it_made(run_dir: Path, stage: Stage, outputs: dict[str, Any]) -> bool:
+    """Whether what a stage left for others is still there, of what it makes again by itself: a
+    table in seconds, token files that somebody has removed from their text."""
+    if stage.kind == "prepare" and "domains" in outputs:
+        directory = run_dir / stage.directory
+        tokenizer = (directory / "tokenizer" / "made.json").is_file()
+        return tokenizer and are_there(directory / "data", outputs["domains"])
+    table = outputs.get("results")
+    return table is None or (run_dir / str(table)).exists()
+
+
 def left(run_dir: Path, stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
-    """The stages that are not done. One behind an unfinished one is not done either, unless its
-    own key, which holds the other's, says that it was made from the very same thing."""
-    return tuple(stage for stage in stages if done(run_dir, stage) is None)
+    """The stages of a run that are not done. One behind an unfinished one is not done either,
+    unless its own key, which holds the other's, says that it was made from the very same thing.
+    Token files that were removed when all that reads them was done are not made again."""
+    found = missing(run_dir, stages)
+    if len(stages) > 1 and all(_has_been(run_dir, stage) for stage in found):
+        return tuple(stage for stage in found if stage.kind != "prepare")
+    return found
+
+
+def missing(run_dir: Path, needs: tuple[Stage, ...]) -> tuple[Stage, ...]:
+    """Those of the stages that another one needs which are not done."""
+    return tuple(stage for stage in needs if done(run_dir, stage) is None)
+
+
+def _has_been(run_dir: Path, stage: Stage) -> bool:
+    """Whether a stage has been done, whatever is left of what it made."""
+    record = find_json(run_dir / stage.directory / "done.json")
+    return stage.kind == "prepare" and record is not None and record.get("key") == stage.key
 
 
 def standing(run_dir: Path, stage: Stage) -> tuple[str, str]:
@@ -129,9 +154,12 @@ def claim(run_dir: Path, stage: Stage) -> Path | None:
     """
     directory = run_dir / stage.directory
     former = (find_json(directory / "stage.json") or {}).get("key")
-    if directory.is_symlink() and former != stage.key:  # another run's: it stays as it is there
+    is_lost = former == stage.key and done(run_dir, stage) is None
+    if directory.is_symlink() and (is_lost or former != stage.key):  # another run's: it stays so
         directory.unlink()
         former = None
+    elif is_lost:  # a batch script takes this file for the end of the attempt that begins
+        (directory / "done.json").unlink(missing_ok=True)
     moved = None
     if former not in (None, stage.key):
         if stage.kind == "prepare":
@@ -165,7 +193,7 @@ def link_shared(run_dir: Path, stages: tuple[Stage, ...], share: Sequence[str]) 
     taken = {}
     found = sorted(Path(path).resolve() for pattern in share for path in glob.glob(pattern))
     others = [other for other in found if other != run_dir.resolve()]
-    for stage in left(run_dir, stages):
+    for stage in missing(run_dir, stages):
         here = run_dir / stage.directory
         begun = here.exists() and not here.is_symlink()
         if stage.kind in ("evaluate", "export", "report", *graph.LOOKS_AHEAD) or begun:

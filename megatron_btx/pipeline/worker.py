@@ -293,7 +293,7 @@ def _begin_unaided(recipe: Recipe, stage: Stage, run_dir: Path, rank: int) -> No
             time.sleep(0.2)
         return
     needs = graph.read_by(stage, graph.of_run(recipe, run_dir))
-    missing = [need.name for need in state.left(run_dir, needs)]
+    missing = [need.name for need in state.missing(run_dir, needs)]
     if missing:
         raise UserError(stage.name, f"needs {', '.join(missing)} first", "run those, or `btx run`")
     run_dir.mkdir(parents=True, exist_ok=True)

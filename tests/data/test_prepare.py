@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megatron_btx.data.indexed import read_piece
+from megatron_btx.data.piece import read_piece
 from megatron_btx.data.prepare import check, prefix, prepare
 from megatron_btx.data.tokenizer import load_tokenizer
 from megatron_btx.errors import UserError, UserErrors

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_btx.data.piece import Piece, write_piece
 from megatron_btx.pipeline import state
 from megatron_btx.pipeline.fingerprint import Memo
+from megatron_btx.pipeline.graph import Stage
 from megatron_btx.pipeline.slurm import jobs
 from megatron_btx.train import metrics
 from megatron_btx.train.goodput import read_attempts
@@ -103,3 +105,47 @@ def test_a_memo_that_finds_no_room_stops_nobody(
     memo.file(text)
     memo.save()
     assert [path.name for path in place.iterdir()] == ["filler"]
+
+
+def test_token_files_that_were_removed_are_made_again(tmp_path: Path) -> None:
+    """Where a stage is left that reads them, whoever is asked; also those of a run linked to."""
+    prepare = Stage(name="prepare", kind="prepare", key="k")
+    seed = Stage(name="seed", kind="seed", key="s", needs=("prepare",))
+    run_dir, other = tmp_path / "run", tmp_path / "other"
+    for place in (run_dir, other):
+        (place / "prepare" / "data" / "a").mkdir(parents=True)
+        (place / "prepare" / "tokenizer").mkdir()
+        (place / "prepare" / "tokenizer" / "made.json").write_text("{}")
+        for split in ("train", "valid"):
+            prefix = place / "prepare" / "data" / "a" / split
+            write_piece(prefix, Piece(key="x", documents=1, tokens=4, bytes=9, sha256="f"))
+            for kind in ("bin", "idx"):
+                prefix.with_suffix(f".{kind}").write_bytes(bytes(8))
+        state.claim(place, prepare)
+        state.begin(place / "prepare", 1, 1)
+        state.finish(place / "prepare", prepare, {"domains": {"a": {"train": {}, "valid": {}}}})
+    ids = run_dir / "prepare" / "data" / "a" / "valid.bin"
+    both = (prepare, seed)
+    assert state.left(run_dir, both) == (seed,)
+    for lose in (ids.unlink, lambda: ids.write_bytes(bytes(7))):
+        lose()
+        assert state.left(run_dir, both) == state.missing(run_dir, both) == both
+        assert state.missing(run_dir, (prepare,)) == state.left(run_dir, (prepare,)) == (prepare,)
+        assert "no longer there" in state.standing(run_dir, prepare)[1]
+        ids.write_bytes(bytes(8))
+    ids.unlink()
+    state.claim(run_dir, seed)
+    state.begin(run_dir / "seed", 1, 1)
+    state.finish(run_dir / "seed", seed, {})
+    assert state.left(run_dir, both) == ()  # nobody reads them any more
+    state.claim(run_dir, prepare)
+    assert not (run_dir / "prepare" / "done.json").exists()
+
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    assert state.link_shared(linked, both, [str(other)]) == {"prepare": other / "prepare"}
+    (other / "prepare" / "tokenizer" / "made.json").unlink()
+    assert state.missing(linked, both) == both
+    state.claim(linked, prepare)
+    assert not (linked / "prepare").is_symlink()
+    assert (other / "prepare" / "done.json").exists()

@@ -121,7 +121,7 @@ def begin(recipe: Recipe, name: str) -> tuple[int, str, Path]:
     else:
         every = graph.of_run(recipe, run_dir)
         stage = parts.find(every, name)
-        missing = list(state.left(run_dir, graph.read_by(stage, every)))
+        missing = list(state.missing(run_dir, graph.read_by(stage, every)))
     directory, whole = run_dir / stage.directory, parts.whole(stage)
     state.link_shared(run_dir, (whole,), recipe.share)
     if state.done(run_dir, whole) is not None:

@@ -61,7 +61,7 @@ def check_needs(run_dir: Path, stages: tuple[Stage, ...], chosen: tuple[Stage, .
     coming = {stage.name for stage in chosen}
     errors = []
     for stage in chosen:
-        needs = state.left(run_dir, graph.read_by(stage, stages))
+        needs = state.missing(run_dir, graph.read_by(stage, stages))
         missing = [need.name for need in needs if need.name not in coming]
         if missing:
             what = f"needs {', '.join(missing)}, not done and not among what is submitted"
