@@ -2,14 +2,16 @@
 
 Each row is one command in a process of its own, on random models of hidden size 64 (a layer has
 0.2 MB), at sizes that double; seconds are CPU time of the whole command, less that of an empty one
-(importing torch). Growth is linear where the last column stays at 2 or below.
+(importing torch), MB the most that a process of it had. ``--only files`` prints the rows of a
+corpus alone. Growth is linear where the last column, the factor of a doubling, stays at 2 or below.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -31,20 +33,27 @@ BTX = [sys.executable, "-c", MAIN]
 
 
 def main() -> None:
-    """Make the models, run the commands, print the table."""
+    """Make the models and the text, run the commands, print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True, help="an empty directory")
-    work = parser.parse_args().work
-    nothing = seconds([sys.executable, "-c", "import megatron_btx.mix.offline"])
-    print("| command | size | CPU s | times the size before |\n| --- | --- | --- | --- |")
-    for name, rows in (("layers", verify(work)), ("sources", drift(work))):
-        before: tuple[int, float] | None = None
-        for command, size, words in rows:
-            spent = max(seconds(words) - nothing, 1e-3)
-            told = before and before[0] < size and before[1] >= 0.1
-            ratio = f"{spent / before[1]:.1f}" if before and told else ""
-            print(f"| {command} | {size} {name} | {spent:.1f} | {ratio} |", flush=True)
-            before = (size, spent)
+    parser.add_argument("--only", choices=sorted(ROWS), help="these rows")
+    options = parser.parse_args()
+    nothing, _ = spent([sys.executable, "-c", "import megatron_btx.mix.offline"])
+    print("| command | size | CPU s | MB | a doubling | ")
+    print("| --- | --- | --- | --- | --- |")
+    for name, rows in ROWS.items():
+        if options.only not in (None, name):
+            continue
+        before: dict[str, tuple[int, float]] = {}
+        for command, size, words in rows(options.work):
+            seconds, memory = spent(words)
+            seconds = max(seconds - (nothing if name in WITH_TORCH else 0.0), 1e-3)
+            last, ratio = before.get(command, (size, 0.0)), ""
+            if last[0] < size and last[1] >= 0.1:
+                ratio = f"{(seconds / last[1]) ** (1 / math.log2(size / last[0])):.1f}"
+            row = f"| {command} | {size:,} {name} | {seconds:.1f} | {memory:.0f} | {ratio} |"
+            print(row, flush=True)
+            before[command] = (size, seconds)
 
 
 def verify(work: Path) -> Iterator[tuple[str, int, list[str]]]:
@@ -80,18 +89,60 @@ def model(path: Path, layers: int, seed: int) -> str:
     return str(path)
 
 
-def seconds(words: list[str]) -> float:
-    """CPU time of a command, its children included."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    run(words)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+def corpus(work: Path) -> Iterator[tuple[str, int, list[str]]]:
+    """What a run asks of a domain of many small files, before it is prepared, then, and after."""
+    for count in FILES:
+        place = work / f"files-{count}"
+        (place / "text").mkdir(parents=True)
+        for number in range(count):
+            documents = [
+                f"{number} {each} " + "some words of a document " * 20 for each in range(3)
+            ]
+            lines = "".join(json.dumps({"text": text}) + "\n" for text in documents)
+            (place / "text" / f"{number:06}.jsonl").write_text(lines)
+        recipe = place / "recipe.yaml"
+        recipe.write_text(RECIPE.format(run=place / "run", text=place / "text"))
+        check = [*BTX, "run", str(recipe), "--dry-run"]
+        prepare = [*BTX, "run", str(recipe), "--stop-after", "prepare"]
+        yield "`btx plan`", count, [*BTX, "plan", str(recipe)]
+        yield "hashes (`btx run --dry-run`)", count, check
+        yield "`prepare` with its checks", count, prepare
+        yield "hashes, known", count, check
+        yield "what is left, when all is done", count, prepare
+
+
+FILES = (100, 1_000, 10_000)
+RECIPE = """\
+name: growth
+run_dir: {run}
+model:
+  {{num_layers: 1, hidden_size: 16, ffn_hidden_size: 32, num_attention_heads: 2, seq_length: 32}}
+tokenizer: {{vocab_size: 400, train_bytes: 100_000}}
+domains: {{a: {{train: [{text}]}}}}
+training: {{global_batch_size: 1, precision: fp32}}
+seed: {{tokens: 32, data: {{a: 1}}}}
+experts: {{a: {{tokens: 32}}}}
+finetune: {{tokens: 32, data: {{a: 1}}}}
+"""
+ROWS = {"layers": verify, "sources": drift, "files": corpus}
+WITH_TORCH = ("layers", "sources")
+"""Rows whose commands import torch, which is left out."""
+
+
+def spent(words: list[str]) -> tuple[float, float]:
+    """CPU seconds of a command, its children included, and the most memory (MB) that one had."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, env=environment)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"{words} ended with {process.returncode}")
+    return usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024
 
 
 def run(words: list[str]) -> None:
     """One command, quietly, on one thread."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(words, check=True, stdout=subprocess.DEVNULL, env=environment)
+    spent(words)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,20 @@
 """How fast text becomes token files, against the tokenizers themselves and a pool of one call each.
 
-    python benchmarks/prepare.py
-    python benchmarks/prepare.py --mb 64 --rounds 5 --processes 8
+    python benchmarks/prepare.py --tokenizers DIR
+    python benchmarks/prepare.py --tokenizers DIR --mb 64 --rounds 5 --processes 8
 
-Text is Python's own sources; the tokenizers are made of it on the spot: SentencePiece as a recipe
-makes it (32k), and byte-level BPE with Llama 3's way of splitting words, of 32k and 128k entries
-(fewer where the text has fewer merges). Within a round all are measured one after the other, so
-that a busy machine slows all of them alike; printed are medians of MB/s and of each round's ratios:
+Text is Python's own sources. The tokenizers are made of it, and for 128k of installed packages' as
+well, once for ``DIR``: SentencePiece as a recipe makes it (32k), and byte-level BPE with Llama 3's
+way of splitting words, of 32k and 128k entries. ``--train`` makes them and measures nothing. Within
+a round all are measured one after the other, so that a busy machine slows all of them alike;
+printed are medians of MB/s and of each round's ratios:
 
 - bare: the library's own batch call on text in memory, 100 documents at a time, a process a core;
 - ours: ``prepare``'s shards and join, from JSONL to .bin and .idx, processes' start left out (it is
   measured in each round);
 - one by one: one ``encode`` a document in a pool of processes that sends ids back, as Megatron-LM's
-  tools/preprocess_data.py does it, and Megatron's builder;
+  tools/preprocess_data.py does it, and Megatron's builder; by wall clock, and by the seconds of CPU
+  of all processes (``of CPU``), which say more where others use the machine;
 - reading: seconds of CPU for all documents of a file, over those of ours with one process.
 """
 
@@ -24,9 +26,11 @@ import multiprocessing
 import os
 import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +43,7 @@ from megatron_btx.data.domain_text import DomainText
 from megatron_btx.data.parallel import cores, run_all
 from megatron_btx.data.shards import set_up
 from megatron_btx.data.tokenizer import HuggingFace, Tokenizer, load_tokenizer, train_tokenizer
+from megatron_btx.files import unfinished
 from megatron_btx.recipe.schema import Domain
 
 _LLAMA_3 = (
@@ -64,7 +69,18 @@ def documents(size: int) -> Iterator[str]:
                 return
 
 
-def bpe(texts: list[str], vocab_size: int, directory: Path) -> Tokenizer:
+def of_packages(size: int) -> Iterator[str]:
+    """About ``size`` bytes of other text: installed packages."""
+    root = Path(np.__file__).parents[1]
+    for path in sorted(root.rglob("*.py")):
+        text = path.read_text("utf-8", "replace")[:20_000]
+        size -= len(text)
+        yield text
+        if size < 0:
+            return
+
+
+def bpe(texts: list[str], vocab_size: int, directory: Path) -> None:
     """Byte-level BPE after Llama 3's splitting."""
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -79,11 +95,25 @@ def bpe(texts: list[str], vocab_size: int, directory: Path) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), min_frequency=1,
     )  # fmt: skip
     made.train_from_iterator(texts, trainer)
-    directory.mkdir()
+    directory.mkdir(parents=True)
     made.save(str(directory / "tokenizer.json"))
     config = {"eos_token": "<|end_of_text|>", "tokenizer_class": "PreTrainedTokenizerFast"}
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
-    return HuggingFace(directory)
+
+
+def tokenizers_in(directory: Path, texts: list[str]) -> Iterator[tuple[str, Tokenizer]]:
+    """The three, from ``directory``, where those that are not there are made."""
+    piece = directory / "sentencepiece-32k"
+    if not piece.exists():
+        train_tokenizer(texts[:400], 32_000, where="benchmark").save(piece)
+    yield "SentencePiece 32k", load_tokenizer(piece)
+    for name, size in (("32k", 32_000), ("128k", 128_000)):
+        place = directory / f"bpe-{name}"
+        if not place.exists():
+            more = of_packages(24_000_000) if size > 100_000 else ()
+            bpe([*texts, *more], size, unfinished(place))
+            os.replace(unfinished(place), place)
+        yield f"BPE {name}", HuggingFace(place)
 
 
 def _begin(directory: Path, texts: list[str] | None) -> None:
@@ -160,6 +190,13 @@ class Bench:
         tokenize.run(jobs, self.tokens, self.tokenizer, no_progress)
         return time.perf_counter() - begin - start
 
+    def cpu(self) -> float:
+        """Seconds of CPU so far, of this process, those that it has awaited and the pool's."""
+        spent = os.times()
+        pool = (Path(f"/proc/{process.pid}/stat").read_text() for process in self._pool._pool)  # type: ignore[attr-defined]
+        ticks = sum(sum(map(int, text.rpartition(")")[2].split()[11:13])) for text in pool)
+        return sum(spent[:4]) + ticks / os.sysconf("SC_CLK_TCK")
+
     def one_by_one(self) -> float:
         """Seconds."""
         from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
@@ -215,10 +252,14 @@ def measure(bench: Bench, files: dict[str, Path], size: float, rounds: int) -> d
             found.setdefault(name, []).append(value)
 
     for _ in range(rounds):
-        bare, ours, theirs = bench.bare(), bench.ours(bench.processes), bench.one_by_one()
+        bare, ours = bench.bare(), bench.ours(bench.processes)
+        before = bench.cpu()
+        theirs = bench.one_by_one()
+        their_cpu = bench.cpu() - before
         cpu = time.process_time()
         one = bench.ours(1)
         cpu = time.process_time() - cpu
+        note(ours_to_one_by_one_of_cpu=their_cpu / cpu)
         note(bare=size / bare, ours=size / ours, one_by_one=size / theirs, one=size / one)
         note(ours_to_bare=bare / ours, ours_to_one_by_one=theirs / ours, more_to_one=one / ours)
         note(**{f"reading {name}": read_all(file) / cpu for name, file in files.items()})
@@ -229,25 +270,29 @@ def measure(bench: Bench, files: dict[str, Path], size: float, rounds: int) -> d
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--mb", type=float, default=16, help="text")
+    parser.add_argument("--tokenizers", type=Path, metavar="DIR", help="made once, and kept there")
+    parser.add_argument("--train", action="store_true", help="make them, and no more")
+    parser.add_argument("--mb", type=float, default=12, help="text")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--processes", type=int, default=cores())
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
-    os.environ["RAYON_NUM_THREADS"] = "1"
     texts = list(documents(int(options.mb * 1e6)))
     size = sum(len(text.encode()) for text in texts) / 1e6
     with tempfile.TemporaryDirectory(prefix="btx-prepare-") as place:
         directory = Path(place)
+        kept = options.tokenizers or directory / "tokenizers"
+        if options.train:
+            list(tokenizers_in(kept, texts))
+            return
+        # In a process of its own: `tokenizers` keeps the number of threads that it began with.
+        train = [sys.executable, __file__, "--train", f"--tokenizers={kept}", f"--mb={options.mb}"]
+        subprocess.run(train, check=True)
+        os.environ["RAYON_NUM_THREADS"] = "1"
+        found = list(tokenizers_in(kept, texts))
         files = write_files(directory, texts)
-        made: dict[str, Callable[[], Tokenizer]] = {
-            "SentencePiece 32k": lambda: train_tokenizer(texts[:400], 32_000, where="benchmark"),
-            "BPE 32k": lambda: bpe(texts, 32_000, directory / "32k"),
-            "BPE 128k": lambda: bpe(texts, 128_000, directory / "128k"),
-        }
         results = {}
-        for name, make in made.items():
-            tokenizer = make()
+        for name, tokenizer in found:
             bench = Bench(directory, texts, tokenizer, options.processes)
             try:
                 figures = measure(bench, files, size, options.rounds)

@@ -62,7 +62,8 @@ class HuggingFace(Tokenizer):
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:  # noqa: D102
         with no_panic(str(self._directory / self.file)):
             rows = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-        return [np.array(row.ids, dtype=np.int32) for row in rows]
+        found = (row.ids for row in rows)
+        return [np.fromiter(ids, np.int32, len(ids)) for ids in found]
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:  # noqa: D102
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=False)
