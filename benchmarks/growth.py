@@ -18,13 +18,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
-from megatron_btx.families.export import write_hf
-from megatron_btx.mix.one_model import fresh
-from megatron_btx.recipe.architecture import Architecture
-from megatron_btx.recipe.schema import Model
-
 LAYERS = (20, 40, 80, 160, 320)
 SOURCES = (8, 16, 32, 64)
 
@@ -80,6 +73,13 @@ SEEDS = tuple(enumerate(("code", "math", "prose", "seed")))
 
 def model(path: Path, layers: int, seed: int) -> str:
     """A random model in Hugging Face format, made once."""
+    import torch
+
+    from megatron_btx.families.export import write_hf
+    from megatron_btx.mix.one_model import fresh
+    from megatron_btx.recipe.architecture import Architecture
+    from megatron_btx.recipe.schema import Model
+
     shape = Model(num_layers=layers, hidden_size=64, ffn_hidden_size=192, num_attention_heads=4)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -124,7 +124,8 @@ seed: {{tokens: 32, data: {{a: 1}}}}
 experts: {{a: {{tokens: 32}}}}
 finetune: {{tokens: 32, data: {{a: 1}}}}
 """
-ROWS = {"layers": verify, "sources": drift, "files": corpus}
+ROWS = {"files": corpus, "layers": verify, "sources": drift}
+"""A command has this process's memory until it begins: first what is small."""
 WITH_TORCH = ("layers", "sources")
 """Rows whose commands import torch, which is left out."""
 
