@@ -81,7 +81,7 @@ class SentencePiece(Tokenizer):
             for name, token in settings.named.items()
         }
         bos, eos = found.get("bos_token", bos), found.get("eos_token", eos)
-        self.begin_id = bos if settings.flag("add_bos_token") and bos >= 0 else None
+        self.begin_id = bos if settings.begins and bos >= 0 else None
         return bos, eos
 
     def _unlike(self, settings: TokenizerSettings) -> list[UserError]:

@@ -69,7 +69,7 @@ def _begin(directory: Path, kind: str) -> int | None:
             return None
         path = directory / FAST
         return begin_token(open_fast(path, settings), str(path))
-    if not settings.flag("add_bos_token"):
+    if not settings.begins:
         return None
     pieces = _open_slow(directory)
     bos = settings.named.get("bos_token")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_btx.errors import UserError, UserErrors, capped
-from megatron_btx.families.tokenizer_settings import TokenizerSettings
+from megatron_btx.families.tokenizer_settings import CONFIG, TokenizerSettings
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
@@ -40,6 +40,7 @@ def open_fast(path: Path, settings: TokenizerSettings) -> Tokenizer:
         found.no_padding()
         found.no_truncation()
         _complete(found, settings, path)
+        _check_space(found, settings)
     found.encode_special_tokens = bool(settings.flag("split_special_tokens"))
     return found
 
@@ -92,6 +93,19 @@ def _complete(found: Tokenizer, settings: TokenizerSettings, path: Path) -> None
             known.add(token.content)
     if more:
         found.add_tokens(more)
+
+
+def _check_space(found: Tokenizer, settings: TokenizerSettings) -> None:
+    """That tokenizer.json puts a space before a text where tokenizer_config.json says so, and else
+    not: where they differ, the one counts in some classes and versions, the other in others."""
+    said = settings.flag("add_prefix_space")
+    first = found.encode("a", add_special_tokens=False).tokens[:1]
+    if said is not None and first and first[0].startswith(("\u2581", "\u0120")) != said:
+        raise UserError(
+            str(settings.directory / CONFIG),
+            f"add_prefix_space is {said}, and tokenizer.json does the contrary",
+            "keep the one that the model was trained with in a copy of the files",
+        )
 
 
 def _as(id_: int | None) -> str:

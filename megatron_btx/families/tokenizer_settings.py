@@ -59,6 +59,14 @@ class TokenizerSettings:
         return value
 
     @property
+    def begins(self) -> bool:
+        """Whether a SentencePiece model puts its begin token before a text: by the flag, else as
+        its class does where there is none."""
+        flag = self.flag("add_bos_token")
+        of_class = str(self.config.get("tokenizer_class")).startswith("CodeLlamaTokenizer")
+        return of_class if flag is None else flag
+
+    @property
     def tokens(self) -> tuple[Token, ...]:
         """All tokens that the files name."""
         return (*self.added, *self.named.values(), *self.extra)

@@ -96,6 +96,20 @@ def test_special_tokens_in_text_follow_split_special_tokens(tmp_path: Path, spli
     assert (ours.eos_id in ids) is not split
 
 
+@pytest.mark.parametrize("name", ["Llama 3", "Qwen", "Mistral"])
+def test_a_space_that_the_two_files_disagree_about(tmp_path: Path, name: str) -> None:
+    """Qwen2Tokenizer and LlamaTokenizer follow the one, PreTrainedTokenizerFast the other."""
+    directory = MADE[name][0](tmp_path)
+    path = directory / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    does = name == "Mistral"
+    path.write_text(json.dumps(config | {"add_prefix_space": does}))
+    assert read_tokenizer(directory, "huggingface").encode(["a"])
+    path.write_text(json.dumps(config | {"add_prefix_space": not does}))
+    with pytest.raises(UserError, match=f"add_prefix_space is {not does}, and tokenizer.json"):
+        read_tokenizer(directory, "huggingface")
+
+
 SLOW: list[tuple[dict[str, Any], str]] = [
     ({"added_tokens.json": {"<pad>": 400}}, r"'<pad>' \(400\) is added"),
     ({"special_tokens_map.json": {"eos_token": "<|im_end|>"}}, r"'<\|im_end\|>' is added"),

@@ -149,6 +149,11 @@ def slow_with_begin(directory: Path) -> Path:
     return slow(directory, add_bos_token=True, add_eos_token=False)
 
 
+def slow_code_llama(directory: Path) -> Path:
+    """A class that puts it there where nothing is said."""
+    return slow(directory, tokenizer_class="CodeLlamaTokenizer")
+
+
 MADE: dict[str, tuple[Callable[[Path], Path], bool]] = {
     "Llama 3": (llama3, True),
     "Mistral": (mistral, True),
@@ -156,5 +161,6 @@ MADE: dict[str, tuple[Callable[[Path], Path], bool]] = {
     "Qwen": (qwen, False),
     "slow": (slow, False),
     "slow, begin": (slow_with_begin, True),
+    "slow, CodeLlama": (slow_code_llama, True),
 }
 """How it is made, and whether it puts a begin token before a text."""
