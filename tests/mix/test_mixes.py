@@ -11,13 +11,14 @@ from megatron_btx.errors import UserError
 from megatron_btx.mix.average import Averaging, Dare, average
 from megatron_btx.mix.btx import btx
 from megatron_btx.mix.edit_experts import append, drop
-from megatron_btx.mix.one_model import copy
+from megatron_btx.mix.one_model import copy, fresh
 from megatron_btx.mix.router_init import RouterInit
 from megatron_btx.mix.split import blend, split
 from megatron_btx.mix.upcycle import upcycle
 from megatron_btx.recipe.schema import Routing
 from megatron_btx.weights.arrange import Take
 from megatron_btx.weights.plan import Checkpoint
+from megatron_btx.weights.random_fill import Draw
 from megatron_btx.weights.source import MemorySource, read_whole
 from megatron_btx.weights.statistics import kth_largest
 from tests.weights.models import DENSE, dense
@@ -126,6 +127,33 @@ def test_average_by_trained_tokens_and_by_groups():
         assert found in str(caught.value)
 
 
+GROUPS = {
+    "embedding.word_embeddings.weight": "embeddings",
+    "self_attention.linear_qkv.layer_norm_weight": "norms",
+    "self_attention.q_layernorm.weight": "norms",
+    "mlp.linear_fc1.layer_norm_weight": "norms",
+    "decoder.final_layernorm.weight": "norms",
+    "self_attention.linear_qkv.weight": "attention",
+    "self_attention.linear_qkv.bias": "attention",
+    "self_attention.linear_proj.weight": "attention",
+    "output_layer.weight": "head",
+}
+
+
+def test_each_group_has_its_own_weights():
+    model = replace(DENSE.model, add_qkv_bias=True, qk_layernorm=True)
+    models = [dense(x, i, architecture=replace(DENSE, model=model)) for i, x in enumerate("ab")]
+    shares = {"embeddings": 0.9, "attention": 0.7, "norms": 0.2, "head": 0.4}
+    groups = {group: {"a": share, "b": 1 - share} for group, share in shares.items()}
+    plan = btx(models, routing=TOP2, dtype=F64, averaging=Averaging(groups=groups))
+    for end, group in GROUPS.items():
+        name = end if end in plan.targets or "fc1" not in end else "pre_mlp_layernorm.weight"
+        name = name if name in plan.targets else f"{LAYER}{name}"
+        a, b = (tensor(m, end if end in m.tensors else f"{LAYER}{end}") for m in models)
+        want = shares[group] * a + (1 - shares[group]) * b
+        torch.testing.assert_close(plan.evaluate(name), want, rtol=1e-14, atol=1e-14)
+
+
 def test_the_average_of_copies_is_the_model():
     models = [replace(dense("a", 1), label=label) for label in "abc"]
     plan = average(models, dtype=torch.float32)
@@ -147,6 +175,12 @@ def test_dare_keeps_a_share_of_the_differences():
     torch.testing.assert_close(none.evaluate(name), (base + other) / 2, rtol=1e-12, atol=1e-12)
     with pytest.raises(UserError, match="no model x"):
         average(models, dtype=F64, averaging=Averaging(dare=Dare("x")))
+    twins = [*models, replace(models[1], label="c")]  # each drops what it does by itself
+    got = average(twins, dtype=F64, averaging=averaging).evaluate(name)
+    share = ((got - base) / (other - base)).mul(3 / 4).round()
+    counts = [(share == times).double().mean() for times in (0, 1, 2)]
+    for found, wanted in zip(counts, (9 / 16, 6 / 16, 1 / 16), strict=True):
+        assert abs(found - wanted) < 0.03
 
 
 def test_ties_trims_elects_a_sign_and_averages_what_agrees():
@@ -163,6 +197,18 @@ def test_ties_trims_elects_a_sign_and_averages_what_agrees():
         total = sum(d * a for d, a in zip(kept, agree, strict=True))
         mean = total / sum(a.double() for a in agree).clamp(min=1)
         torch.testing.assert_close(got.evaluate(name), base + mean, rtol=1e-12, atol=1e-12)
+    weights = {"a": 3.0, "seed": 1.0, "b": 1.0, "c": 0.5}
+    got = average(models, dtype=F64, averaging=Averaging(weights, ties=0.3))
+    each = [weights[label] for label in "abc"]
+    name = f"{LAYER}mlp.linear_fc2.weight"
+    base = tensor(models[1], name)
+    moved = [tensor(models[i], name) - base for i in (0, 2, 3)]
+    count = round(0.3 * base.numel())
+    kept = [d * (d.abs() >= d.abs().flatten().topk(count).values[-1]) for d in moved]
+    sign = sum(w * d for w, d in zip(each, kept, strict=True)).sign()
+    agree = [(d.sign() * sign > 0) * w for d, w in zip(kept, each, strict=True)]
+    mean = sum(d * a for d, a in zip(kept, agree, strict=True)) / sum(agree).clamp(min=1e-9)
+    torch.testing.assert_close(got.evaluate(name), base + mean, rtol=1e-12, atol=1e-12)
     copies = [replace(models[0], label=label) for label in ("seed", "x", "y")]
     same = average(copies, dtype=torch.float32, averaging=Averaging(ties=0.3))
     for name in same.targets:
@@ -247,28 +293,42 @@ def test_drop_upcycling_redraws_the_same_units_of_gate_up_and_down():
             assert abs(new.mean() - old.mean()) < 4 * old.std() / new.numel() ** 0.5
             assert abs(new.std() / old.std() - 1) < 0.06
     assert len(set(chosen)) == 3
+    other = plan.evaluate("decoder.layers.1.mlp.experts.0.linear_fc2.weight")
+    before = read_whole(model.source, "decoder.layers.1.mlp.linear_fc2.weight")
+    assert (other != before).any(0).nonzero().flatten().tolist() != list(chosen[0])
+    both = sorted({*chosen[0]} & {*chosen[1]})
+    first, second = (plan.evaluate(f"{LAYER}mlp.experts.{e}.linear_fc2.weight") for e in (0, 1))
+    assert both
+    assert not (first[:, both] == second[:, both]).any()
     cut = ((17, 490), (3, 9))
     name = f"{LAYER}mlp.experts.1.linear_fc1.weight"
     assert torch.equal(plan.evaluate(name, cut), plan.evaluate(name)[17:490, 3:9])
 
 
-@pytest.mark.parametrize("taken", [1, 2, 3])
-def test_granular_upcycling_equals_the_dense_model_at_step_0(taken):
+@pytest.mark.parametrize(("taken", "copies"), [(1, 3), (2, 3), (3, 3), (1, 2), (3, 4)])
+def test_granular_upcycling_equals_the_dense_model_at_step_0(taken, copies):
     """Virtual groups: top-k of G rows a copy takes whole copies; the down matrix times G."""
     model, chunks = dense("a", 1), 4
     routing = Routing(type="topk", moe_router_topk=taken * chunks)
     plan = upcycle(
-        model, copies=3, num_chunks=chunks, routing=routing, dtype=F64, router=RouterInit(scale=0.5)
+        model,
+        copies=copies,
+        num_chunks=chunks,
+        routing=routing,
+        dtype=F64,
+        router=RouterInit(scale=0.5),
     )
     assert plan.architecture.model.ffn_hidden_size == 12
     got = moe(plan, gates_of(plan, taken * chunks))
     torch.testing.assert_close(got, dense_ffn(model), rtol=1e-11, atol=1e-11)
     cube = upcycle(
-        model, copies=3, num_chunks=chunks, routing=routing, dtype=F64, scale="cube_root"
+        model, copies=copies, num_chunks=chunks, routing=routing, dtype=F64, scale="cube_root"
     )
-    bare = upcycle(model, copies=3, num_chunks=chunks, routing=routing, dtype=F64, scale="none")
+    bare = upcycle(
+        model, copies=copies, num_chunks=chunks, routing=routing, dtype=F64, scale="none"
+    )
     name = f"{LAYER}mlp.experts.5.linear_fc1.weight"
-    factor = (3 * 16 / (taken * 4)) ** (1 / 3)
+    factor = (copies * 16 / (taken * 4)) ** (1 / 3)
     torch.testing.assert_close(tensor(cube, name), tensor(bare, name) * factor)
 
 
@@ -314,6 +374,42 @@ def test_the_share_of_redrawn_units_is_rounded_to_the_nearest(ratio, units):
     assert int((old != new).any(0).sum()) == units
 
 
+def test_how_routers_begin():
+    models = [dense(label, i) for i, label in enumerate("abcd")]
+
+    def routers(kind, scale=0.5, seed=3):
+        init = RouterInit(kind, scale, seed)
+        plan = btx(models, routing=TOP2, dtype=F64, router=init)
+        return torch.stack([
+            plan.evaluate(f"decoder.layers.{i}.mlp.router.weight")
+            for i in range(DENSE.model.num_layers)
+        ])  # fmt: skip
+
+    assert not routers("zeros").any()
+    normal, uniform = routers("normal"), routers("uniform")
+    assert abs(normal.std() - 0.5) < 0.05
+    assert 0.45 < uniform.abs().max() <= 0.5
+    assert abs(uniform.std() - 0.5 / 3**0.5) < 0.03
+    name = f"{LAYER}mlp.router.weight"
+    drawn = Draw("normal", 0.5, 3, name, (4, 32), F64)
+    assert torch.equal(normal[2], drawn.evaluate(((0, 4), (0, 32)), lambda *_: torch.empty(0)))
+    assert not torch.equal(routers("normal", seed=4), normal)
+
+
+def test_a_fresh_model_begins_as_megatrons():
+    """``init_method_std``, over sqrt(2 L) where a matrix writes into the residual stream."""
+    model = replace(DENSE.model, add_qkv_bias=True, init_method_std=0.3)
+    plan = fresh(replace(DENSE, model=model), seed=1, dtype=F64)
+    for name in plan.targets:
+        found = plan.evaluate(name)
+        if "norm" in name or name.endswith("bias"):
+            assert (found == (1 if "norm" in name else 0)).all()
+            continue
+        residual = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
+        want = 0.3 / (2 * model.num_layers) ** (0.5 * residual)
+        assert abs(found.std() / want - 1) < 0.1
+
+
 def test_append_then_drop_is_the_moe_again():
     models = [dense(label, i) for i, label in enumerate("abcd")]
     first = memory(btx(models[:3], routing=TOP2, dtype=torch.float32), "moe")
@@ -329,6 +425,8 @@ def test_append_then_drop_is_the_moe_again():
         assert torch.equal(again.evaluate(name), read_whole(first.source, name)), name
     without_b = drop(first, "b", dtype=torch.float32)
     assert torch.equal(expert(without_b, 1), dense_ffn(models[2]))
+    rows = tensor(without_b, f"{LAYER}mlp.router.weight")
+    assert torch.equal(rows, router[[0, 2]])
     for wrong, found in (
         (lambda: drop(first, "z", dtype=F64), "its experts are a, b, c"),
         (lambda: drop(memory(without_b, "m"), "a", dtype=F64), "1 experts would be left"),
