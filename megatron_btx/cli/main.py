@@ -55,8 +55,7 @@ exit codes: 0 done, 1 a crash, 2 a mistake in the input, 130 interrupted (run ag
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; its exit code."""
-    if isinstance(sys.stdout, io.TextIOWrapper):  # as the standard error does: say it some way
-        sys.stdout.reconfigure(errors="backslashreplace")
+    _open_streams()
     options = _parser().parse_args(arguments)
     try:
         code = options.run(options)
@@ -78,6 +77,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         problem = UserError(str(where), what, _DISK[error.errno])
         sys.stderr.write(f"{coloured('error')}: {problem}\n")
         return EXIT_USER
+
+
+def _open_streams() -> None:
+    """Standard streams that can be written to. Where one was closed, the next file that is opened
+    would get its number, and with it whatever a library says. What an output's encoding has not is
+    said some way, as on the standard error."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 _COMMANDS = (

@@ -185,6 +185,7 @@ def _lines(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _cores() -> int:
-    if threads := os.environ.get("RAYON_NUM_THREADS"):  # which `tokenizers` goes by
+    threads = os.environ.get("RAYON_NUM_THREADS", "")  # which `tokenizers` goes by: 0 and what is
+    if threads.isdecimal() and int(threads) > 0:  # no number say nothing to it
         return int(threads)
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1

@@ -180,3 +180,13 @@ def test_a_closed_pipe_is_no_crash(tmp_path: Path) -> None:
     )
     assert done.returncode in (0, 141)
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize(("arguments", "code"), [(f"plan {TINY}", 0), ("plan nope.yaml", 2)])
+def test_closed_streams_are_no_crash(tmp_path: Path, arguments: str, code: int) -> None:
+    """As a daemon starts commands. What is opened first must not get the number of one of them."""
+    words = f"{sys.executable} -m megatron_btx.cli {arguments}"
+    script = f"{words} <&- >&- 2>&-; echo $? > code"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run(["sh", "-c", script], cwd=tmp_path, env=environment, check=True, timeout=60)
+    assert (tmp_path / "code").read_text() == f"{code}\n"

@@ -154,6 +154,16 @@ def test_llama_like_model_with_a_space_in_front(
         assert [given.decode(ids) for ids in ours] == domain
 
 
+@pytest.mark.parametrize("threads", ["junk", "0", "-1", "2"])
+def test_a_number_of_threads_that_is_none(
+    trained: Tokenizer, monkeypatch: pytest.MonkeyPatch, threads: str
+) -> None:
+    """`tokenizers` passes over what is no number, and so do we."""
+    wanted = trained.encode(["one two"])[0].tolist()
+    monkeypatch.setenv("RAYON_NUM_THREADS", threads)
+    assert trained.encode(["one two"])[0].tolist() == wanted
+
+
 def test_training_is_deterministic(documents: dict[str, list[str]]) -> None:
     one, two = (train_tokenizer(documents["code"], 400, where="x") for _ in range(2))
     assert one.sha256 == two.sha256
