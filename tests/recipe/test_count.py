@@ -146,6 +146,8 @@ def test_what_llamas_relatives_have_besides() -> None:
     # Two layers in which a token sees 8 others instead of 32: scores and values, 96 wide.
     assert flops[0] - flops[1] == 2 * 4 * 96 * (32 - 8)
     assert flops[2] == flops[1], "biases and norms are no matrices"
+    wide = replace(plain, model=replace(SMALL, window_size=(99, 0)))
+    assert count.forward_flops_per_token(wide) == flops[0], "no token sees more than there are"
     moe = mixture(SMALL, 100, type="topk")
     shared = replace(
         SMALL,

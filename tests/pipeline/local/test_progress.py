@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
@@ -84,7 +85,7 @@ def test_bars_on_a_terminal(run: Run) -> None:
         cwd=run.directory,
     )
     os.close(theirs)
-    seen, deadline = b"", time.monotonic() + 30
+    seen, deadline = b"", time.monotonic() + 240
     while time.monotonic() < deadline:
         if select.select([ours], [], [], 0.2)[0]:
             try:
@@ -94,9 +95,9 @@ def test_bars_on_a_terminal(run: Run) -> None:
     os.close(ours)
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=20) == 0
+    assert process.wait(timeout=120) == 0
     text = seen.decode()
     assert "━" in text
     assert "/20  loss" in text
-    assert "seed done in 0:0" in text
+    assert re.search(r"seed done in \d+:\d\d", text)
     assert "loss 0.200" in text  # the last step's
