@@ -35,7 +35,7 @@ from megatron_btx.engine import checkpoint_hashes, checkpoint_workers
 from megatron_btx.engine.distributed import from_first_rank, is_first_rank
 from megatron_btx.engine.freezing import numbered
 from megatron_btx.engine.megatron_release import SAVE_TAKES_STRATEGY
-from megatron_btx.engine.model import gather_parameters, unwrap
+from megatron_btx.engine.model import chunks, gather_parameters, unwrap
 from megatron_btx.errors import UserError
 from megatron_btx.files import sync_directory, write_json, written
 from megatron_btx.recipe.architecture import Architecture
@@ -71,8 +71,9 @@ class TrainingState:
         state: dict[str, Any] = {"model": model_part}
         if self.optimizer is not None:
             assert self.schedule is not None
+            first = unwrap(chunks(self.model)[0])  # of several all are frozen alike
             state["optimizer"] = self.optimizer.sharded_state_dict(
-                numbered(unwrap(self.model), model_part), is_loading=is_loading, metadata=metadata
+                numbered(first, model_part), is_loading=is_loading, metadata=metadata
             )
             state["opt_param_scheduler"] = self.schedule.state_dict()
             state["rng_state"] = _rng_state()
@@ -92,10 +93,38 @@ def _metadata() -> dict[str, Any]:
 
 def model_sharded_state_dict(model: torch.nn.Module) -> dict[str, Any]:
     """The model's shards under their global names, whole; ``_extra_state`` (Transformer Engine's,
-    tied to a layout) left out. Every rank calls it."""
+    tied to a layout) left out. Every rank calls it. Keys are the module's own; of a model in
+    several :func:`chunks` each begins with its number."""
     gather_parameters(model)
-    sharded = unwrap(model).sharded_state_dict(metadata=_metadata())
+    pieces = chunks(model)
+    sharded: dict[str, Any] = {}
+    for at, piece in enumerate(pieces):
+        own = unwrap(piece).sharded_state_dict(metadata=_metadata())
+        sharded |= {_key(key, at, len(pieces)): value for key, value in own.items()}
     return {key: value for key, value in sharded.items() if not key.endswith("._extra_state")}
+
+
+def _key(key: str, at: int, pieces: int) -> str:
+    return key if pieces == 1 else f"{at}.{key}"
+
+
+def _load_weights(model: torch.nn.Module, loaded: dict[str, Any]) -> None:
+    """Put what was read under :func:`model_sharded_state_dict`'s keys into the model.
+
+    Raises:
+        KeyError: there is more, or less.
+    """
+    pieces = chunks(model)
+    wrong = []
+    for at, piece in enumerate(pieces):
+        start = _key("", at, len(pieces))
+        own = {
+            key.removeprefix(start): each for key, each in loaded.items() if key.startswith(start)
+        }
+        missing, unexpected = unwrap(piece).load_state_dict(own, strict=False)
+        wrong += [key for key in (*missing, *unexpected) if not key.endswith("._extra_state")]
+    if wrong:
+        raise KeyError(f"it and the model differ in {', '.join(wrong)}")
 
 
 def _rng_state() -> ShardedObject:
@@ -239,10 +268,7 @@ def load(directory: Path, state: TrainingState) -> None:
         sharded["rng_state"] = rng
     with _refusals(directory), checkpoint_hashes.guarded(directory):
         loaded = dist_checkpointing.load(sharded, str(directory))
-        keys = unwrap(state.model).load_state_dict(loaded["model"], strict=False)
-        wrong = [key for key in (*keys[0], *keys[1]) if not key.endswith("._extra_state")]
-        if wrong:
-            raise KeyError(f"it and the model differ in {', '.join(wrong)}")
+        _load_weights(state.model, loaded["model"])
         if state.optimizer is not None:
             assert state.schedule is not None
             state.optimizer.load_state_dict(loaded["optimizer"])

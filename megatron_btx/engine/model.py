@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import itertools
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 from megatron_btx.engine import platform
-from megatron_btx.engine.freezing import freeze
+from megatron_btx.engine.freezing import canonical_names, freeze
 from megatron_btx.engine.moe.router import check_config, transformer_fields
 from megatron_btx.engine.spec import block_spec
 from megatron_btx.engine.unsupported_options import TORCH_LAYERS, megatron_errors, refuse_unfollowed
@@ -70,6 +71,11 @@ def transformer_config(
         "hidden_dropout": 0.0,
         "tensor_model_parallel_size": layout.tensor_model_parallel_size,
         "pipeline_model_parallel_size": layout.pipeline_model_parallel_size,
+        "virtual_pipeline_model_parallel_size": layout.virtual_pipeline_model_parallel_size,
+        # Megatron-LM's own choice. Sent in a batch, what goes to the stage before and to the one
+        # behind would be taken for each other where both are one rank (PP 2).
+        "overlap_p2p_comm": layout.chunks > 1,
+        "batch_p2p_comm": layout.chunks == 1,
         "context_parallel_size": layout.context_parallel_size,
         "expert_model_parallel_size": layout.expert_model_parallel_size,
         "expert_tensor_parallel_size": layout.etp,
@@ -113,6 +119,13 @@ def transformer_config(
         )
     with megatron_errors("transformer"):
         config = TransformerConfig(**(fields | options.transformer))
+    if layout.chunks > 1 and (config.batch_p2p_comm or not config.overlap_p2p_comm):
+        raise UserError(
+            "megatron.transformer.overlap_p2p_comm",
+            "under virtual pipeline stages only overlapped sends keep apart what goes to the stage "
+            "before and to the one behind, which are one rank where PP is 2",
+            "remove overlap_p2p_comm and batch_p2p_comm",
+        )
     if architecture.routing is not None:
         check_config(config, architecture.routing)
     return config
@@ -128,8 +141,10 @@ def build_model(
     *,
     random_seed: int = 0,
     options: MegatronOptions = NO_OPTIONS,
-) -> GPTModel | Float16Module:
-    """This rank's part of the model, its weights not yet set.
+) -> Any:
+    """This rank's part of the model, its weights not yet set: a ``GPTModel`` or, in bf16, one in
+    Megatron's ``Float16Module``; with virtual pipeline stages a ``ModuleList`` of such pieces
+    (:func:`chunks`).
 
     Args:
         architecture: shapes and experts.
@@ -139,16 +154,52 @@ def build_model(
         options: the recipe's ``megatron:`` block.
     """
     config = transformer_config(architecture, layout, precision, options)
+    if layout.chunks == 1:
+        return _chunk(architecture, config, random_seed, None)
+    stages = range(layout.chunks)
+    return torch.nn.ModuleList(_chunk(architecture, config, random_seed, at) for at in stages)
+
+
+def _chunk(
+    architecture: Architecture, config: TransformerConfig, random_seed: int, vp_stage: int | None
+) -> GPTModel | Float16Module:
+    where = {"ignore_virtual": vp_stage is None, "vp_stage": vp_stage}
     model = GPTModel(
         config=config,
-        transformer_layer_spec=block_spec(config, architecture.routing, random_seed),
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        transformer_layer_spec=block_spec(
+            config, architecture.routing, random_seed, vp_stage=vp_stage
+        ),
+        pre_process=parallel_state.is_pipeline_first_stage(**where),
+        post_process=parallel_state.is_pipeline_last_stage(**where),
+        vp_stage=vp_stage,
         **model_fields(architecture),
     )
     mask_padding(model, architecture)
     model.to(torch.cuda.current_device())
-    return Float16Module(config, model) if precision == "bf16" else model
+    return Float16Module(config, model) if config.bf16 else model
+
+
+def chunks(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The pieces of a model on this rank, one a virtual pipeline stage; without those the model."""
+    return list(model) if isinstance(model, torch.nn.ModuleList) else [model]
+
+
+def canonical_parameters(
+    model: torch.nn.Module,
+) -> Iterator[tuple[tuple[str, ...], torch.nn.Parameter]]:
+    """Every parameter here, wrapped or not, with the canonical names of what it holds."""
+    for piece in chunks(model):
+        inner = unwrap(piece)
+        names = canonical_names(inner)
+        for name, parameter in inner.named_parameters():
+            yield names[name], parameter
+
+
+def for_chunks(model: torch.nn.Module, batches: Iterator[Any]) -> Any:
+    """Micro-batches as Megatron's schedules take them: of a model in several pieces each asks for
+    all of them, at a time of its own."""
+    pieces = len(chunks(model))
+    return list(itertools.tee(batches, pieces)) if pieces > 1 else batches
 
 
 def model_fields(architecture: Architecture) -> dict[str, Any]:
@@ -210,13 +261,14 @@ def data_parallel_config(
 
 
 def wrap_ddp(
-    model: GPTModel | Float16Module,
+    model: torch.nn.Module,
     *,
     use_distributed_optimizer: bool,
     frozen: Collection[str] = (),
     options: MegatronOptions = NO_OPTIONS,
-) -> DistributedDataParallel:
-    """Megatron's gradient buffers around the model.
+) -> Any:
+    """Megatron's gradient buffers around the model, or around each of its :func:`chunks`: a
+    ``DistributedDataParallel`` or a ``ModuleList`` of them.
 
     The tensors of the canonical names ``frozen`` get no gradient and take no part in the optimizer,
     not even in its weight decay.
@@ -224,29 +276,48 @@ def wrap_ddp(
     The schedules' hooks (``no_sync_func``, ``finalize_model_grads_func``, ...) are set on the
     model's configuration, where Megatron's pipeline schedules look for them.
     """
-    config: TransformerConfig = model.config
-    freeze(unwrap(model), frozen)
+    pieces: list[Any] = chunks(model)
+    config: TransformerConfig = pieces[0].config
+    for piece in pieces:
+        freeze(unwrap(piece), frozen)
     ddp_config = data_parallel_config(use_distributed_optimizer, options)
-    ddp = DistributedDataParallel(config, ddp_config, model)
+    # Buckets let gradients leave early; of later pieces those of the first hide it (Megatron-LM).
+    wrapped = [
+        DistributedDataParallel(config, ddp_config, piece, disable_bucketing=at > 0)
+        for at, piece in enumerate(pieces)
+    ]
     config.finalize_model_grads_func = finalize_model_grads
     if ddp_config.overlap_grad_reduce:
-        config.no_sync_func = ddp.no_sync
-        config.grad_sync_func = ddp.start_grad_sync
-    if ddp_config.overlap_param_gather:
-        config.param_sync_func = ddp.start_param_sync
-    return ddp
+        config.no_sync_func = _one_or_all([ddp.no_sync for ddp in wrapped])
+        config.grad_sync_func = _one_or_all([ddp.start_grad_sync for ddp in wrapped])
+    if ddp_config.overlap_param_gather and ddp_config.align_param_gather:
+        # Else each bucket's gathering is begun by the one before it.
+        config.param_sync_func = _one_or_all([ddp.start_param_sync for ddp in wrapped])
+    return torch.nn.ModuleList(wrapped) if isinstance(model, torch.nn.ModuleList) else wrapped[0]
+
+
+def without_ddp(model: torch.nn.Module) -> torch.nn.Module:
+    """What :func:`wrap_ddp` was given."""
+    inside: list[Any] = [piece.module for piece in chunks(model)]
+    return torch.nn.ModuleList(inside) if isinstance(model, torch.nn.ModuleList) else inside[0]
+
+
+def _one_or_all(hooks: list[Any]) -> Any:
+    """As Megatron's schedules take them: one, or a list with one for every chunk."""
+    return hooks if len(hooks) > 1 else hooks[0]
 
 
 def gather_parameters(model: torch.nn.Module) -> None:
     """Make every parameter whole on this rank before something other than training looks at it:
     with ``overlap_param_gather`` that only happens as the next forward pass goes along."""
-    if isinstance(model, DistributedDataParallel) and model.ddp_config.overlap_param_gather:
-        model.disable_forward_pre_hook(param_sync=True)
-        model.enable_forward_pre_hook()
+    for piece in chunks(model):
+        if isinstance(piece, DistributedDataParallel) and piece.ddp_config.overlap_param_gather:
+            piece.disable_forward_pre_hook(param_sync=True)
+            piece.enable_forward_pre_hook()
 
 
 def unwrap(model: torch.nn.Module) -> GPTModel:
-    """The GPTModel inside Megatron's wrappers."""
+    """The GPTModel inside Megatron's wrappers, of one piece."""
     inner: Any = model
     while not isinstance(inner, GPTModel):
         inner = inner.module

@@ -8,7 +8,6 @@ from types import MappingProxyType
 from typing import Any
 
 import torch
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import (
     ChainedOptimizer,
     MegatronOptimizer,
@@ -23,8 +22,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.optim.adam import adam
 from torch.optim.adamw import adamw
 
-from megatron_btx.engine.freezing import canonical_names
-from megatron_btx.engine.model import unwrap
+from megatron_btx.engine.model import canonical_parameters, chunks
 from megatron_btx.engine.unsupported_options import megatron_errors
 from megatron_btx.errors import UserError
 from megatron_btx.recipe.schema import Training
@@ -55,7 +53,7 @@ def optimizer_config(training: Training) -> OptimizerConfig:
 
 
 def build_optimizer(
-    model: DistributedDataParallel, training: Training, rates: Mapping[str, float] = NO_RATES
+    model: torch.nn.Module, training: Training, rates: Mapping[str, float] = NO_RATES
 ) -> MegatronOptimizer:
     """AdamW with the stage's settings. Its state is fresh; master weights start from the model's
     (rounded) weights, so set those first, or call ``reload_model_params`` after.
@@ -76,22 +74,21 @@ def build_optimizer(
             lr = {"max_lr": rate, "min_lr": min_lr(training) * rate / training.lr}
             here = ParamWithNamePredicate(f"lr {rate}", lambda p, _, own=own: id(p) in own)
             overrides[ParamKey(with_name_predicate=here)] = ParamGroupOverride(**lr)
-        built: Any = get_megatron_optimizer(config, [model], overrides if rates else None)
+        built: Any = get_megatron_optimizer(config, chunks(model), overrides if rates else None)
     # Where nothing of a kind learns on any rank, Megatron leaves an empty shell that can neither be
     # saved nor loaded.
     whole = [one for one in built.chained_optimizers if not one.is_stub_optimizer]
     return built if len(whole) == len(built.chained_optimizers) else ChainedOptimizer(whole)
 
 
-def _by_rate(model: DistributedDataParallel, rates: Mapping[str, float]) -> dict[float, set[int]]:
+def _by_rate(model: torch.nn.Module, rates: Mapping[str, float]) -> dict[float, set[int]]:
     """Ids of the parameters that have a learning rate of their own, by that."""
-    inner = unwrap(model)
-    names = canonical_names(inner) if rates else {}
     found: dict[float, set[int]] = {}
-    for name, parameter in inner.named_parameters() if rates else ():
-        own = {rates.get(held) for held in names[name]}
+    for names, parameter in canonical_parameters(model) if rates else ():
+        own = {rates.get(held) for held in names}
         if len(own) > 1:
-            what = f"gives the experts of a rank different rates, and {name} holds all of them"
+            what = f"gives the experts of a rank different rates: one tensor holds {names[0]} to "
+            what += names[-1]
             fix = "give them one rate, or each rank one expert (expert_model_parallel_size)"
             raise UserError("lr_groups", what, fix)
         (rate,) = own
@@ -125,6 +122,8 @@ def build_schedule(
         end_wd=training.weight_decay,
         wd_incr_steps=steps,
         wd_incr_style="constant",
+        wsd_decay_steps=training.lr_wsd_decay_iters,
+        lr_wsd_decay_style=training.lr_wsd_decay_style,
     )
 
 

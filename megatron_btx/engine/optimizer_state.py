@@ -12,13 +12,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
-from megatron_btx.engine.freezing import canonical_names
-from megatron_btx.engine.model import gather_parameters, unwrap
+from megatron_btx.engine.model import canonical_parameters, chunks, gather_parameters
 
 _STATES = ("param", "exp_avg", "exp_avg_sq")
 """What AdamW keeps of a parameter: its master weight in fp32, and two moments."""
@@ -35,46 +33,43 @@ class Carried:
 
 
 @torch.no_grad()
-def take(model: DistributedDataParallel, optimizer: MegatronOptimizer) -> Carried:
+def take(model: torch.nn.Module, optimizer: MegatronOptimizer) -> Carried:
     """The state of every parameter that learns, whole on each data-parallel rank; what the model
     was wrapped in is let go of. Every rank calls it."""
     gather_parameters(model)
     carried = Carried()
-    inner = unwrap(model)
-    names = canonical_names(inner)
     owners = _owners(optimizer)
-    for name, parameter in inner.named_parameters():
+    for names, parameter in canonical_parameters(model):
         if not parameter.requires_grad:
             continue
         whole = _whole(owners[_is_expert(parameter)], parameter)
-        parts = whole.unbind(1) if len(names[name]) > 1 else (whole,)  # of several experts
-        carried.states |= dict(zip(names[name], parts, strict=True))
+        parts = whole.unbind(1) if len(names) > 1 else (whole,)  # of several experts
+        carried.states |= dict(zip(names, parts, strict=True))
     groups = [group for one in owners.values() for group in one.optimizer.param_groups]
     carried.step = max(int(group.get("step", 0)) for group in groups)
-    _let_go(model)
+    for piece in chunks(model):
+        _let_go(piece)
     return carried
 
 
 @torch.no_grad()
-def give(model: DistributedDataParallel, optimizer: MegatronOptimizer, carried: Carried) -> None:
+def give(model: torch.nn.Module, optimizer: MegatronOptimizer, carried: Carried) -> None:
     """Put back what :func:`take` took; what has none begins without moments, from the model's
     weight. AdamW's count of updates is one for all, as Megatron's distributed optimizer has it."""
-    inner = unwrap(model)
-    names = canonical_names(inner)
     owners = _owners(optimizer)
     for one in owners.values():
         one.init_state_fn(one.optimizer, one.config)
         for group in one.optimizer.param_groups:
             group["step"] = carried.step
-    for name, parameter in inner.named_parameters():
-        known = [part for part in names[name] if part in carried.states]
+    for names, parameter in canonical_parameters(model):
+        known = [part for part in names if part in carried.states]
         if not parameter.requires_grad or not known:
             continue
         owner = owners[_is_expert(parameter)]
         whole = _whole(owner, parameter)
-        for place, part in enumerate(names[name]):
+        for place, part in enumerate(names):
             if part in carried.states:
-                target = whole[:, place] if len(names[name]) > 1 else whole
+                target = whole[:, place] if len(names) > 1 else whole
                 target.copy_(carried.states[part].reshape(target.shape))
         _set(owner, parameter, whole)
 
@@ -128,7 +123,7 @@ def _set(owner: Any, parameter: torch.nn.Parameter, whole: Tensor) -> None:
         target.copy_(row)
 
 
-def _let_go(model: DistributedDataParallel) -> None:
+def _let_go(model: Any) -> None:
     """Let nothing of a wrapper reach its parameters any more: a graph that is still in memory keeps
     its hooks alive."""
     if model.use_forward_hook:

@@ -20,7 +20,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_btx.engine.heartbeat import HEART
-from megatron_btx.engine.model import gather_parameters, unwrap
+from megatron_btx.engine.model import chunks, for_chunks, gather_parameters
 from megatron_btx.engine.moe.noise import set_routing_context
 from megatron_btx.engine.moe.router import Load, collect_load, dropless, routers
 from megatron_btx.errors import UserError
@@ -169,20 +169,22 @@ class _Pass:
         self.model, self.name, self.sequences, self.step = model, name, sequences, step
         dp = parallel_state.get_data_parallel_world_size()
         self.count = -(-len(sequences) // (most * dp))
+        if len(chunks(model)) > 1:  # the interleaved schedule takes them in groups of PP
+            pp = parallel_state.get_pipeline_model_parallel_world_size()
+            self.count = -(-self.count // pp) * pp
         self.size = -(-len(sequences) // (self.count * dp))
 
     def outputs(self, keep: Keep, listeners: Sequence[Listener] = ()) -> list[dict[str, Tensor]]:
         """What ``keep`` makes of the masks and losses [B, S] of each of this rank's micro-batches.
         Empty where the last pipeline stage is elsewhere."""
-        modules = unwrap(self.model)
-        was_training = modules.training
+        was_training = self.model.training
         self.model.eval()
         forward = functools.partial(_forward, step=self.step, keep=keep, listeners=listeners)
-        with torch.no_grad(), dropless(modules):
+        with torch.no_grad(), dropless(self.model):
             outputs: list[dict[str, Tensor]] = get_forward_backward_func()(
                 forward_step_func=forward,
-                data_iterator=self._batches(),
-                model=[self.model],
+                data_iterator=for_chunks(self.model, self._batches()),
+                model=chunks(self.model),
                 num_microbatches=self.count,
                 seq_length=self.sequences[0]["tokens"].shape[-1],
                 micro_batch_size=self.size,

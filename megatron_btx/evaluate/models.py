@@ -71,7 +71,10 @@ def _check_layout(architecture: Architecture, layout: Layout) -> None:
         mix=Mix(include_seed=False),
         finetune=Training(),
     )
-    wrong = list(check_layout.problems(recipe, "--layout", layout, moe=bool(experts)))
+    wrong = [
+        *check_layout.problems(recipe, "--layout", layout, moe=bool(experts)),
+        *check_layout.evaluation(layout, "--layout"),
+    ]
     if wrong:
         raise UserErrors([UserError(p.key.replace(".", " ", 1), p.what, p.fix) for p in wrong])
 

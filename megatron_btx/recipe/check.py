@@ -15,6 +15,7 @@ from megatron_btx.recipe import (
     check_freezing,
     check_layout,
     check_mix,
+    count,
     slurm,
     systems,
     upstream,
@@ -47,6 +48,7 @@ def problems(recipe: Recipe) -> list[Problem]:
     for key, stage in stages(recipe).items():
         found += _stage(recipe, key, stage)
     found += check_layout.problems(recipe, "evaluate.layout", recipe.evaluate.layout, moe=True)
+    found += check_layout.evaluation(recipe.evaluate.layout, "evaluate.layout")
     if recipe.evaluate.tokens < recipe.model.seq_length:
         found.append(Problem("evaluate.tokens", *_too_few(recipe.evaluate.tokens, recipe.model)))
     found += slurm.problems(recipe)
@@ -301,8 +303,10 @@ def _stage(recipe: Recipe, key: str, stage: Training) -> Iterator[Problem]:
             f"({stage.micro_batch_size} x {layout.data_parallel_size})",
             f"use a multiple of {batch}",
         )
-    if stage.min_lr is not None and stage.min_lr > stage.lr:
-        yield Problem(f"{key}.min_lr", f"{stage.min_lr} is above lr ({stage.lr})", "lower it")
+    else:
+        micro_batches = stage.global_batch_size // batch
+        yield from check_layout.batches(layout, f"{key}.layout", micro_batches)
+    yield from _learning_rate(key, stage, count.steps(stage, model) if trains else 0)
     if stage.eval_tokens < model.seq_length:
         yield Problem(f"{key}.eval_tokens", *_too_few(stage.eval_tokens, model))
     for block in upstream.SOURCES:
@@ -310,6 +314,25 @@ def _stage(recipe: Recipe, key: str, stage: Training) -> Iterator[Problem]:
             wrong = upstream.problem(block, name, value)
             if wrong is not None:
                 yield Problem(f"{key}.megatron.{block}.{name}", *wrong)
+
+
+def _learning_rate(key: str, stage: Training, steps: int) -> Iterator[Problem]:
+    """What Megatron's schedule would refuse, or compute from a decay that began before step 0."""
+    if stage.min_lr is not None and stage.min_lr > stage.lr:
+        yield Problem(f"{key}.min_lr", f"{stage.min_lr} is above lr ({stage.lr})", "lower it")
+    iters, where = stage.lr_wsd_decay_iters, f"{key}.lr_wsd_decay_iters"
+    if stage.lr_decay_style != "WSD":
+        if iters is not None:
+            what = f"is of lr_decay_style WSD, and that is {stage.lr_decay_style}"
+            yield Problem(where, what, "remove it, or set `lr_decay_style: WSD`")
+    elif iters is None:
+        fix = "add `lr_wsd_decay_iters: ` and a number of steps"
+        yield Problem(f"{key}.lr_decay_style", "WSD decays for how many steps?", fix)
+    elif steps and iters + min(stage.lr_warmup_iters, steps - 1) > steps:
+        what = (
+            f"warm-up ({stage.lr_warmup_iters}) and decay ({iters}) do not fit into {steps} steps"
+        )
+        yield Problem(where, what, "lower it, or give the stage more tokens")
 
 
 def _widths(key: str, stage: Training, model: Model, chunks: int) -> Iterator[Problem]:

@@ -80,12 +80,45 @@ def _divides(recipe: Recipe, key: str, layout: Layout, *, moe: bool) -> Iterator
             f"{tp} does not divide the padded vocabulary ({padded})",
             f"make model.make_vocab_size_divisible_by a multiple of {tp}",
         )
+    yield from _virtual(model.num_layers, key, layout)
     if model.num_layers % pp:
         yield Problem(
             f"{key}.pipeline_model_parallel_size",
             f"{pp} does not divide model.num_layers ({model.num_layers})",
             "lower it, or change the model",
         )
+
+
+def _virtual(num_layers: int, key: str, layout: Layout) -> Iterator[Problem]:
+    pp, size = layout.pipeline_model_parallel_size, layout.virtual_pipeline_model_parallel_size
+    virtual = f"{key}.virtual_pipeline_model_parallel_size"
+    if size is None:
+        return
+    if pp == 1:
+        yield Problem(virtual, f"is {size} without a pipeline, whose stages it cuts", "remove it")
+    elif num_layers % (pp * size) and not num_layers % pp:
+        what = f"{pp} stages of {size} pieces do not divide model.num_layers ({num_layers})"
+        yield Problem(virtual, what, "lower it, or change the model")
+
+
+def batches(layout: Layout, key: str, num_microbatches: int) -> Iterator[Problem]:
+    """The interleaved schedule works through micro-batches in groups of PP, and fails on a last one
+    that is smaller."""
+    pp = layout.pipeline_model_parallel_size
+    if layout.chunks > 1 and num_microbatches % pp:
+        yield Problem(
+            f"{key}.virtual_pipeline_model_parallel_size",
+            f"needs a multiple of {pp} micro-batches a step (PP), and there are {num_microbatches}",
+            f"make global_batch_size / (micro_batch_size x data_parallel_size) a multiple of {pp}",
+        )
+
+
+def evaluation(layout: Layout, key: str) -> Iterator[Problem]:
+    """Nothing waits in an evaluation's pipeline that virtual stages would fill, and a text that is
+    asked alone is one micro-batch."""
+    if layout.chunks > 1:
+        what = "is of training only: any checkpoint is evaluated under any layout"
+        yield Problem(f"{key}.virtual_pipeline_model_parallel_size", what, "remove it")
 
 
 def _sequence(recipe: Recipe, key: str, layout: Layout, *, moe: bool) -> Iterator[Problem]:

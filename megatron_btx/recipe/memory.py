@@ -198,9 +198,10 @@ def _stage(architecture: Architecture, training: Training, stage: int) -> Memory
     micro_batches = training.global_batch_size // (
         training.micro_batch_size * layout.data_parallel_size
     )
-    in_flight = min(pp - stage, max(1, micro_batches))
+    passes = in_flight(layout, stage, micro_batches)
     kept, transient = _layers(architecture, training)
-    activations = in_flight * (kept + (rows if stage == 0 else 0))
+    embedded = -(-passes // layout.chunks) if stage == 0 else 0
+    activations = passes * kept + embedded * rows
     if stage == pp - 1:
         vocabulary = architecture.padded_vocab_size // tp
         activations += 2 * rows
@@ -215,10 +216,22 @@ def _stage(architecture: Architecture, training: Training, stage: int) -> Memory
         activations=activations,
         transient=transient,
         held=_held(architecture, training, activations)
-        + in_flight * model.num_layers // pp * _gates(architecture, training)
+        + passes * (model.num_layers // pp // layout.chunks) * _gates(architecture, training)
         + distributed * 4 * (dense + experts),
         saving=weights + optimizer if training.async_save else 0,
     )
+
+
+def in_flight(layout: Layout, stage: int, micro_batches: int) -> int:
+    """Passes through a piece of the model whose activations a rank of pipeline stage ``stage``
+    holds at once: those that Megatron's schedule runs before the first backward pass
+    (``get_pp_rank_microbatches``), and one. A piece is all layers of a rank, or of a virtual stage.
+    """
+    pp = layout.pipeline_model_parallel_size
+    ahead = pp - stage - 1
+    if layout.chunks > 1:
+        ahead = 2 * ahead + (layout.chunks - 1) * pp
+    return min(ahead + 1, layout.chunks * max(1, micro_batches))
 
 
 def _held(architecture: Architecture, training: Training, activations: int) -> int:
@@ -232,10 +245,10 @@ def _held(architecture: Architecture, training: Training, activations: int) -> i
 
 
 def _layers(architecture: Architecture, training: Training) -> tuple[int, int]:
-    """(kept by all layers of a pipeline stage for one micro-batch, brought back by recomputation
-    at any one time)."""
+    """(kept by all layers of a pipeline stage, or of a virtual one, for one micro-batch; brought
+    back by recomputation at any one time)."""
     options, layout = training.megatron.transformer, training.layout
-    layers = architecture.model.num_layers // layout.pipeline_model_parallel_size
+    layers = architecture.model.num_layers // layout.pipeline_model_parallel_size // layout.chunks
     attention, ffn = layer_activations(architecture, training)
     whole = attention + ffn
     is_moe = architecture.routing is not None

@@ -110,6 +110,9 @@ class Layout:
     """TP: ranks that divide every matrix."""
     pipeline_model_parallel_size: int = within(1, 10**6, default=1)
     """PP: ranks that divide the layers."""
+    virtual_pipeline_model_parallel_size: int | None = within(2, 10**6, default=None)
+    """Virtual pipeline stages a rank, each a piece of the layers (Megatron's interleaved schedule:
+    less waiting, more sends); of training only. ``None``: its layers are one piece."""
     context_parallel_size: int = within(1, 10**6, default=1)
     """CP: 1, anything else is refused."""
     data_parallel_size: int = within(1, 10**6, default=1)
@@ -132,6 +135,11 @@ class Layout:
             * self.context_parallel_size
             * self.data_parallel_size
         )
+
+    @property
+    def chunks(self) -> int:
+        """Pieces of the model on each rank, Megatron's model chunks."""
+        return self.virtual_pipeline_model_parallel_size or 1
 
     @property
     def etp(self) -> int:
@@ -176,8 +184,13 @@ class Training:
     """``None``: a tenth of ``lr``."""
     lr_warmup_iters: int = within(0, default=100)
     """Steps of linear warm-up."""
-    lr_decay_style: Literal["cosine", "linear", "constant", "inverse-square-root"] = "cosine"
-    """How the learning rate falls from its peak to `min_lr`."""
+    lr_decay_style: Literal["cosine", "linear", "constant", "inverse-square-root", "WSD"] = "cosine"
+    """How the learning rate falls from its peak to `min_lr`. ``WSD`` (warm-up, stable, decay): it
+    stays at the peak until the last ``lr_wsd_decay_iters`` steps."""
+    lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "exponential"
+    """How it falls in those."""
+    lr_wsd_decay_iters: int | None = within(1, default=None)
+    """Steps of WSD's decay; must be given with it."""
     weight_decay: float = within(0, 100, default=0.1)
     """AdamW's."""
     adam_beta1: float = within(0, 0.999999, default=0.9)

@@ -48,6 +48,7 @@ OWNED = {
             for name in (
                 "tensor_model_parallel_size",
                 "pipeline_model_parallel_size",
+                "virtual_pipeline_model_parallel_size",
                 "context_parallel_size",
                 "expert_model_parallel_size",
                 "expert_tensor_parallel_size",
@@ -137,13 +138,13 @@ _FIXED = {
     ),
     **dict.fromkeys(
         (
-            "virtual_pipeline_model_parallel_size",
             "pipeline_model_parallel_layout",
             "num_layers_in_first_pipeline_stage",
             "num_layers_in_last_pipeline_stage",
         ),
         "layers are split evenly over the pipeline's stages",
     ),
+    "microbatch_group_size_per_vp_stage": "virtual stages take micro-batches in groups of PP",
     "perform_initialization": (
         "all weights come from a plan, and without it Megatron's gradient norm takes the shards of "
         "tensor parallelism for replicas"

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
-from megatron.core.distributed import DistributedDataParallel
-from megatron.core.models.gpt import GPTModel
+import torch
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.transformer.module import Float16Module
 
 from megatron_btx.engine import optimizer_state
-from megatron_btx.engine.model import wrap_ddp
+from megatron_btx.engine.model import without_ddp, wrap_ddp
 from megatron_btx.engine.optimizer import build_optimizer, build_schedule
 from megatron_btx.recipe import freezing
 from megatron_btx.recipe.architecture import Architecture
@@ -41,8 +39,8 @@ class Learning:
         return freezing.flops_per_token(self.architecture, self.at(step).frozen)
 
     def begin(
-        self, model: GPTModel | Float16Module, step: int
-    ) -> tuple[DistributedDataParallel, MegatronOptimizer, OptimizerParamScheduler]:
+        self, model: torch.nn.Module, step: int
+    ) -> tuple[torch.nn.Module, MegatronOptimizer, OptimizerParamScheduler]:
         """Wrapper, optimizer and schedule for training from ``step`` on; a fresh optimizer."""
         training = self.training
         wrapped = wrap_ddp(
@@ -60,7 +58,7 @@ class Learning:
         what begins to learn has none. Every rank calls it."""
         carried = optimizer_state.take(run.model, run.optimizer)
         schedule = run.schedule.state_dict()
-        run.model, run.optimizer, run.schedule = self.begin(run.model.module, run.step)
+        run.model, run.optimizer, run.schedule = self.begin(without_ddp(run.model), run.step)
         optimizer_state.give(run.model, run.optimizer, carried)
         run.schedule.load_state_dict(schedule)
         per_token = self.flops_per_token(run.step)

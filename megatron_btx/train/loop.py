@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
@@ -30,7 +29,8 @@ from megatron_btx.train.throughput import Device
 class Run:
     """One training stage in progress."""
 
-    model: DistributedDataParallel
+    model: torch.nn.Module
+    """In Megatron's wrappers."""
     optimizer: MegatronOptimizer
     schedule: OptimizerParamScheduler
     batches: Callable[[int], Iterator[Batch]]

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
+from megatron_btx.engine.model import chunks, for_chunks
 from megatron_btx.engine.moe.noise import set_routing_context
 from megatron_btx.train.throughput import Stopwatch
 
@@ -67,7 +67,7 @@ def mean_loss(
 
 
 def train_step(
-    model: DistributedDataParallel,
+    model: torch.nn.Module,
     optimizer: MegatronOptimizer,
     schedule: OptimizerParamScheduler | None,
     batches: Iterator[Batch],
@@ -81,6 +81,7 @@ def train_step(
     """Forward and backward of every micro-batch, then the update.
 
     Args:
+        model: in Megatron's wrappers (``engine.model.wrap_ddp``).
         batches: at least ``num_microbatches`` micro-batches for this data-parallel rank, the same
             on every tensor- and pipeline-parallel rank.
         step: counts from 0; keys the routing's noise and temperature.
@@ -93,12 +94,14 @@ def train_step(
     if masked:
         held = list(itertools.islice(batches, num_microbatches))
         batches, weight = iter(held), token_weight([batch["loss_mask"] for batch in held])
-    model.zero_grad_buffer()
+    pieces: list[Any] = chunks(model)
+    for piece in pieces:
+        piece.zero_grad_buffer()
     optimizer.zero_grad()
     forwards = get_forward_backward_func()(
         forward_step_func=functools.partial(forward_step, step=step, weight=weight),
-        data_iterator=batches,
-        model=[model],
+        data_iterator=for_chunks(model, batches),
+        model=pieces,
         num_microbatches=num_microbatches,
         seq_length=seq_length,
         micro_batch_size=micro_batch_size,

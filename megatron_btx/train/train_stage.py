@@ -246,7 +246,7 @@ def check_mix(recipe: Recipe, run_dir: Path) -> dict[str, Any]:
     return {"plan": plan.hash, "made_of": plan.describe().splitlines()}
 
 
-_SCHEDULE = ("lr", "lr_warmup_iters", "lr_decay_style")
+_SCHEDULE = ("lr", "lr_warmup_iters", "lr_decay_style", "lr_wsd_decay_style", "lr_wsd_decay_iters")
 
 
 def _lineage(recipe: Recipe, name: str, training: Training, plan: Plan | None) -> dict[str, Any]:

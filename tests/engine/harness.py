@@ -122,14 +122,16 @@ def gradients(ddp: Any, micro: list[Any], case: Case) -> Pieces:
 
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
+    from megatron_btx.engine.model import chunks, for_chunks
     from megatron_btx.train.step import forward_step, token_weight
 
-    ddp.zero_grad_buffer()
+    for chunk in chunks(ddp):
+        chunk.zero_grad_buffer()
     weight = None if case.eos_id is None else token_weight([one["loss_mask"] for one in micro])
     get_forward_backward_func()(
         forward_step_func=functools.partial(forward_step, step=0, weight=weight),
-        data_iterator=iter(micro),
-        model=[ddp],
+        data_iterator=for_chunks(ddp, iter(micro)),
+        model=chunks(ddp),
         num_microbatches=len(micro),
         seq_length=case.architecture.model.seq_length,
         micro_batch_size=case.micro_batch_size,
@@ -142,11 +144,15 @@ def gradients(ddp: Any, micro: list[Any], case: Case) -> Pieces:
 
 def gather_gradients(ddp: Any) -> None:
     """Make every rank's gradient whole where reducing has left each a shard of it."""
-    for group in (*ddp.bucket_groups, *ddp.expert_parallel_bucket_groups):
-        peers = group.intra_distributed_optimizer_instance_group
-        for bucket in group.buckets:
-            shards = bucket.grad_data.chunk(peers.size())
-            torch.distributed.all_gather(list(shards), shards[peers.rank()].clone(), group=peers)
+    from megatron_btx.engine.model import chunks
+
+    for chunk in chunks(ddp):
+        for group in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups):
+            peers = group.intra_distributed_optimizer_instance_group
+            for bucket in group.buckets:
+                shards = bucket.grad_data.chunk(peers.size())
+                mine = shards[peers.rank()].clone()
+                torch.distributed.all_gather(list(shards), mine, group=peers)
 
 
 def microbatches(case: Case, step: int) -> Iterator[dict[str, torch.Tensor]]:

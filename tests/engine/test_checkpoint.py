@@ -107,7 +107,13 @@ def same_weights(saved: list[Any], loaded: list[Any]) -> None:
         assert np.array_equal(tensor, after[name]), name
 
 
+PP2_VP2 = replace(PP2, virtual_pipeline_model_parallel_size=2)
+PP2_VP2_EP2 = replace(PP2_VP2, data_parallel_size=2, expert_model_parallel_size=2)
 CASES = {  # written under, read under
+    "moe ep2 pp2 vp2 distributed -> tp2 ep2": (
+        Case(MOE, PP2_VP2_EP2, use_distributed_optimizer=True),
+        [TP2_EP2],
+    ),
     "dense tp2 -> pp2": (Case(DENSE, TP2), [PP2]),
     "moe ep2 -> tp2 ep2": (Case(MOE, EP2), [TP2_EP2]),
     "moe ep2 distributed -> tp2 ep2": (Case(MOE, EP2, use_distributed_optimizer=True), [TP2_EP2]),

@@ -22,6 +22,7 @@ from tests.ranks import Ranks
 
 TP2 = Layout(tensor_model_parallel_size=2)
 PP2 = Layout(pipeline_model_parallel_size=2)
+PP2_VP2 = replace(PP2, virtual_pipeline_model_parallel_size=2)
 DP2 = Layout(data_parallel_size=2)
 EP2 = Layout(data_parallel_size=2, expert_model_parallel_size=2)
 EP4 = Layout(data_parallel_size=4, expert_model_parallel_size=4)
@@ -30,6 +31,7 @@ TP2_EP2 = Layout(
     tensor_model_parallel_size=2, expert_model_parallel_size=2, expert_tensor_parallel_size=1
 )
 TP2_PP2_EP2 = replace(TP2_EP2, pipeline_model_parallel_size=2)
+PP2_VP2_EP2 = replace(EP2, pipeline_model_parallel_size=2, virtual_pipeline_model_parallel_size=2)
 TP2_DP2_EP2 = replace(TP2_EP2, data_parallel_size=2)
 
 RECOMPUTE = MegatronOptions(
@@ -69,6 +71,17 @@ CASES = {
     "dense-tp2": Case(DENSE, TP2),
     "dense-tp2-sp": Case(DENSE, replace(TP2, sequence_parallel=True)),
     "dense-pp2": Case(DENSE, PP2),
+    "dense-pp2-vp2": Case(DENSE, PP2_VP2),
+    "dense-tied-pp2-vp2": Case(TIED, PP2_VP2),
+    "moe-pp2-vp2-ep2-distopt": Case(MOE, PP2_VP2_EP2, use_distributed_optimizer=True),
+    "moe-pp2-vp2-ep2-overlap-distopt": Case(
+        MOE, PP2_VP2_EP2, use_distributed_optimizer=True, megatron=OVERLAP
+    ),
+    "shared-expert-tp2-pp2-vp2-ep2-recompute": Case(
+        SHARED,
+        replace(TP2_PP2_EP2, virtual_pipeline_model_parallel_size=2),
+        megatron=RECOMPUTE,
+    ),
     "dense-dp2": Case(DENSE, DP2),
     "dense-dp2-distopt": Case(DENSE, DP2, use_distributed_optimizer=True),
     "moe-pp2": Case(MOE, PP2),

@@ -17,12 +17,17 @@ from typing import Any
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
-from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler, router_gating_linear
+from megatron.core.transformer.moe.moe_utils import (
+    MoEAuxLossAutoScaler,
+    router_gating_linear,
+    topk_routing_with_score_function,
+)
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.distributed import all_gather_into_tensor
 
+from megatron_btx.engine import platform
 from megatron_btx.engine.moe import loss_tracker, noise, routing
 from megatron_btx.engine.moe.loss_tracker import BALANCE_LOSS
 from megatron_btx.engine.moe.routing import Routes
@@ -84,6 +89,14 @@ ROUTER_OPTIONS: Supported = {
     "moe_token_dispatcher_type": ("alltoall", "allgather"),
 }
 """Of Megatron's router and its dispatchers."""
+
+WITH_TRANSFORMER_ENGINE: Supported = {
+    "moe_router_force_load_balancing": (False, True),
+    "moe_router_fusion": (False, True),
+    "moe_token_dispatcher_type": ("alltoall", "allgather", "flex"),
+}
+"""Beside Transformer Engine's layers: its fused top-k, DeepEP or HybridEP, random routes for
+benchmarks. Not run: they need GPUs."""
 
 
 class BTXRouter(TopKRouter):
@@ -169,6 +182,9 @@ class BTXRouter(TopKRouter):
 
     def routes(self, logits: Tensor, length: int) -> Routes:
         """Gates and routing map [s * b, N] of logits [s * b, N]; none dropped, no loss attached."""
+        if self.config.moe_router_fusion:  # check_config: topk
+            pre_softmax = self.recipe.moe_router_pre_softmax
+            return megatron_topk(logits, self.topk, use_pre_softmax=pre_softmax, fused=True)
         if self.function == "topk":
             function = routing.topk_of_all if self.recipe.moe_router_pre_softmax else routing.topk
             return function(logits, self.topk)
@@ -254,15 +270,37 @@ class BTXRouter(TopKRouter):
         ).to(device)
 
 
-def check_config(config: TransformerConfig, routing: Routing) -> None:
+def megatron_topk(logits: Tensor, k: int, *, use_pre_softmax: bool, fused: bool) -> Routes:
+    """Megatron's own ``topk``; fused it is one kernel of Transformer Engine's, which may send a
+    token with equal logits elsewhere than ours does."""
+    gates, routing_map = topk_routing_with_score_function(
+        logits, k, use_pre_softmax=use_pre_softmax, fused=fused
+    )
+    return gates, routing_map
+
+
+def check_config(
+    config: TransformerConfig, routing: Routing, machine: platform.Platform | None = None
+) -> None:
     """That the router does what the configuration asks for.
+
+    Args:
+        config: the model's.
+        routing: the recipe's.
+        machine: ``None``: this one.
 
     Raises:
         UserErrors: all that it does not.
     """
     wrong: list[UserError] = []
+    supported, who = ROUTER_OPTIONS, "BTXRouter without Transformer Engine"
+    if (machine or platform.detect()).layers == "transformer_engine":
+        supported, who = {**ROUTER_OPTIONS, **WITH_TRANSFORMER_ENGINE}, "BTXRouter"
     with collect_errors(wrong):
-        refuse_unfollowed(vars(config), ROUTER_OPTIONS, "BTXRouter")
+        refuse_unfollowed(vars(config), supported, who)
+    if config.moe_router_fusion and routing.type != "topk":
+        what = f"fuses Megatron's top-k, and routing type is {routing.type!r}"
+        wrong.append(UserError("megatron.transformer.moe_router_fusion", what, "remove it"))
     fields = transformer_fields(routing, config.num_moe_experts)
     wrong += [
         UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -358,6 +359,54 @@ def router_errors() -> list[str]:
             build(ONE, ROUTINGS["topk"], **megatron)
         found.append(str(error.value))
     return found
+
+
+def beside_transformer_engine() -> list[str]:
+    """What ``check_config`` says where its layers are not, option by option; where they are, it
+    allows them."""
+    from megatron_btx.engine.model import transformer_config
+    from megatron_btx.engine.moe.router import check_config
+    from megatron_btx.engine.platform import Platform
+    from megatron_btx.errors import UserError
+
+    config = transformer_config(MOE, ONE, "fp32")
+    assert MOE.routing is not None
+    machine = Platform(cuda=True, transformer_engine=True, apex=False)
+    said = []
+    for name, value in (
+        ("moe_router_force_load_balancing", True),
+        ("moe_token_dispatcher_type", "flex"),
+        ("moe_router_fusion", True),
+    ):
+        changed = copy.copy(config)
+        setattr(changed, name, value)  # Megatron itself refuses some of them on this machine
+        check_config(changed, MOE.routing, machine)
+        with pytest.raises(UserError) as error:
+            check_config(changed, MOE.routing)
+        said.append(str(error.value))
+    switch = Routing(type="switch")
+    config = transformer_config(dataclasses.replace(MOE, routing=switch), ONE, "fp32")
+    config.moe_router_fusion = True
+    with pytest.raises(UserError, match="routing type is 'switch'"):
+        check_config(config, switch, machine)
+    return said
+
+
+def test_options_that_are_transformer_engines(ranks: Ranks) -> None:
+    for said in ranks.run(beside_transformer_engine, 1)[0]:
+        assert "is not supported by BTXRouter without Transformer Engine" in said
+
+
+@pytest.mark.parametrize("pre_softmax", [False, True])
+def test_what_the_fused_kernel_computes_is_our_topk(pre_softmax: bool) -> None:
+    from megatron_btx.engine.moe import routing
+    from megatron_btx.engine.moe.router import megatron_topk
+
+    logits = draw(3, 40, EXPERTS)
+    gates, chosen = megatron_topk(logits, 2, use_pre_softmax=pre_softmax, fused=False)
+    ours = (routing.topk_of_all if pre_softmax else routing.topk)(logits, 2)
+    torch.testing.assert_close(gates, ours[0], rtol=1e-6, atol=1e-7)
+    assert torch.equal(chosen, ours[1])
 
 
 def test_what_the_router_would_not_follow_is_refused(ranks: Ranks) -> None:
