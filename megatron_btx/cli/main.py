@@ -31,18 +31,10 @@ from megatron_btx.cli import (
 )
 from megatron_btx.cli.common import coloured
 from megatron_btx.errors import UserError
+from megatron_btx.pipeline import failure
 from megatron_btx.pipeline.local.runner import EXIT_INTERRUPTED
 
 EXIT_USER, EXIT_PIPE = 2, 141
-
-_SPACE = "free some space, or give another `run_dir:`"
-_RIGHTS = "make it writable, or give another `run_dir:`"
-_DISK = {
-    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _SPACE),
-    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), _RIGHTS),
-    **dict.fromkeys((errno.ENAMETOOLONG, errno.ELOOP), "correct the path"),
-}
-"""What a person can do about a disk that refuses, or a path that cannot be."""
 
 _EPILOG = """examples:
   btx init --example demo                      write an example out, where there is no checkout
@@ -71,10 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.errno == errno.EPIPE or (error.errno == errno.EIO and error.filename is None):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return EXIT_PIPE
-        if error.errno not in _DISK:
+        problem = failure.of_system(error)
+        if problem is None:
             raise
-        where, what = error.filename or "the disk", str(error.strerror).lower()
-        problem = UserError(str(where), what, _DISK[error.errno])
         sys.stderr.write(f"{coloured('error')}: {problem}\n")
         return EXIT_USER
 

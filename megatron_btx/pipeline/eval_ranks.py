@@ -22,6 +22,7 @@ from typing import Any
 from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.evaluate.model_spec import Subject
 from megatron_btx.files import find_json, write_json
+from megatron_btx.pipeline import failure
 from megatron_btx.pipeline.local import reaper, runner
 from megatron_btx.recipe.schema import Layout
 
@@ -154,15 +155,16 @@ def main(arguments: list[str] | None = None) -> int:
         if os.environ["RANK"] == "0":
             write_json(scratch / "answer.json", {"answer": found})
         return 0
-    except UserError as error:
+    except Exception as raised:
+        error = failure.of_system(raised) if isinstance(raised, OSError) else raised
+        if not isinstance(error, UserError):
+            traceback.print_exc()
+            return 1
         errors = error.errors if isinstance(error, UserErrors) else [error]
         triples = [[one.where, one.what, one.fix] for one in errors]
         if not (scratch / "error.json").exists():
             write_json(scratch / "error.json", {"errors": triples})
         return 2
-    except Exception:
-        traceback.print_exc()
-        return 1
 
 
 def _work(request: EvalRequest) -> Any:

@@ -52,6 +52,30 @@ def as_seen(directory: Path, error: Exception) -> Exception:
     return error
 
 
+_PLACE = "or give another place (a recipe's `run_dir:`)"
+_WHILE_READ = "leave the files alone while they are used, and start again"
+_FIXES = {
+    **dict.fromkeys(_FULL, f"free some space, {_PLACE}"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM), f"change its permissions, {_PLACE}"),
+    errno.EROFS: f"make it writable, {_PLACE}",
+    **dict.fromkeys((errno.ENAMETOOLONG, errno.ELOOP), "correct the path"),
+    **dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ESTALE), _WHILE_READ),
+    errno.EIO: "see the disk and the system's log, and start again",
+}
+"""What a person can do about a disk that refuses, a path that cannot be, and a file that went away
+behind a command that had found it."""
+
+
+def of_system(error: OSError) -> UserError | None:
+    """What the system says of a file as a user's error; ``None``: it is about no file, or nothing
+    that a person can put right."""
+    fix = _FIXES.get(error.errno or 0)
+    named = error.filename is not None or error.errno in _FULL
+    if fix is None or not named:
+        return None
+    return UserError(str(error.filename or "the disk"), str(error.strerror).lower(), fix)
+
+
 def has_space(directory: Path) -> bool:
     """Whether a megabyte can be written there."""
     trial = unfinished(directory / "space")

@@ -125,6 +125,7 @@ def test_a_choice_sees_the_prefix_alone():
     found = btm.chosen_weights(index, ids, decode, k=1, every=4)
     points = btm.choice_points(len(text), every=4)
     assert points == [0, 1, 3, 7]
+    assert btm.choice_points(20, every=4) == [0, 1, 3, 7, 11, 15, 19]
     for position in range(len(text)):
         known = max(point for point in points if point <= position)
         best = int(np.argmax(index.similarity(decode(range(known + 1)))))

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
+from megatron_btx.cli.main import main
 from megatron_btx.errors import UserError
+from megatron_btx.mix import offline
 from megatron_btx.mix.one_model import copy
 from megatron_btx.weights.integrity import HASHES, files_of, hash_file, hashes_of
 from megatron_btx.weights.megatron import open_megatron
 from megatron_btx.weights.write_safetensors import write_safetensors
 from megatron_btx.weights.write_torch_dist import write_torch_dist
-from tests.mix.commands import btx, named
+from tests.mix.commands import btx, named, save
+from tests.weights.models import dense
 
 
 def flip(path, place: int) -> None:
@@ -127,4 +131,27 @@ def test_a_source_that_changes_while_it_is_read_is_noticed(sources, tmp_path, wr
     with pytest.raises(UserError, match="was changed while it was read") as caught:
         write(plan, tmp_path / "out")
     assert str(payload) in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_source_that_goes_away_is_one_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As an old step of a run that is still training does."""
+    for seed, label in enumerate("ab"):
+        save(dense(label, seed), tmp_path / label, "hf")
+    prepared = offline._prepared
+
+    def gone(request):
+        found = prepared(request)
+        shutil.rmtree(tmp_path / "a")
+        return found
+
+    monkeypatch.setattr(offline, "_prepared", gone)
+    words = ["--sources", f"a={tmp_path / 'a'}", f"b={tmp_path / 'b'}"]
+    assert main(["mix", *words, "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert str(tmp_path / "a" / "model.safetensors") in said
+    assert "no such file or directory" in said
+    assert "leave the files alone" in said
     assert not (tmp_path / "out").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -52,3 +53,20 @@ def test_another_error_is_itself(tmp_path: Path) -> None:
     error = RuntimeError("loss is NaN")
     assert failure.leave(tmp_path, 0, error) is error
     assert json.loads((tmp_path / "error.json").read_text())["kind"] == "crash"
+
+
+def test_what_the_system_says_of_a_file_is_the_user_s_error() -> None:
+    """With what to do about it; what is about no file is a crash."""
+    for number, words in (
+        (errno.ENOSPC, "free some space"),
+        (errno.EACCES, "change its permissions"),
+        (errno.EROFS, "make it writable"),
+        (errno.ENOENT, "leave the files alone"),
+        (errno.EIO, "the system's log"),
+    ):
+        found = failure.of_system(OSError(number, os.strerror(number), "there"))
+        assert found is not None
+        assert found.where == "there"
+        assert words in found.fix
+    assert failure.of_system(OSError(errno.ENOENT, "none")) is None
+    assert failure.of_system(OSError(errno.ECONNRESET, "reset", "there")) is None

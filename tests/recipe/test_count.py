@@ -146,6 +146,8 @@ def test_what_llamas_relatives_have_besides() -> None:
     # Two layers in which a token sees 8 others instead of 32: scores and values, 96 wide.
     assert flops[0] - flops[1] == 2 * 4 * 96 * (32 - 8)
     assert flops[2] == flops[1], "biases and norms are no matrices"
+    more = [count.parameters(replace(plain, model=m)).norms for m in (windowed, relative)]
+    assert more[1] - more[0] == 3 * ((6 + 2 * 2) * 16 + 2 * 16), "a bias a row; two norms of 16"
     wide = replace(plain, model=replace(SMALL, window_size=(99, 0)))
     assert count.forward_flops_per_token(wide) == flops[0], "no token sees more than there are"
     moe = mixture(SMALL, 100, type="topk")
@@ -183,6 +185,10 @@ def test_tied_embeddings_count_once_but_multiply() -> None:
     parameters = count.parameters(tied)
     assert (parameters.embedding, parameters.output) == (1024, 0)
     assert count.forward_flops_per_token(tied) > 2 * 1024
+
+
+def test_weights_are_shares() -> None:
+    assert count.mixture({"a": 3, "b": 1, "c": 0}) == {"a": 0.75, "b": 0.25}
 
 
 def test_steps_round_up() -> None:
