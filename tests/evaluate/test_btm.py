@@ -7,9 +7,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from megatron_btx.evaluate import btm
-from megatron_btx.evaluate.btm_heldout import cost
+from megatron_btx.evaluate.btm_heldout import _documents, cost
 from megatron_btx.evaluate.tfidf import TfIdf, sample, words
 from megatron_btx.recipe import count
 from tests.evaluate import made
@@ -133,6 +134,21 @@ def test_a_choice_sees_the_prefix_alone():
     whole = btm.chosen_weights(index, ids, decode, k=1, context="document")
     assert whole.argmax(0).tolist() == [0] * len(text)  # code
     assert found[:, 0].tolist() == [0, 0, 1]
+
+
+@pytest.mark.parametrize(("most", "places"), [(5, [0, 2, 4, 6, 8]), (4, [0, 2, 5, 7]), (99, None)])
+def test_documents_of_several_pairs_at_even_distances(tmp_path, most, places):
+    """Of ten documents in two pairs; the end token is no text."""
+    spoken = made.tokenizer()
+    texts = [f"loop {'value ' * number}" for number in range(10)]
+    for name, part in (("a", texts[:3]), ("b", texts[3:])):
+        builder = IndexedDatasetBuilder(str(tmp_path / f"{name}.bin"), dtype=np.uint16)
+        for text in part:
+            ids = [*spoken.encode([text])[0].tolist(), spoken.eos_id]
+            builder.add_document(torch.tensor(ids), [len(ids)])
+        builder.finalize(str(tmp_path / f"{name}.idx"))
+    found = list(_documents([tmp_path / "a", tmp_path / "b"], spoken, most))
+    assert found == [texts[at] for at in (range(10) if places is None else places)]
 
 
 def test_documents_are_drawn_evenly():
