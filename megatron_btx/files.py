@@ -33,7 +33,7 @@ def unfinished(path: Path) -> Path:
 def sweep(directory: Path) -> None:
     """Delete what killed processes left unfinished in ``directory`` and below. Whoever calls it
     knows that none is at work there."""
-    for left in list(directory.rglob(".*.tmp")):  # a walk does not like what it walks to vanish
+    for left in list(directory.rglob(".*.tmp")):  # a list: files vanish under a walk
         if not re.search(r"\.\d+\.tmp$", left.name):
             continue
         if left.is_dir() and not left.is_symlink():

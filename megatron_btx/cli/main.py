@@ -1,5 +1,5 @@
-"""The command line, ``btx``. Imports no torch, and each command only what it needs: asked a second
-time, a finished run answers at once."""
+"""The command line, ``btx``. Imports no torch, and each command only what it needs, so that ``btx
+run`` of a finished run returns at once."""
 
 from __future__ import annotations
 

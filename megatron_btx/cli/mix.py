@@ -82,7 +82,7 @@ def run(options: argparse.Namespace) -> int:
         sys.stderr.write("hint: btx mix --report is now btx drift; the old name will go\n")
         return run_drift(options)
     request = request_of(options, "btx mix", ("sources", "out"))
-    # Asks git, by a child that for an instant is as large as we are: now, while we are small.
+    # This forks (to ask git), and a fork needs as much memory as this process has: so first.
     revision = code_revision()
     from megatron_btx.mix import offline
 
@@ -145,7 +145,7 @@ def _read(config: Path) -> Node:
 def _anchored(node: Node) -> Node:
     if isinstance(node.value, list):
         return replace(node, value=[_anchored(item) for item in node.value])
-    if not isinstance(node.value, str):  # whoever builds the request refuses it
+    if not isinstance(node.value, str):  # refused when the request is built
         return node
     name, path = named_path(node.value)
     if node.file is not None and os.path.lexists(node.file.parent / node.value):
@@ -155,8 +155,8 @@ def _anchored(node: Node) -> Node:
 
 
 def _add_flags(parser: argparse.ArgumentParser, names: Sequence[str] = ()) -> None:
-    """One flag a field of :class:`MixRequest`, or of those named; absent flags are None, so that a
-    file can say it."""
+    """One flag a field of :class:`MixRequest`, or of those named; absent flags are None, so that
+    ``--config`` can set them."""
     parser.add_argument("--config", metavar="YAML", help="these options from a file")
     helps = field_docs(MixRequest)
     for one, hint in zip(dataclasses.fields(MixRequest), _hints(), strict=True):

@@ -122,7 +122,7 @@ def check_numbers(options: argparse.Namespace) -> None:
 
 
 def setting_of(options: argparse.Namespace) -> dict[str, Any]:
-    """How text is run through a model (``evaluate.loss_on_text.Setting``)."""
+    """How text is run through a model (``evaluate.loss_on_text.EvalSetting``)."""
     return {
         "precision": options.precision,
         "micro_batch_size": options.micro_batch_size,

@@ -1,4 +1,4 @@
-"""``btx stage``: one rank of one stage, for batch scripts. Imports no torch until it runs."""
+"""``btx stage``: run one rank of one stage, for batch scripts. Imports no torch until it runs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def add_parser(commands: Any) -> None:
     parser = recipe_command(
         commands,
         "stage",
-        "be one rank of one stage, for batch scripts",
+        "run one rank of one stage, for batch scripts",
         "examples:\n"
         "  srun btx stage recipe.yaml expert:math     one task a rank\n"
         "  btx stage recipe.yaml export               a stage of one rank\n\n"
@@ -31,7 +31,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Be a rank; its exit code."""
+    """Run this process's rank; its exit code."""
     recipe = load_recipe(options.recipe)
     run_dir = Path(recipe.run_dir)
     stage = worker.stage_of(recipe, options.stage, run_dir)
@@ -44,7 +44,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _report_stage(recipe: Recipe, run_dir: Path, stage: Stage) -> None:
-    """The page as a stage: in a batch job there is no runner that would do it."""
+    """Write the page as a stage of its own: in a batch job no runner does it."""
     from megatron_btx.report import page
 
     state.claim(run_dir, stage)

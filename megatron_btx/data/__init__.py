@@ -4,7 +4,7 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """Told how far something is."""
+    """Called with how far something is."""
 
     def __call__(self, what: str, done: float, **speed: float) -> None:
         """``what`` is being done and ``done`` of it, from 0 to 1; where they are known,
@@ -12,4 +12,4 @@ class Progress(Protocol):
 
 
 def no_progress(what: str, done: float, **speed: float) -> None:
-    """The :class:`Progress` of those who don't watch."""
+    """A :class:`Progress` that shows nothing."""

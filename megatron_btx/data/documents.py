@@ -34,7 +34,7 @@ _COMPANIONS = re.compile(
     r"|(md5|sha1|sha256|sha512)sums?(\.txt)?|checksums?(\.txt)?"
     r"|dataset_infos?\.json|dataset_dict\.json|state\.json|cache-.*\.arrow"
 )
-"""Files beside the text that everybody knows to hold none; hidden ones are passed over too."""
+"""Files beside the text that hold none; hidden ones are skipped too."""
 
 
 def find_files(paths: Sequence[str | Path], *, where: str) -> list[Path]:

@@ -229,7 +229,7 @@ def _build(
 
 @contextmanager
 def _one_rank_at_least() -> Iterator[None]:
-    """Megatron's BlendedDataset asks for the rank even where there are no ranks: lend it one."""
+    """Megatron's BlendedDataset asks for the rank even where there are no ranks: one is made."""
     if dist.is_initialized():
         yield
         return

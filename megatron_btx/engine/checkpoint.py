@@ -266,7 +266,7 @@ def load(directory: Path, state: TrainingState) -> None:
     rng = sharded.pop("rng_state", None)
     if rng is not None and _same_world(directory):
         sharded["rng_state"] = rng
-    with _refusals(directory), checkpoint_hashes.guarded(directory):
+    with _load_errors(directory), checkpoint_hashes.guarded(directory):
         loaded = dist_checkpointing.load(sharded, str(directory))
         _load_weights(state.model, loaded["model"])
         if state.optimizer is not None:
@@ -278,7 +278,7 @@ def load(directory: Path, state: TrainingState) -> None:
 
 
 @contextlib.contextmanager
-def _refusals(directory: Path) -> Iterator[None]:
+def _load_errors(directory: Path) -> Iterator[None]:
     """What Megatron's loader makes of a checkpoint that it cannot use, in a user's words."""
     try:
         yield

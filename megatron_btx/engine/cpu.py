@@ -102,7 +102,7 @@ class _Stream:
     def synchronize(self) -> None: ...
 
     def record_event(self) -> _Stream:
-        """An event is waited for as a stream is: by doing nothing."""
+        """Waiting for an event does nothing, as for a stream."""
         return self
 
 

@@ -1,4 +1,4 @@
-"""Two defaults that cost a rank on a CPU much of its speed, and the other choice.
+"""Two defaults that slow a rank on a CPU down, and what is set instead.
 
 Neither changes what is computed: fp32 stays fp32, memory stays memory. Figures: docs/benchmarks.md.
 """
@@ -51,7 +51,7 @@ def multiply_with_onednn() -> bool:
     MKL keeps to AVX2 on a processor that is not Intel's: half the speed where there is AVX-512.
     torch carries oneDNN too, but hands it a product of fp32 only where that may be rounded to bf16
     on the way (``torch.set_float32_matmul_precision("medium")``). oneDNN rounds with Intel's AMX
-    alone; elsewhere the permission goes unused. That is tried out, not believed.
+    alone; elsewhere the permission goes unused. That is tested at run time.
 
     Returns:
         Whether oneDNN multiplies; not where somebody has set the precision already.

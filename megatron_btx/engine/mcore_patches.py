@@ -24,7 +24,7 @@ def install(platform: Platform) -> None:
     """Apply what this platform needs. Call it after ``cpu.install()``, before building a model."""
     megatron_release.silence_warnings()
     # Weight gradients into DDP's buffer without a copy between: Apex has a kernel for it, which
-    # Megatron's own layers (under Transformer Engine the output layer) will not do without.
+    # Megatron's own layers (under Transformer Engine the output layer) require.
     layers = importlib.import_module("megatron.core.tensor_parallel.layers")
     if not layers._grad_accum_fusion_available:
         _bind(layers.__name__, _grad_accum_fusion_available=True)

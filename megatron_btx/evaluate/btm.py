@@ -67,8 +67,8 @@ def posterior(log_probs: Tensor, prior: Tensor | None = None) -> Tensor:
 def top_weights(similarity: np.ndarray, k: int) -> np.ndarray:
     """Weight 1 / k for the k most similar models, float64 like ``similarity`` [..., N].
 
-    Of equals the last comes first: among models named as a recipe does it, the seed, which is the
-    generalist that a context without a known word should go to.
+    Ties go to the last model: as a recipe names them that is the seed, the generalist to which a
+    context without a known word should go.
     """
     order = np.argsort(-similarity[..., ::-1], axis=-1, kind="stable")[..., :k]
     weights = np.zeros_like(similarity, dtype=np.float64)

@@ -17,7 +17,7 @@ from megatron_btx.engine import distributed
 from megatron_btx.errors import UserError
 from megatron_btx.evaluate.evaluate_stage import evaluate_plan
 from megatron_btx.families.export import export_hf
-from megatron_btx.families.hf_routing import Gates
+from megatron_btx.families.hf_routing import HFRouting
 from megatron_btx.mix.one_model import copy
 from megatron_btx.recipe.schema import Recipe
 from megatron_btx.recipe.stages import directory
@@ -79,7 +79,7 @@ def compare(recipe: Recipe, run_dir: Path, checkpoint: Path, exported: Path) -> 
     domains = held_out(recipe, run_dir, tokens=SEQUENCES * recipe.model.seq_length, plain=True)
     plan = copy(open_megatron(checkpoint, "model"), dtype=torch.float32)
     if plan.architecture.routing is not None:
-        gates = Gates.of(plan.architecture).routing()
+        gates = HFRouting.of(plan.architecture).routing()
         plan = replace(plan, architecture=replace(plan.architecture, routing=gates))
     ours = evaluate_plan(plan, domains, settings, "fp32", recipe.random_seed)
     distributed.shutdown()

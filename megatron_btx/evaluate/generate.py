@@ -82,7 +82,7 @@ def pick(log_probs: Tensor, decoding: Decoding, draw: torch.Generator) -> int:
 
 
 class _Text:
-    """A prompt on its way."""
+    """A prompt that is being continued."""
 
     def __init__(self, predictor: Predictor, prompt: str, number: int, decoding: Decoding) -> None:
         self._predictor, self.number, self.decoding = predictor, number, decoding

@@ -1,4 +1,4 @@
-"""Checkpoints of any kind as live models on this job's ranks, with the tokenizer they speak."""
+"""Checkpoints of any kind as live models on this job's ranks, with their tokenizers."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def load(
 
 def _check_layout(architecture: Architecture, layout: Layout) -> None:
     """As a recipe's layouts are checked, on a recipe that would make this model; how long its
-    sequences are is looked at where they are made (data.py)."""
+    sequences are is looked at where they are made (loss_on_text.py)."""
     model, experts = architecture.model, architecture.experts
     width = count.expert_width(model) if experts else model.ffn_hidden_size
     recipe = Recipe(

@@ -2,8 +2,8 @@
 asserted, the harmless ones are declared, and any other is an error.
 
 A part reads its keys into fields of our ``Model`` and writes them from it. That the two agree is
-not believed: what is written is read again and compared (family.py), so that a family is only ever
-used for a model that it computes.
+checked: what is written is read again and compared (family.py), so that a family is only used for a
+model that it computes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_btx.errors import UserError
-from megatron_btx.families.hf_routing import Gates
+from megatron_btx.families.hf_routing import HFRouting
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.count import expert_width, kv_channels, query_groups
 from megatron_btx.recipe.fields import UTMOST, Range
@@ -66,7 +66,7 @@ class ConfigReading:
     model: dict[str, Any] = field(default_factory=dict)
     """Fields of our ``Model`` found so far."""
     experts: tuple[str, ...] = ()
-    gates: Gates | None = None
+    gates: HFRouting | None = None
     errors: list[UserError] = field(default_factory=list)
     known: set[str] = field(default_factory=lambda: set(HARMLESS))
     keys: dict[str, str] = field(default_factory=dict)
@@ -268,7 +268,7 @@ class Experts:
         reading.keys |= {"experts": named, "moe_router_topk": "num_experts_per_tok"}
         if reading.need("num_experts_per_tok") is not None:
             k = reading.typed(int, "num_experts_per_tok", 1, low=1)
-            reading.gates = Gates(k, normalised or k == count)
+            reading.gates = HFRouting(k, normalised or k == count)
 
     def _count(self, reading: ConfigReading, key: str) -> int | None:
         count: int | None = reading.typed(int, key, None, low=1, high=MOST_EXPERTS)
@@ -276,7 +276,7 @@ class Experts:
 
     def write(self, architecture: Architecture) -> dict[str, Any]:
         """Their number, names and gates."""
-        gates = Gates.of(architecture)
+        gates = HFRouting.of(architecture)
         asks: dict[str, Any] = (
             {} if self.normalised is not None else {"norm_topk_prob": gates.normalised}
         )

@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron_btx.errors import UserError, UserErrors, collect_errors
 from megatron_btx.families.config import ConfigPart, ConfigReading
-from megatron_btx.families.hf_routing import Gates
+from megatron_btx.families.hf_routing import HFRouting
 from megatron_btx.families.table import Table
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.count import expert_width, kv_channels, query_groups, windows
@@ -138,5 +138,5 @@ def computed(architecture: Architecture) -> dict[str, Any]:
     if architecture.experts:
         del facts["ffn_hidden_size"]
         facts["moe_ffn_hidden_size"] = expert_width(model)
-        facts |= {"experts": architecture.experts, "gates": Gates.of(architecture)}
+        facts |= {"experts": architecture.experts, "gates": HFRouting.of(architecture)}
     return facts

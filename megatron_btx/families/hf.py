@@ -13,7 +13,7 @@ import torch
 
 from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.families.family import Family
-from megatron_btx.families.hf_routing import Gates
+from megatron_btx.families.hf_routing import HFRouting
 from megatron_btx.families.llama import LLAMA, MISTRAL, QWEN2, QWEN3
 from megatron_btx.families.mixtral import MIXTRAL, QWEN2_MOE, QWEN3_MOE
 from megatron_btx.families.table import Table
@@ -88,7 +88,7 @@ def read_config(path: Path) -> tuple[Family, Architecture, dict[str, Any]]:
 
 
 def family_of(architecture: Architecture, preferred: str | None = None) -> Family:
-    """The family that computes what an architecture computes.
+    """The family that computes an architecture.
 
     Args:
         architecture: the model.
@@ -99,7 +99,7 @@ def family_of(architecture: Architecture, preferred: str | None = None) -> Famil
         UserError: there is none; it says what each one lacks.
     """
     if architecture.experts:
-        Gates.of(architecture)  # what no family computes is told once
+        HFRouting.of(architecture)  # what no family computes is told once
     first = FAMILIES.get(preferred or "")
     why = []
     for family in (*([first] if first else []), *FAMILIES.values()):
@@ -122,7 +122,7 @@ def wanted(architecture: Architecture, model_type: str) -> Family:
     if family is None:
         raise UserError(model_type, "is no known family", f"use one of {', '.join(FAMILIES)}")
     if architecture.experts:
-        Gates.of(architecture)
+        HFRouting.of(architecture)
     if lacking := family.lacks(architecture):
         what = f"does not compute this model: {', '.join(lacking)}"
         raise UserError(model_type, what, f"write a {family_of(architecture).model_type}")

@@ -1,4 +1,4 @@
-"""What a router computes when a model answers, whatever it was trained with."""
+"""What a router computes at inference, whatever it was trained with."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron_btx.recipe.schema import Routing
 
 
 @dataclass(frozen=True)
-class Gates:
+class HFRouting:
     """The k largest entries of a softmax over all experts, as they are or divided by their sum."""
 
     k: int
@@ -21,7 +21,7 @@ class Gates:
         return f"top-{self.k} {'summing to one' if self.normalised else 'as they are'}"
 
     @classmethod
-    def of(cls, architecture: Architecture) -> Gates:
+    def of(cls, architecture: Architecture) -> HFRouting:
         """The gates of an MoE.
 
         Switch's capacity is a rule for batches and no part of them: an exported model drops no

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from megatron_btx.errors import UserError
-from megatron_btx.families.hf_routing import Gates
+from megatron_btx.families.hf_routing import HFRouting
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.count import expert_width, kv_channels, query_groups
 
@@ -102,7 +102,7 @@ def _model(architecture: Architecture) -> dict[str, Any]:
 
 
 def _experts(architecture: Architecture) -> dict[str, Any]:
-    model, gates = architecture.model, Gates.of(architecture)
+    model, gates = architecture.model, HFRouting.of(architecture)
     if gates.k == 1 and gates.normalised:
         raise UserError("routing", "routes to one expert with weight 1; Megatron's router does not")
     return {

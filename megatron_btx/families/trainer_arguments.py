@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron_btx.errors import UserError
-from megatron_btx.families.hf_routing import Gates
+from megatron_btx.families.hf_routing import HFRouting
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.count import expert_width, kv_channels, query_groups
 from megatron_btx.weights.plan import Checkpoint
@@ -123,7 +123,7 @@ def _model(architecture: Architecture, tp: int) -> Iterator[tuple[str, Any]]:
 
 
 def _experts(architecture: Architecture) -> Iterator[tuple[str, Any]]:
-    model, gates = architecture.model, Gates.of(architecture)
+    model, gates = architecture.model, HFRouting.of(architecture)
     if gates.k == 1 and gates.normalised:
         what = "routes to one expert with weight 1; Megatron-LM's top-1 takes its probability"
         raise UserError("routing", what, "keep it in this project, or export it")

@@ -1,4 +1,4 @@
-"""Mixing offline: directories in, a directory out, in the memory that was promised."""
+"""Mixing offline: directories in, a directory out, within a limit of memory."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from megatron_btx.families.tokenizer_files import (
 from megatron_btx.mix.compatibility import speaker_of, tokenizer_words
 from megatron_btx.mix.plan_of_request import DTYPES, open_sources, plan_of
 from megatron_btx.mix.request import MixRequest
-from megatron_btx.mix.source_files import Watch
+from megatron_btx.mix.source_files import MixProgress
 from megatron_btx.provenance import versions
 from megatron_btx.recipe.count import parameters
 from megatron_btx.recipe.fields import out_of_range
@@ -63,7 +63,7 @@ def run(request: MixRequest, out: TextIO, revision: str | None = None) -> Plan:
     with (
         interrupted_once(),
         ThreadPoolExecutor(1) as pool,
-        Watch(plan.nbytes, out) as watch,
+        MixProgress(plan.nbytes, out) as watch,
     ):
         hashes = pool.submit(watch.hashes, models)
         execution = dataclasses.replace(execution, advance=watch.advance)
@@ -81,8 +81,8 @@ def run(request: MixRequest, out: TextIO, revision: str | None = None) -> Plan:
 
 @contextlib.contextmanager
 def interrupted_once() -> Iterator[None]:
-    """The first Ctrl-C ends the block at the next slab; further ones change nothing, so that what
-    is being ended in order is not torn. Outside the main thread there is nothing to do."""
+    """The first Ctrl-C ends the block at the next slab; further ones are ignored, so that
+    what is shutting down is not interrupted. Outside the main thread there is nothing to do."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -274,7 +274,7 @@ def _precision(plan: Plan) -> str:
 
 
 def _execution(request: MixRequest) -> Execution:
-    """Slabs and workers that keep a promise of memory.
+    """Slabs and workers that stay within a limit of memory.
 
     Besides what the process holds already, a worker holds a slab of the result, what it is made of
     (mapped pages count) and an fp64 accumulator: eight slabs are more than that.

@@ -2,7 +2,7 @@
 
 They are read a little behind the mix, out of memory, where it has just read them. What is compared:
 the hashes that were written with the checkpoint (``hashes.json``); where there are none, the CRC-32
-that ``torch.save`` stored with each tensor that is used. :class:`Watch` shows
+that ``torch.save`` stored with each tensor that is used. :class:`MixProgress` shows
 how far the mix is and keeps them behind it.
 """
 
@@ -131,7 +131,7 @@ def _natural(path: Path) -> tuple[int, str]:
     return (len(path.name), path.name)
 
 
-class Watch:
+class MixProgress:
     """Bytes written, their rate and the time left; usable from any thread."""
 
     def __init__(self, total: int, out: TextIO) -> None:
@@ -150,7 +150,7 @@ class Watch:
         self._bar.advance(self._task, count)
 
     def finished(self) -> None:
-        """Nothing is left to write: whoever follows need not wait any more."""
+        """Nothing is left to write: the hashes need not wait any more."""
         self._over = True
 
     def hashes(self, models: Sequence[Checkpoint]) -> dict[str, dict[str, str]]:
@@ -181,7 +181,7 @@ class Watch:
         rate = self._written / seconds / 1e9
         return f"{self._written / 1e9:.2f} GB written in {seconds:.1f} s, {rate:.2f} GB/s"
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> MixProgress:
         self._bar.start()
         return self
 

@@ -130,7 +130,7 @@ def _start(request: EvalRequest, world_size: int) -> Any:
 
 
 def _wait(ranks: list[subprocess.Popen[bytes]]) -> None:
-    """Until all have ended, or one has failed: the others would wait for it for ever."""
+    """Until all have ended, or one has failed: the others would never stop waiting for it."""
     while any(rank.poll() is None for rank in ranks):
         if any(rank.poll() for rank in ranks):
             time.sleep(1.0)  # to the end of its message
@@ -144,7 +144,7 @@ def _mistake(errors: list[list[str]]) -> UserError:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """A rank's life: 0, or 2 for a user's mistake, or 1 for a crash."""
+    """What a rank runs; its exit code: 0, 2 for a user's mistake, 1 for a crash."""
     reaper.die_with_parent()
     (name,) = sys.argv[1:] if arguments is None else arguments
     scratch = Path(name)

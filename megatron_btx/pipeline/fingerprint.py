@@ -36,7 +36,7 @@ class Memo:
             try:
                 known = json.loads(path.read_text(encoding="utf-8"))
             except (ValueError, RecursionError):
-                known = None  # a memo is only a memo: anything unreadable is asked again
+                known = None  # an unreadable memo only costs time: the files are hashed again
             entries = known.items() if isinstance(known, dict) else ()
             self._known = {
                 name: entry
@@ -61,7 +61,7 @@ class Memo:
     def paths(self, paths: Sequence[str]) -> list[list[str]]:
         """``[name, hash]`` of every file in ``paths``, directories walked; names are relative to
         what was given, so that moving a corpus changes nothing. A missing file has hash ``""``:
-        to complain about it is the recipe check's business."""
+        recipe/check.py reports it."""
         found = []
         for given in map(Path, paths):
             if given.is_dir():

@@ -1,7 +1,7 @@
 """A recipe's stages and what each one waits for. Data, and free of torch.
 
-One graph holds all systems (recipe/systems.py): a system is the kinds that take part, and a need
-that takes no part falls away. Experts of zero tokens are linked to the seed.
+One graph holds all systems (recipe/systems.py): a system is the kinds of stages that take part,
+and what a stage needs of other kinds is left out. Experts of zero tokens are linked to the seed.
 
 Every stage has a key: the hash of its own part of the recipe, of the text it reads and of the keys
 of the models it starts from. A stage is done when ``done.json`` in its directory holds this key.

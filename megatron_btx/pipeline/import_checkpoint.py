@@ -1,7 +1,7 @@
 """Stages whose model is taken as it is: ``seed: {from: DIR}``, and experts of zero tokens.
 
-The checkpoint is checked and linked where the stage would have left its own, so that nothing behind
-it can tell the difference. A Hugging Face directory is converted to that place.
+The checkpoint is checked and linked where the stage would have left its own, so that the
+stages after it need not know. A Hugging Face directory is converted to that place.
 """
 
 from __future__ import annotations

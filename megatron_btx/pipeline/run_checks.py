@@ -60,7 +60,7 @@ def check(recipe: Recipe, run_dir: Path, left: tuple[Stage, ...], gpus: int | No
 
 
 def warnings(recipe: Recipe) -> Iterator[str]:
-    """What a person should know, though it stops nothing."""
+    """Warnings: nothing that stops the run."""
     from megatron_btx.train import tracking
 
     yield from run_plan.warnings(recipe)

@@ -86,7 +86,7 @@ def _has_been(run_dir: Path, stage: Stage) -> bool:
     return stage.kind == "prepare" and record is not None and record.get("key") == stage.key
 
 
-def standing(run_dir: Path, stage: Stage) -> tuple[str, str]:
+def status(run_dir: Path, stage: Stage) -> tuple[str, str]:
     """``done``, ``stopped`` or ``left``, and of what is not done why: that it was stopped or has
     failed, that what it was made from has changed, or nothing where it was never begun."""
     directory = run_dir / stage.directory

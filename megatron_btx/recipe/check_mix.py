@@ -9,7 +9,7 @@ from megatron_btx.recipe.messages import near_key
 from megatron_btx.recipe.schema import Mix, Recipe
 
 GROUPS = ("embeddings", "attention", "norms", "ffn", "head")
-"""Kinds of tensors, by which drift is told."""
+"""Kinds of tensors, as drift reports them."""
 AVERAGED = tuple(group for group in GROUPS if group != "ffn")
 """Those that may be averaged differently."""
 

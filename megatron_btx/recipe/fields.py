@@ -18,7 +18,7 @@ from megatron_btx.errors import notice
 from megatron_btx.recipe.messages import show
 
 UTMOST = 10**18
-"""The highest value of any number: what is beyond is a slip of the hand."""
+"""The highest value of any number: beyond it is a typing error."""
 COUNT = 10**6
 """That of ranks, sequences and the like, far above all that exists."""
 

@@ -156,7 +156,7 @@ def keeps_probabilities(seq_length: int, width: int) -> bool:
 
 def query_rows(seq_length: int) -> int:
     """How many queries attention on a CPU works through at a time. Fewer leave out more of the
-    scores that are masked anyway, but below 128 the products become too small for their price."""
+    scores that are masked anyway, but below 128 the products are too small to be efficient."""
     return min(seq_length, max(128, seq_length // 8))
 
 

@@ -1,4 +1,4 @@
-"""``report.html``: one page about a run, readable without a network for as long as HTML is."""
+"""``report.html``: one self-contained page about a run."""
 
 from __future__ import annotations
 

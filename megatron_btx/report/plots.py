@@ -1,6 +1,6 @@
 """Pictures as SVG: a line chart and a heatmap, drawn in the page's own colours.
 
-Colours are CSS classes (style.py), so that one picture serves light and dark. Sizes are in CSS
+Colours are CSS classes (html.py), so that one picture serves light and dark. Sizes are in CSS
 pixels at the picture's natural width. Every mark carries its numbers in a ``<title>``.
 """
 

@@ -60,7 +60,7 @@ class RoutingView:
         return found
 
     def as_json(self) -> dict[str, Any]:
-        """All of it, the dead named."""
+        """Every line, with the dead experts by name."""
         return {**asdict(self), "dead": self.dead(), "layers": len(over_domains(self.load))}
 
 

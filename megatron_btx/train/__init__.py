@@ -1,1 +1,1 @@
-"""The training loop and what listens to it."""
+"""The training loop and its callbacks."""

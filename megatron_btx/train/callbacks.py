@@ -1,6 +1,6 @@
-"""What listens to training: metrics, held-out evaluation, replica checks, checkpoints.
+"""The callbacks of training: metrics, held-out evaluation, replica checks, checkpoints.
 
-Their order is their meaning: an evaluation is logged before the checkpoint that follows it, so that
+Their order matters: an evaluation is logged before the checkpoint that follows it, so that
 a run going on from a checkpoint has logged all up to it.
 """
 

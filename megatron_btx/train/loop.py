@@ -1,5 +1,5 @@
-"""The loop: sequencing and nothing else. What listens to it is a callback; asked to stop by a
-signal, the ranks agree on a step, save and leave."""
+"""The training loop: it calls the steps and the callbacks in their order. Asked to stop by a
+signal, the ranks agree on a step, save and exit."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ class StopRequest:
 
 @contextmanager
 def listening() -> Iterator[StopRequest]:
-    """Within it the stop signals are noted instead of ending the process."""
+    """Within this block a stop signal sets the request instead of ending the process."""
     request = StopRequest()
     before = {number: signal.signal(number, request._note) for number in STOP_SIGNALS}
     try:

@@ -72,8 +72,8 @@ class Tracker:
             "settings": settings,
         }
         mode = _mode(recipe.wandb)
-        # A launcher's signals reach every process of a task, and its service dies of USR1. TERM it
-        # takes in any case.
+        # A launcher's signals reach every process of a task, and SIGUSR1 kills its service, which
+        # handles SIGTERM by itself.
         with checkpoint_workers.block_signals():
             try:
                 self._run = wandb.init(mode=mode, **arguments)

@@ -106,7 +106,7 @@ def _write_pieces(
 
 
 def as_json(value: Any) -> bytes:
-    """JSON as people read it."""
+    """JSON, indented."""
     return (json.dumps(value, indent=2) + "\n").encode()
 
 

@@ -37,7 +37,7 @@ class Execution:
     ) -> Iterator[memoryview]:
         """The bytes of ``target``, or of a box of it, in row-major order, a slab at a time.
 
-        Where something was NaN or infinite, ``errors`` gets which of the sources are to blame.
+        Where something is NaN or infinite, ``errors`` gets the sources that hold it.
         """
         target = plan.resolved(target)
         elements = max(1, self.slab // target.dtype.itemsize)
@@ -53,7 +53,7 @@ class Execution:
 
 
 ONE_BY_ONE = Execution()
-"""One file after the other, with nobody watching."""
+"""One file after the other, without progress."""
 
 
 def all_finite(values: Tensor) -> bool:
@@ -68,7 +68,7 @@ def as_bytes(tensor: Tensor) -> memoryview:
 
 
 def _not_finite(plan: Plan, target: Expression, elements: int) -> list[UserError]:
-    """Which of the source tensors that a target is made of are to blame."""
+    """Which of the source tensors that a target is made of are not finite."""
     fix = "train on, or mix, another checkpoint of it"
     errors = []
     for take in dict.fromkeys(takes(target)):

@@ -1,7 +1,7 @@
 """``hashes.json``: the hash of each file of a checkpoint, written with it, checked when it is read.
 
 XXH3 of 128 bits finds damage (a flipped bit, a lost block, another step's file) at the speed of
-memory, some ten times that of SHA-256. It is no defence against someone who means harm, who could
+memory, some ten times that of SHA-256. It is no defence against an attacker, who could
 write ``hashes.json`` anew: against that, nothing in a checkpoint is run (safe_unpickle.py).
 ``mix.json`` says which sources a mix was made of by SHA-256. Imports no torch.
 """

@@ -1,4 +1,4 @@
-"""Safetensors files: one file, or those of a directory that are the model (model_files.py).
+"""Safetensors files: one file, or those of a directory that are the model (find_checkpoint.py).
 
 The format is a little-endian length, a JSON header of that length (name -> dtype, shape, byte
 range) and the tensors' bytes; nothing in it can run code.

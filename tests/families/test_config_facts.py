@@ -11,7 +11,7 @@ import pytest
 
 from megatron_btx.errors import UserError
 from megatron_btx.families.hf import FAMILIES
-from megatron_btx.families.hf_routing import Gates
+from megatron_btx.families.hf_routing import HFRouting
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.count import expert_width, kv_channels, query_groups, windows
 from tests.families.published import PUBLISHED
@@ -93,7 +93,7 @@ def ours(found: Architecture) -> dict[str, Any]:
         scaling = ("llama3", model.rope_scaling_factor)
     elif model.seq_len_interpolation_factor is not None:
         scaling = ("linear", model.seq_len_interpolation_factor)
-    gates = Gates.of(found) if experts else None
+    gates = HFRouting.of(found) if experts else None
     return {
         "layers": model.num_layers,
         "head": kv_channels(model),

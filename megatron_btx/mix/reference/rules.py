@@ -1,4 +1,4 @@
-"""The mixes' rules once more, plainly: whole tensors, float64, no plan.
+"""The mixes' rules a second time, by plain loops: whole tensors, float64, no plan.
 
 The second implementation that ``btx verify`` compares results with. It knows the words of
 ``mix.json``, and the definition of a random number here: number i of ``name`` is number ``i mod

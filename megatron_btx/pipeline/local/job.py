@@ -32,7 +32,7 @@ class RunSetting:
     worker: tuple[str, ...]
     """Command of a rank; recipe and stage follow."""
     token: str
-    """The run's mark (guard.py)."""
+    """The run's mark (reaper.py)."""
     scratch: Path
     """A directory of this machine for the files through which ranks find each other."""
 

@@ -26,7 +26,7 @@ _WORDS = {"done": "done", "stopped": "stopped", "failed": "failed"}
 
 
 @dataclass(slots=True)
-class Standing:
+class StageProgress:
     """How far a stage is, read from what it writes."""
 
     directory: Path
@@ -44,7 +44,7 @@ class Standing:
     _offset: int = 0
     _times: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=30))
 
-    def read(self) -> Standing:
+    def read(self) -> StageProgress:
         """Take in what is new; cheap enough to be called ten times a second."""
         path = self.directory / "metrics.jsonl"
         with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
@@ -76,7 +76,7 @@ class Standing:
             self.summary.add(record)
         if kind == "start":
             self.total = float(record.get("total_steps", 0))
-            self._times.clear()  # the pause before a resume is nobody's speed
+            self._times.clear()  # the pause before a resume does not count
         elif kind == "train":
             self.done, self.loss = float(record["step"]), record.get("loss")
             self.tokens_per_second = record.get("tokens_per_second")
@@ -150,7 +150,7 @@ class ProgressView:
     def __init__(self, stream: IO[str] | None = None, interval: float = 20.0) -> None:
         self.stream: Any = _Patient(stream or sys.stderr)
         self.interval = interval
-        self._standing: dict[str, Standing] = {}
+        self._standing: dict[str, StageProgress] = {}
         self._said: dict[str, float] = {}
 
     def __enter__(self) -> ProgressView:
@@ -162,14 +162,14 @@ class ProgressView:
     def begin(self, job: StageJob) -> None:
         """A stage has started."""
         name = job.stage.name
-        self._standing[name] = Standing(job.directory)
+        self._standing[name] = StageProgress(job.directory)
         self._said[name] = time.monotonic()
         attempt = f", attempt {job.attempt}" if job.attempt > 1 else ""
         ranks = f"{job.stage.world_size} rank{'s' * (job.stage.world_size > 1)}"
         self.note(f"{name}: started ({ranks}{attempt})")
 
     def update(self, jobs: Sequence[StageJob]) -> None:
-        """Time has passed."""
+        """Print how far the running stages are, where it is time to."""
         for job in jobs:
             if time.monotonic() - self._said[job.stage.name] >= self.interval:
                 self._said[job.stage.name] = time.monotonic()
@@ -180,7 +180,7 @@ class ProgressView:
         self.note(f"{job.stage.name}: {_WORDS[verdict]} after {clock(job.seconds)}")
 
     def note(self, text: str) -> None:
-        """Say something."""
+        """Print a line."""
         self.stream.write(f"{time.strftime('%H:%M:%S')} {text}\n")
         self.stream.flush()
 
@@ -220,11 +220,11 @@ class Bars(ProgressView):
         """A stage has started."""
         assert self._bars is not None
         name = job.stage.name
-        self._standing[name] = Standing(job.directory)
+        self._standing[name] = StageProgress(job.directory)
         self._rows[name] = self._bars.add_task(name, total=None, words="starting")
 
     def update(self, jobs: Sequence[StageJob]) -> None:
-        """Time has passed."""
+        """Print how far the running stages are, where it is time to."""
         assert self._bars is not None
         if time.monotonic() < self._next:
             return
@@ -250,7 +250,7 @@ class Bars(ProgressView):
         self._bars.console.print(f"{sign}[/] {words}")
 
     def note(self, text: str) -> None:
-        """Say something above the bars."""
+        """Print a line above the bars."""
         assert self._bars is not None
         self._bars.console.print(text, markup=False)
 

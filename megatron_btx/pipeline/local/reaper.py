@@ -86,7 +86,7 @@ def watcher(token: str, scratch: Path) -> Iterator[None]:
 
 
 def _watch(read_end: int, token: str, scratch: Path) -> None:
-    """The watcher's life; never returns."""
+    """What the watcher process runs; never returns."""
     try:
         os.setsid()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

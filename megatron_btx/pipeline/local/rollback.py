@@ -15,7 +15,7 @@ _FILES = ("recipe.yaml", "lock", "fingerprints.json", "results.json", "report.ht
 """What a run writes beside its stages."""
 
 
-class Undo:
+class Rollback:
     """A run that fails by a mistake in its input before it has made anything worth keeping has
     changed nothing: what it made is removed, a stage that it set aside is back in its place, the
     recipe kept beside it is the former one. Whatever was saved on the way keeps all of it."""
@@ -31,7 +31,7 @@ class Undo:
         self._saved: set[tuple[Path, int]] = set()
         self._recipe: bytes | None = None
 
-    def __enter__(self) -> Undo:
+    def __enter__(self) -> Rollback:
         self._made = state.make(self.run_dir)
         return self
 

@@ -21,7 +21,7 @@ from megatron_btx.pipeline.graph import Stage
 from megatron_btx.pipeline.local import reaper
 from megatron_btx.pipeline.local.job import RunSetting, StageJob
 from megatron_btx.pipeline.local.progress import ProgressView
-from megatron_btx.pipeline.local.rollback import Undo
+from megatron_btx.pipeline.local.rollback import Rollback
 
 WORKER = (sys.executable, "-m", "megatron_btx.pipeline.worker")
 GRACE = 600.0
@@ -73,15 +73,15 @@ def run(
         UserError: another run holds the directory.
     """
     with contextlib.ExitStack() as stack:
-        undo = stack.enter_context(Undo(run_dir, stages, view))
+        rollback = stack.enter_context(Rollback(run_dir, stages, view))
         token = uuid.uuid4().hex
         scratch = Path(tempfile.mkdtemp(prefix="btx-"))
         stack.callback(shutil.rmtree, scratch, ignore_errors=True)
         # Before the lock: the watcher must not share it.
         stack.enter_context(reaper.watcher(token, scratch))
         stack.enter_context(locks.run_lock(run_dir))
-        undo.arm()
-        undo.wanted = True  # until the first stage begins
+        rollback.arm()
+        rollback.wanted = True  # until the first stage begins
         with written(run_dir / "recipe.yaml") as file:
             file.write(recipe_text)
         setting = RunSetting(
@@ -95,16 +95,18 @@ def run(
             view.note(f"{name}: shared with {there.parent}")
         signals = stack.enter_context(_Signals())
         stack.enter_context(view)
-        runner = _Runner(stages, setting, view, signals, inline or {}, max_parallel, grace, undo)
+        runner = _Runner(
+            stages, setting, view, signals, inline or {}, max_parallel, grace, rollback
+        )
         # Links to checkpoints that were taken are nothing anybody would miss.
         taken = {stage.name for stage in stages if stage.kind == "import"}
-        undo.wanted = False
+        rollback.wanted = False
         try:
             outcome = runner.run()
         except (UserError, OSError):
-            undo.wanted = taken.issuperset(runner.outcome.finished)
+            rollback.wanted = taken.issuperset(runner.outcome.finished)
             raise
-        undo.wanted = outcome.code == 2 and taken.issuperset(outcome.finished)
+        rollback.wanted = outcome.code == 2 and taken.issuperset(outcome.finished)
         return outcome
 
 
@@ -132,10 +134,10 @@ class _Runner:
         inline: Mapping[str, Callable[[], object]],
         max_parallel: int | None,
         grace: float,
-        undo: Undo,
+        rollback: Rollback,
     ) -> None:
         self.stages, self.setting, self.view, self.signals = stages, setting, view, signals
-        self.inline, self.grace, self.undo = inline, grace, undo
+        self.inline, self.grace, self.rollback = inline, grace, rollback
         self.max_parallel = max_parallel or len(stages)
         self.cores, self.gpus = cores(), gpus()
         left = state.left(setting.run_dir, stages)
@@ -166,7 +168,7 @@ class _Runner:
 
     def _wind_up(self) -> None:
         asked = [job for job in self.jobs if not job.stopping]
-        for job in self.jobs:  # before a word is said: there may be nobody left to say it to
+        for job in self.jobs:  # before a line is printed: the terminal may be gone
             job.stop(self.grace)
             if self.signals.count > 1:
                 job.kill()
@@ -211,7 +213,7 @@ class _Runner:
         run_dir = self.setting.run_dir
         aside = state.claim(run_dir, stage)
         if aside is not None:
-            self.undo.set_aside[run_dir / stage.directory] = aside
+            self.rollback.set_aside[run_dir / stage.directory] = aside
             self.view.note(
                 f"{stage.name}: its part of the recipe has changed; the former one is kept in "
                 f"{aside} (delete it if it is not wanted)"
@@ -240,7 +242,7 @@ class _Runner:
             return
         self.jobs.remove(job)
         if verdict == "stopped" and not (self.signals.count or self.outcome.code):
-            self.outcome.code = EXIT_INTERRUPTED  # somebody asked its ranks, not us
+            self.outcome.code = EXIT_INTERRUPTED  # its ranks got a signal that this process did not
         self.view.end(job, verdict)
         if verdict == "done":
             self.outcome.finished.append(job.stage.name)
@@ -261,7 +263,7 @@ def _report(job: StageJob, message: str) -> str:
 
 
 class _Signals:
-    """Counts the wishes to stop (Ctrl-C, SIGTERM, a closed terminal) instead of dying of them."""
+    """Counts stop signals (Ctrl-C, SIGTERM, a closed terminal) instead of ending the process."""
 
     def __init__(self) -> None:
         self.count = 0

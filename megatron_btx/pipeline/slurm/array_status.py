@@ -8,7 +8,7 @@ from pathlib import Path
 from megatron_btx.files import find_json
 from megatron_btx.pipeline import state
 from megatron_btx.pipeline.graph import Stage
-from megatron_btx.pipeline.local.progress import Standing, clock
+from megatron_btx.pipeline.local.progress import StageProgress, clock
 from megatron_btx.pipeline.slurm import commands
 from megatron_btx.pipeline.slurm.cause import cause
 from megatron_btx.pipeline.slurm.status_table import StageStatus
@@ -28,7 +28,9 @@ def row(run_dir: Path, stage: Stage, number: str, tasks: int) -> StageStatus:
     jobs = {job.task: job for job in commands.show_array(number) if job.name.startswith(stage.name)}
     active = [job for job in jobs.values() if job.active]
     at_work = [job for job in active if job.state == "RUNNING"]
-    seen = {task: Standing(place).read() for task, place in enumerate(places) if not over[task]}
+    seen = {
+        task: StageProgress(place).read() for task, place in enumerate(places) if not over[task]
+    }
     running = [seen[int(job.task)] for job in at_work if job.task.isdecimal() and
                int(job.task) in seen]  # fmt: skip
     share = (sum(over) + sum(one.done for one in seen.values())) / tasks

@@ -115,7 +115,7 @@ def call(
 
 
 def _words(text: str) -> str:
-    """A command's complaint in one line, without its own name."""
+    """A command's error message in one line, without the command's name."""
     lines = [re.sub(r"^\w+: (error: |fatal: )?", "", line) for line in text.splitlines()]
     return "; ".join(line for line in lines if line)
 

@@ -36,7 +36,7 @@ def script(
         run_dir: absolute; the job runs there and reads its ``recipe.yaml``.
         output: where the script itself writes; the ranks' logs are in the stage's directory.
         python: interpreter of the ranks.
-        token: what the run's directory must hold, as every node sees it (begin.py).
+        token: what the run's directory must hold, as every node sees it (attempt.py).
     """
     settings = recipe.slurm
     lines = [

@@ -1,4 +1,4 @@
-"""Which stages a submission is to be of. Imports no torch, and asks no Slurm."""
+"""Which stages ``btx submit`` submits. Imports no torch, and asks no Slurm."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def select(
     first: str | None = None,
     last: str | None = None,
 ) -> tuple[Stage, ...]:
-    """The stages that are wished for.
+    """The stages that are selected.
 
     Args:
         only: these, by stage (``expert:math``) or kind (``expert``).

@@ -11,7 +11,7 @@ from typing import Any
 from megatron_btx.errors import UserError
 from megatron_btx.pipeline import locks, parts, state
 from megatron_btx.pipeline.graph import Stage
-from megatron_btx.pipeline.local.progress import Standing, clock
+from megatron_btx.pipeline.local.progress import StageProgress, clock
 from megatron_btx.pipeline.slurm import array_status, commands, jobs, script
 from megatron_btx.pipeline.slurm.cause import cause
 from megatron_btx.pipeline.slurm.status_table import StageStatus
@@ -71,7 +71,7 @@ def _row(run_dir: Path, stage: Stage, number: str | None, noted: dict[str, Any])
     done = record is not None
     if job is not None and not jobs.is_of(job, run_dir, stage, noted):
         job = None  # Slurm counts anew: another run's job
-    seen = Standing(directory).read()
+    seen = StageProgress(directory).read()
     word = _word(directory, job, done)
     if word == "ended" and _is_run(run_dir, directory):
         word = "running"
@@ -119,7 +119,7 @@ def _is_run(run_dir: Path, directory: Path) -> bool:
     return since is not None and bool(attempts) and attempts[-1]["time"] >= since
 
 
-def _left(seen: Standing, job: commands.SlurmJob | None) -> str:
+def _left(seen: StageProgress, job: commands.SlurmJob | None) -> str:
     if job is None:
         return "" if seen.seconds_left is None else clock(seen.seconds_left)
     limit = job.time_left or "no limit"

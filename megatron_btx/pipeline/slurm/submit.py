@@ -126,7 +126,7 @@ def submit(
     """
     run_dir = run_dir.absolute()
     with contextlib.ExitStack() as stack:
-        undo = stack.enter_context(_removed_unless_kept(run_dir))
+        made = stack.enter_context(_removed_unless_kept(run_dir))
         stack.enter_context(locks.run_lock(run_dir))
         jobs.refuse_active(run_dir, chosen)
         preflight.fits(recipe, chosen, commands.nodes())
@@ -134,7 +134,7 @@ def submit(
         scripts = prepared(recipe, run_dir, chosen, directory, token)
         notes = preflight.accepted(scripts)
         directory.mkdir(parents=True)
-        undo.append(directory)
+        made.append(directory)
         with _restored(*(run_dir / name for name in _WRITTEN)):
             with written(run_dir / attempt.TOKEN) as file:
                 file.write(token)
@@ -142,7 +142,7 @@ def submit(
                 notes += preflight.probe(recipe, run_dir, chosen, token)
             _keep(recipe, run_dir, directory, scripts)
             numbers = _send(recipe, run_dir, directory, chosen)
-        undo.clear()
+        made.clear()
     return numbers, notes
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_btx.pipeline.local.progress import Standing, amount, clock
+from megatron_btx.pipeline.local.progress import StageProgress, amount, clock
 from tests.pipeline.conftest import ROOT, Run
 
 
@@ -33,7 +33,7 @@ def _steps(first: int, last: int) -> list[dict[str, object]]:
 
 def test_standing_follows_the_metrics(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
-    standing = Standing(tmp_path)
+    standing = StageProgress(tmp_path)
     assert standing.read().words == "starting"
     start = {"kind": "start", "step": 0, "total_steps": 100}
     _write(file, [start, *_steps(1, 40)])
@@ -47,7 +47,7 @@ def test_standing_follows_the_metrics(tmp_path: Path) -> None:
 
 def test_standing_of_what_has_no_steps(tmp_path: Path) -> None:
     (tmp_path / "progress.json").write_text(json.dumps({"what": "tokenizing math", "done": 0.25}))
-    assert Standing(tmp_path).read().words == "tokenizing math 25%"
+    assert StageProgress(tmp_path).read().words == "tokenizing math 25%"
 
 
 @pytest.mark.parametrize(
