@@ -70,6 +70,9 @@ def _imports(path: Path) -> list[tuple[int, str]]:
 
 def test_imports_go_one_way() -> None:
     wrong = []
+    modules = {".".join(("megatron_btx", *p.relative_to(PACKAGE).with_suffix("").parts))
+               for p in PACKAGE.rglob("*.py")}  # fmt: skip
+    modules |= {module.removesuffix(".__init__") for module in modules}
     for path in sorted(PACKAGE.rglob("*.py")):
         room = path.relative_to(PACKAGE).with_suffix("").parts[0]
         if room == "__init__":
@@ -79,6 +82,8 @@ def test_imports_go_one_way() -> None:
             other = _room(name)
             if other in ROOMS and ROOMS.index(other) > ROOMS.index(room):
                 wrong.append(f"{path.relative_to(PACKAGE)}:{line} imports {name}")
+            if other in ROOMS and name not in modules:
+                wrong.append(f"{path.relative_to(PACKAGE)}:{line}: there is no {name}")
     assert not wrong, "\n".join(wrong)
 
 

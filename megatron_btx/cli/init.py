@@ -101,7 +101,7 @@ def _begin(options: argparse.Namespace) -> int:
         if not name or name in experts:
             raise UserError("--expert", f"{entry!r} is no new NAME or NAME=DIR", "see --help")
         experts[name] = Path(path) if path else None
-    from megatron_btx.pipeline.begin import Asked, begin
+    from megatron_btx.pipeline.init_recipe import Asked, begin
 
     out = options.out or Path("recipe.yaml")
     begin(

@@ -13,7 +13,7 @@ from typing import Any
 
 from megatron_btx.cli.common import open_recipe, recipe_command, renamed
 from megatron_btx.errors import UserError
-from megatron_btx.pipeline import graph, parts, state
+from megatron_btx.pipeline import graph, prepare_array, state
 from megatron_btx.pipeline.graph import Stage
 from megatron_btx.recipe import check
 
@@ -105,7 +105,7 @@ def submit(options: argparse.Namespace) -> int:
     )
     left = state.left(run_dir, wished)
     selection.check_needs(run_dir, stages, left)
-    chosen = parts.expand(recipe, left)
+    chosen = prepare_array.expand(recipe, left)
     if options.dry_run:
         sys.stdout.write(submit.dry_run(recipe, run_dir, chosen, whole=options.scripts))
         if chosen:
@@ -170,7 +170,7 @@ def logs(options: argparse.Namespace) -> int:
 
     _, run_dir, stages = open_recipe(options.recipe)
     run_dir = run_dir.absolute()
-    stage = parts.find(stages, options.stage)
+    stage = prepare_array.find(stages, options.stage)
     path = status.log_file(run_dir, stage)
     if path is None and not options.follow:
         raise UserError(stage.name, "has no log yet", f"btx status {shlex.quote(options.recipe)}")

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_btx.evaluate.cached_decoding import Remembered, remembers
 from megatron_btx.evaluate.predictor import NO_PROGRESS, Predictor, ScoredText
-from megatron_btx.evaluate.remembered import Remembered, remembers
 
 
 @dataclass(frozen=True, kw_only=True)

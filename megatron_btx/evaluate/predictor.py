@@ -5,7 +5,7 @@ next by what came back (:mod:`megatron_btx.evaluate.lm_eval_adapter`) simply run
 Rows are dealt to the data-parallel ranks; under expert parallelism all of those run together, so
 each runs the same number of batches, short ones filled up.
 
-Nothing is kept between calls, no keys and values either: texts that grow are remembered.py's.
+Nothing is kept between calls, no keys and values either: texts that grow are cached_decoding.py's.
 """
 
 from __future__ import annotations

@@ -99,7 +99,7 @@ class Stage:
 
     @property
     def directory(self) -> str:
-        """Name of its directory in the run's; parts of ``prepare`` (parts.py) lie in its own."""
+        """Name of its directory in the run's; parts of ``prepare`` lie in its own."""
         return self.name.replace(":", "/" if self.kind == "prepare" else "-")
 
     @property

@@ -28,7 +28,7 @@ from megatron_btx.pipeline import (
     graph,
     import_checkpoint,
     locks,
-    parts,
+    prepare_array,
     state,
     watchdog,
 )
@@ -68,19 +68,19 @@ def _megatron() -> None:
 
 
 def _prepare(recipe: Recipe, stage: Stage, run_dir: Path) -> Any:
-    share = parts.share(recipe, stage, run_dir)
+    share = prepare_array.share(recipe, stage, run_dir)
     if share is None:
         _megatron()
     from megatron_btx.data import prepare
 
-    out = run_dir / parts.whole(stage).directory
+    out = run_dir / prepare_array.whole(stage).directory
     progress = ProgressFile(run_dir / stage.directory / "progress.json")
     if share is not None:
         return prepare.make_share(recipe, out, *share, progress)
     from megatron_btx.train.train_stage import check_options
 
     check_options(recipe)
-    if stage.name == parts.BEGIN:
+    if stage.name == prepare_array.BEGIN:
         return prepare.begin(recipe, out, progress)
     return prepare.prepare(recipe, out, progress)
 
@@ -162,9 +162,9 @@ def stage_of(recipe: Recipe, name: str, run_dir: Path) -> Stage:
         UserError: the recipe has no such stage.
     """
     if "BTX_STAGE_KEY" in os.environ:
-        stage = parts.find(graph.outline(recipe), name)
+        stage = prepare_array.find(graph.outline(recipe), name)
         return dataclasses.replace(stage, key=os.environ["BTX_STAGE_KEY"])
-    return parts.find(graph.of_run(recipe, run_dir), name)
+    return prepare_array.find(graph.of_run(recipe, run_dir), name)
 
 
 def run_rank(recipe: Recipe, stage: Stage, run_dir: Path) -> int:
@@ -174,7 +174,7 @@ def run_rank(recipe: Recipe, stage: Stage, run_dir: Path) -> int:
     # Started by srun or by hand. Else a runner or a batch script has looked, for all ranks alike:
     # on another machine a rank's view of a network file system may be older.
     if "BTX_ATTEMPT" not in os.environ:
-        if state.done(run_dir, parts.whole(stage)) is not None:
+        if state.done(run_dir, prepare_array.whole(stage)) is not None:
             return 0
         _begin_unaided(recipe, stage, run_dir, rank)
     dog = watchdog.Watchdog(
@@ -184,7 +184,7 @@ def run_rank(recipe: Recipe, stage: Stage, run_dir: Path) -> int:
         grace=recipe.slurm.signal_seconds,
         hang=60 * recipe.hang_minutes if KINDS[stage.kind] in _WATCHED else 0,
     )
-    whole = run_dir / parts.whole(stage).directory
+    whole = run_dir / prepare_array.whole(stage).directory
     with locks.stage_lock(whole), locks.stage_lock(directory), dog.watching(), _rendezvous():
         try:
             outputs = KINDS[stage.kind](recipe, stage, run_dir)
@@ -193,7 +193,7 @@ def run_rank(recipe: Recipe, stage: Stage, run_dir: Path) -> int:
         if (directory / "stopped.json").exists():
             return state.EXIT_STOPPED
         if rank == 0:
-            if stage.kind in _TOLD and not parts.is_part(stage):
+            if stage.kind in _TOLD and not prepare_array.is_part(stage):
                 tracking.track(recipe, stage.name, stage.needs, run_dir)
             state.finish(directory, stage, dict(outputs or {}))
     return 0
@@ -297,7 +297,7 @@ def _begin_unaided(recipe: Recipe, stage: Stage, run_dir: Path, rank: int) -> No
     if missing:
         raise UserError(stage.name, f"needs {', '.join(missing)} first", "run those, or `btx run`")
     run_dir.mkdir(parents=True, exist_ok=True)
-    parts.claim(run_dir, stage)
+    prepare_array.claim(run_dir, stage)
     attempt = state.next_attempt(directory)
     os.environ["BTX_ATTEMPT"] = str(attempt)
     state.log_file(directory, attempt).touch()

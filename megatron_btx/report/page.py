@@ -12,7 +12,7 @@ from markupsafe import Markup
 from megatron_btx.evaluate import routing_stats
 from megatron_btx.evaluate.results import MEAN, Results
 from megatron_btx.files import written
-from megatron_btx.pipeline import numbers
+from megatron_btx.pipeline import stage_tables
 from megatron_btx.pipeline.graph import TRAINED, Stage
 from megatron_btx.pipeline.local.progress import amount, clock
 from megatron_btx.recipe import reading
@@ -164,7 +164,7 @@ def _stage_cells(facts: StageData) -> list[Cell]:
 
 def _numbers(made: Sequence[StageData]) -> list[dict[str, Any]]:
     """Speed of every stage that has logged it, and where its wall time went."""
-    tables = numbers.tables({stage.stage.name: stage.numbers for stage in made})
+    tables = stage_tables.tables({stage.stage.name: stage.numbers for stage in made})
     return [_plain(head, rows) for head, rows in tables]
 
 
@@ -179,7 +179,7 @@ def _use(facts: RunData) -> dict[str, Any] | None:
     """How evenly the experts are used, by domain and layer."""
     if facts.routing is None:
         return None
-    return _plain(*numbers.experts(routing_stats.by_layer(facts.routing.load)))
+    return _plain(*stage_tables.experts(routing_stats.by_layer(facts.routing.load)))
 
 
 def _data(facts: RunData) -> dict[str, Any] | None:

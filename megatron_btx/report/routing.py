@@ -14,7 +14,7 @@ from markupsafe import Markup
 from megatron_btx.errors import UserError
 from megatron_btx.evaluate.results import Matrix, Results
 from megatron_btx.evaluate.routing_stats import DEAD, choice_in_words, expert_choice
-from megatron_btx.pipeline.numbers import columns
+from megatron_btx.pipeline.stage_tables import columns
 from megatron_btx.recipe.load import load_recipe
 from megatron_btx.recipe.schema import Recipe
 from megatron_btx.report import html

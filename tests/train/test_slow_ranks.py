@@ -39,7 +39,7 @@ def steps(seconds: float) -> list[dict[str, Any]]:
     import torch
     import torch.distributed as dist
 
-    from megatron_btx.engine import distributed, waiting
+    from megatron_btx.engine import distributed, wait_time
     from megatron_btx.recipe.schema import Layout
     from megatron_btx.train.slow_ranks import SlowRanks
 
@@ -47,7 +47,7 @@ def steps(seconds: float) -> list[dict[str, Any]]:
     listener, records = SlowRanks(), []
     for step in range(1, 11):
         started = time.perf_counter()
-        with waiting.counted() as waited:
+        with wait_time.counted() as waited:
             time.sleep(seconds if dist.get_rank() == 3 else 0.001)
             dist.all_reduce(torch.ones(4))
             with dist._coalescing_manager(async_ops=False):

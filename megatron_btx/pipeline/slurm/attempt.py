@@ -18,7 +18,7 @@ from pathlib import Path
 
 from megatron_btx.errors import UserError
 from megatron_btx.files import write_json
-from megatron_btx.pipeline import failure, graph, locks, parts, state
+from megatron_btx.pipeline import failure, graph, locks, prepare_array, state
 from megatron_btx.pipeline.graph import Stage
 from megatron_btx.pipeline.slurm import jobs
 from megatron_btx.recipe.load import load_recipe
@@ -116,13 +116,15 @@ def begin(recipe: Recipe, name: str) -> tuple[int, str, Path]:
     run_dir = Path(recipe.run_dir).absolute()
     if "BTX_STAGE_KEY" in os.environ:  # as it was submitted, whatever has changed since then
         every = graph.outline(recipe)
-        stage = dataclasses.replace(parts.find(every, name), key=os.environ["BTX_STAGE_KEY"])
+        stage = dataclasses.replace(
+            prepare_array.find(every, name), key=os.environ["BTX_STAGE_KEY"]
+        )
         missing = [need for need in graph.read_by(stage, every) if not _ended(run_dir, need)]
     else:
         every = graph.of_run(recipe, run_dir)
-        stage = parts.find(every, name)
+        stage = prepare_array.find(every, name)
         missing = list(state.missing(run_dir, graph.read_by(stage, every)))
-    directory, whole = run_dir / stage.directory, parts.whole(stage)
+    directory, whole = run_dir / stage.directory, prepare_array.whole(stage)
     state.link_shared(run_dir, (whole,), recipe.share)
     if state.done(run_dir, whole) is not None:
         return 0, stage.key, directory
@@ -131,9 +133,9 @@ def begin(recipe: Recipe, name: str) -> tuple[int, str, Path]:
         raise UserError(stage.name, f"needs {names} first", "submit those, too")
     directory.mkdir(parents=True, exist_ok=True)
     _wait_until_idle(directory)
-    if stage.name == parts.BEGIN:  # none of those that were begun for an earlier submission
+    if stage.name == prepare_array.BEGIN:  # none of those that were begun for an earlier submission
         _wait_until_idle(run_dir / whole.directory)
-    parts.claim(run_dir, stage)
+    prepare_array.claim(run_dir, stage)
     if state.done(run_dir, whole) is not None:  # taken back from old/
         return 0, stage.key, directory
     made = progress(run_dir / whole.directory)

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from megatron_btx.pipeline import parts
+from megatron_btx.pipeline import prepare_array
 from megatron_btx.pipeline.graph import Stage
 from megatron_btx.recipe import slurm
 from megatron_btx.recipe.schema import Recipe
@@ -90,14 +90,17 @@ def flags(recipe: Recipe, stage: Stage, run_dir: Path, output: Path) -> list[str
 
 def _output(recipe: Recipe, stage: Stage, output: Path) -> list[str]:
     text = _literal(output)
-    if stage.name != parts.SHARDS:
+    if stage.name != prepare_array.SHARDS:
         return [f"--output={text}"]
-    return [f"--array=0-{parts.tasks(recipe) - 1}", f"--output={text.removesuffix('.out')}-%a.out"]
+    return [
+        f"--array=0-{prepare_array.tasks(recipe) - 1}",
+        f"--output={text.removesuffix('.out')}-%a.out",
+    ]
 
 
 def _this(stage: Stage) -> str:
     """The stage, as the shell knows it: of an array each job is a part of its own."""
-    number = '/"$SLURM_ARRAY_TASK_ID"' if stage.name == parts.SHARDS else ""
+    number = '/"$SLURM_ARRAY_TASK_ID"' if stage.name == prepare_array.SHARDS else ""
     return quoted(stage.name) + number
 
 

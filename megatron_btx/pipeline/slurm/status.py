@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_btx.errors import UserError
-from megatron_btx.pipeline import locks, parts, state
+from megatron_btx.pipeline import locks, prepare_array, state
 from megatron_btx.pipeline.graph import Stage
 from megatron_btx.pipeline.local.progress import StageProgress, clock
 from megatron_btx.pipeline.slurm import array_status, commands, jobs, script
@@ -46,18 +46,18 @@ def rows(run_dir: Path, stages: tuple[Stage, ...]) -> list[StageStatus]:
 
 def _parts(run_dir: Path, stage: Stage, known: dict[str, dict[str, Any]]) -> list[StageStatus]:
     """A row each for the parts of ``prepare`` that were submitted with it, until it is done."""
-    if stage.name != parts.WHOLE or state.done(run_dir, stage) is not None:
+    if stage.name != prepare_array.WHOLE or state.done(run_dir, stage) is not None:
         return []
     submission = known.get(stage.name, {}).get("submission")
     numbers = {
         name: str(known[name]["job"])
-        for name in (parts.BEGIN, parts.SHARDS)
+        for name in (prepare_array.BEGIN, prepare_array.SHARDS)
         if submission and known.get(name, {}).get("submission") == submission
     }
     found = []
     for name, number in numbers.items():
         part = dataclasses.replace(stage, name=name)
-        if name == parts.BEGIN:
+        if name == prepare_array.BEGIN:
             found.append(_row(run_dir, part, number, jobs.begun(run_dir / part.directory)))
         else:
             found.append(array_status.row(run_dir, part, number, int(known[name]["tasks"])))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from megatron_btx.pipeline import numbers
+from megatron_btx.pipeline import stage_tables
 from megatron_btx.pipeline.local.progress import amount
 
 COLUMNS = ("stage", "job", "state", "nodes", "step", "loss", "tokens/s", "MFU", "goodput", "left",
@@ -48,9 +48,9 @@ class StageStatus:
         speed = amount(self.tokens_per_second) if self.tokens_per_second else ""
         restarts = str(self.restarts) if self.restarts else ""
         where = (self.stage, self.job, self.state, self.nodes)
-        mfu = "" if self.mfu is None else numbers.percent(self.mfu)
+        mfu = "" if self.mfu is None else stage_tables.percent(self.mfu)
         share = self.numbers.get("goodput/share")
-        goodput = "" if share is None else numbers.percent(share)
+        goodput = "" if share is None else stage_tables.percent(share)
         return (*where, self.step, loss, speed, mfu, goodput, self.left, restarts)
 
 
@@ -69,6 +69,6 @@ def table(found: list[StageStatus]) -> str:
 
 def numbers_text(found: list[StageStatus]) -> str:
     """What the stages' logs say of speed, of the wall time and of the experts' use, as tables."""
-    tables = numbers.tables({row.stage: row.numbers for row in found})
-    tables += [numbers.experts(row.experts) for row in found if row.experts]
-    return "\n".join(numbers.columns(head, rows) for head, rows in tables)
+    tables = stage_tables.tables({row.stage: row.numbers for row in found})
+    tables += [stage_tables.experts(row.experts) for row in found if row.experts]
+    return "\n".join(stage_tables.columns(head, rows) for head, rows in tables)

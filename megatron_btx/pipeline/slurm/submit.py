@@ -31,7 +31,7 @@ from typing import Any
 
 from megatron_btx.errors import UserError
 from megatron_btx.files import written
-from megatron_btx.pipeline import locks, parts, state
+from megatron_btx.pipeline import locks, prepare_array, state
 from megatron_btx.pipeline.graph import Stage
 from megatron_btx.pipeline.slurm import attempt, commands, jobs, preflight, script
 from megatron_btx.provenance import code_revision, versions
@@ -104,7 +104,9 @@ def graph_lines(recipe: Recipe, chosen: tuple[Stage, ...]) -> list[str]:
     for stage in chosen:
         job = slurm.resolve(recipe, stage.name)
         shape = slurm.shape(job, stage.world_size, stage.num_threads)
-        tasks = f"{parts.tasks(recipe)} jobs of " if stage.name == parts.SHARDS else ""
+        tasks = (
+            f"{prepare_array.tasks(recipe)} jobs of " if stage.name == prepare_array.SHARDS else ""
+        )
         gpus = f", {shape.gpus_per_node} GPUs each" if shape.gpus_per_node else ""
         size = f"{tasks}{shape.nodes} node{'s' * (shape.nodes > 1)} x {shape.ranks_per_node}{gpus}"
         after = ", ".join(need for need in stage.needs if need in names)
@@ -212,8 +214,8 @@ def _send(
                 "submission": directory.name,
                 "after": after,
             }
-            if stage.name == parts.SHARDS:
-                record[stage.name]["tasks"] = parts.tasks(recipe)
+            if stage.name == prepare_array.SHARDS:
+                record[stage.name]["tasks"] = prepare_array.tasks(recipe)
             state.write_json(directory / "jobs.json", numbers)
             state.write_json(run_dir / "slurm" / "jobs.json", record)
     except BaseException as error:

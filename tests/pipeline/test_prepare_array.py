@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_btx.errors import UserError
-from megatron_btx.pipeline import graph, parts, state, worker
+from megatron_btx.pipeline import graph, prepare_array, state, worker
 from megatron_btx.pipeline.graph import Stage
 from megatron_btx.pipeline.slurm import attempt, script, submit
 from megatron_btx.recipe.load import load_recipe, parse_recipe
@@ -29,12 +29,21 @@ def recipe(tmp_path: Path) -> Recipe:
 
 def test_jobs_and_what_they_wait_for(recipe: Recipe) -> None:
     stages = graph.outline(recipe)
-    found = parts.expand(recipe, stages)
-    assert [stage.name for stage in found[:4]] == [parts.BEGIN, parts.SHARDS, "prepare", "seed"]
-    assert [stage.needs for stage in found[:3]] == [(), (parts.BEGIN,), (parts.SHARDS,)]
+    found = prepare_array.expand(recipe, stages)
+    assert [stage.name for stage in found[:4]] == [
+        prepare_array.BEGIN,
+        prepare_array.SHARDS,
+        "prepare",
+        "seed",
+    ]
+    assert [stage.needs for stage in found[:3]] == [
+        (),
+        (prepare_array.BEGIN,),
+        (prepare_array.SHARDS,),
+    ]
     assert found[3:] == stages[1:]
     plain = parse_recipe(TINY.read_text())
-    assert parts.expand(plain, graph.outline(plain)) == graph.outline(plain)
+    assert prepare_array.expand(plain, graph.outline(plain)) == graph.outline(plain)
     text = submit.dry_run(recipe, Path("run"), found)
     assert "prepare:shards  3 jobs of 1 node x 1  after prepare:begin\n" in text
     flags = script.flags(recipe, found[1], Path("/r"), Path("/r/s/prepare-shards.out"))
@@ -47,7 +56,7 @@ def test_jobs_and_what_they_wait_for(recipe: Recipe) -> None:
                                   "prepare:begin/0", "prepare:rest", "seed/0"])  # fmt: skip
 def test_no_such_part(recipe: Recipe, name: str) -> None:
     with pytest.raises(UserError, match="stage"):
-        parts.find(graph.outline(recipe), name)
+        prepare_array.find(graph.outline(recipe), name)
 
 
 @pytest.mark.parametrize("block", ["{tasks: 4}", "{stages: {seed: {tasks: 2}}}"])
@@ -63,7 +72,7 @@ def test_each_part_by_hand(
     run_dir, ran = Path(recipe.run_dir), []
 
     def work(recipe: Recipe, stage: Stage, run_dir: Path) -> Any:
-        ran.append((stage.name, parts.share(recipe, stage, run_dir)))
+        ran.append((stage.name, prepare_array.share(recipe, stage, run_dir)))
         return {"made": len(ran)}
 
     monkeypatch.setitem(worker.KINDS, "prepare", work)
