@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_btx.pipeline import graph, state
-from megatron_btx.recipe import count
+from megatron_btx.recipe import count, stages
 from megatron_btx.recipe.load import load_recipe
 from megatron_btx.recipe.schema import Recipe
 
@@ -41,7 +41,7 @@ def make_run(directory: Path, upto: int = 99) -> tuple[Recipe, Path]:
         state.begin(path, 1, stage.world_size)
         outputs: dict[str, Any] = {}
         if stage.kind in graph.TRAINED:
-            flops[stage.name] = graph.training_flops(recipe, stage.name)
+            flops[stage.name] = stages.flops(recipe, stage.name)
             records = _records(recipe, stage.name, chance)
             text = "".join(json.dumps(record) + "\n" for record in records)
             (path / "metrics.jsonl").write_text(text)
