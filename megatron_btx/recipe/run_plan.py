@@ -82,8 +82,8 @@ def plan(recipe: Recipe) -> RunPlan:
 
 
 def warnings(recipe: Recipe) -> Iterator[str]:
-    """Warnings of what is allowed but probably not meant: a stage that ends before its warm-up does,
-    or saves less often than it averages."""
+    """Warnings of what is allowed but probably not meant: a stage that ends before its warm-up, or
+    saves less often than it averages."""
     taking_part = systems.kinds(recipe)
     for key in check.stages(recipe):
         name = stage_of_key(key)

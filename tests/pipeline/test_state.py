@@ -131,7 +131,7 @@ def test_token_files_that_were_removed_are_made_again(tmp_path: Path) -> None:
         lose()
         assert state.left(run_dir, both) == state.missing(run_dir, both) == both
         assert state.missing(run_dir, (prepare,)) == state.left(run_dir, (prepare,)) == (prepare,)
-        assert "no longer there" in state.standing(run_dir, prepare)[1]
+        assert "no longer there" in state.status(run_dir, prepare)[1]
         ids.write_bytes(bytes(8))
     ids.unlink()
     state.claim(run_dir, seed)
