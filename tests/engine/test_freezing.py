@@ -53,6 +53,14 @@ CASES = {
         Case(DENSE, DP2, "bf16", use_distributed_optimizer=True, megatron=OVERLAP),
         ("ffn", "embeddings", "norms"),
     ),
+    "some-experts-pp2-vp2-distopt": (
+        Case(
+            MOE,
+            replace(PP2, virtual_pipeline_model_parallel_size=2),
+            use_distributed_optimizer=True,
+        ),
+        ("experts.b", "attention", "decoder.layers.2.*"),
+    ),
     "tied-pp2-distopt": (Case(TIED, PP2, use_distributed_optimizer=True), ("embeddings",)),
 }
 
@@ -166,17 +174,17 @@ def train_frozen(case: Case, training: Training, folder: Path | None, step: int)
 
 def train_put_back(case: Case, training: Training) -> Any:
     """The oracle: weights after each step."""
-    from megatron_btx.engine.freezing import canonical_names
-    from megatron_btx.engine.model import unwrap
+    from megatron_btx.engine.model import canonical_parameters
     from megatron_btx.train.loop import StopRequest, train
 
     still = freezing.frozen(case.architecture, training.freeze)
     free = replace(training, freeze=(), freeze_until=None, use_distributed_optimizer=False)
     run = _run(replace(case, use_distributed_optimizer=False), free, 0)
-    names = canonical_names(unwrap(run.model))
+    parameters = {held[0]: (held, parameter) for held, parameter in canonical_parameters(run.model)}
+    names = {first: held for first, (held, _) in parameters.items()}
     held = {
         name: (parameter, [slice(None)] if len(names[name]) == 1 else range(len(names[name])))
-        for name, parameter in unwrap(run.model).named_parameters()
+        for name, (_, parameter) in parameters.items()
     }
     before = {name: parameter.detach().clone() for name, (parameter, _) in held.items()}
     owner = {id(p): one.optimizer for one in run.optimizer.chained_optimizers
