@@ -27,8 +27,9 @@ _EPILOG = """examples:
   btx mix --method upcycle --copies 8 --sources DIR --out MIXTRAL --memory 2GiB
   btx mix --config mix.yaml --out MIXTRAL         options in a file, by the names of the flags
 
-A source is a Hugging Face directory (docs/convert.md) or a Megatron step directory of btx. Started
-again after an interruption, it goes on from the finished files."""
+A source is a Hugging Face directory (docs/convert.md) or a Megatron step directory, of btx, of
+Megatron-LM or of Megatron-Bridge (docs/megatron.md). Started again after an interruption, it goes
+on from the finished files."""
 
 _DRIFT = """examples:
   btx drift --sources code=DIR math=DIR seed=DIR

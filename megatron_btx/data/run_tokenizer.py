@@ -13,6 +13,7 @@ from megatron_btx.data.documents import find_files
 from megatron_btx.data.domain_text import DomainText, digest, document_hash
 from megatron_btx.data.formats import format_of, token_pair
 from megatron_btx.data.tokenizer import (
+    INFO,
     HuggingFace,
     SentencePiece,
     Tokenizer,
@@ -102,12 +103,13 @@ def _seeds_tokenizer(seed: Path, given: Tokenizer | None, path: str | None) -> T
     them. The seed is a checkpoint of Megatron's or a Hugging Face directory."""
     checkpoint = find_checkpoint(seed)
     theirs = None
-    if (checkpoint / "tokenizer").is_dir():
-        theirs = load_tokenizer(checkpoint / "tokenizer")
-    elif (checkpoint / HuggingFace.file).is_file():
-        theirs = read_tokenizer(checkpoint, HuggingFace.type, where="seed.from")
-    elif (checkpoint / SentencePiece.file).is_file():
-        theirs = read_tokenizer(checkpoint, SentencePiece.type, where="seed.from")
+    place = place_of(checkpoint)
+    if (place / INFO).is_file():
+        theirs = load_tokenizer(place)
+    elif (place / HuggingFace.file).is_file():
+        theirs = read_tokenizer(place, HuggingFace.type, where="seed.from")
+    elif (place / SentencePiece.file).is_file():
+        theirs = read_tokenizer(place, SentencePiece.type, where="seed.from")
     tokenizer = given or theirs
     if tokenizer is None:
         raise UserError(
@@ -115,7 +117,7 @@ def _seeds_tokenizer(seed: Path, given: Tokenizer | None, path: str | None) -> T
             f"{checkpoint} comes without its tokenizer",
             "give the tokenizer it was trained with as tokenizer.path",
         )
-    unlike = differences(place_of(checkpoint), Path(path)) if theirs and path else []
+    unlike = differences(place, Path(path)) if theirs and path else []
     if unlike:
         raise UserError(
             "tokenizer.path",

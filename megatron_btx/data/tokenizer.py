@@ -9,6 +9,7 @@ from megatron_btx.data.tokenizer_base import INFO, Tokenizer
 from megatron_btx.data.tokenizer_huggingface import HuggingFace
 from megatron_btx.data.tokenizer_sentencepiece import SentencePiece, train_tokenizer
 from megatron_btx.errors import UserError
+from megatron_btx.families.tokenizer_files import place_of
 from megatron_btx.files import read_bytes, read_json
 from megatron_btx.weights.find_checkpoint import foreign
 
@@ -112,9 +113,8 @@ def tokenizer_of(path: Path) -> Tokenizer:
         if (place / INFO).is_file():
             return load_tokenizer(place)
     for kind, name in (("huggingface", "tokenizer.json"), ("sentencepiece", "tokenizer.model")):
-        for place in (path / "tokenizer", path):
-            if (place / name).is_file():
-                return read_tokenizer(place, kind)
+        if (place_of(path) / name).is_file():
+            return read_tokenizer(place_of(path), kind)
     raise UserError(str(path), "comes without a tokenizer", "give its directory as --tokenizer")
 
 

@@ -102,7 +102,7 @@ def measure(
         UserErrors: the model has no experts, one has no text, or too little; the statistics are of
             another model.
     """
-    (checkpoint,) = opened(subject).values()
+    (checkpoint,) = opened(subject, setting.tokenizer).values()
     names, model = checkpoint.architecture.experts, checkpoint.architecture.model
     before = read_sums(statistics, model.num_layers, model.hidden_size) if statistics else None
     errors = list(_misnamed(subject.name, names, data, str(statistics), before))

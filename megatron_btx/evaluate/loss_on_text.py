@@ -73,7 +73,7 @@ def evaluate_data(
         "params_active", "params_total"}``, of a set the mean ``weights`` of its models by text, and
         of Sample Top-1 the ``expert_choice``.
     """
-    checkpoints = opened(subject)
+    checkpoints = opened(subject, setting.tokenizer)
     tp = setting.layout.tensor_model_parallel_size
     texts = packed(subject, data, setting, checkpoints)
     length = next(iter(texts.values())).seq_length

@@ -40,7 +40,7 @@ def measure(
     Raises:
         UserError: it has no experts, or a text is too short.
     """
-    (checkpoint,) = opened(subject).values()
+    (checkpoint,) = opened(subject, setting.tokenizer).values()
     architecture = checkpoint.architecture
     if not architecture.experts:
         raise UserError(subject.name, "is a dense model: it routes nothing", "give an MoE")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import torch
 
@@ -79,13 +80,21 @@ def _check_layout(architecture: Architecture, layout: Layout) -> None:
         raise UserErrors([UserError(p.key.replace(".", " ", 1), p.what, p.fix) for p in wrong])
 
 
-def opened(subject: Subject) -> dict[str, Checkpoint]:
+def opened(subject: Subject, tokenizer: str | None = None) -> dict[str, Checkpoint]:
     """The checkpoints of a subject.
+
+    Args:
+        subject: what.
+        tokenizer: as given by the user; ``None``: each has its own.
 
     Raises:
         UserError: one is damaged, or they do not share a vocabulary.
     """
-    found = {label: open_checkpoint(path, label) for label, path in subject.models.items()}
+    told = None if tokenizer is None else Path(tokenizer)
+    found = {
+        label: open_checkpoint(path, label, tokenizer=told)
+        for label, path in subject.models.items()
+    }
     sizes = {label: one.architecture.vocab_size for label, one in found.items()}
     if len(set(sizes.values())) > 1:
         said = ", ".join(f"{label} {size}" for label, size in sizes.items())

@@ -95,7 +95,7 @@ class Predictor:
         self.start_id = self.tokenizer.start_id
         self.members: dict[str, Live] = {
             label: load(checkpoint, layout, precision, random_seed)
-            for label, checkpoint in opened(subject).items()
+            for label, checkpoint in opened(subject, tokenizer).items()
         }
         architectures = [member.architecture for member in self.members.values()]
         self.expert_choice = expert_choices(one.routing for one in architectures)

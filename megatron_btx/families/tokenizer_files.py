@@ -30,9 +30,35 @@ _LIMIT = 1 << 30
 
 def place_of(directory: Path) -> Path:
     """Where the tokenizer's files of a checkpoint are: of ours in ``tokenizer/``, of a Hugging Face
-    directory beside the weights."""
+    directory beside the weights, of Megatron-LM's where its arguments say, if that is here."""
     own = directory / "tokenizer"
-    return own if own.is_dir() else directory
+    if own.is_dir():
+        return own
+    if any((directory / name).exists() for name in ("config.json", "manifest.json")):
+        return directory
+    from megatron_btx.weights.megatron_lm_args import tokenizer_named  # imports torch
+
+    return tokenizer_named(directory) or directory
+
+
+def vocabulary_size(tokenizer: Path) -> int | None:
+    """How many ids a tokenizer has, by the largest; ``None`` where there is none.
+
+    Args:
+        tokenizer: its directory, or its file.
+
+    Raises:
+        UserErrors: its files are damaged or contradict each other.
+    """
+    place = tokenizer.parent if tokenizer.is_file() else tokenizer
+    slow = tokenizer.suffix == ".model" and tokenizer.is_file()
+    if not slow and (place / FAST).is_file():
+        found = open_fast(place / FAST, read_settings(place))
+        return max(found.get_vocab(with_added_tokens=True).values()) + 1
+    path = tokenizer if slow else place / SLOW
+    if not path.is_file():
+        return None
+    return open_slow(read_bytes(path, _LIMIT), str(path)).vocab_size()
 
 
 def describe_tokenizer(directory: Path) -> dict[str, Any] | None:

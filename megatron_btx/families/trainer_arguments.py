@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from megatron_btx.errors import UserError
 from megatron_btx.families.hf_routing import HFRouting
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.count import expert_width, kv_channels, query_groups
+from megatron_btx.weights.manifest import MANIFEST
+from megatron_btx.weights.megatron import names_lacking
 from megatron_btx.weights.plan import Checkpoint
 
 _TOKENIZERS = {"huggingface": "HuggingFaceTokenizer", "sentencepiece": "GPTSentencePieceTokenizer"}
@@ -23,10 +26,11 @@ def command_line(checkpoint: Checkpoint, tp: int) -> str:
         tp: tensor parallel size under which Megatron-LM will run.
 
     Raises:
-        UserError: Megatron-LM has no argument for what the model computes.
+        UserError: Megatron-LM has no argument for what the model computes, or would not load it.
     """
     words = [f"--{name} {value}".rstrip() for name, value in arguments(checkpoint, tp)]
     assert checkpoint.path is not None
+    check_names(checkpoint.path, checkpoint.architecture)
     step = shlex.quote(str(checkpoint.path.resolve()))
     return (
         "# Megatron-LM looks for a directory of a fixed name below --load:\n"
@@ -50,7 +54,7 @@ def arguments(checkpoint: Checkpoint, tp: int) -> Iterator[tuple[str, Any]]:
     tokenizer = checkpoint.manifest.get("tokenizer")
     if tokenizer and checkpoint.path:
         inside = checkpoint.path / "tokenizer"
-        place = inside if inside.is_dir() else checkpoint.path
+        place = (inside if inside.is_dir() else checkpoint.path).resolve()
         whole = tokenizer["type"] == "huggingface"
         yield "tokenizer-type", _TOKENIZERS[tokenizer["type"]]
         yield "tokenizer-model", shlex.quote(str(place if whole else place / tokenizer["file"]))
@@ -62,6 +66,24 @@ def arguments(checkpoint: Checkpoint, tp: int) -> Iterator[tuple[str, Any]]:
         "no-load-optim": "",
         "no-load-rng": "",
     }.items()
+
+
+def check_names(step: Path, architecture: Architecture) -> None:
+    """That a step directory of ours is not one of an older version.
+
+    Raises:
+        UserError: Megatron-LM would end at names that it lacks.
+    """
+    if not (step / MANIFEST).exists():
+        return
+    lacking = names_lacking(step, architecture)
+    if lacking:
+        what = (
+            f"was written by an older version: it lacks {lacking[0]} and {len(lacking) - 1} more "
+            "of the names that Megatron-LM looks for"
+        )
+        fix = f"write it again: btx mix --method copy --format megatron --sources {step} --out NEW"
+        raise UserError(str(step), what, fix)
 
 
 def notes(architecture: Architecture, tp: int) -> Iterator[str]:
@@ -103,6 +125,8 @@ def _model(architecture: Architecture, tp: int) -> Iterator[tuple[str, Any]]:
         "vocab-size": architecture.vocab_size,
         # It rounds up to a multiple of this and of TP; rows that are stored beyond are not loaded.
         "make-vocab-size-divisible-by": 1,
+        # Else it counts its tokenizer's, of which a model may have more.
+        "padded-vocab-size": -(-architecture.vocab_size // tp) * tp,
     }.items()
     if model.untie_embeddings_and_output_weights:
         yield "untie-embeddings-and-output-weights", ""

@@ -1,7 +1,8 @@
 """Stages whose model is taken as it is: ``seed: {from: DIR}``, and experts of zero tokens.
 
 The checkpoint is checked and linked where the stage would have left its own, so that the
-stages after it need not know. A Hugging Face directory is converted to that place.
+stages after it need not know. A Hugging Face directory, or one that another trainer on Megatron-Core
+wrote, is converted to that place.
 """
 
 from __future__ import annotations
@@ -63,7 +64,15 @@ def check_all(recipe: Recipe, stages: Iterable[Stage]) -> None:
             errors.append(error)
             continue
         tokenizers[where] = directory
-        if recipe.seed.from_ is None and recipe.tokenizer.path is None:
+        if recipe.tokenizer.path is None and manifest.get("tokenizer", "") is None:
+            errors.append(
+                UserError(
+                    where,
+                    f"{directory} comes without its tokenizer",
+                    "give the tokenizer it was trained with as tokenizer.path",
+                )
+            )
+        elif recipe.seed.from_ is None and recipe.tokenizer.path is None:
             errors.append(
                 UserError(
                     where,
@@ -111,9 +120,9 @@ def link(recipe: Recipe, name: str, run_dir: Path) -> dict[str, Any]:
     checkpoints = stage_directory(run_dir, name) / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
     target = checkpoints / f"step_{int(manifest['step']):08d}"
-    if is_hugging_face(directory):
+    if not _is_ours(directory):
         if not target.exists():
-            _convert(directory, target)
+            _convert(directory, target, manifest.get("told", {}))
         return {"checkpoint": str(target.relative_to(run_dir)), "from": str(directory)}
     _whole(directory)
     temporary = unfinished(target)
@@ -131,13 +140,13 @@ def _whole(directory: Path) -> None:
     open_megatron(directory, "checkpoint")
 
 
-def _convert(directory: Path, target: Path) -> None:
-    """A Hugging Face directory as Megatron's, with its tokenizer; an interrupted one goes on."""
+def _convert(directory: Path, target: Path, told: dict[str, Any]) -> None:
+    """Somebody else's directory as ours, with its tokenizer; an interrupted one goes on."""
     from megatron_btx.families.open import open_checkpoint
     from megatron_btx.mix import offline
     from megatron_btx.mix.request import MixRequest
 
-    model = open_checkpoint(directory, "model")
+    model = open_checkpoint(directory, "model", told)
     dtypes = {dtype for _, dtype in model.source.tensors.values()}
     request = MixRequest(
         sources=(f"model={directory}",),
@@ -145,25 +154,29 @@ def _convert(directory: Path, target: Path) -> None:
         method="copy",
         format="megatron",
         dtype=None if len(dtypes) == 1 else "fp32",  # of several the one that holds them all
+        model=told,
     )
     offline.run(request, io.StringIO(), code_revision())
 
 
 def _tokenizer(directory: Path, manifest: dict[str, Any]) -> str:
     """How a recipe names the tokenizer beside a checkpoint."""
-    if not is_hugging_face(directory):
-        return f"{{path: {directory / 'tokenizer'}}}"
+    from megatron_btx.families.tokenizer_files import place_of
+
+    place = f"path: {place_of(directory)}"
+    if _is_ours(directory):
+        return f"{{{place}}}"
     kind = (manifest.get("tokenizer") or {}).get("type", "huggingface")
-    return f"{{type: {kind}, path: {directory}}}"
+    return f"{{type: {kind}, {place}}}"
 
 
 def _read(recipe: Recipe, where: str, path: Path) -> tuple[Path, dict[str, Any]]:
     with _under(where):
         directory = find_checkpoint(path)
     there = is_hugging_face(directory)
-    read = _hugging_face if there else _manifest
-    architecture, manifest = read(where, directory)
-    if not there and not (directory / ".metadata").is_file():
+    with _under(where):
+        architecture, manifest = _said(recipe, directory)
+    if _is_ours(directory) and not (directory / ".metadata").is_file():
         raise UserError(where, f"{directory} is not whole", "copy the checkpoint again")
     if architecture.experts:
         raise UserError(where, f"{directory} is a mixture of experts", "give a dense checkpoint")
@@ -182,23 +195,43 @@ def _read(recipe: Recipe, where: str, path: Path) -> tuple[Path, dict[str, Any]]
     return directory, manifest
 
 
-def _manifest(where: str, directory: Path) -> tuple[Architecture, dict[str, Any]]:
-    """What one of our checkpoints says of itself."""
-    if not (directory / MANIFEST).is_file():
-        fix = "give a step_XXXXXXXX directory written by btx, or a Hugging Face directory"
-        raise UserError(where, f"{directory} has no {MANIFEST}", fix)
-    with _under(where):
+def _said(recipe: Recipe, directory: Path) -> tuple[Architecture, dict[str, Any]]:
+    """What a directory says of itself, of whatever kind, in the words of a manifest.
+
+    Raises:
+        UserErrors: it is damaged, or does not say what the recipe does not say either.
+    """
+    if _is_ours(directory):
         return read_manifest(directory)
+    if is_hugging_face(directory):
+        from megatron_btx.families.hf import read_config  # imports torch: only where it is needed
+        from megatron_btx.families.tokenizer_files import describe_tokenizer
 
-
-def _hugging_face(where: str, directory: Path) -> tuple[Architecture, dict[str, Any]]:
-    """What a Hugging Face directory says of itself, in the words of a manifest."""
-    from megatron_btx.families.hf import read_config  # imports torch: only where it is needed
-    from megatron_btx.families.tokenizer_files import describe_tokenizer
-
-    with _under(where):
         _, architecture, _ = read_config(directory)
         return architecture, {"step": 0, "tokenizer": describe_tokenizer(directory)}
+    from megatron_btx.families.open import open_checkpoint
+
+    tokenizer = recipe.tokenizer.path
+    place = None if tokenizer is None else Path(tokenizer)
+    told = _told(recipe, directory)
+    model = open_checkpoint(directory, "model", told, place)
+    size, wanted = model.architecture.vocab_size, recipe.tokenizer.vocab_size
+    if size != wanted:
+        what = f"has a vocabulary of {size}, the recipe one of {wanted}"
+        raise UserError(str(directory), what, f"set `tokenizer: {{vocab_size: {size}}}`")
+    return model.architecture, {**model.manifest, "step": 0, "told": {**told, "vocab_size": size}}
+
+
+def _told(recipe: Recipe, directory: Path) -> dict[str, Any]:
+    """What the recipe says of the model and another trainer's checkpoint does not."""
+    from megatron_btx.weights.megatron_lm_args import unsaid
+
+    names = {"make_vocab_size_divisible_by", *unsaid(directory)} - {"vocab_size"}
+    return {name: getattr(recipe.model, name) for name in names}
+
+
+def _is_ours(directory: Path) -> bool:
+    return (directory / MANIFEST).is_file()
 
 
 @contextlib.contextmanager

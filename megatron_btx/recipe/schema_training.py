@@ -247,5 +247,5 @@ class Training:
     megatron: MegatronOptions = MegatronOptions()
     """Options of Megatron's own."""
     from_: str | None = path()
-    """A Megatron ``torch_dist`` directory (with its manifest) or a Hugging Face directory to take
-    instead of training. Written ``from:`` in the YAML."""
+    """A checkpoint to take instead of training: a step directory of ours, of Megatron-LM or of
+    Megatron-Bridge, or a Hugging Face directory. Written ``from:`` in the YAML."""

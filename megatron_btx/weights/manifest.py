@@ -47,7 +47,10 @@ def _declared(directory: Path, given: Mapping[str, Any]) -> tuple[Architecture, 
     found = settings_of(directory)
     if found is None and not given:
         what = f"no {MANIFEST}, no run_config.yaml and no arguments of Megatron-LM in common.pt"
-        fix = "say what the model is under `model:` in a file of options, and give it by --config"
+        fix = (
+            "say what the model is under `model:` in a file, and copy it with that: btx mix "
+            "--method copy --format megatron --config FILE"
+        )
         raise UserError(str(directory), what, fix)
     refuse_unknown(given, str(directory))
     settings = {**(found or {}), **given}

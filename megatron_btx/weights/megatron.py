@@ -26,15 +26,17 @@ from megatron_btx.recipe.names import (
     SHARED,
     canonical_tensors,
 )
+from megatron_btx.weights import mp_rank, torch_dcp
 from megatron_btx.weights.arrange import Cat
 from megatron_btx.weights.box import Shape
 from megatron_btx.weights.expression import Expression
 from megatron_btx.weights.manifest import read_manifest
-from megatron_btx.weights.mp_rank import MpRankSource, is_mp_rank, joined
+from megatron_btx.weights.mp_rank import MpRankSource, is_mp_rank
 from megatron_btx.weights.ops import item, rows, stack
 from megatron_btx.weights.plan import Checkpoint, Ignore, mismatches, unmatched
 from megatron_btx.weights.random_fill import Fill
 from megatron_btx.weights.source import View, read_whole, take_all
+from megatron_btx.weights.torch_dcp import is_torch_dcp
 from megatron_btx.weights.torch_dist import TorchDistSource
 
 IGNORED = (
@@ -105,6 +107,20 @@ def extra_states(architecture: Architecture) -> Iterator[tuple[str, Shape, Shape
     yield "decoder.final_layernorm._extra_state", (1,), (0,)
 
 
+def names_lacking(path: Path, architecture: Architecture) -> list[str]:
+    """The names that Megatron's layer specs look for and a ``torch_dist`` directory lacks, as those
+    that were written before this project knew of them do.
+
+    Raises:
+        UserError: as :class:`TorchDistSource`.
+    """
+    source = TorchDistSource(path)
+    stored = {name.partition("/shard_")[0] for name in [*source.tensors, *source.objects]}
+    looked_for = [*second_names(architecture).values()]
+    looked_for += [key for key, _, _ in extra_states(architecture)]
+    return sorted(set(looked_for) - stored)
+
+
 def open_megatron(
     path: Path | str, label: str, given: Mapping[str, Any] | None = None
 ) -> Checkpoint:
@@ -120,9 +136,11 @@ def open_megatron(
     """
     path = Path(path)
     if is_mp_rank(path):
-        return _open_mp_rank(path, label, given)
-    _refuse_other_forms(path)
+        ranks = MpRankSource(path)
+        return _open_numbered(path, label, given, ranks, mp_rank.joined(label, ranks))
     source = TorchDistSource(path)
+    if is_torch_dcp(path):
+        return _open_numbered(path, label, given, source, torch_dcp.joined(label, source))
     architecture, manifest = read_manifest(path, given)
     weights = set(unmatched([*source.tensors, *source.objects], IGNORED))
     stored = {name: take for name, take in take_all(label, source).items() if name in weights}
@@ -144,18 +162,15 @@ def open_megatron(
     return Checkpoint(label, path, architecture, View(source, named), manifest)
 
 
-def _refuse_other_forms(path: Path) -> None:
-    """What torch.distributed.checkpoint wrote without Megatron-Core: other names, other shapes."""
-    if (path / ".metadata").is_file() and not (path / "metadata.json").is_file():
-        what = "has no metadata.json: not torch_dist, but torch_dcp, fsdp_dtensor or damaged"
-        fix = "save it with --ckpt-format torch_dist, or copy the checkpoint again"
-        raise UserError(str(path), what, fix)
-
-
-def _open_mp_rank(path: Path, label: str, given: Mapping[str, Any] | None) -> Checkpoint:
-    source = MpRankSource(path)
+def _open_numbered(
+    path: Path,
+    label: str,
+    given: Mapping[str, Any] | None,
+    source: MpRankSource | TorchDistSource,
+    stored: Named,
+) -> Checkpoint:
+    """A form that keeps modules one by one under their own names."""
     architecture, manifest = read_manifest(path, given)
-    stored = joined(label, source)
     stored = {name: stored[name] for name in unmatched(stored, IGNORED)}
     named = canonical(stored, architecture)
     view = View(source, named)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -24,6 +25,7 @@ from megatron_btx.recipe.read_architecture import MOST_EXPERTS, integer, read_ar
 from megatron_btx.recipe.yaml_tree import Node, read_tree, tree_of
 from megatron_btx.weights import safe_unpickle
 from megatron_btx.weights.mp_rank import arguments_of, is_mp_rank
+from megatron_btx.weights.torch_dcp import ARGUMENTS, is_torch_dcp
 from megatron_btx.weights.torch_dist import read_object
 
 Settings = Mapping[str, Any]
@@ -133,10 +135,11 @@ def _common_of(directory: Path) -> Any:
     file: Path | io.BytesIO = path
     where = str(path)
     if not path.is_file():
-        stored = read_object(directory, "common_state")
+        key = ARGUMENTS if is_torch_dcp(directory) else "common_state"
+        stored = read_object(directory, key)
         if stored is None:
             return None
-        file, where = io.BytesIO(stored), f"{directory}: common_state"
+        file, where = io.BytesIO(stored), f"{directory}: {key}"
     try:
         with zipfile.ZipFile(file) as archive:
             (name,) = (n for n in archive.namelist() if n.endswith("/data.pkl"))
@@ -144,6 +147,8 @@ def _common_of(directory: Path) -> Any:
     except (zipfile.BadZipFile, ValueError, OSError) as error:
         what = f"not what torch.save writes: {error}"
         raise UserError(where, what, "copy the checkpoint again") from error
+    if isinstance(content, safe_unpickle.Record):  # the arguments themselves
+        return {"args": content}
     return content[0] if isinstance(content, list) and len(content) == 1 else content
 
 
@@ -202,14 +207,13 @@ def _unsupported(known: dict[str, Any], where: str) -> Iterator[UserError]:
             yield UserError(where, f"does not say {name}", _GIVE)
     if known.get("vocab_size") is None:
         what = "does not say vocab_size, the tokenizer's own size without padding"
-        yield UserError(where, what, _GIVE)
+        yield UserError(where, what, f"give the tokenizer, or {_GIVE}")
     if _DROPPED in known and known.get("rope_scaling_factor") is None:
         what = (
             f"{_DROPPED} was {known[_DROPPED]}, which Megatron-LM of megatron-core 0.17 to 0.19 "
             "drops for 8: was it trained with 8, or with another one set by hand?"
         )
-        fix = "say `rope_scaling_factor` under `model:` in a file of options, give it by --config"
-        yield UserError(where, what, fix)
+        yield UserError(where, what, _GIVE.replace("it", "`rope_scaling_factor`", 1))
     freq = known.get("moe_layer_freq", 1)
     everywhere = freq == 1 or (isinstance(freq, list) and freq == [1] * len(freq))
     if known.get("num_moe_experts") and not everywhere:
@@ -268,7 +272,64 @@ def refuse_unknown(given: Settings, where: str) -> None:
         )
 
 
-_GIVE = "say it under `model:` in a file of options, and give that by --config"
+_GIVE = (
+    "say it under `model:` in a file, and copy the checkpoint with that: btx mix --method copy "
+    "--format megatron --config FILE"
+)
+_TOKENIZERS = (
+    "HuggingFaceTokenizer", "SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer"
+)  # fmt: skip
+"""Kinds whose ``--tokenizer-model`` is a directory or a file that we read too."""
+
+
+def unsaid(directory: Path) -> set[str]:
+    """Words that a directory of somebody else's ought to say of its model, and does not."""
+    found = settings_of(directory)
+    if found is None:
+        return set()
+    known = _in_our_words(found)
+    dropped = {"rope_scaling_factor"} if _DROPPED in known else set()
+    return dropped | {name for name in ("vocab_size",) if known.get(name) is None}
+
+
+def check_padding(directory: Path, vocab_size: int) -> None:
+    """That a vocabulary of that many tokens, padded as Megatron-LM pads one, has as many rows as
+    the checkpoint's arguments say.
+
+    Raises:
+        UserError: it has not: it is not the vocabulary that was trained with.
+    """
+    found = settings_of(directory) or {}
+    names = ("make_vocab_size_divisible_by", "tensor_model_parallel_size", "padded_vocab_size")
+    sizes = [n for n in map(found.get, names) if type(n) is int and n > 0]
+    if len(sizes) < len(names):
+        return
+    multiple, tp, rows = sizes
+    if -(-vocab_size // (multiple * tp)) * multiple * tp != rows:
+        what = (
+            f"was padded to {rows} rows by multiples of {multiple} x {tp}, which a tokenizer of "
+            f"{vocab_size} tokens is not"
+        )
+        raise UserError(str(directory), what, "give the tokenizer that it was trained with")
+
+
+def tokenizer_named(directory: Path) -> Path | None:
+    """The directory of the tokenizer with which Megatron-LM trained a checkpoint, if its arguments
+    name one by an absolute path that is on this machine.
+
+    Raises:
+        UserError: as :func:`settings_of`.
+    """
+    found = settings_of(directory) or {}
+    named = found.get("tokenizer_model")
+    if found.get("tokenizer_type") not in _TOKENIZERS or found.get("special_tokens"):
+        return None
+    if not isinstance(named, str) or not os.path.isabs(named):
+        return None
+    path = Path(named)
+    if path.is_file() and path.name in ("tokenizer.json", "tokenizer.model"):
+        return path.parent
+    return path if path.is_dir() else None
 
 
 def _from_bridge(path: Path) -> dict[str, Any]:

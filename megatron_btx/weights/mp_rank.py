@@ -39,7 +39,7 @@ Rank = tuple[int, int, int]
 _AGAIN = "copy the checkpoint again, or take an earlier step"
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.*)")
 _LOCAL_EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.(.*)")
-_GROUPED_EXPERT = re.compile(r"mlp\.experts\.(linear_fc[12]\.weight)(\d+)")
+_GROUPED_EXPERT = re.compile(r"mlp\.experts\.(linear_fc[12]\.weight)(\d+)(_[wv]|)")
 _GATED = "linear_fc1.weight"
 _ROWS = (EMBEDDING, HEAD, "linear_qkv.weight", "linear_qkv.bias")
 """Ends of names of what tensor parallelism divides along the first dimension."""
@@ -137,7 +137,7 @@ def joined(label: str, source: MpRankSource) -> dict[str, Expression]:
                 continue
             if match := _LAYER.fullmatch(name):
                 layers = max(layers, int(match[1]) + 1)
-            name, is_expert = _global_name(name, offset, ep, source)
+            name, is_expert = global_name(name, offset, ep * source.local_experts)
             if ep == 0 or is_expert:
                 parts[name].setdefault(tp, Take(label, stored, shape, kind))
         offset += layers
@@ -170,19 +170,20 @@ def _parsed(stored: str) -> tuple[Rank, str]:
     return (tp, pp, ep), name
 
 
-def _global_name(name: str, offset: int, ep: int, source: MpRankSource) -> tuple[str, bool]:
-    """A rank's name in the whole model, and whether it is an expert's."""
+def global_name(name: str, layers: int = 0, experts: int = 0) -> tuple[str, bool]:
+    """A module's name in the whole model, and whether it is an expert's; ``layers`` and ``experts``
+    are those of earlier ranks."""
     match = _LAYER.fullmatch(name)
     if match is None:
         return name, False
-    stem, rest = f"decoder.layers.{int(match[1]) + offset}.", match[2]
+    stem, rest = f"decoder.layers.{int(match[1]) + layers}.", match[2]
     if one := _LOCAL_EXPERT.fullmatch(rest):
         expert, inner = int(one[1]), one[2]
     elif one := _GROUPED_EXPERT.fullmatch(rest):
-        expert, inner = int(one[2]), one[1]
+        expert, inner = int(one[2]), one[1] + one[3]
     else:
         return stem + rest, False
-    return f"{stem}mlp.experts.experts.{ep * source.local_experts + expert}.{inner}", True
+    return f"{stem}mlp.experts.experts.{experts + expert}.{inner}", True
 
 
 def _content(file: Path) -> Any:

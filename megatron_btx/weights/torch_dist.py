@@ -200,8 +200,8 @@ def read_metadata(directory: Path) -> Any:
 
 
 def read_object(directory: Path, key: str) -> bytes | None:
-    """The bytes of a stored thing that is no tensor (``torch.save`` wrote them), whole: Megatron
-    calls its one shard ``KEY/shard_0_1``. ``None``: nothing of that name is stored.
+    """The bytes of a stored thing that is no tensor (``torch.save`` wrote them), whole, under that
+    key or as Megatron-Core calls its one shard, ``KEY/shard_0_1``. ``None``: it is not stored.
 
     Raises:
         UserError: as :func:`read_metadata`; or the file that holds it is missing or truncated.
@@ -210,7 +210,7 @@ def read_object(directory: Path, key: str) -> bytes | None:
         return None
     try:
         places = getattr(read_metadata(directory), "storage_data", None) or {}
-        found = [info for index, info in places.items() if index.fqn == f"{key}/shard_0_1"]
+        found = [info for index, info in places.items() if index.fqn in (key, f"{key}/shard_0_1")]
         if not found:
             return None
         offset, length = sizes((found[0].offset, found[0].length))

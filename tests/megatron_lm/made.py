@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,9 @@ def words_for(step: Path, tp: int) -> list[str]:
         (load / "latest_checkpointed_iteration.txt").write_text("release\n")
     words[words.index("--load") + 1] = str(load)
     words[words.index("--seq-length") + 1] = str(LENGTH)
-    return [*words, "--tokenizer-type", "NullTokenizer"]
+    if "--tokenizer-type" not in words:
+        words += ["--tokenizer-type", "NullTokenizer"]
+    return words
 
 
 def by_hand(step: Path) -> dict[str, Any]:
@@ -52,14 +55,14 @@ def by_hand(step: Path) -> dict[str, Any]:
     return {"rope_scaling_factor": model.rope_scaling_factor} if model.rope_scaling else {}
 
 
-def reference(model: Any) -> Tensor:
+def reference(model: Any, tokens: Tensor = TOKENS) -> Tensor:
     """``transformers``' loss of every token."""
     with torch.no_grad():
-        logits = model(TOKENS[:, :-1]).logits.float()
+        logits = model(tokens[:, :-1]).logits.float()
     flat = torch.nn.functional.cross_entropy(
-        logits.flatten(0, 1), TOKENS[:, 1:].flatten(), reduction="none"
+        logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none"
     )
-    return flat.view(2, LENGTH)
+    return flat.view(len(tokens), -1)
 
 
 def losses_of(directory: Path) -> Tensor:
@@ -82,12 +85,17 @@ LAYOUTS: dict[str, tuple[int, int, tuple[str, ...]]] = {  # ranks, TP, more argu
 
 
 def trained(
-    pool: Ranks, step: Path, layout: str, save: Path, *more: str, older_form: bool = False
+    pool: Ranks,
+    step: Path,
+    layout: str,
+    save: Path,
+    *more: str,
+    forms: Sequence[str] = ("torch_dist",),
 ) -> trainer.Outcome:
     """Three steps of its training, saved; what the first rank saw."""
     world, tp, words = LAYOUTS[layout]
     words = (*words_for(step, tp), *words, "--save", str(save), *more)
-    job = trainer.Job(words, TOKENS, steps=3, older_form=older_form, by_hand=by_hand(step))
+    job = trainer.Job(words, TOKENS, steps=3, forms=forms, by_hand=by_hand(step))
     outcome = pool.run(trainer.run, world, job)[0]
     assert outcome.losses[0] > outcome.losses[-1], "it learned nothing"
     assert (save / "iter_0000003").is_dir()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_btx.errors import UserError
+from megatron_btx.families.trainer_arguments import check_names
 from megatron_btx.mix import offline
 from megatron_btx.mix.request import MixRequest
 from megatron_btx.recipe.schema import Layout
@@ -27,6 +28,7 @@ from tests.megatron_lm.made import (
     TOLERANCE,
     by_hand,
     close,
+    convert,
     export,
     losses_of,
     reference,
@@ -63,23 +65,34 @@ def test_without_the_factor_by_hand_it_computes_another_model(written: Any, pool
     assert float((outcome.before - reference(model)).abs().max()) > 10 * TOLERANCE
 
 
-def test_a_name_that_is_not_there_is_an_error_of_its_own(
+def test_a_directory_of_an_older_version_is_written_again(
     mixed: Any, pool: Ranks, tmp_path: Path
 ) -> None:
+    """It lacks the names that we did not know of: an error on its side, a line on ours."""
     import pickle
 
-    _, step = mixed
-    (tmp_path / "step").mkdir()
+    expected, step = mixed
+    old = tmp_path / "step"
+    old.mkdir()
     for file in step.iterdir():
-        (tmp_path / "step" / file.name).symlink_to(file)
+        (old / file.name).symlink_to(file)
     metadata = pickle.loads((step / ".metadata").read_bytes())  # ours
     (second,) = second_names(open_megatron(step, "m").architecture).values()
-    del metadata.state_dict_metadata[second]
-    (tmp_path / "step" / ".metadata").unlink()
-    (tmp_path / "step" / ".metadata").write_bytes(pickle.dumps(metadata))
-    job = trainer.Job(words_for(tmp_path / "step", 1), TOKENS)
-    with pytest.raises(RankError, match=second):
-        pool.run(trainer.run, 1, job)
+    for name in list(metadata.state_dict_metadata):
+        if name == second or "._extra_state/" in name:
+            del metadata.state_dict_metadata[name]
+    (old / ".metadata").unlink()
+    (old / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(
+        UserError, match=r"lacks decoder\.final_layernorm\._extra_state and \d+ more"
+    ):
+        check_names(old, open_megatron(old, "m").architecture)
+    convert(old, tmp_path / "new", "megatron")
+    check_names(tmp_path / "new", open_megatron(old, "m").architecture)
+    (outcome,) = pool.run(trainer.run, 1, trainer.Job(words_for(tmp_path / "new", 1), TOKENS))
+    close(outcome.before[: len(expected)], expected)
+    with pytest.raises(RankError, match=second):  # last: it ends the ranks
+        pool.run(trainer.run, 1, trainer.Job(words_for(old, 1), TOKENS))
 
 
 @pytest.mark.parametrize(
@@ -172,7 +185,7 @@ def test_the_older_form_is_read(form: str, written: Any, pool: Ranks, tmp_path: 
     name, world, tp, more, file = OLD_FORMS[form]
     step = written[name][1]
     words = (*words_for(step, tp), *more, "--save", str(tmp_path))
-    job = trainer.Job(words, TOKENS, older_form=True, compute=False, by_hand=by_hand(step))
+    job = trainer.Job(words, TOKENS, forms=("torch",), compute=False, by_hand=by_hand(step))
     pool.run(trainer.run, world, job)
     saved = tmp_path / "iter_0000000"
     assert (saved / file / "model_optim_rng.pt").is_file()
@@ -187,7 +200,7 @@ def test_the_older_form_is_read(form: str, written: Any, pool: Ranks, tmp_path: 
 def test_the_older_form_with_its_optimizer(written: Any, pool: Ranks, tmp_path: Path) -> None:
     distributed = "--use-distributed-optimizer"
     llama = written["llama"][1]
-    outcome = trained(pool, llama, "TP2", tmp_path / "saved", distributed, older_form=True)
+    outcome = trained(pool, llama, "TP2", tmp_path / "saved", distributed, forms=("torch",))
     step = tmp_path / "saved" / "iter_0000003"
     assert (step / "mp_rank_00" / "distrib_optim.pt").is_file()
     export(step, tmp_path / "hf", {})

@@ -3,18 +3,26 @@
 Its parser, its model builder, its ``load_checkpoint`` and ``save_checkpoint``, its optimizer; of
 ``pretrain`` itself only the loop is written here, for it wants a data set and a GPU. What stands in
 for what it cannot have on a CPU is listed in :func:`_on_a_cpu`.
+
+    python -m tests.megatron_lm.trainer ARGUMENTS
+
+takes ``--train-iters`` steps on random tokens on one rank, for want of a GPU in the place of
+``torchrun pretrain_gpt.py ARGUMENTS``.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import importlib.util
 import os
 import shlex
 import sys
+import tempfile
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -45,8 +53,8 @@ class Job:
     steps: int = 0
     batches: Tensor | None = None
     """[steps, global batch, sequence + 1] to train on instead."""
-    older_form: bool = False
-    """Save as `--ckpt-convert-format torch` does."""
+    forms: Sequence[str] = ("torch_dist",)
+    """What `--ckpt-format` says; a second one is saved to the directory of its name."""
     compute: bool = True
     """Whether losses are: not where a rank has a part of the layers."""
     by_hand: dict[str, Any] = field(default_factory=dict)
@@ -87,17 +95,18 @@ def run(job: Job) -> Outcome:
     assert len(batches) == job.steps
     losses = tuple(_step(args, models, optimizer, schedule, batch) for batch in batches)
     after = _loss_of_tokens(models[0], job.tokens) if job.steps else before
-    if args.save:
-        if job.older_form:
-            args.ckpt_format = "torch"
-            update_use_dist_ckpt(args)
+    for form in job.forms if args.save else ():
+        args.ckpt_format = form
+        update_use_dist_ckpt(args)
         checkpointing.save_checkpoint(iteration + job.steps, models, optimizer, schedule, 0)
+        args.save = str(Path(args.save).parent / job.forms[-1])
     return Outcome(before, losses, after, iteration)
 
 
 def _on_a_cpu() -> None:
     """What it asks of CUDA, and of a checkout of its repository."""
     from megatron.core.datasets import utils
+    from megatron.core.distributed import TorchFullyShardedDataParallel
     from megatron.training import arguments, checkpointing, initialize
 
     from megatron_btx.engine import cpu
@@ -105,6 +114,9 @@ def _on_a_cpu() -> None:
     arguments.get_device_arch_version = lambda: 10
     utils.compile_helpers = lambda: None  # the wheel has them built, and no Makefile
     initialize._set_random_seed = lambda *_, **__: None
+    sharded = TorchFullyShardedDataParallel.__init__
+    if "cuda" in sharded.__code__.co_consts:
+        cpu._replace_literals(sharded, {"cuda": "cpu"}, "TorchFullyShardedDataParallel")
     if "cuda" in checkpointing.read_metadata.__code__.co_consts:
         cpu._replace_literals(checkpointing.read_metadata, {"cuda": "cpu"}, "read_metadata")
 
@@ -170,16 +182,22 @@ def _build(args: Namespace, job: Job) -> list[Any]:
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.training.argument_utils import gpt_config_from_args
     from megatron.training.models.gpt import GPTModelBuilder
+    from megatron.training.training import get_megatron_ddp_config
 
     config = gpt_config_from_args(args)
     for name, value in job.by_hand.items():
         setattr(config, name, value)
+    fully_sharded = args.use_torch_fsdp2 or args.use_megatron_fsdp
     return GPTModelBuilder(config).build_distributed_models(
         ProcessGroupCollection.use_mpu_process_groups(),
-        ddp_config=DistributedDataParallelConfig(
+        ddp_config=get_megatron_ddp_config(args)
+        if fully_sharded
+        else DistributedDataParallelConfig(
             use_distributed_optimizer=args.use_distributed_optimizer
         ),
-        wrap_with_ddp=job.steps > 0,
+        use_torch_fsdp2=args.use_torch_fsdp2,
+        use_megatron_fsdp=args.use_megatron_fsdp,
+        wrap_with_ddp=job.steps > 0 or fully_sharded,
         mixed_precision_wrapper=None,
     )
 
@@ -251,3 +269,26 @@ def _step(
     schedule.step(increment=args.global_batch_size)
     args.consumed_train_samples += args.global_batch_size
     return sum(float(each["loss"]) for each in reported) / len(reported)
+
+
+def main() -> None:
+    """The command above."""
+    from megatron_btx.engine import cpu
+
+    asked = argparse.ArgumentParser(allow_abbrev=False)
+    for name in ("--seq-length", "--vocab-size", "--train-iters"):
+        asked.add_argument(name, type=int, required=True)
+    given, _ = asked.parse_known_args()
+    words = sys.argv[1:]
+    cpu.install()
+    tokens = torch.randint(given.vocab_size, (2, given.seq_length + 1))
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+        os.environ["BTX_INIT_METHOD"] = f"file://{folder}/ranks"
+        outcome = run(Job(words, tokens, given.train_iters))
+        torch.distributed.destroy_process_group()
+    sys.stdout.write(f"losses of its steps: {outcome.losses}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -59,12 +59,15 @@ def open_plain(path: Path, declared: Mapping[str, Any]) -> PlainHF | PlainMegatr
         declared: what its manifest says of the model, for one of Megatron's that is not ours.
 
     Raises:
-        UserError: it is of the form ``--ckpt-format torch``, which the engine alone reads.
+        UserError: it is of a form that the engine alone reads.
     """
-    if any(path.glob("mp_rank_*")):
+    other = "torch" if any(path.glob("mp_rank_*")) else ""
+    if (path / ".metadata").exists() and not (path / "metadata.json").exists():
+        other = "torch_dcp or fsdp_dtensor"
+    if other:
         raise UserError(
             str(path),
-            "was saved with --ckpt-format torch: the second implementation does not read that form",
+            f"was saved with --ckpt-format {other}: the second implementation does not read that",
             "copy it (btx mix --method copy --format megatron), and mix the copy",
         )
     return PlainMegatron(path, declared) if (path / ".metadata").exists() else PlainHF(path)
