@@ -201,9 +201,15 @@ def _script() -> Any:
 
 
 def _of_script(machine: platform.Platform) -> Iterator[UserError]:
-    if machine.layers == "torch" and getattr(_script(), "reset_attention_mask", False):
-        what = "attention without Transformer Engine is causal over the whole sequence"
+    script = _script()
+    if machine.layers != "torch" or script is None:
+        return
+    what = "attention without Transformer Engine is causal over the whole sequence"
+    if script.reset_attention_mask:
         yield UserError("--reset-attention-mask", what, "remove it")
+    if script.create_attention_mask_in_dataloader:
+        fix = "say --no-create-attention-mask-in-dataloader"
+        yield UserError("attention mask", f"is made by the data loader; {what}", fix)
 
 
 def _keep_rope_factor(config: Any) -> None:

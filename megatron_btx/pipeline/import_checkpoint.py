@@ -64,7 +64,8 @@ def check_all(recipe: Recipe, stages: Iterable[Stage]) -> None:
             errors.append(error)
             continue
         tokenizers[where] = directory
-        if recipe.tokenizer.path is None and manifest.get("tokenizer", "") is None:
+        lacking = stage.name == "seed" and manifest.get("tokenizer", "") is None
+        if recipe.tokenizer.path is None and lacking:
             errors.append(
                 UserError(
                     where,

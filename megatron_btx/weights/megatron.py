@@ -31,6 +31,7 @@ from megatron_btx.weights.arrange import Cat
 from megatron_btx.weights.box import Shape
 from megatron_btx.weights.expression import Expression
 from megatron_btx.weights.manifest import read_manifest
+from megatron_btx.weights.megatron_lm_args import settings_of
 from megatron_btx.weights.mp_rank import MpRankSource, is_mp_rank
 from megatron_btx.weights.ops import item, rows, stack
 from megatron_btx.weights.plan import Checkpoint, Ignore, mismatches, unmatched
@@ -140,6 +141,7 @@ def open_megatron(
         return _open_numbered(path, label, given, ranks, mp_rank.joined(label, ranks))
     source = TorchDistSource(path)
     if is_torch_dcp(path):
+        _refuse_stages(path)
         return _open_numbered(path, label, given, source, torch_dcp.joined(label, source))
     architecture, manifest = read_manifest(path, given)
     weights = set(unmatched([*source.tensors, *source.objects], IGNORED))
@@ -160,6 +162,14 @@ def open_megatron(
     if errors:
         raise UserErrors(errors)
     return Checkpoint(label, path, architecture, View(source, named), manifest)
+
+
+def _refuse_stages(path: Path) -> None:
+    """Layers are counted from each stage's first there: those of one hide those of another."""
+    stages = (settings_of(path) or {}).get("pipeline_model_parallel_size")
+    if stages not in (None, 1):
+        what = f"was saved under pipeline parallelism: {stages} stages, each from layer 0 on"
+        raise UserError(str(path), what, "save it with --ckpt-format torch_dist")
 
 
 def _open_numbered(

@@ -27,11 +27,13 @@ FORMS = {
 def test_what_is_fully_sharded_is_read(
     form: str, written: Any, pool: Ranks, tmp_path: Path
 ) -> None:
+    if form == "fsdp_dtensor":
+        pytest.importorskip("einops", reason="Megatron-FSDP needs einops")
     name, more = FORMS[form]
     words = words_for(written[name][1], 1)
     words[words.index("--ckpt-format") + 1] = form
-    if form == "fsdp_dtensor":
-        del words[words.index("--load") : words.index("--load") + 2]
+    # Neither begins from another form: what they draw is as good.
+    del words[words.index("--load") : words.index("--load") + 2]
     job = trainer.Job(
         [*words, *more, "--save", str(tmp_path / form)], TOKENS, steps=3, forms=(form,)
     )

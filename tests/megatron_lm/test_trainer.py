@@ -75,7 +75,8 @@ def test_a_directory_of_an_older_version_is_written_again(
     old = tmp_path / "step"
     old.mkdir()
     for file in step.iterdir():
-        (old / file.name).symlink_to(file)
+        if file.name != "hashes.json":  # it has those of what is changed below
+            (old / file.name).symlink_to(file)
     metadata = pickle.loads((step / ".metadata").read_bytes())  # ours
     (second,) = second_names(open_megatron(step, "m").architecture).values()
     for name in list(metadata.state_dict_metadata):

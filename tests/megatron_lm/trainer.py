@@ -106,7 +106,6 @@ def run(job: Job) -> Outcome:
 def _on_a_cpu() -> None:
     """What it asks of CUDA, and of a checkout of its repository."""
     from megatron.core.datasets import utils
-    from megatron.core.distributed import TorchFullyShardedDataParallel
     from megatron.training import arguments, checkpointing, initialize
 
     from megatron_btx.engine import cpu
@@ -114,11 +113,34 @@ def _on_a_cpu() -> None:
     arguments.get_device_arch_version = lambda: 10
     utils.compile_helpers = lambda: None  # the wheel has them built, and no Makefile
     initialize._set_random_seed = lambda *_, **__: None
-    sharded = TorchFullyShardedDataParallel.__init__
-    if "cuda" in sharded.__code__.co_consts:
-        cpu._replace_literals(sharded, {"cuda": "cpu"}, "TorchFullyShardedDataParallel")
+    _fully_sharded_on_a_cpu()
     if "cuda" in checkpointing.read_metadata.__code__.co_consts:
         cpu._replace_literals(checkpointing.read_metadata, {"cuda": "cpu"}, "read_metadata")
+
+
+def _fully_sharded_on_a_cpu() -> None:
+    """Every device that the two kinds of fully sharded data parallelism name in their code."""
+    from megatron.core.distributed import TorchFullyShardedDataParallel
+    from megatron.core.distributed.fsdp import mcore_fsdp_adapter
+    from megatron.core.distributed.fsdp.src.megatron_fsdp import (
+        megatron_fsdp,
+        param_and_grad_buffer,
+    )
+
+    from megatron_btx.engine import cpu
+
+    torch.cuda.Event = cpu._Stream
+    cpu._Stream.record = cpu._Stream.wait = cpu._Stream.wait_event = lambda *_: None
+    modules = (mcore_fsdp_adapter, megatron_fsdp, param_and_grad_buffer)
+    classes = [
+        kind for module in modules for kind in vars(module).values() if isinstance(kind, type)
+    ]
+    for kind in (*classes, TorchFullyShardedDataParallel):
+        for name, function in vars(kind).items():
+            for literal, other in (("cuda:", ""), ("cuda", "cpu")):
+                code = getattr(function, "__code__", None)
+                if code is not None and literal in code.co_consts:
+                    cpu._replace_literals(function, {literal: other}, f"{kind}.{name}")
 
 
 def refusal(words: Sequence[str], function: str) -> str:
@@ -198,6 +220,7 @@ def _build(args: Namespace, job: Job) -> list[Any]:
         use_torch_fsdp2=args.use_torch_fsdp2,
         use_megatron_fsdp=args.use_megatron_fsdp,
         wrap_with_ddp=job.steps > 0 or fully_sharded,
+        data_parallel_random_init=False,  # as its own default is
         mixed_precision_wrapper=None,
     )
 
@@ -216,12 +239,16 @@ def _optimizer(args: Namespace, models: list[Any]) -> tuple[Any, Any]:
     return optimizer, get_optimizer_param_scheduler(optimizer)
 
 
-def _inputs(tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _inputs(tokens: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """Tokens, positions, mask (true: hidden) and labels."""
+    from megatron.training import get_args
+
     length = tokens.shape[1] - 1
     inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    hidden = torch.ones(length, length, dtype=torch.bool).triu(1)
-    return inputs, torch.arange(length).expand_as(inputs), hidden[None, None], labels
+    hidden = None
+    if get_args().create_attention_mask_in_dataloader:
+        hidden = torch.ones(length, length, dtype=torch.bool).triu(1)[None, None]
+    return inputs, torch.arange(length).expand_as(inputs), hidden, labels
 
 
 @torch.no_grad()

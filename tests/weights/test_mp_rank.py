@@ -13,12 +13,10 @@ import pytest
 import torch
 
 from megatron_btx.errors import UserError
-from megatron_btx.mix.one_model import copy
 from megatron_btx.mix.reference.reader import open_plain
 from megatron_btx.weights.find_checkpoint import find_checkpoint
 from megatron_btx.weights.megatron import open_megatron
 from megatron_btx.weights.source import read_whole
-from megatron_btx.weights.write_torch_dist import write_torch_dist
 from tests.mix.commands import btx
 from tests.weights.models import DENSE, dense
 from tests.weights.test_megatron_lm_args import ARGS, Evil
@@ -134,11 +132,3 @@ def test_a_malicious_shard_is_refused_and_not_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="which no checkpoint needs: refused"):
         open_megatron(tmp_path / "iter", "m")
     assert not (tmp_path / "owned").exists()
-
-
-def test_what_megatron_core_did_not_write_is_named(tmp_path: Path) -> None:
-    """`torch_dcp` and `fsdp_dtensor` have torch's files, and no metadata.json of Megatron's."""
-    write_torch_dist(copy(dense("a", 1), dtype=torch.float32), tmp_path / "iter")
-    (tmp_path / "iter" / "metadata.json").unlink()
-    with pytest.raises(UserError, match="not torch_dist, but torch_dcp, fsdp_dtensor or damaged"):
-        open_megatron(tmp_path / "iter", "m")
