@@ -1,8 +1,8 @@
 """Stages whose model is taken as it is: ``seed: {from: DIR}``, and experts of zero tokens.
 
 The checkpoint is checked and linked where the stage would have left its own, so that the
-stages after it need not know. A Hugging Face directory, or one that another trainer on Megatron-Core
-wrote, is converted to that place.
+stages after it need not know. A Hugging Face directory, or that of another trainer on
+Megatron-Core, is converted to that place.
 """
 
 from __future__ import annotations
