@@ -87,6 +87,15 @@ def from_first_rank(value: Any) -> Any:
     return values[0]
 
 
+def summed(number: int) -> int:
+    """Over all ranks, on every rank."""
+    if not dist.is_initialized():
+        return number
+    numbers = [0] * dist.get_world_size()
+    dist.all_gather_object(numbers, number)
+    return sum(numbers)
+
+
 def shutdown() -> None:
     """Leave the job's process groups, where they exist."""
     if dist.is_initialized():

@@ -2,12 +2,18 @@
 
 The finetuning job starts from N dense checkpoints, each saved under whatever layout. Every rank
 evaluates the plan for the shards it holds: it reads the FFN tensors of its own experts only, and of
-everything else the slices that it averages, accumulated in fp64 and rounded once.
+everything else the slices that it averages, accumulated in fp64 and rounded once. What ranks hold
+alike because of data parallelism they share out, so that no byte is read twice because of it.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
 
 from megatron_btx.engine.checkpoint import model_sharded_state_dict
 from megatron_btx.engine.checkpoint_hashes import check_hashes
@@ -26,7 +32,40 @@ def initialize(model: torch.nn.Module, plan: Plan) -> dict[str, int]:
         UserErrors: model and plan disagree, and nothing has been written. Or files of a source
             were changed while they were read, or since they were written.
     """
-    read = load_into_sharded(plan, model_sharded_state_dict(model))
+    experts = {
+        parameter.untyped_storage().data_ptr()
+        for parameter in model.parameters()
+        if not getattr(parameter, "allreduce", True)  # Megatron's mark of what DDP keeps apart
+    }
+    dense = _Replicas(parallel_state.get_data_parallel_group(with_context_parallel=True))
+    expert = _Replicas(parallel_state.get_expert_data_parallel_group())
+
+    def replicas(shard: Any) -> _Replicas:
+        return expert if shard.data.untyped_storage().data_ptr() in experts else dense
+
+    read = load_into_sharded(plan, model_sharded_state_dict(model), replicas)
     for directory, names in plan.files().items():
         check_hashes(directory, names)
     return read
+
+
+@dataclass(frozen=True)
+class _Replicas:
+    """A group of Megatron's whose ranks hold the same parameters."""
+
+    group: dist.ProcessGroup
+
+    @property
+    def rank(self) -> int:
+        """This process's."""
+        return dist.get_rank(self.group)
+
+    @property
+    def size(self) -> int:
+        """Of the group."""
+        return dist.get_world_size(self.group)
+
+    def broadcast(self, tensor: torch.Tensor, source: int) -> None:
+        """From rank ``source`` of the group to all others."""
+        if self.size > 1:
+            dist.broadcast(tensor, dist.get_global_rank(self.group, source), group=self.group)

@@ -108,7 +108,12 @@ def memory() -> dict[str, float]:
 
 def of_checkpoint(what: str, directory: Path, seconds: float) -> dict[str, float]:
     """``what`` is ``save`` or ``load``: seconds, and GB/s over all ranks' files."""
-    size = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
+    files = (file for file in directory.rglob("*") if file.is_file())
+    return of_transfer(what, sum(file.stat().st_size for file in files), seconds)
+
+
+def of_transfer(what: str, size: int, seconds: float) -> dict[str, float]:
+    """Likewise, of ``size`` bytes."""
     return {
         f"train/checkpoint_{what}_duration_s": seconds,
         f"train/checkpoint_{what}_GB": size / 1e9,

@@ -112,12 +112,14 @@ def _begin(
         random_seed=recipe.random_seed,
         options=training.megatron,
     )
+    loaded: dict[str, float] = {}
     if plan is not None:
-        initialize(model, plan)
+        started = time.perf_counter()
+        size = distributed.summed(sum(initialize(model, plan).values()))
+        loaded = throughput.of_transfer("load", size, time.perf_counter() - started)
     step = manifest["step"] if manifest else 0
     learning = Learning(architecture, training, recipe.model)
     ddp, optimizer, schedule = learning.begin(model, step)
-    loaded: dict[str, float] = {}
     if resumed is not None and manifest is not None:
         started = time.perf_counter()
         whole = manifest["has_optimizer"]
@@ -150,7 +152,7 @@ def _begin(
     )
     lineage = manifest["lineage"] if manifest else _lineage(recipe, name, training, plan)
     callbacks, log = _callbacks(recipe, name, training, run_dir, progress, architecture, lineage)
-    if log is not None and loaded:
+    if log is not None and loaded.get("train/checkpoint_load_GB"):
         log.write("load", progress.step, loaded)
     return progress, callbacks, log
 

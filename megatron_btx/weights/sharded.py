@@ -1,10 +1,12 @@
-"""The sink for a live model: every rank makes the shards it holds, and nothing else."""
+"""The sink for a live model: every rank makes the shards it holds, or its share of them."""
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,18 +23,63 @@ _SLAB = 1 << 24
 """Elements made at a time: what a rank holds beyond its own shards."""
 
 
+class Replicas(Protocol):
+    """Ranks that hold the same shard, as one of them sees them."""
+
+    @property
+    def rank(self) -> int:
+        """This one's number among them."""
+
+    @property
+    def size(self) -> int:
+        """How many they are."""
+
+    def broadcast(self, tensor: Tensor, source: int) -> None:
+        """Replace ``tensor`` by that of rank ``source`` of them; every one of them calls it."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Alone:
+    rank: int = 0
+    size: int = 1
+
+    def broadcast(self, tensor: Tensor, source: int) -> None:
+        """Nobody to tell."""
+
+
+ALONE = _Alone()
+
+
+@dataclass(frozen=True, slots=True)
+class _Shard:
+    """What a rank has to fill."""
+
+    expression: Expression
+    box: Box
+    data: Tensor
+    prepended: int
+    """Axes at the front that ``data`` lacks."""
+
+
 @torch.no_grad()
-def load_into_sharded(plan: Plan, sharded_state_dict: Mapping[str, Any]) -> dict[str, int]:
+def load_into_sharded(
+    plan: Plan,
+    sharded_state_dict: Mapping[str, Any],
+    replicas: Callable[[Any], Replicas] = lambda _shard: ALONE,
+) -> dict[str, int]:
     """Fill a live Megatron module's shards in place from a plan over canonical names.
 
-    No communication: each rank evaluates exactly the slices that it holds, under any TP x PP x EP
-    x ETP. A value is rounded once, to its parameter's dtype. Rows of vocabulary padding are zero.
+    Each rank evaluates slices that it holds, under any TP x PP x EP x ETP: all of them, without
+    communication, or, of what ``replicas`` says other ranks hold too, its share. A value is rounded
+    once, to its parameter's dtype. Rows of vocabulary padding are zero.
 
     Args:
         plan: over canonical names, e.g. of :func:`megatron_btx.mix.btx`.
         sharded_state_dict: of the module (``module.sharded_state_dict()``): Megatron
             ``ShardedTensor``s whose data are, or are views of, the live parameters, and factories
             of such. Objects that are not tensors (``_extra_state``) are left alone.
+        replicas: of a shard, the ranks that hold the same. All of them call this function, with
+            their shards in the same order.
 
     Returns:
         Bytes that this call read from each source.
@@ -43,7 +90,8 @@ def load_into_sharded(plan: Plan, sharded_state_dict: Mapping[str, Any]) -> dict
     """
     before = plan.bytes_read
     cache: dict[tuple[str, Shape, torch.dtype], Expression] = {}
-    work, errors = [], []
+    work: dict[Replicas, list[_Shard]] = {}
+    errors = []
     for shard in _shards(sharded_state_dict):
         key = (shard.key, tuple(shard.global_shape), shard.data.dtype)
         try:
@@ -57,21 +105,37 @@ def load_into_sharded(plan: Plan, sharded_state_dict: Mapping[str, Any]) -> dict
             what = f"{shard.key}: the module has {key[1]}, the plan {cache[key].shape}"
             errors.append(UserError("weights", what, "mix models of the module's shape"))
             continue
-        work.append((cache[key], _global_box(shard), shard.data, shard.prepend_axis_num))
+        one = _Shard(cache[key], _global_box(shard), shard.data, shard.prepend_axis_num)
+        work.setdefault(replicas(shard), []).append(one)
     if errors:
         raise UserErrors(errors)
-    for expression, box, data, prepended in work:
-        _fill(plan, expression, box, data, prepended)
+    for group, mine in work.items():
+        _fill(plan, mine, group)
     plan.check_unchanged()
     return {label: count - before[label] for label, count in plan.bytes_read.items()}
 
 
-def _fill(plan: Plan, expression: Expression, box: Box, data: Tensor, prepended: int) -> None:
-    """Evaluate ``box`` slab by slab into ``data``, which lacks the first ``prepended`` axes."""
-    for slab in slabs(box, _SLAB):
-        part = tuple(slice(a - o, b - o) for (a, b), (o, _) in zip(slab, box, strict=True))
-        value = expression.evaluate(slab, plan.read)
-        data[part[prepended:]].copy_(value.reshape(extent(slab)[prepended:]))
+def _fill(plan: Plan, shards: Iterable[_Shard], replicas: Replicas) -> None:
+    """Evaluate the shards slab by slab, as many at a time as there are replicas: each of them makes
+    one, and tells the others."""
+    left = ((shard, slab) for shard in shards for slab in slabs(shard.box, _SLAB))
+    while window := list(itertools.islice(left, replicas.size)):
+        if replicas.rank < len(window):
+            shard, slab = window[replicas.rank]
+            value = shard.expression.evaluate(slab, plan.read)
+            _part(shard, slab).copy_(value.reshape(extent(slab)[shard.prepended :]))
+        for source, (shard, slab) in enumerate(window):
+            part = _part(shard, slab)
+            whole = part.contiguous()
+            replicas.broadcast(whole, source)
+            if whole is not part and source != replicas.rank:
+                part.copy_(whole)
+
+
+def _part(shard: _Shard, slab: Box) -> Tensor:
+    """Where a slab of a shard lies in its data."""
+    cut = tuple(slice(a - o, b - o) for (a, b), (o, _) in zip(slab, shard.box, strict=True))
+    return shard.data[cut[shard.prepended :]]
 
 
 def _global_box(shard: Any) -> Box:

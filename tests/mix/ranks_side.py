@@ -54,12 +54,11 @@ def mix_live(sources: dict[str, Path], layout: Layout, precision: Any) -> tuple[
         The shards, the bytes read per source, and the bytes of this rank's shards.
     """
     from megatron_btx.engine import distributed
-    from megatron_btx.engine.checkpoint import model_sharded_state_dict
+    from megatron_btx.engine.initializer import initialize
     from megatron_btx.engine.model import build_model
     from megatron_btx.mix.btx import btx
     from megatron_btx.mix.router_init import RouterInit
     from megatron_btx.weights.megatron import open_megatron
-    from megatron_btx.weights.sharded import load_into_sharded
 
     distributed.initialize(layout, 0)
     models = [open_megatron(directory, label) for label, directory in sources.items()]
@@ -69,7 +68,7 @@ def mix_live(sources: dict[str, Path], layout: Layout, precision: Any) -> tuple[
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(float("nan"))
-    read = load_into_sharded(plan, model_sharded_state_dict(model))
+    read = initialize(model, plan)
     return pieces(model, lambda p: p), read, sum(p.nbytes for p in model.parameters())
 
 

@@ -12,6 +12,7 @@ from tests.engine.harness import assemble, named_tensor
 from tests.engine.test_layouts import EP2, EP4, PP2, TP2, TP2_EP2, TP2_ETP2, TP2_PP2_EP2
 from tests.mix.ranks_side import mix_live, save_dense
 
+DP4_EP2 = Layout(data_parallel_size=4, expert_model_parallel_size=2)
 SOURCES = {"code": TP2, "math": PP2, "prose": Layout(), "seed": TP2}
 TARGETS = {
     "one rank": Layout(),
@@ -19,6 +20,7 @@ TARGETS = {
     "pp2": PP2,
     "ep2": EP2,
     "ep4": EP4,
+    "dp4-ep2": DP4_EP2,
     "tp2-ep2": TP2_EP2,
     "tp2-pp2-ep2": TP2_PP2_EP2,
 }
@@ -44,10 +46,12 @@ def test_every_layout_gets_the_same_bits(ranks, sources, name):
         assert set(read) == set(SOURCES)
         # Averages read every source once for each byte made; experts one source.
         assert sum(read.values()) <= len(SOURCES) * held
-    if layout.expert_model_parallel_size == 4:  # every rank holds one expert
+    if layout.data_parallel_size == layout.world_size > 1:
+        # However many ranks hold it: what is averaged is read once, and each expert once.
         total = {label: sum(result[1][label] for result in results) for label in SOURCES}
         average, ffn = _bytes()
-        assert total == {label: 4 * average + ffn for label in SOURCES}
+        assert total == {label: average + ffn for label in SOURCES}
+        assert all(sum(result[1].values()) for result in results), "shared out"
 
 
 def test_bf16_is_rounded_once(ranks, sources):
