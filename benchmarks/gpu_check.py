@@ -1,7 +1,7 @@
 """What a machine with one GPU can prove, without a network and without Transformer Engine.
 
     pip install --no-index --find-links WHEELS megatron-btx
-    python benchmarks/gpu_check.py                          # one JSON line; exit code 2: no GPU
+    python benchmarks/gpu_check.py                          # JSON lines; exit code 2: no GPU
     python benchmarks/gpu_check.py --device cpu --tiny      # the script itself, on any machine
 
 For a dense and an MoE model (4 experts, top-2), each of about a billion parameters:
@@ -14,6 +14,9 @@ For a dense and an MoE model (4 experts, top-2), each of about a billion paramet
 3. it trains in bf16 (fp32 master weights); the steps after the first three are timed;
 4. it is saved, trained for two steps more, built anew, loaded, and trained for the same two steps;
    the largest difference of those losses is reported (0 where the GPU's kernels are deterministic).
+
+A JSON line is printed as soon as its step is done, with the step's name (``check``), the model's
+kind (``model``) and the seconds that it took, so that a run that is cut keeps its results.
 
 Model FLOP utilisation is  tokens/s * F / P.  F, FLOPs of training one token, is
 ``megatron_btx.recipe.count.training_flops_per_token``: 6 for every weight that takes part in a
@@ -35,6 +38,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -197,11 +201,11 @@ def large(kind: str, options: argparse.Namespace) -> tuple[Architecture, int]:
 
 def measure(
     kind: str, expected: dict[str, Any], options: argparse.Namespace, folder: Path
-) -> dict[str, Any]:
-    """Check small and large, train large, save, resume."""
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Check small and large, train large, save, resume; what each step has found."""
     from megatron_btx.engine import checkpoint
 
-    result: dict[str, Any] = against_cpu(kind, expected["small"])
+    yield "small_against_cpu", against_cpu(kind, expected["small"])
     what, batch = large(kind, options)
     cuda = options.device == "cuda"
     if cuda:
@@ -218,12 +222,24 @@ def measure(
     assert rounding < 2e-2, f"{kind}: the first loss in bf16 is {rounding} from the CPU's in fp32"
     assert losses[-1] < losses[0], f"{kind}: did not learn: {losses}"
     peak = torch.cuda.max_memory_allocated() if cuda else _resident()
+    yield (
+        "train",
+        {
+            **_speed(what, batch * what.model.seq_length / statistics.median(times[3:]), options),
+            "peak_memory_gib": round(peak / 2**30, 3),
+            "bf16_loss_difference_to_cpu_fp32": rounding,
+            "first_loss": losses[0],
+            "last_loss": losses[-1],
+        },
+    )
 
     saved = folder / kind
     manifest = checkpoint.manifest_of(what, precision="bf16", layout={"world_size": 1})
     start = time.perf_counter()
     checkpoint.save(saved, run.state, manifest)
     seconds = time.perf_counter() - start
+    size = sum(path.stat().st_size for path in saved.iterdir() if path.is_file())
+    yield "save", {"save_seconds": round(seconds, 2), "save_GB": round(size / 1e9, 4)}
     stopped_at = run.step
     unstopped = [run.train()[0] for _ in range(2)]
     del run
@@ -235,23 +251,20 @@ def measure(
     assert difference < 1e-2, f"{kind}: the resumed run is another one: {difference}"
     del again
     _free(cuda)
+    yield "resume", {"resume_difference": difference}
 
-    per_second = batch * what.model.seq_length / statistics.median(times[3:])
+
+def _speed(what: Architecture, per_second: float, options: argparse.Namespace) -> dict[str, Any]:
+    """Tokens and model FLOPs a second."""
     flops = per_second * training_flops_per_token(what)
-    tflops = options.peak_tflops or _peak_tflops(cuda)
+    tflops = options.peak_tflops or _peak_tflops(options.device == "cuda")
     counted = parameters(what)
-    return result | {
+    return {
         "parameters": counted.total,
         "parameters_active": counted.active,
         "tokens_per_second": round(per_second),
         "model_tflops_per_second": round(flops / 1e12, 3),
         "mfu": round(flops / (tflops * 1e12), 4) if tflops else None,
-        "peak_memory_gib": round(peak / 2**30, 3),
-        "bf16_loss_difference_to_cpu_fp32": rounding,
-        "first_loss": losses[0],
-        "last_loss": losses[-1],
-        "save_seconds": round(seconds, 2),
-        "resume_difference": difference,
     }
 
 
@@ -273,7 +286,7 @@ def _peak_tflops(cuda: bool) -> float | None:
 
 
 def main() -> None:
-    """Print one JSON line, or say why not."""
+    """Print a JSON line a step, or say why not."""
     parser = argparse.ArgumentParser(description="Train about 1B parameters on one GPU.")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="a model of seconds, to try the script")
@@ -302,17 +315,32 @@ def main() -> None:
         from megatron_btx.engine.platform import detect
 
         platform = detect()
-        line: dict[str, Any] = {
-            "device": torch.cuda.get_device_name() if platform.cuda else "cpu",
-            "torch": torch.__version__,
-            "layers": platform.layers,
-            "optimizer": platform.optimizer,
-            "tiny": options.tiny,
-        }
+        begun = time.perf_counter()
+        _say(
+            "device",
+            begun,
+            {
+                "device": torch.cuda.get_device_name() if platform.cuda else "cpu",
+                "torch": torch.__version__,
+                "layers": platform.layers,
+                "optimizer": platform.optimizer,
+                "tiny": options.tiny,
+            },
+        )
+        begun = time.perf_counter()
         expected = ask_cpu(options)
+        begun = _say("reference_on_the_cpu", begun, {"kinds": list(expected)})
         for kind in LARGE:
-            line[kind] = measure(kind, expected[kind], options, Path(folder))
-    print(json.dumps(line))
+            for check, values in measure(kind, expected[kind], options, Path(folder)):
+                begun = _say(check, begun, {"model": kind, **values})
+
+
+def _say(check: str, begun: float, values: dict[str, Any]) -> float:
+    """A line, at once; the time now, where the next step begins."""
+    now = time.perf_counter()
+    line = {"check": check, **values, "seconds": round(now - begun, 2)}
+    print(json.dumps(line), flush=True)
+    return now
 
 
 if __name__ == "__main__":

@@ -31,18 +31,24 @@ def only_line(done: subprocess.CompletedProcess[str]) -> dict:
 
 
 def test_gpu_check_tiny_on_a_cpu(tmp_path: Path) -> None:
-    found = only_line(
-        run(
-            "gpu_check.py",
-            *("--device", "cpu", "--tiny", "--steps", "3", "--folder", str(tmp_path)),
-        )
+    done = run(
+        "gpu_check.py", "--device", "cpu", "--tiny", "--steps", "3", "--folder", str(tmp_path)
     )
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    steps = ["small_against_cpu", "train", "save", "resume"]
+    assert [line["check"] for line in lines] == ["device", "reference_on_the_cpu", *steps, *steps]
+    assert all(line["seconds"] >= 0 for line in lines)
     for kind in ("dense", "moe"):
-        assert found[kind]["loss_difference_to_cpu"] == 0
-        assert 0 < found[kind]["bf16_loss_difference_to_cpu_fp32"] < 2e-2
-        assert found[kind]["resume_difference"] == 0
-        assert found[kind]["tokens_per_second"] > 0
-        assert found[kind]["mfu"] is None
+        found: dict = {}
+        for line in lines:
+            found |= line if line.get("model") == kind else {}
+        assert found["loss_difference_to_cpu"] == 0
+        assert 0 < found["bf16_loss_difference_to_cpu_fp32"] < 2e-2
+        assert found["resume_difference"] == 0
+        assert found["tokens_per_second"] > 0
+        assert found["save_GB"] > 0
+        assert found["mfu"] is None
     assert not list(tmp_path.iterdir())
 
 
