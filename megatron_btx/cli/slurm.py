@@ -11,7 +11,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from megatron_btx.cli.common import open_recipe, recipe_command, renamed
+from megatron_btx.cli import together
+from megatron_btx.cli.common import command, open_recipe, recipe_command, renamed
 from megatron_btx.errors import UserError
 from megatron_btx.pipeline import graph, prepare_array, state
 from megatron_btx.pipeline.graph import Stage
@@ -20,7 +21,7 @@ from megatron_btx.recipe import check
 
 def add_parser(commands: Any) -> None:
     """The four commands."""
-    parser = recipe_command(
+    parser = command(
         commands,
         "submit",
         "submit the stages of a recipe as Slurm jobs, or what is left of them",
@@ -30,9 +31,12 @@ def add_parser(commands: Any) -> None:
         "  btx submit recipe.yaml\n"
         "  btx submit recipe.yaml --stop-after mix     all that comes before the finetuning\n"
         "  btx submit recipe.yaml --from finetune      it and all that waits for it\n"
-        "  btx submit recipe.yaml --only expert:math\n\n"
+        "  btx submit recipe.yaml --only expert:math\n"
+        "  btx submit dense.yaml btm.yaml btx.yaml     one graph; what they share once; compared\n"
+        "  btx submit examples/systems --base my/base.yaml --seeds 3\n\n"
         "Stages that are done are not submitted again; a stopped one goes on. See docs/slurm.md.",
     )
+    together.add_flags(parser)
     parser.add_argument("--dry-run", action="store_true", help="print it, submit nothing")
     parser.add_argument(
         "--scripts", action="store_true", help="with --dry-run: every script as it would be sent"
@@ -48,7 +52,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.set_defaults(run=submit)
 
-    parser = recipe_command(
+    parser = command(
         commands,
         "status",
         "show where every stage of a submitted recipe stands",
@@ -56,8 +60,10 @@ def add_parser(commands: Any) -> None:
         "  btx status recipe.yaml\n"
         "  btx status recipe.yaml --watch\n"
         "  btx status recipe.yaml --numbers            MFU, step times, memory, goodput, experts\n"
-        "  btx status recipe.yaml --json | python -m json.tool",
+        "  btx status recipe.yaml --json | python -m json.tool\n"
+        "  btx status dense.yaml btm.yaml btx.yaml    all, and their comparison",
     )
+    together.add_flags(parser)
     parser.add_argument("--json", action="store_true", help="print it as JSON, with all numbers")
     parser.add_argument(
         "--numbers", action="store_true", help="speed, goodput and the experts' use, too"
@@ -99,6 +105,8 @@ def submit(options: argparse.Namespace) -> int:
 
     if options.scripts and not options.dry_run:
         raise UserError("--scripts", "prints what `--dry-run` would send", "give both")
+    if not together.alone(options):
+        return together.submit(options)
     recipe, run_dir, stages = open_recipe(options.recipe)
     wished = selection.select(
         stages, only=options.only, first=options.first, last=options.stop_after
@@ -153,6 +161,8 @@ def _standing(options: argparse.Namespace) -> tuple[str, bool]:
     """Where every stage stands, as text, and whether any is still in the queue."""
     from megatron_btx.pipeline.slurm import status, status_table
 
+    if not together.alone(options):
+        return together.standing(options)
     _, run_dir, stages = open_recipe(options.recipe)
     rows = status.rows(run_dir.absolute(), stages)
     if options.json:

@@ -83,6 +83,8 @@ def _row(run_dir: Path, stage: Stage, number: str | None, noted: dict[str, Any])
         note = _waits(job, done) or slow_in_words(seen.summary.slow_ranks)
     elif word == "left" and number:  # its controller was killed before it had written it down
         note = f"Slurm no longer knows its job {number}: submit again"
+    elif word == "left" and directory.is_symlink():
+        note = f"is made in {directory.resolve()}"
     else:
         note = "" if done or word == "left" else _last_words(run_dir, stage, word, job)
     return StageStatus(

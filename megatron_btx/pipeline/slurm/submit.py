@@ -24,7 +24,7 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -115,9 +115,21 @@ def graph_lines(recipe: Recipe, chosen: tuple[Stage, ...]) -> list[str]:
 
 
 def submit(
-    recipe: Recipe, run_dir: Path, chosen: tuple[Stage, ...], *, probe: bool = True
+    recipe: Recipe,
+    run_dir: Path,
+    chosen: tuple[Stage, ...],
+    *,
+    probe: bool = True,
+    others: Mapping[str, str] | None = None,
 ) -> tuple[dict[str, str], list[str]]:
     """Submit the chosen stages, all or none.
+
+    Args:
+        recipe: of the run.
+        run_dir: its directory.
+        chosen: the stages.
+        probe: let a node look at the directory.
+        others: jobs of other runs that make stages of this one, by stage.
 
     Returns:
         Job numbers by stage, and what a person should know.
@@ -143,7 +155,7 @@ def submit(
             if probe:
                 notes += preflight.probe(recipe, run_dir, chosen, token)
             _keep(recipe, run_dir, directory, scripts)
-            numbers = _send(recipe, run_dir, directory, chosen)
+            numbers = _send(recipe, run_dir, directory, chosen, others or {})
         made.clear()
     return numbers, notes
 
@@ -193,14 +205,19 @@ def _keep(recipe: Recipe, run_dir: Path, directory: Path, scripts: dict[str, str
 
 
 def _send(
-    recipe: Recipe, run_dir: Path, directory: Path, chosen: tuple[Stage, ...]
+    recipe: Recipe,
+    run_dir: Path,
+    directory: Path,
+    chosen: tuple[Stage, ...],
+    others: Mapping[str, str],
 ) -> dict[str, str]:
     """Submit the scripts in order, each after those it waits for; if one fails, none."""
     numbers: dict[str, str] = {}
     record: dict[str, Any] = dict(jobs.submitted(run_dir))
     try:
         for stage in chosen:
-            after = [numbers[need] for need in stage.needs if need in numbers]
+            known = {**others, **numbers}
+            after = [known[need] for need in stage.needs if need in known]
             command = ["sbatch", "--parsable"]
             if after:
                 command += [f"--dependency=afterok:{':'.join(after)}", "--kill-on-invalid-dep=yes"]

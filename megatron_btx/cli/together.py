@@ -1,0 +1,133 @@
+"""``btx submit`` and ``btx status`` of several recipes: one graph that ends in their comparison.
+Imports no torch."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_btx.errors import UserError
+from megatron_btx.files import check_directory
+from megatron_btx.pipeline import graph, run_checks, state
+from megatron_btx.recipe import check
+from megatron_btx.report import comparison_runs
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The recipes, and what makes several of them: as ``btx compare`` takes them."""
+    parser.add_argument(
+        "recipes", metavar="RECIPE", nargs="+", type=Path, help="the recipe (YAML); or several, or "
+        "folders of them: what they share is made once, and the last job compares them"
+    )  # fmt: skip
+    parser.add_argument("--base", metavar="RECIPE", help="stands in for the `base:` of each")
+    parser.add_argument("--seeds", metavar="N", type=int, default=1, help="random seeds (1)")
+    parser.add_argument(
+        "--out", metavar="DIR", type=Path, help="where the comparison of several goes"
+    )
+
+
+def alone(options: argparse.Namespace) -> bool:
+    """Whether one recipe is meant, as it is; it is ``options.recipe`` then.
+
+    Raises:
+        UserError: flags do not go together.
+    """
+    if options.seeds < 1:
+        raise UserError("--seeds", f"is {options.seeds}", "give at least 1")
+    one = len(options.recipes) == 1 and not options.recipes[0].is_dir()
+    if one and options.seeds == 1 and options.base is None:
+        if options.out is not None:
+            raise UserError("--out", "is where a comparison goes", "give several recipes")
+        options.recipe = str(options.recipes[0])
+        return True
+    return False
+
+
+def _members(options: argparse.Namespace) -> tuple[list[Any], Path]:
+    """The runs, arranged, and where their comparison goes."""
+    from megatron_btx.pipeline.slurm import together
+
+    files = comparison_runs.recipe_files(options.recipes)
+    members = []
+    for run in comparison_runs.runs_of(files, options.base, options.seeds):
+        run_dir = run.run_dir.absolute()
+        stages = graph.of_run(run.recipe, run_dir)
+        members.append(together.Member(recipe=run.recipe, run_dir=run_dir, stages=stages))
+    out = options.out or Path(os.path.commonpath([member.run_dir for member in members]))
+    if out.absolute() in {member.run_dir for member in members}:  # of one recipe alone
+        out = out.with_name(f"{out.name}-compare")
+    return together.arrange(members), out.absolute()
+
+
+def submit(options: argparse.Namespace) -> int:
+    """``btx submit`` of several."""
+    from megatron_btx.pipeline import parts
+    from megatron_btx.pipeline.slurm import submit as one
+    from megatron_btx.pipeline.slurm import together
+
+    if options.only or options.first or options.stop_after:
+        flag = "--only, --from and --stop-after"
+        raise UserError(flag, "select the stages of one recipe", "submit that one alone")
+    members, out = _members(options)
+    check_directory(out)
+    if options.dry_run:
+        for member in members:
+            sys.stdout.write(_lines(member, one.graph_lines(member.recipe, member.chosen), {}))
+            check.files(member.recipe)
+        sys.stdout.write(f"{together.COMPARE} of {len(members)} runs, in {out}\n")
+        if options.scripts:
+            sys.stdout.write(f"\n{together.compare_script(members, out)}")
+        return 0
+    for member in members:
+        run_checks.keeps_recipe(member.run_dir, Path(os.devnull), member.recipe)
+        if left := state.left(member.run_dir, member.stages):
+            run_checks.check(member.recipe, member.run_dir, left, gpus=None)
+    numbers, last, notes = together.submit_all(members, out, probe=not options.no_probe)
+    for note in dict.fromkeys(notes):
+        sys.stderr.write(f"warning: {note}\n")
+    for member in members:
+        chosen = parts.expand(member.recipe, member.chosen)
+        lines = one.graph_lines(member.recipe, chosen)
+        jobs = numbers[member.run_dir]
+        named = [f"{jobs[s.name]:>8}  {line}" for s, line in zip(chosen, lines, strict=True)]
+        sys.stdout.write(_lines(member, named, jobs))
+    sys.stdout.write(f"{last:>8}  {together.COMPARE} of {len(members)} runs, in {out}\n")
+    return 0
+
+
+def _lines(member: Any, own: Sequence[str], jobs: dict[str, str]) -> str:
+    """What is submitted for one recipe, and what of it another one makes."""
+    lines = [f"{member.recipe.name}, in {member.run_dir}", *own]
+    for name, maker in member.taken.items():
+        lines.append(f"{jobs.get(name, ''):>8}  {name}  that of {maker.name}".rstrip())
+    return "\n".join([*lines, "", ""])
+
+
+def standing(options: argparse.Namespace) -> tuple[str, bool]:
+    """Where every stage of every recipe stands, and the comparison, as text; and whether any of
+    their jobs is still in the queue."""
+    from megatron_btx.pipeline.slurm import status, status_table, together
+
+    members, out = _members(options)
+    rows = {member.run_dir: status.rows(member.run_dir, member.stages) for member in members}
+    last = together.row(out)
+    texts = []
+    content: dict[str, Any] = {}
+    for member in members:
+        found = rows[member.run_dir]
+        content[str(member.run_dir)] = [dataclasses.asdict(row) for row in found]
+        texts.append(f"{member.recipe.name}, in {member.run_dir}\n{status_table.table(found)}")
+        if options.numbers and (more := status_table.numbers_text(found)):
+            texts[-1] += f"\n{more}"
+    if last is not None:
+        content[str(out)] = [dataclasses.asdict(last)]
+        texts.append(f"comparison, in {out}\n{status_table.table([last])}")
+    active = any(row.active for found in rows.values() for row in found)
+    active = active or (last is not None and last.active)
+    return (json.dumps(content, indent=1) + "\n" if options.json else "\n".join(texts)), active

@@ -1,0 +1,64 @@
+"""Three systems as one graph, on a real Slurm."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.slurm.cluster import Cluster, wait
+from tests.slurm.conftest import LO, MATH, ROOT, TINY, sums
+
+SYSTEMS = {"dense": "dense", "ensemble": "btm", "mixture": "btx"}
+"""Name -> system; the mixture's has the dense baseline as well."""
+
+
+def test_what_three_systems_share_is_made_once(cluster: Cluster, tmp_path: Path) -> None:
+    recipes = tmp_path / "systems"
+    recipes.mkdir()
+    text = LO + MATH.format(sums(cluster.top / "sums.jsonl"))
+    (recipes / "base.yaml").write_text(f"base: {TINY}\n{text}export: {{format: none}}\n")
+    for name, system in SYSTEMS.items():
+        own = f"base: base.yaml\nname: {name}\nsystem: {system}\nrun_dir: {tmp_path}/runs/{name}\n"
+        (recipes / f"{name}.yaml").write_text(own)
+
+    def btx(*words: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-m", "megatron_btx.cli", *words],
+            env={**cluster.environment, "PYTHONPATH": str(ROOT)},
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    btx("submit", "systems")
+    queued = cluster("squeue", "-h", "-a", "-o", "%j").split()
+    assert sorted(name.partition("@")[0] for name in queued if not name.startswith("evaluate")) == [
+        *("compare", "dense", "expert:code", "expert:math", "expert:prose", "finetune", "mix"),
+        *("prepare", "report", "report", "report", "seed"),
+    ]
+    wait(lambda: not cluster.queue(), 500, "the comparison to end")
+    runs = tmp_path / "runs"
+    out = [f"{path}:\n{path.read_text()}" for path in runs.rglob("*.out")]
+    assert (runs / "compare.json").exists(), "\n".join(out)
+    said = (runs / "slurm" / "compare.out").read_text()
+    compared = json.loads((runs / "compare.json").read_text())
+    assert set(SYSTEMS) | {"seed"} <= set(compared["systems"]), said
+    assert (runs / "compare.html").exists()
+    for stage in ("prepare", "seed"):
+        places = {(runs / name / stage).resolve() for name in SYSTEMS}
+        assert len(places) == 1, stage
+    content = json.loads(btx("status", "systems", "--json"))
+    states = {
+        (Path(place).name, row["stage"]): row["state"]
+        for place, rows in content.items()
+        for row in rows
+    }
+    assert states["runs", "compare"] == "done"
+    assert set(states.values()) == {"done"}, states
+    assert f"comparison, in {runs}" in btx("status", "systems")
