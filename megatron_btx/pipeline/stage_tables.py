@@ -53,7 +53,9 @@ def _transfer(what: str) -> Callable[[Values], str]:
     def cell(values: Values) -> str:
         if seconds not in values:
             return NONE
-        return f"{short(values[seconds])}, {values[speed]:.2g} GB/s"
+        said = f"{short(values[seconds])}, {values[speed]:.2g} GB/s"
+        waited = values.get(f"train/checkpoint_{what}_stall_s")
+        return said if waited is None else f"{said}, {short(waited)} waited"
 
     return cell
 
