@@ -67,7 +67,7 @@ def _members(options: argparse.Namespace) -> tuple[list[Any], Path]:
 
 def submit(options: argparse.Namespace) -> int:
     """``btx submit`` of several."""
-    from megatron_btx.pipeline import parts
+    from megatron_btx.pipeline import prepare_array
     from megatron_btx.pipeline.slurm import submit as one
     from megatron_btx.pipeline.slurm import together
 
@@ -92,7 +92,7 @@ def submit(options: argparse.Namespace) -> int:
     for note in dict.fromkeys(notes):
         sys.stderr.write(f"warning: {note}\n")
     for member in members:
-        chosen = parts.expand(member.recipe, member.chosen)
+        chosen = prepare_array.expand(member.recipe, member.chosen)
         lines = one.graph_lines(member.recipe, chosen)
         jobs = numbers[member.run_dir]
         named = [f"{jobs[s.name]:>8}  {line}" for s, line in zip(chosen, lines, strict=True)]

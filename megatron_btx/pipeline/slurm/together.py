@@ -20,7 +20,7 @@ from pathlib import Path
 
 from megatron_btx.errors import UserError
 from megatron_btx.files import find_json, write_json, written
-from megatron_btx.pipeline import graph, parts, state
+from megatron_btx.pipeline import graph, prepare_array, state
 from megatron_btx.pipeline.graph import Stage
 from megatron_btx.pipeline.slurm import commands, script, submit
 from megatron_btx.pipeline.slurm.status_table import StageStatus
@@ -102,7 +102,7 @@ def submit_all(
             }
             numbers[member.run_dir] = others
             if member.chosen:
-                chosen = parts.expand(member.recipe, member.chosen)
+                chosen = prepare_array.expand(member.recipe, member.chosen)
                 sent, more = submit.submit(
                     member.recipe, member.run_dir, chosen, probe=probe, others=others
                 )
