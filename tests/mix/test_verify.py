@@ -51,6 +51,53 @@ def test_a_removed_file_is_told(result, hashed):
     assert (f"changed: {removed.name}: is missing" in said) == hashed
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "name"),
+    [
+        ("rope_theta", 5e5, "rotary_base"),
+        ("num_experts_per_tok", 1, "gates"),
+        ("btx_experts", ["math", "code", "prose", "seed"], "experts"),
+        ("sliding_window", 7, "window_size"),
+    ],
+)
+def test_another_description_of_the_same_tensors_is_told(results, tmp_path, key, value, name):
+    """The tensors agree, and what is computed with them is another model."""
+    shutil.copytree(results / "hf", tmp_path / "hf")
+    (tmp_path / "hf" / HASHES).unlink()
+    path = tmp_path / "hf" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    code, said = btx("verify", tmp_path / "hf")
+    assert code == 1
+    assert f"described: {name} is " in said
+    assert "79 of 79 tensors agree" in said
+
+
+def test_another_manifest_of_the_same_tensors_is_told(results, tmp_path):
+    shutil.copytree(results / "megatron", tmp_path / "m")
+    (tmp_path / "m" / HASHES).unlink()
+    path = tmp_path / "m" / "manifest.json"
+    content = json.loads(path.read_text())
+    content["model"]["rotary_base"] = 5e5
+    path.write_text(json.dumps(content))
+    code, said = btx("verify", tmp_path / "m")
+    assert code == 1
+    assert "described: rotary_base is 500000.0, not 10000.0 as it was mixed" in said
+
+
+def test_a_lineage_without_a_source_s_hashes_is_told(results, tmp_path):
+    """What is looked at comes from the source, not from a list that may be empty."""
+    shutil.copytree(results / "hf", tmp_path / "hf")
+    path = tmp_path / "hf" / "mix.json"
+    lineage = json.loads(path.read_text())
+    lineage["sources"][1]["sha256"] = {}
+    path.write_text(json.dumps(lineage))
+    (tmp_path / "hf" / HASHES).unlink()
+    code, said = btx("verify", tmp_path / "hf")
+    assert code == 1
+    for name in ("config.json", "model.safetensors"):
+        assert f"{name} is not among the files that were mixed" in said
+
+
 def test_all_files_removed_are_told(result):
     for path in weights(result):
         path.unlink()

@@ -1,10 +1,10 @@
 """``btx verify``: whether a checkpoint is what was written, and a mix what its rules say.
 
 Every file is compared with ``hashes.json``. A result of ``btx mix`` is also computed again by
-another path: what must be in it comes from ``mix.json``, its sources must be those that were mixed
-(SHA-256), and nothing of plans, expressions or the executor is used: tensors are read whole
-(mix/reference/reader.py) and every rule is written out once more (mix/reference/rules.py), in
-float64 over whole tensors.
+another path: what must be in it comes from ``mix.json``, the model that it describes must be that
+one, its sources those that were mixed (SHA-256), and nothing of plans, expressions or the executor
+is used: tensors are read whole (mix/reference/reader.py) and every rule is written out once more
+(mix/reference/rules.py), in float64 over whole tensors.
 """
 
 from __future__ import annotations
@@ -13,19 +13,26 @@ import hashlib
 import os
 import pickle
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 
 from megatron_btx.errors import UserError, shown
+from megatron_btx.families.family import computed
+from megatron_btx.families.hf import read_config
 from megatron_btx.files import read_json
 from megatron_btx.mix.reference.reader import names_of, open_plain
 from megatron_btx.mix.reference.rules import Rules
+from megatron_btx.recipe.read_architecture import from_manifest
+from megatron_btx.weights.find_checkpoint import is_hugging_face
 from megatron_btx.weights.integrity import HASHES, difference, files_of, hashes_of
+from megatron_btx.weights.manifest import read_manifest
 
 _UNREADABLE = (ValueError, RuntimeError, OSError, EOFError, pickle.UnpicklingError)
 """What a tensor raises that is stored twice, or in an archive that torch cannot read."""
+_DESCRIPTIONS = ("config.json", "manifest.json")
 _MOST = 20
 """Lines of one kind; the number of the rest follows."""
 
@@ -70,7 +77,7 @@ def _files(result: Path, hashes: Mapping[str, str]) -> list[str]:
 
 def _mix(result: Path, lineage: Mapping[str, Any], out: TextIO) -> list[str]:
     try:
-        faults = [*_sources(lineage)]
+        faults = [*_description(result, lineage), *_sources(lineage)]
         verdicts = dict(compare(result, lineage))
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         what = f"damaged, or of another version: {error!r}"
@@ -82,12 +89,32 @@ def _mix(result: Path, lineage: Mapping[str, Any], out: TextIO) -> list[str]:
     return faults + wrong
 
 
+def _description(result: Path, lineage: Mapping[str, Any]) -> Iterator[str]:
+    """In what the model that the result's files describe is not the one that was mixed."""
+    wanted = from_manifest(lineage["architecture"], result / "mix.json")
+    if is_hugging_face(result):
+        family, found, _ = read_config(result)
+        mine, theirs = computed(family.stored(wanted)), computed(found)
+    else:
+        mine, theirs = (
+            {**asdict(one), **asdict(one.model)} for one in (wanted, read_manifest(result)[0])
+        )
+        del mine["model"], theirs["model"]
+    for name, value in mine.items():
+        if theirs[name] != value:
+            yield f"described: {name} is {theirs[name]}, not {value} as it was mixed"
+
+
 def _sources(lineage: Mapping[str, Any]) -> Iterator[str]:
     """Sources that are not those that were mixed."""
     for source in lineage["sources"]:
-        label = f"source {shown(source['name'])}"
+        label, there = f"source {shown(source['name'])}", Path(source["path"])
+        for path in sorted(there.iterdir()) if there.is_dir() else ():
+            says = path.suffix in (".safetensors", ".distcp") or path.name in _DESCRIPTIONS
+            if says and path.name not in source["sha256"]:
+                yield f"{label}: {shown(path)} is not among the files that were mixed"
         for name, wanted in source["sha256"].items():
-            path = Path(source["path"]) / name
+            path = there / name
             if not path.is_file():
                 yield f"{label}: {shown(path)} is missing"
             elif _sha256(path) != wanted:
