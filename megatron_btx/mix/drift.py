@@ -51,6 +51,10 @@ def show(request: MixRequest, out: TextIO) -> None:
     Raises:
         UserError: ``--out`` cannot be written, or what is there is none of ours.
     """
+    if len(request.sources) < 2:
+        raise UserError(
+            "--sources", "is one model: there is nothing to compare", "give two or more"
+        )
     files = _files(Path(request.out)) if request.out else {}
     models = open_sources(request)
     grams = drift(models)
@@ -121,11 +125,12 @@ def _rows(
     squares = gram.diagonal()
     distance = (squares[first] + squares[second] - 2 * gram[first, second]).clamp(min=0).sqrt()
     learned = [None] * len(first) if seed is None else _learned(gram, seed, first, second)
+    relative = distance / squares[first].sqrt()
     columns = (
         first.tolist(),
         second.tolist(),
-        _cosine(gram)[first, second].tolist(),
-        (distance / squares[first].sqrt()).tolist(),
+        _defined(_cosine(gram)[first, second]),
+        _defined(relative.where(distance > 0, 0.0)),
         learned,
     )
     return [
@@ -149,12 +154,13 @@ def _learned(gram: Tensor, seed: int, first: Tensor, second: Tensor) -> list[flo
     """Cosine of the differences from the seed; ``None`` with the seed itself, and where a model has
     not moved."""
     moved = gram - gram[[seed]] - gram[:, [seed]] + gram[seed, seed]
-    cosines = _cosine(moved)[first, second].tolist()
-    with_seed = ((first == seed) | (second == seed)).tolist()
-    return [
-        None if of_seed or not math.isfinite(cosine) else cosine
-        for cosine, of_seed in zip(cosines, with_seed, strict=True)
-    ]
+    with_seed = (first == seed) | (second == seed)
+    return _defined(_cosine(moved)[first, second].where(~with_seed, math.nan))
+
+
+def _defined(values: Tensor) -> list[float | None]:
+    """``None`` for what tensors of zeros have not: a direction, a length to compare with."""
+    return [value if math.isfinite(value) else None for value in values.tolist()]
 
 
 def _told(
@@ -185,11 +191,22 @@ def _table(rows: Sequence[dict[str, Any]], out: TextIO) -> None:
 
 
 def _cell(rows: Sequence[dict[str, Any]]) -> str:
-    l2, cosine = (sum(r[k] for r in rows) / len(rows) for k in ("relative_l2", "cosine"))
-    learned = [r["cosine_of_differences"] for r in rows]
-    known = [value for value in learned if value is not None]
-    more = f"; {sum(known) / len(known):.2f}" if known else ""
-    return f"{l2:.4f} ({cosine:.4f}{more})"
+    l2, cosine, learned = (
+        _mean([row[key] for row in rows])
+        for key in ("relative_l2", "cosine", "cosine_of_differences")
+    )
+    more = "" if learned is None else f"; {learned:.2f}"
+    return f"{_shown(l2)} ({_shown(cosine)}{more})"
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """Of those that are defined."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
 
 
 def _heatmap(rows: Sequence[dict[str, Any]]) -> str:
@@ -198,9 +215,11 @@ def _heatmap(rows: Sequence[dict[str, Any]]) -> str:
     lines = {key: at for at, key in enumerate(keys)}
     names = {pair: " - ".join(map(shown, pair)) for pair, _ in lines}
     columns = {layer: at for at, layer in enumerate(sorted({row["layer"] for row in rows}))}
-    most = max((row["relative_l2"] for row in rows), default=0) or 1.0
+    most = max((row["relative_l2"] or 0 for row in rows), default=0) or 1.0
     parts = []
     for row in rows:
+        if row["relative_l2"] is None:
+            continue
         pair = tuple(row["models"])
         title = f"{names[pair]}, {row['group']}, layer {row['layer']}"
         parts.append(

@@ -108,7 +108,8 @@ def weights(
             yield Problem(f"{key}.{name}", f"there is no {kind} {name}", known)
         elif weight < 0:
             yield Problem(f"{key}.{name}", f"the weight {weight} is negative", "give 0 or more")
-        elif weight > 1e9:
-            yield Problem(f"{key}.{name}", f"the weight {weight} is too large", "give shares")
+        elif weight > 1e9 or 0 < weight < 1e-9:  # products with these lose digits
+            size = "large" if weight > 1 else "small"
+            yield Problem(f"{key}.{name}", f"the weight {weight} is too {size}", "give shares")
     if given and not any(weight > 0 for weight in given.values()):
         yield Problem(key, "every weight is zero", "give at least one a positive weight")

@@ -131,6 +131,11 @@ SLIPS = [
         ("recipe.yaml:", "seed.data.web", "is too large", "give shares"),
     ),
     Bad(
+        "weights that lose their digits",
+        change("data: {web: 1}", "data: {web: 1e-320, math: 1e-320}"),
+        ("recipe.yaml:", "seed.data.web", "is too small", "give shares"),
+    ),
+    Bad(
         "a number that YAML reads as octal",
         change("tokens: 6144", "tokens: 010"),
         ("recipe.yaml:", "seed.tokens", "010 is 8 for YAML 1.1", "write it as a plain number"),

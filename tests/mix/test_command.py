@@ -17,8 +17,9 @@ import yaml
 
 from megatron_btx.errors import UserError
 from megatron_btx.families import open_hf
+from megatron_btx.recipe.names import group_of
 from megatron_btx.weights.megatron import open_megatron
-from megatron_btx.weights.source import read_whole
+from megatron_btx.weights.source import MemorySource, read_whole
 from tests.mix.commands import LABELS, RUN, btx, named, save
 from tests.weights.models import DENSE, dense
 from tests.weights.test_directories import tree_hash
@@ -237,11 +238,29 @@ def test_paths_in_a_file_stand_from_its_directory(sources, tmp_path, monkeypatch
     assert (tmp_path / "own" / "third").is_dir()
 
 
+def test_drift_of_zeros_has_no_direction(tmp_path):
+    """A file that other readers of JSON take: it has no NaN."""
+    some = {n: read_whole(dense("a", 0).source, n) for n in dense("a", 0).tensors}
+    zero = {n: torch.zeros_like(t) if group_of(n) == "attention" else t for n, t in some.items()}
+    for label, tensors in (("a", zero), ("b", zero), ("seed", some)):
+        save(replace(dense(label, 0), source=MemorySource(tensors)), tmp_path / label, "hf")
+    words = [tmp_path / label for label in ("a", "b", "seed")]
+    code, text = btx("drift", "--sources", *words, "--out", tmp_path / "drift")
+    assert code == 0
+    assert "nan" not in text + (tmp_path / "drift" / "drift.svg").read_text()
+    content = (tmp_path / "drift" / "drift.json").read_text()
+    rows = json.loads(content, parse_constant=lambda word: pytest.fail(word))
+    for row in rows:
+        is_zero, is_equal = row["group"] == "attention", row["models"] == ["a", "b"]
+        assert row["relative_l2"] == (None if is_zero and not is_equal else 0)
+        assert (row["cosine"] is None) == is_zero
+    with pytest.raises(UserError, match="is one model: there is nothing to compare"):
+        btx("drift", "--sources", tmp_path / "a")
+
+
 def test_how_far_models_have_drifted(sources, tmp_path):
     near = dense("code", 0)
     tensors = {n: read_whole(near.source, n) for n in near.tensors}
-    from megatron_btx.weights.source import MemorySource
-
     moved = {n: t * 1.25 if "linear_fc" in n and "norm" not in n else t for n, t in tensors.items()}
     save(near, tmp_path / "seed", "hf", torch.float32)
     save(replace(near, source=MemorySource(moved)), tmp_path / "math", "hf", torch.float32)
