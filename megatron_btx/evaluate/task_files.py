@@ -92,6 +92,30 @@ def templates(*, allow_code: bool) -> Iterator[None]:
         utils.env = before
 
 
+@contextmanager
+def task_errors(name: str, path: Path) -> Iterator[None]:
+    """A block whose errors are those of a task's file or its items.
+
+    Raises:
+        UserError: instead of what jinja, pyarrow or lm-eval raise.
+    """
+    from jinja2.exceptions import SecurityError
+
+    try:
+        yield
+    except UserError:
+        raise
+    except SecurityError as error:
+        what = f"its template would run code: {first_line(error)}"
+        raise UserError(f"--tasks {name}", what, CONSENT) from error
+    except Exception as error:
+        raise UserError(
+            f"--tasks {name}",
+            f"its items do not fit: {type(error).__name__}: {first_line(error)}",
+            f"look at {path} for the keys that it needs",
+        ) from error
+
+
 def first_line(error: BaseException) -> str:
     """Of what an exception says, for a message."""
     return (str(error).strip().splitlines() or ["no reason given"])[0][:200]

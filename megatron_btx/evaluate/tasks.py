@@ -8,18 +8,17 @@ import io
 import logging
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.evaluate.predictor import NO_PROGRESS, Predictor
 from megatron_btx.evaluate.task_files import (
-    CONSENT,
     check_config,
-    first_line,
     load_task,
+    task_errors,
     templates,
 )
 
@@ -136,7 +135,7 @@ def _build(asked: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     if asked["num_fewshot"] is not None:
         config["num_fewshot"] = asked["num_fewshot"]
     config.pop("tag", None)
-    with templates(allow_code=asked["allow_code"]), _fitting(name, path):
+    with templates(allow_code=asked["allow_code"]), task_errors(name, path):
         parts = _parts(config, name)
         if not all(len(one.eval_docs) for one in parts.values()):
             raise UserError(f"--tasks {name}", "there are no items in its files", "give some")
@@ -146,30 +145,6 @@ def _build(asked: dict[str, Any]) -> tuple[str, dict[str, Any]]:
 def _parts(config: dict[str, Any], name: str) -> dict[str, Any]:
     each = (config.get("metadata") or {}).get("each")
     return {name: _task(config)} if each is None else _by(each, config, name)
-
-
-@contextmanager
-def _fitting(name: str, path: Path) -> Iterator[None]:
-    """A block whose errors are those of a task's file or its items.
-
-    Raises:
-        UserError: instead of what jinja, pyarrow or lm-eval raise.
-    """
-    from jinja2.exceptions import SecurityError
-
-    try:
-        yield
-    except UserError:
-        raise
-    except SecurityError as error:
-        what = f"its template would run code: {first_line(error)}"
-        raise UserError(f"--tasks {name}", what, CONSENT) from error
-    except Exception as error:
-        raise UserError(
-            f"--tasks {name}",
-            f"its items do not fit: {type(error).__name__}: {first_line(error)}",
-            f"look at {path} for the keys that it needs",
-        ) from error
 
 
 def _items(files: Sequence[str], shots: Sequence[str]) -> dict[str, Any]:
@@ -271,7 +246,7 @@ def _evaluate(
     except Exception as error:
         if harness.failed:
             raise
-        with _fitting(name, Path(asked["task"])):
+        with task_errors(name, Path(asked["task"])):
             raise error from None
     return result
 

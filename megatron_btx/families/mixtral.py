@@ -1,9 +1,13 @@
-"""The mixtures of experts, Mixtral and Qwen's: the rows that a dense model does not have."""
+"""The mixtures of experts, Mixtral and Qwen's: the names and the keys that a dense model lacks."""
 
 from __future__ import annotations
 
-from megatron_btx.families.config import Always, Experts, ExpertWidth, Field, Fixed
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_btx.families.config import Always, ConfigReading, Field, Fixed
 from megatron_btx.families.family import Family
+from megatron_btx.families.hf_routing import HFRouting
 from megatron_btx.families.llama import (
     ATTENTION,
     EMBEDDING,
@@ -19,6 +23,9 @@ from megatron_btx.families.llama import (
 )
 from megatron_btx.families.positions import LayerWindows, Rope, Window
 from megatron_btx.families.table import Row, Table, expert_gate_up, shared_gate_up
+from megatron_btx.recipe.architecture import Architecture
+from megatron_btx.recipe.count import expert_width
+from megatron_btx.recipe.read_architecture import MOST_EXPERTS
 
 # fmt: off
 MOE_NORM: tuple[Row, ...] = (
@@ -53,6 +60,77 @@ SHARED_EXPERT: tuple[Row, ...] = (
     (LAYER + "mlp.shared_experts.gate_weight", (HF + "mlp.shared_expert_gate.weight",), None),
 )
 # fmt: on
+
+
+@dataclass(frozen=True)
+class ExpertWidth:
+    """Inner width of an expert. Ours is only said where a dense layer's is another one."""
+
+    key: str
+
+    def read(self, reading: ConfigReading) -> None:
+        """Also as the dense width, where the family has no key for that."""
+        width = reading.need(self.key)
+        if reading.model.setdefault("ffn_hidden_size", width) != width:
+            reading.model["moe_ffn_hidden_size"] = width
+        reading.keys["moe_ffn_hidden_size"] = self.key
+        reading.keys.setdefault("ffn_hidden_size", self.key)
+
+    def write(self, architecture: Architecture) -> dict[str, Any]:
+        """The experts' own."""
+        return {self.key: expert_width(architecture.model)}
+
+
+@dataclass(frozen=True)
+class Experts:
+    """How many experts there are and how a token chooses."""
+
+    keys: tuple[str, ...]
+    """Of their number: the one that is written, and another that some versions have."""
+    normalised: bool | None = None
+    """Whether gates sum to one; ``None``: ``norm_topk_prob`` says it."""
+
+    def read(self, reading: ConfigReading) -> None:
+        """Names of the experts (ours, where the mix gave them some) and their gates."""
+        counts = {count for key in self.keys if (count := self._count(reading, key)) is not None}
+        if len(counts) > 1:
+            reading.refuse(f"{' and '.join(self.keys)} differ: {sorted(counts)}")
+        elif not any(reading.take(key) is not None for key in self.keys):
+            reading.need(self.keys[0])
+        count = next(iter(counts), 0)
+        numbers = tuple(map(str, range(count)))
+        reading.experts = reading.typed(tuple[str, ...], "btx_experts", numbers)
+        if counts and len(reading.experts) != count:
+            reading.refuse(f"btx_experts names {len(reading.experts)} experts of {count}")
+        normalised = self.normalised
+        if normalised is None:
+            normalised = reading.typed(bool, "norm_topk_prob", False)
+        named = "btx_experts" if reading.take("btx_experts") is not None else self.keys[0]
+        reading.keys |= {"experts": named, "moe_router_topk": "num_experts_per_tok"}
+        if reading.need("num_experts_per_tok") is not None:
+            k = reading.typed(int, "num_experts_per_tok", 1, low=1)
+            reading.gates = HFRouting(k, normalised or k == count)
+
+    def _count(self, reading: ConfigReading, key: str) -> int | None:
+        count: int | None = reading.typed(int, key, None, low=1, high=MOST_EXPERTS)
+        return count
+
+    def write(self, architecture: Architecture) -> dict[str, Any]:
+        """Their number, names and gates."""
+        gates = HFRouting.of(architecture)
+        asks: dict[str, Any] = (
+            {} if self.normalised is not None else {"norm_topk_prob": gates.normalised}
+        )
+        names = list(architecture.experts)
+        if names != [str(at) for at in range(len(names))]:
+            asks["btx_experts"] = names
+        return {
+            self.keys[0]: len(architecture.experts),
+            "num_experts_per_tok": gates.k,
+            **asks,
+            "output_router_logits": False,
+        }
+
 
 _QWEN_EXPERTS = experts("mlp", "gate_proj", "up_proj", "down_proj")
 _EVERY_LAYER = (Fixed("decoder_sparse_step", 1), Fixed("mlp_only_layers", []))

@@ -25,10 +25,10 @@ from typing import Any
 import yaml
 
 from megatron_btx.errors import UserError, notice
-from megatron_btx.files import find_json, newest_step
 from megatron_btx.recipe import check, stages
 from megatron_btx.recipe.fields import Range, beside
 from megatron_btx.recipe.messages import homes, path_problem, yaml_name
+from megatron_btx.recipe.read_architecture import stated_vocabulary
 from megatron_btx.recipe.schema import Recipe, Training
 from megatron_btx.recipe.typed import BAD, Reader
 from megatron_btx.recipe.yaml_tree import Node, parse_tree, read_tree
@@ -158,7 +158,7 @@ def _derive(recipe: Recipe) -> Recipe:
     }
     run_dir = recipe.run_dir.replace("{name}", recipe.name)
     tokenizer, seed = recipe.tokenizer, recipe.seed.from_
-    taken = None if seed is None or tokenizer.path else _taken_vocabulary(Path(seed))
+    taken = None if seed is None or tokenizer.path else stated_vocabulary(Path(seed))
     if taken is not None:
         tokenizer = dataclasses.replace(tokenizer, vocab_size=taken)
     return dataclasses.replace(recipe, experts=experts, run_dir=run_dir, tokenizer=tokenizer)
@@ -174,17 +174,6 @@ def _anchored(recipe: Recipe, builder: _Builder) -> Recipe:
     share = tuple(beside(path, file("share"), "share") for path in recipe.share)
     run_dir = beside(recipe.run_dir, file("run_dir"), "run_dir")
     return dataclasses.replace(recipe, run_dir=run_dir, share=share)
-
-
-def _taken_vocabulary(seed: Path) -> int | None:
-    """Size of the vocabulary that comes along with a checkpoint, Megatron's or Hugging Face's;
-    whether there is a whole one is asked later (pipeline/import_checkpoint.py)."""
-    try:
-        directory = seed if (seed / "manifest.json").exists() else newest_step(seed) or seed
-        manifest = find_json(directory / "manifest.json")
-        return int((manifest or find_json(directory / "config.json") or {})["vocab_size"])
-    except (OSError, KeyError, ValueError, TypeError):
-        return None
 
 
 STEPS = Range(1, 10**9)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_btx.errors import UserError
+from megatron_btx.files import find_json, newest_step
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.check_layout import model_problems
 from megatron_btx.recipe.fields import Range, like, within
@@ -117,3 +118,14 @@ def _nearest(marks: Mapping[str, Node], key: str, root: Node) -> Node:
     while key and key not in marks:
         key = key.rpartition(".")[0]
     return marks[key] if key else root
+
+
+def stated_vocabulary(seed: Path) -> int | None:
+    """Size of the vocabulary that comes along with a checkpoint, Megatron's or Hugging Face's;
+    whether there is a whole one is asked later (pipeline/import_checkpoint.py)."""
+    try:
+        directory = seed if (seed / "manifest.json").exists() else newest_step(seed) or seed
+        manifest = find_json(directory / "manifest.json")
+        return int((manifest or find_json(directory / "config.json") or {})["vocab_size"])
+    except (OSError, KeyError, ValueError, TypeError):
+        return None

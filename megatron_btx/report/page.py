@@ -12,7 +12,7 @@ from markupsafe import Markup
 from megatron_btx.evaluate import routing_stats
 from megatron_btx.evaluate.results import MEAN, Results
 from megatron_btx.files import written
-from megatron_btx.pipeline import stage_tables
+from megatron_btx.pipeline import stage_tables, state
 from megatron_btx.pipeline.graph import TRAINED, Stage
 from megatron_btx.pipeline.local.progress import amount, clock
 from megatron_btx.recipe import reading
@@ -49,7 +49,9 @@ def write(recipe: Recipe, run_dir: Path, stages: Sequence[Stage] | None = None) 
 def render(facts: RunData) -> str:
     """The page."""
     made = [stage for stage in facts.stages if stage.stage.kind != "report"]
-    unfinished = [stage.stage.name for stage in made if not stage.done]
+    # Not those without a record: text that was removed when all was done is not made again.
+    left = state.left(facts.run_dir, tuple(stage.stage for stage in made))
+    unfinished = [stage.name for stage in left]
     exported = facts.by_name.get("export")
     outputs = ((exported.done if exported else None) or {}).get("outputs", {})
     return html.render(

@@ -6,21 +6,15 @@ a run going on from a checkpoint has logged all up to it.
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
-
 from megatron_btx.engine import checkpoint
 from megatron_btx.engine.async_save import AsyncSave
-from megatron_btx.engine.checkpoint import TrainingState, model_sharded_state_dict
+from megatron_btx.engine.checkpoint import TrainingState
 from megatron_btx.engine.distributed import is_first_rank
 from megatron_btx.engine.initializer import initialize
 from megatron_btx.engine.model import DTYPES
@@ -33,6 +27,7 @@ from megatron_btx.train.goodput import read_attempts
 from megatron_btx.train.lineage import Artifact
 from megatron_btx.train.loop import Callback, Run
 from megatron_btx.train.metrics import MetricsLog, read
+from megatron_btx.train.replicas import check_replicas
 from megatron_btx.train.step import Batch
 from megatron_btx.train.summary import Summary
 from megatron_btx.train.tracking import Tracker
@@ -254,44 +249,3 @@ class Checkpoints(Callback):
             checkpoint.prune(self.directory, keep, () if last else self.spared)
             if last:
                 checkpoint.sweep(self.directory)
-
-
-class ReplicaDrift(RuntimeError):
-    """Two ranks hold different bits for what should be one tensor."""
-
-
-def check_replicas(model: torch.nn.Module, step: int) -> None:
-    """Hash every shard by its global place and compare across all ranks. Every rank calls it.
-
-    Raises:
-        ReplicaDrift: naming the first tensors whose replicas differ; on every rank.
-    """
-    hashes = {place: _hash(data) for place, data in _shards(model)}
-    everywhere: list[dict[tuple, str]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everywhere, hashes)
-    seen: dict[tuple, set[str]] = defaultdict(set)
-    for rank in everywhere:
-        for place, digest in rank.items():
-            seen[place].add(digest)
-    drifted = sorted({place[0] for place, digests in seen.items() if len(digests) > 1})
-    if drifted:
-        raise ReplicaDrift(
-            f"after step {step} replicas of {len(drifted)} tensor(s) differ between ranks, "
-            f"first {drifted[0]}: the layout is computed wrongly or memory is failing; "
-            "the last checkpoint is from before this check"
-        )
-
-
-def _shards(model: torch.nn.Module) -> list[tuple[tuple, torch.Tensor]]:
-    found = []
-    for entry in model_sharded_state_dict(model).values():
-        parts = entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]
-        for part in parts:
-            if isinstance(part, ShardedTensor):
-                found.append(((part.key, *part.global_offset), part.data))
-    return found
-
-
-def _hash(data: torch.Tensor) -> str:
-    flat = data.detach().contiguous().view(-1).view(torch.uint8).cpu()
-    return hashlib.blake2b(flat.numpy().data, digest_size=16).hexdigest()
