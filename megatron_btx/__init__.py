@@ -23,7 +23,7 @@ API = {
     "mix.btx": ("btx",),
     "mix.upcycle": ("upcycle",),
     "mix.split": ("split", "blend"),
-    "mix.edit_experts": ("append", "drop"),
+    "mix.edit_experts": ("append", "drop", "replace_expert"),
     "mix.router_init": ("RouterInit",),
     "mix.plan_of_recipe": ("mix_plan",),
     "engine": ("install",),

@@ -31,6 +31,7 @@ _EPILOG = f"""examples:
   btx evaluate runs/demo/finetune --tasks arc_easy=test.jsonl gsm8k=test.jsonl,shots=train.jsonl
   btx evaluate HF_DIR --tasks humaneval=humaneval.jsonl --allow-code-execution
   btx evaluate HF_DIR --data web=web.jsonl --layout data_parallel_size=2
+  btx evaluate runs/demo/finetune --experts code,seed --data code=code.jsonl
 
 {CHECKPOINT}
 
@@ -48,6 +49,11 @@ def add_parser(commands: Any) -> None:
     )
     model_flags.add_task_flags(parser)
     model_flags.add_model_flags(parser)
+    parser.add_argument(
+        "--experts",
+        metavar="A,B",
+        help="of the MoEs these experts only, as if the others were gone",
+    )
     parser.add_argument("--out", metavar="FILE", type=Path, help="write everything as JSON")
     parser.add_argument("--json", action="store_true", help="print everything as JSON, no table")
     parser.set_defaults(run=run)
@@ -59,6 +65,8 @@ def run(options: argparse.Namespace) -> int:
     if options.out is not None:
         check_file(options.out)
     subjects = model_spec.parse(options.checkpoints)
+    if options.experts is not None:
+        subjects = model_spec.with_experts(subjects, options.experts)
     if not options.data and not options.tasks:
         raise UserError("btx evaluate", "neither --data nor --tasks", "say what to evaluate on")
     data, tasks = model_flags.data_of(options.data), model_flags.tasks_of(options)
@@ -66,6 +74,8 @@ def run(options: argparse.Namespace) -> int:
     result: dict[str, Any] = {
         "checkpoints": {one.name: {k: str(v) for k, v in one.models.items()} for one in subjects}
     }
+    if options.experts is not None:
+        result["experts"] = list(subjects[0].experts)
     try:
         if data:
             setting = model_flags.setting_of(options) | {"tokens": options.tokens}

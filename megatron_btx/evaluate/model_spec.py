@@ -43,6 +43,8 @@ class Subject:
     """JSONL files of what each model was trained on, for top1 and top2."""
     prior: Mapping[str, float] | None = None
     """Of the posterior; ``None``: uniform."""
+    experts: tuple[str, ...] = ()
+    """Of an MoE these only; none: all."""
     run_dir: Path | None = None
     """The run that the set is of: its prepared text stands for ``text``."""
 
@@ -78,6 +80,22 @@ def parse(words: list[str]) -> list[Subject]:
     if errors:
         raise UserErrors(errors)
     return _told_apart(found)
+
+
+def with_experts(subjects: list[Subject], given: str) -> list[Subject]:
+    """The subjects with some of their experts only, as ``--experts code,seed`` says.
+
+    Raises:
+        UserError: a subject is a set of models, or an expert has no name or is given twice.
+    """
+    names = tuple(name.strip() for name in given.split(","))
+    if not all(names) or len(set(names)) < len(names):
+        raise UserError("--experts", f"is {given!r}", "give each expert's name once: code,seed")
+    for subject in subjects:
+        if subject.method is not None:
+            what = f"{subject.name} is a set of models"
+            raise UserError("--experts", what, "give one MoE; of a set leave models out")
+    return [replace(subject, experts=names) for subject in subjects]
 
 
 def _parse(word: str) -> Subject:

@@ -15,6 +15,7 @@ from megatron_btx.evaluate.btm_heldout import training_text
 from megatron_btx.evaluate.model_spec import Subject
 from megatron_btx.evaluate.tfidf import TfIdf
 from megatron_btx.families.open import open_checkpoint
+from megatron_btx.mix.edit_experts import only
 from megatron_btx.mix.one_model import copy
 from megatron_btx.recipe import check_layout, count
 from megatron_btx.recipe.architecture import Architecture
@@ -73,7 +74,7 @@ def _check_layout(architecture: Architecture, layout: Layout) -> None:
         finetune=Training(),
     )
     wrong = [
-        *check_layout.problems(recipe, "--layout", layout, moe=bool(experts)),
+        *check_layout.problems(recipe, "--layout", layout, experts=experts, width=width),
         *check_layout.evaluation(layout, "--layout"),
     ]
     if wrong:
@@ -95,6 +96,8 @@ def opened(subject: Subject, tokenizer: str | None = None) -> dict[str, Checkpoi
         label: open_checkpoint(path, label, tokenizer=told)
         for label, path in subject.models.items()
     }
+    if subject.experts:
+        found = {label: only(one, subject.experts) for label, one in found.items()}
     sizes = {label: one.architecture.vocab_size for label, one in found.items()}
     if len(set(sizes.values())) > 1:
         said = ", ".join(f"{label} {size}" for label, size in sizes.items())

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from megatron_btx.errors import UserError, UserErrors
+from megatron_btx.mix.anchored import own_expert, unused_rows, weighed
 from megatron_btx.mix.average import UNIFORM, Averaging
 from megatron_btx.mix.compatibility import disagreements, labels_of
 from megatron_btx.mix.parts import moe_targets
@@ -34,7 +35,8 @@ def btx(
     """The plan of the MoE whose expert i is the FFN of model i.
 
     Args:
-        models: dense models of one shape and tokenizer, in the order of the experts.
+        models: dense models of one shape and tokenizer, in the order of the experts; or anchored
+            branches of one (mix/anchored.py), each with its own expert.
         routing: how the MoE will route; kept with its architecture.
         dtype: of the result; averages are rounded to it once, from fp64.
         router: how the router of each layer is drawn.
@@ -46,6 +48,9 @@ def btx(
     Raises:
         UserErrors: everything in which the models differ but must not; a gain of zero to fold by.
     """
+    branches = unused_rows(models, router)
+    averaging = weighed(averaging, models, averaging.seed_model)
+    models = [own_expert(model) for model in models]
     errors = disagreements(models) + averaging.errors(models)
     if errors:
         raise UserErrors(errors)
@@ -72,6 +77,7 @@ def btx(
         ),
         sources=averaging.sources(models) | router.sources,
         expected=canonical_tensors(architecture),
+        ignored=branches,
     )
     if fold_norms:
         _refuse_zero_gains(plan)

@@ -136,7 +136,7 @@ def _not_computed(plan: Plan, request: MixRequest) -> list[UserError]:
     if routing.moe_router_topk > 1:
         return []
     what = "the softmax over one selected logit is always 1: Megatron-Core refuses such a router"
-    if request.method in ("append", "drop", "copy"):
+    if request.method in ("append", "drop", "replace", "copy"):
         return [UserError(f"--method {request.method}", what, "give a model of at least top-2")]
     return [UserError("--moe-router-topk", what, "choose at least 2")]
 

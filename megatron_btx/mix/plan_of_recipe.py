@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ def mix_plan(
     new: dict[str, Any] = {
         "routing": routing,
         "dtype": dtype,
-        "router": router or router_of(mix, random_seed),
+        "router": router or router_of(mix, random_seed, seed_model),
     }
     if mix.method == "upcycle":
         if len(models) != 1:
@@ -74,7 +75,7 @@ def mix_plan(
     return btx(models, fold_norms=mix.fold_norms, **new)
 
 
-def router_of(mix: Mix, random_seed: int) -> RouterInit:
+def router_of(mix: Mix, random_seed: int, seed_model: str = SEED) -> RouterInit:
     """How ``mix`` makes routers.
 
     Raises:
@@ -84,7 +85,8 @@ def router_of(mix: Mix, random_seed: int) -> RouterInit:
         fix = f"give `router_init: {' or '.join(FROM_FILE)}` and the file of `btx centroids`"
         raise UserError("mix.centroids", "goes with router_init", f"{fix}, or neither")
     if mix.centroids is None:
-        return RouterInit(mix.router_init, mix.router_init_std, random_seed)
+        init = RouterInit(mix.router_init, mix.router_init_std, random_seed)
+        return replace(init, seed_model=seed_model)
     rows = SafetensorsSource(mix.centroids)
     with safe_open(mix.centroids, "pt") as file:
         kind = (file.metadata() or {}).get("router_init", "centroids")

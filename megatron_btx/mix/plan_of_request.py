@@ -11,9 +11,10 @@ import torch
 from megatron_btx.errors import UserError, UserErrors, collect_errors
 from megatron_btx.families.open import open_checkpoint
 from megatron_btx.files import named_path
+from megatron_btx.mix.anchored import own_expert
 from megatron_btx.mix.average import average
 from megatron_btx.mix.compatibility import disagreements, with_tokenizer
-from megatron_btx.mix.edit_experts import append, drop
+from megatron_btx.mix.edit_experts import append, drop, replace_expert
 from megatron_btx.mix.one_model import copy
 from megatron_btx.mix.plan_of_recipe import averaging_of, mix_plan, router_of
 from megatron_btx.mix.request import MixRequest
@@ -36,8 +37,8 @@ def open_sources(request: MixRequest) -> list[Checkpoint]:
             models.append(open_checkpoint(path, label, request.model))
     if not errors:
         models = with_tokenizer(models, request.tokenizer)
-    if errors and models and request.method != "append":
-        errors += disagreements(models)
+    if errors and models and request.method not in ("append", "replace"):
+        errors += disagreements([own_expert(model) for model in models])
     if errors:
         raise UserErrors(errors)
     return models
@@ -50,7 +51,7 @@ def plan_of(request: MixRequest, models: list[Checkpoint]) -> Plan:
         UserErrors: everything that is wrong with the request and the models, at once.
     """
     dtype = DTYPES[request.dtype] if request.dtype else _common_dtype(models)
-    single = {"upcycle": 1, "drop": 1, "copy": 1, "append": 2}
+    single = {"upcycle": 1, "drop": 1, "copy": 1, "append": 2, "replace": 2}
     wanted = single.get(request.method)
     if wanted is not None and len(models) != wanted:
         what = f"{request.method} takes {wanted} source{'s'[: wanted - 1]}, not {len(models)}"
@@ -68,6 +69,9 @@ def plan_of(request: MixRequest, models: list[Checkpoint]) -> Plan:
             return append(*models, dtype=dtype, router=router_of(mix, request.random_seed))
         case "drop":
             return drop(models[0], request.expert, dtype=dtype)
+        case "replace":
+            moe, model = models
+            return replace_expert(moe, model, request.expert or model.label, dtype=dtype)
         case "copy":
             return copy(models[0], dtype=dtype)
     return mix_plan(
@@ -89,7 +93,7 @@ def _same() -> set[str]:
 def mix_of(request: MixRequest) -> Mix:
     """A request's part that a recipe has too."""
     options: dict[str, Any] = {name: getattr(request, name) for name in _same()}
-    if request.method in ("average", "append", "drop", "copy"):
+    if request.method in ("average", "append", "drop", "replace", "copy"):
         options["method"] = "btx"
     options["average"] = _weights(request.average)
     groups: dict[str, tuple[str, ...]] = {}

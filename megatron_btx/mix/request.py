@@ -8,7 +8,9 @@ from typing import Any, Literal
 from megatron_btx.recipe.fields import COUNT, like, within
 from megatron_btx.recipe.schema import Mix, Recipe, Routing
 
-MixMethod = Literal["btx", "upcycle", "split", "blend", "average", "append", "drop", "copy"]
+MixMethod = Literal[
+    "btx", "upcycle", "split", "blend", "average", "append", "drop", "replace", "copy"
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +49,8 @@ class MixRequest:
     """fold each expert's own pre-FFN norm gain into it (btx)"""
     moe_router_topk: int = like(Routing, "moe_router_topk")
     """experts a token"""
-    router_init: Literal["normal", "zeros", "uniform", "centroids", "ridge"] = "normal"
-    """how routers are initialised"""
+    router_init: Literal["normal", "zeros", "uniform", "centroids", "ridge", "branches"] = "normal"
+    """how routers are initialised; branches: as the sources, anchored branches, have learned"""
     centroids: str | None = None
     """the file of `btx centroids`, for --router-init centroids or ridge"""
     router_init_std: float = like(Mix, "router_init_std")
@@ -66,7 +68,8 @@ class MixRequest:
     drop_ratio: float = like(Mix, "drop_ratio")
     """share of each upcycled expert's inner units that are drawn anew (Drop-Upcycling)"""
     expert: str = ""
-    """the expert that drop takes out"""
+    """the expert that drop takes out, or in whose place replace puts the second source (default:
+    the one of its name)"""
     shard: str = "1GiB"
     """size of a file of the result: what an interruption loses at most"""
     memory: str = ""

@@ -13,28 +13,32 @@ from megatron_btx.recipe.check_mix import FROM_FILE
 from megatron_btx.weights.arrange import Take
 from megatron_btx.weights.box import Shape
 from megatron_btx.weights.expression import Expression
-from megatron_btx.weights.ops import stack
+from megatron_btx.weights.ops import mean, stack
 from megatron_btx.weights.random_fill import Draw, Fill
 from megatron_btx.weights.source import Source
 
 CENTROIDS = "centroids"
 """Label of their source in a plan."""
+OWN, ANCHOR = "own", "anchor"
+"""The rows of an anchored branch's router: ``NAME/own``, ``NAME/anchor`` (mix/anchored.py)."""
 
 
 @dataclass(frozen=True)
 class RouterInit:
     """How the routers W_l begin. The paper does not say; its upcycling baseline is random."""
 
-    kind: Literal["normal", "zeros", "uniform", "centroids", "ridge"] = "normal"
+    kind: Literal["normal", "zeros", "uniform", "centroids", "ridge", "branches"] = "normal"
     scale: float = 0.02
     """Standard deviation, or half the width of the uniform interval."""
     seed: int = 0
     centroids: Source | None = None
     """The file of ``btx centroids``: a row ``NAME/EXPERT`` of every router ``NAME``."""
+    seed_model: str = "seed"
+    """Of ``branches``: the expert that anchors the others."""
 
     def draw(self, name: str, shape: Shape, dtype: torch.dtype) -> Expression:
         """The router ``name``: a function of seed and name alone."""
-        if self.kind == "centroids" or self.kind == "ridge":
+        if self.kind == "centroids" or self.kind == "ridge" or self.kind == "branches":
             raise UserError("router_init", f"{self.kind} is for method btx", "choose another")
         if self.kind == "zeros":
             return Fill(0.0, shape, dtype)
@@ -43,7 +47,16 @@ class RouterInit:
     def of_experts(
         self, name: str, shape: Shape, dtype: torch.dtype, experts: Sequence[str]
     ) -> Expression:
-        """The router ``name`` of experts that have domains, so that a file may have their rows."""
+        """The router ``name`` of experts that have domains, so that a file may have their rows, or
+        the branches that they come from: the anchor's is the mean of theirs."""
+        if self.kind == "branches":
+            own = [expert for expert in experts if expert != self.seed_model]
+
+            def row(expert: str, which: str) -> Expression:
+                return Take(expert, f"{name}/{which}", shape[1:], dtype)
+
+            shared = mean([row(expert, ANCHOR) for expert in own], dtype)
+            return stack([row(one, OWN) if one in own else shared for one in experts])
         if self.kind not in FROM_FILE:
             return self.draw(name, shape, dtype)
         rows = [Take(CENTROIDS, f"{name}/{expert}", shape[1:], torch.float32) for expert in experts]

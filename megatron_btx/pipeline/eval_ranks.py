@@ -193,7 +193,8 @@ def _subjects(request: EvalRequest) -> list[Subject]:
         models = {name: Path(path) for name, path in entry["models"].items()}
         text = {name: tuple(files) for name, files in entry["text"].items()}
         run_dir = None if entry["run_dir"] is None else Path(entry["run_dir"])
-        found.append(Subject(**{**entry, "models": models, "text": text, "run_dir": run_dir}))
+        typed = {"models": models, "text": text, "run_dir": run_dir}
+        found.append(Subject(**{**entry, **typed, "experts": tuple(entry["experts"])}))
     return found
 
 

@@ -289,7 +289,10 @@ class _Keys:
         if kind in OWN:
             return OWN[kind](recipe)
         block = training(recipe, name)
-        own = [recipe.model, self._training(block, moe=kind == "finetune")]
+        moe = kind == "finetune" or block.anchor is not None
+        own = [recipe.model, self._training(block, moe=moe)]
+        if block.anchor is not None:
+            own += [recipe.routing]
         if kind == "finetune":
             mix = dataclasses.replace(recipe.mix, centroids=None)  # it enters by content
             centroids = [] if recipe.mix.centroids is None else [recipe.mix.centroids]

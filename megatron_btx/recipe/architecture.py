@@ -51,6 +51,18 @@ class Architecture:
         """The MoE that a recipe makes of models of this (dense) architecture."""
         return self.mixture(recipe.model_names, recipe.mix, recipe.routing)
 
+    def anchored(self, name: str, routing: Routing) -> Architecture:
+        """The branch ``name`` of a model of this (dense) architecture: an MoE of its own expert and
+        of the seed's. All its text is of one domain, so that there is nothing to balance."""
+        alone = replace(
+            routing,
+            moe_router_topk=min(routing.moe_router_topk, 2),
+            balance_loss_coeff=0.0,
+            moe_router_load_balancing_type="none",
+            moe_aux_loss_coeff=0.0,
+        )
+        return replace(self, experts=(name, "seed"), routing=alone)
+
     def mixture(self, models: Sequence[str], mix: Mix, routing: Routing) -> Architecture:
         """The MoE that ``mix`` makes of dense models of this architecture.
 

@@ -47,7 +47,14 @@ def problems(recipe: Recipe) -> list[Problem]:
     found += _boundaries(recipe)
     for key, stage in stages(recipe).items():
         found += _stage(recipe, key, stage)
-    found += check_layout.problems(recipe, "evaluate.layout", recipe.evaluate.layout, moe=True)
+    mixed = architecture(recipe, "finetune")
+    found += check_layout.problems(
+        recipe,
+        "evaluate.layout",
+        recipe.evaluate.layout,
+        experts=mixed.experts,
+        width=mixed.model.ffn_hidden_size,
+    )
     found += check_layout.evaluation(recipe.evaluate.layout, "evaluate.layout")
     if recipe.evaluate.tokens < recipe.model.seq_length:
         found.append(Problem("evaluate.tokens", *_too_few(recipe.evaluate.tokens, recipe.model)))
@@ -273,7 +280,6 @@ def _stage(recipe: Recipe, key: str, stage: Training) -> Iterator[Problem]:
             "remove it, or set reset_attention_mask too: positions count by their differences, and "
             "only those within a document are left then",
         )
-    moe = key == "finetune"
     model, layout = recipe.model, stage.layout
     if key == "seed" and not stage.tokens and stage.from_ is None:
         yield Problem("seed.tokens", "there is nothing to branch from", "give tokens or `from:`")
@@ -287,14 +293,17 @@ def _stage(recipe: Recipe, key: str, stage: Training) -> Iterator[Problem]:
             yield Problem(
                 f"{key}.data", "is missing: which domains?", f"add `data: {{domain: weight}}`{hint}"
             )
-    yield from check_layout.problems(recipe, f"{key}.layout", layout, moe=moe)
-    if moe and not any(_model(model)):
-        yield from _widths(key, stage, model, recipe.mix.chunks)
+    name = stage_of_key(key)
+    trained = architecture(recipe, name)
+    width = trained.model.ffn_hidden_size
+    yield from check_layout.problems(
+        recipe, f"{key}.layout", layout, experts=trained.experts, width=width
+    )
     if not any(_model(model)):
-        name = stage_of_key(key)
-        yield from check_freezing.problems(
-            key, training(recipe, name), architecture(recipe, name), model
-        )
+        if trained.experts:
+            yield from _widths(key, stage, model, model.ffn_hidden_size // width)
+        yield from check_freezing.problems(key, training(recipe, name), trained, model)
+    yield from _anchor(recipe, key, stage)
     batch = stage.micro_batch_size * layout.data_parallel_size
     if stage.global_batch_size % batch:
         yield Problem(
@@ -333,6 +342,26 @@ def _learning_rate(key: str, stage: Training, steps: int) -> Iterator[Problem]:
             f"warm-up ({stage.lr_warmup_iters}) and decay ({iters}) do not fit into {steps} steps"
         )
         yield Problem(where, what, "lower it, or give the stage more tokens")
+
+
+def _anchor(recipe: Recipe, key: str, stage: Training) -> Iterator[Problem]:
+    """Where an anchor has a meaning."""
+    if stage.anchor is None:
+        return
+    where, ranks = f"{key}.anchor", recipe.evaluate.layout.expert_model_parallel_size
+    if not key.startswith("experts."):
+        yield Problem(where, "is of an expert's branch", "write it under `experts`")
+    elif recipe.system == "btm":
+        what = "makes MoEs of the experts, and Branch-Train-Merge is of dense ones"
+        yield Problem(where, what, "remove it, or use another system")
+    elif recipe.mix.method != "btx":
+        what = f"is concatenated, not mixed by method {recipe.mix.method}"
+        yield Problem(where, what, "use method btx")
+    elif not stage.tokens and stage.from_ is None:
+        yield Problem(where, "is of a branch that is trained", "give it tokens, or remove it")
+    elif 2 % ranks:
+        what = f"{ranks} does not divide a branch's 2 experts ({key})"
+        yield Problem("evaluate.layout.expert_model_parallel_size", what, "use 1 or 2")
 
 
 def _widths(key: str, stage: Training, model: Model, chunks: int) -> Iterator[Problem]:

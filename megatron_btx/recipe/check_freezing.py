@@ -30,7 +30,7 @@ def problems(
             if not freezing.named(architecture, word):
                 what = f"{show(word)} names no tensor of {_model(architecture)}"
                 yield Problem(f"{key}.{field}", what, _fix(architecture, word))
-    still = freezing.frozen(architecture, stage.freeze)
+    still, _ = freezing.before_and_after(architecture, stage)
     if still and still == canonical_tensors(architecture).keys():
         what = "names every tensor: nothing would learn"
         yield Problem(f"{key}.freeze", what, "leave something out; to train nothing give tokens: 0")

@@ -3,7 +3,7 @@ which of those Megatron computes rightly."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from megatron_btx.recipe import count
@@ -25,12 +25,16 @@ def sequence_parallel(layout: Layout, *, moe: bool) -> bool:
     return layout.sequence_parallel
 
 
-def problems(recipe: Recipe, key: str, layout: Layout, *, moe: bool) -> Iterator[Problem]:
-    """Everything wrong with running the recipe's model under ``layout``."""
+def problems(
+    recipe: Recipe, key: str, layout: Layout, *, experts: Sequence[str], width: int
+) -> Iterator[Problem]:
+    """Everything wrong with running a model of the recipe under ``layout``: one of ``experts``,
+    each ``width`` wide, or without any."""
+    moe = bool(experts)
     yield from context(layout, key)
-    yield from _divides(recipe, key, layout, moe=moe)
+    yield from _divides(recipe, key, layout, width, moe=moe)
     yield from _sequence(recipe, key, layout, moe=moe)
-    yield from _experts(recipe, key, layout, moe=moe)
+    yield from _experts(experts, key, layout)
 
 
 def context(layout: Layout, key: str) -> Iterator[Problem]:
@@ -46,7 +50,7 @@ def context(layout: Layout, key: str) -> Iterator[Problem]:
         )
 
 
-def _divides(recipe: Recipe, key: str, layout: Layout, *, moe: bool) -> Iterator[Problem]:
+def _divides(recipe: Recipe, key: str, layout: Layout, ffn: int, *, moe: bool) -> Iterator[Problem]:
     model = recipe.model
     tp, pp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
     heads, groups = model.num_attention_heads, count.query_groups(model)
@@ -67,9 +71,8 @@ def _divides(recipe: Recipe, key: str, layout: Layout, *, moe: bool) -> Iterator
         yield Problem(
             tp_key, f"{tp} does not divide the width of query, key and value ({qkv})", lower
         )
-    ffn, ffn_tp, ffn_key = model.ffn_hidden_size, tp, tp_key
+    ffn_tp, ffn_key = tp, tp_key
     if moe:
-        ffn //= recipe.mix.chunks
         ffn_tp, ffn_key = layout.etp, f"{key}.expert_tensor_parallel_size"
     if ffn % ffn_tp:
         what = "the width of an expert" if moe else "model.ffn_hidden_size"
@@ -145,21 +148,20 @@ def _sequence(recipe: Recipe, key: str, layout: Layout, *, moe: bool) -> Iterato
         )
 
 
-def _experts(recipe: Recipe, key: str, layout: Layout, *, moe: bool) -> Iterator[Problem]:
+def _experts(experts: Sequence[str], key: str, layout: Layout) -> Iterator[Problem]:
     tp, pp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
     ep, etp, world = layout.expert_model_parallel_size, layout.etp, layout.world_size
     ep_key = f"{key}.expert_model_parallel_size"
-    if not moe:
+    if not experts:
         if ep > 1:
             yield Problem(
                 ep_key, f"{ep}, but this stage trains a dense model", "set it for finetune only"
             )
         return
-    if recipe.num_moe_experts % ep:
+    if len(experts) % ep:
         yield Problem(
             ep_key,
-            f"{ep} does not divide the {recipe.num_moe_experts} experts "
-            f"({', '.join(recipe.expert_names)})",
+            f"{ep} does not divide the {len(experts)} experts ({', '.join(experts)})",
             "choose a divisor",
         )
     if world % (etp * ep * pp):

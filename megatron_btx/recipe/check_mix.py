@@ -46,6 +46,14 @@ def problems(recipe: Recipe) -> Iterator[Problem]:
     if mix.centroids is not None and mix.router_init not in FROM_FILE:
         fix = "give the `router_init` that the file was made for, or remove it"
         yield Problem("mix.centroids", "goes with router_init: centroids or ridge", fix)
+    plain = [name for name, expert in recipe.experts.items() if expert.anchor is None]
+    if mix.router_init == "branches" and plain:
+        what = (
+            f"is branches, and {', '.join(plain)} is none"
+            if len(plain) == 1
+            else (f"is branches, and {', '.join(plain)} are none")
+        )
+        yield Problem("mix.router_init", what, "give each `anchor: seed`, or choose another")
     if mix.router_init in FROM_FILE and mix.method != "btx":
         what = f"{mix.router_init} needs experts that have domains, those of {mix.method} have none"
         yield Problem("mix.router_init", what, "use method btx, or another router_init")

@@ -78,13 +78,21 @@ class Phase:
 def phases(architecture: Architecture, stage: Training, model: Model) -> tuple[Phase, ...]:
     """A stage's phases in their order: one, or what comes before and after ``freeze_until``."""
     steps, thawed = count.steps(stage, model), thaws_at(stage, model)
-    still = frozen(architecture, stage.freeze)
-    if not still or thawed is None or thawed >= steps:
-        return (Phase(first=0, last=steps, frozen=still),)
+    before, after = before_and_after(architecture, stage)
+    if before == after or thawed is None or thawed >= steps:
+        return (Phase(first=0, last=steps, frozen=before),)
     return (
-        Phase(first=0, last=thawed, frozen=still),
-        Phase(first=thawed, last=steps, frozen=frozenset()),
+        Phase(first=0, last=thawed, frozen=before),
+        Phase(first=thawed, last=steps, frozen=after),
     )
+
+
+def before_and_after(
+    architecture: Architecture, stage: Training
+) -> tuple[frozenset[str], frozenset[str]]:
+    """What is frozen before ``freeze_until`` and after it: an anchor always."""
+    anchor = named(architecture, f"experts.{stage.anchor}") if stage.anchor else frozenset()
+    return frozen(architecture, stage.freeze) | anchor, anchor
 
 
 def thaws_at(stage: Training, model: Model) -> int | None:
@@ -113,12 +121,13 @@ def stage_flops(architecture: Architecture, stage: Training, model: Model) -> in
 def steps_for(architecture: Architecture, stage: Training, model: Model, flops: int) -> int:
     """Steps of a stage that cost so many FLOPs, to the nearest; at least one."""
     tokens = stage.global_batch_size * model.seq_length
-    each = tokens * flops_per_token(architecture, frozen(architecture, stage.freeze))
-    before = thaws_at(stage, model)
-    if before is None or flops <= before * each:
+    still, after = before_and_after(architecture, stage)
+    each = tokens * flops_per_token(architecture, still)
+    thawed = thaws_at(stage, model)
+    if thawed is None or flops <= thawed * each:
         return max(1, round(flops / each))
-    left = flops - before * each
-    return before + round(left / (tokens * flops_per_token(architecture, frozenset())))
+    left = flops - thawed * each
+    return thawed + round(left / (tokens * flops_per_token(architecture, after)))
 
 
 def _met(architecture: Architecture, still: frozenset[str]) -> Iterator[int]:

@@ -3,10 +3,11 @@
 The reader follows the types of the schema, so a new field needs no line here. It collects every
 problem before it raises, each with file, line, key and fix.
 
-Four conveniences, all resolved on reading (``dump`` writes the result out in full):
+Five conveniences, all resolved on reading (``dump`` writes the result out in full):
 
 - ``training:`` at the top gives defaults that every stage inherits key by key; the blocks inside
   (``layout``, ``megatron``) merge, a mixture (``data``) is one value and replaces.
+- ``"*":`` in ``experts`` gives defaults that every expert inherits in the same way.
 - ``base: other.yaml`` starts from another recipe, key by key in the same way.
 - ``steps: 200`` says the tokens of a stage by its batch and sequence length.
 - Counts may be written ``4_000_000``, ``4e6``, ``60k``, ``4M`` or ``80B``.
@@ -177,6 +178,8 @@ def _anchored(recipe: Recipe, builder: _Builder) -> Recipe:
 
 
 STEPS = Range(1, 10**9)
+_EVERY = "*"
+"""What stands under it in ``experts`` holds for every expert."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -224,8 +227,28 @@ class _Builder(Reader):
         """A block; one of training has under it what ``training:`` says."""
         if cls is Training:
             above = [root.value["training"] for root in self.roots if "training" in root.value]
+            if key.startswith("experts."):
+                above += [node.value[_EVERY] for node in self._experts() if _EVERY in node.value]
             layers = [*(node for node in above if node.value is not None), *layers]
         return super().block(cls, layers, key)
+
+    def _experts(self) -> list[Node]:
+        """The blocks of experts, of each file one."""
+        given = [root.value["experts"] for root in self.roots if "experts" in root.value]
+        return [node for node in given if isinstance(node.value, dict)]
+
+    def _mapping(self, hint: Any, last: Node, layers: list[Node], key: str) -> Any:
+        """A mapping; of experts ``*`` is none, but what all of them begin with."""
+        if key == "experts":
+            layers = [
+                dataclasses.replace(
+                    layer, value={name: n for name, n in layer.value.items() if name != _EVERY}
+                )
+                if isinstance(layer.value, dict)
+                else layer
+                for layer in layers
+            ]
+        return super()._mapping(hint, last, layers, key)
 
     def instance(self, cls: type, layers: list[Node], key: str, extra: tuple[str, ...] = ()) -> Any:
         """A dataclass; a training stage may give ``steps`` instead of tokens."""

@@ -48,11 +48,12 @@ class Mix:
     drop_ratio: float = within(0, 1, default=0.0)
     """``upcycle``: share of each expert's inner units that are drawn anew (Drop-Upcycling, arXiv
     2502.19261)."""
-    router_init: Literal["normal", "zeros", "uniform", "centroids", "ridge"] = "normal"
+    router_init: Literal["normal", "zeros", "uniform", "centroids", "ridge", "branches"] = "normal"
     """The paper does not give one; normal draws of ``router_init_std`` by default, whatever the
     model's ``init_method_std`` is. ``centroids``: each expert's row points to where its domain's
     hidden states are; ``ridge``: the rows solve the ridge regression of the domain on them (DUME,
-    arXiv 2603.29765)."""
+    arXiv 2603.29765); ``branches``: the rows that anchored branches have learned, the seed's their
+    mean."""
     router_init_std: float = within(0, 100, default=0.02)
     """Standard deviation, or half the width of the interval."""
     centroids: str | None = path()

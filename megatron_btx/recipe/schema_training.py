@@ -224,6 +224,10 @@ class Training:
     """Held-out tokens a domain for those, at most."""
     check_replicas_interval: int = within(0, default=100)
     """Steps between hashes of replicated parameters across ranks; 0: never."""
+    anchor: Literal["seed"] | None = None
+    """An expert's only: it is trained as an MoE of two experts, the seed's feed-forward layers,
+    which stay as they are, and its own, which begin as a copy of them (FlexOlmo, arXiv 2507.07024;
+    BAR, arXiv 2604.18473). ``freeze`` says what else stays; the mix takes its own expert."""
     freeze: tuple[str, ...] = of_before((), _as_freeze_experts)
     """What does not learn: ``embeddings``, ``attention``, ``norms``, ``ffn`` (of a dense model),
     ``experts``, ``experts.NAME``, ``router``, ``head``, or a pattern of tensor names

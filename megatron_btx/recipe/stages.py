@@ -91,7 +91,12 @@ def btx_flops(recipe: Recipe) -> int:
 def architecture(recipe: Recipe, name: str) -> Architecture:
     """The model that a stage trains, with the vocabulary that the recipe states."""
     dense = count.dense_architecture(recipe)
-    return dense.mixed(recipe) if name == "finetune" else dense
+    if name == "finetune":
+        return dense.mixed(recipe)
+    expert = recipe.experts.get(name.removeprefix("expert:")) if ":" in name else None
+    if expert is not None and expert.anchor is not None:
+        return dense.anchored(name.removeprefix("expert:"), recipe.routing)
+    return dense
 
 
 def flops(recipe: Recipe, name: str) -> int:

@@ -30,10 +30,12 @@ from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.evaluate.run_routers import not_yet, run_routers
 from megatron_btx.families.open import open_checkpoint
 from megatron_btx.files import newest_step, write_json
+from megatron_btx.mix.anchored import branch
 from megatron_btx.mix.one_model import copy, fresh
 from megatron_btx.mix.plan_of_recipe import mix_plan
+from megatron_btx.mix.router_init import RouterInit
 from megatron_btx.provenance import code_revision, versions
-from megatron_btx.recipe import check, count, freezing
+from megatron_btx.recipe import check, count, freezing, stages
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.check_mix import FROM_FILE
 from megatron_btx.recipe.schema import Recipe, Training
@@ -180,9 +182,9 @@ def _trained(run_dir: Path, stage: str) -> Path:
 def starting_point(
     recipe: Recipe, name: str, training: Training, run_dir: Path, *, look: bool
 ) -> Plan:
-    """The plan of the weights that a stage begins with: fresh draws for the seed, the seed for
-    experts and the dense baseline, the mix for the finetuning. Every rank calls it; where someone
-    only looks, one does, and routers that would be computed are left at zero."""
+    """The plan of the weights that a stage begins with: fresh draws for the seed, the seed (or
+    two of it, anchored) for experts and the dense baseline, the mix for the finetuning. Every rank
+    calls it; where someone only looks, one does, and routers that would be computed are zero."""
     dtype = DTYPES[training.precision]
     if name == "seed":
         tokenizer = load_tokenizer(run_dir / "prepare" / "tokenizer")
@@ -203,7 +205,12 @@ def starting_point(
             dtype=dtype,
             random_seed=recipe.random_seed,
         )
-    return copy(_model(run_dir, "seed"), dtype=dtype)
+    seed = _model(run_dir, "seed")
+    if training.anchor is None:
+        return copy(seed, dtype=dtype)
+    router = RouterInit(seed=recipe.random_seed)
+    name = name.removeprefix("expert:")
+    return branch(seed, name, routing=recipe.routing, dtype=dtype, router=router)
 
 
 def _model(run_dir: Path, name: str) -> Checkpoint:
@@ -218,9 +225,8 @@ def check_options(recipe: Recipe) -> None:
         UserErrors: what Megatron or our modules would refuse, stage by stage.
     """
     wrong: list[UserError] = []
-    dense = count.dense_architecture(recipe)
     for name, training in check.stages(recipe).items():
-        architecture = dense.mixed(recipe) if name == "finetune" else dense
+        architecture = stages.architecture(recipe, stages.stage_of_key(name))
         try:
             options = training.megatron
             transformer_config(architecture, training.layout, training.precision, options)
@@ -313,6 +319,7 @@ def _callbacks(
             tokenizer=tokenizer.describe(),
             layout={**asdict(training.layout), "world_size": training.layout.world_size},
             lineage=lineage,
+            **({} if training.anchor is None else {"anchor": training.anchor}),
         )
 
     averaged = count.averaged_steps(training, recipe.model)

@@ -5,19 +5,24 @@ from __future__ import annotations
 import io
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from megatron_btx.evaluate import btm
+from megatron_btx.errors import UserError
+from megatron_btx.evaluate import btm, model_spec
 from megatron_btx.evaluate.model_spec import Subject
 from megatron_btx.evaluate.packed_text import PackedText
 from megatron_btx.evaluate.tfidf import TfIdf
+from megatron_btx.families.open import open_checkpoint
 from megatron_btx.mix import offline
+from megatron_btx.mix.edit_experts import drop
 from megatron_btx.mix.request import MixRequest
 from megatron_btx.recipe.schema import Layout
+from megatron_btx.weights.source import View
 from tests.evaluate import made, ranks_side
 from tests.families import made as families
 from tests.families import tokenizers_made
@@ -76,6 +81,36 @@ def test_a_model_predicts_as_in_transformers(here: Path, ranks: Ranks, name: str
 def test_a_mixture_under_expert_parallelism(here: Path, ranks: Ranks) -> None:
     answers = ranks.run(ranks_side.predict, 2, one(here / "moe"), EP2, rows())
     check(answers[1], [made.log_probs(here / "moe", ids) for ids, _ in rows()])
+
+
+@pytest.mark.parametrize("layout", [ONE, EP2], ids=["one", "ep2"])
+def test_some_experts_only(here: Path, ranks: Ranks, tmp_path: Path, layout: Layout) -> None:
+    """Scores and what follows are the dropped model's, to the bit: two of four experts, in
+    whichever order they are named."""
+    moe = open_checkpoint(here / "moe", "moe")
+    plan = drop(moe, "b", dtype=torch.float32)
+    rest = replace(moe, architecture=plan.architecture, source=View(moe.source, plan.targets))
+    made.write(drop(rest, "c", dtype=torch.float32), tmp_path / "dropped", made.tokenizer())
+    (subject,) = model_spec.with_experts([one(here / "moe")], "d,a")
+    world = layout.world_size
+    found = ranks.run(ranks_side.predict, world, subject, layout, rows())[0]
+    wanted = ranks.run(ranks_side.predict, world, one(tmp_path / "dropped"), layout, rows())[0]
+    assert found[0] == wanted[0]
+    assert all(torch.equal(a, b) for a, b in zip(found[1], wanted[1], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("subject", "given", "words"),
+    [
+        ("moe", "a,", "give each expert's name once"),
+        ("moe", "a,a", "give each expert's name once"),
+        ("set", "a,b", "is a set of models"),
+    ],
+)
+def test_experts_that_cannot_be_chosen(here: Path, subject: str, given: str, words: str) -> None:
+    chosen = several(here, "posterior") if subject == "set" else one(here / subject)
+    with pytest.raises(UserError, match=words):
+        model_spec.with_experts([chosen], given)
 
 
 def test_no_text_loses_tokens_to_another(here: Path, ranks: Ranks) -> None:

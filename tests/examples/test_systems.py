@@ -60,12 +60,14 @@ def test_each_has_its_row(systems: Systems, name: str) -> None:
 
 def _has_own_experts(run: FinishedRun, stage: str) -> bool:
     """Whether a run's experts are not those of the others."""
-    return stage.startswith("expert") and run.recipe.system == "btm" and run.recipe.match != "data"
+    longer = run.recipe.system == "btm" and run.recipe.match != "data"
+    anchored = any(expert.anchor for expert in run.recipe.experts.values())
+    return stage.startswith("expert") and (longer or anchored)
 
 
 def test_what_is_shared_is_trained_once(systems: Systems) -> None:
-    """One attempt in all at the seed, at each expert that is not matched in compute; its row is the
-    same everywhere."""
+    """One attempt in all at the seed, at each expert that is neither lengthened nor anchored; its
+    row is the same everywhere."""
     for stage in ("prepare", "seed", "expert-math", "expert-web", "expert-more"):
         places = {
             (run.run_dir / stage).resolve()
@@ -239,6 +241,36 @@ def test_frozen_experts_stay_as_they_are(systems: Systems) -> None:
     proj = "decoder.layers.0.self_attention.linear_proj.weight"
     seed = open_megatron(find_checkpoint(run.run_dir / "seed"), "seed").source
     assert not torch.equal(read_whole(mixed, proj), read_whole(seed, proj))
+
+
+@pytest.mark.parametrize("name", ["flexolmo", "bar"])
+def test_anchored_branches(systems: Systems, name: str) -> None:
+    """The anchor and all shared layers that were frozen are the seed's, in the branches and in what
+    became of them; the experts are the branches' own, and the routers alone were trained."""
+    run = systems[name]
+    seed = open_megatron(find_checkpoint(run.run_dir / "seed"), "seed").source
+    made = open_megatron(find_checkpoint(run.run_dir / "finetune"), "made").source
+    layer = "decoder.layers.0."
+    for place, expert in enumerate(run.recipe.experts):
+        model = open_megatron(find_checkpoint(run.run_dir / f"expert-{expert}"), expert)
+        assert model.architecture.experts == (expert, "seed")
+        assert model.manifest["anchor"] == "seed"
+        for matrix in ("linear_fc1", "linear_fc2"):
+            anchor = read_whole(model.source, f"{layer}mlp.experts.1.{matrix}.weight")
+            assert torch.equal(anchor, read_whole(seed, f"{layer}mlp.{matrix}.weight"))
+            own = read_whole(model.source, f"{layer}mlp.experts.0.{matrix}.weight")
+            assert not torch.equal(own, anchor)
+            there = read_whole(made, f"{layer}mlp.experts.{place}.{matrix}.weight")
+            assert torch.equal(there, own)
+        router = f"{layer}mlp.router.weight"
+        begun = read_whole(model.source, router)[0]
+        assert not torch.equal(read_whole(made, router)[place], begun)
+        proj = f"{layer}self_attention.linear_proj.weight"
+        for one in (model.source, made):
+            assert torch.equal(read_whole(one, proj), read_whole(seed, proj))
+        embedding = "embedding.word_embeddings.weight"
+        same = torch.equal(read_whole(model.source, embedding), read_whole(seed, embedding))
+        assert same == (name == "flexolmo")
 
 
 def test_the_comparison(systems: Systems, tmp_path: Path) -> None:

@@ -110,6 +110,8 @@ class PlainHF:
 
     tokens = 0.0
     """Nothing in it says how many it was trained on."""
+    anchor = None
+    """Nor whether it is an anchored branch."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -222,6 +224,12 @@ class PlainMegatron:
         self.groups: int = model["num_query_groups"] or model["num_attention_heads"]
         moe = self._manifest["moe"]
         self.experts: list[str] = moe["experts"] if moe else []
+
+    @property
+    def anchor(self) -> int | None:
+        """Which of an anchored branch's two experts is the seed's; ``None``: it is no branch."""
+        name = self._manifest.get("anchor")
+        return self.experts.index(name) if name in self.experts else None
 
     @property
     def tokens(self) -> float:

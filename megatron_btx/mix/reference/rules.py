@@ -68,7 +68,7 @@ class Rules:
             return self._router(name, match[1])
         if match := _EXPERT.fullmatch(name):
             return self._expert(match[1], int(match[2]), match[3])
-        if self.method in ("copy", "drop", "append", "upcycle"):
+        if self.method in ("copy", "drop", "append", "replace", "upcycle"):
             return self.models[0].get(name)
         return self._average(name)
 
@@ -127,6 +127,8 @@ class Rules:
             each = zip(self.labels, self.models, strict=True)
             return [0.0 if label == seed else model.tokens for label, model in each]
         by_name = dict(entry.rsplit("=", 1) for entry in given)
+        if not given and any(model.anchor is not None for model in self.models):
+            by_name = {self.asked["seed_model"]: "0"}  # the anchor of the branches is none of them
         return [float(by_name.get(label, 1.0)) for label in self.labels]
 
     def _dare(self, name: str, weights: list[float], parts: list[Tensor]) -> Tensor:
@@ -145,7 +147,7 @@ class Rules:
 
     def _expert(self, layer: str, expert: int, kind: str) -> Tensor:
         """gate, up or down of one expert."""
-        if self.method in ("copy", "drop", "append"):
+        if self.method in ("copy", "drop", "append", "replace"):
             return self._kept_expert(layer, expert, kind)
         chunks = self.asked["num_chunks"] if self.method in ("split", "upcycle") else 1
         if self.method == "blend":
@@ -167,8 +169,10 @@ class Rules:
         return own
 
     def _kept_expert(self, layer: str, expert: int, kind: str) -> Tensor:
-        """Of an MoE that had it already; the last one of an appended MoE is the dense model's."""
-        if self.method == "append" and expert == len(self.experts) - 1:
+        """Of an MoE that had it already; the last one of an appended MoE is the dense model's, and
+        the one that has replaced another."""
+        appended = self.method == "append" and expert == len(self.experts) - 1
+        if appended or (self.method == "replace" and self.experts[expert] == self.labels[1]):
             return self._dense(1, layer, kind)
         old = f"model.layers.{layer}.mlp.experts.{self._before(expert)}.{kind}_proj.weight"
         return self.models[0].get(old)
@@ -209,7 +213,9 @@ class Rules:
         return value
 
     def _dense(self, model: int, layer: str, kind: str) -> Tensor:
-        return self.models[model].get(f"model.layers.{layer}.mlp.{kind}_proj.weight")
+        anchor = self.models[model].anchor
+        own = "" if anchor is None else f"experts.{1 - anchor}."
+        return self.models[model].get(f"model.layers.{layer}.mlp.{own}{kind}_proj.weight")
 
     def _before(self, expert: int) -> int:
         """The number that an expert had before another one was dropped."""
@@ -226,7 +232,7 @@ class Rules:
 
     def _router(self, name: str, layer: str) -> Tensor:
         canonical = f"decoder.layers.{layer}.mlp.router.weight"
-        if self.method == "copy":
+        if self.method in ("copy", "replace"):
             return self.models[0].get(name)
         if self.method == "drop":
             old = self.models[0].get(name)
@@ -235,6 +241,8 @@ class Rules:
             old = self.models[0].get(name)
             row = self._born(f"{canonical}/{self.labels[1]}", (1, old.shape[1]))
             return torch.cat((old.double(), row))
+        if self.asked["router_init"] == "branches":
+            return self._learned(name)
         hidden = len(self.models[0].get("model.norm.weight"))
         if self.asked["router_init"] in ("centroids", "ridge"):
             rows = self._centroids
@@ -243,6 +251,15 @@ class Rules:
             copies, chunks = self.asked["copies"], self.asked["num_chunks"]
             return self._born(canonical, (copies, hidden)).repeat_interleave(chunks, 0)
         return self._born(canonical, (len(self.experts), hidden))
+
+    def _learned(self, name: str) -> Tensor:
+        """Each branch's own row; for the seed the mean of what they learned for it."""
+        rows = {label: model.get(name).double() for label, model in
+                zip(self.labels, self.models, strict=True) if model.anchor is not None}  # fmt: skip
+        anchors = {model.anchor for model in self.models if model.anchor is not None}
+        (anchor,) = anchors
+        shared = torch.stack([row[anchor] for row in rows.values()]).sum(0) / len(rows)
+        return torch.stack([rows[e][1 - anchor] if e in rows else shared for e in self.experts])
 
     @cached_property
     def _centroids(self) -> dict[str, Tensor]:
