@@ -25,11 +25,12 @@ from torch import Tensor
 from megatron_btx import svg
 from megatron_btx.errors import UserError, UserErrors, shown
 from megatron_btx.files import check_directory, check_file, read_bytes, written
+from megatron_btx.mix.anchored import own_expert
 from megatron_btx.mix.compatibility import disagreements
 from megatron_btx.mix.plan_of_request import open_sources
 from megatron_btx.mix.request import MixRequest
 from megatron_btx.recipe.check_mix import GROUPS
-from megatron_btx.recipe.names import group_of
+from megatron_btx.recipe.names import canonical_tensors, group_of
 from megatron_btx.weights.box import slabs, whole
 from megatron_btx.weights.plan import Checkpoint
 
@@ -97,17 +98,22 @@ def _write_csv(rows: Sequence[dict[str, Any]], file: IO[Any]) -> None:
 
 
 def drift(models: Sequence[Checkpoint]) -> Grams:
-    """Inner products of the models' tensors, summed by group and layer, in one pass.
+    """Inner products of the models' tensors, summed by group and layer, in one pass; of an anchored
+    branch its own expert's.
 
     Raises:
         UserErrors: the models are not of one shape.
     """
+    models = [own_expert(model) for model in models]
     errors = disagreements(models)
     if errors:
         raise UserErrors(errors)
     count = len(models)
     grams: Grams = defaultdict(lambda: torch.zeros(count, count, dtype=torch.float64))
+    known = canonical_tensors(models[0].architecture)
     for name, first in models[0].tensors.items():
+        if name not in known:  # a branch's router
+            continue
         gram = grams[group_of(name), _layer(name)]
         for box in slabs(whole(first.shape), max(1, _ELEMENTS // count)):
             values = [model.source.read(name, box).double().flatten() for model in models]

@@ -30,8 +30,9 @@ current. `btx keys finetune` prints a part of it in the terminal, `btx plan RECI
   is the home directory. A run that was begun under the directory in which `btx` is started, where
   earlier releases put it, is still found there.
 - **Inheritance**: `training:` at the top holds any key of a training stage, as the default of
-  `seed`, `experts.*`, `finetune` and `dense`. `base: other.yaml` starts from another recipe. Both
-  work key by key; a mixture (`data`) is one value.
+  `seed`, `experts.*`, `finetune` and `dense`; `"*":` in `experts` those of every expert.
+  `base: other.yaml` starts from another recipe. All work key by key; a mixture (`data`) is one
+  value, and what a block says itself counts before what it inherits.
 - An empty value (`null`) means the default, where the type has no other meaning for it.
 - A key that is written twice is an error, and so is one that does not exist."""
 _ALIKE = {Training: "training", Layout: "layout", MegatronOptions: "megatron", SlurmJob: "job"}

@@ -45,8 +45,9 @@ CASES = {
     "router-only": (Case(MOE), ROUTER_ONLY),
     "some-experts-ep2-distopt": (
         Case(MOE, EP2, use_distributed_optimizer=True),
-        ("experts.a", "experts.d", "embeddings", "*.experts.1.linear_fc2.weight"),
+        ("experts.a", "experts.b", "experts.c", "embeddings", "*.experts.3.linear_fc2.weight"),
     ),
+    "anchored-ep2": (Case(replace(MOE, experts=("own", "seed")), EP2), ("experts.seed", "norms")),
     "some-experts-tp2": (Case(MOE, TP2), ("experts.b", "attention", "decoder.layers.0.*")),
     "whole-stage-pp2": (Case(MOE, PP2, megatron=RECOMPUTE), ("decoder.layers.[01].*", "embed*")),
     "bf16-dense-dp2-distopt": (

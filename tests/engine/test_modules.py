@@ -19,7 +19,7 @@ from torch.autograd import gradcheck
 from megatron_btx.data.boundaries import document_begins
 from megatron_btx.engine import cpu_tuning
 from megatron_btx.engine.moe import dispatch
-from megatron_btx.engine.moe.experts import feed_forward
+from megatron_btx.engine.moe.expert_products import feed_forward
 from megatron_btx.engine.ops import attention as attention_module
 from megatron_btx.engine.ops import cpu_attention, swiglu
 from megatron_btx.engine.ops.attention import ScaledDotProductAttention

@@ -145,6 +145,9 @@ def test_the_command_and_its_verification(tmp_path: Path) -> None:
         out = tmp_path / f"moe-{number}"
         assert btx_command("mix", "--sources", *sources, *words, "--out", out)[0] == 0
         assert btx_command("verify", out)[0] == 0
+    code, said = btx_command("drift", "--sources", *sources)
+    assert code == 0
+    assert "code" in said
     other = _save(replace(trained("new", 8), label="new"), tmp_path / "new")
     for words in (["--method", "replace", "--expert", "code"], ["--method", "append"]):
         out = tmp_path / words[1]

@@ -18,10 +18,8 @@ from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attri
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
-from torch.nn.functional import grouped_mm
 
-from megatron_btx.engine import cpu_tuning
-from megatron_btx.engine.ops import swiglu
+from megatron_btx.engine.moe.expert_products import Held, arranged, feed_forward
 
 # Shapes: T tokens that reached this rank, E experts here, H hidden, F width of an expert here.
 
@@ -231,7 +229,7 @@ class _ExpertWeights(torch.nn.Module):
     def divide(self, still: Collection[int]) -> None:
         """Keep the weights of the experts ``still`` apart from those that learn, so that they are
         in no gradient buffer and no optimizer. With none or all of them: together, as before."""
-        whole = _arranged(self.weight, self.held)
+        whole = arranged(self.weight, self.held)
         every = range(len(whole))
         rest = [expert for expert in every if expert in still]
         rest = rest if len(rest) < len(whole) else []
@@ -248,165 +246,3 @@ class _ExpertWeights(torch.nn.Module):
 
 _ATTRIBUTES = ("allreduce", "tensor_model_parallel", "partition_dim", "partition_stride")
 """What Megatron marks a weight with."""
-
-Held = tuple[Tensor, tuple[int, ...]]
-"""Weights of the experts that are frozen, and which experts the others are."""
-
-
-def _arranged(weight: Tensor, held: Held | None) -> Tensor:
-    """Weights of all experts [E, ...] in their order, of those that learn and those that do not."""
-    if held is None:
-        return weight
-    frozen, learn = held
-    learned, still = iter(weight.unbind()), iter(frozen.unbind())
-    places = range(len(weight) + len(frozen))
-    return torch.stack([next(learned if place in learn else still) for place in places])
-
-
-_TILE = 64
-
-
-def feed_forward(  # noqa: PLR0913
-    x: Tensor,
-    counts: Tensor,
-    fc1: Tensor,
-    fc2: Tensor,
-    fuse: bool,
-    held: tuple[Held | None, Held | None] = (None, None),
-) -> Tensor:
-    """``W2 swiglu(W1 x)`` of every expert's rows.
-
-    Args:
-        x: [T, H], sorted by expert.
-        counts: [E], integers, each expert's rows.
-        fc1: [E, 2F, H].
-        fc2: [E, H, F].
-        fuse: add the weights' gradients to their ``main_grad``, where they have one.
-        held: of each matrix the experts that it does not have: they are frozen.
-
-    Returns:
-        [T, H].
-    """
-    tile = _TILE if x.device.type == "cpu" and cpu_tuning.onednn_multiplies(x.dtype) else 1
-    return _FeedForward.apply(x, fc1, fc2, counts, fuse, tile, held)
-
-
-class _Tiles:
-    """Every expert's rows moved apart, to places that are multiples of a tile; between them zeros.
-
-    Where oneDNN multiplies (engine/cpu_tuning.py) each new number of rows costs it machine code:
-    twenty times the product's time at the demo's size, and half a megabyte. The memory that the
-    rows are moved into is of few different sizes, so that what one step frees fits the next.
-    """
-
-    def __init__(self, counts: Tensor, tile: int, device: torch.device) -> None:
-        self.apart = tile > 1
-        self.used: int | None = None
-        """Rows up to the last expert's last; ``None``: all."""
-        padded = counts + -counts % tile
-        self.ends = padded.cumsum(0).to(device=device, dtype=torch.int32)
-        """[E], where each expert's rows end; what follows the last is neither read nor written."""
-        if self.apart:
-            self.counts = counts.tolist()
-            self.starts = (padded.cumsum(0) - padded).tolist()
-            self.used = self.starts[-1] + int(padded[-1])
-            rows = sum(self.counts) + len(self.counts) * tile
-            step = max(tile, 1 << max(0, rows.bit_length() - 4))
-            self.room = -(-rows // step) * step
-
-    def spread(self, x: Tensor) -> Tensor:
-        """[T, H] -> [R, H]."""
-        if not self.apart:
-            return x
-        out = x.new_empty(self.room, x.shape[1])
-        ends = [*self.starts[1:], self.used]
-        for rows, start, end in zip(x.split(self.counts), self.starts, ends, strict=True):
-            out[start : start + len(rows)] = rows
-            out[start + len(rows) : end] = 0
-        return out
-
-    def collect(self, x: Tensor) -> Tensor:
-        """[R, H] -> [T, H]."""
-        if not self.apart:
-            return x
-        places = zip(self.starts, self.counts, strict=True)
-        return torch.cat([x[start : start + count] for start, count in places])
-
-
-class _FeedForward(torch.autograd.Function):
-    """``feed_forward``. A matrix costs one grouped product, and two more for the gradients.
-
-    Keeps ``x`` and ``W1 x``; the second product's input is computed again, along with the gradient
-    of the activation. Written out because the built-in backward refuses the strided gradients that
-    autograd hands it, and because with ``fuse`` a weight's gradient goes straight into Megatron's
-    buffer.
-    """
-
-    @staticmethod
-    def forward(  # noqa: PLR0913
-        ctx: Any,
-        x: Tensor,
-        fc1: Tensor,
-        fc2: Tensor,
-        counts: Tensor,
-        fuse: bool,
-        tile: int,
-        held: tuple[Held | None, Held | None],
-    ) -> Tensor:
-        tiles = _Tiles(counts, tile, x.device)
-        x = tiles.spread(x)
-        # The parameters themselves: saved ones come back as other objects, without `main_grad`.
-        ctx.parameters = [w if fuse and hasattr(w, "main_grad") else None for w in (fc1, fc2)]
-        ctx.learn = [None if one is None else one[1] for one in held]
-        fc1, fc2 = _arranged(fc1, held[0]), _arranged(fc2, held[1])
-        gate_up = grouped_mm(x, fc1.transpose(1, 2), offs=tiles.ends)
-        ctx.save_for_backward(x, gate_up, fc1, fc2)
-        ctx.tiles = tiles
-        inner = swiglu.activate(gate_up, tiles.used)
-        return tiles.collect(grouped_mm(inner, fc2.transpose(1, 2), offs=tiles.ends))
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, gate_up, fc1, fc2 = ctx.saved_tensors
-        tiles, ends = ctx.tiles, ctx.tiles.ends
-        # Without a single row grouped_mm rejects the strides.
-        grad = tiles.spread(grad.contiguous() if len(grad) else grad.new_empty(grad.shape))
-        inner = x.new_empty(len(x), fc2.shape[2])
-        grad_inner = grouped_mm(grad, fc2, offs=ends)
-        grad_gate_up = swiglu.gradient(gate_up, grad_inner, tiles.used, again=inner)
-        grad_fc1 = grad_fc2 = None
-        if ctx.needs_input_grad[1]:  # not frozen
-            grad_fc1 = _weight_gradient(ctx.parameters[0], grad_gate_up, x, ends, ctx.learn[0])
-        if ctx.needs_input_grad[2]:
-            grad_fc2 = _weight_gradient(ctx.parameters[1], grad, inner, ends, ctx.learn[1])
-        grad_x = tiles.collect(grouped_mm(grad_gate_up, fc1, offs=ends))
-        return grad_x, grad_fc1, grad_fc2, None, None, None, None
-
-
-def _weight_gradient(
-    weights: Any, grad: Tensor, x: Tensor, ends: Tensor, learn: Sequence[int] | None
-) -> Tensor:
-    """``grad_e^T x_e`` of every expert (or of those that learn), added to ``weights.main_grad``
-    where there are weights.
-
-    Returns:
-        The gradient; where it was added, memory that nothing reads, which autograd expects and
-        Megatron's hook drops.
-    """
-    if weights is None and learn is None:
-        return grouped_mm(grad.t(), x, offs=ends)
-    if learn is None and not (grad.device.type == "cpu" and grad.dtype == weights.main_grad.dtype):
-        weights.main_grad.add_(grouped_mm(grad.t(), x, offs=ends))
-    else:
-        bounds = [0, *ends.tolist()]
-        experts = range(len(ends)) if learn is None else learn
-        spans = [slice(bounds[expert], bounds[expert + 1]) for expert in experts]
-        if weights is None:
-            return torch.stack([grad[span].t() @ x[span] for span in spans])
-        for target, span in zip(weights.main_grad, spans, strict=True):
-            if grad.dtype == target.dtype:
-                target.addmm_(grad[span].t(), x[span])
-            else:
-                target.add_(grad[span].t() @ x[span])
-    weights.grad_added_to_main_grad = True
-    return torch.empty_like(weights)
