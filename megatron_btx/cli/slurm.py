@@ -108,10 +108,10 @@ def submit(options: argparse.Namespace) -> int:
     if not together.alone(options):
         return together.submit(options)
     recipe, run_dir, stages = open_recipe(options.recipe)
-    wished = selection.select(
+    chosen = selection.select(
         stages, only=options.only, first=options.first, last=options.stop_after
     )
-    left = state.left(run_dir, wished)
+    left = state.left(run_dir, chosen)
     selection.check_needs(run_dir, stages, left)
     chosen = prepare_array.expand(recipe, left)
     if options.dry_run:
@@ -219,11 +219,11 @@ def cancel(options: argparse.Namespace) -> int:
     from megatron_btx.pipeline.slurm import commands, jobs
 
     recipe, run_dir, stages = open_recipe(options.recipe)
-    wished = {graph.find(stages, name).name for name in options.stage}
+    chosen = {graph.find(stages, name).name for name in options.stage}
     found = [
         job
         for job in jobs.active(run_dir.absolute(), stages)
-        if not wished or any(f"{job.stage}:".startswith(f"{name}:") for name in wished)
+        if not chosen or any(f"{job.stage}:".startswith(f"{name}:") for name in chosen)
     ]
     commands.cancel(job.number for job in found)
     for job in found:

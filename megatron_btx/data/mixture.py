@@ -194,7 +194,7 @@ def _build(
 ) -> BlendedDataset | GPTDataset:
     """Megatron's dataset of ``samples`` samples of a mixture, its indices cached below ``index``.
 
-    Megatron writes index files under their final names and later trusts whatever bears them. So
+    Megatron writes index files under their final names and later trusts any file of that name. So
     they are built in a directory that gets its name when all of them are there; ``contents`` (the
     text's hashes) are part of that name.
     """

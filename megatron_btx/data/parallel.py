@@ -22,7 +22,7 @@ _POLL = 0.5
 _counted: Any = None
 """In a worker: how much all of them have done together (a shared int64)."""
 _stop: Any = None
-"""In a worker: set when nobody wants its result any more."""
+"""In a worker: set when its result is not wanted any more."""
 _watch: Callable[[int], None] = lambda amount: None  # noqa: E731
 """Where the work is done in this process: who is told how much more of it is done."""
 

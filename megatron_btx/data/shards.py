@@ -1,4 +1,4 @@
-"""Text to token ids, shard by shard: each by itself, resumable, and the same whoever makes it.
+"""Text to token ids, shard by shard: each by itself, resumable, and the same on any machine.
 
 A shard is some parts of files (:class:`~megatron_btx.data.formats.Part`). Its files lie in a hidden
 directory beside the pair that they become: ``N.<split>.bin`` with the ids, ``N.<split>.lengths``

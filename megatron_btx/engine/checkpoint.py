@@ -1,7 +1,7 @@
 """Checkpoints: Megatron's ``torch_dist`` format plus a manifest, found only when whole.
 
 A checkpoint is written into a directory of another name and renamed when every rank's part is on
-disk; what bears the name ``step_00000123`` can be loaded, however the writer died.
+disk; a directory ``step_00000123`` can be loaded, however the writer ended.
 """
 
 from __future__ import annotations
@@ -343,7 +343,7 @@ def prune(checkpoints: Path, keep: int, spared: Collection[int] = ()) -> None:
     kept = {step_directory(checkpoints, step) for step in spared}
     old_ones = sorted(checkpoints.glob("step_????????"))[:-keep]
     for old in filter(_is_ours, (one for one in old_ones if one not in kept)):
-        # Renamed first: a half-deleted checkpoint must not bear its name.
+        # Renamed first: a half-deleted checkpoint must not keep its name.
         doomed = old.with_name(old.name + _OLD)
         old.rename(doomed)
         shutil.rmtree(doomed)

@@ -54,7 +54,7 @@ def multiply_with_onednn() -> bool:
     alone; elsewhere the permission goes unused. That is tested at run time.
 
     Returns:
-        Whether oneDNN multiplies; not where somebody has set the precision already.
+        Whether oneDNN multiplies; not where the precision is set already.
     """
     if (
         torch.get_float32_matmul_precision() != "highest"

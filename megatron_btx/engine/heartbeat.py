@@ -1,4 +1,4 @@
-"""How a rank says that it gets on. Imports no torch."""
+"""The last sign of progress of this process, for the watchdog. Imports no torch."""
 
 from __future__ import annotations
 

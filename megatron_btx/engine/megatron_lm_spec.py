@@ -166,7 +166,7 @@ def _disagreeing(routing: Routing, given: TransformerConfig) -> Iterator[UserErr
     """Where the script's arguments say another routing than ours."""
     assert given.num_moe_experts is not None
     wanted = transformer_fields(routing, given.num_moe_experts)
-    if routing.type == "sample_top1":  # how the dispatcher is told; nobody's choice
+    if routing.type == "sample_top1":  # how the dispatcher is told; not a user's choice
         wanted["moe_expert_capacity_factor"] = None
     if routing.type == "switch":
         wanted["moe_token_drop_policy"] = "position"
@@ -194,7 +194,7 @@ def _said(name: str, value: Any) -> str:
 
 
 def _script() -> Any:
-    """The script's arguments; ``None`` where somebody else builds the model."""
+    """The script's arguments; ``None`` where another program builds the model."""
     from megatron.training import global_vars
 
     return global_vars._GLOBAL_ARGS

@@ -82,7 +82,7 @@ _SILENCED = (
 
 
 _SILENCED_WARNINGS = (
-    "full scope is deprecated",  # the default of an option that nobody set (0.19)
+    "full scope is deprecated",  # about the default of an option that was not set (0.19)
     "torch.distributed is disabled, unavailable or uninitialized",  # one rank reads for all
 )
 """Begins of messages given to Python's ``warnings``."""

@@ -48,7 +48,7 @@ from megatron_btx.recipe.schema import Layout, Precision
 from megatron_btx.weights.plan import Plan
 
 SPREAD = 1.0
-"""Of the logits, where nobody says it, of ``centroids``."""
+"""Of the logits, by default, of ``centroids``."""
 
 Texts = Mapping[str, Sequence[Batch]]
 

@@ -181,8 +181,8 @@ def _with_training(
 
 
 def _cost(recipe: Recipe, run_dir: Path, stage: str) -> StageCost:
-    """Tokens and training FLOPs of a stage, of the model that it trained. What was taken instead of
-    trained says itself how many tokens it has seen, or nobody knows: a Hugging Face model does not,
+    """Tokens and training FLOPs of a stage, of the model that it trained. A model that was taken
+    instead of trained may say how many tokens it has seen: a Hugging Face model does not,
     and its conversion counts none."""
     block = training(recipe, stage)
     architecture, manifest = read_manifest(find_checkpoint(directory(run_dir, stage)))

@@ -32,7 +32,7 @@ class Sums:
     first: Tensor
     """[layers, domains, H]: X^T Y, the sum of each domain's inputs."""
     gram: Tensor | None
-    """[layers, H, H]: X^T X over all domains; ``None`` where nobody asks for it."""
+    """[layers, H, H]: X^T X over all domains; ``None`` where it is not needed."""
 
     def add(self, layer: int, domain: int, inputs: Tensor) -> None:
         """Count inputs [tokens, H] of one layer."""

@@ -108,7 +108,7 @@ class ConfigReading:
         self.errors.append(UserError(self.where, what, fix))
 
     def unknown(self) -> None:
-        """Note every field that nobody knows."""
+        """Note every unknown field."""
         for key, value in self.config.items():
             empty = value is None or value is False or value in ("", [], {})
             if key not in self.known and not empty:

@@ -1,8 +1,8 @@
 """Names of a family as data: one aligned table, read in both directions.
 
 Each row joins Hugging Face tensors into one canonical tensor, rows group by group, or stacks
-canonical tensors into a Hugging Face one. That one description gives both directions: nobody writes
-an inverse.
+canonical tensors into a Hugging Face one. That one description gives both directions: no inverse is
+written.
 """
 
 from __future__ import annotations

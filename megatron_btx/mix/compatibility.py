@@ -73,7 +73,7 @@ def _differing(one: Checkpoint, other: Checkpoint) -> list[tuple[str, object, ob
 
 
 def with_tokenizer(models: list[Checkpoint], name: str) -> list[Checkpoint]:
-    """The models as if each came with the tokenizer of one of them, which the user vouches for.
+    """The models as if each came with the tokenizer of one of them, on the user's responsibility.
 
     Raises:
         UserError: there is no such model, or it has no tokenizer.

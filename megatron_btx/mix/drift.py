@@ -1,6 +1,6 @@
 """How far models that were branched from one seed have drifted apart, before they are mixed.
 
-What is averaged well has drifted little; experts that have hardly drifted are hardly experts. The
+Weights that drifted little average well; experts that drifted little have learned little. The
 time is that of one reading of every model; of the pairs of N models only N x N numbers are kept.
 """
 

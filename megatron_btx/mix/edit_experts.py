@@ -34,7 +34,7 @@ def append(
 ) -> Plan:
     """The plan of ``moe`` with the FFNs of ``model`` as its last expert.
 
-    All else stays the MoE's own; each router gets one more row, drawn as the others once were.
+    All else stays the MoE's own; each router gets one more row, drawn as the others were.
 
     Args:
         moe: the mixed model.

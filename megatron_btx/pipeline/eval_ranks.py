@@ -34,7 +34,7 @@ _PLACES = (
     ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
     ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),
 )
-"""Of a rank that somebody else has started. Slurm's second name is set by ``srun`` alone: the batch
+"""Of a rank that a launcher has started. Slurm's second name is set by ``srun`` alone: the batch
 script, which is no rank, has its job's number of tasks under another."""
 
 
@@ -57,7 +57,7 @@ def request_of(
 
 
 def answer(request: EvalRequest) -> Any:
-    """What the ranks answer; ``None`` on a rank of somebody else's job that is not the first.
+    """What the ranks answer; ``None`` on a launcher's rank that is not the first.
 
     Raises:
         UserError: as the ranks found it.
@@ -300,7 +300,7 @@ class ProgressLine:
 
 
 def threads(world_size: int) -> int:
-    """CPU threads a rank, where nobody says: the cores shared out."""
+    """CPU threads a rank, by default: the cores divided by the ranks."""
     return max(1, runner.cores() // world_size)
 
 

@@ -1,4 +1,4 @@
-"""Why a stage failed, left for whoever asks (``error.json``). Imports no torch."""
+"""Why a stage failed, written to ``error.json``. Imports no torch."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def done(run_dir: Path, stage: Stage) -> dict[str, Any] | None:
 
 def _has_what_it_made(run_dir: Path, stage: Stage, outputs: dict[str, Any]) -> bool:
     """Whether what a stage left for others is still there, of what it makes again by itself: a
-    table in seconds, token files that somebody has removed from their text."""
+    table in seconds, token files that were removed."""
     if stage.kind == "prepare" and "domains" in outputs:
         directory = run_dir / stage.directory
         tokenizer = (directory / "tokenizer" / "made.json").is_file()

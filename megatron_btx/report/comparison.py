@@ -27,7 +27,7 @@ from megatron_btx.recipe.systems import SYSTEMS, rows
 from megatron_btx.report.table import untold
 
 UNKNOWN = "?"
-"""In the place of a number that nobody knows."""
+"""In the place of a number that is not known."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -141,7 +141,7 @@ def _check_same(run: FinishedRun, results: Results, first: FinishedRun, theirs: 
 def titles(runs: Sequence[FinishedRun]) -> list[dict[str, str]]:
     """What each run's rows are called beside those of others. A system's own has the recipe's name.
     The seed and the experts are the same everywhere; an expert that was trained otherwise than in
-    an earlier run (for longer, say) bears its recipe's name too."""
+    an earlier run (for longer, say) has its recipe's name too."""
     first: dict[tuple[str, int], Any] = {}
     found = []
     for run in runs:

@@ -38,7 +38,7 @@ def made_by(stage: str, recipe_name: str, run_dir: Path) -> Artifact:
 
     Args:
         stage: ``prepare``, ``seed``, ``expert:math``, ``mix``, ``finetune``, ``export``, ...
-        recipe_name: artifacts of one recipe bear its name.
+        recipe_name: part of the artifacts' names.
         run_dir: of the run.
 
     Raises:

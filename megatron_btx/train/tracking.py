@@ -181,7 +181,7 @@ def logged_offline(run_dir: Path) -> bool:
 
 def sync_command(run_dir: Path) -> str:
     """The shell command that uploads what was logged offline. W&B sends the pieces of one run,
-    which bear one id, into one run, in the order in which they were written."""
+    which have one id, into one run, in the order in which they were written."""
     return f"wandb sync {shlex.quote(str(run_dir))}/{_OFFLINE}"
 
 

@@ -64,7 +64,7 @@ def is_hugging_face(path: Path) -> bool:
 
 
 def name_of(path: Path) -> str:
-    """What a model is called that nobody has named: the stage's name for a step's directory in it
+    """What a model is called by default: the stage's name for a step's directory in it
     (steps of equal length have equal names), else the directory's own."""
     path = path.absolute()
     if path.parent.name == "checkpoints":

@@ -283,7 +283,7 @@ _TOKENIZERS = (
 
 
 def unsaid(directory: Path) -> set[str]:
-    """Words that a directory of somebody else's ought to say of its model, and does not."""
+    """Settings that a directory which is not ours should have, and has not."""
     found = settings_of(directory)
     if found is None:
         return set()

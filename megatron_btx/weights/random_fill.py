@@ -24,7 +24,7 @@ class Draw:
     zero else (``keep``), or one at exactly that share of the places (``subset``).
 
     One Philox generator per fixed block of elements in row-major order, keyed by seed, name and
-    block: whoever draws any slice of it, on whatever machine and layout, draws the same numbers.
+    block: any slice of it has the same numbers on every machine and under every layout.
     """
 
     kind: Literal["normal", "uniform", "keep", "subset"]

@@ -140,7 +140,7 @@ class MemorySource:
         return []
 
     def changed(self) -> list[UserError]:
-        """Nothing: nobody else writes to it."""
+        """Nothing: nothing else writes to it."""
         return []
 
     def read(self, name: str, box: Box) -> Tensor:

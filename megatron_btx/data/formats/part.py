@@ -35,7 +35,7 @@ def checked(text: object, text_key: str) -> str:
     """A document's text.
 
     Raises:
-        UserError: it is no text that UTF-8 can hold, or too long; whoever reads says where.
+        UserError: it is no text that UTF-8 can hold, or too long; the caller says where.
     """
     if not isinstance(text, str):
         raise UserError(

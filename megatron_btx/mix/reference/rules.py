@@ -239,7 +239,7 @@ class Rules:
             return torch.cat((old[: self._dropped], old[self._dropped + 1 :]))
         if self.method == "append":
             old = self.models[0].get(name)
-            row = self._born(f"{canonical}/{self.labels[1]}", (1, old.shape[1]))
+            row = self._drawn(f"{canonical}/{self.labels[1]}", (1, old.shape[1]))
             return torch.cat((old.double(), row))
         if self.asked["router_init"] == "branches":
             return self._learned(name)
@@ -249,8 +249,8 @@ class Rules:
             return torch.stack([rows[f"{canonical}/{expert}"] for expert in self.experts])
         if self.method == "upcycle":
             copies, chunks = self.asked["copies"], self.asked["num_chunks"]
-            return self._born(canonical, (copies, hidden)).repeat_interleave(chunks, 0)
-        return self._born(canonical, (len(self.experts), hidden))
+            return self._drawn(canonical, (copies, hidden)).repeat_interleave(chunks, 0)
+        return self._drawn(canonical, (len(self.experts), hidden))
 
     def _learned(self, name: str) -> Tensor:
         """Each branch's own row; for the seed the mean of what they learned for it."""
@@ -265,7 +265,7 @@ class Rules:
     def _centroids(self) -> dict[str, Tensor]:
         return load_file(str(self.centroids))
 
-    def _born(self, name: str, shape: tuple[int, ...]) -> Tensor:
+    def _drawn(self, name: str, shape: tuple[int, ...]) -> Tensor:
         kind, scale = self.asked["router_init"], self.asked["router_init_std"]
         if kind == "zeros":
             return torch.zeros(shape, dtype=torch.float64)

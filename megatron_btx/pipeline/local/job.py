@@ -42,7 +42,7 @@ class StageJob:
 
     The ranks are started directly, not by torchrun: that turns every exit code into 1, also after a
     clean exit on SIGTERM, and leaves its ranks behind when a signal ends it. Each has a session of
-    its own, so that Ctrl-C in the terminal reaches this program and nobody else.
+    its own, so that Ctrl-C in the terminal reaches this program alone.
     """
 
     def __init__(self, stage: Stage, setting: RunSetting, gpus: Sequence[int] = ()) -> None:

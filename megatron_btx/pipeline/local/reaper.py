@@ -3,7 +3,7 @@
 Two nets. A rank asks the kernel to be killed with the process that started it
 (``PR_SET_PDEATHSIG``). What a rank starts itself (checkpoint writers, W&B's service) asks for
 nothing of the kind, so the run forks a watcher before anything else: it sleeps on a pipe that only
-the run holds open, and when that closes without a word, it kills every process that carries the
+the run holds open, and when that closes unexpectedly, it kills every process that carries the
 run's mark in its environment, which all descendants inherit.
 """
 

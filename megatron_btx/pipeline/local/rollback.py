@@ -57,7 +57,7 @@ class Rollback:
                 path.rmdir()
 
     def _ours(self, name: str) -> bool:
-        """Whether a run makes an entry of this name: what else has appeared is somebody's."""
+        """Whether a run makes an entry of this name: what else has appeared is a user's."""
         stages = {stage.directory for stage in self.stages}
         return name in {*_FILES, *stages}
 

@@ -175,7 +175,7 @@ def _is_user(name: str) -> bool:
 
 
 def jobs_private() -> bool:
-    """Whether a user sees nobody else's jobs (``PrivateData=jobs``).
+    """Whether a user sees only their own jobs (``PrivateData=jobs``).
 
     Raises:
         Silent: the controller does not answer.

@@ -75,7 +75,7 @@ def active(run_dir: Path, stages: Iterable[Stage], *, of_all: bool = False) -> l
 
 
 def _ended(directory: Path) -> bool:
-    """Whether the latest attempt is over: the job that it was in may be somebody's allocation."""
+    """Whether the latest attempt is over: its job may be an interactive allocation."""
     return any((directory / f"{how}.json").exists() for how in ("done", "stopped", "error"))
 
 

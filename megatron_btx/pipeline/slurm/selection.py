@@ -30,7 +30,7 @@ def select(
     chosen = {stage.name for stage in stages}
     only = tuple(only)
     if only:
-        chosen = {name for wish in only for name in _named(stages, wish, "--only")}
+        chosen = {name for asked in only for name in _named(stages, asked, "--only")}
     if first is not None:
         behind = _named(stages, first, "--from")
         for stage in stages:
@@ -45,10 +45,10 @@ def select(
     return tuple(stage for stage in stages if stage.name in chosen)
 
 
-def _named(stages: tuple[Stage, ...], wish: str, option: str) -> set[str]:
-    names = {stage.name for stage in stages if wish in (stage.name, stage.name.partition(":")[0])}
+def _named(stages: tuple[Stage, ...], asked: str, option: str) -> set[str]:
+    names = {stage.name for stage in stages if asked in (stage.name, stage.name.partition(":")[0])}
     if not names:
-        raise graph.no_stage(wish, [stage.name for stage in stages], option)
+        raise graph.no_stage(asked, [stage.name for stage in stages], option)
     return names
 
 
