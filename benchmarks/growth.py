@@ -117,7 +117,7 @@ name: growth
 run_dir: {run}
 model:
   {{num_layers: 1, hidden_size: 16, ffn_hidden_size: 32, num_attention_heads: 2, seq_length: 32}}
-tokenizer: {{vocab_size: 400, train_bytes: 100_000}}
+tokenizer: {{vocab_size: 300, train_bytes: 100_000}}
 domains: {{a: {{train: [{text}]}}}}
 training: {{global_batch_size: 1, precision: fp32}}
 seed: {{tokens: 32, data: {{a: 1}}}}

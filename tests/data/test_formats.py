@@ -178,6 +178,33 @@ def test_damage_is_named(tmp_path: Path, name: str) -> None:
     assert error.value.fix
 
 
+def test_marks_and_line_ends_of_windows(tmp_path: Path) -> None:
+    """Byte order marks, also where files were joined, on blank lines too."""
+    path, mark = tmp_path / "a.jsonl", b"\xef\xbb\xbf"
+    path.write_bytes(mark + b'\r\n {"text": "a"}\r\n\r\n' + mark + b'{"text": "b"}\n' + mark)
+    for size in (1, 7, 1 << 20):
+        parts = json_lines.split(path, size)
+        assert [text for part in parts for _, text in json_lines.read(part, "text")] == ["a", "b"]
+    path.write_bytes(mark + b"\r\n")
+    with pytest.raises(UserError, match="holds no document"):
+        list(read_documents([path]))
+
+
+def test_zstandard_without_a_checksum(tmp_path: Path) -> None:
+    """Wherever it is cut off; in one frame or several."""
+    path, text = tmp_path / "a.jsonl.zst", lines(TEXTS)
+    half = text.index(b"\n", len(text) // 2) + 1
+    for content in (zstd(text), zstd(text[:half]) + zstd(text[half:])):
+        assert not content[4] & 4  # the flag of a checksum in the frame header (RFC 8878)
+        path.write_bytes(content)
+        assert list(read_documents([path])) == TEXTS
+        ends = {0, len(zstd(text[:half]))}  # between two frames the file is whole
+        for cut in sorted({*range(5, len(content), len(content) // 60), len(content) - 1} - ends):
+            path.write_bytes(content[:cut])
+            with pytest.raises(UserError, match="not a whole Zstandard file"):
+                list(read_documents([path]))
+
+
 @pytest.mark.parametrize("write", [write_parquet, write_arrow])
 def test_damaged_tables(tmp_path: Path, write: Callable[[Path], None]) -> None:
     """Cut anywhere, an error that names the file; never fewer documents without a word."""

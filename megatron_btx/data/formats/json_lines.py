@@ -139,7 +139,7 @@ def _lines(part: Part) -> Iterator[tuple[int, bytes]]:
                     held, size = [], 0
                 if ours and part.end is not None and begin >= part.end:
                     return
-                if ours and line and not line.isspace():
+                if ours and not _is_blank(line):
                     yield number, line
                 number, begin, ours = number + 1, begin + len(line) + 1, True
             held.append(rest)
@@ -147,8 +147,13 @@ def _lines(part: Part) -> Iterator[tuple[int, bytes]]:
             if size > MAX_RECORD:
                 raise too_long(where(part, number), f"over {size:,} bytes of JSON", MAX_RECORD)
         last = b"".join(held)
-        if ours and last.strip() and (part.end is None or begin < part.end):
+        if ours and not _is_blank(last) and (part.end is None or begin < part.end):
             yield number, last
+
+
+def _is_blank(line: bytes) -> bool:
+    """Whether nothing is in a line but the mark that files begin with, joined ones too."""
+    return not line or line.isspace() or not line.removeprefix(codecs.BOM_UTF8).strip()
 
 
 def _is_list(file: Path) -> bool:
