@@ -185,6 +185,15 @@ def test_errors_of_processes(
     assert error.value.where == f"{file}:334"
 
 
+def test_the_cores_of_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the job asked for, where Slurm binds it to nothing, and never more than there are."""
+    monkeypatch.delenv("SLURM_CPUS_PER_TASK", raising=False)
+    there = len(os.sched_getaffinity(0))
+    for asked, found in (("1", 1), (str(there + 5), there), ("0", there), ("x", there)):
+        monkeypatch.setenv("SLURM_CPUS_PER_TASK", asked)
+        assert parallel.cores() == found
+
+
 def test_a_killed_process_is_said() -> None:
     with pytest.raises(UserError, match="was killed"):
         list(parallel.run_all(kill_second, range(4), workers=2))
