@@ -81,6 +81,10 @@ def run(options: argparse.Namespace) -> int:
         return ended.code
     if found is None:
         return 0
+    for number, one in enumerate(found, 1):
+        if one["cut"]:
+            what = f"its first {one['cut']} tokens are left out: the model takes no more beside "
+            sys.stderr.write(f"hint: prompt {number}: {what}--max-new-tokens\n")
     if options.json:
         rows = [{"prompt": prompt} | one for prompt, one in zip(prompts, found, strict=True)]
         shows_all = (sys.stdout.encoding or "").lower().startswith("utf")

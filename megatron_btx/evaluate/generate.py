@@ -35,6 +35,8 @@ class Continuation:
     """That were generated; more than are in ``text`` where it was cut."""
     ended: bool
     """By the end token or by ``until``, not by the number of tokens."""
+    cut: int = 0
+    """Tokens at the prompt's beginning for which there was no room."""
 
 
 def generate(
@@ -88,7 +90,9 @@ class _Text:
         self._predictor, self.number, self.decoding = predictor, number, decoding
         self.draw = torch.Generator().manual_seed(decoding.random_seed * 1_000_003 + number)
         room = max(1, predictor.seq_length - decoding.max_new_tokens)
-        self.prompt = [predictor.start_id, *predictor.encode(prompt)][-room:]
+        whole = [predictor.start_id, *predictor.encode(prompt)]
+        self.prompt = whole[-room:]
+        self._left_out = len(whole) - len(self.prompt)
         self.new: list[int] = []
         self._cut: int | None = None
         self.done = decoding.max_new_tokens == 0
@@ -119,5 +123,8 @@ class _Text:
         """Of one prompt."""
         text = self.text([t for t in self.new if t != self._predictor.tokenizer.eos_id])
         return Continuation(
-            text=text[: self._cut], tokens=len(self.new), ended=self._cut is not None
+            text=text[: self._cut],
+            tokens=len(self.new),
+            ended=self._cut is not None,
+            cut=self._left_out,
         )

@@ -315,6 +315,10 @@ def test_generation(here: Path, ranks: Ranks) -> None:
     (first,) = ranks.run(ranks_side.generate, 1, random, prompts, [drawn, drawn, greedy])
     (alone,) = ranks.run(ranks_side.generate, 1, random, prompts[:1], [drawn])
     assert first[0] == first[1]
+    assert not any(one["cut"] for one in first[0])
+    long = "loop " * 40  # the model takes 32 tokens
+    ((cut,),) = ranks.run(ranks_side.generate, 1, random, [long], [{"max_new_tokens": 12}])
+    assert cut[0]["cut"] == 1 + len(made.tokenizer().encode([long])[0]) - (32 - 12)
     assert alone[0][0] == first[0][0]
     assert first[0] != first[2]
 
