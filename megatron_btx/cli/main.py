@@ -18,6 +18,7 @@ from megatron_btx.cli import (
     data,
     doctor,
     evaluate,
+    export,
     generate,
     init,
     keys,
@@ -87,7 +88,7 @@ def _open_streams() -> None:
 
 
 _COMMANDS = (
-    *(init, doctor, run, plan, keys, report, stage, mix, convert, compare),
+    *(init, doctor, run, plan, keys, report, stage, mix, convert, export, compare),
     *(evaluate, generate, routing, centroids, data, slurm),
 )
 """Each adds its parsers, in the order of ``btx --help``."""

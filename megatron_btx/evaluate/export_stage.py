@@ -6,6 +6,7 @@ import importlib.util
 import logging
 import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from megatron_btx.recipe.schema import Recipe
 from megatron_btx.recipe.stages import directory
 from megatron_btx.weights.find_checkpoint import find_checkpoint
 from megatron_btx.weights.megatron import open_megatron
+from megatron_btx.weights.plan import Plan
 
 logger = logging.getLogger(__name__)
 
@@ -52,37 +54,37 @@ def run(recipe: Recipe, run_dir: Path) -> dict[str, Any]:
     if recipe.export.check and importlib.util.find_spec("transformers") is None:
         logger.warning("transformers is not installed: the exported model's loss is not compared")
     elif recipe.export.check:
-        outputs["loss"] = compare(recipe, run_dir, checkpoint, out)
+        distributed.initialize(recipe.evaluate.layout, recipe.random_seed)
+        plan = copy(open_megatron(checkpoint, "model"), dtype=torch.float32)
+        outputs["loss"] = compare(recipe, run_dir, plan, out)
+        distributed.shutdown()
     return outputs
 
 
 def _write(checkpoint: Path, out: Path, tokenizer: Tokenizer) -> None:
     """Weights, configuration and tokenizer; found under its name only when all are there."""
 
-    def files() -> dict[str, bytes]:
-        with tempfile.TemporaryDirectory() as made:
-            tokenizer.save_huggingface(made)
-            return {path.name: path.read_bytes() for path in sorted(Path(made).iterdir())}
-
     begin, end = tokenizer.bos_id, tokenizer.eos_id
+    files = partial(saved_files, tokenizer)
     export_hf(checkpoint, out, bos_token_id=begin, eos_token_id=end, files=files)
 
 
-def compare(recipe: Recipe, run_dir: Path, checkpoint: Path, exported: Path) -> dict[str, float]:
-    """Mean held-out loss of both, on the same sequences, both in fp32.
+def saved_files(tokenizer: Tokenizer) -> dict[str, bytes]:
+    """What ``transformers`` reads of a tokenizer."""
+    with tempfile.TemporaryDirectory() as made:
+        tokenizer.save_huggingface(made)
+        return {path.name: path.read_bytes() for path in sorted(Path(made).iterdir())}
+
+
+def compare(recipe: Recipe, run_dir: Path, plan: Plan, exported: Path) -> dict[str, float]:
+    """Mean held-out loss of both, on the same sequences, both in fp32. The job's groups are there.
 
     Raises:
         UserError: they differ by more than ``TOLERANCE``.
     """
     settings = recipe.evaluate
-    distributed.initialize(settings.layout, recipe.random_seed)
     domains = held_out(recipe, run_dir, tokens=SEQUENCES * recipe.model.seq_length, plain=True)
-    plan = copy(open_megatron(checkpoint, "model"), dtype=torch.float32)
-    if plan.architecture.routing is not None:
-        gates = HFRouting.of(plan.architecture).routing()
-        plan = replace(plan, architecture=replace(plan.architecture, routing=gates))
-    ours = evaluate_plan(plan, domains, settings, "fp32", recipe.random_seed)
-    distributed.shutdown()
+    ours = evaluate_plan(as_exported(plan), domains, settings, "fp32", recipe.random_seed)
     theirs = transformers_loss(exported, domains, settings.micro_batch_size)
     losses = {"megatron": ours.loss["mean"], "transformers": sum(theirs.values()) / len(theirs)}
     losses["difference"] = max(abs(ours.loss[name] - theirs[name]) for name in theirs)
@@ -93,6 +95,14 @@ def compare(recipe: Recipe, run_dir: Path, checkpoint: Path, exported: Path) -> 
             "report this with the recipe: the export is wrong",
         )
     return losses
+
+
+def as_exported(plan: Plan) -> Plan:
+    """A plan whose routing is that of the exported model: no capacity, no draws."""
+    if plan.architecture.routing is None:
+        return plan
+    gates = HFRouting.of(plan.architecture).routing()
+    return replace(plan, architecture=replace(plan.architecture, routing=gates))
 
 
 @torch.no_grad()

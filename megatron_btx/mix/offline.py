@@ -29,6 +29,7 @@ from megatron_btx.families.tokenizer_files import (
     token_ids,
     tokenizer_files,
 )
+from megatron_btx.mix.card import mix_card
 from megatron_btx.mix.compatibility import speaker_of, tokenizer_words
 from megatron_btx.mix.plan_of_request import DTYPES, open_sources, plan_of
 from megatron_btx.mix.request import MixRequest
@@ -160,8 +161,9 @@ def write(
         known["model_type"] = of_first
 
     def files() -> dict[str, bytes]:
-        lineage = as_json(lineage_of(plan, request, models, hashes(), revision))
-        return {**tokenizer, LINEAGE: lineage}
+        lineage = lineage_of(plan, request, models, hashes(), revision)
+        page = mix_card(plan, request, lineage, speaker).files() if request.format == "hf" else {}
+        return {**tokenizer, **page, LINEAGE: as_json(lineage)}
 
     if request.format == "hf":
         write_hf(

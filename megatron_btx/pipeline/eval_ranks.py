@@ -27,8 +27,8 @@ from megatron_btx.pipeline.local import reaper, runner
 from megatron_btx.recipe.schema import Layout
 
 EvalRequest = Mapping[str, Any]
-"""``{"what": "data", "tasks", "generate", "routing" or "centroids", "layout": {...}, "subjects":
-[...], ...}`` and what that one takes."""
+"""``{"what": "data", "tasks", "generate", "routing", "centroids" or "export", "layout": {...},
+"subjects": [...], ...}`` and what that one takes."""
 
 _PLACES = (
     ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
@@ -257,6 +257,13 @@ def _centroids(request: EvalRequest, layout: Layout) -> dict[str, Any]:
     )
 
 
+def _export(request: EvalRequest, _layout: Layout) -> dict[str, Any]:
+    from megatron_btx.evaluate.export_model import export_model
+
+    run_dir, out = Path(request["run_dir"]), Path(request["out"])
+    return export_model(run_dir, request["stage"], out, check=request["check"])
+
+
 def _predictor(request: EvalRequest, layout: Layout, subject: Subject) -> Any:
     from megatron_btx.evaluate.predictor import Predictor
 
@@ -269,6 +276,7 @@ _KINDS = {
     "generate": _generate,
     "routing": _routing,
     "centroids": _centroids,
+    "export": _export,
 }
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from megatron_btx.errors import UserError
 from megatron_btx.recipe.schema import Recipe
 from megatron_btx.recipe.stages import expert_stage
 
@@ -61,3 +62,22 @@ def rows(recipe: Recipe) -> tuple[TableRow, ...]:
         made_by = (*experts, "finetune")
         found.append(TableRow(name=recipe.system, models=("finetune",), made_by=made_by))
     return tuple(found)
+
+
+def row_of(recipe: Recipe, name: str) -> TableRow:
+    """A row of the run's table: by its name, or its stage's; without one the system itself.
+
+    Raises:
+        UserError: there is none, or it is no single model.
+    """
+    found = rows(recipe)
+    row = next((r for r in found if name in (r.name, *r.models[: len(r.models) == 1])), None)
+    if not name:
+        row = found[-1]
+    if row is None:
+        fix = f"use one of {', '.join(row.name for row in found)}"
+        raise UserError(f"--stage {name}", "this run has no such model", fix)
+    if len(row.models) > 1 and recipe.btm.method != "average":
+        what = f"is a set of models ({recipe.btm.method}), which no one directory holds"
+        raise UserError(f"--stage {row.name}", what, f"give one: {', '.join(row.models)}")
+    return row

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from megatron_btx.errors import UserError, UserErrors
-from megatron_btx.weights.integrity import HASHES, Hash, hash_file, hashes_json
+from megatron_btx.weights.integrity import HASHES, Hash, hash_file, hashes_json, hashes_of
 from megatron_btx.weights.partial import claimed, unwritable, write_small
 
 logger = logging.getLogger(__name__)
@@ -103,6 +103,19 @@ def _write_pieces(
     if errors:
         raise UserErrors(list({str(error): error for error in errors}.values()))
     return hashes
+
+
+def add_files(directory: Path, files: Mapping[str, bytes]) -> None:
+    """Put small files into a directory that was written here, and their hashes beside the others'.
+
+    Raises:
+        UserError: its ``hashes.json`` is damaged.
+    """
+    hashes = hashes_of(directory)
+    for name, content in files.items():
+        write_small(directory / name, content)
+        hashes[name] = Hash(content).hexdigest()
+    write_small(directory / HASHES, hashes_json(hashes))
 
 
 def as_json(value: Any) -> bytes:

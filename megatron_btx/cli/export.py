@@ -1,0 +1,93 @@
+"""``btx export``: a finished model of a run as a Hugging Face directory. Imports no torch."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from megatron_btx.cli.common import command
+from megatron_btx.errors import UserError
+from megatron_btx.files import unfinished
+from megatron_btx.pipeline import eval_ranks
+from megatron_btx.recipe.load import load_recipe
+from megatron_btx.recipe.schema import Layout
+from megatron_btx.recipe.systems import row_of
+
+_EPILOG = """examples:
+  btx export runs/demo --out demo-moe                      the system itself: the finetuned MoE
+  btx export runs/demo --stage expert:math --out math      an expert; the seed; the dense baseline
+  btx export runs/btm_average --out averaged               the average of Branch-Train-Merge
+
+The directory is whole in itself: weights, tokenizer, README.md (a card as the Hugging Face Hub
+reads it) and verification.json. Every tensor is read back bit for bit, and logits and held-out
+losses are compared with transformers' where it is installed; what differs is not written."""
+
+
+def add_parser(commands: Any) -> None:
+    """Add ``export`` to the command line."""
+    parser = command(
+        commands, "export", "a finished model of a run for Hugging Face, with its card", _EPILOG
+    )
+    parser.add_argument("run_dir", metavar="RUN", type=Path, help="the run's directory")
+    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="the new directory")
+    parser.add_argument(
+        "--stage", default="", metavar="NAME", help="seed, expert:NAME, dense, finetune, btm"
+    )
+    parser.add_argument(
+        "--check", action=argparse.BooleanOptionalAction, default=True, help="against transformers"
+    )
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """``btx export``.
+
+    Raises:
+        UserErrors: it is no run, the model is not finished, or no family computes it.
+    """
+    run_dir, out = options.run_dir, options.out
+    if not (run_dir / "recipe.yaml").is_file():
+        what = "is no run: it holds no recipe.yaml"
+        raise UserError(str(run_dir), what, "give the directory that btx run made")
+    if os.path.lexists(out):
+        raise UserError(str(out), "exists already", "remove it, or give another name")
+    if not out.absolute().parent.is_dir():
+        raise UserError(str(out.parent), "no such directory", "make it first")
+    row_of(load_recipe(run_dir / "recipe.yaml"), options.stage)  # told before anything starts
+    place = unfinished(out.absolute())
+    asked = eval_ranks.request_of(
+        "export",
+        [],
+        Layout(),
+        run_dir=str(run_dir.absolute()),
+        stage=options.stage,
+        out=str(place),
+        check=options.check,
+    )
+    try:
+        found = eval_ranks.answer(asked)
+        if found is not None:
+            _finish(run_dir, options.stage, place, found)
+            os.replace(place, out)
+            sys.stdout.write(f"{out}: {len(found['claims'])} claims hold, see verification.json\n")
+    except eval_ranks.Ended as ended:
+        return ended.code
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+    return 0
+
+
+def _finish(run_dir: Path, stage: str, place: Path, found: dict[str, Any]) -> None:
+    """Card, verification and pictures."""
+    from megatron_btx.recipe.read_architecture import from_manifest
+    from megatron_btx.report.model_card import run_card
+    from megatron_btx.weights.directory import add_files
+
+    recipe = load_recipe(run_dir / "recipe.yaml")
+    architecture = from_manifest(found["architecture"], place)
+    card, pictures = run_card(recipe, run_dir, row_of(recipe, stage), architecture, found["claims"])
+    add_files(place, {**card.files(), **pictures})
