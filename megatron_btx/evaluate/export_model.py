@@ -19,7 +19,6 @@ from megatron_btx.engine.model import build_model
 from megatron_btx.engine.moe.router import dropless
 from megatron_btx.errors import UserError
 from megatron_btx.evaluate import export_stage
-from megatron_btx.families.card import Claim
 from megatron_btx.families.export import carried, write_hf
 from megatron_btx.families.hf import open_hf
 from megatron_btx.families.tokenizer_identity import differences
@@ -29,6 +28,7 @@ from megatron_btx.recipe.load import load_recipe
 from megatron_btx.recipe.schema import Layout, Recipe
 from megatron_btx.recipe.stages import directory
 from megatron_btx.recipe.systems import row_of
+from megatron_btx.weights.card import Claim
 from megatron_btx.weights.find_checkpoint import find_checkpoint
 from megatron_btx.weights.megatron import open_megatron
 from megatron_btx.weights.plan import Checkpoint, Plan

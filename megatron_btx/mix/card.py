@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from megatron_btx.families.card import Card, CardModel, Claim
 from megatron_btx.mix.request import MixRequest
+from megatron_btx.weights.card import Card, CardModel, Claim
 from megatron_btx.weights.plan import Checkpoint, Plan
 
 _METHODS = {

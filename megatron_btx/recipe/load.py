@@ -79,6 +79,12 @@ def digest(part: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def different(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as plain values, without fields at their defaults."""
+    found: dict[str, Any] = _plain(recipe, written=_differs)
+    return found
+
+
 def _hashed(field: Any, value: Any) -> tuple[str, Any]:
     """A field in hashes: by its first name, whatever it is called now."""
     if "hashed" in field.metadata:

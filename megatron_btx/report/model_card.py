@@ -1,4 +1,4 @@
-"""The card of a model that a run made."""
+"""The card of a model that a run made. Imports no torch."""
 
 from __future__ import annotations
 
@@ -7,21 +7,27 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from megatron_btx.evaluate.results import Results, SystemResult
-from megatron_btx.families.card import Card, CardModel, Claim, cell, table
 from megatron_btx.provenance import code_revision, versions
 from megatron_btx.recipe.architecture import Architecture
-from megatron_btx.recipe.load import dump
+from megatron_btx.recipe.load import different
 from megatron_btx.recipe.schema import Recipe
 from megatron_btx.recipe.stages import directory
-from megatron_btx.recipe.systems import TableRow
+from megatron_btx.recipe.systems import TableRow, row_of
 from megatron_btx.report.figures import of_routing
 from megatron_btx.report.routing import RoutingView
 from megatron_btx.report.table import title
+from megatron_btx.weights.card import Card, CardModel, Claim, cell, table
+from megatron_btx.weights.directory import add_files
 from megatron_btx.weights.find_checkpoint import find_checkpoint
 from megatron_btx.weights.integrity import HASHES
+from megatron_btx.weights.manifest import read_manifest
 
 PICTURE = "routing.svg"
+_ELSEWHERE = ("run_dir", "share", "slurm", "wandb", "max_parallel_jobs", "hang_minutes")
+"""Keys that decide where a run is, and nothing of its result."""
 
 _METHODS = {
     "btx": "Branch-Train-MiX ([arXiv 2403.07816](https://arxiv.org/abs/2403.07816)): experts were "
@@ -86,9 +92,50 @@ def run_card(
     return card, pictures
 
 
+def complete_export(recipe: Recipe, run_dir: Path, done: Mapping[str, Any]) -> None:
+    """Put the card into what the export stage wrote, with all that the run has measured by now. A
+    stage that is another run's is left as it is.
+
+    Args:
+        recipe: the run's.
+        run_dir: its directory.
+        done: the stage's ``done.json``.
+    """
+    place = run_dir / str(done.get("outputs", {}).get("hf"))
+    if not (place / "config.json").is_file() or any(p.is_symlink() for p in (place, place.parent)):
+        return
+    losses = done["outputs"].get("loss")
+    claims = [] if losses is None else [
+        {
+            "claim": "held-out losses are those of transformers, nats a token",
+            "figure": losses,
+            "command": "btx run RECIPE",
+        }
+    ]  # fmt: skip
+    architecture, _ = read_manifest(find_checkpoint(directory(run_dir, "finetune")))
+    row = row_of(recipe, "finetune")
+    card, pictures = run_card(recipe, run_dir, row, architecture, claims)
+    files = {**card.files(), **pictures}
+    known = {name: place / name for name in files if (place / name).is_file()}
+    if any(name not in known or known[name].read_bytes() != files[name] for name in files):
+        add_files(place, files)
+
+
 def _recipe(recipe: Recipe) -> str:
-    """With all defaults; a fence inside it would end the block."""
-    return dump(recipe).replace("```", "'''")
+    """What differs from the defaults and decides the result; of a path its last part. A fence
+    inside it would end the block."""
+    said = {key: value for key, value in different(recipe).items() if key not in _ELSEWHERE}
+    text = yaml.safe_dump(_without_places(said), sort_keys=False, allow_unicode=True, width=100)
+    return str(text).replace("```", "'''")
+
+
+def _without_places(value: Any) -> Any:
+    """Without what absolute paths say of their author's machine."""
+    if isinstance(value, dict):
+        return {key: _without_places(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_without_places(each) for each in value]
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def _models(recipe: Recipe, run_dir: Path, row: TableRow) -> list[CardModel]:

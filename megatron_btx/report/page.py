@@ -20,6 +20,7 @@ from megatron_btx.recipe.load import dump
 from megatron_btx.recipe.schema import Recipe
 from megatron_btx.report import charts, html, table
 from megatron_btx.report.html import Cell
+from megatron_btx.report.model_card import complete_export
 from megatron_btx.report.run_data import RunData, StageData, gather
 from megatron_btx.train.summary import slow_in_words
 
@@ -29,7 +30,8 @@ REFRESH = 30
 
 
 def write(recipe: Recipe, run_dir: Path, stages: Sequence[Stage] | None = None) -> Path:
-    """Write ``report.html`` from what the run has left so far; returns its path.
+    """Write ``report.html`` from what the run has left so far, and the exported model's card;
+    returns the page's path.
 
     Args:
         recipe: the run's.
@@ -39,8 +41,11 @@ def write(recipe: Recipe, run_dir: Path, stages: Sequence[Stage] | None = None) 
     Raises:
         UserError: a record of the run is damaged.
     """
-    page = render(gather(recipe, run_dir, stages))
-    path = run_dir / "report.html"
+    facts = gather(recipe, run_dir, stages)
+    page, path = render(facts), run_dir / "report.html"
+    exported = facts.by_name.get("export")
+    if exported is not None and exported.done is not None:
+        complete_export(recipe, run_dir, exported.done)
     with written(path) as file:
         file.write(page)
     return path

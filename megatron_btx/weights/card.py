@@ -145,9 +145,13 @@ def one_line(text: str) -> str:
     return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
+def _short(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
 def _claims(claims: Sequence[Claim]) -> str:
     rows = [
-        (one.claim, ", ".join(f"{key} {value}" for key, value in one.figure.items()), one.command)
+        (one.claim, ", ".join(f"{k} {_short(v)}" for k, v in one.figure.items()), one.command)
         for one in claims
     ]
     return table(("claim", "figure", "command"), rows) + f"\n\nThe same in `{VERIFICATION}`."

@@ -1,0 +1,96 @@
+"""The README.md and verification.json that a mix carries, as the hub reads them."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from megatron_btx.mix import offline
+from megatron_btx.mix.reference import verify
+from megatron_btx.mix.request import MixRequest
+from megatron_btx.recipe.architecture import Architecture
+from megatron_btx.recipe.schema import Model
+from megatron_btx.weights.card import Card, CardModel, Claim, hub_id
+from megatron_btx.weights.directory import add_files
+from tests.families.made import make
+
+hub = pytest.importorskip("huggingface_hub")
+pytest.importorskip("transformers")
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a model in the hub's cache and one elsewhere."""
+    root = tmp_path_factory.mktemp("card")
+    cached = root / "models--some-lab--Llama-3.2-1B" / "snapshots" / "0123"
+    for path in (cached, root / "math"):
+        make("llama", path)
+    sources = (f"code={cached}", f"math={root / 'math'}")
+    offline.run(MixRequest(sources=sources, out=str(root / "moe")), io.StringIO(), "abc123")
+    return root / "moe"
+
+
+def test_the_hub_reads_the_card(mixed: Path) -> None:
+    card = hub.ModelCard.load(mixed / "README.md")
+    said = card.data.to_dict()
+    assert said["library_name"] == "transformers"
+    assert said["pipeline_tag"] == "text-generation"
+    assert said["base_model"] == ["some-lab/Llama-3.2-1B"]
+    assert {"moe", "megatron-btx"} <= set(said["tags"])
+    assert "| code | expert 0 | some-lab/Llama-3.2-1B |" in card.text
+    assert "| math | expert 1 | math |" in card.text
+    assert str(mixed.parent) not in card.text, "a place of this machine"
+
+
+def test_every_number_stands_in_a_file(mixed: Path) -> None:
+    """In the lineage, config.json, or, of the model's size, counted on the tensors."""
+    lineage = json.loads((mixed / "mix.json").read_text())
+    text = (mixed / "README.md").read_text()
+    for source in lineage["sources"]:
+        assert source["sha256"]["model.safetensors"] in text
+    assert lineage["plan"] in text
+    for name, version in lineage["versions"].items():
+        assert f"{name} {version}" in text
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(mixed)
+    assert f"| parameters | {sum(p.numel() for p in model.parameters()):,} |" in text
+    claims = json.loads((mixed / "verification.json").read_text())["claims"]
+    assert {claim["command"] for claim in claims} == {"btx verify ."}
+    files = sum(len(source["sha256"]) for source in lineage["sources"])
+    assert claims[0]["figure"] == {"files": files}
+
+
+def test_the_claims_command_holds(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(mixed)
+    assert verify.show(Path(), io.StringIO()) == 0
+    add_files(mixed, {"notes.md": b"mine"})
+    assert verify.show(Path(), io.StringIO()) == 0
+    (mixed / "notes.md").unlink()
+
+
+def test_names_are_no_markup() -> None:
+    shape = Model(num_layers=1, hidden_size=4, ffn_hidden_size=4, num_attention_heads=1)
+    odd = "a|b<script>*`[x](y)\nz"
+    text = Card(
+        title=odd,
+        method="As it is.",
+        architecture=Architecture(model=shape, vocab_size=8),
+        models=[CardModel(name=odd, what="it", path="a/b")],
+        claims=[Claim(claim="one", figure={"x": 0.1234567891}, command="true")],
+    ).text()
+    body = text.partition("## Made of")[2]
+    assert "<script>" not in body.replace("\\<script\\>", "")
+    (row,) = (line for line in body.splitlines() if "script" in line)
+    assert len(re.split(r"(?<!\\)\|", row)) == 5, "three cells"
+    assert "| one | x 0.123457 | true |" in text
+    assert hub.ModelCard(text).data.to_dict()["library_name"] == "transformers"
+
+
+def test_only_the_hubs_own_cache_names_a_model_of_it() -> None:
+    assert hub_id("/x/models--a--b.c/snapshots/1") == "a/b.c"
+    assert hub_id("/x/a/b") is None
