@@ -15,6 +15,7 @@ from typing import Any, Literal
 from megatron_btx.cli.common import command
 from megatron_btx.errors import UserError
 from megatron_btx.files import named_path
+from megatron_btx.mix import mergekit
 from megatron_btx.mix.request import MixRequest
 from megatron_btx.provenance import code_revision
 from megatron_btx.recipe.fields import beside, field_docs
@@ -26,6 +27,7 @@ _EPILOG = """examples:
   btx mix --sources code=DIR math=DIR --out MOE --format megatron --dry-run
   btx mix --method upcycle --copies 8 --sources DIR --out MIXTRAL --memory 2GiB
   btx mix --config mix.yaml --out MIXTRAL         options in a file, by the names of the flags
+  btx mix --config mergekit-moe.yaml --out MIXTRAL    a file of mergekit-moe's, as it is
 
 A source is a Hugging Face directory (docs/convert.md) or a Megatron step directory, of btx, of
 Megatron-LM or of Megatron-Bridge (docs/megatron.md). Started again after an interruption, it goes
@@ -82,9 +84,15 @@ def run(options: argparse.Namespace) -> int:
     if options.report:
         sys.stderr.write("hint: btx mix --report is now btx drift; the old name will go\n")
         return run_drift(options)
-    request = request_of(options, "btx mix", ("sources", "out"))
+    config = None if options.config is None else _read(Path(options.config))
+    gates = None
+    if config is not None and mergekit.is_mergekit(config):
+        config, gates = mergekit.read(config)
+    request = _built(options, "btx mix", ("sources", "out"), config)
     # This forks (to ask git), and a fork needs as much memory as this process has: so first.
     revision = code_revision()
+    if gates is not None:
+        request = _with_rows(request, gates)
     from megatron_btx.mix import offline
 
     offline.run(request, sys.stdout, revision)
@@ -118,7 +126,27 @@ def request_of(options: argparse.Namespace, name: str, needed: Sequence[str]) ->
     Raises:
         UserErrors: unknown keys in the file, wrong types and numbers out of range, all at once.
     """
-    layers = [] if options.config is None else [_read(Path(options.config))]
+    config = None if options.config is None else _read(Path(options.config))
+    return _built(options, name, needed, config)
+
+
+def _with_rows(request: MixRequest, gates: mergekit.PromptGates) -> MixRequest:
+    """With the routers' rows that a file's prompts give, kept beside the result."""
+    out = Path(request.out)
+    if os.path.lexists(out):
+        raise UserError(str(out), "exists already", "remove it, or give another name")
+    named = [named_path(source) for source in request.sources]
+    experts = [str(label) for label, _ in named if label != mergekit.BASE]
+    (base,) = (path for label, path in named if label == mergekit.BASE)
+    rows = out.with_name(f"{out.name}.router.safetensors")
+    mergekit.write_rows(gates, base, experts, rows)
+    return replace(request, router_init="centroids", centroids=str(rows))
+
+
+def _built(
+    options: argparse.Namespace, name: str, needed: Sequence[str], config: Node | None
+) -> MixRequest:
+    layers = [] if config is None else [config]
     flags = {
         one.name: replace(tree_of(value, None), key="--" + one.name.replace("_", "-"))
         for one in dataclasses.fields(MixRequest)

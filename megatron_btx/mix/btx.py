@@ -6,7 +6,7 @@ parameters are averaged, and one linear router per layer is initialised.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -20,7 +20,8 @@ from megatron_btx.recipe.names import DENSE_NORM, MOE_NORM, canonical_tensors
 from megatron_btx.recipe.schema import Mix, Routing
 from megatron_btx.weights.arithmetic import Product
 from megatron_btx.weights.expression import Expression
-from megatron_btx.weights.plan import Checkpoint, Plan
+from megatron_btx.weights.plan import Checkpoint, Ignore, Plan
+from megatron_btx.weights.source import Source
 
 
 def btx(
@@ -31,6 +32,7 @@ def btx(
     router: RouterInit = NORMAL,
     averaging: Averaging = UNIFORM,
     fold_norms: bool = False,
+    base: Checkpoint | None = None,
 ) -> Plan:
     """The plan of the MoE whose expert i is the FFN of model i.
 
@@ -44,6 +46,7 @@ def btx(
         fold_norms: scale each expert's gate and up matrices by its own pre-FFN norm gain over the
             averaged one. RMSNorm's gain multiplies just before them, so each expert then sees the
             input it was trained on, to rounding.
+        base: a model that is no expert, from which all else is copied instead.
 
     Raises:
         UserErrors: everything in which the models differ but must not; a gain of zero to fold by.
@@ -51,13 +54,15 @@ def btx(
     branches = unused_rows(models, router)
     averaging = weighed(averaging, models, averaging.seed_model)
     models = [own_expert(model) for model in models]
-    errors = disagreements(models) + averaging.errors(models)
+    errors = disagreements([*models, base] if base else models) + averaging.errors(models)
     if errors:
         raise UserErrors(errors)
     architecture = models[0].architecture.mixture(labels_of(models), Mix(), routing)
     tensors = [model.tensors for model in models]
 
     def rest(name: str) -> Expression:
+        if base is not None:
+            return base.tensors[name].to(dtype)
         return averaging.of(name, models, dtype)
 
     def ffn(name: str, expert: int) -> Expression:
@@ -75,13 +80,28 @@ def btx(
             router=lambda name, shape: router.of_experts(name, shape, dtype, architecture.experts),
             rest=rest,
         ),
-        sources=averaging.sources(models) | router.sources,
+        sources=averaging.sources(models) | _of_base(base) | router.sources,
         expected=canonical_tensors(architecture),
-        ignored=branches,
+        ignored=branches if base is None else _left_out(models, base, branches),
     )
     if fold_norms:
         _refuse_zero_gains(plan)
     return plan
+
+
+def _of_base(base: Checkpoint | None) -> dict[str, Source]:
+    return {} if base is None else {base.label: base.source}
+
+
+def _left_out(
+    models: Sequence[Checkpoint], base: Checkpoint, branches: Mapping[str, tuple[Ignore, ...]]
+) -> dict[str, tuple[Ignore, ...]]:
+    """What is taken of no expert, and what of the base."""
+    ffn = r".*\.mlp\.linear_fc[12]\.weight"
+    rest = Ignore(rf"(?!{ffn}$).*", f"copied from {base.label} instead")
+    return {model.label: (*branches.get(model.label, ()), rest) for model in models} | {
+        base.label: (Ignore(ffn, "it is no expert"),)
+    }
 
 
 def _refuse_zero_gains(plan: Plan) -> None:

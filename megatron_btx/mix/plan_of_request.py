@@ -13,7 +13,8 @@ from megatron_btx.families.open import open_checkpoint
 from megatron_btx.files import named_path
 from megatron_btx.mix.anchored import own_expert
 from megatron_btx.mix.average import average
-from megatron_btx.mix.compatibility import disagreements, with_tokenizer
+from megatron_btx.mix.btx import btx
+from megatron_btx.mix.compatibility import disagreements, labels_of, with_tokenizer
 from megatron_btx.mix.edit_experts import append, drop, replace_expert
 from megatron_btx.mix.one_model import copy
 from megatron_btx.mix.plan_of_recipe import averaging_of, mix_plan, router_of
@@ -61,6 +62,8 @@ def plan_of(request: MixRequest, models: list[Checkpoint]) -> Plan:
         raise UserErrors(
             [UserError("--" + n.replace("_", "-"), what, fix) for n, what, fix in wrong]
         )
+    if request.base:
+        return _of_base(request, mix, models, dtype)
     match request.method:
         case "average":
             averaging = averaging_of(mix, request.random_seed, request.seed_model)
@@ -82,6 +85,28 @@ def plan_of(request: MixRequest, models: list[Checkpoint]) -> Plan:
         random_seed=request.random_seed,
         seed_model=request.seed_model,
     )
+
+
+def _of_base(request: MixRequest, mix: Mix, models: list[Checkpoint], dtype: torch.dtype) -> Plan:
+    """Experts beside a model that gives all else."""
+    if request.base not in (labels := labels_of(models)):
+        raise UserError("--base", f"there is no source {request.base}", f"one of {labels}")
+    told = [name for name in _AVERAGES if getattr(request, name) != getattr(MixRequest(), name)]
+    if request.method != "btx" or told:
+        what = f"goes with method btx alone, not with {', '.join(told) or request.method}"
+        raise UserError("--base", what, "all that is no expert is copied from it")
+    experts = [model for model in models if model.label != request.base]
+    (base,) = (model for model in models if model.label == request.base)
+    k = request.moe_router_topk
+    if k > len(experts):
+        what = f"a token cannot take {k} of {len(experts)} experts"
+        raise UserError("--moe-router-topk", what, f"choose at most {len(experts)}")
+    routing = Routing(type="topk", moe_router_topk=k)
+    router = router_of(mix, request.random_seed)
+    return btx(experts, routing=routing, dtype=dtype, router=router, base=base)
+
+
+_AVERAGES = ("average", "average_groups", "dare", "ties", "fold_norms")
 
 
 def _same() -> set[str]:

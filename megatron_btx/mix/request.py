@@ -43,6 +43,9 @@ class MixRequest:
     """share of the differences from the seed that DARE drops from what is averaged"""
     ties: float | None = like(Mix, "ties")
     """share of the differences from the seed that TIES keeps of what is averaged"""
+    base: str = ""
+    """the source that all but the experts is copied from, and that is no expert itself (btx), as
+    mergekit's base_model (default: all sources are experts and are averaged)"""
     seed_model: str = "seed"
     """the source from which the others were branched"""
     fold_norms: bool = False

@@ -56,6 +56,11 @@ class Rules:
                 raise UserError(str(path), "the source is not there", "put it back to verify")
         said = zip(paths, lineage["sources"], strict=True)
         self.models = [open_plain(path, source) for path, source in said]
+        self.base = None
+        if label := self.asked.get("base"):  # it is no expert: those are counted without it
+            place = self.labels.index(label)
+            self.base = self.models.pop(place)
+            del self.labels[place]
         moe = lineage["architecture"]["moe"]
         self.experts: list[str] = moe["experts"] if moe else []
         self.dtype = _DTYPES[lineage["dtype"]]
@@ -70,7 +75,7 @@ class Rules:
             return self._expert(match[1], int(match[2]), match[3])
         if self.method in ("copy", "drop", "append", "replace", "upcycle"):
             return self.models[0].get(name)
-        return self._average(name)
+        return self._average(name) if self.base is None else self.base.get(name)
 
     # ---- averages
 

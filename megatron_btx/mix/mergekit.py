@@ -1,0 +1,236 @@
+"""``mergekit-moe``'s configuration files, as ``btx mix --config`` reads them.
+
+What we average they copy from ``base_model``, which is an expert only where it is listed as one; a
+router's row is the direction of an expert's prompts in the base model. What their words ask for
+beyond that is refused, with the reason. Imports no torch until rows are made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_btx.errors import UserError, UserErrors
+from megatron_btx.recipe.yaml_tree import Node, tree_of
+
+BASE = "base"
+"""Label of the base model among a mix's sources."""
+
+_DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+_MODES = ("hidden", "cheap_embed", "random")
+_KEYS = ("base_model", "experts", "gate_mode", "dtype", "experts_per_token")
+_EXPERT_KEYS = ("source_model", "positive_prompts", "negative_prompts")
+_REFUSED = {
+    "shared_experts": "a Mixtral has none, and the mix of Branch-Train-MiX makes none",
+    "architecture": "the family is the one that computes the mix; --family chooses another",
+}
+_EXPERT_REFUSED = {
+    "noise_scale": "no noise is added to experts that differ already",
+    "residual_scale": "down projections are not scaled",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptGates:
+    """How the routers' rows come about."""
+
+    mode: str
+    """``hidden`` or ``cheap_embed``."""
+    positive: tuple[tuple[str, ...], ...]
+    """Of each expert."""
+    negative: tuple[tuple[str, ...], ...]
+
+
+def is_mergekit(tree: Node) -> bool:
+    """Whether a file is one of theirs, by its keys."""
+    return "base_model" in tree.value
+
+
+def read(tree: Node) -> tuple[Node, PromptGates | None]:
+    """What a file asks for, in the words of ``btx mix``, and how its routers begin; ``None``: at
+    random.
+
+    Raises:
+        UserErrors: everything in it that is wrong, or that cannot be meant here.
+    """
+    errors: list[UserError] = []
+    for key, node in tree.value.items():
+        if key in _REFUSED and node.value:
+            errors.append(UserError(node.where, f"is refused: {_REFUSED[key]}", "remove it"))
+        elif key not in (*_KEYS, *_REFUSED):
+            errors.append(UserError(node.where, "is no key of mergekit-moe", "remove it"))
+    plain = _plain(tree)
+    mode, dtype = plain.get("gate_mode", "hidden"), plain.get("dtype")
+    if mode not in _MODES:
+        fix = f"use one of {', '.join(_MODES)}"
+        errors.append(UserError(tree.value["gate_mode"].where, f"{mode!r:.40} is not read", fix))
+    if dtype is not None and dtype not in _DTYPES:
+        fix = f"use one of {', '.join(_DTYPES)}"
+        errors.append(UserError(tree.value["dtype"].where, f"{dtype!r:.40} is not read", fix))
+    base = _path(tree.value["base_model"], errors)
+    sources, positive, negative = _experts(tree, mode, errors)
+    if errors:
+        raise UserErrors(errors)
+    asked = {
+        "sources": [*sources, f"{BASE}={base}"],
+        "base": BASE,
+        "tokenizer": BASE,
+        "moe_router_topk": plain.get("experts_per_token", 2),
+        **({} if dtype is None else {"dtype": _DTYPES[dtype]}),
+        # Theirs are drawn with deviation 1; rows of prompts come out of a file.
+        **({"router_init": "normal", "router_init_std": 1.0} if mode == "random" else {}),
+    }
+    gates = PromptGates(mode=mode, positive=positive, negative=negative)
+    return tree_of(asked, tree.file), None if mode == "random" else gates
+
+
+def _experts(
+    tree: Node, mode: str, errors: list[UserError]
+) -> tuple[list[str], tuple[tuple[str, ...], ...], tuple[tuple[str, ...], ...]]:
+    """``NAME=DIR`` of every expert, and the prompts of each."""
+    node = tree.value.get("experts")
+    if node is None or not isinstance(node.value, list) or not node.value:
+        where = tree.where if node is None else node.where
+        errors.append(UserError(where, "experts are missing", "list at least two"))
+        return [], (), ()
+    sources, prompts, seen = [], [], dict[str, int]()
+    for place, entry in enumerate(node.value):
+        entries = entry.value if isinstance(entry.value, dict) else {}
+        if "source_model" not in entries:
+            errors.append(UserError(entry.where, "names no source_model", "add it"))
+            continue
+        for key, one in entries.items():
+            if key in _EXPERT_REFUSED and one.value is not None:
+                what = f"is refused: {_EXPERT_REFUSED[key]}"
+                errors.append(UserError(one.where, what, "remove it"))
+            elif key not in (
+                "source_model",
+                "positive_prompts",
+                "negative_prompts",
+                *_EXPERT_REFUSED,
+            ):
+                errors.append(UserError(one.where, "is no key of an expert", "remove it"))
+        path = _path(entries["source_model"], errors)
+        name = Path(path).name or f"expert-{place}"
+        seen[name] = seen.get(name, 0) + 1
+        label = name if seen[name] == 1 and name != BASE else f"{name}-{place}"
+        sources.append(f"{label}={path}")
+        both = [_prompts(entries.get(k), errors) for k in ("positive_prompts", "negative_prompts")]
+        if mode != "random" and not both[0]:
+            what = "has no positive_prompts, which its router's row is made of"
+            errors.append(UserError(entry.where, what, "add some, or gate_mode: random"))
+        prompts.append(both)
+    if mode != "random" and len(prompts) > 1 and all(one == prompts[0] for one in prompts[1:]):
+        what = "have the same prompts, so that no router could tell them apart"
+        errors.append(UserError(node.where, what, "give each expert its own, or gate_mode: random"))
+    return sources, tuple(p for p, _ in prompts), tuple(n for _, n in prompts)
+
+
+def _path(node: Node, errors: list[UserError]) -> str:
+    """A model's directory."""
+    path = node.value
+    if not isinstance(path, str) or not path:
+        fix = "write the directory of a model"
+        errors.append(UserError(node.where, f"is {node.kind}, no path", fix))
+        return ""
+    if "+" in path and not Path(path).exists():
+        what = f"{path} names an adapter behind a plus sign"
+        errors.append(UserError(node.where, what, "merge the adapter into the model first"))
+    return path
+
+
+def _prompts(node: Node | None, errors: list[UserError]) -> tuple[str, ...]:
+    if node is None or node.value is None:
+        return ()
+    texts = [one.value for one in node.value] if isinstance(node.value, list) else [None]
+    if not all(isinstance(text, str) and text for text in texts):
+        errors.append(UserError(node.where, "is no list of texts", 'write - "a prompt"'))
+        return ()
+    return tuple(texts)
+
+
+def _plain(tree: Node) -> dict[str, Any]:
+    return {key: node.value for key, node in tree.value.items()}
+
+
+def write_rows(gates: PromptGates, base: Path, experts: Sequence[str], file: Path) -> None:
+    """The routers' rows, as ``btx centroids`` would write them.
+
+    Args:
+        gates: the prompts.
+        base: the base model, a Hugging Face directory.
+        experts: the experts' labels.
+        file: the new file, of fp32 rows [H], of unit length.
+
+    Raises:
+        UserError: transformers is missing, or the base model is no such directory.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    from megatron_btx.recipe.names import ROUTER
+
+    found = _hidden(base) if gates.mode == "hidden" else _embedded(base)
+    rows = {}
+    for label, positive, negative in zip(experts, gates.positive, gates.negative, strict=True):
+        direction = found(positive)  # [layers, H]
+        if negative:
+            direction = direction - found(negative)
+        direction = direction / direction.norm(dim=-1, keepdim=True).clamp(min=1e-8)
+        for layer, row in enumerate(direction.float()):
+            rows[f"decoder.layers.{layer}.{ROUTER}/{label}"] = row.contiguous()
+    assert all(torch.isfinite(row).all() for row in rows.values())
+    save_file(rows, file, {"router_init": "centroids"})
+
+
+def _read_model(base: Path) -> tuple[Any, Any]:
+    try:
+        import transformers
+    except ImportError:
+        what = "needs transformers, to read the prompts"
+        raise UserError("gate_mode", what, "pip install 'megatron-btx[hf]', or random") from None
+    if not (base / "config.json").is_file():
+        raise UserError("base_model", f"{base} is no Hugging Face directory", "give one")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype="auto").eval()
+    return tokenizer, model
+
+
+def _ids(tokenizer: Any, prompt: str) -> Any:
+    """[1, tokens]: the begin token, where there is one, and the prompt's own."""
+    text = (tokenizer.bos_token or "") + prompt
+    return tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+
+
+def _hidden(base: Path) -> Any:
+    """Mean over the prompts of what every layer is given at the last token, [layers, H]."""
+    import torch
+
+    tokenizer, model = _read_model(base)
+
+    @torch.no_grad()
+    def of(prompts: Sequence[str]) -> Any:
+        each = []
+        for prompt in prompts:
+            states = model(_ids(tokenizer, prompt), output_hidden_states=True).hidden_states
+            each.append(torch.stack([state[0, -1] for state in states[:-1]]).float())
+        return torch.stack(each).mean(0)
+
+    return of
+
+
+def _embedded(base: Path) -> Any:
+    """The direction of the sum of all tokens' embeddings, the same for every layer, [layers, H]."""
+    import torch
+
+    tokenizer, model = _read_model(base)
+    table = model.get_input_embeddings().weight.detach().float()
+
+    def of(prompts: Sequence[str]) -> Any:
+        total = torch.stack([table[_ids(tokenizer, prompt)[0]].sum(0) for prompt in prompts]).sum(0)
+        row = total / total.norm().clamp(min=1e-8)
+        return row.expand(model.config.num_hidden_layers, -1)
+
+    return of
