@@ -64,9 +64,16 @@ def mix_card(
     }
     shown = yaml.safe_dump(options, sort_keys=False, allow_unicode=True) if options else ""
     what = f"{len(plan.targets)} tensors in {lineage['dtype']}"
+    method = _METHODS[request.method]
+    if request.base:
+        method = (
+            "The feed-forward layers of the experts below are those of a mixture, all else is "
+            f"copied from {request.base}, as mergekit's mixtures are made; one linear router a "
+            "layer is newly initialised."
+        )
     return Card(
         title=Path(request.out).absolute().name,
-        method=_METHODS[request.method],
+        method=method,
         architecture=plan.architecture,
         models=models,
         sections={
@@ -96,6 +103,8 @@ def _weights(name: str) -> bool:
 
 
 def _what(name: str, experts: tuple[str, ...], request: MixRequest) -> str:
+    if name == request.base:
+        return "all that is no expert"
     places = [str(i) for i, expert in enumerate(experts) if expert.split(".")[0] == name]
     if request.method in ("btx", "split", "upcycle") and places:
         return f"expert{'s'[: len(places) - 1]} {', '.join(places)}"

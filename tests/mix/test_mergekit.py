@@ -114,6 +114,9 @@ def test_a_file_of_theirs_means_what_it_means_there(
 ) -> None:
     result = mix(config(models, gate_mode=mode), tmp_path / "x")
     assert "tokenizer: that of base" in capsys.readouterr().out
+    page = (tmp_path / "x" / "out" / "README.md").read_text()
+    assert "all else is copied from base" in page
+    assert "| base | all that is no expert | base |" in page
     for name, tensor in copied(models, torch.float32).items():
         assert torch.equal(result.pop(name), tensor), name
     rows = directions(models, mode)
