@@ -26,6 +26,7 @@ _METHODS = {
     "average": "The weights of the models below, averaged.",
     "append": "A mixture of experts, and one expert more.",
     "drop": "A mixture of experts without one of its experts.",
+    "replace": "A mixture of experts, one of whose experts was put in another's place.",
     "copy": "The model below in another format: no weight was changed but for its rounding.",
 }
 

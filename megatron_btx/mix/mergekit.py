@@ -144,7 +144,7 @@ def _path(node: Node, errors: list[UserError]) -> str:
 def _prompts(node: Node | None, errors: list[UserError]) -> tuple[str, ...]:
     if node is None or node.value is None:
         return ()
-    texts = [one.value for one in node.value] if isinstance(node.value, list) else [None]
+    texts: list[Any] = [one.value for one in node.value] if isinstance(node.value, list) else [None]
     if not all(isinstance(text, str) and text for text in texts):
         errors.append(UserError(node.where, "is no list of texts", 'write - "a prompt"'))
         return ()

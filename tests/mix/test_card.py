@@ -5,13 +5,15 @@ from __future__ import annotations
 import io
 import json
 import re
+import typing
 from pathlib import Path
 
 import pytest
 
 from megatron_btx.mix import offline
+from megatron_btx.mix.card import _METHODS
 from megatron_btx.mix.reference import verify
-from megatron_btx.mix.request import MixRequest
+from megatron_btx.mix.request import MixMethod, MixRequest
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.schema import Model
 from megatron_btx.weights.card import Card, CardModel, Claim, hub_id
@@ -89,6 +91,10 @@ def test_names_are_no_markup() -> None:
     assert len(re.split(r"(?<!\\)\|", row)) == 5, "three cells"
     assert "| one | x 0.123457 | true |" in text
     assert hub.ModelCard(text).data.to_dict()["library_name"] == "transformers"
+
+
+def test_every_method_is_told() -> None:
+    assert set(_METHODS) == set(typing.get_args(MixMethod))
 
 
 def test_only_the_hubs_own_cache_names_a_model_of_it() -> None:
