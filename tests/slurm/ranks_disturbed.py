@@ -20,7 +20,7 @@ def a_rank_hangs(around: Around) -> None:
     job = run.submit("--only", "finetune")["finetune"]
     run.training("finetune", job)
     os.kill(run.ranks("finetune")[-1], signal.SIGSTOP)
-    wait(lambda: "requeued: a rank hangs: rank " in run.out(), 240, run.out())
+    wait(lambda: "requeued: a rank hangs: rank " in run.out(), 300, "the requeue")
     run.finished()
     row = run.status()["finetune"]
     assert (row["state"], row["restarts"] > 0) == ("done", True), run.out()
@@ -42,9 +42,9 @@ def a_rank_hangs_as_it_evaluates(around: Around) -> None:
     run = branch(whole, around.place("hangs evaluating"), text, *stages)
     run.submit("--only", "evaluate")
     progress = run.run_dir / "evaluate" / "progress.json"
-    wait(progress.exists, 120, run.out())
+    wait(progress.exists, 300, "the evaluation to begin")
     os.kill(run.ranks("evaluate")[-1], signal.SIGSTOP)
-    wait(lambda: "requeued: a rank hangs: rank " in run.out(), 240, run.out())
+    wait(lambda: "requeued: a rank hangs: rank " in run.out(), 300, "the requeue")
     run.finished()
     row = run.status()["evaluate"]
     assert (row["state"], row["restarts"] > 0) == ("done", True), run.out()
