@@ -177,11 +177,13 @@ def training_memory(architecture: Architecture, training: Training) -> Memory:
     """Peak memory of the pipeline stage that needs most, under the stage's own layout."""
     stages = range(training.layout.pipeline_model_parallel_size)
     return max(
-        (_stage(architecture, training, i) for i in stages), key=lambda memory: memory.allocated
+        (stage_memory(architecture, training, i) for i in stages),
+        key=lambda memory: memory.allocated,
     )
 
 
-def _stage(architecture: Architecture, training: Training, stage: int) -> Memory:
+def stage_memory(architecture: Architecture, training: Training, stage: int) -> Memory:
+    """Peak memory of a rank of one pipeline stage."""
     model, layout = architecture.model, training.layout
     tp, pp = layout.tensor_model_parallel_size, layout.pipeline_model_parallel_size
     element = _ELEMENT[training.precision]

@@ -18,8 +18,8 @@ import pytest
 
 from megatron_btx.recipe import count, memory
 from megatron_btx.recipe.architecture import Architecture
-from megatron_btx.recipe.schema import Layout, Model, Routing
-from tests.engine.fake_ranks import Held, Piece, held
+from megatron_btx.recipe.schema import Layout, Model, Routing, Training
+from tests.engine.fake_ranks import Held, Piece, held, trained
 
 EXPERTS = tuple("abcdefgh")
 LLAMA_7B = Model(num_layers=32, hidden_size=4096, ffn_hidden_size=11008, num_attention_heads=32)
@@ -132,3 +132,15 @@ def test_a_rank_holds_what_the_plan_says(name: str) -> None:
         one = held(architecture, layout, stage * in_stage + in_stage - 1)  # the last of its stage
         assert one.stage == stage
         assert one.parameters == memory.rank_parameters(architecture, layout, stage)
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_gradients_and_optimizer_shards_are_the_plans(name: str) -> None:
+    """To the byte: nothing of these sizes is padded."""
+    architecture, layout = _job(name)
+    training = Training(layout=layout, use_distributed_optimizer=True)
+    planned = memory.stage_memory(architecture, training, 0)
+    in_stage = layout.world_size // layout.pipeline_model_parallel_size
+    for number in (0, in_stage - 1):
+        found = trained(architecture, training, number)
+        assert found == (planned.gradients, planned.optimizer)
