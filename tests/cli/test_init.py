@@ -10,7 +10,7 @@ from megatron_btx.cli.main import main
 from megatron_btx.recipe import examples
 from megatron_btx.recipe.load import load_recipe
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("name", examples.names())
