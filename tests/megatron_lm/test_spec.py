@@ -108,7 +108,7 @@ def ours(step: Path, routing: Routing, layout: Layout, batches: Tensor) -> list[
 
 def theirs(pool: Ranks, world: int, job: trainer.Job) -> tuple[list[float], trainer.Outcome]:
     """The losses of the trainer's steps, over all ranks, and what the first one saw."""
-    found = pool.run(trainer.run, world, job)
+    found = pool.run(trainer.run, world, job, timeout=600)
     steps = zip(*(each.losses for each in found), strict=True)
     return [sum(step) / world for step in steps], found[0]
 
@@ -147,7 +147,7 @@ def test_it_trains_as_we_do(
         expert_model_parallel_size=ep,
         expert_tensor_parallel_size=1,
     )
-    expected = ranks.run(ours, world, step, routing, shape, BATCHES)[0]
+    expected = ranks.run(ours, world, step, routing, shape, BATCHES, timeout=600)[0]
     assert first + second == pytest.approx(expected, abs=TOLERANCE)
     if case != "topk":
         return

@@ -1,4 +1,5 @@
-"""``--ckpt-format torch_dcp`` and ``fsdp_dtensor``: what fully sharded trainers write is read."""
+"""``--ckpt-format torch_dcp``: what a fully sharded trainer writes is read. (Megatron-FSDP, which
+writes ``fsdp_dtensor``, reduces by what gloo has not: tests/weights/test_torch_dcp.py.)"""
 
 from __future__ import annotations
 
@@ -14,32 +15,17 @@ from tests.ranks import Ranks
 
 pytestmark = pytest.mark.skipif(not trainer.HERE, reason=trainer.WHY)
 
-FORMS = {
-    "torch_dcp": ("llama", ("--use-torch-fsdp2",)),
-    "fsdp_dtensor": (
-        "llama",
-        ("--use-megatron-fsdp", "--data-parallel-sharding-strategy", "optim_grads_params"),
-    ),
-}
 
-
-@pytest.mark.parametrize("form", FORMS)
-def test_what_is_fully_sharded_is_read(
-    form: str, written: Any, pool: Ranks, tmp_path: Path
-) -> None:
-    if form == "fsdp_dtensor":
-        pytest.importorskip("einops", reason="Megatron-FSDP needs einops")
-    name, more = FORMS[form]
-    words = words_for(written[name][1], 1)
-    words[words.index("--ckpt-format") + 1] = form
-    # Neither begins from another form: what they draw is as good.
+def test_what_is_fully_sharded_is_read(written: Any, pool: Ranks, tmp_path: Path) -> None:
+    words = words_for(written["llama"][1], 1)
+    words[words.index("--ckpt-format") + 1] = "torch_dcp"
+    # It does not begin from another form: what it draws is as good.
     del words[words.index("--load") : words.index("--load") + 2]
-    job = trainer.Job(
-        [*words, *more, "--save", str(tmp_path / form)], TOKENS, steps=3, forms=(form,)
-    )
-    outcomes = pool.run(trainer.run, 2, job)
-    step = tmp_path / form / "iter_0000003"
-    assert not (step / "metadata.json").exists()
-    assert open_megatron(step, "m").manifest["tokens"] == 3 * 4 * LENGTH
-    export(step, tmp_path / "hf", {})
+    words += ["--use-torch-fsdp2", "--save", str(tmp_path / "saved")]
+    job = trainer.Job(words, TOKENS, steps=3, forms=("torch_dcp",))
+    outcomes = pool.run(trainer.run, 2, job, timeout=600)
+    saved = tmp_path / "saved" / "iter_0000003"
+    assert not (saved / "metadata.json").exists()
+    assert open_megatron(saved, "m").manifest["tokens"] == 3 * 4 * LENGTH
+    export(saved, tmp_path / "hf", {})
     close(losses_of(tmp_path / "hf"), outcomes[0].after)

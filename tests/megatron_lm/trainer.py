@@ -106,6 +106,7 @@ def run(job: Job) -> Outcome:
 def _on_a_cpu() -> None:
     """What it asks of CUDA, and of a checkout of its repository."""
     from megatron.core.datasets import utils
+    from megatron.core.distributed import TorchFullyShardedDataParallel
     from megatron.training import arguments, checkpointing, initialize
 
     from megatron_btx.engine import cpu
@@ -113,34 +114,13 @@ def _on_a_cpu() -> None:
     arguments.get_device_arch_version = lambda: 10
     utils.compile_helpers = lambda: None  # the wheel has them built, and no Makefile
     initialize._set_random_seed = lambda *_, **__: None
-    _fully_sharded_on_a_cpu()
+    torch.cuda.Event = cpu._Stream  # what fully sharded ranks record and wait for
+    cpu._Stream.record = cpu._Stream.wait = cpu._Stream.wait_event = lambda *_: None
+    sharded = TorchFullyShardedDataParallel.__init__
+    if "cuda" in sharded.__code__.co_consts:
+        cpu._replace_literals(sharded, {"cuda": "cpu"}, "TorchFullyShardedDataParallel")
     if "cuda" in checkpointing.read_metadata.__code__.co_consts:
         cpu._replace_literals(checkpointing.read_metadata, {"cuda": "cpu"}, "read_metadata")
-
-
-def _fully_sharded_on_a_cpu() -> None:
-    """Every device that the two kinds of fully sharded data parallelism name in their code."""
-    from megatron.core.distributed import TorchFullyShardedDataParallel
-    from megatron.core.distributed.fsdp import mcore_fsdp_adapter
-    from megatron.core.distributed.fsdp.src.megatron_fsdp import (
-        megatron_fsdp,
-        param_and_grad_buffer,
-    )
-
-    from megatron_btx.engine import cpu
-
-    torch.cuda.Event = cpu._Stream
-    cpu._Stream.record = cpu._Stream.wait = cpu._Stream.wait_event = lambda *_: None
-    modules = (mcore_fsdp_adapter, megatron_fsdp, param_and_grad_buffer)
-    classes = [
-        kind for module in modules for kind in vars(module).values() if isinstance(kind, type)
-    ]
-    for kind in (*classes, TorchFullyShardedDataParallel):
-        for name, function in vars(kind).items():
-            for literal, other in (("cuda:", ""), ("cuda", "cpu")):
-                code = getattr(function, "__code__", None)
-                if code is not None and literal in code.co_consts:
-                    cpu._replace_literals(function, {literal: other}, f"{kind}.{name}")
 
 
 def refusal(words: Sequence[str], function: str) -> str:
@@ -209,17 +189,15 @@ def _build(args: Namespace, job: Job) -> list[Any]:
     config = gpt_config_from_args(args)
     for name, value in job.by_hand.items():
         setattr(config, name, value)
-    fully_sharded = args.use_torch_fsdp2 or args.use_megatron_fsdp
     return GPTModelBuilder(config).build_distributed_models(
         ProcessGroupCollection.use_mpu_process_groups(),
         ddp_config=get_megatron_ddp_config(args)
-        if fully_sharded
+        if args.use_torch_fsdp2
         else DistributedDataParallelConfig(
             use_distributed_optimizer=args.use_distributed_optimizer
         ),
         use_torch_fsdp2=args.use_torch_fsdp2,
-        use_megatron_fsdp=args.use_megatron_fsdp,
-        wrap_with_ddp=job.steps > 0 or fully_sharded,
+        wrap_with_ddp=job.steps > 0,
         data_parallel_random_init=False,  # as its own default is
         mixed_precision_wrapper=None,
     )
