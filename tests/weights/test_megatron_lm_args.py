@@ -147,11 +147,13 @@ def test_another_model_of_the_same_tensors_is_refused(name):
 
 
 def test_what_a_recipe_may_not_set_is_looked_at_here_too():
-    """The fields that make another model are known in one place for recipes, in one for this."""
+    """A field that a recipe may not set makes another model, and then it is looked at here, or is
+    one of training alone, and stands here."""
     trained = (
         "calculate_per_token_loss", "optimizer", "perform_initialization",
         "num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage",
         "pipeline_model_parallel_layout", "virtual_pipeline_model_parallel_size",
+        "microbatch_group_size_per_vp_stage",
     )  # fmt: skip
     looked_at = {*megatron_lm_args._FIXED, *megatron_lm_args._SAME, "moe_layer_freq", *trained}
     assert upstream._FIXED.keys() <= looked_at
