@@ -17,6 +17,7 @@ from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from megatron_btx.engine import checkpoint_workers
+from megatron_btx.errors import UserError
 from megatron_btx.files import written
 from megatron_btx.recipe.schema import Recipe, WandB
 from megatron_btx.recipe.stages import directory as stage_directory
@@ -102,20 +103,20 @@ class Tracker:
     def use(self, artifacts: Iterable[Callable[[], lineage.Artifact]]) -> None:
         """Declare what the run was made from. Each is described anew: equal content under an equal
         name is the same version, whoever has made it."""
-        for artifact in artifacts:
-            if self._run is None:
-                return
+        for found in map(_looked_at, artifacts if self._run is not None else ()):
+            if self._run is None or found is None:
+                continue
             with self._unstopped():
                 # ``use_artifact`` does this and waits for the answer; offline it refuses.
                 self._run._log_artifact(
-                    _described(artifact()), is_user_created=True, use_after_commit=True
+                    _described(found), is_user_created=True, use_after_commit=True
                 )
 
     def make(self, artifact: Callable[[], lineage.Artifact]) -> None:
         """Declare what the run has made."""
-        if self._run is not None:
+        if self._run is not None and (found := _looked_at(artifact)) is not None:
             with self._unstopped():
-                self._run.log_artifact(_described(artifact()))
+                self._run.log_artifact(_described(found))
 
     def close(self) -> None:
         """Finish the run's files."""
@@ -135,6 +136,16 @@ class Tracker:
 
             with contextlib.suppress(Exception):  # else it tries to end its service once more
                 wandb.teardown()
+
+
+def _looked_at(artifact: Callable[[], lineage.Artifact]) -> lineage.Artifact | None:
+    """What there is of an artifact; nothing, and a warning, where it is not there (a stage that was
+    left out, or was done by a version that did not keep it)."""
+    try:
+        return artifact()
+    except (OSError, UserError) as error:
+        logger.warning("not in W&B's lineage: %s", error)
+        return None
 
 
 def _described(artifact: lineage.Artifact) -> Any:

@@ -338,3 +338,30 @@ def wait(condition: Callable[[], bool], timeout: float = 120) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_an_artifact_that_is_not_there_costs_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(
+        "import dataclasses, sys\n"
+        "from pathlib import Path\n"
+        "from megatron_btx.recipe.load import load_recipe\n"
+        "from megatron_btx.recipe.schema import WandB\n"
+        "from megatron_btx.train import tracking\n"
+        "recipe = load_recipe(sys.argv[1])\n"
+        "recipe = dataclasses.replace(recipe, wandb=WandB(mode='offline'))\n"
+        "tracker = tracking.Tracker(recipe, 'finetune', Path('.'), {})\n"
+        "tracker.use(tracking.artifacts(recipe, ['mix', 'seed'], Path('nowhere')))\n"
+        "tracker.log({'kind': 'train', 'step': 1, 'loss': 1.0})\n"
+        "tracker.close()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "script.py", str(ROOT / "examples/tiny/recipe.yaml")],
+        cwd=tmp_path,
+        env=environ({"HOME": str(tmp_path)}),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("not in W&B's lineage") == 2
+    assert logged(tmp_path)[1][1]["train/loss"] == 1.0

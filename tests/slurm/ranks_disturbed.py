@@ -33,7 +33,7 @@ def a_rank_hangs(around: Around) -> None:
 def a_rank_hangs_as_it_evaluates(around: Around) -> None:
     """One of four is stopped, which gives no sign; the others' stacks are in the log."""
     text = (
-        "hang_minutes: 0.5\nevaluate: {tokens: 32_768, micro_batch_size: 1, "
+        "hang_minutes: 1\nevaluate: {tokens: 32_768, micro_batch_size: 1, "
         "layout: {data_parallel_size: 4}}\n"
     )
     whole = around.whole
@@ -49,8 +49,8 @@ def a_rank_hangs_as_it_evaluates(around: Around) -> None:
     row = run.status()["evaluate"]
     assert (row["state"], row["restarts"] > 0) == ("done", True), run.out()
     first = (run.run_dir / "evaluate" / "log" / "attempt-1.log").read_text()
-    assert "nothing done for 0.5 minutes, since " in first
-    assert "evaluate/heldout.py" in first  # a stack
+    assert "nothing done for 1." in first
+    assert 'File "' in first  # a stack
     assert (run.run_dir / "results.json").exists()
 
 
