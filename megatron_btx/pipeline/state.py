@@ -228,9 +228,8 @@ def next_attempt(directory: Path) -> int:
 
 
 def begin(directory: Path, attempt: int, world_size: int, **more: Any) -> None:
-    """Note the start of an attempt, and until when the one before it was at work, and forget how
-    that one ended. ``more`` goes into its line: under Slurm the job, and how far the stage had
-    come."""
+    """Note an attempt's start and when the one before it ended, and forget how that ended. ``more``
+    goes into its line: under Slurm the job, and how far the stage had come."""
     attempts = read_attempts(directory)
     if attempts:
         more["former_ended"] = _last_sign(directory, attempts[-1]["attempt"])
@@ -244,15 +243,13 @@ def seconds(directory: Path) -> float:
     """Wall-clock seconds spent on a stage over all its attempts; one that was killed counts until
     the last sign of it."""
     attempts = read_attempts(directory)
-    ends = [line.get("former_ended", 0.0) for line in attempts[1:]] + [time.time()]
-    # The last end is one too many before the first attempt.
+    ends = [line.get("former_ended", 0.0) for line in attempts[1:]] + [time.time()]  # or none
     spent = (end - line["time"] for line, end in zip(attempts, ends, strict=False))
     return sum(max(0.0, seconds) for seconds in spent)
 
 
 def _last_sign(directory: Path, attempt: int) -> float:
-    """When an attempt, the latest so far, last wrote anything. Its log is silent while it trains,
-    its metrics while it saves."""
+    """When an attempt, the latest, last wrote: its log is silent in training, metrics in saves."""
     names = ("metrics.jsonl", "progress.json", "stopped.json", "error.json")
     paths = [log_file(directory, attempt), *(directory / name for name in names)]
     return max(path.stat().st_mtime if path.exists() else 0.0 for path in paths)
