@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -73,7 +72,7 @@ def mix_card(
             "layer is newly initialised."
         )
     return Card(
-        title=Path(request.out).absolute().name,
+        title=f"{request.method}: {', '.join(model.name for model in models)}",
         method=method,
         architecture=plan.architecture,
         models=models,

@@ -206,10 +206,10 @@ def _said(recipe: Recipe, directory: Path) -> tuple[Architecture, dict[str, Any]
         return read_manifest(directory)
     if is_hugging_face(directory):
         from megatron_btx.families.hf import read_config  # imports torch: only where it is needed
-        from megatron_btx.families.tokenizer_files import describe_tokenizer
+        from megatron_btx.families.tokenizer_files import describe_tokenizer, place_of
 
         _, architecture, _ = read_config(directory)
-        return architecture, {"step": 0, "tokenizer": describe_tokenizer(directory)}
+        return architecture, {"step": 0, "tokenizer": describe_tokenizer(place_of(directory))}
     from megatron_btx.families.open import open_checkpoint
 
     tokenizer = recipe.tokenizer.path

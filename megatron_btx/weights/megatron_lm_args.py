@@ -202,9 +202,10 @@ def _unsupported(known: dict[str, Any], where: str) -> Iterator[UserError]:
         if name in known and known[name] not in allowed:
             what = f"{name} is {known[name]!r}; only {allowed[0]!r} is supported"
             yield UserError(where, what)
-    for name in _REQUIRED:
-        if known.get(name) is None:
-            yield UserError(where, f"does not say {name}", _GIVE)
+    if lacking := [name for name in _REQUIRED if known.get(name) is None]:
+        nothing = "has no manifest.json, no arguments of Megatron-LM and no run_config.yaml: it "
+        what = nothing if len(lacking) == len(_REQUIRED) else ""
+        yield UserError(where, f"{what}does not say {', '.join(lacking)}", _GIVE)
     if known.get("vocab_size") is None:
         what = "does not say vocab_size, the tokenizer's own size without padding"
         yield UserError(where, what, f"give the tokenizer, or {_GIVE}")

@@ -69,7 +69,7 @@ BAD = [
     ("llama", {"mlp_bias": True}, "mlp_bias is True"),
     ("llama", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
     ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 8.0}}, "of type yarn"),
-    ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "of type default and dynamic"),
+    ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "of type dynamic"),
     (
         "llama",
         {"rope_parameters": LLAMA3 | {"low_freq_factor": 2.0}},
