@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import threading
 import time
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from tests.slurm.cluster import wait
@@ -55,25 +58,40 @@ def a_rank_hangs_as_it_evaluates(around: Around) -> None:
 
 
 def a_slow_rank(around: Around) -> None:
-    """One of two is stopped again and again for a moment, and named."""
+    """One of two is stopped again and again for a moment, and named while it is."""
     run = longer_finetune(around.whole, around.place("slow"))
     job = run.submit("--only", "finetune")["finetune"]
     run.training("finetune", job, after=5)
-    slow, notes = run.ranks("finetune")[-1], set()
-    rank = os.fsdecode(_environment(slow)[b"SLURM_PROCID"])
-    deadline = time.monotonic() + 60
-    while f"rank {rank} on n" not in "".join(notes) and time.monotonic() < deadline:
-        for _ in range(10):
-            os.kill(slow, signal.SIGSTOP)
-            time.sleep(0.2)
-            os.kill(slow, signal.SIGCONT)
-            time.sleep(0.02)
-        notes.add(run.status()["finetune"]["note"])
-    assert f"rank {rank} on n" in "".join(notes), notes
+    slow = run.ranks("finetune")[-1]
+    named = f"rank {os.fsdecode(_environment(slow)[b'SLURM_PROCID'])} on n"
+    with _slowed(slow):
+        wait(lambda: named in run.status()["finetune"]["note"], 180, "the rank to be named")
     run.finished()
     log = (run.run_dir / "finetune" / "log" / "attempt-1.log").read_text()
-    assert f"rank {rank} on n" in log
+    assert named in log
     assert run.steps("finetune") == around.futures["a_finetuning"].result()
+
+
+@contextlib.contextmanager
+def _slowed(process: int) -> Iterator[None]:
+    """It runs for a tenth of the time, until the end of the block or its own."""
+    over = threading.Event()
+
+    def pulse() -> None:
+        with contextlib.suppress(ProcessLookupError):
+            while not over.is_set():
+                os.kill(process, signal.SIGSTOP)
+                time.sleep(0.2)
+                os.kill(process, signal.SIGCONT)
+                time.sleep(0.02)
+
+    thread = threading.Thread(target=pulse)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
 
 
 def _environment(process: int) -> dict[bytes, bytes]:
