@@ -120,6 +120,9 @@ def _serve(pipe: Connection, parent: int) -> None:
             function, args, environment = pipe.recv()
         except EOFError:
             return
+        # Megatron's models leave their choice of attention there, and refuse another one.
+        for name in [name for name in os.environ if name.startswith("NVTE_")]:
+            del os.environ[name]
         os.environ.update(environment)
         try:
             answer = (True, function(*args))
