@@ -1,4 +1,4 @@
-"""Every system of examples/systems, run once on a base of seconds."""
+"""Every system of examples/systems and examples/ablations, run once on a base of seconds."""
 
 from __future__ import annotations
 
@@ -15,7 +15,12 @@ from tests.ranks import Ranks
 from tests.small import write_small
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-NAMES = sorted(path.stem for path in (EXAMPLES / "systems").glob("*.yaml"))
+FILES = {
+    path.stem: path
+    for folder in ("systems", "ablations")
+    for path in sorted((EXAMPLES / folder).glob("*.yaml"))
+}
+NAMES = sorted(FILES)
 
 BASE = """
 base: {small}
@@ -48,7 +53,7 @@ def systems(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Mapping[s
     runs: dict[str, FinishedRun] = {}
     order = ("seed", "experts", "dense")
     for name in sorted(NAMES, key=lambda name: (name not in order, NAMES.index(name))):
-        recipe = load_recipe(EXAMPLES / "systems" / f"{name}.yaml", base)
+        recipe = load_recipe(FILES[name], base)
         run_dir = Path(recipe.run_dir)
         run_dir.mkdir(parents=True)
         resolved = run_dir / "recipe.yaml"

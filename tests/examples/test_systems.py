@@ -351,7 +351,7 @@ def test_the_command(systems: Systems, tmp_path: Path, capsys: pytest.CaptureFix
     first = capsys.readouterr()
     assert "btx_top2" in first.out
     assert "* the best of its column" in first.out
-    assert (systems["btm_top2"].run_dir / "report.html").exists()
+    assert (systems["btm_top1"].run_dir / "report.html").exists()
     assert {path.name for path in tmp_path.iterdir()} == {
         "compare.md", "compare.json", "compare.html",
     }  # fmt: skip

@@ -16,7 +16,8 @@ BASE = EXAMPLES / "four_domains" / "base.yaml"
 
 
 def system(name: str) -> Recipe:
-    return load_recipe(EXAMPLES / "systems" / f"{name}.yaml", BASE)
+    (file,) = EXAMPLES.glob(f"*/{name}.yaml")
+    return load_recipe(file, BASE)
 
 
 @pytest.mark.parametrize(

@@ -76,7 +76,7 @@ def try_all(read: Callable[[dict[str, Any]], object], bases: list[dict[str, Any]
     assert n // 4 < len(said) < n
 
 
-@pytest.mark.parametrize("example", ["demo/recipe", "systems/btm_top1", "systems/btx_split_top4"])
+@pytest.mark.parametrize("example", ["demo/recipe", "systems/btm_top1", "ablations/btx_split_top4"])
 def test_recipes(example: str) -> None:
     def read(content: dict[str, Any]) -> None:
         recipe = parse_recipe(yaml.safe_dump(content, sort_keys=False))
