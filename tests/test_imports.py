@@ -33,7 +33,6 @@ TORCH_FREE = (
     "pipeline.slurm.commands",
     "pipeline.slurm.preflight",
     "pipeline.slurm.script",
-    "pipeline.slurm.selection",
     "pipeline.slurm.status",
     "pipeline.slurm.submit",
     "pipeline.state",

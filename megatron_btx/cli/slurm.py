@@ -8,12 +8,13 @@ import json
 import shlex
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from megatron_btx.cli import together
 from megatron_btx.cli.common import command, open_recipe, recipe_command, renamed
-from megatron_btx.errors import UserError
+from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.pipeline import graph, prepare_array, state
 from megatron_btx.pipeline.graph import Stage
 from megatron_btx.recipe import check
@@ -101,18 +102,16 @@ def add_parser(commands: Any) -> None:
 def submit(options: argparse.Namespace) -> int:
     """``btx submit``."""
     from megatron_btx.pipeline import run_checks
-    from megatron_btx.pipeline.slurm import selection, submit
+    from megatron_btx.pipeline.slurm import submit
 
     if options.scripts and not options.dry_run:
         raise UserError("--scripts", "prints what `--dry-run` would send", "give both")
     if not together.alone(options):
         return together.submit(options)
     recipe, run_dir, stages = open_recipe(options.recipe)
-    chosen = selection.select(
-        stages, only=options.only, first=options.first, last=options.stop_after
-    )
+    chosen = select_stages(stages, only=options.only, first=options.first, last=options.stop_after)
     left = state.left(run_dir, chosen)
-    selection.check_needs(run_dir, stages, left)
+    check_needs(run_dir, stages, left)
     chosen = prepare_array.expand(recipe, left)
     if options.dry_run:
         sys.stdout.write(submit.dry_run(recipe, run_dir, chosen, whole=options.scripts))
@@ -231,3 +230,63 @@ def cancel(options: argparse.Namespace) -> int:
     if not found:
         sys.stdout.write(f"{recipe.name}: no jobs in the queue\n")
     return 0
+
+
+def select_stages(
+    stages: tuple[Stage, ...],
+    *,
+    only: Iterable[str] = (),
+    first: str | None = None,
+    last: str | None = None,
+) -> tuple[Stage, ...]:
+    """The stages that are selected.
+
+    Args:
+        only: these, by stage (``expert:math``) or kind (``expert``).
+        first: this one and all that wait for it.
+        last: this one and all that it waits for.
+
+    Raises:
+        UserError: there is no such stage.
+    """
+    chosen = {stage.name for stage in stages}
+    only = tuple(only)
+    if only:
+        chosen = {name for asked in only for name in _named(stages, asked, "--only")}
+    if first is not None:
+        behind = _named(stages, first, "--from")
+        for stage in stages:
+            if behind.intersection(stage.needs):
+                behind.add(stage.name)
+        chosen &= behind
+    if last is not None:
+        before: set[str] = set()
+        for name in _named(stages, last, "--stop-after"):
+            before |= {stage.name for stage in graph.until(stages, name)}
+        chosen &= before
+    return tuple(stage for stage in stages if stage.name in chosen)
+
+
+def _named(stages: tuple[Stage, ...], asked: str, option: str) -> set[str]:
+    names = {stage.name for stage in stages if asked in (stage.name, stage.name.partition(":")[0])}
+    if not names:
+        raise graph.no_stage(asked, [stage.name for stage in stages], option)
+    return names
+
+
+def check_needs(run_dir: Path, stages: tuple[Stage, ...], chosen: tuple[Stage, ...]) -> None:
+    """That everything a chosen stage waits for is done or chosen too.
+
+    Raises:
+        UserErrors: all that is missing.
+    """
+    coming = {stage.name for stage in chosen}
+    errors = []
+    for stage in chosen:
+        needs = state.missing(run_dir, graph.read_by(stage, stages))
+        missing = [need.name for need in needs if need.name not in coming]
+        if missing:
+            what = f"needs {', '.join(missing)}, not done and not among what is submitted"
+            errors.append(UserError(stage.name, what, "select those as well"))
+    if errors:
+        raise UserErrors(errors)

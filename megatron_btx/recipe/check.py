@@ -12,10 +12,10 @@ from pathlib import Path
 
 from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.recipe import (
-    check_freezing,
     check_layout,
     check_mix,
     count,
+    freezing,
     slurm,
     systems,
     upstream,
@@ -302,7 +302,7 @@ def _stage(recipe: Recipe, key: str, stage: Training) -> Iterator[Problem]:
     if not any(_model(model)):
         if trained.experts:
             yield from _widths(key, stage, model, model.ffn_hidden_size // width)
-        yield from check_freezing.problems(key, training(recipe, name), trained, model)
+        yield from freezing.problems(key, training(recipe, name), trained, model)
     yield from _anchor(recipe, key, stage)
     batch = stage.micro_batch_size * layout.data_parallel_size
     if stage.global_batch_size % batch:

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from megatron_btx.cli.init import example_names
 from megatron_btx.cli.main import main
-from megatron_btx.recipe import examples
 from megatron_btx.recipe.load import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("name", examples.names())
+@pytest.mark.parametrize("name", example_names())
 def test_an_example_is_whole_wherever_it_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

@@ -1,6 +1,6 @@
 """Stages as Slurm jobs: submitted all or none, written down, found again. Imports no torch.
 
-Which stages is for selection.py to say, whether the cluster would run them for preflight.py, and
+Which stages is for cli/slurm.py to say, whether the cluster would run them for preflight.py, and
 what a script says is script.py's.
 
 <run_dir>/slurm/token           by which every job knows the directory it was submitted from

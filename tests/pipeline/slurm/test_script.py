@@ -15,9 +15,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from megatron_btx.cli.slurm import select_stages
 from megatron_btx.errors import UserError
 from megatron_btx.pipeline import graph
-from megatron_btx.pipeline.slurm import attempt, preflight, script, selection
+from megatron_btx.pipeline.slurm import attempt, preflight, script
 from megatron_btx.recipe import check
 from megatron_btx.recipe import slurm as slurm_recipe
 from megatron_btx.recipe.load import dump, load_recipe, parse_recipe
@@ -185,7 +186,7 @@ slurm:
 
 def test_selection() -> None:
     def names(**wish: object) -> list[str]:
-        return [stage.name for stage in selection.select(STAGES, **wish)]  # type: ignore[arg-type]
+        return [stage.name for stage in select_stages(STAGES, **wish)]  # type: ignore[arg-type]
 
     assert names(only=["expert"]) == ["expert:code", "expert:math", "expert:prose"]
     assert names(first="finetune") == ["finetune", "evaluate", "export", "report"]

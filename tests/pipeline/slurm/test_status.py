@@ -10,7 +10,7 @@ import pytest
 from megatron_btx.files import write_json
 from megatron_btx.pipeline import locks, state, worker
 from megatron_btx.pipeline.graph import Stage
-from megatron_btx.pipeline.slurm import array_status, commands, status, status_table
+from megatron_btx.pipeline.slurm import commands, status, status_table
 from megatron_btx.pipeline.slurm.commands import SlurmJob
 
 
@@ -82,13 +82,13 @@ def test_an_array_in_one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     for place, done, left in ((places[1], 0.5, 60.0), (places[2], 0.25, 90.0)):
         progress = worker.ProgressFile(place / "progress.json")
         progress("tokens", done, bytes_per_second=2e6, seconds_left=left)
-    row = array_status.row(tmp_path, stage, "8", 5)
+    row = status.array_row(tmp_path, stage, "8", 5)
     assert (row.state, row.nodes, row.restarts, row.active) == ("running", "n1,n2", 1, True)
     assert (row.step, row.left) == ("1 of 5 done, 4.0 MB/s, 35%", "1:30")
     assert row.note == ""
     text = text.replace("RUNNING", "FAILED", 1)
     write_json(places[1] / "error.json", {"kind": "user", "message": "/d/a.jsonl:7: is broken"})
-    row = array_status.row(tmp_path, stage, "8", 5)
+    row = status.array_row(tmp_path, stage, "8", 5)
     assert row.note == "prepare:shards/1: /d/a.jsonl:7: is broken"
     text = line.format(10, 1, 0, "FAILED", "None", "n2") + line.format(8, 2, 0, "COMPLETED", "", "")
-    assert array_status.row(tmp_path, stage, "8", 5).state == "failed"
+    assert status.array_row(tmp_path, stage, "8", 5).state == "failed"
