@@ -19,6 +19,7 @@ import numpy as np
 import sentencepiece
 
 from megatron_btx.data.tokenizer_base import Tokenizer
+from megatron_btx.data.word_cache import word_cache
 from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.families.tokenizer_export import huggingface_files
 from megatron_btx.families.tokenizer_libraries import open_slow
@@ -58,6 +59,7 @@ class SentencePiece(Tokenizer):
                 beside it say what SentencePiece does not do.
         """
         self._processor = open_slow(model, where)
+        self._words = word_cache(model)
         self._model = model
         self._beside: dict[str, bytes] = {}
         self.sha256 = hashlib.sha256(model).hexdigest()
@@ -111,6 +113,8 @@ class SentencePiece(Tokenizer):
         return str(self._processor.encode("a", out_type=str)[0]).startswith("\u2581")
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:  # noqa: D102
+        if self._words is not None:
+            return self._words.encode(texts)
         rows = self._processor.encode(list(texts), num_threads=_cores())
         return [np.array(row, dtype=np.int32) for row in rows]
 
