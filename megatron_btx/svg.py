@@ -9,6 +9,10 @@ from markupsafe import Markup, escape
 _NO_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 """Characters that an XML document cannot hold."""
 
+FONTS = "Arial,'Liberation Sans','DejaVu Sans','Noto Sans',sans-serif"
+"""Of a picture that stands alone. What turns it into a PNG takes ``sans-serif`` for Arial, and
+leaves text out where that is not installed: the others are named."""
+
 
 def element(tag: str, *content: str | Markup, **attributes: str | float | None) -> Markup:
     """``<tag attributes>content</tag>``.
@@ -38,7 +42,7 @@ def document(width: float, height: float, *content: str | Markup, style: str = "
         width=width,
         height=height,
         viewBox=f"0 0 {width:g} {height:g}",
-        font_family="sans-serif",
+        font_family=FONTS,
         font_size="11",
     )
 

@@ -14,15 +14,22 @@ from megatron_btx.cli.common import add_format_flag, command
 from megatron_btx.errors import UserError
 from megatron_btx.files import check_directory, written
 from megatron_btx.pipeline import eval_ranks
-from megatron_btx.report import comparison, comparison_page, comparison_runs, figures
+from megatron_btx.report import (
+    comparison,
+    comparison_page,
+    comparison_runs,
+    comparison_tables,
+    figures,
+)
 from megatron_btx.report.table import tasks_table
 
 _EPILOG = """examples:
   btx compare examples/systems                        every system of the paper, on the demo's text
   btx compare examples/systems --base my/base.yaml    the same systems of another base
   btx compare dense.yaml btx.yaml --seeds 3           mean and spread over three random seeds
+  btx compare examples/systems --seeds 3 --against dense    and differences from one, seed by seed
   btx compare examples/systems --tasks arc_easy=test.jsonl --limit 200    and their scores on tasks
-  btx compare examples/systems --format svg           and the picture, as compare.svg
+  btx compare examples/systems --format svg           and the pictures, as compare_*.svg
   btx compare examples/systems --dry-run              what is done, shared and left
 
 What several recipes have in common (the seed, an expert) is trained once. Run it again after an
@@ -44,9 +51,16 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--base", metavar="RECIPE", help="stands in for the `base:` of each")
     parser.add_argument("--seeds", metavar="N", type=int, default=1, help="random seeds (1)")
+    parser.add_argument(
+        "--against",
+        metavar="SYSTEM",
+        action="append",
+        default=[],
+        help="print every system's difference from it (with several seeds: from the best mean)",
+    )
     model_flags.add_task_flags(parser)
     parser.add_argument("--out", metavar="DIR", type=Path, help="where the comparison goes")
-    add_format_flag(parser, "score against compute")
+    add_format_flag(parser, "score against compute, time and inference")
     parser.add_argument("--dry-run", action="store_true", help="print what is left, do nothing")
     parser.add_argument("--json", action="store_true", help="print compare.json, no table")
     parser.set_defaults(run=run)
@@ -62,6 +76,7 @@ def run(options: argparse.Namespace) -> int:
     out = options.out or _common([one.run_dir for one in runs])
     check_directory(out)
     formats = figures.check_formats(options.format, out)
+    comparison.check_names(runs, options.against)
     asked = model_flags.tasks_of(options)  # before hours of training: a file may not be there
     if options.dry_run:
         comparison_runs.print_left(runs)
@@ -75,17 +90,22 @@ def run(options: argparse.Namespace) -> int:
         tasks = comparison_runs.measure_tasks(runs, asked, out / "tasks")
     except eval_ranks.Ended as ended:
         return ended.code
-    text = comparison.as_json(made, tasks)
+    text = comparison_tables.as_json(made, options.against, tasks)
     table = tasks_table(tasks) if tasks else ""
+    page = comparison_page.render(made, out.name or "systems", options.against, table)
     _write(out / "compare.json", text)
-    _write(out / "compare.md", comparison.markdown(made) + (table and f"\n```\n{table}```\n"))
-    _write(out / "compare.html", comparison_page.render(made, out.name or "systems", table))
-    for path in figures.save_all([figures.of_comparison(made)], formats, out):
+    _write(
+        out / "compare.md",
+        comparison_tables.markdown(made, options.against) + (table and f"\n```\n{table}```\n"),
+    )
+    _write(out / "compare.html", page)
+    for path in figures.save_all(figures.of_comparison(made), formats, out):
         sys.stderr.write(f"figure: {path}\n")
     if options.json:
         sys.stdout.write(text)
     else:
-        sys.stdout.write(comparison.plain(made) + (table and f"\n{table}"))
+        plain = comparison_tables.plain(made, options.against)
+        sys.stdout.write(plain + (table and f"\n{table}"))
         sys.stdout.write(f"page: {out / 'compare.html'}\n")
     return 0
 

@@ -1,33 +1,30 @@
 """Several systems side by side: the paper's tables 2 and 3 for these runs. Imports no torch.
 
 A row is a system, its score a held-out loss per domain (nats per token, lower is better) and their
-mean; of several runs under other random seeds, the mean and the sample standard deviation of each.
-Costs are those of ``recipe/count.py``: model FLOPs of all stages that made the system after the
-seed (active parameters, attention, router, all experts that ran), in the seed's row its own.
+mean, under one or several random seeds. Costs are those of ``recipe/count.py``: model FLOPs of all
+stages that made the system after the seed (active parameters, attention, router, all experts that
+ran), in the seed's row its own.
 """
 
 from __future__ import annotations
 
-import json
-import math
+import functools
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_btx.errors import UserError
 from megatron_btx.evaluate.results import Results, SystemResult, damaged
-from megatron_btx.evaluate.routing_stats import choice_in_words
 from megatron_btx.files import find_json
-from megatron_btx.pipeline.local.progress import amount, clock
 from megatron_btx.recipe.schema import Recipe
-from megatron_btx.recipe.stages import directory
+from megatron_btx.recipe.stages import directory, expert_stage
 from megatron_btx.recipe.systems import SYSTEMS, rows
-from megatron_btx.report.table import untold
+from megatron_btx.report.paired import Paired
+from megatron_btx.train import goodput, metrics
 
-UNKNOWN = "?"
-"""In the place of a number that is not known."""
+SecondsOfLog = Callable[[Path], float | None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,12 +44,33 @@ class System:
     system: str
     """``system:`` of its recipe."""
     result: SystemResult
-    """Its first run's; ``loss`` the mean over the runs."""
-    spread: Mapping[str, float]
-    """By column the sample standard deviation over the runs; empty for a single one."""
-    runs: int
-    train_seconds: float | None
-    """Measured, over all its stages, as if they had run one after the other; mean over the runs."""
+    """Its first run's: what it is and costs is the same under every random seed."""
+    losses: Mapping[int, Mapping[str, float]]
+    """By random seed and column."""
+    seconds: Mapping[int, float] = field(default_factory=dict)
+    """Measured, by random seed, where all its stages say it: rank-seconds in training steps
+    (:func:`goodput.rank_seconds`), of the stages that ``result.train_flops`` counts."""
+
+    @property
+    def loss(self) -> dict[str, float]:
+        """By column the mean over the random seeds."""
+        return {column: statistics.fmean(values) for column, values in self._columns().items()}
+
+    @property
+    def spread(self) -> dict[str, float]:
+        """By column the sample standard deviation over the random seeds; empty of a single one."""
+        if len(self.losses) < 2:
+            return {}
+        return {column: statistics.stdev(values) for column, values in self._columns().items()}
+
+    def _columns(self) -> dict[str, list[float]]:
+        each = list(self.losses.values())
+        return {column: [loss[column] for loss in each] for column in each[0]}
+
+    @property
+    def train_seconds(self) -> float | None:
+        """The mean over the random seeds."""
+        return statistics.fmean(self.seconds.values()) if self.seconds else None
 
     @property
     def train_flops_by_stage(self) -> dict[str, int | None]:
@@ -70,15 +88,54 @@ class Comparison:
     best: Mapping[str, str] = field(default_factory=dict)
     """Column -> the system with the lowest score."""
 
+    def named(self, name: str) -> System:
+        """A row.
+
+        Raises:
+            UserError: there is none of this name.
+        """
+        found = next((system for system in self.systems if system.name == name), None)
+        if found is None:
+            raise _no_such(name, [system.name for system in self.systems])
+        return found
+
+    def difference(self, system: System, other: System, column: str) -> Paired | None:
+        """``system`` less ``other`` under each random seed that both were run with; negative where
+        ``system`` is better. ``None`` if there is none."""
+        both = [seed for seed in system.losses if seed in other.losses]
+        values = [system.losses[seed][column] - other.losses[seed][column] for seed in both]
+        return Paired(tuple(values)) if values else None
+
     def tied(self, system: System, column: str) -> bool:
-        """Whether a score differs from the best of its column by less than the spread of either:
-        another random seed could have turned the two around."""
-        best = self.best.get(column)
-        if best is None or column not in system.result.loss or system.name == best:
+        """Whether the difference from the best of its column may well be chance."""
+        best = self.best[column]
+        if system.name == best:
             return False
-        other = next(one for one in self.systems if one.name == best)
-        spread = max(system.spread.get(column, 0.0), other.spread.get(column, 0.0))
-        return system.result.loss[column] - other.result.loss[column] < spread
+        found = self.difference(system, self.named(best), column)
+        return found is not None and found.open
+
+    def retained(self, system: System, domain: str) -> tuple[Paired, Paired] | None:
+        """What a system keeps of the loss that the domain's expert gained over the seed on its own
+        domain, under each random seed: the share (seed - system) / (seed - expert), and how far it
+        is behind, system - expert, in nats per token. ``None`` where the domain has no expert, or
+        that gained nothing.
+
+        The expert is the row ``expert:DOMAIN`` for every system, so that shares of one domain
+        compare: also for a system that has longer or anchored branches of its own.
+        """
+        by_name = {one.name: one for one in self.systems}
+        seed, expert = by_name.get("seed"), by_name.get(expert_stage(domain))
+        if seed is None or expert is None:
+            return None
+        gained = self.difference(seed, expert, domain)
+        kept, behind = (
+            self.difference(seed, system, domain),
+            self.difference(system, expert, domain),
+        )
+        if gained is None or kept is None or behind is None or min(gained.values) <= 0:
+            return None
+        shares = [a / b for a, b in zip(kept.values, gained.values, strict=True)]
+        return Paired(tuple(shares)), behind
 
 
 def compare(runs: Sequence[FinishedRun]) -> Comparison:
@@ -102,13 +159,10 @@ def compare(runs: Sequence[FinishedRun]) -> Comparison:
                 known.append((run, row))
     assert first is not None
     columns = first.columns
-    systems = tuple(
-        sorted((_system(name, rows, columns) for name, rows in found.items()), key=_place)
-    )
-    best = {
-        column: min(systems, key=lambda system: system.result.loss[column]).name
-        for column in columns
-    }
+    of_log = functools.cache(_seconds_of_log)  # many systems share a stage
+    made = (_system(name, rows, of_log) for name, rows in found.items())
+    systems = tuple(sorted(made, key=_place))
+    best = {column: min(systems, key=lambda system: system.loss[column]).name for column in columns}
     return Comparison(columns=columns, systems=systems, best=best)
 
 
@@ -138,6 +192,23 @@ def _check_same(run: FinishedRun, results: Results, first: FinishedRun, theirs: 
             raise UserError(str(run.run_dir), what, fix)
 
 
+def check_names(runs: Sequence[FinishedRun], names: Sequence[str]) -> None:
+    """Before anything is run: that the comparison may have rows of these names.
+
+    Raises:
+        UserError: it cannot.
+    """
+    sure = list(dict.fromkeys(name for named in titles(runs) for name in named.values()))
+    maybe = [f"{run.recipe.name} {row.name}" for run in runs for row in rows(run.recipe)]
+    for name in names:
+        if name not in (*sure, *maybe):
+            raise _no_such(name, sure)
+
+
+def _no_such(name: str, names: Sequence[str]) -> UserError:
+    return UserError(f"--against {name}", "there is no such system", f"use {', '.join(names)}")
+
+
 def titles(runs: Sequence[FinishedRun]) -> list[dict[str, str]]:
     """What each run's rows are called beside those of others. A system's own has the recipe's name.
     The seed and the experts are the same everywhere; an expert that was trained otherwise than in
@@ -159,20 +230,16 @@ def titles(runs: Sequence[FinishedRun]) -> list[dict[str, str]]:
 
 
 def _system(
-    name: str, found: Sequence[tuple[FinishedRun, SystemResult]], columns: Sequence[str]
+    name: str, found: Sequence[tuple[FinishedRun, SystemResult]], of_log: SecondsOfLog
 ) -> System:
     run, row = found[0]
-    seconds = [_seconds(each.run_dir, row.stages) for each, row in found]
-    known = [value for value in seconds if value is not None]
-    losses = {column: [each.loss[column] for _, each in found] for column in columns}
-    several = len(found) > 1
+    seconds = {run.recipe.random_seed: _seconds(run.run_dir, row, of_log) for run, row in found}
     return System(
         name=name,
         system=_kind(name, run.recipe),
-        result=replace(row, loss={key: statistics.fmean(each) for key, each in losses.items()}),
-        spread={key: statistics.stdev(each) for key, each in losses.items()} if several else {},
-        runs=len(found),
-        train_seconds=statistics.fmean(known) if known else None,
+        result=row,
+        losses={run.recipe.random_seed: row.loss for run, row in found},
+        seconds={seed: value for seed, value in seconds.items() if value is not None},
     )
 
 
@@ -190,153 +257,17 @@ def _place(system: System) -> int:
     return list(SYSTEMS).index(system.system)
 
 
-def _seconds(run_dir: Path, stages: Iterable[str]) -> float | None:
-    """What the stages' own records say; ``None`` where one of them says nothing."""
+def _seconds(run_dir: Path, row: SystemResult, of_log: SecondsOfLog) -> float | None:
+    """Of all its stages; ``None`` where one of them says nothing."""
     total = 0.0
-    for stage in stages:
-        done = find_json(directory(run_dir, stage) / "done.json") or {}
-        if "seconds" not in done:
+    for stage, cost in row.stages.items():
+        log = (directory(run_dir, stage) / "metrics.jsonl").resolve()
+        spent = 0.0 if cost.tokens == 0 else of_log(log)
+        if spent is None:
             return None
-        total += done["seconds"]
+        total += spent
     return total
 
 
-HEAD = ("train tokens", "train FLOPs", "in the MoE", "time", "parameters", "active", "FLOPs/token")
-"""Columns behind the scores: the last is a forward pass's, at inference."""
-
-
-def cells(comparison: Comparison) -> list[list[str]]:
-    """The table's rows as text: the name, the scores, and what ``HEAD`` names."""
-    return [
-        [
-            system.name,
-            *(shown(comparison, system, column) for column in comparison.columns),
-            _amount(system.result.train_tokens),
-            _flops(system.result.train_flops),
-            _share(system.result.moe_share),
-            clock(system.train_seconds) if system.train_seconds is not None else "-",
-            _amount(system.result.params_total),
-            _amount(system.result.params_active),
-            _amount(system.result.inference_flops_per_token),
-        ]
-        for system in comparison.systems
-    ]
-
-
-def _share(share: float | None) -> str:
-    if share is None:
-        return UNKNOWN
-    return f"{share:.0%}" if share else "-"
-
-
-def shown(comparison: Comparison, system: System, column: str) -> str:
-    """``1.234`` or ``1.234 ± 0.005``, with ``*`` if it is the best of its column and ``~`` if it
-    differs from it by less than the spread."""
-    text = f"{system.result.loss[column]:.3f}"
-    if column in system.spread:
-        text += f" ± {system.spread[column]:.3f}"
-    if comparison.best[column] == system.name:
-        return text + "*"
-    return text + ("~" if comparison.tied(system, column) else "")
-
-
-def notes(comparison: Comparison) -> list[str]:
-    """What the marks mean."""
-    lines = [
-        "Held-out loss in nats per token, lower is better; * the best of its column. Tokens, FLOPs "
-        "and time are of all stages that made a system after the seed (the seed's row: its own)."
-    ]
-    runs = max(system.runs for system in comparison.systems)
-    if runs > 1:
-        lines.append(
-            f"Mean ± sample standard deviation over {runs} random seeds; ~ differs from the best "
-            "by less than the larger spread of the two."
-        )
-    chosen = [(system.name, system.result.expert_choice) for system in comparison.systems]
-    lines += [
-        f"{name}: {choice_in_words(choice)}." for name, choice in chosen if choice is not None
-    ]
-    costs = [system.train_flops_by_stage.items() for system in comparison.systems]
-    taken = [stage for items in costs for stage, flops in items if flops is None]
-    if taken:
-        lines.append(f"{UNKNOWN}: {untold(dict.fromkeys(taken))}")
-    return lines
-
-
-def markdown(comparison: Comparison) -> str:
-    """The table, and the FLOPs by stage below it."""
-    head = ["system", *comparison.columns, *HEAD]
-    text = _markdown_table(head, cells(comparison))
-    text += "\n" + "\n".join(notes(comparison)) + "\n"
-    stages = list(
-        dict.fromkeys(name for s in comparison.systems for name in s.train_flops_by_stage)
-    )
-    table = [
-        [
-            s.name,
-            *(
-                _flops(s.train_flops_by_stage[stage]) if stage in s.train_flops_by_stage else "-"
-                for stage in stages
-            ),
-        ]
-        for s in comparison.systems
-    ]
-    return text + "\nTraining FLOPs by stage:\n\n" + _markdown_table(["system", *stages], table)
-
-
-def _amount(number: int | None) -> str:
-    return UNKNOWN if number is None else amount(number)
-
-
-def _flops(number: int | None) -> str:
-    return UNKNOWN if number is None else f"{number:.3g}"
-
-
-def _markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---", *("---:" for _ in head[1:])], *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def plain(comparison: Comparison) -> str:
-    """The table as aligned text."""
-    table = [["system", *comparison.columns, *HEAD], *cells(comparison)]
-    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in table
-    ]
-    return "\n".join([*lines, *notes(comparison)]) + "\n"
-
-
-def as_json(comparison: Comparison, tasks: Mapping[str, Any] | None = None) -> str:
-    """The same for other programs, numbers unrounded; with ``tasks``, scores by system."""
-    systems = {
-        system.name: {
-            "system": system.system,
-            "loss": {column: system.result.loss[column] for column in comparison.columns},
-            "spread": {column: system.spread.get(column) for column in comparison.columns},
-            "tied_with_best": [c for c in comparison.columns if comparison.tied(system, c)],
-            "runs": system.runs,
-            "train_tokens": system.result.train_tokens,
-            "train_flops": system.result.train_flops,
-            "train_flops_by_stage": dict(system.train_flops_by_stage),
-            "moe_share": system.result.moe_share,
-            "train_seconds": _finite(system.train_seconds),
-            "params_total": system.result.params_total,
-            "params_active": system.result.params_active,
-            "inference_flops_per_token": system.result.inference_flops_per_token,
-            "expert_choice": system.result.expert_choice,
-        }
-        for system in comparison.systems
-    }
-    content = {"columns": comparison.columns, "best": dict(comparison.best), "systems": systems}
-    if tasks:
-        content["tasks"] = dict(tasks)
-    return json.dumps(content, indent=1) + "\n"
-
-
-def _finite(number: float | None) -> float | None:
-    return number if number is None or math.isfinite(number) else None
+def _seconds_of_log(log: Path) -> float | None:
+    return goodput.rank_seconds(metrics.read(log))

@@ -1,23 +1,24 @@
-"""``compare.html``: the comparison's table and its picture of score against training compute."""
+"""``compare.html``: the comparison's tables, and its pictures of score against cost."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 
-from markupsafe import Markup
-
-from megatron_btx.evaluate.results import MEAN
-from megatron_btx.report import html
-from megatron_btx.report.comparison import HEAD, Comparison, System, cells, notes
-from megatron_btx.report.html import Cell, series
-from megatron_btx.report.plots import Axes, Dot, power_of_ten
-
-_STYLES = {"btx": "btx-line", "dense": "dense-line", "seed": "seed-line"}
-_OTHERS = ("experts", "upcycling", "btm")
+from megatron_btx.report import comparison_charts, html
+from megatron_btx.report.comparison import Comparison
+from megatron_btx.report.comparison_tables import HEAD, cells, notes, tables
+from megatron_btx.report.html import Cell
 
 
-def render(comparison: Comparison, title: str, tasks: str = "") -> str:
-    """The page; readable without a network. ``tasks``: a plain table of scores on tasks."""
+def render(comparison: Comparison, title: str, against: Sequence[str] = (), tasks: str = "") -> str:
+    """The page; readable without a network.
+
+    Args:
+        comparison: what it shows.
+        title: its heading.
+        against: the systems from which differences are told (``comparison_tables.tables``).
+        tasks: a plain table of scores on tasks.
+    """
     names = ["system", *comparison.columns, *HEAD]
     rows = []
     for system, cells_of_it in zip(comparison.systems, cells(comparison), strict=True):
@@ -32,52 +33,19 @@ def render(comparison: Comparison, title: str, tasks: str = "") -> str:
         "compare.html",
         name=title,
         notes=notes(comparison),
-        head=[(name, "") for name in names],
+        head=_plain(names),
         rows=rows,
+        below=[
+            (what, _plain(head), [("", _plain(row)) for row in rest])
+            for what, (head, *rest) in tables(comparison, against)
+        ],
         tasks=tasks,
-        picture=picture(comparison),
+        pictures=[
+            (cost.title, cost.said, comparison_charts.picture(comparison, cost))
+            for cost in comparison_charts.COSTS
+        ],
     )
 
 
-def picture(comparison: Comparison) -> Markup:
-    """Mean score of every system against its training FLOPs, as SVG. Single experts are left out:
-    they are parts of a system; so are systems whose FLOPs are not known."""
-    systems = [system for system in comparison.systems if system.system != "experts"]
-    spent = [(system, _spent(system)) for system in systems]
-    known = [(system, flops) for system, flops in spent if flops is not None]
-    top = max((flops for _, flops in known), default=0.0)
-    exponent = math.floor(math.log10(top)) if top else 0
-    dots = [
-        Dot(
-            label=system.name,
-            x=flops / 10.0**exponent,
-            y=system.result.loss[MEAN],
-            style=_style(system),
-        )
-        for system, flops in known
-    ]
-    values = [dot.y for dot in dots]
-    margin = 0.06 * (max(values) - min(values) or 1.0)
-    axes = Axes(
-        x_range=(0, max(dot.x for dot in dots) or 1),
-        y_range=(min(values) - margin, max(values) + margin),
-        x_label=f"training compute after the seed ({power_of_ten(exponent)} FLOPs)",
-        y_label="mean held-out loss (nats/token)",
-        name="Mean held-out loss of every system against its training compute",
-        width=620,
-        height=max(340, 60 + 22 * len(dots)),
-        left=60,
-        right=150,
-    )
-    axes.dots(dots)
-    return axes.render()
-
-
-def _spent(system: System) -> float | None:
-    return 0.0 if system.system == "seed" else system.result.train_flops
-
-
-def _style(system: System) -> str:
-    if system.system in _STYLES:
-        return _STYLES[system.system]
-    return series(_OTHERS.index(system.system))
+def _plain(row: Sequence[str]) -> list[Cell]:
+    return [(text, "") for text in row]

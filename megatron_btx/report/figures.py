@@ -14,11 +14,13 @@ from typing import Any
 from megatron_btx.errors import UserError
 from megatron_btx.evaluate.results import MEAN
 from megatron_btx.files import check_directory, check_file, written
-from megatron_btx.report import charts, comparison_page, table
+from megatron_btx.report import charts, comparison_charts, table
 from megatron_btx.report.comparison import Comparison
+from megatron_btx.report.comparison_charts import Cost
 from megatron_btx.report.plots import figure
 from megatron_btx.report.routing import MEASURES, RoutingView, heatmaps
 from megatron_btx.report.run_data import RunData
+from megatron_btx.svg import document, element
 
 FORMATS = ("svg", "png", "csv")
 ZOOM = 3
@@ -65,16 +67,18 @@ def check_png() -> None:
     """That PNG can be drawn here.
 
     Raises:
-        UserError: no resvg, or no font that it would find: the text would be missing.
+        UserError: no resvg, or no font that it finds: the text would be missing.
     """
     try:
-        import resvg_py  # noqa: F401
+        import resvg_py
     except ImportError:
         fix = "pip install 'megatron-btx[figures]', or take svg"
         raise UserError("--format png", "resvg-py, which draws it, is not installed", fix) from None
-    fonts = (Path("/usr/share/fonts"), Path("/usr/local/share/fonts"), Path.home() / ".fonts")
-    places = [*fonts, Path.home() / ".local/share/fonts", Path("/System/Library/Fonts")]
-    if not any(next(place.rglob("*.[to]t[fc]"), None) for place in places if place.is_dir()):
+    with_text, without = (
+        resvg_py.svg_to_bytes(svg_string=document(20, 20, element("text", word, y=15)))
+        for word in ("M", "")
+    )
+    if with_text == without:
         fix = "install one (apt-get install fonts-dejavu-core), or take svg"
         raise UserError("--format png", "no font is installed to write its labels in", fix)
 
@@ -175,8 +179,17 @@ def _loss_rows(run: RunData) -> list[list[Any]]:
     return rows
 
 
-def of_comparison(made: Comparison) -> Figure:
-    """Score against training compute, and the table behind it."""
+def of_comparison(made: Comparison) -> list[Figure]:
+    """Score against each cost, and behind each picture the whole table, with what is on its
+    frontier."""
+    return [_against(made, cost) for cost in comparison_charts.COSTS]
+
+
+def _against(made: Comparison, cost: Cost) -> Figure:
+    drawn = [
+        comparison_charts.point(system, cost) for system in comparison_charts.drawn(made, cost)
+    ]
+    best = comparison_charts.frontier(drawn)
     head = ["system", "kind", "runs"]
     for column in made.columns:
         head += [f"loss_{column}", f"spread_{column}"]
@@ -184,12 +197,14 @@ def of_comparison(made: Comparison) -> Figure:
         *("train_tokens", "train_flops", "params_total", "params_active"),
         "inference_flops_per_token",
     ]
-    rows: list[list[Any]] = [[*head, *costs, "train_seconds"]]
+    rows: list[list[Any]] = [[*head, *costs, "train_seconds", "on_frontier"]]
     for system in made.systems:
-        row: list[Any] = [system.name, system.system, system.runs]
+        row: list[Any] = [system.name, system.system, len(system.losses)]
         for column in made.columns:
-            row += [system.result.loss[column], system.spread.get(column)]
+            row += [system.loss[column], system.spread.get(column)]
         row += [getattr(system.result, cost) for cost in costs]
-        rows.append([*row, system.train_seconds])
-    picture = comparison_page.picture(made)
-    return Figure(name="compare", svg=figure([("", [("", picture)])]), rows=rows)
+        shown = system in comparison_charts.drawn(made, cost)
+        on = shown and comparison_charts.point(system, cost) in best
+        rows.append([*row, system.train_seconds, int(on)])
+    picture = comparison_charts.picture(made, cost)
+    return Figure(name=f"compare_{cost.key}", svg=figure([("", [("", picture)])]), rows=rows)

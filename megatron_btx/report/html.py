@@ -11,6 +11,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from megatron_btx.svg import FONTS
+
 _TEMPLATES = Path(__file__).with_name("templates")
 
 SERIES = 8
@@ -74,7 +76,7 @@ def picture_sheet() -> str:
     css = _css()
     colours = dict(re.findall(r"--([\w-]+):(#\w+)", css.partition("@media")[0]))
     colours["card"] = "#ffffff"
-    drawn = ("text", ".grid", ".axis", ".leader", ".curve", ".dot", ".cell")
+    drawn = ("text", ".grid", ".axis", ".bar", ".leader", ".curve", ".dot", ".cell")
     rules = [
         line
         for line in re.findall(r"[^{}]+\{[^{}]*\}", css.partition("@media (max")[0])
@@ -90,4 +92,4 @@ def picture_sheet() -> str:
     rules.append(".paper{fill:#ffffff}")
     text = "".join(rule.strip() for rule in rules)
     text = re.sub(r"var\(--([\w-]+)\)", lambda found: colours.get(found[1], "none"), text)
-    return re.sub(r"font:(\S+) [^;}]*", r"font-family:sans-serif;font-size:\1", text)
+    return re.sub(r"font:(\S+) [^;}]*", rf"font-family:{FONTS};font-size:\1", text)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from markupsafe import Markup
 
+from megatron_btx.report import labels
 from megatron_btx.report.html import picture_sheet
 from megatron_btx.svg import document, element
 
@@ -41,6 +42,10 @@ class Dot:
     x: float
     y: float
     style: str
+    spread: float = 0.0
+    """Of ``y``, drawn as a bar to both sides."""
+    strong: bool = True
+    """Whether the label is bold."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -90,18 +95,25 @@ class Axes:
                 self.parts.append(element("circle", told, class_=style, cx=x, cy=y, r="2.4"))
 
     def dots(self, dots: Sequence[Dot]) -> None:
-        """Draw points with their labels to the right, none over another."""
-        ordered = sorted(dots, key=lambda dot: self.y(dot.y))
-        floor = self.height - self.bottom - 4
-        heights = spread([self.y(dot.y) for dot in ordered], 16, self.top + 6, floor)
-        for dot, height in zip(ordered, heights, strict=True):
-            x, y = self.x(dot.x), self.y(dot.y)
-            told = element("title", f"{dot.label}: {dot.y:.3f}")
+        """Draw points with their labels beside them, none over another or over a point."""
+        ordered = sorted(dots, key=lambda dot: (not dot.strong, self.y(dot.y)))
+        places = [(self.x(dot.x), self.y(dot.y)) for dot in ordered]
+        room = labels.Box(self.left, self.top, self.width, self.height - self.bottom)
+        boxes = labels.place(places, [dot.label for dot in ordered], room)
+        for dot, (x, y), box in zip(ordered, places, boxes, strict=True):
+            middle = (box.top + box.bottom) / 2
+            near, anchor = (box.left, "start") if box.left > x else (box.right, "end")
+            style = "mark" if dot.strong else "mark light"
             self.parts += [
-                element("line", class_="leader", x1=x, y1=y, x2=x + 12, y2=height),
-                element("circle", told, class_=f"dot {dot.style}", cx=x, cy=y, r=5),
-                element("text", dot.label, class_="mark", x=x + 14, y=height + 4),
+                element("line", class_="leader", x1=x, y1=y, x2=near, y2=middle),
+                text(dot.label, style, near, middle + 4, anchor),
             ]
+        for dot, (x, y) in zip(ordered, places, strict=True):
+            told = element("title", f"{dot.label}: {dot.y:.3f}")
+            self.parts.append(element("circle", told, class_=f"dot {dot.style}", cx=x, cy=y, r=5))
+            if dot.spread:
+                ends = {"y1": self.y(dot.y - dot.spread), "y2": self.y(dot.y + dot.spread)}
+                self.parts.append(element("line", class_="bar", x1=x, x2=x, **ends))
 
     def render(self) -> Markup:
         """The picture."""
@@ -277,26 +289,6 @@ def ticks(low: float, high: float, count: int) -> list[float]:
     first = math.ceil(low / step - 1e-9)
     last = math.floor(high / step + 1e-9)
     return [round(index * step, 12) for index in range(first, last + 1)]
-
-
-def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Ascending positions as near to ``wanted`` (ascending) as a distance of ``gap`` allows."""
-    places = list(wanted)
-    for _ in range(200):
-        moved = False
-        for i in range(len(places) - 1):
-            lack = gap - (places[i + 1] - places[i])
-            if lack > 1e-6:
-                places[i] -= lack / 2
-                places[i + 1] += lack / 2
-                moved = True
-        if not moved:
-            break
-    if places and places[-1] > high:
-        places = [place - (places[-1] - high) for place in places]
-    if places and places[0] < low:
-        places = [place + (low - places[0]) for place in places]
-    return places
 
 
 def thin(points: Sequence[Point], count: int = 300) -> list[Point]:

@@ -12,7 +12,7 @@ were trained that the model has kept. The rest went to intervals that tile it:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -24,8 +24,11 @@ Record = Mapping[str, Any]
 
 KINDS = ("productive", "start", "evaluation", "save", "lost", "queue", "other")
 
+STEP = "time_metrics/end_to_end(s)"
+"""Seconds of a training step."""
+
 _SECONDS: dict[str, tuple[str, ...]] = {
-    "train": ("productive", "time_metrics/end_to_end(s)"),
+    "train": ("productive", STEP),
     "eval": ("evaluation", "time_metrics/evaluation(s)"),
     "saving": ("save", "time_metrics/checkpoint_begin(s)"),
     "save": ("save", "time_metrics/checkpoint_end(s)", "train/checkpoint_save_duration_s"),
@@ -124,6 +127,28 @@ def seconds(pieces: Sequence[Interval]) -> dict[str, float]:
         kind: sum(piece.end - piece.begin for piece in pieces if piece.kind == kind)
         for kind in KINDS
     }
+
+
+def rank_seconds(records: Iterable[Record]) -> float | None:
+    """Seconds in the training steps that a stage has kept (data, forward, backward, optimizer),
+    each times the ranks that took it. Starts of processes, evaluations, saves and what was trained
+    again after a crash are not in it.
+
+    Args:
+        records: all of the stage's ``metrics.jsonl``.
+
+    Returns:
+        ``None`` where no step says how long it took.
+    """
+    ranks, total = 1, 0.0
+    known = False
+    for record in records:
+        if record["kind"] == "start":
+            ranks = int(record.get("world_size", 1))
+        elif record["kind"] == "train" and isinstance(record.get(STEP), int | float):
+            total += ranks * record[STEP]
+            known = True
+    return total if known else None
 
 
 def goodput(spent: Mapping[str, float]) -> float | None:

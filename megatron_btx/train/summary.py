@@ -14,10 +14,8 @@ from typing import Any
 from megatron_btx.errors import shown
 from megatron_btx.evaluate.routing_stats import percentile
 from megatron_btx.train import goodput
-from megatron_btx.train.goodput import Sign
+from megatron_btx.train.goodput import STEP, Sign
 
-STEP = "time_metrics/end_to_end(s)"
-"""Seconds of a step: of it there are two percentiles."""
 P50, P95 = "time_metrics/end_to_end_p50(s)", "time_metrics/end_to_end_p95(s)"
 
 _SUMS: dict[str, Callable[[Sequence[float]], float]] = {

@@ -16,14 +16,13 @@ from megatron_btx.cli.main import main
 from megatron_btx.data.mixture import Stream, stage_stream
 from megatron_btx.errors import UserError
 from megatron_btx.evaluate import model_spec
-from megatron_btx.evaluate.results import SystemResult
 from megatron_btx.families.export import export_hf
 from megatron_btx.pipeline import graph, state
 from megatron_btx.pipeline.slurm.attempt import begin
 from megatron_btx.recipe import count
 from megatron_btx.recipe.load import load_recipe
 from megatron_btx.recipe.stages import btx_flops, training
-from megatron_btx.report import comparison, comparison_page
+from megatron_btx.report import comparison, comparison_page, comparison_tables
 from megatron_btx.report.comparison import FinishedRun
 from megatron_btx.train import metrics
 from megatron_btx.weights.find_checkpoint import find_checkpoint
@@ -205,10 +204,12 @@ def test_what_is_taken_says_what_it_was_trained_on(
         assert table["btm"][key] is None
     assert table["btm"]["stages"]["expert:math"] == theirs["btx"]["stages"]["expert:math"]
     made = comparison.compare([taken])
-    rows = {row[0]: row[len(made.columns) + 1 :] for row in comparison.cells(made)}
+    rows = {row[0]: row[len(made.columns) + 1 :] for row in comparison_tables.cells(made)}
     assert rows["taken"][:3] == ["?", "?", "-"]
-    assert "What was taken as web expert does not say how many tokens" in comparison.plain(made)
-    assert json.loads(comparison.as_json(made))["systems"]["taken"]["train_tokens"] is None
+    assert "What was taken as web expert does not say how many tokens" in comparison_tables.plain(
+        made
+    )
+    assert json.loads(comparison_tables.as_json(made))["systems"]["taken"]["train_tokens"] is None
     assert "<svg" in comparison_page.render(made, "taken")
 
 
@@ -218,7 +219,7 @@ def test_an_evaluation_names_how_experts_are_taken(systems: Systems) -> None:
                systems.items()}  # fmt: skip
     assert {name for name, choice in choices.items() if choice} == {"btx_sample_top1"}
     assert choices["btx_sample_top1"] == "drawn"
-    said = comparison.notes(comparison.compare([systems["btx_sample_top1"]]))
+    said = comparison_tables.notes(comparison.compare([systems["btx_sample_top1"]]))
     assert "btx_sample_top1: one expert a token, drawn with seeded noise." in said
 
 
@@ -273,6 +274,17 @@ def test_anchored_branches(systems: Systems, name: str) -> None:
         assert same == (name == "flexolmo")
 
 
+def _measured(run: FinishedRun, *stages: str) -> float:
+    """Rank-seconds of the stages' training steps; the finetuning has two ranks."""
+    total = 0.0
+    for stage in stages:
+        log = (run.run_dir / stage / "metrics.jsonl").read_text().splitlines()
+        steps = [record for record in map(json.loads, log) if record["kind"] == "train"]
+        seconds = sum(step["time_metrics/end_to_end(s)"] for step in steps)
+        total += seconds * (2 if stage == "finetune" else 1)
+    return total
+
+
 def test_the_comparison(systems: Systems, tmp_path: Path) -> None:
     made = comparison.compare(list(systems.values()))
     names = [system.name for system in made.systems]
@@ -282,7 +294,7 @@ def test_the_comparison(systems: Systems, tmp_path: Path) -> None:
     assert len(names) == len(set(names))
     assert made.columns == ("web", "math", "more", "mean")
     by_name = {system.name: system for system in made.systems}
-    scores = by_name["btx_top2"].result.loss
+    scores = by_name["btx_top2"].loss
     assert scores["mean"] == pytest.approx((scores["web"] + scores["math"] + scores["more"]) / 3)
     assert by_name["upcycling_cm"].result.moe_share == 1.0
     assert 0 < by_name["btx_top2"].result.moe_share < 1
@@ -291,9 +303,12 @@ def test_the_comparison(systems: Systems, tmp_path: Path) -> None:
         == 2 * by_name["dense"].result.inference_flops_per_token
     )
     assert by_name["btx_frozen"].result.train_flops < by_name["btx_no_balance"].result.train_flops
-    text = comparison.markdown(made)
+    text = comparison_tables.markdown(made, ["dense"])
     assert all(f"| {name} |" in text for name in names)
-    assert json.loads(comparison.as_json(made))["best"] == made.best
+    stages = ("expert-math", "expert-web", "expert-more", "finetune")
+    measured = _measured(systems["btx_top2"], *stages)
+    assert by_name["btx_top2"].seconds == {1234: pytest.approx(measured)}
+    assert json.loads(comparison_tables.as_json(made))["best"] == made.best
     page = comparison_page.render(made, "test")
     assert all(name in page for name in names)
 
@@ -395,6 +410,7 @@ def test_scores_on_tasks(
         (["{recipe}", "--base", "{tmp}/none.yaml"], "none.yaml"),
         (["{recipe}", "--out", "{recipe}"], "dense.yaml: is not a directory"),
         (["{recipe}", "--limit", "0"], "--limit: is 0"),
+        (["{recipe}", "--against", "dense_cm"], "--against dense_cm: there is no such system"),
     ],
 )
 def test_bad_comparisons(
@@ -414,23 +430,3 @@ def test_a_set_is_what_its_run_mixes(systems: Systems) -> None:
     for name, words in (("btm_average", "one model"), ("upcycling_dm", "mixes seed alone")):
         with pytest.raises(UserError, match=words):
             model_spec.parse([f"btm:{systems[name].run_dir}"])
-
-
-def test_spread_over_seeds() -> None:
-    """A difference smaller than the spread is marked as such."""
-
-    def system(name: str, value: float, spread: float) -> comparison.System:
-        return comparison.System(
-            name=name,
-            system="btx",
-            result=SystemResult(name="btx", loss={"mean": value}),
-            spread={"mean": spread},
-            runs=3,
-            train_seconds=None,
-        )
-
-    best, near, far = system("a", 2.0, 0.01), system("b", 2.015, 0.02), system("c", 2.1, 0.02)
-    made = comparison.Comparison(columns=("mean",), systems=(best, near, far), best={"mean": "a"})
-    assert [made.tied(each, "mean") for each in (best, near, far)] == [False, True, False]
-    assert comparison.shown(made, near, "mean") == "2.015 ± 0.020~"
-    assert comparison.shown(made, best, "mean") == "2.000 ± 0.010*"

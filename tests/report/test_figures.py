@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -93,6 +95,9 @@ def test_a_png_shows_the_same(run: RunData, tmp_path: Path) -> None:
     width = int.from_bytes(content[16:20], "big")
     wanted = ElementTree.fromstring(one.svg).get("width")
     assert width == round(float(wanted or 0) * figures.ZOOM)
+    unlabelled = re.sub("<text.*?</text>", "", one.svg)
+    dataclasses.replace(one, svg=unlabelled).save(tmp_path / "bare.png")
+    assert (tmp_path / "bare.png").read_bytes() != content, "its labels are drawn"
 
 
 def _routing_run(tmp_path: Path) -> Path:

@@ -156,12 +156,10 @@ def test_no_page_takes_markup_from_a_file(tmp_path: Path) -> None:
         load={BAD: [[0.5, 0.5]]}, gate={BAD: [[0.5, 0.5]]},
     )  # fmt: skip
     losses = SystemResult(name=BAD, loss={BAD: 1.0, "mean": 1.0}, train_flops=1)
-    row = System(
-        name=BAD, system="btx", result=losses, spread={}, runs=1, train_seconds=None
-    )  # fmt: skip
+    row = System(name=BAD, system="btx", result=losses, losses={1: losses.loss})
     made = Comparison(columns=(BAD, "mean"), systems=(row,), best={})
     made = dataclasses.replace(made, best={BAD: BAD, "mean": BAD})
-    for text in (routing.page([view]), comparison_page.render(made, BAD, BAD)):
+    for text in (routing.page([view]), comparison_page.render(made, BAD, [BAD], BAD)):
         reader = _read(text)
         assert "script" not in {tag for tag, _ in reader.tags}
         assert BAD in reader.words

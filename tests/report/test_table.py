@@ -10,7 +10,8 @@ import pytest
 
 from megatron_btx.evaluate.results import Results
 from megatron_btx.report import table
-from megatron_btx.report.plots import spread, thin, ticks
+from megatron_btx.report.labels import Box, place
+from megatron_btx.report.plots import thin, ticks
 from tests.report.made import make_run
 
 
@@ -118,11 +119,18 @@ def test_ticks_are_round_and_inside() -> None:
     assert ticks(5, 5, 5) == [5]
 
 
-def test_labels_keep_their_distance() -> None:
-    places = spread([10, 11, 12, 90], 15, 0, 100)
-    assert all(b - a >= 15 - 1e-3 for a, b in zip(places, places[1:], strict=False))
-    assert min(places) >= 0
-    assert max(places) <= 100
+def test_labels_lie_neither_on_dots_nor_on_each_other() -> None:
+    """Twenty dots in a crowd, and one at the edge, whose label has room on its left only."""
+    dots = [(100 + 7.0 * (n % 5), 100 + 6.0 * n) for n in range(20)] + [(390.0, 20.0)]
+    names = [f"system_{n}" for n in range(21)]
+    boxes = place(dots, names, Box(0, 0, 400, 320))
+    marks = [Box(x - 5, y - 5, x + 5, y + 5) for x, y in dots]
+    for number, box in enumerate(boxes):
+        assert box.within(Box(0, 0, 400, 320))
+        assert not any(box.meets(other) for other in [*marks, *boxes[:number]])
+    assert boxes[0].top < 100 < boxes[0].bottom, "the first has the best place"
+    assert boxes[20].right < 390
+    assert len(place([(50.0, 50.0)] * 9, ["one"] * 9, Box(0, 0, 60, 60))) == 9, "no room: no end"
 
 
 def test_thinning_keeps_the_course_and_the_end() -> None:
