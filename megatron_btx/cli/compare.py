@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,18 @@ from megatron_btx.report import (
     comparison_runs,
     comparison_tables,
     figures,
+    sweep,
 )
+from megatron_btx.report.comparison import Comparison
+from megatron_btx.report.sweep import Sweep
 from megatron_btx.report.table import tasks_table
 
 _EPILOG = """examples:
   btx compare examples/systems                        every system of the paper, on the demo's text
   btx compare examples/systems --base my/base.yaml    the same systems of another base
+  btx compare dense.yaml btx.yaml --base short.yaml --base long.yaml      mean losses, base by base
   btx compare dense.yaml btx.yaml --seeds 3           mean and spread over three random seeds
-  btx compare examples/systems --seeds 3 --against dense    and differences from one, seed by seed
+  btx compare examples/systems --seeds 3 --against dense_cm               and differences from one
   btx compare examples/systems --tasks arc_easy=test.jsonl --limit 200    and their scores on tasks
   btx compare examples/systems --format svg           and the pictures, as compare_*.svg
   btx compare examples/systems --dry-run              what is done, shared and left
@@ -49,7 +54,13 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "recipes", metavar="RECIPE", nargs="+", type=Path, help="recipes, or folders of them"
     )
-    parser.add_argument("--base", metavar="RECIPE", help="stands in for the `base:` of each")
+    parser.add_argument(
+        "--base",
+        metavar="RECIPE",
+        action="append",
+        default=[],
+        help="stands in for the `base:` of each; repeated: mean losses, base by base",
+    )
     parser.add_argument("--seeds", metavar="N", type=int, default=1, help="random seeds (1)")
     parser.add_argument(
         "--against",
@@ -70,13 +81,17 @@ def run(options: argparse.Namespace) -> int:
     """The command; its exit code."""
     if options.seeds < 1:
         raise UserError("--seeds", f"is {options.seeds}", "give at least 1")
+    if len(options.base) > 1 and options.tasks:
+        raise UserError("--tasks", "are scored under one base", "give one --base")
     model_flags.check_numbers(options)
     files = comparison_runs.recipe_files(options.recipes)
-    runs = comparison_runs.runs_of(files, options.base, options.seeds)
+    groups = comparison_runs.groups_of(files, options.base, options.seeds)
+    runs = [one for group in groups.values() for one in group]
     out = options.out or _common([one.run_dir for one in runs])
     check_directory(out)
     formats = figures.check_formats(options.format, out)
-    comparison.check_names(runs, options.against)
+    for group in groups.values():
+        comparison.check_names(group, options.against)
     asked = model_flags.tasks_of(options)  # before hours of training: a file may not be there
     if options.dry_run:
         comparison_runs.print_left(runs)
@@ -85,29 +100,63 @@ def run(options: argparse.Namespace) -> int:
         code = comparison_runs.run_one(one, runs, f"{number}/{len(runs)}")
         if code != 0:
             return code
-    made = comparison.compare(runs)
+    comparison.check_text(runs)
+    made = {name: comparison.compare(group) for name, group in groups.items()}
     try:
         tasks = comparison_runs.measure_tasks(runs, asked, out / "tasks")
     except eval_ranks.Ended as ended:
         return ended.code
-    text = comparison_tables.as_json(made, options.against, tasks)
-    table = tasks_table(tasks) if tasks else ""
-    page = comparison_page.render(made, out.name or "systems", options.against, table)
-    _write(out / "compare.json", text)
-    _write(
-        out / "compare.md",
-        comparison_tables.markdown(made, options.against) + (table and f"\n```\n{table}```\n"),
-    )
-    _write(out / "compare.html", page)
-    for path in figures.save_all(figures.of_comparison(made), formats, out):
-        sys.stderr.write(f"figure: {path}\n")
-    if options.json:
-        sys.stdout.write(text)
+    title = out.name or "systems"
+    if len(made) > 1:
+        told = _sweep(made, options.against, title)
     else:
-        plain = comparison_tables.plain(made, options.against)
-        sys.stdout.write(plain + (table and f"\n{table}"))
-        sys.stdout.write(f"page: {out / 'compare.html'}\n")
+        (only,) = made.values()
+        told = _one(only, options.against, title, tasks)
+    for kind, text in told.files.items():
+        _write(out / f"compare.{kind}", text)
+    for path in figures.save_all(told.figures, formats, out):
+        sys.stderr.write(f"figure: {path}\n")
+    page = f"page: {out / 'compare.html'}\n"
+    sys.stdout.write(told.files["json"] if options.json else told.plain + page)
     return 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """What a comparison says."""
+
+    plain: str
+    files: dict[str, str]
+    """Of ``compare.json``, ``.md`` and ``.html``, by their endings."""
+    figures: list[figures.Figure]
+
+
+def _one(made: Comparison, against: list[str], title: str, tasks: dict[str, Any]) -> _Told:
+    """Of one base."""
+    table = tasks_table(tasks) if tasks else ""
+    fenced = f"\n```\n{table}```\n" if table else ""
+    return _Told(
+        plain=comparison_tables.plain(made, against) + (table and f"\n{table}"),
+        files={
+            "json": comparison_tables.as_json(made, against, tasks),
+            "md": comparison_tables.markdown(made, against) + fenced,
+            "html": comparison_page.render(made, title, against, table),
+        },
+        figures=figures.of_comparison(made),
+    )
+
+
+def _sweep(made: Sweep, against: list[str], title: str) -> _Told:
+    """Of several bases."""
+    return _Told(
+        plain=sweep.plain(made, against),
+        files={
+            "json": sweep.as_json(made, against),
+            "md": sweep.markdown(made, against),
+            "html": sweep.page(made, title, against),
+        },
+        figures=[figures.of_sweep(made)],
+    )
 
 
 def _common(directories: Sequence[Path]) -> Path:

@@ -146,24 +146,34 @@ def compare(runs: Sequence[FinishedRun]) -> Comparison:
         UserError: a run has no results, they are of other domains, or of other text.
     """
     found: dict[str, list[tuple[FinishedRun, SystemResult]]] = {}
-    first: Results | None = None
-    for run, named in zip(runs, titles(runs), strict=True):
-        results = Results.read(run.run_dir)
-        if results is None:
-            raise UserError(str(run.run_dir), "has no results.json", "run its recipe first")
-        first = first or results
-        _check_same(run, results, runs[0], first)
+    each = check_text(runs)
+    for run, results, named in zip(runs, each, titles(runs), strict=True):
         for name, row in results.systems.items():
             known = found.setdefault(named.get(name, name), [])
             if all(other.recipe.random_seed != run.recipe.random_seed for other, _ in known):
                 known.append((run, row))
-    assert first is not None
-    columns = first.columns
+    columns = each[0].columns
     of_log = functools.cache(_seconds_of_log)  # many systems share a stage
     made = (_system(name, rows, of_log) for name, rows in found.items())
     systems = tuple(sorted(made, key=_place))
     best = {column: min(systems, key=lambda system: system.loss[column]).name for column in columns}
     return Comparison(columns=columns, systems=systems, best=best)
+
+
+def check_text(runs: Sequence[FinishedRun]) -> list[Results]:
+    """What the runs' ``results.json`` say, whose losses are of the same text.
+
+    Raises:
+        UserError: a run has no results, they are of other domains, or of other text.
+    """
+    found: list[Results] = []
+    for run in runs:
+        results = Results.read(run.run_dir)
+        if results is None:
+            raise UserError(str(run.run_dir), "has no results.json", "run its recipe first")
+        found.append(results)
+        _check_same(run, results, runs[0], found[0])
+    return found
 
 
 def _check_same(run: FinishedRun, results: Results, first: FinishedRun, theirs: Results) -> None:

@@ -104,51 +104,55 @@ def point(system: System, cost: Cost) -> Point:
     return float(cost.of(system) or 0.0), system.loss[MEAN]
 
 
-def picture(comparison: Comparison, cost: Cost) -> Markup:
-    """Mean score of every system against a cost, with the frontier as a stair, as SVG."""
-    systems = drawn(comparison, cost)
-    points = [point(system, cost) for system in systems]
-    best = frontier(points)
-    top = max((x for x, _ in points), default=0.0)
+def dot(system: System, cost: Cost, style: str, *, strong: bool = True) -> Dot:
+    """A system in a picture; ``style`` its colour's CSS class."""
+    x, y = point(system, cost)
+    spread = system.spread.get(MEAN, 0.0)
+    return Dot(label=system.name, x=x, y=y, style=style, spread=spread, strong=strong)
+
+
+def axes(cost: Cost, dots: Sequence[Dot], least: float, name: str) -> Axes:
+    """For dots of mean scores, from the cost ``least`` on; ``name``: what the picture shows."""
+    top = max((dot.x for dot in dots), default=0.0)
     scale, unit = cost.unit(top)
-    dots = [
-        Dot(
-            label=system.name,
-            x=x / scale,
-            y=y,
-            style=_style(system),
-            spread=system.spread.get(MEAN, 0.0),
-            strong=(x, y) in best,
-        )
-        for system, (x, y) in zip(systems, points, strict=True)
-    ]
     low = min((dot.y - dot.spread for dot in dots), default=0.0)
     high = max((dot.y + dot.spread for dot in dots), default=1.0)
     margin = 0.06 * (high - low or 1.0)
-    axes = Axes(
-        x_range=(0, top / scale or 1),
+    return Axes(
+        x_range=(least, top if top > least else least + scale),
         y_range=(low - margin, high + margin),
         x_label=f"{cost.axis} ({unit})",
         y_label="mean held-out loss (nats/token)",
-        name=f"{cost.title}: mean held-out loss of every system",
+        name=name,
         width=660,
         height=max(340, 60 + 22 * len(dots)),
         left=60,
         right=100,
+        x_unit=scale,
     )
-    axes.line(Line(label="frontier", points=_stair(best, top, scale), style="frontier"))
-    axes.dots(dots)
-    return axes.render()
 
 
-def _stair(best: Sequence[Point], top: float, scale: float) -> list[Point]:
+def picture(comparison: Comparison, cost: Cost) -> Markup:
+    """Mean score of every system against a cost, with the frontier as a stair, as SVG."""
+    systems = drawn(comparison, cost)
+    best = frontier([point(system, cost) for system in systems])
+    dots = [
+        dot(system, cost, _style(system), strong=point(system, cost) in best) for system in systems
+    ]
+    made = axes(cost, dots, 0.0, f"{cost.title}: mean held-out loss of every system")
+    made.line(Line(label="frontier", points=_stair(best, made.x_range[1]), style="frontier"))
+    made.dots(dots)
+    return made.render()
+
+
+def _stair(best: Sequence[Point], top: float) -> list[Point]:
     """What can be had for at most a cost: level until the next of the frontier."""
     found: list[Point] = []
     for x, y in best:
         if found:
-            found.append((x / scale, found[-1][1]))
-        found.append((x / scale, y))
-    return [*found, (top / scale, found[-1][1])] if found else []
+            found.append((x, found[-1][1]))
+        found.append((x, y))
+    return [*found, (top, found[-1][1])] if found else []
 
 
 def _style(system: System) -> str:

@@ -6,8 +6,14 @@ from collections.abc import Sequence
 
 from megatron_btx.report import comparison_charts, html
 from megatron_btx.report.comparison import Comparison
-from megatron_btx.report.comparison_tables import HEAD, cells, notes, tables
+from megatron_btx.report.comparison_tables import HEAD, Table, cells, notes, tables
 from megatron_btx.report.html import Cell
+
+_CAPTION = (
+    "Mean held-out loss against {}, of the systems that are one model or one ensemble. The stair "
+    "is the frontier: the best that can be had for at most so much; on it names are bold. Bars are "
+    "the standard deviation over the random seeds."
+)
 
 
 def render(comparison: Comparison, title: str, against: Sequence[str] = (), tasks: str = "") -> str:
@@ -33,19 +39,23 @@ def render(comparison: Comparison, title: str, against: Sequence[str] = (), task
         "compare.html",
         name=title,
         notes=notes(comparison),
-        head=_plain(names),
+        head=plain_cells(names),
         rows=rows,
-        below=[
-            (what, _plain(head), [("", _plain(row)) for row in rest])
-            for what, (head, *rest) in tables(comparison, against)
-        ],
+        below=[html_table(table) for table in tables(comparison, against)],
         tasks=tasks,
         pictures=[
-            (cost.title, cost.said, comparison_charts.picture(comparison, cost))
+            (cost.title, _CAPTION.format(cost.said), comparison_charts.picture(comparison, cost))
             for cost in comparison_charts.COSTS
         ],
     )
 
 
-def _plain(row: Sequence[str]) -> list[Cell]:
+def html_table(table: Table) -> tuple[str, list[Cell], list[tuple[str, list[Cell]]]]:
+    """What the template takes: what it shows, the head, the rows."""
+    what, (head, *rows) = table
+    return what, plain_cells(head), [("", plain_cells(row)) for row in rows]
+
+
+def plain_cells(row: Sequence[str]) -> list[Cell]:
+    """Without a style."""
     return [(text, "") for text in row]

@@ -66,6 +66,25 @@ def runs_of(files: Sequence[Path], base: str | None, seeds: int) -> list[Finishe
     return runs
 
 
+def groups_of(
+    files: Sequence[Path], bases: Sequence[str], seeds: int
+) -> dict[str, list[FinishedRun]]:
+    """The runs under each base, by its file's name; without one under the recipes' own."""
+    found: dict[str, list[FinishedRun]] = {}
+    owner: dict[Path, str] = {}
+    every: Sequence[str | None] = bases or [None]
+    for base in every:
+        name = "" if base is None else Path(base).stem
+        if name in found:
+            raise UserError(f"--base {base}", f"there are two of the name {name}", "rename one")
+        found[name] = runs_of(files, base, seeds)
+        for run in found[name]:
+            if owner.setdefault(run.run_dir, name) != name:
+                what = f"{name} and {owner[run.run_dir]} both run in {run.run_dir}"
+                raise UserError("run_dir", what, "give each base a `run_dir:` of its own")
+    return found
+
+
 def run_one(one: FinishedRun, runs: Sequence[FinishedRun], place: str) -> int:
     """Run what is left of one; the exit code. ``place`` is told: ``2/6``."""
     from megatron_btx.pipeline.local.run import run_left

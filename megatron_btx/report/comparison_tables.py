@@ -28,7 +28,7 @@ def cells(comparison: Comparison) -> list[list[str]]:
             system.name,
             *(shown(comparison, system, column) for column in comparison.columns),
             _amount(system.result.train_tokens),
-            _flops(system.result.train_flops),
+            told_flops(system.result.train_flops),
             _share(system.result.moe_share),
             clock(system.train_seconds) if system.train_seconds is not None else "-",
             _amount(system.result.params_total),
@@ -165,7 +165,7 @@ def _by_stage(comparison: Comparison) -> list[list[str]]:
     each = [(system.name, system.train_flops_by_stage) for system in comparison.systems]
     stages = list(dict.fromkeys(stage for _, costs in each for stage in costs))
     rows = [
-        [name, *(_flops(costs[stage]) if stage in costs else "" for stage in stages)]
+        [name, *(told_flops(costs[stage]) if stage in costs else "" for stage in stages)]
         for name, costs in each
     ]
     return [["system", *stages], *rows]
@@ -175,7 +175,8 @@ def _amount(number: int | None) -> str:
     return UNKNOWN if number is None else amount(number)
 
 
-def _flops(number: int | None) -> str:
+def told_flops(number: int | None) -> str:
+    """``1.23e+20``."""
     return UNKNOWN if number is None else f"{number:.3g}"
 
 
@@ -210,10 +211,16 @@ def plain(comparison: Comparison, against: Sequence[str] = ()) -> str:
 def as_json(
     comparison: Comparison, against: Sequence[str] = (), tasks: Mapping[str, Any] | None = None
 ) -> str:
-    """All of it for other programs, unrounded, a system a line: ``losses`` by random seed, from
-    which every other score can be computed; with ``tasks``, scores by system."""
+    """:func:`content`, a system a line; with ``tasks``, scores by system."""
+    told = content(comparison, against) | ({"tasks": dict(tasks)} if tasks else {})
+    return json_lines(told, 2) + "\n"
+
+
+def content(comparison: Comparison, against: Sequence[str] = ()) -> dict[str, Any]:
+    """All of it for other programs, unrounded: ``losses`` by random seed, from which every other
+    score can be computed."""
     names = list(dict.fromkeys([comparison.best[MEAN], *against]))
-    content: dict[str, Any] = {
+    return {
         "columns": comparison.columns,
         "best": dict(comparison.best),
         "systems": {system.name: _system(comparison, system) for system in comparison.systems},
@@ -227,9 +234,6 @@ def as_json(
             for system in comparison.systems
         },
     }
-    if tasks:
-        content["tasks"] = dict(tasks)
-    return json_lines(content, 2) + "\n"
 
 
 def _system(comparison: Comparison, system: System) -> dict[str, Any]:
@@ -272,11 +276,11 @@ def _paired(found: Paired) -> dict[str, Any]:
     return {"mean": found.mean, "stdev": found.stdev, "interval": interval, "n": len(found.values)}
 
 
-def json_lines(content: Any, depth: int) -> str:
+def json_lines(value: Any, depth: int) -> str:
     """JSON with a line for each key of the outer ``depth`` mappings."""
-    if depth == 0 or not isinstance(content, dict) or not content:
-        return json.dumps(content)
-    lines = [f"{json.dumps(key)}: {json_lines(value, depth - 1)}" for key, value in content.items()]
+    if depth == 0 or not isinstance(value, dict) or not value:
+        return json.dumps(value)
+    lines = [f"{json.dumps(key)}: {json_lines(part, depth - 1)}" for key, part in value.items()]
     return "{\n" + ",\n".join(lines) + "\n}"
 
 

@@ -14,12 +14,13 @@ from typing import Any
 from megatron_btx.errors import UserError
 from megatron_btx.evaluate.results import MEAN
 from megatron_btx.files import check_directory, check_file, written
-from megatron_btx.report import charts, comparison_charts, table
+from megatron_btx.report import charts, comparison_charts, sweep, table
 from megatron_btx.report.comparison import Comparison
 from megatron_btx.report.comparison_charts import Cost
 from megatron_btx.report.plots import figure
 from megatron_btx.report.routing import MEASURES, RoutingView, heatmaps
 from megatron_btx.report.run_data import RunData
+from megatron_btx.report.sweep import Sweep
 from megatron_btx.svg import document, element
 
 FORMATS = ("svg", "png", "csv")
@@ -208,3 +209,14 @@ def _against(made: Comparison, cost: Cost) -> Figure:
         rows.append([*row, system.train_seconds, int(on)])
     picture = comparison_charts.picture(made, cost)
     return Figure(name=f"compare_{cost.key}", svg=figure([("", [("", picture)])]), rows=rows)
+
+
+def of_sweep(made: Sweep) -> Figure:
+    """Mean score of every system and base."""
+    rows: list[list[Any]] = [["base", "system", "runs", "train_flops", "loss_mean", "spread_mean"]]
+    for base, comparison in made.items():
+        for system in map(comparison.named, sweep.names(made)):
+            cost, spread = system.result.train_flops, system.spread.get(MEAN)
+            losses = [system.loss[MEAN], spread]
+            rows.append([base, system.name, len(system.losses), cost, *losses])
+    return Figure(name="compare", svg=figure([("", [("", sweep.picture(made))])]), rows=rows)

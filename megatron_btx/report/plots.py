@@ -39,6 +39,7 @@ class Dot:
     """One labelled point."""
 
     label: str
+    """May be empty."""
     x: float
     y: float
     style: str
@@ -64,6 +65,8 @@ class Axes:
     right: int = 12
     """Room beside the axes, for labels of points."""
     x_format: Callable[[float], str] = lambda value: f"{value:g}"
+    x_unit: float = 1.0
+    """Values of x are told as multiples of it."""
     parts: list[Markup] = field(default_factory=list)
 
     top, bottom = 10, 38
@@ -101,6 +104,8 @@ class Axes:
         room = labels.Box(self.left, self.top, self.width, self.height - self.bottom)
         boxes = labels.place(places, [dot.label for dot in ordered], room)
         for dot, (x, y), box in zip(ordered, places, boxes, strict=True):
+            if not dot.label:
+                continue
             middle = (box.top + box.bottom) / 2
             near, anchor = (box.left, "start") if box.left > x else (box.right, "end")
             style = "mark" if dot.strong else "mark light"
@@ -127,8 +132,10 @@ class Axes:
                 element("line", class_="grid", x1=self.left, x2=right, y1=y, y2=y),
                 text(shown, "tick", self.left - 6, y + 4, "end"),
             ]
-        for tick in ticks(*self.x_range, 5):
-            grid.append(text(self.x_format(tick), "tick", self.x(tick), base + 15, "middle"))
+        low, high = (value / self.x_unit for value in self.x_range)
+        for tick in ticks(low, high, 5):
+            x = self.x(tick * self.x_unit)
+            grid.append(text(self.x_format(tick), "tick", x, base + 15, "middle"))
         centre, height = (self.left + right) / 2, (self.top + base) / 2
         grid += [
             element("line", class_="axis", x1=self.left, x2=right, y1=base, y2=base),

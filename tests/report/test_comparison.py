@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from megatron_btx.cli.main import main
 from megatron_btx.errors import UserError
 from megatron_btx.evaluate.results import SystemResult
 from megatron_btx.report import comparison, comparison_charts, comparison_tables, figures
@@ -18,7 +19,7 @@ from megatron_btx.report.comparison import Comparison, FinishedRun, System
 from megatron_btx.report.comparison_charts import frontier
 from megatron_btx.report.paired import Paired, student_t
 from megatron_btx.train import goodput
-from tests.report.made import FINAL, make_run
+from tests.report.made import DEMO, FINAL, make_run
 
 
 def two(tmp_path: Path, change: Callable[[dict[str, Any]], object]) -> list[FinishedRun]:
@@ -179,6 +180,65 @@ def test_retention(three: Comparison) -> None:
     nothing = dataclasses.replace(three.named("expert:math"), losses=three.named("seed").losses)
     systems = (three.systems[0], nothing, *three.systems[2:])
     assert comparison_tables.retention(dataclasses.replace(three, systems=systems)) is None
+
+
+def test_several_bases_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The command reads the runs under each base; nothing is left to run."""
+    for name in ("short", "long"):
+        (tmp_path / name).mkdir()
+        recipe, run_dir = make_run(tmp_path / name)
+        (tmp_path / f"{name}.yaml").write_text((tmp_path / name / "recipe.yaml").read_text())
+    path = run_dir / "results.json"
+    content = json.loads(path.read_text())
+    content["systems"]["btx"] |= {"train_flops": 5e15, "loss": {**FINAL["btx"], "mean": 2.5}}
+    path.write_text(json.dumps(content))
+    (tmp_path / "one.yaml").write_text("base: short.yaml\n")
+    words = ["compare", str(tmp_path / "one.yaml"), "--out", str(tmp_path / "out")]
+    words += [f"--base={tmp_path / name}.yaml" for name in ("short", "long")]
+    assert main([*words, "--against", "dense", "--format", "csv"]) == 0
+    told = [line.split() for line in capsys.readouterr().out.splitlines()]
+    mean = {name: sum(loss.values()) / 4 for name, loss in FINAL.items()}
+    assert told[1:4] == [
+        ["system", "short", "long"],
+        ["dense", f"{mean['dense']:.3f}", f"{mean['dense']:.3f}"],
+        [recipe.name, f"{mean['btx']:.3f}*", "2.500*"],
+    ]
+    gaps = [f"{mean['btx'] - mean['dense']:+.3f}", f"{2.5 - mean['dense']:+.3f}"]
+    assert [recipe.name, *gaps] in told
+    assert told[-2][2] == "5e+15"
+    bases = json.loads((tmp_path / "out" / "compare.json").read_text())["bases"]
+    assert bases["long"]["systems"][recipe.name]["losses"]["1234"]["mean"] == 2.5
+    rows = (tmp_path / "out" / "compare.csv").read_text().splitlines()
+    assert rows[-1] == f"long,{recipe.name},1,5000000000000000,2.5,"
+    assert recipe.name in (tmp_path / "out" / "compare.html").read_text()
+    content["text"]["code"]["tokens"] = 61440
+    path.write_text(json.dumps(content))
+    assert main(words) == 2
+    assert "other text of code" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--base", "a/base.yaml", "--base", "b/base.yaml"], "there are two of the name base"),
+        (["--base", "a/base.yaml", "--base", "same.yaml"], "same and base both run in"),
+        (["--base", "a/base.yaml", "--base", "same.yaml", "--tasks", "gsm8k=x"], "give one --base"),
+    ],
+)
+def test_bases_that_do_not_go_together(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    more: list[str],
+    words: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a/base.yaml", "b/base.yaml", "same.yaml"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text(f"base: {DEMO}\nrun_dir: {tmp_path}/runs/{{name}}\n")
+    Path("one.yaml").write_text("base: same.yaml\n")
+    assert main(["compare", "one.yaml", "--dry-run", *more]) == 2
+    assert words in capsys.readouterr().err
 
 
 def test_the_frontier() -> None:
