@@ -5,9 +5,9 @@
 
 Each of the rounds trains two steps and saves synchronously, then trains, begins an asynchronous
 save, trains on until it is whole, and ends it. One JSON line: bytes, median seconds of the
-synchronous save, of the stall (beginning, looks, end), their ratio, and how long a step takes
-before and beside the writing. The files lie in ``--folder`` and are removed. That both hold the
-same is held by tests/engine/test_async_save.py.
+synchronous save, of the stall (beginning, looks, end; also as CPU seconds, which other work on the
+machine moves less), their ratio, and how long a step takes before and beside the writing. The files
+lie in ``--folder`` and are removed. That both hold the same is held by tests/engine/test_async_save.py.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def rank(options: argparse.Namespace) -> dict[str, Any]:
         "samples": torch.arange(1),
     }
     taken: dict[str, list[float]] = {
-        name: [] for name in ("waits", "stall", "whole", "step_before", "step_beside")
+        name: [] for name in ("waits", "stall", "stall_cpu", "whole", "step_before", "step_beside")
     }
 
     def step(kind: str) -> None:
@@ -96,15 +96,18 @@ def rank(options: argparse.Namespace) -> dict[str, Any]:
         checkpoint.save(place(f"waits-{number}"), state, manifest)
         taken["waits"].append(time.perf_counter() - started)
         step("step_before")
-        begun = time.perf_counter()
+        begun, cpu_begun = time.perf_counter(), time.thread_time()
         writing = AsyncSave(place(f"beside-{number}"), state, manifest)
         stall, done = time.perf_counter() - begun, False
+        stall_cpu = time.thread_time() - cpu_begun
         while not done:
             step("step_beside")
-            looked = time.perf_counter()
+            looked, cpu_looked = time.perf_counter(), time.thread_time()
             done = writing.finished()
             stall += time.perf_counter() - looked
+            stall_cpu += time.thread_time() - cpu_looked
         taken["stall"].append(stall)
+        taken["stall_cpu"].append(stall_cpu)
         taken["whole"].append(time.perf_counter() - begun)
     size = sum(path.stat().st_size for path in place("beside-0").iterdir() if path.is_file())
     distributed.shutdown()
@@ -115,6 +118,7 @@ def rank(options: argparse.Namespace) -> dict[str, Any]:
         "MB": round(size / 1e6),
         "synchronous_save_s": round(median["waits"], 4),
         "stall_s": round(median["stall"], 4),
+        "stall_cpu_s": round(median["stall_cpu"], 4),
         "stall_of_synchronous": round(median["stall"] / median["waits"], 4),
         "asynchronous_save_s": round(median["whole"], 4),
         "step_s": round(median["step_before"], 4),

@@ -18,6 +18,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -53,6 +54,11 @@ _SAVED = re.compile(
     r".*\.distcp|\.metadata|common\.pt|(metadata|manifest|hashes)\.json|tokenizer|\..*\.tmp"
 )
 """Names of what lies in a checkpoint."""
+
+
+_tiled: WeakSet[object] = WeakSet()
+"""Models and optimizers whose shards Megatron has found, at their first save, to make up every
+tensor. Every rank's are gathered for that, and they do not change from save to save."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,6 +178,7 @@ def request(
         _remove(partial)
         partial.mkdir(parents=True)
     dist.barrier()
+    saved: object = state.model if state.optimizer is None else state.optimizer
     # Two writers a rank would fork two processes a rank; one is enough for one disk.
     strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
     content = state.sharded(is_loading=False)
@@ -181,19 +188,18 @@ def request(
         {**content, "checkpoint_version": 3.0},
         str(partial),
         strategy,
+        validate_access_integrity=saved not in _tiled,
         async_sharded_save=True,
         content_metadata=_saved_form(),
         **({"async_strategy": "mcore"} if SAVE_TAKES_STRATEGY else {}),
     )
     assert found is not None
+    _tiled.add(saved)
     return found
 
 
 def publish(
-    directory: Path,
-    manifest: dict[str, Any],
-    add_files: Callable[[Path], None] | None,
-    known: Mapping[str, str] | None = None,
+    directory: Path, manifest: dict[str, Any], add_files: Callable[[Path], None] | None
 ) -> None:
     """Complete what all ranks have written, and give it its name. Every rank calls it.
 
@@ -201,22 +207,35 @@ def publish(
         directory: the final name.
         manifest: written now.
         add_files: as of :func:`save`.
-        known: hashes of files that this rank has written, where they are known already.
     """
     partial = partial_of(directory)
     if is_first_rank():
-        _write_common(partial)
-        if add_files is not None:
-            add_files(partial)
-        write_json(partial / MANIFEST, manifest)
+        complete(partial, manifest, add_files)
     dist.barrier()
-    hashes = checkpoint_hashes.take_hashes(partial, known or {})
+    hashes = checkpoint_hashes.take_hashes(partial)
     if is_first_rank():
-        write_small(partial / HASHES, hashes_json(hashes))
-        _remove(directory)
-        os.rename(partial, directory)
-        sync_directory(directory.parent)
+        give_name(directory, hashes)
     dist.barrier()
+
+
+def complete(
+    partial: Path, manifest: dict[str, Any], add_files: Callable[[Path], None] | None
+) -> None:
+    """Add what one rank writes for all to what all have written. The first rank calls it."""
+    _write_common(partial)
+    if add_files is not None:
+        add_files(partial)
+    write_json(partial / MANIFEST, manifest)
+
+
+def give_name(directory: Path, hashes: Mapping[str, str]) -> None:
+    """A checkpoint that lacks but the hashes of its files becomes whole. The first rank calls
+    it."""
+    partial = partial_of(directory)
+    write_small(partial / HASHES, hashes_json(hashes))
+    _remove(directory)
+    os.rename(partial, directory)
+    sync_directory(directory.parent)
 
 
 def partial_of(directory: Path) -> Path:

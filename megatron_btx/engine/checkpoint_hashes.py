@@ -11,7 +11,7 @@ import io
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,26 +30,29 @@ _OWN = re.compile(r"__(\d+)_\d+\.distcp")
 _LISTED = {**safe_unpickle.METADATA_NAMES, **safe_unpickle.COMMON_NAMES}
 
 
-def take_hashes(directory: Path, known: Mapping[str, str]) -> dict[str, str]:
+def take_hashes(directory: Path) -> dict[str, str]:
     """The hash of every file of a directory that is complete. Every rank calls it.
-
-    Args:
-        directory: of the checkpoint.
-        known: those that this rank has taken as it wrote.
 
     Raises:
         OSError: some rank cannot read a file.
     """
     names = from_first_rank(files_of(directory))
-    taken = {name for part in _all_ranks(dict(known)) for name in part}
     found: dict[str, str] | OSError = {}
     try:
-        left = _share([name for name in names if name not in taken])
-        found = {**known, **{name: hash_file(directory / name) for name in left}}
+        found = {name: hash_file(directory / name) for name in _share(names)}
     except OSError as error:
         found = error
+    return joined(found)
+
+
+def joined(own: dict[str, str] | OSError) -> dict[str, str]:
+    """The hashes that all ranks have taken, on every rank. Every rank calls it.
+
+    Raises:
+        OSError: some rank could not.
+    """
     hashes: dict[str, str] = {}
-    for part in _all_ranks(found):
+    for part in _all_ranks(own):
         if isinstance(part, OSError):
             raise part
         hashes |= part
