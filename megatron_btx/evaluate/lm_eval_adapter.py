@@ -1,13 +1,15 @@
-"""A :class:`Predictor` as a model of lm-eval, the field's evaluation harness."""
+"""A :class:`Predictor` as a model of lm-eval, the field's evaluation harness, and its tasks."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
+from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
@@ -25,6 +27,78 @@ _NEUTRAL: dict[str, Any] = {
 """Options of generation that we have not, at the value at which they do nothing."""
 _OF_DRAWS = ("top_k", "top_p", "min_p", "typical_p")
 """Those that do nothing where nothing is drawn."""
+
+
+BITS = "bits_per_byte"
+
+
+class Task(ConfigurableTask):
+    """lm-eval's, which also has the metric ``bits_per_byte`` where its ``metric_list`` names it:
+    the bits of an item's right answer behind the same context, over the answer's UTF-8 bytes.
+
+    The right answer is of multiple choice the right choice (where the choices stand in the context:
+    what follows the right one); of generation the answer as an example would show it, of several
+    the first. What separates it from the context is in the bits and not in the bytes, as in
+    lm-eval's ``acc_bytes``.
+    """
+
+    _instances: list[Instance]
+
+    @property
+    def _generates(self) -> bool:
+        return bool(self.OUTPUT_TYPE == "generate_until")
+
+    def construct_requests(self, doc: Any, ctx: Any, **kwargs: Any) -> Any:
+        """Of generation with one more, for the answer's likelihood."""
+        asked = super().construct_requests(doc, ctx, **kwargs)
+        if BITS not in self._metric_fn_list or not self._generates:
+            return asked
+        answer = f"{self.config.target_delimiter}{self._answer(doc)}"
+        arguments, metadata = (ctx, answer), kwargs["metadata"]
+        return [asked, Instance("loglikelihood", doc, arguments, idx=1, metadata=metadata)]
+
+    def apply_filters(self) -> None:
+        """Of what was generated; likelihoods stay as they are."""
+        every = self._instances
+        likelihoods = [one for one in every if one.request_type == "loglikelihood"]
+        if self._generates:
+            self._instances = [one for one in every if one.request_type != "loglikelihood"]
+        super().apply_filters()
+        if self._generates:
+            filters = self._instances[0].filtered_resps
+            for one in likelihoods:
+                one.filtered_resps = dict.fromkeys(filters, one.resps[0])
+        self._instances = every
+
+    def process_results(self, doc: Any, results: Any) -> Any:
+        """The task's own metrics, and this one."""
+        if BITS not in self._metric_fn_list or self.OUTPUT_TYPE == "loglikelihood_rolling":
+            return super().process_results(doc, results)
+        own = results[:-1] if self._generates else results
+        log_prob, _ = results[-1] if self._generates else results[self._right(doc)]
+        size = len(self._answer(doc).encode())
+        return {**super().process_results(doc, own), BITS: -log_prob / math.log(2) / size}
+
+    def _right(self, doc: Any) -> int:
+        """Of multiple choice, which choice is."""
+        choices = self.doc_to_choice(doc)
+        right = self.doc_to_text(doc) if self.multiple_input else self.doc_to_target(doc)
+        place = choices.index(right) if isinstance(right, str) else right
+        if not isinstance(place, int) or not 0 <= place < len(choices):
+            raise ValueError(f"the right answer {right!r} is none of {len(choices)} choices")
+        return place
+
+    def _answer(self, doc: Any) -> str:
+        if self._generates:
+            found = self.doc_to_target(doc, self.fewshot_cfg.doc_to_target)
+            answer = str(found[0] if isinstance(found, list) else found)
+        elif self.multiple_input:
+            answer = str(self.doc_to_target(doc))
+        else:
+            answer = str(self.doc_to_choice(doc)[self._right(doc)])
+        if not answer:
+            raise ValueError("an answer is empty")
+        return answer
 
 
 class Harness(TemplateLM):
@@ -70,13 +144,19 @@ class Harness(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        rows = [
-            self._row(context, continuation, number)
-            for number, (_, context, continuation) in enumerate(requests)
-        ]
+        rows: list[ScoredText] = []
+        owners: list[int] = []
+        for number, (_, context, continuation) in enumerate(requests):
+            added = list(self._rows(context, continuation, number))
+            rows += added
+            owners += [number] * len(added)
         with self._running():
             scores = self._predictor.score(rows, self._progress)
-        return [(score.log_prob, score.is_greedy) for score in scores]
+        totals = [(0.0, True)] * len(requests)
+        for owner, score in zip(owners, scores, strict=True):
+            log_prob, is_greedy = totals[owner]
+            totals[owner] = (log_prob + score.log_prob, is_greedy and score.is_greedy)
+        return totals
 
     def loglikelihood_rolling(
         self, requests: list[Instance], disable_tqdm: bool = True
@@ -139,10 +219,19 @@ class Harness(TemplateLM):
             until=until,
         )
 
-    def _row(self, context: Sequence[int], continuation: Sequence[int], number: int) -> ScoredText:
+    def _rows(
+        self, context: Sequence[int], continuation: Sequence[int], number: int
+    ) -> Iterator[ScoredText]:
+        """What is run to score a continuation: a row; of one that is longer than the model's
+        context several, each token with half a context before it at least, if there is so much."""
         if not context or context[0] != self._predictor.start_id:
             context = [self._predictor.start_id, *context]
         most = self._predictor.seq_length + 1
-        self.cut += len(context) + len(continuation) > most
-        ids = (*context, *continuation)[-most:]
-        return ScoredText(ids, max(1, len(ids) - len(continuation)), number)
+        ids = (*context, *continuation)
+        self.cut += len(ids) > most
+        first, fits = len(context), len(continuation) < most
+        while first < len(ids):
+            end = len(ids) if fits else min(len(ids), first + most // 2)
+            begin = max(0, end - most)
+            yield ScoredText(ids[begin:end], first - begin, number)
+            first = end

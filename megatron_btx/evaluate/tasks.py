@@ -161,9 +161,9 @@ def _items(files: Sequence[str], shots: Sequence[str]) -> dict[str, Any]:
 
 
 def _task(config: dict[str, Any]) -> Any:
-    from lm_eval.api.task import ConfigurableTask
+    from megatron_btx.evaluate.lm_eval_adapter import Task
 
-    task = ConfigurableTask(config=dict(config))
+    task = Task(config=dict(config))
     if task.config.num_fewshot is None:
         task.set_config(key="num_fewshot", value=0)
     task.set_fewshot_seed(seed=SHOTS_SEED)

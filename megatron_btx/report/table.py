@@ -4,7 +4,7 @@ evaluate`` prints."""
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import IO, Any
 
 from megatron_btx.evaluate.results import MEAN, Results, SystemResult
@@ -218,6 +218,18 @@ def _percent(score: float, stderr: float | None) -> str:
     return f"{100 * score:.1f}" + ("" if stderr is None else f" ±{100 * stderr:.1f}")
 
 
+def _answer_bits(result: Mapping[str, Any], names: Sequence[str]) -> str:
+    """Bits per byte of the right answers, of the tasks that have it; empty if none has."""
+    rows = []
+    for checkpoint, found in result.items():
+        bits = [found["tasks"][name]["metrics"].get("bits_per_byte") for name in names]
+        known = [one for one in bits if one is not None]
+        if known:
+            cells = ["-" if one is None else f"{one:.3f}" for one in bits]
+            rows.append([checkpoint, *cells, f"{sum(known) / len(known):.3f}"])
+    return "\n" + columns(["answers' bits/byte", *names, "average"], rows) if rows else ""
+
+
 def tasks_table(result: Mapping[str, Any]) -> str:
     """A row a checkpoint, a column a task, and their mean, as in the paper's tables."""
     names = list(next(iter(result.values()))["tasks"])
@@ -232,6 +244,7 @@ def tasks_table(result: Mapping[str, Any]) -> str:
         for name in names
     )
     text = columns(["score (%)", *names, "average"], rows) + said + "\n"
+    text += _answer_bits(result, names)
     for checkpoint, found in result.items():
         for name, entry in found["tasks"].items():
             if entry["cut"]:

@@ -18,6 +18,7 @@ from megatron_btx.errors import UserError
 from megatron_btx.evaluate import code_exec
 from megatron_btx.evaluate.model_spec import Subject
 from megatron_btx.recipe.schema import Layout
+from megatron_btx.report.table import tasks_table
 from tests.evaluate import made, ranks_side
 from tests.ranks import Ranks
 
@@ -100,6 +101,66 @@ def test_a_model_that_knows(here: Path, ranks: Ranks, tmp_path: Path) -> None:
     assert scores["humaneval"] == 0.5
     assert scores["winogrande"] == 0.25  # behind "A:" the end of the sentence is likely
     assert found["tasks"]["humaneval"]["metric"] == "pass_at_1"
+
+
+def _bits_per_byte(path: Path, context: str, answer: str) -> float:
+    """Of an answer, by ``transformers``: contexts lose their beginning before 33 tokens; an answer
+    that is longer goes through the model by 16 tokens, each behind as many as there is room for."""
+    spoken = made.tokenizer()
+    before, ids = (spoken.encode([text])[0].tolist() for text in (context, f"{context} {answer}"))
+    ids, first = [spoken.eos_id, *ids], 1 + len(before)
+    step = 16 if len(ids) - first > 32 else 32
+    nats = 0.0
+    for start in range(first, len(ids), step):
+        end = min(start + step, len(ids))
+        begin = max(0, end - 33)
+        log_probs = made.log_probs(path, ids[begin : end - 1])
+        nats -= sum(log_probs[place - begin - 1, ids[place]].item() for place in range(start, end))
+    return nats / math.log(2) / len(answer.encode())
+
+
+def test_bits_per_byte_of_the_right_answers(here: Path, ranks: Ranks, tmp_path: Path) -> None:
+    """Against ``transformers``, each item counting the same: of a choice, of what follows the right
+    choice, of the first of several answers, of a whole solution, longer than the model's context
+    too. Of a model for which every token is as likely it is known without any."""
+    pytest.importorskip("transformers")
+    names = ("arc_easy", "winogrande", "nq_open", "gsm8k")
+    tasks = asked(tmp_path, *names)
+    long = {"question": "é?", "answer": f"{made.TEXTS['x'][0]}\n#### 7"}
+    with Path(tasks[3]["files"][0]).open("a") as file:
+        file.write(json.dumps(long) + "\n")
+    wanted = {
+        "arc_easy": [("Question: Q: how many?\nAnswer:", gold) for gold in "78877"],
+        "winogrande": [("A: x A:", "#### 7"), *[("A: y loop", "#### 7")] * 3],
+        "nq_open": [
+            ("Answer these questions:\n\nQ: how many?\nA:", answer)
+            for answer in ("six", "eight", "the #### 7")
+        ],
+        "gsm8k": [
+            (f"Question: {item['question']}\nAnswer:", item["answer"])
+            for item in (*ITEMS["gsm8k"], long)
+        ],
+    }
+    (found,) = ranks.run(ranks_side.tasks, 1, one(here / "a"), Layout(), tasks)
+    for name, pairs in wanted.items():
+        each = [_bits_per_byte(here / "a", *pair) for pair in pairs]
+        bits = found["tasks"][name]["metrics"]["bits_per_byte"]
+        assert bits == pytest.approx(statistics.fmean(each), rel=1e-4), name
+    table = tasks_table({"a": found})
+    assert "answers' bits/byte" in table
+    assert f"{found['tasks']['gsm8k']['metrics']['bits_per_byte']:.3f}" in table
+    (found,) = ranks.run(ranks_side.tasks, 1, one(here / "uniform"), Layout(), tasks[:1])
+    spoken = made.tokenizer()
+    tokens = len(spoken.encode(["A: 7"])[0]) - len(spoken.encode(["A:"])[0])
+    bits = found["tasks"]["arc_easy"]["metrics"]["bits_per_byte"]
+    assert bits == pytest.approx(tokens * math.log2(spoken.vocab_size))
+
+
+def test_a_right_answer_must_be_there(here: Path, ranks: Ranks, tmp_path: Path) -> None:
+    (task,) = asked(tmp_path, "winogrande")
+    Path(task["files"][0]).write_text(json.dumps({**ITEMS["winogrande"][0], "answer": "3"}))
+    with pytest.raises(AssertionError, match="the right answer 2 is none of 2 choices"):
+        ranks.run(ranks_side.tasks, 1, one(here / "uniform"), Layout(), [task])
 
 
 def test_shots_and_limit(here: Path, ranks: Ranks, tmp_path: Path) -> None:
