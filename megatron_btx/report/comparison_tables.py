@@ -66,8 +66,8 @@ def notes(comparison: Comparison) -> list[str]:
     seeds = max(len(system.losses) for system in comparison.systems)
     if seeds > 1:
         lines.append(
-            f"Mean ± sample standard deviation over {seeds} random seeds; ~ the 95% interval of "
-            "the paired difference from the best holds 0 (Student's t)."
+            f"Mean ± sample standard deviation over {seeds} random seeds, of the time the least; "
+            "~ the 95% interval of the paired difference from the best holds 0 (Student's t)."
         )
     chosen = [(system.name, system.result.expert_choice) for system in comparison.systems]
     lines += [

@@ -277,3 +277,6 @@ def test_time_in_training_steps() -> None:
     ]
     assert goodput.rank_seconds(records) == 2 * 0.5 + 4 * 0.25
     assert goodput.rank_seconds(records[:2]) is None
+    system = System(name="a", system="btx", result=SystemResult(name="btx", loss={}), losses={})
+    assert system.train_seconds is None
+    assert dataclasses.replace(system, seconds={1: 30.0, 2: 20.0}).train_seconds == 20.0
