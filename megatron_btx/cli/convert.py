@@ -24,17 +24,17 @@ _TO_MEGATRON = """examples:
   btx convert hf-to-megatron HF_DIR                 prints a recipe's `model:` block
   btx convert hf-to-megatron HF_DIR OUT --dtype bf16 --memory 2GiB
 
-Llama 2 and 3, Mistral, Qwen2, Qwen3, Mixtral, Qwen2-MoE and Qwen3-MoE; docs/convert.md says what is
-checked of each. A recipe takes the result as `seed: {from: OUT}`, and HF_DIR itself just as well.
+docs/convert.md lists the families, and what is checked of each. A recipe takes the result as
+`seed: {from: OUT}`, and HF_DIR itself just as well.
 Started again after an interruption, it goes on from the finished files."""
 
 _TO_HF = """examples:
   btx convert megatron-to-hf STEP_DIR OUT
   btx convert megatron-to-hf runs/demo/finetune OUT --dtype bf16 --fused
 
-A dense model goes out as the family it came from, or the first that computes it; a mixture as
-Mixtral, Qwen2-MoE or Qwen3-MoE; docs/convert.md. What none of them computes is refused, with the
-reason. Started again after an interruption, it goes on from the finished files."""
+A model goes out as the family it came from, or the first that computes it: docs/convert.md. What
+none of them computes is refused, with the reason.
+Started again after an interruption, it goes on from the finished files."""
 
 _ARGUMENTS = """examples:
   btx convert megatron-lm-args STEP_DIR

@@ -190,6 +190,22 @@ class Stated:
 
 
 @dataclass(frozen=True)
+class Unread:
+    """A key that changes nothing of what a model of this family computes, whatever it says; in
+    others it may. It is not written."""
+
+    key: str
+
+    def read(self, reading: ConfigReading) -> None:
+        """Nothing."""
+        reading.known.add(self.key)
+
+    def write(self, architecture: Architecture) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+
+@dataclass(frozen=True)
 class Always:
     """A field of our ``Model`` that all models of the family have and no key names."""
 

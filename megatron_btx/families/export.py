@@ -105,6 +105,8 @@ def write_hf(
     preferred = tokens.pop("model_type", None)
     chosen = wanted(plan.architecture, family) if family else None
     chosen = chosen or family_of(plan.architecture, preferred=preferred)
+    # Without a padding token that is said too: a class has one of its own, perhaps beyond the end.
+    tokens = {"pad_token_id": None, **tokens}
     config = chosen.write_config(plan.architecture) | {"torch_dtype": dtype, **tokens}
     own = {
         "config.json": config,

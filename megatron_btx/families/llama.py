@@ -3,10 +3,10 @@
 
 from __future__ import annotations
 
-from megatron_btx.families.config import Always, ConfigPart, Field, Fixed, Stated, Tied
+from megatron_btx.families.config import Always, ConfigPart, Field, Fixed, Stated, Tied, Unread
 from megatron_btx.families.family import Family
 from megatron_btx.families.positions import LayerWindows, Positions, Rope, Window
-from megatron_btx.families.table import Row, Table, gate_up, qkv
+from megatron_btx.families.table import Row, Table, fused_qkv, gate_up, qkv
 
 # fmt: off
 LAYER, HF = "decoder.layers.{layer}.", "model.layers.{layer}."
@@ -38,6 +38,17 @@ FFN: tuple[Row, ...] = (
     (LAYER + "mlp.linear_fc1.weight",
         (HF + "mlp.gate_proj.weight", HF + "mlp.up_proj.weight"), gate_up),
     (LAYER + "mlp.linear_fc2.weight", (HF + "mlp.down_proj.weight",), None),
+)
+FUSED_QKV: tuple[Row, ...] = (
+    ATTENTION[0],
+    (LAYER + "self_attention.linear_qkv.weight",
+        (HF + "self_attn.qkv_proj.weight",), fused_qkv),
+    ATTENTION[2],
+)
+FUSED_GATE_UP: tuple[Row, ...] = (
+    FFN[0],
+    (LAYER + "mlp.linear_fc1.weight", (HF + "mlp.gate_up_proj.weight",), None),
+    FFN[2],
 )
 HEAD: tuple[Row, ...] = (
     ("decoder.final_layernorm.weight", ("model.norm.weight",), None),
@@ -113,5 +124,30 @@ QWEN3 = Family(
         LayerWindows(from_layer=True),
         Always("qk_layernorm", True),
         Fixed("attention_bias", False),
+    ),
+)
+PHI3 = Family(
+    model_type="phi3",
+    architecture="Phi3ForCausalLM",
+    table=Table((*EMBEDDING, *FUSED_QKV, *FUSED_GATE_UP, *HEAD)),
+    config=(
+        *FIELDS,
+        WIDTH,
+        Field("num_key_value_heads", "num_query_groups"),
+        Rope(1e4, kinds=("default",)),
+        Window(),
+        Fixed("resid_pdrop", 0.0),
+        Fixed("embd_pdrop", 0.0),
+        Stated("attention_bias", False),
+        Stated("partial_rotary_factor", 1.0),
+        Unread("original_max_position_embeddings"),  # only longrope's
+        # Its makers' own code, which is that of transformers.
+        Stated(
+            "auto_map",
+            {
+                "AutoConfig": "configuration_phi3.Phi3Config",
+                "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM",
+            },
+        ),
     ),
 )

@@ -45,6 +45,8 @@ class Rope:
     ``rope_parameters`` as 5 does. Written in the older form, which both read."""
 
     default_theta: float
+    kinds: tuple[str, ...] = ("default", "llama3", "linear")
+    """Scalings that the family's class in ``transformers`` takes, of those that are computed."""
 
     LLAMA3 = {  # noqa: RUF012
         "low_freq_factor": 1.0,
@@ -70,10 +72,11 @@ class Rope:
             if rope.pop(key, None) != value:
                 reading.refuse(f"{key} of rope_scaling is not {value}, as Megatron has it")
         factor = rope.pop("factor", None)
-        scaled = kind in ("llama3", "linear")
-        if rope or not (scaled or kind == "default") or scaled != (factor is not None):
-            what = f"rope_scaling of type {kind} with {rope or factor}"
-            reading.refuse(f"{what}; llama3 and linear are supported")
+        what = f"rope_scaling of type {kind}"
+        if kind not in self.kinds:
+            reading.refuse(f"{what}; of this family {', '.join(self.kinds)} can be computed")
+        elif rope or (kind != "default") != (factor is not None):
+            reading.refuse(f"{what} with {rope or factor}")
         elif kind == "llama3":
             reading.model |= {"rope_scaling": True, "rope_scaling_factor": factor}
             reading.keys["rope_scaling_factor"] = "rope_scaling.factor"

@@ -53,11 +53,37 @@ class Interleave:
         ]
 
 
+@dataclass(frozen=True)
+class Fused:
+    """One tensor that holds parts one after the other, each whole, where the canonical one
+    interleaves them."""
+
+    parts: Interleave
+
+    def join(self, parts: Sequence[Expression]) -> Expression:
+        """The one tensor with its rows in the canonical order."""
+        (whole,) = parts
+        return self.parts.join(self._plain.split(whole))
+
+    def split(self, whole: Expression) -> list[Expression]:
+        """The inverse, alone in a list."""
+        return [self._plain.join(self.parts.split(whole))]
+
+    @property
+    def _plain(self) -> Interleave:
+        return Interleave(1, tuple(self.parts.groups * size for size in self.parts.sizes))
+
+
 def qkv(model: Model) -> Interleave:
     """Megatron's fused attention input, weights or biases: for every key/value head its query
     heads, it, its value."""
     queries = model.num_attention_heads // query_groups(model)
     return Interleave(query_groups(model), tuple(n * kv_channels(model) for n in (queries, 1, 1)))
+
+
+def fused_qkv(model: Model) -> Fused:
+    """The same from one tensor: all queries, all keys, all values."""
+    return Fused(qkv(model))
 
 
 def gate_up(model: Model) -> Interleave:
@@ -75,7 +101,7 @@ def shared_gate_up(model: Model) -> Interleave:
     return Interleave(1, (model.moe_shared_expert_intermediate_size or 0,) * 2)
 
 
-Operator = Callable[[Model], Interleave]
+Operator = Callable[[Model], Interleave | Fused]
 Row = tuple[str, tuple[str, ...], Operator | None]
 """A canonical name, the Hugging Face names that it is joined from, how (``None``: one, as it is).
 ``{layer}`` and ``{expert}`` stand for every layer and every expert; where only the canonical name
@@ -89,7 +115,7 @@ class Joined:
     canonical: tuple[str, ...]
     """One name, or every expert's where ``stacked``."""
     hf: tuple[str, ...]
-    operator: Interleave | None = None
+    operator: Interleave | Fused | None = None
     stacked: bool = False
 
 

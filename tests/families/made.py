@@ -47,6 +47,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
     "qwen2, some windows": ("Qwen2", WINDOW | {"max_window_layers": 2}),
     "qwen3": ("Qwen3", {"head_dim": 16}),
+    "phi3": ("Phi3", {"sliding_window": 7, "pad_token_id": None}),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "head_dim": 8}),
     "mixtral, window": ("Mixtral", {"num_local_experts": 4, "sliding_window": 7}),
     "qwen2 moe": (

@@ -51,6 +51,19 @@ _QWEN2 = {
     "transformers_version": "4.40.1", "use_cache": True, "use_sliding_window": False,
     "vocab_size": 70,
 }  # fmt: skip
+_PHI3 = {
+    "architectures": ["Phi3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+    "auto_map": {
+        "AutoConfig": "configuration_phi3.Phi3Config",
+        "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM",
+    },
+    "embd_pdrop": 0.0, "hidden_act": "silu", "hidden_size": 32, "initializer_range": 0.02,
+    "intermediate_size": 48, "model_type": "phi3", "num_attention_heads": 4,
+    "num_hidden_layers": 2, "pad_token_id": 69, "resid_pdrop": 0.0, "rms_norm_eps": 1e-05,
+    "rope_scaling": None, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+    "use_cache": True, "vocab_size": 70,
+}  # fmt: skip
+"""``pad_token_id`` is one of the vocabulary's, which is cut down."""
 _QWEN3 = _QWEN2 | {
     "architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "head_dim": 16,
     "max_position_embeddings": 40960, "model_type": "qwen3", "rope_scaling": None,
@@ -178,6 +191,19 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "attention_dropout": 0.0, "head_dim": 16, "max_position_embeddings": 128000,
         "rope_theta": 1000000.0, "sliding_window": None, "transformers_version": "4.43.0.dev0",
     },
+    "microsoft/Phi-3-mini-4k-instruct": _PHI3
+    | {
+        "_name_or_path": "Phi-3-mini-4k-instruct", "bos_token_id": 1, "eos_token_id": 32000,
+        "max_position_embeddings": 4096, "num_key_value_heads": 4,
+        "original_max_position_embeddings": 4096, "rope_theta": 10000.0, "sliding_window": 7,
+        "transformers_version": "4.40.2",
+    },
+    "microsoft/phi-4": {key: value for key, value in _PHI3.items() if key != "auto_map"}
+    | {
+        "bos_token_id": 100257, "eos_token_id": 100265, "max_position_embeddings": 16384,
+        "num_key_value_heads": 2, "original_max_position_embeddings": 16384,
+        "rope_theta": 250000, "sliding_window": None, "transformers_version": "4.47.0",
+    },
     "mistralai/Mixtral-8x7B-v0.1": _MIXTRAL
     | {"router_aux_loss_coef": 0.02, "transformers_version": "4.36.0.dev0"},
     "mistralai/Mixtral-8x22B-v0.1": _MIXTRAL
@@ -221,6 +247,13 @@ UNLIKE: list[tuple[str, dict[str, Any], str]] = [
                           "original_max_position_embeddings": 32768}},
         "of type yarn",
     ),
+    (
+        "microsoft/phi-4",  # as in Phi-3.5-mini
+        {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}},
+        "rope_scaling of type longrope; of this family default can be computed",
+    ),
+    ("microsoft/phi-4", {"partial_rotary_factor": 0.75}, "partial_rotary_factor is 0.75"),
+    ("microsoft/phi-4", {"auto_map": {"AutoModelForCausalLM": "modeling_x.X"}}, "auto_map is"),
     ("meta-llama/Llama-2-7b-hf", {"attention_bias": True}, "attention_bias is True"),
     (
         "meta-llama/Llama-2-7b-hf",  # transformers 4 reads the one, 5 the other

@@ -72,7 +72,16 @@ CHANGES: dict[str, list[Any]] = {
     "shared_expert_intermediate_size": [GONE, 24],
     "rms_norm_eps": [GONE, 1e-6],
     "is_causal": [True, False],
-    "model_type": ["llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen2_moe", "qwen3_moe"],
+    "model_type": [
+        "llama",
+        "mistral",
+        "qwen2",
+        "qwen3",
+        "phi3",
+        "mixtral",
+        "qwen2_moe",
+        "qwen3_moe",
+    ],
 }
 
 

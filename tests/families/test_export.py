@@ -58,6 +58,7 @@ def test_an_exported_moe_computes_megatrons_logits(ranks, tmp_path, name):
         ("mistral", "Mixtral"),
         ("qwen2, some windows", "Qwen2Moe"),
         ("qwen3", "Qwen3Moe"),
+        ("phi3", "Mixtral"),
     ],
 )
 def test_a_mix_of_equal_models_is_that_model(tmp_path, name, family):

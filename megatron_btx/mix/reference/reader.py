@@ -47,8 +47,8 @@ _OF_LAYER = {
 """Megatron's keys for the tensors of a layer; its two layer specs have other words for norms."""
 
 
-Part = tuple[int | None, int | None]
-"""Expert and half of a stacked tensor; of any other ``None`` twice."""
+Part = tuple[int | None, slice]
+"""Expert and rows of a stacked or a fused tensor; of any other ``None`` and all rows."""
 
 
 def open_plain(path: Path, declared: Mapping[str, Any]) -> PlainHF | PlainMegatron:
@@ -117,7 +117,8 @@ class PlainHF:
         self.path = path
         config = read_json(path / "config.json")
         self.model_type = config.get("model_type")
-        self.groups: int = config.get("num_key_value_heads") or config["num_attention_heads"]
+        heads: int = config["num_attention_heads"]
+        self.groups: int = config.get("num_key_value_heads") or heads
         count = config.get("num_local_experts") or config.get("num_experts") or 0
         self.experts: list[str] = config.get("btx_experts") or list(map(str, range(count)))
         self._open: dict[Path, Any] = {}
@@ -125,7 +126,8 @@ class PlainHF:
         self._twice: list[str] = []
         for file in _weight_files(path):
             for name in self._file(file).keys():  # noqa: SIM118
-                for each, part in _parts(_plain(name), self._file(file), name):
+                shape = self._file(file).get_slice(name).get_shape()
+                for each, part in _parts(_plain(name), shape, (heads, self.groups)):
                     if each in self._places:
                         self._twice.append(f"{each}: stored twice")
                     self._places[each] = (file, name, part)
@@ -140,11 +142,10 @@ class PlainHF:
         Raises:
             KeyError: there is none.
         """
-        path, stored, (expert, half) = self._places[name]
+        path, stored, (expert, rows) = self._places[name]
         if expert is None:
-            return self._file(path).get_tensor(stored)
-        own = self._file(path).get_slice(stored)[expert : expert + 1][0]
-        return own if half is None else own.chunk(2)[half]
+            return self._file(path).get_slice(stored)[rows]
+        return self._file(path).get_slice(stored)[expert : expert + 1][0][rows]
 
     def strays(self, expected: Sequence[str], declared: Mapping[str, Any]) -> list[str]:
         """What is stored and should not be."""
@@ -179,20 +180,26 @@ def _plain(name: str) -> str:
     return plain
 
 
-def _parts(name: str, file: Any, stored: str) -> Iterator[tuple[str, Part]]:
-    """What a stored tensor holds: itself, or one matrix or two of every expert, stacked."""
-    two = (("gate_proj", 0), ("up_proj", 1))
-    inside: dict[str, tuple[tuple[str, int | None], ...]] = {
-        "gate_up_proj": two,
-        "down_proj": (("down_proj", None),),
-    }
-    block, _, kind = name.rpartition(".experts.")
-    if not block or kind not in inside:
-        yield name, (None, None)
+def _parts(name: str, shape: Sequence[int], heads: tuple[int, int]) -> Iterator[tuple[str, Part]]:
+    """What a stored tensor holds: itself, matrices one above the other (``qkv_proj`` of so many
+    query and key/value heads, ``gate_up_proj``), or those of every expert, stacked."""
+    block, _, kind = name.removesuffix(".weight").rpartition(".")
+    experts = range(shape[0]) if block.endswith(".experts") and len(shape) == 3 else None
+    inside = {
+        "qkv_proj": dict(zip("qkv", (heads[0], heads[1], heads[1]), strict=True)),
+        "gate_up_proj": {"gate": 1, "up": 1},
+    }.get(kind)
+    if inside is None and experts is None:
+        yield name, (None, slice(None))
         return
-    for expert in range(file.get_slice(stored).get_shape()[0]):
-        for one, half in inside[kind]:
-            yield f"{block}.experts.{expert}.{one}.weight", (expert, half)
+    rows = shape[0] if experts is None else shape[1]
+    inside = inside or {kind.removesuffix("_proj"): 1}
+    unit, first = rows // sum(inside.values()), 0
+    for one, size in inside.items():
+        own = slice(first, first := first + size * unit)
+        for expert in (None,) if experts is None else experts:
+            place = block if expert is None else f"{block}.{expert}"
+            yield f"{place}.{one}_proj.weight", (expert, own)
 
 
 class PlainMegatron:
