@@ -3,7 +3,7 @@
 # make test-upstream   the part of the suite that leans on Megatron-Core, for the other release of it
 # make test-slurm   the tests on a real Slurm, which it installs (Debian, as root)
 # make check  ruff and mypy
-# PYTHON=3.11 or PYTHON=3.12 (with VENV=a directory) chooses the Python, and so the Megatron-Core
+# PYTHON=3.11 or PYTHON=/path/to/python3.12 (with VENV=a directory) chooses the Python, and so the Megatron-Core
 
 SHELL := /bin/bash
 VENV ?= .venv

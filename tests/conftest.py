@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
+import gc
+import os
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,8 +13,14 @@ from pathlib import Path
 import pytest
 
 from tests.bad import Commands
+from tests.budget import Rooms
 from tests.ranks import Ranks
 from tests.small import FAKE_KEY, Exported, btx, export, write_small
+
+# Before torch is imported: two workers use two cores, and more threads would only spin.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Until the tests are collected: half a million objects are imported, and none of them is garbage.
+gc.disable()
 
 LONGEST = (
     "tests/cli/test_run.py",
@@ -19,6 +29,20 @@ LONGEST = (
     "tests/cli/test_wandb.py",
 )
 """Files of minutes, begun first: two workers then end at the same time."""
+
+
+Shared = Callable[[str, Callable[[Path], None]], Path]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Print at the end what each room has cost."""
+    config.pluginmanager.register(Rooms())
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported stays: the search for garbage need not look at it."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -40,32 +64,55 @@ def ranks() -> Iterator[Ranks]:
 
 
 @pytest.fixture(scope="session")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    """Checkpoints of another run, for those that start from some."""
-    return export(tmp_path_factory.mktemp("exported"))
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
+    """What is costly, made once for all workers of a session: ``shared(name, make)`` is a directory
+    that ``make(directory)`` has filled in the worker that asked first. Nobody writes to it then."""
+    own = tmp_path_factory.getbasetemp()
+    common = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+    def get(name: str, make: Callable[[Path], None]) -> Path:
+        directory, made = common / name, common / f"{name}.made"
+        with (common / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not made.exists():
+                shutil.rmtree(directory, ignore_errors=True)  # what a failed attempt has left
+                directory.mkdir()
+                make(directory)
+                made.touch()
+        return directory
+
+    return get
 
 
 @pytest.fixture(scope="session")
-def taken(exported: Exported, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def exported(shared: Shared) -> Exported:
+    """Checkpoints of another run, for those that start from some."""
+    return Exported(shared("exported", export))
+
+
+@pytest.fixture(scope="session")
+def taken(exported: Exported, shared: Shared) -> Path:
     """The run directory of one that begins where ``exported`` ended.
 
     The seed was trained under TP2; here everything is EP2, and nothing is said of a tokenizer.
     """
-    directory = tmp_path_factory.mktemp("taken")
-    (directory / "recipe.yaml").write_text(
-        f"base: {exported.directory / 'recipe.yaml'}\n"
-        "name: taken\n"
-        "tokenizer: null\n"
-        f"seed: {{from: {exported.run_dir / 'seed'}}}\n"
-        f"experts: {{math: {{from: {exported.run_dir / 'expert-math'}}}}}\n"
-        "finetune: {layout: {data_parallel_size: 2, expert_model_parallel_size: 2}}\n"
-        "wandb: {mode: offline}\n"
-    )
-    done = btx("run", "recipe.yaml", cwd=directory, environment={"WANDB_API_KEY": FAKE_KEY})
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "to upload: wandb sync" in done.stdout
-    assert FAKE_KEY not in done.stdout + done.stderr
-    return directory / "runs" / "taken"
+
+    def make(directory: Path) -> None:
+        (directory / "recipe.yaml").write_text(
+            f"base: {exported.directory / 'recipe.yaml'}\n"
+            "name: taken\n"
+            "tokenizer: null\n"
+            f"seed: {{from: {exported.run_dir / 'seed'}}}\n"
+            f"experts: {{math: {{from: {exported.run_dir / 'expert-math'}}}}}\n"
+            "finetune: {layout: {data_parallel_size: 2, expert_model_parallel_size: 2}}\n"
+            "wandb: {mode: offline}\n"
+        )
+        done = btx("run", "recipe.yaml", cwd=directory, environment={"WANDB_API_KEY": FAKE_KEY})
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert "to upload: wandb sync" in done.stdout
+        assert FAKE_KEY not in done.stdout + done.stderr
+
+    return shared("taken", make) / "runs" / "taken"
 
 
 @pytest.fixture

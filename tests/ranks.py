@@ -21,6 +21,8 @@ from typing import Any
 
 import psutil
 
+from megatron_btx import engine
+
 _PR_SET_PDEATHSIG = 1
 _context = multiprocessing.get_context("spawn")
 
@@ -107,14 +109,11 @@ def _serve(pipe: Connection, parent: int) -> None:
     if os.getppid() != parent:
         return
     os.environ["OMP_NUM_THREADS"] = "1"
-    import torch
-    import torch.distributed as dist
+    with engine.importing():
+        import torch
+        import torch.distributed as dist
 
     torch.set_num_threads(1)
-    from megatron_btx.engine import cpu
-
-    cpu.install()
-    gc.freeze()  # what is imported stays, so that the search for garbage need not look at it
     while True:
         try:
             function, args, environment = pipe.recv()

@@ -5,31 +5,13 @@ from __future__ import annotations
 
 import argparse
 import errno
+import importlib
 import io
 import os
 import sys
 from collections.abc import Sequence
 
 from megatron_btx import __version__
-from megatron_btx.cli import (
-    centroids,
-    compare,
-    convert,
-    data,
-    doctor,
-    evaluate,
-    export,
-    generate,
-    init,
-    keys,
-    mix,
-    plan,
-    report,
-    routing,
-    run,
-    slurm,
-    stage,
-)
 from megatron_btx.cli.common import coloured
 from megatron_btx.errors import UserError
 from megatron_btx.pipeline import failure
@@ -49,7 +31,8 @@ exit codes: 0 done, 1 a crash, 2 a mistake in the input, 130 interrupted (run ag
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; its exit code."""
     _open_streams()
-    options = _parser().parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    options = _parser(*words[:1]).parse_args(words)
     try:
         code = options.run(options)
         sys.stdout.flush()
@@ -87,14 +70,30 @@ def _open_streams() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
-_COMMANDS = (
-    *(init, doctor, run, plan, keys, report, stage, mix, convert, export, compare),
-    *(evaluate, generate, routing, centroids, data, slurm),
-)
-"""Each adds its parsers, in the order of ``btx --help``."""
+_COMMANDS = {
+    "init": ("init",),
+    "doctor": ("doctor",),
+    "run": ("run",),
+    "plan": ("plan",),
+    "keys": ("keys",),
+    "report": ("report",),
+    "stage": ("stage",),
+    "mix": ("mix", "drift", "verify"),
+    "convert": ("convert",),
+    "export": ("export",),
+    "compare": ("compare",),
+    "evaluate": ("evaluate",),
+    "generate": ("generate",),
+    "routing": ("routing",),
+    "centroids": ("centroids",),
+    "data": ("data",),
+    "slurm": ("submit", "status", "logs", "cancel"),
+}
+"""Modules of ``cli/`` and the commands whose parsers each adds, in the order of ``btx --help``."""
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(command: str = "") -> argparse.ArgumentParser:
+    """The parser of ``command``, whose module alone is imported; of all where it is not one."""
     parser = argparse.ArgumentParser(
         prog="btx",
         description="Branch-Train-MiX on Megatron-Core: from one recipe to a mixture of experts.",
@@ -103,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"megatron-btx {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for module in _COMMANDS:
-        module.add_parser(commands)
+    named = [module for module, names in _COMMANDS.items() if command in names]
+    for module in named or _COMMANDS:
+        importlib.import_module(f"megatron_btx.cli.{module}").add_parser(commands)
     return parser

@@ -19,6 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from megatron_btx import engine
 from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.evaluate.model_spec import Subject
 from megatron_btx.files import find_json, write_json
@@ -175,7 +176,8 @@ def _work(request: EvalRequest) -> Any:
     warnings.filterwarnings("ignore")  # of libraries, to people who cannot do anything about them
     logging.getLogger().setLevel(logging.ERROR)
     os.environ["TQDM_DISABLE"] = "1"  # progress is told by us, once
-    from megatron_btx.engine import distributed
+    with engine.importing():
+        from megatron_btx.engine import distributed
 
     layout = Layout(**request["layout"])
     distributed.initialize(layout, request.get("random_seed", 0))

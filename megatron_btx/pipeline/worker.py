@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_btx import engine
 from megatron_btx.errors import UserError
 from megatron_btx.files import write_json, written
 from megatron_btx.pipeline import (
@@ -59,25 +60,17 @@ class ProgressFile:
                 json.dump({"what": what, "done": done, **speed}, file)
 
 
-def _megatron() -> None:
-    """Import Megatron as this platform needs it, before any page of ours does: on a CPU a rank then
-    starts in 2.0 s instead of 3.5."""
-    from megatron_btx.engine import cpu
-
-    cpu.install()
-
-
 def _prepare(recipe: Recipe, stage: Stage, run_dir: Path) -> Any:
-    share = prepare_array.share(recipe, stage, run_dir)
-    if share is None:
-        _megatron()
-    from megatron_btx.data import prepare
-
     out = run_dir / prepare_array.whole(stage).directory
     progress = ProgressFile(run_dir / stage.directory / "progress.json")
+    share = prepare_array.share(recipe, stage, run_dir)
     if share is not None:
-        return prepare.make_share(recipe, out, *share, progress)
-    from megatron_btx.train.train_stage import check_options
+        from megatron_btx.data.prepare import make_share
+
+        return make_share(recipe, out, *share, progress)
+    with engine.importing():
+        from megatron_btx.data import prepare
+        from megatron_btx.train.train_stage import check_options
 
     check_options(recipe)
     if stage.name == prepare_array.BEGIN:
@@ -86,15 +79,15 @@ def _prepare(recipe: Recipe, stage: Stage, run_dir: Path) -> Any:
 
 
 def _train(recipe: Recipe, stage: Stage, run_dir: Path) -> Any:
-    _megatron()
-    from megatron_btx.train.train_stage import run
+    with engine.importing():
+        from megatron_btx.train.train_stage import run
 
     return run(recipe, stage.name, run_dir, stage.needs)
 
 
 def _mix(recipe: Recipe, stage: Stage, run_dir: Path) -> Any:
-    _megatron()
-    from megatron_btx.train.train_stage import check_mix
+    with engine.importing():
+        from megatron_btx.train.train_stage import check_mix
 
     plan = check_mix(recipe, run_dir)
     write_json(run_dir / stage.directory / "plan.json", plan)
@@ -102,15 +95,15 @@ def _mix(recipe: Recipe, stage: Stage, run_dir: Path) -> Any:
 
 
 def _evaluate(recipe: Recipe, stage: Stage, run_dir: Path) -> Any:
-    _megatron()
-    from megatron_btx.evaluate.evaluate_stage import run
+    with engine.importing():
+        from megatron_btx.evaluate.evaluate_stage import run
 
     return run(recipe, run_dir)
 
 
 def _export(recipe: Recipe, stage: Stage, run_dir: Path) -> Any:
-    _megatron()
-    from megatron_btx.evaluate.export_stage import run
+    with engine.importing():
+        from megatron_btx.evaluate.export_stage import run
 
     return run(recipe, run_dir)
 

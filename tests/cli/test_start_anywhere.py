@@ -57,8 +57,9 @@ def test_nothing_is_trained_or_copied(exported: Exported, taken: Path) -> None:
     assert len(lineage["sources"]) == 2
 
 
-def test_again_all_is_done(taken: Path) -> None:
-    done = btx("run", "recipe.yaml", cwd=taken.parent.parent)
+def test_again_all_is_done(taken: Path, tmp_path: Path) -> None:
+    again = shutil.copytree(taken.parent.parent, tmp_path / "again", symlinks=True)
+    done = btx("run", "recipe.yaml", cwd=again)
     assert done.returncode == 0
     assert "stages are done" in done.stdout
 

@@ -90,6 +90,31 @@ def test_the_one_that_is_asked_for(tmp_path: Path, pythons: dict[str, str]) -> N
     assert (tmp_path / "venv" / "made_by").read_text().strip() == "3.12"
 
 
+@pytest.mark.parametrize("program", ["{bin}/mine", "python3.12"])
+def test_a_program_that_is_asked_for(tmp_path: Path, program: str) -> None:
+    """By its path, or its name on the PATH; no other is looked for."""
+    pythons = {"mine": "3.12", "python3.12": "3.12", "python3": "3.13"}
+    done = make(tmp_path, pythons, program.format(bin=tmp_path / "bin"))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "venv" / "made_by").read_text().strip() == "3.12"
+
+
+@pytest.mark.parametrize(
+    ("what", "words"),
+    [
+        ("3.14", "(it is 3.14)"),
+        ("nothing", "(it is nothing that runs)"),
+        ("3.12 without venv", "Python 3.12 has no 'venv': install it"),
+    ],
+)
+def test_a_program_that_cannot(tmp_path: Path, what: str, words: str) -> None:
+    done = make(tmp_path, {"mine": what, "python3": "3.13"}, str(tmp_path / "bin" / "mine"))
+    assert done.returncode == 1
+    assert words in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "venv").exists()
+
+
 @pytest.mark.parametrize("pythons", [{}, {"python3": "3.13", "python3.11": "3.11"}])
 def test_the_one_that_is_asked_for_is_not_there(tmp_path: Path, pythons: dict[str, str]) -> None:
     done = make(tmp_path, pythons, "3.12")
