@@ -31,7 +31,7 @@ def _is_other(python: Path) -> bool:
     return done.stdout.strip() == str(sys.version_info < (3, 12))
 
 
-def run_module(python: Path, module: str, *words: object, timeout: float = 300) -> str:
+def run_module(python: Path, module: str, *words: object, timeout: float = 600) -> str:
     """What ``python -m module words`` prints on its last line; an assertion where it fails."""
     done = subprocess.run(
         [python, "-W", "ignore", "-m", module, *map(str, words)],

@@ -41,7 +41,7 @@ class Ranks:
         self._folder = tempfile.TemporaryDirectory()
 
     def run(
-        self, function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120
+        self, function: Callable[..., Any], world_size: int, *args: Any, timeout: float = 600
     ) -> list[Any]:
         """Call ``function(*args)`` on ranks 0..world_size-1; their results in order of rank.
 

@@ -84,7 +84,7 @@ def btx(
     *arguments: str | Path,
     cwd: Path,
     environment: Mapping[str, str] | None = None,
-    timeout: float = 180,
+    timeout: float = 600,
 ) -> subprocess.CompletedProcess[str]:
     """The real command line in a process of its own."""
     return subprocess.run(
@@ -167,13 +167,13 @@ def export(directory: Path) -> None:
         text=True,
     )
     log = directory / "runs" / "small" / "seed" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while sum(record["kind"] == "train" for record in read(log)) < 3:
         assert first.poll() is None, first.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.02)
     first.send_signal(signal.SIGINT)
-    output, _ = first.communicate(timeout=120)
+    output, _ = first.communicate(timeout=600)
     assert first.returncode == 130, output
     second = btx(*arguments, cwd=directory, environment=environment)
     assert second.returncode == 0, second.stdout + second.stderr

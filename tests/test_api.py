@@ -25,7 +25,7 @@ def test_importing_it_loads_nothing_heavy() -> None:
         "heavy = {'torch', 'numpy', 'megatron', 'wandb'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=600)
 
 
 @pytest.mark.parametrize("name", NAMES)

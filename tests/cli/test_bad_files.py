@@ -216,7 +216,7 @@ def test_no_space_left_on_the_way(left: int, disk: Callable[[str], Path], small:
         env=environ(),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 2, done.stderr
     assert "no space left on" in done.stderr

@@ -27,7 +27,7 @@ def _btx(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "megatron_btx.cli", *map(str, arguments)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.run(
-        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=60, check=False
+        command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600, check=False
     )
 
 
@@ -177,7 +177,7 @@ def test_a_closed_pipe_is_no_crash(tmp_path: Path) -> None:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
     )
     assert done.returncode in (0, 141)
     assert done.stderr == ""
@@ -189,5 +189,5 @@ def test_closed_streams_are_no_crash(tmp_path: Path, arguments: str, code: int) 
     words = f"{sys.executable} -m megatron_btx.cli {arguments}"
     script = f"{words} <&- >&- 2>&-; echo $? > code"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    subprocess.run(["sh", "-c", script], cwd=tmp_path, env=environment, check=True, timeout=60)
+    subprocess.run(["sh", "-c", script], cwd=tmp_path, env=environment, check=True, timeout=600)
     assert (tmp_path / "code").read_text() == f"{code}\n"

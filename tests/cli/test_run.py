@@ -41,7 +41,7 @@ def start(directory: Path, *options: str) -> subprocess.Popen[str]:
     )
 
 
-def finish(process: subprocess.Popen[str], timeout: float = 300) -> str:
+def finish(process: subprocess.Popen[str], timeout: float = 600) -> str:
     """Its output, once it has ended well."""
     output, _ = process.communicate(timeout=timeout)
     assert process.returncode == 0, output
@@ -219,14 +219,14 @@ def newer(path: Path, since: float) -> bool:
         return False
 
 
-def wait_until(condition: Any, process: subprocess.Popen[str], timeout: float = 240) -> None:
+def wait_until(condition: Any, process: subprocess.Popen[str], timeout: float = 600) -> None:
     """Until a condition holds, the process ends, or the time is over."""
     deadline = time.monotonic() + timeout
     while not condition() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
 
 
-def orphans(directory: Path, patience: float = 120) -> list[psutil.Process]:
+def orphans(directory: Path, patience: float = 600) -> list[psutil.Process]:
     """Processes at work in a directory, once those that are being ended have had their time."""
     deadline = time.monotonic() + patience
     while True:
@@ -248,7 +248,7 @@ def test_ctrl_c_saves_and_goes_on(whole: Path, tmp_path: Path) -> None:
     log = tmp_path / "runs" / "tiny" / "seed" / "metrics.jsonl"
     wait_for(lambda: log.exists() and len(read(log)) > 3, process)
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=240)
+    output, _ = process.communicate(timeout=600)
     assert process.returncode == 130, output
     assert "again" in output
     assert not orphans(tmp_path)
@@ -263,7 +263,7 @@ def test_ctrl_c_saves_and_goes_on(whole: Path, tmp_path: Path) -> None:
     assert [(r["step"], r["loss"], r["grad_norm"]) for r in resumed] == losses(whole)["seed"]
 
 
-def wait_for(condition: Any, process: subprocess.Popen[str], timeout: float = 240) -> None:
+def wait_for(condition: Any, process: subprocess.Popen[str], timeout: float = 600) -> None:
     """Until a condition holds; fails where the process ends before."""
     deadline = time.monotonic() + timeout
     while not condition():

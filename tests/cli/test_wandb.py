@@ -236,7 +236,7 @@ def test_without_network_a_stage_logs_offline(tmp_path: Path) -> None:
             ),
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=600,
         )
         assert done.returncode == 0, done.stderr
         assert "W&B cannot be reached" in done.stderr
@@ -280,7 +280,7 @@ def test_its_service_outlives_usr1_and_a_run_outlives_its_service(tmp_path: Path
             env=environ({"HOME": str(directory)}),
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=600,
         )
         assert done.returncode == 0, done.stderr
         assert "Traceback" not in done.stderr
@@ -332,7 +332,7 @@ def words(processes: list[psutil.Process]) -> list[str]:
     return found
 
 
-def wait(condition: Callable[[], bool], timeout: float = 120) -> None:
+def wait(condition: Callable[[], bool], timeout: float = 600) -> None:
     """Until it holds."""
     deadline = time.monotonic() + timeout
     while not condition():
@@ -360,7 +360,7 @@ def test_an_artifact_that_is_not_there_costs_nothing_else(tmp_path: Path) -> Non
         env=environ({"HOME": str(tmp_path)}),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("not in W&B's lineage") == 2

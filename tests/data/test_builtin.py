@@ -86,7 +86,7 @@ def test_the_same_again_in_another_process_with_forks(directory: Path, tmp_path:
         f"write_builtin({str(tmp_path)!r}, dict.fromkeys(NAMES, {BYTES}), seed=7)\n"
         "assert 'torch' not in sys.modules\n"
     )
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=600)
     files = sorted(path.relative_to(directory) for path in directory.rglob("*.jsonl"))
     assert len(files) == 2 * len(NAMES)
     for file in files:
@@ -188,4 +188,4 @@ def test_looking_for_packages_leaves_setuptools_importable() -> None:
         "    pass\n"
         "import setuptools\n"
     )
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=600)

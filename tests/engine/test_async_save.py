@@ -238,7 +238,7 @@ def test_killed_in_the_middle_the_last_whole_one_is_left(tmp_path: Path) -> None
     finally:
         rank.kill()
         rank.wait()
-    _, alive = psutil.wait_procs([writer], timeout=30)
+    _, alive = psutil.wait_procs([writer], timeout=600)
     assert not alive, "the process that writes ends with its rank"
     found = newest_step(tmp_path)
     assert found is not None

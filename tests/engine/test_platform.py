@@ -85,7 +85,7 @@ def test_a_foreign_apex_is_warned_of_and_ignored(tmp_path: Path, modules: tuple[
         env=os.environ | {"PYTHONPATH": path},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=True,
     )
     assert done.stdout.strip() == "False"

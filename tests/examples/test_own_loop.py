@@ -28,7 +28,7 @@ def test_two_ranks_mix_four_checkpoints_and_learn(ranks: Ranks, tmp_path: Path) 
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", done.stdout)]

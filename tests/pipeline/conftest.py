@@ -53,7 +53,7 @@ class Run:
 
     def __call__(self, *options: str, wish: dict[str, Any] | None = None) -> tuple[int, str, str]:
         process = self.start(*options, wish=wish)
-        output, errors = process.communicate(timeout=240)
+        output, errors = process.communicate(timeout=600)
         return process.returncode, output, errors
 
     def processes(self) -> list[psutil.Process]:
@@ -75,7 +75,7 @@ class Run:
                 found.append(process.cmdline())
         return [command for command in found if word in command]
 
-    def wait(self, condition: Callable[[], bool], timeout: float = 120) -> None:
+    def wait(self, condition: Callable[[], bool], timeout: float = 600) -> None:
         deadline = time.monotonic() + timeout
         while not condition():
             assert time.monotonic() < deadline, "it did not come about"

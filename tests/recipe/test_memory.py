@@ -78,7 +78,7 @@ def run_ranks(file: Path, stage: str, ranks: int, folder: Path) -> list[dict[str
         for rank in range(ranks)
     ]
     try:
-        written = [process.communicate(timeout=180) for process in running]
+        written = [process.communicate(timeout=600) for process in running]
     finally:
         for process in running:
             process.kill()

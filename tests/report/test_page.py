@@ -183,7 +183,7 @@ def test_btx_run_writes_it_anew(tmp_path: Path) -> None:
     with _kept_current(lambda: page.write(recipe, run_dir), run_dir, 0.01):
         for _ in range(2):
             path.unlink(missing_ok=True)
-            deadline = time.monotonic() + 120
+            deadline = time.monotonic() + 600
             while not path.exists():
                 assert time.monotonic() < deadline
                 time.sleep(0.01)

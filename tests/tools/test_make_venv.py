@@ -51,7 +51,7 @@ def make(
         env={"PATH": str(programs), "PYENV_ROOT": str(pyenv)},
         capture_output=True,
         text=True,
-        timeout=20,
+        timeout=600,
         check=False,
     )
 

@@ -54,7 +54,7 @@ def test_the_second_writer_is_told_who_the_first_is(tmp_path, writer):
             put(tmp_path / "out", identity=identity)
         said = str(caught.value)
         assert f"pid {writer.pid} on {os.uname().nodename}, since 20" in said
-    writer.communicate("go on\n", timeout=60)
+    writer.communicate("go on\n", timeout=600)
     assert writer.returncode == 0
     assert sorted(os.listdir(tmp_path)) == ["out"]
     assert sorted(os.listdir(tmp_path / "out")) == ["a", HASHES]
@@ -177,7 +177,7 @@ def test_a_second_interrupt_changes_nothing(tmp_path):
         time.sleep(0.01)
         if process.poll() is not None:
             break
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=600)
     assert process.returncode in (1, -signal.SIGINT)  # Python's own end; `btx` makes 130 of it
     assert said.count("interrupted: the same command goes on") == 1
     assert said.count("Traceback") == 1

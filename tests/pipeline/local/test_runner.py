@@ -66,7 +66,7 @@ def test_independent_stages_share_the_cores(run: Run) -> None:
     run.wait(lambda: sum((path / "metrics.jsonl").exists() for path in alive) >= 2)
     assert len(run.commands("tests.pipeline.fake_worker")) >= 2
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=120)
+    process.communicate(timeout=600)
 
 
 def test_until_a_stage_and_then_the_rest(run: Run) -> None:
@@ -114,7 +114,7 @@ def test_a_stop_lets_the_ranks_save(run: Run, number: int) -> None:
     process = run.start(wish={"seed": {"seconds": 20, "child": True}})
     run.wait(lambda: len(run.steps("seed")) >= 2)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == 130
     assert "run again to go on: btx run" in errors
     assert (run.run_dir / "seed" / "stopped.json").exists()
@@ -131,7 +131,7 @@ def test_the_way_on_can_be_pasted_into_a_shell(run: Run) -> None:
     process = run.start(wish={"seed": {"seconds": 20}})
     run.wait(lambda: len(run.steps("seed")) >= 1)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=600)
     line = next(line for line in errors.splitlines() if "run again" in line)
     assert shlex.split(line.partition("go on: ")[2]) == ["btx", "run", str(run.recipe)]
 
@@ -143,7 +143,7 @@ def test_a_second_ctrl_c_does_not_wait(run: Run) -> None:
     time.sleep(0.5)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=120)  # the seed would sleep for a minute
+    process.communicate(timeout=600)  # the seed would sleep for a minute
     assert process.returncode == 130
     assert not run.processes()
 
@@ -265,7 +265,7 @@ def test_a_closed_terminal_lets_the_ranks_save(run: Run) -> None:
     os.close(theirs)
     run.wait(lambda: len(run.steps("seed")) >= 2)
     os.close(ours)
-    assert process.wait(timeout=120) == 130
+    assert process.wait(timeout=600) == 130
     assert (run.run_dir / "seed" / "stopped.json").exists()
     assert not run.processes()
 
@@ -277,7 +277,7 @@ def test_two_runs_of_one_recipe(run: Run) -> None:
     assert code == 2
     assert f"another btx is at work in it (process {first.pid} on " in errors
     first.send_signal(signal.SIGINT)
-    first.communicate(timeout=120)
+    first.communicate(timeout=600)
     assert run("--stop-after", "seed")[0] == 0
 
 
@@ -305,7 +305,7 @@ def test_what_somebody_else_puts_there_stays(run: Run) -> None:
     (run.run_dir / "notes.md").write_text("mine")
     (run.run_dir / "go").mkdir()
     (run.run_dir / "go" / "metrics.jsonl").touch()
-    process.communicate(timeout=240)
+    process.communicate(timeout=600)
     assert process.returncode == 2
     assert sorted(path.name for path in run.run_dir.iterdir()) == ["go", "notes.md"]
 
