@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -137,3 +138,19 @@ def test_what_answers_at_once_imports_neither_torch_nor_rich() -> None:
         "    assert not heavy, (module, heavy)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=600)
+
+
+def test_rooms_that_lean_on_megatron_run_on_both_of_its_releases() -> None:
+    """Those whose tests import it, or call ranks of the pool, are in the Makefile's list."""
+    tests = Path(__file__).parent
+    makefile = (tests.parent / "Makefile").read_text()
+    _, _, listed = makefile.replace("\\\n", " ").partition("UPSTREAM := ")
+    rooms = {path.split("/")[1] for path in listed.splitlines()[0].split()}
+    leans = re.compile(r"^\s*(from|import) megatron[. ]|^from tests.ranks import", re.MULTILINE)
+    leaning = {
+        path.relative_to(tests).parts[0]
+        for path in tests.glob("*/**/*.py")
+        if leans.search(path.read_text(encoding="utf-8"))
+    }
+    # Megatron-Bridge is there for real.py only, which is run by hand; `make test-slurm` is Slurm's.
+    assert leaning - rooms <= {"megatron_bridge", "slurm"}
