@@ -7,7 +7,8 @@ Each of the rounds trains two steps and saves synchronously, then trains, begins
 save, trains on until it is whole, and ends it. One JSON line: bytes, median seconds of the
 synchronous save, of the stall (beginning, looks, end; also as CPU seconds, which other work on the
 machine moves less), their ratio, and how long a step takes before and beside the writing. The files
-lie in ``--folder`` and are removed. That both hold the same is held by tests/engine/test_async_save.py.
+lie in ``--folder`` and are removed. That both hold the same is held by
+tests/engine/test_async_save.py.
 """
 
 from __future__ import annotations

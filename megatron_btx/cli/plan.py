@@ -1,11 +1,12 @@
-"""``btx plan``: what every stage of a recipe will cost, before anything runs. Imports no torch."""
+"""``btx plan``: what every stage of a recipe will cost, before anything runs. Imports no torch, but
+for ``--ranks``."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_btx.cli.common import recipe_command
 from megatron_btx.errors import UserError, collect_errors
@@ -14,9 +15,13 @@ from megatron_btx.recipe.load import load_recipe
 from megatron_btx.recipe.run_plan import RunPlan
 from megatron_btx.recipe.schema import Recipe
 
+if TYPE_CHECKING:
+    from megatron_btx.pipeline.rank_plan import RankPlan
+
 _EPILOG = """examples:
   btx plan examples/paper_7b/recipe.yaml
   btx plan recipe.yaml --gpu h100 --mfu 0.45 --price 2.5      GPU-hours, days and cost
+  btx plan recipe.yaml --ranks      what every rank will hold, read and write
   btx plan recipe.yaml --json | python -m json.tool"""
 
 
@@ -36,6 +41,9 @@ def add_parser(commands: Any) -> None:
         "--mfu", metavar="SHARE", type=float, help=f"model FLOPs utilisation ({chips.MFU:g})"
     )
     parser.add_argument("--price", metavar="N", type=float, help="of a GPU-hour: adds the cost")
+    parser.add_argument(
+        "--ranks", action="store_true", help="also what the ranks hold, read and write: seconds"
+    )
     parser.set_defaults(run=run)
 
 
@@ -54,9 +62,11 @@ def run(options: argparse.Namespace) -> int:
     trained = [stage.name for stage in made.stages if stage.steps]
     read = reading.reading(recipe, trained, domains)
     _warn_of_files(recipe)
+    by_rank = _by_rank(recipe, trained) if options.ranks else []
     if options.json:
         more: dict[str, Any] = {"reading": [asdict(one) for one in read], "domains": domains}
         more |= {} if took is None else {"estimate": asdict(took)}
+        more |= {"by_rank": [asdict(one) for one in by_rank]} if options.ranks else {}
         sys.stdout.write(run_plan.as_json(made, **more) + "\n")
         return 0
     if sys.stdout.isatty():
@@ -66,6 +76,8 @@ def run(options: argparse.Namespace) -> int:
     if took is not None:
         sys.stdout.write(f"\n{chips.render(took)}\n")
     sys.stdout.write("\n" + reading.render(read, domains) + "\n")
+    for one in by_rank:
+        sys.stdout.write(f"\n{one.render()}\n")
     for line in reading.warnings(read):
         sys.stdout.write(f"\nwarning: {line}\n")
     return 0
@@ -78,6 +90,12 @@ def _warn_of_files(recipe: Recipe) -> None:
         check.files(recipe)
     for error in missing:
         sys.stderr.write(f"warning: {error}\n")
+
+
+def _by_rank(recipe: Recipe, trained: list[str]) -> list[RankPlan]:
+    from megatron_btx.pipeline import rank_plan  # and torch, and Megatron
+
+    return list(rank_plan.of_run(recipe, trained))
 
 
 def _estimate(options: argparse.Namespace, made: RunPlan) -> chips.Estimate | None:

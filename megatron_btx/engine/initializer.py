@@ -8,6 +8,7 @@ alike because of data parallelism they share out, so that no byte is read twice 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from megatron.core import parallel_state
 from megatron_btx.engine.checkpoint import model_sharded_state_dict
 from megatron_btx.engine.checkpoint_hashes import check_hashes
 from megatron_btx.weights.plan import Plan
-from megatron_btx.weights.sharded import load_into_sharded
+from megatron_btx.weights.sharded import Replicas, Slab, load_into_sharded, slabs_to_make
 
 
 def initialize(model: torch.nn.Module, plan: Plan) -> dict[str, int]:
@@ -32,21 +33,34 @@ def initialize(model: torch.nn.Module, plan: Plan) -> dict[str, int]:
         UserErrors: model and plan disagree, and nothing has been written. Or files of a source
             were changed while they were read, or since they were written.
     """
+    read = load_into_sharded(plan, model_sharded_state_dict(model), _replicas(model))
+    for directory, names in plan.files().items():
+        check_hashes(directory, names)
+    return read
+
+
+def slabs_of(model: torch.nn.Module, plan: Plan) -> dict[Replicas, list[Slab]]:
+    """What this rank and its replicas would make and read in :func:`initialize`, shared out as
+    there. The model may be on the ``meta`` device."""
+    return slabs_to_make(plan, model_sharded_state_dict(model), _replicas(model))
+
+
+def _replicas(model: torch.nn.Module) -> Callable[[Any], Replicas]:
+    """Of a shard of the model, the ranks that hold the same."""
     experts = {
-        parameter.untyped_storage().data_ptr()
+        _storage(parameter)
         for parameter in model.parameters()
         if not getattr(parameter, "allreduce", True)  # Megatron's mark of what DDP keeps apart
     }
     dense = _Replicas(parallel_state.get_data_parallel_group(with_context_parallel=True))
     expert = _Replicas(parallel_state.get_expert_data_parallel_group())
+    return lambda shard: expert if _storage(shard.data) in experts else dense
 
-    def replicas(shard: Any) -> _Replicas:
-        return expert if shard.data.untyped_storage().data_ptr() in experts else dense
 
-    read = load_into_sharded(plan, model_sharded_state_dict(model), replicas)
-    for directory, names in plan.files().items():
-        check_hashes(directory, names)
-    return read
+def _storage(tensor: torch.Tensor) -> int:
+    """What a tensor and its views have in common, on the ``meta`` device too (where all data lie at
+    zero)."""
+    return int(tensor.untyped_storage()._cdata)
 
 
 @dataclass(frozen=True)

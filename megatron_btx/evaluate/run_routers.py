@@ -60,12 +60,12 @@ def run_routers(
     return RouterInit(mix.router_init, centroids=MemorySource(rows))
 
 
-def not_yet(recipe: Recipe, models: Sequence[Checkpoint]) -> RouterInit:
+def not_yet(recipe: Recipe, models: Sequence[str]) -> RouterInit:
     """Stands for those rows where a mix is only planned: they are zero."""
     hidden = torch.zeros(recipe.model.hidden_size)
     layers = range(recipe.model.num_layers)
     rows = {
-        f"decoder.layers.{layer}.mlp.router.weight/{model.label}": hidden
+        f"decoder.layers.{layer}.mlp.router.weight/{model}": hidden
         for layer in layers
         for model in models
     }

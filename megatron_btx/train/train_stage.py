@@ -3,8 +3,9 @@ baseline. They differ in where their weights come from and in what they read."""
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -190,22 +191,47 @@ def starting_point(
         tokenizer = load_tokenizer(run_dir / "prepare" / "tokenizer")
         architecture = Architecture(model=recipe.model, vocab_size=tokenizer.vocab_size)
         return fresh(architecture, seed=recipe.random_seed, dtype=dtype)
+    model, router = functools.cache(functools.partial(_model, run_dir)), None
+    if routers_of_run(recipe, name):
+        models = [model(label) for label in recipe.model_names]
+        labels = recipe.model_names
+        router = not_yet(recipe, labels) if look else run_routers(recipe, run_dir, models, training)
+    return from_models(recipe, name, training, model, router)
+
+
+def routers_of_run(recipe: Recipe, name: str) -> bool:
+    """Whether a stage begins with routers that are computed from the run's own text."""
+    mix = recipe.mix
+    return name == "finetune" and mix.router_init in FROM_FILE and mix.centroids is None
+
+
+def from_models(
+    recipe: Recipe,
+    name: str,
+    training: Training,
+    model: Callable[[str], Checkpoint],
+    router: RouterInit | None,
+) -> Plan:
+    """What a stage after the seed begins with.
+
+    Args:
+        recipe: the run's.
+        name: of the stage.
+        training: its settings.
+        model: a model of the mix by its label, ``seed`` or a domain.
+        router: of the finetuning, where it is not as the recipe's ``mix`` says.
+    """
+    dtype = DTYPES[training.precision]
     if name == "finetune":
-        models = [_model(run_dir, model) for model in recipe.model_names]
-        router = None
-        if recipe.mix.router_init in FROM_FILE and recipe.mix.centroids is None:
-            router = (
-                not_yet(recipe, models) if look else run_routers(recipe, run_dir, models, training)
-            )
         return mix_plan(
-            models,
+            [model(label) for label in recipe.model_names],
             router=router,
             mix=recipe.mix,
             routing=recipe.routing,
             dtype=dtype,
             random_seed=recipe.random_seed,
         )
-    seed = _model(run_dir, "seed")
+    seed = model("seed")
     if training.anchor is None:
         return copy(seed, dtype=dtype)
     router = RouterInit(seed=recipe.random_seed)

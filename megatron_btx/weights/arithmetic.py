@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_btx.weights.box import Box, Shape, extent, slabs
-from megatron_btx.weights.expression import Expression, Read
+from megatron_btx.weights.expression import Expression, Read, Reading
 
 _BLOCK = 1 << 22
 """Elements of each part that are read at a time."""
@@ -53,6 +53,10 @@ class WeightedSum:
             return total.div_(self.divisor)
 
         return _by_block(weighted, self.parts, box, read, self.dtype)
+
+    def reads(self, box: Box) -> Iterator[Reading]:
+        """Those of the parts."""
+        return _reads(self.parts, box)
 
     def to(self, dtype: torch.dtype) -> Expression:
         """The same sum, rounded once to ``dtype`` instead."""
@@ -105,6 +109,10 @@ class Product:
             return total
 
         return _by_block(multiplied, self.parts, box, read, self.dtype)
+
+    def reads(self, box: Box) -> Iterator[Reading]:
+        """Those of the parts."""
+        return _reads(self.parts, box)
 
     def to(self, dtype: torch.dtype) -> Expression:
         """The same product, rounded once to ``dtype`` instead."""
@@ -163,6 +171,10 @@ class Ties:
 
         return _by_block(merged, self.parts, box, read, self.dtype)
 
+    def reads(self, box: Box) -> Iterator[Reading]:
+        """Those of the parts."""
+        return _reads(self.parts, box)
+
     def to(self, dtype: torch.dtype) -> Expression:
         """The same, rounded once to ``dtype`` instead."""
         return replace(self, dtype=dtype)
@@ -192,6 +204,11 @@ def _by_block(
             flat[at : at + len(piece)] = piece
             at += len(piece)
     return out
+
+
+def _reads(parts: Sequence[Expression], box: Box) -> Iterator[Reading]:
+    for part in parts:
+        yield from part.reads(_within(box, part.shape))
 
 
 def _within(box: Box, shape: Shape) -> Box:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_btx.weights.box import Box, Shape, contiguous, extent, runs, shifted, slices
-from megatron_btx.weights.expression import Expression, Read
+from megatron_btx.weights.expression import Expression, Read, Reading
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,10 @@ class Take:
     def evaluate(self, box: Box, read: Read) -> Tensor:
         """The elements of ``box``, as they lie in the source."""
         return read(self.source, self.name, box)
+
+    def reads(self, box: Box) -> Iterator[Reading]:
+        """The box itself."""
+        yield self.source, self.name, box
 
     def to(self, dtype: torch.dtype) -> Expression:
         """The same values in ``dtype``."""
@@ -62,7 +67,14 @@ class Slice:
 
     def evaluate(self, box: Box, read: Read) -> Tensor:
         """A box of a box is a box."""
-        return self.of.evaluate(shifted(box, tuple(start for start, _ in self.box)), read)
+        return self.of.evaluate(self._below(box), read)
+
+    def reads(self, box: Box) -> Iterator[Reading]:
+        """Those of that box."""
+        return self.of.reads(self._below(box))
+
+    def _below(self, box: Box) -> Box:
+        return shifted(box, tuple(start for start, _ in self.box))
 
     def to(self, dtype: torch.dtype) -> Expression:
         """The same values in ``dtype``."""
@@ -103,15 +115,23 @@ class Cat:
 
     def evaluate(self, box: Box, read: Read) -> Tensor:
         """Only the parts that the box meets; one part alone is passed through uncopied."""
-        found, offset = [], 0
+        found = [part.evaluate(inner, read) for part, inner in self._met(box)]
+        return found[0] if len(found) == 1 else torch.cat(found, self.dim)
+
+    def reads(self, box: Box) -> Iterator[Reading]:
+        """Those of the parts that the box meets."""
+        for part, inner in self._met(box):
+            yield from part.reads(inner)
+
+    def _met(self, box: Box) -> Iterator[tuple[Expression, Box]]:
+        """The parts that a box meets, and what it takes of each."""
+        offset = 0
         for part in self.parts:
             size = part.shape[self.dim]
             start, stop = (max(end - offset, 0) for end in box[self.dim])
             if start < min(stop, size):
-                inner = (*box[: self.dim], (start, min(stop, size)), *box[self.dim + 1 :])
-                found.append(part.evaluate(inner, read))
+                yield part, (*box[: self.dim], (start, min(stop, size)), *box[self.dim + 1 :])
             offset += size
-        return found[0] if len(found) == 1 else torch.cat(found, self.dim)
 
     def to(self, dtype: torch.dtype) -> Expression:
         """The same values in ``dtype``."""
@@ -146,26 +166,34 @@ class Reshape:
         """Dimensions that both shapes share at either end pass through; between them each
         contiguous run of the new shape is gathered from the boxes that hold it in the old one."""
         head, tail = _shared(self.of.shape, self.shape)
-        old = self.of.shape[head : len(self.of.shape) - tail]
-        new = self.shape[head : len(self.shape) - tail]
-        before, middle, after = box[:head], box[head : head + len(new)], box[head + len(new) :]
-
+        before, after = extent(box[:head]), extent(box[len(box) - tail :])
         found = []
-        for start, stop, where in contiguous(new, middle):
-            pieces = [
-                self.of.evaluate((*before, *inner, *after), read).reshape(
-                    *extent(before), -1, *extent(after)
-                )
-                for inner in runs(old, start, stop)
-            ]
+        for where, held in self._gathered(box):
+            pieces = [self.of.evaluate(old, read).reshape(*before, -1, *after) for old in held]
             piece = pieces[0] if len(pieces) == 1 else torch.cat(pieces, head)
-            found.append((where, piece.reshape(*extent(before), *extent(where), *extent(after))))
+            found.append((where, piece.reshape(extent(where))))
         if len(found) == 1:
             return found[0][1]
         out = torch.empty(extent(box), dtype=self.dtype)
         for where, piece in found:
-            out[slices((*before, *where, *after), box)] = piece
+            out[slices(where, box)] = piece
         return out
+
+    def reads(self, box: Box) -> Iterator[Reading]:
+        """Those of the boxes that hold it in the old shape."""
+        for _, held in self._gathered(box):
+            for old in held:
+                yield from self.of.reads(old)
+
+    def _gathered(self, box: Box) -> Iterator[tuple[Box, list[Box]]]:
+        """The parts of a box, and the boxes that hold each in the old shape."""
+        head, tail = _shared(self.of.shape, self.shape)
+        old = self.of.shape[head : len(self.of.shape) - tail]
+        new = self.shape[head : len(self.shape) - tail]
+        before, middle, after = box[:head], box[head : head + len(new)], box[head + len(new) :]
+        for start, stop, where in contiguous(new, middle):
+            held = [(*before, *inner, *after) for inner in runs(old, start, stop)]
+            yield (*before, *where, *after), held
 
     def to(self, dtype: torch.dtype) -> Expression:
         """The same values in ``dtype``."""
@@ -195,6 +223,10 @@ class Cast:
     def evaluate(self, box: Box, read: Read) -> Tensor:
         """The box in the other dtype."""
         return self.of.evaluate(box, read).to(self.dtype)
+
+    def reads(self, box: Box) -> Iterator[Reading]:
+        """Those of what is cast."""
+        return self.of.reads(box)
 
     def to(self, dtype: torch.dtype) -> Expression:
         """The original rounded to ``dtype``: one rounding, not two."""

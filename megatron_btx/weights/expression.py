@@ -12,7 +12,7 @@ Randomness: a value depends on (seed, name, position) alone, never on the box it
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
@@ -22,6 +22,9 @@ from megatron_btx.weights.box import Box, Shape
 
 Read = Callable[[str, str, Box], Tensor]
 """(source, tensor name, box) -> the box's elements; the result is never written to."""
+
+Reading = tuple[str, str, Box]
+"""What :data:`Read` is asked."""
 
 
 class Expression(Protocol):
@@ -45,6 +48,10 @@ class Expression(Protocol):
 
     def evaluate(self, box: Box, read: Read) -> Tensor:
         """The elements of ``box`` (half-open ranges, one a dimension), of the box's extent."""
+        ...
+
+    def reads(self, box: Box) -> Iterator[Reading]:
+        """The boxes that :meth:`evaluate` reads, up to the blocks in which it does."""
         ...
 
     def to(self, dtype: torch.dtype) -> Expression:

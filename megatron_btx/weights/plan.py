@@ -16,6 +16,7 @@ from torch import Tensor
 
 from megatron_btx.errors import UserError, UserErrors, capped
 from megatron_btx.recipe.architecture import Architecture
+from megatron_btx.weights import source as at_rest
 from megatron_btx.weights.arrange import Take
 from megatron_btx.weights.box import Box, Shape, whole
 from megatron_btx.weights.expression import Expression
@@ -101,6 +102,13 @@ class Plan:
         """One target, or a box of it. The result may lie in mapped pages: never write to it."""
         target = self.targets[name]
         return target.evaluate(whole(target.shape) if box is None else box, self.read)
+
+    def bytes_to_read(self, target: Expression, box: Box) -> Counter[str]:
+        """Bytes that evaluating a box of an expression over the sources reads of each."""
+        found: Counter[str] = Counter()
+        for source, name, part in target.reads(box):
+            found[source] += at_rest.nbytes(self.sources[source], name, part)
+        return found
 
     def resolved(self, target: Expression) -> Expression:
         """An expression over the sources' names as one over what they store, in its simplest form:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_btx.weights.box import Box, Shape, extent, position, slices
-from megatron_btx.weights.expression import Expression, Read
+from megatron_btx.weights.expression import Expression, Read, Reading
 
 _DRAW_BLOCK = 1 << 16
 """Elements drawn by one generator. Part of the definition of every draw: never change it."""
@@ -73,6 +74,10 @@ class Draw:
         chosen[order[: round(self.scale * size)]] = 1.0
         return chosen.reshape(self.shape)
 
+    def reads(self, box: Box) -> Iterator[Reading]:
+        """Nothing."""
+        return iter(())
+
     def to(self, dtype: torch.dtype) -> Expression:
         """The same draw, rounded once to ``dtype`` instead."""
         return replace(self, dtype=dtype)
@@ -97,6 +102,10 @@ class Fill:
     def evaluate(self, box: Box, read: Read) -> Tensor:
         """The value, as often as the box asks."""
         return torch.full(extent(box), self.value, dtype=self.dtype)
+
+    def reads(self, box: Box) -> Iterator[Reading]:
+        """Nothing."""
+        return iter(())
 
     def to(self, dtype: torch.dtype) -> Expression:
         """The same value in ``dtype``."""

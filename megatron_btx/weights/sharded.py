@@ -51,9 +51,22 @@ ALONE = _Alone()
 
 
 @dataclass(frozen=True, slots=True)
+class Slab:
+    """What one rank makes at a time of what it and its replicas hold."""
+
+    key: str
+    """Of the stored tensor."""
+    box: Box
+    """Of that."""
+    read: Mapping[str, int]
+    """Bytes of each source that it is made of."""
+
+
+@dataclass(frozen=True, slots=True)
 class _Shard:
     """What a rank has to fill."""
 
+    key: str
     expression: Expression
     box: Box
     data: Tensor
@@ -89,6 +102,39 @@ def load_into_sharded(
             written then. Or files of a source were written to while they were read.
     """
     before = plan.bytes_read
+    for group, mine in _work(plan, sharded_state_dict, replicas).items():
+        _fill(plan, mine, group)
+    plan.check_unchanged()
+    return {label: count - before[label] for label, count in plan.bytes_read.items()}
+
+
+def slabs_to_make(
+    plan: Plan,
+    sharded_state_dict: Mapping[str, Any],
+    replicas: Callable[[Any], Replicas] = lambda _shard: ALONE,
+) -> dict[Replicas, list[Slab]]:
+    """What :func:`load_into_sharded` would do, of which nothing is done.
+
+    Returns:
+        By group of replicas all slabs in the order in which they are shared out: of ``n`` of them
+        number ``r`` makes every ``n``-th, from its ``r``-th on.
+
+    Raises:
+        UserErrors: as it.
+    """
+    return {
+        group: [
+            Slab(one.key, slab, plan.bytes_to_read(one.expression, slab))
+            for one, slab in _in_order(mine)
+        ]
+        for group, mine in _work(plan, sharded_state_dict, replicas).items()
+    }
+
+
+def _work(
+    plan: Plan, sharded_state_dict: Mapping[str, Any], replicas: Callable[[Any], Replicas]
+) -> dict[Replicas, list[_Shard]]:
+    """The shards that a rank has to fill, by who holds them too."""
     cache: dict[tuple[str, Shape, torch.dtype], Expression] = {}
     work: dict[Replicas, list[_Shard]] = {}
     errors = []
@@ -105,20 +151,21 @@ def load_into_sharded(
             what = f"{shard.key}: the module has {key[1]}, the plan {cache[key].shape}"
             errors.append(UserError("weights", what, "mix models of the module's shape"))
             continue
-        one = _Shard(cache[key], _global_box(shard), shard.data, shard.prepend_axis_num)
+        one = _Shard(shard.key, cache[key], _global_box(shard), shard.data, shard.prepend_axis_num)
         work.setdefault(replicas(shard), []).append(one)
     if errors:
         raise UserErrors(errors)
-    for group, mine in work.items():
-        _fill(plan, mine, group)
-    plan.check_unchanged()
-    return {label: count - before[label] for label, count in plan.bytes_read.items()}
+    return work
+
+
+def _in_order(shards: Iterable[_Shard]) -> Iterator[tuple[_Shard, Box]]:
+    return ((shard, slab) for shard in shards for slab in slabs(shard.box, _SLAB))
 
 
 def _fill(plan: Plan, shards: Iterable[_Shard], replicas: Replicas) -> None:
     """Evaluate the shards slab by slab, as many at a time as there are replicas: each of them makes
     one, and tells the others."""
-    left = ((shard, slab) for shard in shards for slab in slabs(shard.box, _SLAB))
+    left = _in_order(shards)
     while window := list(itertools.islice(left, replicas.size)):
         if replicas.rank < len(window):
             shard, slab = window[replicas.rank]

@@ -113,6 +113,35 @@ class FileSource(Generic[Stored]):
         return stored
 
 
+@dataclass(frozen=True)
+class Unread:
+    """Tensors that are not there yet: enough to plan with, and to count what would be read."""
+
+    tensors: Mapping[str, tuple[Shape, torch.dtype]]
+
+    @property
+    def bytes_read(self) -> int:
+        """None."""
+        return 0
+
+    @property
+    def stamp(self) -> str:
+        """Of nothing."""
+        return ""
+
+    def files(self) -> list[Path]:
+        """None."""
+        return []
+
+    def changed(self) -> list[UserError]:
+        """Nothing."""
+        return []
+
+    def read(self, name: str, box: Box) -> Tensor:
+        """Never."""
+        raise AssertionError(f"{name} {box} is read, and is not there")
+
+
 class MemorySource:
     """Tensors that are already in memory."""
 
@@ -188,6 +217,14 @@ class View:
     def read(self, name: str, box: Box) -> Tensor:
         """The box of the expression, evaluated over what lies below."""
         return self.expressions[name].evaluate(box, lambda _, below, box: self.of.read(below, box))
+
+
+def nbytes(source: Source, name: str, box: Box) -> int:
+    """Bytes that reading a box of a tensor reads of what is stored."""
+    if isinstance(source, View):
+        below = source.expressions[name].reads(box)
+        return sum(nbytes(source.of, stored, part) for _, stored, part in below)
+    return prod(extent(box)) * source.tensors[name][1].itemsize
 
 
 def take_all(label: str, source: Source) -> dict[str, Expression]:

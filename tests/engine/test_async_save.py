@@ -118,6 +118,7 @@ def test_what_is_written_is_what_was_there_at_its_beginning(
     assert [said for _, _, said in begun] == [[False, True]] * 2
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000002"]
     step = tmp_path / "step_00000002"
+    assert len(list(step.glob("*.distcp"))) == 2, "every rank's, as btx plan --ranks has it"
     hashes = hashes_of(step)
     assert list(hashes) == files_of(step)
     assert hashes == {name: hash_file(step / name) for name in hashes}
@@ -153,6 +154,8 @@ def test_a_stage_that_saves_beside_training(ranks: Ranks, tmp_path: Path) -> Non
     assert [path.name for path in (tmp_path / "beside" / "checkpoints").iterdir()] == [
         "step_00000006"
     ]
+    last = tmp_path / "beside" / "checkpoints" / "step_00000006"
+    assert len(list(last.glob("*.distcp"))) == 1, "weights only: one of the two replicas'"
 
 
 def full_disk(folder: Path) -> tuple[list[str], list[str]]:

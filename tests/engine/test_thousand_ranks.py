@@ -1,5 +1,5 @@
-"""Layouts of 512 and 1,024 ranks, without the ranks: fake_ranks.py builds the real modules of one
-after another.
+"""Layouts of 512 and 1,024 ranks, without the ranks: engine/simulated_ranks.py builds the real
+modules of one after another.
 
 Only those are built that differ. A rank's part of an expert follows from its place in the expert
 groups, its part of all else from that in the tensor-parallel group; both are counted through within
@@ -16,10 +16,19 @@ from dataclasses import replace
 
 import pytest
 
+from megatron_btx.engine.model import chunks
+from megatron_btx.engine.simulated_ranks import (
+    Held,
+    Piece,
+    held,
+    optimizer_bytes,
+    rank,
+    simulated_model,
+)
 from megatron_btx.recipe import count, memory
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.schema import Layout, Model, Routing, Training
-from tests.engine.fake_ranks import Held, Piece, held, trained
+from megatron_btx.train.learning import Learning
 
 EXPERTS = tuple("abcdefgh")
 LLAMA_7B = Model(num_layers=32, hidden_size=4096, ffn_hidden_size=11008, num_attention_heads=32)
@@ -50,7 +59,7 @@ JOBS = {
 }
 
 
-def _job(name: str) -> tuple[Architecture, Layout]:
+def job(name: str) -> tuple[Architecture, Layout]:
     model, layout, ranks = JOBS[name]
     assert layout.world_size == ranks
     return Architecture(model=model, vocab_size=32000, experts=EXPERTS, routing=Routing()), layout
@@ -63,7 +72,10 @@ def _built(architecture: Architecture, layout: Layout) -> dict[int, list[Held]]:
     first = max(tp, layout.etp * layout.expert_model_parallel_size)
     assert in_stage % first == 0
     return {
-        stage: [held(architecture, layout, stage * in_stage + at) for at in range(first)]
+        stage: [
+            held(architecture, Training(layout=layout), stage * in_stage + at)
+            for at in range(first)
+        ]
         for stage in sorted({0, min(1, pp - 1), pp - 1})
     }
 
@@ -78,7 +90,7 @@ def _moved(piece: Piece, layers: int) -> Piece:
 
 @pytest.mark.parametrize("name", JOBS)
 def test_every_element_is_where_it_belongs(name: str) -> None:
-    architecture, layout = _job(name)
+    architecture, layout = job(name)
     pp = layout.pipeline_model_parallel_size
     built = _built(architecture, layout)
     copies = layout.world_size // pp // len(built[0])
@@ -125,11 +137,13 @@ def _replicas(key: str, layout: Layout) -> int:
 
 @pytest.mark.parametrize("name", JOBS)
 def test_a_rank_holds_what_the_plan_says(name: str) -> None:
-    architecture, layout = _job(name)
+    architecture, layout = job(name)
     pp = layout.pipeline_model_parallel_size
     in_stage = layout.world_size // pp
     for stage in {0, pp // 2, pp - 1}:
-        one = held(architecture, layout, stage * in_stage + in_stage - 1)  # the last of its stage
+        one = held(
+            architecture, Training(layout=layout), stage * in_stage + in_stage - 1
+        )  # the last of its stage
         assert one.stage == stage
         assert one.parameters == memory.rank_parameters(architecture, layout, stage)
 
@@ -137,10 +151,19 @@ def test_a_rank_holds_what_the_plan_says(name: str) -> None:
 @pytest.mark.parametrize("name", JOBS)
 def test_gradients_and_optimizer_shards_are_the_plans(name: str) -> None:
     """To the byte: nothing of these sizes is padded."""
-    architecture, layout = _job(name)
-    training = Training(layout=layout, use_distributed_optimizer=True)
+    architecture, layout = job(name)
+    training = Training(layout=layout, use_distributed_optimizer=True, tokens=10**9)
     planned = memory.stage_memory(architecture, training, 0)
     in_stage = layout.world_size // layout.pipeline_model_parallel_size
     for number in (0, in_stage - 1):
-        found = trained(architecture, training, number)
-        assert found == (planned.gradients, planned.optimizer)
+        with rank(layout, number):
+            ddp, optimizer, _ = Learning(architecture, training, architecture.model).begin(
+                simulated_model(architecture, training), 0
+            )
+            gradients = sum(
+                buffer.grad_data.nbytes
+                for piece in chunks(ddp)
+                for buffer in (*piece.buffers, *piece.expert_parallel_buffers)
+            )
+            assert gradients == planned.gradients
+            assert optimizer_bytes(optimizer, training) == planned.optimizer

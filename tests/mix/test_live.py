@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_btx.recipe.schema import Layout
+from megatron_btx.engine.simulated_ranks import held
+from megatron_btx.mix.btx import btx
+from megatron_btx.recipe.schema import Layout, Training
 from megatron_btx.weights.megatron import open_megatron
 from tests.engine.harness import assemble, named_tensor
 from tests.engine.test_layouts import EP2, EP4, PP2, TP2, TP2_EP2, TP2_ETP2, TP2_PP2_EP2
-from tests.mix.ranks_side import mix_live, save_dense
+from tests.mix.ranks_side import ROUTING, mix_live, save_dense
 
 DP4_EP2 = Layout(data_parallel_size=4, expert_model_parallel_size=2)
 SOURCES = {"code": TP2, "math": PP2, "prose": Layout(), "seed": TP2}
@@ -42,16 +44,28 @@ def test_every_layout_gets_the_same_bits(ranks, sources, name):
     results = ranks.run(mix_live, layout.world_size, sources, layout, "fp32")
     mixed = assemble([result[0] for result in results])
     check(mixed, torch.float32)
-    for _, read, held in results:
+    for _, read, nbytes in results:
         assert set(read) == set(SOURCES)
         # Averages read every source once for each byte made; experts one source.
-        assert sum(read.values()) <= len(SOURCES) * held
+        assert sum(read.values()) <= len(SOURCES) * nbytes
+    assert [{**dict.fromkeys(SOURCES, 0), **one} for one in counted(sources, layout)] == [
+        read for _, read, _ in results
+    ]
     if layout.data_parallel_size == layout.world_size > 1:
         # However many ranks hold it: what is averaged is read once, and each expert once.
         total = {label: sum(result[1][label] for result in results) for label in SOURCES}
         average, ffn = _bytes()
         assert total == {label: average + ffn for label in SOURCES}
         assert all(sum(result[1].values()) for result in results), "shared out"
+
+
+def counted(sources, layout):
+    """What each rank would read, by the ranks that btx plan --ranks builds."""
+    models = [open_megatron(directory, label) for label, directory in sources.items()]
+    plan = btx(models, routing=ROUTING, dtype=torch.float32)
+    training = Training(layout=layout, precision="fp32")
+    ranks = range(layout.world_size)
+    return [held(plan.architecture, training, number, plan).read() for number in ranks]
 
 
 def test_bf16_is_rounded_once(ranks, sources):

@@ -17,6 +17,7 @@ from megatron_btx.weights.expression import Expression
 from megatron_btx.weights.ops import item, mean, nbytes, rows, scaled, stack, takes
 from megatron_btx.weights.random_fill import Draw, Fill
 from megatron_btx.weights.source import MemorySource
+from megatron_btx.weights.source import nbytes as nbytes_at
 
 SHAPES = st.lists(st.integers(1, 5), min_size=1, max_size=3).map(tuple)
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16, torch.float64])
@@ -109,8 +110,10 @@ def test_a_box_is_that_box_of_the_whole(data):
     assert tuple(everything.shape) == expression.shape
     assert everything.dtype == expression.dtype
     assert everything.nbytes == nbytes(expression)
-    box = data.draw(boxes(expression.shape))
-    part = expression.evaluate(box, read)
+    box, source = data.draw(boxes(expression.shape)), source_of(expression)
+    part = expression.evaluate(box, read_from(source))
+    counted = sum(nbytes_at(source, name, asked) for _, name, asked in expression.reads(box))
+    assert counted == source.bytes_read
     assert torch.equal(part, everything[tuple(slice(*ends) for ends in box)])
 
 
@@ -141,6 +144,8 @@ def test_only_what_a_box_needs_is_read(data):
     box = data.draw(boxes(expression.shape))
     expression.evaluate(box, read_from(source))
     assert source.bytes_read == 4 * math.prod(extent(box))
+    counted = sum(4 * math.prod(extent(read)) for _, _, read in expression.reads(box))
+    assert counted == source.bytes_read
 
 
 def test_query_key_value_by_group_read_exactly():
