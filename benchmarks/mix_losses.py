@@ -149,7 +149,7 @@ def centroids(
         os.environ["BTX_INIT_METHOD"] = f"file://{folder / 'ranks'}"
         distributed.initialize(Layout(), 0)
     request = MixRequest(sources=sources, router_init="zeros", dtype="fp32")
-    plan = plan_of(request, open_sources(request))
+    plan = plan_of(*open_sources(request))
     length = plan.architecture.model.seq_length
     other = next(path.parent for path in data if path.parent.name not in names)
     texts = {

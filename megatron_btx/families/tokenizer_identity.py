@@ -59,6 +59,36 @@ def differences(one: Path, other: Path) -> list[str]:
     return said
 
 
+def most_tokens(places: Mapping[str, Path]) -> str:
+    """Whose tokenizer.json has the most tokens; the first of several."""
+    return max(places, key=lambda label: len(identity(places[label] / FAST).vocabulary))
+
+
+def beyond_added(one: Path, more: Path) -> list[str]:
+    """In what a second tokenizer is not a first with more added tokens; nothing: it is.
+
+    Args:
+        one: a directory with tokenizer.json.
+        more: likewise.
+
+    Raises:
+        UserError: a file is damaged.
+    """
+    mine, theirs = (identity(place / FAST) for place in (one, more))
+    added, known = theirs.rest["added tokens"], set(mine.vocabulary.values())
+    new = {
+        token
+        for token, at in theirs.vocabulary.items()
+        if token in added and token not in mine.vocabulary and at not in known
+    }
+    kept = {token: at for token, at in theirs.vocabulary.items() if token not in new}
+    rest = {**theirs.rest, "added tokens": {t: added[t] for t in added if t not in new}}
+    said = _vocabularies(mine.vocabulary, kept)
+    for name in mine.rest:
+        said += _parts(name, mine.rest[name], rest[name])
+    return said
+
+
 def _files(place: Path) -> dict[str, Path]:
     if place.is_file():
         return {FAST if place.suffix == ".json" else SLOW: place}

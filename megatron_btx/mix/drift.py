@@ -57,7 +57,9 @@ def show(request: MixRequest, out: TextIO) -> None:
             "--sources", "is one model: there is nothing to compare", "give two or more"
         )
     files = _files(Path(request.out)) if request.out else {}
-    models = open_sources(request)
+    if request.align_vocab:
+        raise UserError("--align-vocab", "has no meaning for btx drift", "leave it out")
+    _, models = open_sources(request)
     grams = drift(models)
     labels = [model.label for model in models]
     seed = labels.index(request.seed_model) if request.seed_model in labels else None

@@ -56,7 +56,7 @@ def run(request: MixRequest, out: TextIO, revision: str | None = None) -> Plan:
     Raises:
         UserErrors: everything wrong with the request, the sources and their tensors.
     """
-    models, plan, execution = _prepared(request)
+    request, models, plan, execution = _prepared(request)
     if request.dry_run:
         out.write(describe(plan, request, models, execution) + "\n")
         return plan
@@ -101,9 +101,9 @@ def interrupted_once() -> Iterator[None]:
             signal.signal(signal.SIGINT, before)
 
 
-def _prepared(request: MixRequest) -> tuple[list[Checkpoint], Plan, Execution]:
-    """Sources, plan and execution; whatever is wrong with any of them, and with where the result
-    shall lie, is told at once."""
+def _prepared(request: MixRequest) -> tuple[MixRequest, list[Checkpoint], Plan, Execution]:
+    """The whole request, sources, plan and execution; whatever is wrong with any of them, and with
+    where the result shall lie, is told at once."""
     errors: list[UserError] = []
     destination = Path(request.out)
     if not request.dry_run and os.path.lexists(destination):
@@ -120,13 +120,13 @@ def _prepared(request: MixRequest) -> tuple[list[Checkpoint], Plan, Execution]:
     wrong = list(out_of_range(request))
     errors += [UserError(f"--{name.replace('_', '-')}", *one) for name, *one in wrong]
     with collect_errors(errors):
-        models = open_sources(request)
+        request, models = open_sources(request)
         if not wrong:
             plan = plan_of(request, models)
             errors += _not_computed(plan, request)
     if errors:
         raise UserErrors(errors)
-    return models, plan, execution
+    return request, models, plan, execution
 
 
 def _not_computed(plan: Plan, request: MixRequest) -> list[UserError]:

@@ -11,6 +11,7 @@ import torch
 from megatron_btx.errors import UserError, UserErrors, collect_errors
 from megatron_btx.families.open import open_checkpoint
 from megatron_btx.files import named_path
+from megatron_btx.mix.align_vocab import align_vocab
 from megatron_btx.mix.anchored import own_expert
 from megatron_btx.mix.average import average
 from megatron_btx.mix.btx import btx
@@ -27,8 +28,9 @@ from megatron_btx.weights.plan import Checkpoint, Plan
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
 
-def open_sources(request: MixRequest) -> list[Checkpoint]:
-    """Open every source; all that is wrong with any of them at once."""
+def open_sources(request: MixRequest) -> tuple[MixRequest, list[Checkpoint]]:
+    """Open every source; all that is wrong with any of them at once. The request comes back with
+    what the sources decide: under ``align_vocab`` whose tokenizer the result gets."""
     models: list[Checkpoint] = []
     errors: list[UserError] = []
     for source in request.sources:
@@ -36,13 +38,19 @@ def open_sources(request: MixRequest) -> list[Checkpoint]:
         with collect_errors(errors):
             label = label or name_of(path)
             models.append(open_checkpoint(path, label, request.model))
+    if not errors and request.align_vocab:
+        if request.tokenizer:
+            what = "is the source of the most tokens under --align-vocab"
+            raise UserError("--tokenizer", what, "leave one of the two out")
+        models, most = align_vocab(models, request.seed_model)
+        request = dataclasses.replace(request, tokenizer=most)
     if not errors:
         models = with_tokenizer(models, request.tokenizer)
     if errors and models and request.method not in ("append", "replace"):
         errors += disagreements([own_expert(model) for model in models])
     if errors:
         raise UserErrors(errors)
-    return models
+    return request, models
 
 
 def plan_of(request: MixRequest, models: list[Checkpoint]) -> Plan:

@@ -32,6 +32,9 @@ class MixRequest:
     tokenizer: str = ""
     """the source whose tokenizer and chat template the result gets, though those of others differ
     (default: the first that has one; all must be the same)"""
+    align_vocab: bool = False
+    """where tokenizers differ by added tokens only, put all models to the largest vocabulary: rows
+    that one lacks are the seed's, or those of the first source that has them"""
     dtype: Literal["bf16", "fp32", "fp16"] | None = None
     """of the result; without it, that of the sources"""
     average: tuple[str, ...] = ()

@@ -39,6 +39,24 @@ _REST = {
 }
 
 
+class _Longer:
+    """A model with the rows of embedding and head that it lacks, of the first that has them."""
+
+    def __init__(self, model: Any, givers: list[Any]) -> None:
+        self._model, self._givers = model, givers
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def get(self, name: str) -> Tensor:
+        tensor: Tensor = self._model.get(name)
+        for giver in (
+            self._givers if name in ("model.embed_tokens.weight", "lm_head.weight") else ()
+        ):
+            tensor = torch.cat([tensor, giver.get(name)[len(tensor) :]])
+        return tensor
+
+
 class Rules:
     """What every tensor of one result should be.
 
@@ -55,7 +73,11 @@ class Rules:
             if not path.is_dir():
                 raise UserError(str(path), "the source is not there", "put it back to verify")
         said = zip(paths, lineage["sources"], strict=True)
-        self.models = [open_plain(path, source) for path, source in said]
+        self.models: list[Any] = [open_plain(path, source) for path, source in said]
+        if self.asked.get("align_vocab"):
+            named = zip(self.labels, self.models, strict=True)
+            givers = sorted(named, key=lambda one: one[0] != self.asked["seed_model"])
+            self.models = [_Longer(model, [giver for _, giver in givers]) for model in self.models]
         self.base = None
         if label := self.asked.get("base"):  # it is no expert: those are counted without it
             place = self.labels.index(label)

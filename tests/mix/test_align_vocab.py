@@ -1,0 +1,103 @@
+"""``--align-vocab``: models of one tokenizer with more or fewer added tokens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models
+
+from megatron_btx.errors import UserError
+from tests.families.made import make
+from tests.mix.commands import btx
+
+pytest.importorskip("transformers")
+
+ADDED = {"code": ["<a>", "<b>", "<c>"], "math": ["<a>"], "seed": ["<a>", "<b>"]}
+BASE = [f"w{at}" for at in range(70)]
+
+
+def tokenizer(directory: Path, added: Sequence[str], base: Sequence[str] = BASE) -> None:
+    """Of whole words."""
+    made = Tokenizer(models.WordLevel({word: at for at, word in enumerate(base)}, base[0]))
+    made.add_tokens(list(added))
+    made.save(str(directory / "tokenizer.json"))
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory) -> Path:
+    """Three Llamas, each with as many rows as its tokenizer has tokens."""
+    root = tmp_path_factory.mktemp("sources")
+    for label, added in ADDED.items():
+        make("llama", root / label, vocab_size=len(BASE) + len(added))
+        tokenizer(root / label, added)
+    return root
+
+
+def words(sources: Path, out: Path) -> list[object]:
+    named = [f"{label}={sources / label}" for label in ADDED]
+    return ["mix", "--sources", *named, "--align-vocab", "--out", out]
+
+
+def rows_by_hand(sources: Path, name: str) -> torch.Tensor:
+    """The mean of every id's rows, [73, H]; who has none takes the seed's, else code's."""
+    stored = {label: load_file(sources / label / "model.safetensors")[name] for label in ADDED}
+    means = []
+    for at in range(73):
+        other = stored["seed"] if at < 72 else stored["code"]
+        rows = [own[at] if at < len(own) else other[at] for own in stored.values()]
+        means.append(sum(row.double() for row in rows) / 3)
+    return torch.stack(means)
+
+
+def test_missing_rows_are_the_seeds_or_the_first_sources(sources, tmp_path):
+    assert btx(*words(sources, tmp_path / "out"), "--method", "average")[0] == 0
+    made = load_file(tmp_path / "out" / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        want = rows_by_hand(sources, name)
+        torch.testing.assert_close(made[name].double(), want, rtol=1e-6, atol=0)
+    only = load_file(sources / "code" / "model.safetensors")["lm_head.weight"][72]
+    assert torch.equal(made["lm_head.weight"][72], only)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == 73
+    files = [place / "tokenizer.json" for place in (tmp_path / "out", sources / "code")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.mark.parametrize("form", ["hf", "megatron"])
+def test_a_mixture_is_verified(sources, tmp_path, form):
+    code, said = btx(*words(sources, tmp_path / "out"), "--format", form, "--ties", "0.5")
+    assert code == 0
+    assert "tokenizer: that of code" in said
+    code, said = btx("verify", tmp_path / "out")
+    assert code == 0, said
+
+
+@pytest.mark.parametrize(
+    ("added", "base", "found"),
+    [
+        (["<x>"], BASE, "its tokenizer and that of code: vocabulary: '<x>' is absent, not 70"),
+        (["<a>"], [*BASE[:5], "other", *BASE[6:]], "vocabulary: 'other' is absent, not 5"),
+        (None, BASE, "comes without a tokenizer.json"),
+    ],
+)
+def test_other_tokenizers_are_refused(sources, tmp_path, added, base, found):
+    for label in ADDED:
+        (tmp_path / label).mkdir()
+        for file in (sources / label).iterdir():
+            (tmp_path / label / file.name).symlink_to(file)
+    (tmp_path / "math" / "tokenizer.json").unlink()
+    if added is not None:
+        tokenizer(tmp_path / "math", added, base)
+    with pytest.raises(UserError) as caught:
+        btx(*words(tmp_path, tmp_path / "out"), "--dry-run")
+    assert found in str(caught.value)
+
+
+def test_without_the_flag_it_is_refused_as_ever(sources, tmp_path):
+    asked = [word for word in words(sources, tmp_path / "out") if word != "--align-vocab"]
+    with pytest.raises(UserError, match="vocab_size is 71, that of code is 73"):
+        btx(*asked, "--dry-run")
