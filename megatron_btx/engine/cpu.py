@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from megatron_btx.engine import cpu_tuning
-from megatron_btx.engine.megatron_release import RELEASE, require_supported
+from megatron_btx.engine.megatron_release import RELEASE, require_supported, silence_warnings
 from megatron_btx.engine.moe import dispatch
 
 _DEVICE = torch.device("cpu")
@@ -183,6 +183,7 @@ def install() -> bool:
         LookupError: an upstream symbol that a row names has changed.
     """
     require_supported()
+    silence_warnings()
     if torch.cuda.is_available():
         return False
     cpu_tuning.install()

@@ -15,14 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_btx.engine import megatron_release
 from megatron_btx.engine.platform import Platform
 
 
 @functools.cache
 def install(platform: Platform) -> None:
     """Apply what this platform needs. Call it after ``cpu.install()``, before building a model."""
-    megatron_release.silence_warnings()
     # Weight gradients into DDP's buffer without a copy between: Apex has a kernel for it, which
     # Megatron's own layers (under Transformer Engine the output layer) require.
     layers = importlib.import_module("megatron.core.tensor_parallel.layers")

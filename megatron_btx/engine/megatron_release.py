@@ -82,14 +82,22 @@ _SILENCED = (
 
 
 _SILENCED_WARNINGS = (
+    # Said by several modules as they are imported: `btx doctor` says what a machine has, and
+    # engine/platform.py what runs instead.
+    "Transformer Engine and Apex are not installed",
+    "Apex is not installed",
+    "MimoModelConfig is experimental",  # imported by Megatron itself, of no use here (0.19)
     "full scope is deprecated",  # about the default of an option that was not set (0.19)
     "torch.distributed is disabled, unavailable or uninitialized",  # one rank reads for all
+    # torch 2.13 has new names for them, which torch 2.10 lacks; Megatron calls them too.
+    r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated",
 )
-"""Begins of messages given to Python's ``warnings``."""
+"""Begins of messages given to Python's ``warnings``, as regular expressions."""
 
 
 def silence_warnings() -> None:
-    """In this process, those of :data:`_SILENCED` and :data:`_SILENCED_WARNINGS`."""
+    """In this process, those of :data:`_SILENCED` and :data:`_SILENCED_WARNINGS`; before Megatron
+    is imported."""
     for begin in _SILENCED_WARNINGS:
         warnings.filterwarnings("ignore", message=begin)
     words = defaultdict(list)

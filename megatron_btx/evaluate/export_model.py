@@ -133,8 +133,6 @@ def _against_transformers(
 @torch.no_grad()
 def _logits(recipe: Recipe, run_dir: Path, plan: Plan, out: Path) -> float:
     """The largest difference on a held-out sequence of each domain, over the logits' deviation."""
-    from transformers import AutoModelForCausalLM
-
     texts = held_out(recipe, run_dir, tokens=recipe.model.seq_length, plain=True)
     tokens = torch.stack([text[0]["tokens"] for text in texts.values()])
     module = build_model(plan.architecture, Layout(), "fp32").eval()
@@ -143,5 +141,5 @@ def _logits(recipe: Recipe, run_dir: Path, plan: Plan, out: Path) -> float:
     here = torch.cuda.current_device()
     with dropless(module):
         ours = module(tokens.to(here), places.to(here), attention_mask=None).float().cpu()
-    theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()(tokens).logits
+    theirs = export_stage.transformers_model(out)(tokens).logits
     return float((ours[..., : theirs.shape[-1]] - theirs).abs().max() / theirs.std())

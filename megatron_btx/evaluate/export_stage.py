@@ -105,14 +105,21 @@ def as_exported(plan: Plan) -> Plan:
     return replace(plan, architecture=replace(plan.architecture, routing=gates))
 
 
+def transformers_model(directory: Path) -> Any:
+    """A Hugging Face directory as ``transformers`` reads it, fp32; its progress bar is not for a
+    stage's log."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    return transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+
+
 @torch.no_grad()
 def transformers_loss(
     exported: Path, domains: dict[str, HeldOutText], batch_size: int
 ) -> dict[str, float]:
     """Nats per token of an exported model by domain, computed by ``transformers`` in fp32."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32).eval()
+    model = transformers_model(exported)
     losses = {}
     for name, text in domains.items():
         total, tokens = 0.0, 0
