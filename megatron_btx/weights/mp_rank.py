@@ -5,7 +5,8 @@ by mapped slices.
 number more, hold ``model_optim_rng.pt`` (``get_checkpoint_name`` of
 ``megatron.training.checkpointing``); the distributed optimizer's own files beside it are not looked
 at. Tensors lie there under the names of the modules, layers and experts counted from each rank's
-first.
+first; under virtual pipeline stages in one mapping for each, ``model0``, ``model1``, their layers
+counted from its first.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ FILE = "model_optim_rng.pt"
 
 Rank = tuple[int, int, int]
 """Tensor-, pipeline- and expert-parallel rank."""
+Place = tuple[Rank, int]
+"""A rank, and which of its virtual pipeline stages."""
 
 _AGAIN = "copy the checkpoint again, or take an earlier step"
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.*)")
@@ -67,7 +70,8 @@ def arguments_of(directory: Path) -> Any:
 
 
 class MpRankSource(FileSource[_Stored]):
-    """The tensors of all ranks, each under ``TP.PP.EP/NAME``.
+    """The tensors of all ranks, each under ``TP.PP.EP.STAGE/NAME``: the last number is that of the
+    rank's virtual pipeline stage.
 
     Args:
         path: ``iter_XXXXXXX`` or ``release``.
@@ -85,6 +89,7 @@ class MpRankSource(FileSource[_Stored]):
         first = arguments_of(self.path)
         args = vars(first["args"]) if isinstance(first, dict) and "args" in first else {}
         self.sizes = self._sizes(args)
+        self.virtual_stages = self._size(args, "virtual_pipeline_model_parallel_size")
         self.local_experts = (args.get("num_experts") or 0) // self.sizes[2]
         tp, pp, ep = map(range, self.sizes)
         files = {rank: self._file(rank) for rank in itertools.product(tp, pp, ep)}
@@ -93,19 +98,23 @@ class MpRankSource(FileSource[_Stored]):
             raise UserErrors(missing)
         for rank, file in files.items():
             self._open(file)
-            for name, stored in _tensors(file):
-                self._stored[f"{'.'.join(map(str, rank))}/{name}"] = stored
+            for stage, name, stored in _tensors(file, self.virtual_stages):
+                self._stored[f"{'.'.join(map(str, (*rank, stage)))}/{name}"] = stored
 
     def _sizes(self, args: Mapping[str, Any]) -> Rank:
-        words = ("tensor_model_parallel_size", "pipeline_model_parallel_size")
-        tp, pp, ep = (args.get(name) or 1 for name in (*words, "expert_model_parallel_size"))
-        if not all(isinstance(n, int) and 0 < n < 10_000 for n in (tp, pp, ep)):
-            raise UserError(str(self.path), f"is divided into {tp} x {pp} x {ep} ranks", _AGAIN)
+        kinds = ("tensor", "pipeline", "expert")
+        tp, pp, ep = (self._size(args, f"{kind}_model_parallel_size") for kind in kinds)
         etp = args.get("expert_tensor_parallel_size") or tp
         if args.get("num_experts") and etp != tp:
             what = f"experts under another tensor parallelism ({etp}) than the rest ({tp})"
             raise UserError(str(self.path), what, "save it with --ckpt-format torch_dist")
         return tp, pp, ep
+
+    def _size(self, args: Mapping[str, Any], name: str) -> int:
+        size = args.get(name) or 1
+        if not isinstance(size, int) or not 0 < size < 10_000:
+            raise UserError(str(self.path), f"its {name} is {shown(repr(size))}", _AGAIN)
+        return size
 
     def _file(self, rank: Rank) -> Path:
         tp, pp, ep = rank
@@ -129,11 +138,12 @@ def joined(label: str, source: MpRankSource) -> dict[str, Expression]:
     """
     parts: dict[str, dict[int, Expression]] = defaultdict(dict)
     offset = 0
-    for stage in range(source.sizes[1]):
+    # The first virtual stage of every rank comes before the second of any.
+    for virtual, stage in itertools.product(range(source.virtual_stages), range(source.sizes[1])):
         layers = 0
         for stored, (shape, kind) in source.tensors.items():
-            (tp, pp, ep), name = _parsed(stored)
-            if pp != stage:
+            ((tp, pp, ep), of), name = _parsed(stored)
+            if (of, pp) != (virtual, stage):
                 continue
             if match := _LAYER.fullmatch(name):
                 layers = max(layers, int(match[1]) + 1)
@@ -164,10 +174,10 @@ def _whole(name: str, parts: list[Expression]) -> Expression:
     return Cat(tuple(parts), 1) if name.endswith(_COLUMNS) else parts[0]
 
 
-def _parsed(stored: str) -> tuple[Rank, str]:
-    ranks, _, name = stored.partition("/")
-    tp, pp, ep = map(int, ranks.split("."))
-    return (tp, pp, ep), name
+def _parsed(stored: str) -> tuple[Place, str]:
+    place, _, name = stored.partition("/")
+    tp, pp, ep, virtual = map(int, place.split("."))
+    return ((tp, pp, ep), virtual), name
 
 
 def global_name(name: str, layers: int = 0, experts: int = 0) -> tuple[str, bool]:
@@ -190,19 +200,21 @@ def _content(file: Path) -> Any:
     return _read(file)[0]
 
 
-def _tensors(file: Path) -> Iterator[tuple[str, _Stored]]:
-    """The model's tensors in a rank's file: where their elements lie."""
+def _tensors(file: Path, stages: int) -> Iterator[tuple[int, str, _Stored]]:
+    """The tensors of the model in a rank's file, or of each of its virtual stages: where their
+    elements lie."""
     content, members = _read(file)
-    model = content.get("model") if isinstance(content, dict) else None
-    if not isinstance(model, dict):
-        what = "holds no `model`: virtual pipeline stages are not read"
-        raise UserError(str(file), what, "save it with --ckpt-format torch_dist")
-    for name, tensor in model.items():
-        if isinstance(name, str) and not name.endswith("_extra_state"):
-            try:
-                yield name, _stored(file, tensor, members)
-            except MALFORMED as error:
-                raise UserError(f"{file}: {shown(name)}", f"corrupt: {error}", _AGAIN) from error
+    for stage, key in enumerate(["model"] if stages == 1 else [f"model{n}" for n in range(stages)]):
+        model = content.get(key) if isinstance(content, dict) else None
+        if not isinstance(model, dict):
+            raise UserError(str(file), f"holds no `{key}`, which its arguments speak of", _AGAIN)
+        for name, tensor in model.items():
+            if isinstance(name, str) and not name.endswith("_extra_state"):
+                try:
+                    yield stage, name, _stored(file, tensor, members)
+                except MALFORMED as error:
+                    what = f"corrupt: {error}"
+                    raise UserError(f"{file}: {shown(name)}", what, _AGAIN) from error
 
 
 def _stored(file: Path, tensor: Any, members: Mapping[str, tuple[int, int]]) -> _Stored:

@@ -6,6 +6,8 @@ Nothing is lenient: its loader fails on a name that it looks for and a checkpoin
 from __future__ import annotations
 
 import io
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -181,14 +183,37 @@ OLD_FORMS = {  # model, ranks, TP, more arguments, one of the files
 }  # fmt: skip
 
 
+VIRTUAL = shlex.split("--pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1")
+
+
+def saved_again(
+    pool: Ranks, world: int, words: Sequence[str], step: Path, save: Path, *forms: str
+) -> Path:
+    """Our directory, loaded and saved by the trainer without a step between."""
+    words = (*words, "--save", str(save / forms[0]))
+    job = trainer.Job(words, TOKENS, forms=forms, compute=False, by_hand=by_hand(step))
+    pool.run(trainer.run, world, job, timeout=600)
+    return save / forms[0] / "iter_0000000"
+
+
+@pytest.mark.parametrize("name", ["llama 3.2, tied", "mixtral"])
+def test_virtual_pipeline_stages_are_read(
+    name: str, written: Any, pool: Ranks, tmp_path: Path
+) -> None:
+    """Four layers on two ranks, each of which has the first and third, or second and fourth."""
+    step = written[name][1]
+    world, more = (4, LAYOUTS["EP2"][2]) if name == "mixtral" else (2, ())
+    words = [*words_for(step, 1), *VIRTUAL, *more]
+    saved = saved_again(pool, world, words, step, tmp_path, "torch_dist", "torch")
+    same(saved, step, by_hand(step))
+    same(tmp_path / "torch" / saved.name, step, by_hand(step))
+
+
 @pytest.mark.parametrize("form", OLD_FORMS)
 def test_the_older_form_is_read(form: str, written: Any, pool: Ranks, tmp_path: Path) -> None:
     name, world, tp, more, file = OLD_FORMS[form]
     step = written[name][1]
-    words = (*words_for(step, tp), *more, "--save", str(tmp_path))
-    job = trainer.Job(words, TOKENS, forms=("torch",), compute=False, by_hand=by_hand(step))
-    pool.run(trainer.run, world, job)
-    saved = tmp_path / "iter_0000000"
+    saved = saved_again(pool, world, [*words_for(step, tp), *more], step, tmp_path, "torch")
     assert (saved / file / "model_optim_rng.pt").is_file()
     same(saved, step, by_hand(step))
     released = saved.rename(tmp_path / "release")

@@ -13,7 +13,6 @@ takes ``--train-iters`` steps on random tokens on one rank, for want of a GPU in
 from __future__ import annotations
 
 import argparse
-import importlib
 import importlib.util
 import os
 import shlex
@@ -171,6 +170,7 @@ def _start(words: Sequence[str]) -> Namespace:
     parallel_state.initialize_model_parallel(
         args.tensor_model_parallel_size,
         args.pipeline_model_parallel_size,
+        args.virtual_pipeline_model_parallel_size,
         expert_model_parallel_size=args.expert_model_parallel_size,
         expert_tensor_parallel_size=args.expert_tensor_parallel_size,
     )

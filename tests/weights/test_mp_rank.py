@@ -16,6 +16,7 @@ from megatron_btx.errors import UserError
 from megatron_btx.mix.reference.reader import open_plain
 from megatron_btx.weights.find_checkpoint import find_checkpoint
 from megatron_btx.weights.megatron import open_megatron
+from megatron_btx.weights.plan import Checkpoint
 from megatron_btx.weights.source import read_whole
 from tests.mix.commands import btx
 from tests.weights.models import DENSE, dense
@@ -36,39 +37,51 @@ def shard(name: str, tensor: torch.Tensor, tp: int) -> torch.Tensor:
     return tensor
 
 
-def write(directory: Path, args: Any = None, **content: Any) -> None:
-    model = dense("a", 1)
-    per_stage = DENSE.model.num_layers // PP
+def write(directory: Path, args: Any = None, *, virtual: int = 1, **content: Any) -> None:
+    """A dense model under TP x PP, with ``virtual`` stages on every pipeline rank."""
+    sizes = {
+        "tensor_model_parallel_size": TP,
+        "pipeline_model_parallel_size": PP,
+        "virtual_pipeline_model_parallel_size": virtual if virtual > 1 else None,
+    }
     for tp in range(TP):
+        stages = stages_of(dense("a", 1), tp, PP * virtual)
         for pp in range(PP):
-            state: Any = OrderedDict()
-            state._metadata = OrderedDict(version=1)  # as a module's state has it
-            for name in model.tensors:
-                parts = name.split(".")
-                layer = int(parts[2]) if name.startswith("decoder.layers.") else None
-                stage = layer // per_stage if layer is not None else 0 if "embed" in name else 1
-                if stage == pp:
-                    if layer is not None:
-                        parts[2] = str(layer - pp * per_stage)
-                    state[".".join(parts)] = shard(name, read_whole(model.source, name), tp)
-            state["decoder.layers.0.self_attention.linear_qkv._extra_state"] = None
+            mine = stages[pp::PP]
+            keys = ["model"] if virtual == 1 else [f"model{number}" for number in range(virtual)]
             folder = directory / f"mp_rank_{tp:02d}_{pp:03d}"
             folder.mkdir(parents=True)
-            sizes = {"tensor_model_parallel_size": TP, "pipeline_model_parallel_size": PP}
             everything = {
                 "args": args or argparse.Namespace(**ARGS, **sizes),
                 "checkpoint_version": 3.0,
                 "iteration": 7,
-                "model": state,
+                **dict(zip(keys, mine, strict=True)),
                 "rng_state": [{"np_rng_state": np.random.get_state(), "cpu": torch.ones(3)}],
                 "optimizer": {"state": {0: {"exp_avg": torch.ones(4)}}},
             }
             torch.save(everything | content, folder / "model_optim_rng.pt")
 
 
-@pytest.mark.parametrize("name", ["iter_0000007", "release"])
-def test_shards_of_tp_and_pp_are_one_model(name: str, tmp_path: Path) -> None:
-    write(tmp_path / name)
+def stages_of(model: Checkpoint, tp: int, count: int) -> list[Any]:
+    """Rank ``tp``'s tensors of each stage, layers counted from its first."""
+    per_stage = DENSE.model.num_layers // count
+    states: list[Any] = [OrderedDict() for _ in range(count)]
+    for name in model.tensors:
+        parts = name.split(".")
+        stage = 0 if "embed" in name else count - 1
+        if name.startswith("decoder.layers."):
+            stage, layer = divmod(int(parts[2]), per_stage)
+            parts[2] = str(layer)
+        states[stage][".".join(parts)] = shard(name, read_whole(model.source, name), tp)
+    for state in states:
+        state._metadata = OrderedDict(version=1)  # as a module's state has it
+        state["decoder.layers.0.self_attention.linear_qkv._extra_state"] = None
+    return states
+
+
+@pytest.mark.parametrize(("name", "virtual"), [("iter_0000007", 1), ("release", 1), ("release", 2)])
+def test_shards_of_tp_and_pp_are_one_model(name: str, virtual: int, tmp_path: Path) -> None:
+    write(tmp_path / name, virtual=virtual)
     assert find_checkpoint(tmp_path / name) == tmp_path / name
     found, expected = open_megatron(tmp_path / name, "m"), dense("a", 1)
     assert found.architecture == DENSE
@@ -118,8 +131,8 @@ def test_a_damaged_shard_is_one_error(damage: str, words: str, tmp_path: Path) -
 
 
 def test_what_is_divided_otherwise_is_refused(tmp_path: Path) -> None:
-    write(tmp_path / "virtual", model=None)
-    with pytest.raises(UserError, match="virtual pipeline stages are not read"):
+    write(tmp_path / "virtual", virtual=2, model1=None)
+    with pytest.raises(UserError, match="holds no `model1`, which its arguments speak of"):
         open_megatron(tmp_path / "virtual", "m")
     args = {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 1, "num_experts": 4}
     write(tmp_path / "experts", argparse.Namespace(**(ARGS | args)))
