@@ -21,6 +21,7 @@ from torch.nn.functional import embedding, linear, rms_norm, silu
 
 from megatron_btx.engine.moe.experts import GroupedExperts
 from megatron_btx.engine.moe.router import dropless
+from megatron_btx.recipe.schema import Model
 
 _MULTIPLE = 64
 
@@ -34,18 +35,20 @@ class KeyValueCache:
     Args:
         module: whole on this rank, of our own layers (engine/spec.py), in ``eval`` mode; its
             routing draws no noise.
+        shape: what the model is.
         capacity: C.
     """
 
-    def __init__(self, module: torch.nn.Module, capacity: int) -> None:
-        self._module, self._capacity = module, capacity
+    def __init__(self, module: torch.nn.Module, shape: Model, capacity: int) -> None:
+        self._module, self._shape, self._capacity = module, shape, capacity
         (self._model,) = (part for part in module.modules() if isinstance(part, GPTModel))
         angles = self._model.rotary_pos_emb.forward(capacity)[:, 0, 0]  # [C, D]
         self._embedding = self._model.embedding.word_embeddings.weight
         tied = self._model.share_embeddings_and_output_weights
         self._head = self._embedding if tied else self._model.output_layer.weight
         self._cos, self._sin = (part.to(self._head.dtype) for part in (angles.cos(), angles.sin()))
-        self._layers = [_Layer(layer) for layer in self._model.decoder.layers]
+        factor = shape.residual_multiplier
+        self._layers = [_Layer(layer, factor) for layer in self._model.decoder.layers]
         self.lengths = torch.zeros(0, dtype=torch.int64)
         """Tokens of each row, [B]."""
 
@@ -83,12 +86,13 @@ class KeyValueCache:
         longest = -(-(int(self.lengths.max()) + 1) // _MULTIPLE) * _MULTIPLE
         places = torch.arange(min(longest, self._capacity), device=self.lengths.device)
         behind = self.lengths.unsqueeze(1) - places  # [B, L]
-        hidden = embedding(tokens, self._embedding)
+        hidden = embedding(tokens, self._embedding) * self._shape.embedding_multiplier
         for layer in self._layers:
             hidden = layer.step(hidden, turn, self.lengths, behind)
         norm = self._model.decoder.final_layernorm
         self.lengths = self.lengths + 1
-        return linear(_normalised(hidden, norm), self._head).float()
+        scaled = _normalised(hidden, norm) / self._shape.logits_scaling
+        return linear(scaled, self._head).float()
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with these rows alone, in this order."""
@@ -101,7 +105,8 @@ class KeyValueCache:
 class _Layer:
     """A transformer layer, its keys and values [B, G, C, D]."""
 
-    def __init__(self, layer: Any) -> None:
+    def __init__(self, layer: Any, residual_multiplier: float) -> None:
+        self._factor = residual_multiplier
         self._layer, self._attention, self._mlp = layer, layer.self_attention, layer.mlp
         self._core = self._attention.core_attention
         self._routed = isinstance(getattr(self._mlp, "experts", None), GroupedExperts)
@@ -136,9 +141,11 @@ class _Layer:
         window = self._core.window
         seen = behind >= 0 if window is None else (behind >= 0) & (behind <= window)
         context = self._attend(query, seen)
-        hidden = hidden + linear(context, self._attention.linear_proj.weight)
+        attended = linear(context, self._attention.linear_proj.weight)
+        hidden = torch.add(hidden, attended, alpha=self._factor)
         x = _normalised(hidden, self._layer.pre_mlp_layernorm)
-        return hidden + (self._experts(x) if self._routed else _feed_forward(x, self._mlp))
+        made = self._experts(x) if self._routed else _feed_forward(x, self._mlp)
+        return torch.add(hidden, made, alpha=self._factor)
 
     def _projected(self, x: Tensor, turn: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [B, N, D], keys and values [B, G, D]; the first two turned by their positions."""

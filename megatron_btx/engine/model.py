@@ -27,7 +27,7 @@ from megatron_btx.engine.unsupported_options import TORCH_LAYERS, megatron_error
 from megatron_btx.errors import UserError
 from megatron_btx.recipe import check_layout, count
 from megatron_btx.recipe.architecture import Architecture
-from megatron_btx.recipe.schema import Layout, MegatronOptions, Precision
+from megatron_btx.recipe.schema import Layout, MegatronOptions, Model, Precision
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 NO_OPTIONS = MegatronOptions()
@@ -65,6 +65,7 @@ def transformer_config(
         "add_bias_linear": False,
         "add_qkv_bias": model.add_qkv_bias,
         "qk_layernorm": model.qk_layernorm,
+        "softmax_scale": model.softmax_scale,
         "window_size": model.window_size,
         "window_attn_skip_freq": model.window_attn_skip_freq and list(model.window_attn_skip_freq),
         "attention_dropout": 0.0,
@@ -167,13 +168,18 @@ def _chunk(
     model = GPTModel(
         config=config,
         transformer_layer_spec=block_spec(
-            config, architecture.routing, random_seed, vp_stage=vp_stage
+            config,
+            architecture.routing,
+            random_seed,
+            vp_stage=vp_stage,
+            residual_multiplier=architecture.model.residual_multiplier,
         ),
         pre_process=parallel_state.is_pipeline_first_stage(**where),
         post_process=parallel_state.is_pipeline_last_stage(**where),
         vp_stage=vp_stage,
         **model_fields(architecture),
     )
+    scale_ends(model, architecture.model)
     mask_padding(model, architecture)
     model.to(torch.cuda.current_device())
     return Float16Module(config, model) if config.bf16 else model
@@ -215,6 +221,18 @@ def model_fields(architecture: Architecture) -> dict[str, Any]:
         "rope_scaling_factor": model.rope_scaling_factor,
         "seq_len_interpolation_factor": model.seq_len_interpolation_factor,
     }
+
+
+def scale_ends(model: GPTModel, shape: Model) -> None:
+    """Multiply what the embedding gives, and divide the logits (Granite), for which both releases
+    of Megatron have no field. The latter before the output layer, whose input is far smaller."""
+    factor, divisor = shape.embedding_multiplier, shape.logits_scaling
+    if model.pre_process and factor != 1:
+        model.embedding.register_forward_hook(lambda _module, _args, output: output * factor)
+    if model.post_process and divisor != 1:
+        model.output_layer.register_forward_pre_hook(
+            lambda _module, args: (args[0] / divisor, *args[1:])
+        )
 
 
 def mask_padding(model: GPTModel, architecture: Architecture) -> None:

@@ -47,11 +47,18 @@ def block_spec(
     random_seed: int = 0,
     machine: platform.Platform | None = None,
     vp_stage: int | None = None,
+    residual_multiplier: float = 1.0,
 ) -> ModuleSpec | TransformerBlockSubmodules:
     """This pipeline stage's layers (those of one of its virtual stages), for
     ``GPTModel(transformer_layer_spec=...)``; other arguments as ``layer_spec``'s."""
     machine = machine or platform.detect()
-    layer = layer_spec(routing, random_seed, machine, qk_layernorm=config.qk_layernorm)
+    layer = layer_spec(
+        routing,
+        random_seed,
+        machine,
+        qk_layernorm=config.qk_layernorm,
+        residual_multiplier=residual_multiplier,
+    )
     if machine.layers == "transformer_engine":
         return layer
     # Spelled out for the sake of the final norm: given one layer, Megatron takes its own norm,
@@ -67,6 +74,7 @@ def layer_spec(
     machine: platform.Platform | None = None,
     *,
     qk_layernorm: bool = False,
+    residual_multiplier: float = 1.0,
 ) -> ModuleSpec:
     """One transformer layer: dense without ``routing``, an MoE layer with it.
 
@@ -75,8 +83,10 @@ def layer_spec(
         random_seed: seeds the routing's noise (``sample_top1``).
         machine: ``None``: this one.
         qk_layernorm: as in the configuration, which Megatron does not ask here.
+        residual_multiplier: the recipe's.
     """
     machine = machine or platform.detect()
+    add = multiply_and_add(residual_multiplier)
     if machine.layers == "transformer_engine":
         spec = get_gpt_layer_with_transformer_engine_spec(
             num_experts=None if routing is None else 1,
@@ -87,6 +97,7 @@ def layer_spec(
             moe = spec.submodules.mlp
             parts = moe.keywords["submodules"] if MOE_SPEC_IS_PARTIAL else moe.submodules
             spec.submodules.mlp = _moe(routing, random_seed, parts.experts, parts.shared_experts)
+        spec.submodules.self_attn_bda = spec.submodules.mlp_bda = add
         return spec
     linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     dense: Any = (
@@ -111,15 +122,33 @@ def layer_spec(
                     k_layernorm=head_norm,
                 ),
             ),
-            self_attn_bda=get_bias_dropout_add,
+            self_attn_bda=add,
             pre_mlp_layernorm=RMSNorm,
             mlp=dense if routing is None else _moe(routing, random_seed, GroupedExperts, shared),
-            mlp_bda=get_bias_dropout_add,
+            mlp_bda=add,
             sharded_state_dict_keys_map=(
                 {**_INPUT_NORM, **_PRE_MLP_NORM} if routing is None else _INPUT_NORM
             ),
         ),
     )
+
+
+def multiply_and_add(multiplier: float) -> Any:
+    """Megatron's ``get_bias_dropout_add`` for outputs that are multiplied before they are added to
+    the residual stream; of layers without biases."""
+    if multiplier == 1:
+        return get_bias_dropout_add
+
+    def get(training: bool, fused: bool) -> Any:
+        add = get_bias_dropout_add(training, fused)
+
+        def multiplied(x_with_bias: tuple[Any, None], residual: Any, dropout: float) -> Any:
+            x, bias = x_with_bias
+            return add((x * multiplier, bias), residual, dropout)
+
+        return multiplied
+
+    return get
 
 
 def _moe(

@@ -92,7 +92,8 @@ class Remembered:
         capacity = min(self._predictor.seq_length, int(lengths.max()) + self._room)
         self._caches, logits = {}, {}
         for label, member in self._predictor.members.items():
-            cache = self._caches[label] = KeyValueCache(member.module, capacity)
+            shape = member.architecture.model
+            cache = self._caches[label] = KeyValueCache(member.module, shape, capacity)
             logits[label] = self._true(cache.read(tokens, lengths))
         places = torch.arange(len(rows)), lengths - 1
         self._last = {label: found[places].unsqueeze(1) for label, found in logits.items()}

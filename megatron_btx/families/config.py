@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from megatron_btx.errors import UserError
 from megatron_btx.families.hf_routing import HFRouting
 from megatron_btx.recipe.architecture import Architecture
-from megatron_btx.recipe.count import kv_channels, query_groups
+from megatron_btx.recipe.count import resolved
 from megatron_btx.recipe.fields import UTMOST, Range
 from megatron_btx.recipe.typed import BAD, Reader
 from megatron_btx.recipe.yaml_tree import Node, tree_of
@@ -46,7 +46,10 @@ _IGNORED = {
         forced_bos_token_id forced_eos_token_id remove_invalid_values output_scores
         return_dict_in_generate
     """,
-    "training alone": "output_router_logits router_aux_loss_coef neftune_noise_alpha",
+    "training alone": """
+        output_router_logits router_aux_loss_coef neftune_noise_alpha
+        attention_dropout resid_pdrop embd_pdrop
+    """,
     "products in pieces: another rounding": "pretraining_tp",
     "how long the texts of training were; nothing reads it": "max_sequence_length",
 }
@@ -146,9 +149,7 @@ class Field:
 
     def write(self, architecture: Architecture) -> dict[str, Any]:
         """With what follows from other fields filled in."""
-        model = architecture.model
-        resolved = {"num_query_groups": query_groups(model), "kv_channels": kv_channels(model)}
-        value = resolved.get(self.ours, getattr(model, self.ours))
+        value = getattr(resolved(architecture.model), self.ours)
         return {} if value is None else {self.key: value}
 
 

@@ -16,7 +16,7 @@ from megatron_btx.families.config import ConfigPart, ConfigReading
 from megatron_btx.families.hf_routing import HFRouting
 from megatron_btx.families.table import Table
 from megatron_btx.recipe.architecture import Architecture
-from megatron_btx.recipe.count import expert_width, kv_channels, query_groups, windows
+from megatron_btx.recipe.count import expert_width, resolved, windows
 from megatron_btx.recipe.read_architecture import read_architecture
 from megatron_btx.recipe.yaml_tree import Node
 
@@ -124,10 +124,8 @@ def _entries(reading: ConfigReading) -> Node:
 
 def computed(architecture: Architecture) -> dict[str, Any]:
     """Everything that a function of tokens depends on beside the weights, in one form."""
-    model = architecture.model
+    model = resolved(architecture.model)
     facts = asdict(model) | {
-        "num_query_groups": query_groups(model),
-        "kv_channels": kv_channels(model),
         "max_position_embeddings": model.max_position_embeddings or model.seq_length,
         "window_size": windows(model),
         "rope_scaling_factor": model.rope_scaling and model.rope_scaling_factor,

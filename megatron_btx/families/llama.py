@@ -66,7 +66,6 @@ FIELDS: tuple[ConfigPart, ...] = (
     Positions(),
     Tied(),
     Fixed("hidden_act", "silu"),
-    Fixed("attention_dropout", 0.0),
     Stated("is_causal", True),  # transformers 5 masks nothing where it is false
 )
 """What all of them have."""
@@ -136,8 +135,6 @@ PHI3 = Family(
         Field("num_key_value_heads", "num_query_groups"),
         Rope(1e4, kinds=("default",)),
         Window(),
-        Fixed("resid_pdrop", 0.0),
-        Fixed("embd_pdrop", 0.0),
         Stated("attention_bias", False),
         Stated("partial_rotary_factor", 1.0),
         Unread("original_max_position_embeddings"),  # only longrope's
@@ -149,5 +146,26 @@ PHI3 = Family(
                 "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM",
             },
         ),
+    ),
+)
+MULTIPLIERS: tuple[ConfigPart, ...] = (
+    Field("attention_multiplier", "softmax_scale", default=1.0),
+    Field("embedding_multiplier", "embedding_multiplier", default=1.0),
+    Field("residual_multiplier", "residual_multiplier", default=1.0),
+    Field("logits_scaling", "logits_scaling", default=1.0),
+)
+"""Granite's. They stay what they are: folded into the weights, 0.22 would not come out again."""
+GRANITE = Family(
+    model_type="granite",
+    architecture="GraniteForCausalLM",
+    table=LLAMA.table,
+    config=(
+        *FIELDS,
+        WIDTH,
+        Field("num_key_value_heads", "num_query_groups"),
+        Rope(1e4),
+        *MULTIPLIERS,
+        Fixed("attention_bias", False),
+        Fixed("mlp_bias", False),
     ),
 )

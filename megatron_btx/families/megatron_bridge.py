@@ -9,6 +9,7 @@ import yaml
 
 from megatron_btx.errors import UserError
 from megatron_btx.families.hf_routing import HFRouting
+from megatron_btx.families.trainer_arguments import refuse_multipliers
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.count import expert_width, kv_channels, query_groups
 
@@ -30,8 +31,8 @@ def run_config(architecture: Architecture, precision: str) -> bytes | None:
         precision: of the weights: ``fp32``, ``bf16`` or ``fp16``.
 
     Returns:
-        ``None`` where Megatron's own router does not compute the MoE: no file is better than one
-        that says another model.
+        ``None`` where Megatron's own layers or router do not compute the model: no file is better
+        than one that says another model.
     """
     try:
         model = _model(architecture) | (_experts(architecture) if architecture.experts else {})
@@ -65,6 +66,7 @@ def _named(target: str) -> dict[str, Any]:
 
 def _model(architecture: Architecture) -> dict[str, Any]:
     model = architecture.model
+    refuse_multipliers(model)
     freq = model.window_attn_skip_freq
     return {
         "num_layers": model.num_layers,
@@ -91,6 +93,7 @@ def _model(architecture: Architecture) -> dict[str, Any]:
         "add_bias_linear": False,
         "add_qkv_bias": model.add_qkv_bias,
         "qk_layernorm": model.qk_layernorm,
+        "softmax_scale": model.softmax_scale,
         "window_size": model.window_size and list(model.window_size),
         "window_attn_skip_freq": freq and list(freq),
         "attention_dropout": 0.0,

@@ -11,6 +11,7 @@ from megatron_btx.errors import UserError
 from megatron_btx.families.hf_routing import HFRouting
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.count import expert_width, kv_channels, query_groups
+from megatron_btx.recipe.schema import Model
 from megatron_btx.weights.manifest import MANIFEST
 from megatron_btx.weights.megatron import names_lacking
 from megatron_btx.weights.plan import Checkpoint
@@ -101,6 +102,10 @@ def notes(architecture: Architecture, tp: int) -> Iterator[str]:
 
 def _model(architecture: Architecture, tp: int) -> Iterator[tuple[str, Any]]:
     model = architecture.model
+    refuse_multipliers(model)
+    if model.softmax_scale is not None:
+        what = f"is {model.softmax_scale}; Megatron-LM has no argument for it"
+        raise UserError("softmax_scale", what, "train it here")
     if tp < 1:
         raise UserError("--tensor-model-parallel-size", f"is {tp}", "give at least 1")
     yield from {
@@ -144,6 +149,18 @@ def _model(architecture: Architecture, tp: int) -> Iterator[tuple[str, Any]]:
         yield "window-size", ",".join(map(str, model.window_size))
     if model.window_attn_skip_freq is not None:
         yield "window-attn-skip-freq", shlex.quote(str(list(model.window_attn_skip_freq)))
+
+
+def refuse_multipliers(model: Model) -> None:
+    """That the model has none of those that Megatron's own layers lack.
+
+    Raises:
+        UserError: it has one.
+    """
+    for name in ("embedding_multiplier", "residual_multiplier", "logits_scaling"):
+        if (value := getattr(model, name)) != 1:
+            what = f"is {value}, which Megatron's own layers do not compute"
+            raise UserError(name, what, "train it here, or export it to Hugging Face")
 
 
 def _experts(architecture: Architecture) -> Iterator[tuple[str, Any]]:

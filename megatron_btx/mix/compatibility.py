@@ -12,7 +12,7 @@ from megatron_btx.families.tokenizer_files import (
     has_chat_template,
     place_of,
 )
-from megatron_btx.recipe.count import kv_channels, query_groups
+from megatron_btx.recipe.count import resolved
 from megatron_btx.recipe.schema import Model
 from megatron_btx.weights.plan import Checkpoint
 
@@ -59,16 +59,10 @@ def differences(one: Checkpoint, other: Checkpoint) -> list[UserError]:
 
 
 def _differing(one: Checkpoint, other: Checkpoint) -> list[tuple[str, object, object]]:
-    pairs: list[tuple[str, object, object]] = [
-        ("groups", query_groups(one.architecture.model), query_groups(other.architecture.model)),
-        ("head_dim", kv_channels(one.architecture.model), kv_channels(other.architecture.model)),
-        ("vocab_size", one.architecture.vocab_size, other.architecture.vocab_size),
-    ]
-    same = _FREE | {"num_query_groups", "kv_channels"}
-    for field in fields(Model):
-        if field.name not in same:
-            mine = getattr(one.architecture.model, field.name)
-            pairs.append((field.name, mine, getattr(other.architecture.model, field.name)))
+    sizes = ("vocab_size", one.architecture.vocab_size, other.architecture.vocab_size)
+    mine, theirs = (resolved(model.architecture.model) for model in (one, other))
+    names = [field.name for field in fields(Model) if field.name not in _FREE]
+    pairs = [sizes, *((name, getattr(mine, name), getattr(theirs, name)) for name in names)]
     return [pair for pair in pairs if pair[1] != pair[2]]
 
 

@@ -247,15 +247,9 @@ def _under(where: str) -> Iterator[None]:
 
 
 def _differences(checkpoint: Model, model: Model) -> list[tuple[str, Any, Any]]:
-    theirs, ours = _resolved(checkpoint), _resolved(model)
+    theirs, ours = (dataclasses.asdict(count.resolved(one)) for one in (checkpoint, model))
     return [
         (name, theirs[name], ours[name])
         for name in ours
         if name not in _FREE and theirs[name] != ours[name]
     ]
-
-
-def _resolved(model: Model) -> dict[str, Any]:
-    """With the two defaults that follow from other fields filled in."""
-    groups, width = count.query_groups(model), count.kv_channels(model)
-    return {**dataclasses.asdict(model), "num_query_groups": groups, "kv_channels": width}

@@ -16,7 +16,7 @@ Conventions, the same everywhere in the project:
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.schema import Model, Recipe, Training
@@ -65,6 +65,16 @@ def kv_channels(model: Model) -> int:
 def query_groups(model: Model) -> int:
     """Key/value heads, g."""
     return model.num_query_groups or model.num_attention_heads
+
+
+def resolved(model: Model) -> Model:
+    """The model with every default filled in that follows from other fields."""
+    return replace(
+        model,
+        num_query_groups=query_groups(model),
+        kv_channels=kv_channels(model),
+        softmax_scale=model.softmax_scale or kv_channels(model) ** -0.5,
+    )
 
 
 def experts_run(architecture: Architecture) -> tuple[int, ...]:

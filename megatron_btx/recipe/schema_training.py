@@ -14,7 +14,7 @@ Precision = Literal["fp32", "bf16"]
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Model:
     """The shape of the dense seed: RMSNorm, SwiGLU and rotary positions, as in Llama, and by the
-    fields at the end as in its relatives (Llama 3, Mistral, Qwen)."""
+    fields at the end as in its relatives (Llama 3, Mistral, Qwen, Granite)."""
 
     num_layers: int = within(1, 10_000)
     """Transformer layers."""
@@ -60,6 +60,16 @@ class Model:
     ``sliding_window`` is n + 1)."""
     window_attn_skip_freq: tuple[int, ...] | None = within(0, 1, default=None)
     """1 for every layer with the window, 0 for one that sees everything; ``None``: all with it."""
+    softmax_scale: float | None = within(1e-9, 1e3, default=None)
+    """What multiplies the scores of attention (Granite's ``attention_multiplier``); ``None``: one
+    over the root of a head's width."""
+    embedding_multiplier: float = within(1e-6, 1e6, default=1.0)
+    """What multiplies a token's embedding on its way into the first layer (Granite)."""
+    residual_multiplier: float = within(1e-6, 1e6, default=1.0)
+    """What multiplies the output of attention and of the feed-forward layer before it is added
+    (Granite)."""
+    logits_scaling: float = within(1e-6, 1e6, default=1.0)
+    """What divides the logits (Granite)."""
     moe_ffn_hidden_size: int | None = within(1, 10**7, default=None)
     """Width of an expert in an MoE that was not mixed here; ``None``: ``ffn_hidden_size``."""
     moe_shared_expert_intermediate_size: int | None = within(1, 10**7, default=None)

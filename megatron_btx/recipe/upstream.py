@@ -38,6 +38,7 @@ OWNED = {
                 "init_method_std",
                 "add_qkv_bias",
                 "qk_layernorm",
+                "softmax_scale",
                 "window_size",
                 "window_attn_skip_freq",
             )
@@ -116,7 +117,6 @@ _FIXED = {
             "mtp_num_layers",
             "is_hybrid_model",
             "heterogeneous_block_specs",
-            "softmax_scale",
             "qk_l2_norm",
             "activation_func_clamp_value",
             "moe_apply_probs_on_input",

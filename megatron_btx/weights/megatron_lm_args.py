@@ -35,8 +35,9 @@ _SAME = (
     "kv_channels", "seq_length", "max_position_embeddings", "rotary_base", "init_method_std",
     "make_vocab_size_divisible_by", "add_qkv_bias", "qk_layernorm", "layernorm_epsilon",
     "window_size", "window_attn_skip_freq", "seq_len_interpolation_factor", "rope_scaling",
-    "rope_scaling_factor", "untie_embeddings_and_output_weights", "moe_ffn_hidden_size",
-    "moe_shared_expert_intermediate_size", "moe_shared_expert_gate",
+    "rope_scaling_factor", "untie_embeddings_and_output_weights", "softmax_scale",
+    "embedding_multiplier", "residual_multiplier", "logits_scaling",
+    "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size", "moe_shared_expert_gate",
 )  # fmt: skip
 """Fields of our ``Model`` that are called so."""
 _ALIASES = {
@@ -67,7 +68,6 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "apply_residual_connection_post_layernorm": (False,),
     "multi_latent_attention": (False,),
     "qk_l2_norm": (False,),
-    "softmax_scale": (None,),
     "softmax_type": ("vanilla",),
     "attention_output_gate": (False,),
     "mtp_num_layers": (None, 0),

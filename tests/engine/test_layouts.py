@@ -50,7 +50,16 @@ TIED = replace(DENSE, model=replace(DENSE.model, untie_embeddings_and_output_wei
 
 RELATIVE = replace(
     DENSE,
-    model=replace(DENSE.model, add_qkv_bias=True, qk_layernorm=True, window_size=(5, 0)),
+    model=replace(
+        DENSE.model,
+        add_qkv_bias=True,
+        qk_layernorm=True,
+        window_size=(5, 0),
+        softmax_scale=0.2,
+        embedding_multiplier=3.0,
+        residual_multiplier=0.5,
+        logits_scaling=2.0,
+    ),
 )
 """What Llama's relatives have besides."""
 SHARED = replace(

@@ -55,7 +55,7 @@ def test_megatrons_own_refusals_are_a_users_errors() -> None:
     [
         ("calculate_per_token_loss", True),
         ("perform_initialization", False),
-        ("softmax_scale", 0.5),
+        ("softmax_type", "off-by-one"),
         ("qk_l2_norm", True),
     ],
 )

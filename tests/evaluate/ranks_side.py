@@ -147,7 +147,7 @@ def continued(models: dict[str, Path], precision: str) -> dict[str, float]:
         with torch.no_grad(), dropless(live.module):
             places = torch.arange(40).expand(3, 40)
             whole = live.module(tokens, places, attention_mask=None).float()
-        cache = KeyValueCache(live.module, 40)
+        cache = KeyValueCache(live.module, live.architecture.model, 40)
         lengths = torch.tensor([9, 1, 20])
         logits = cache.read(tokens[:, :20], lengths).float()
         pairs = [(logits[row, :length], whole[row, :length]) for row, length in enumerate(lengths)]

@@ -29,6 +29,12 @@ LLAMA3 = {
 LONG = {"max_position_embeddings": 131072, "head_dim": 16}
 MOE = {"num_experts": 4, "moe_intermediate_size": 24, "num_experts_per_tok": 2}
 WINDOW = {"use_sliding_window": True, "sliding_window": 7}
+MULTIPLIED = {
+    "attention_multiplier": 0.25,
+    "embedding_multiplier": 12.0,
+    "residual_multiplier": 0.22,
+    "logits_scaling": 6.0,
+}
 
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {"num_key_value_heads": 4}),
@@ -48,6 +54,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2, some windows": ("Qwen2", WINDOW | {"max_window_layers": 2}),
     "qwen3": ("Qwen3", {"head_dim": 16}),
     "phi3": ("Phi3", {"sliding_window": 7, "pad_token_id": None}),
+    "granite": ("Granite", MULTIPLIED | {"tie_word_embeddings": True}),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "head_dim": 8}),
     "mixtral, window": ("Mixtral", {"num_local_experts": 4, "sliding_window": 7}),
     "qwen2 moe": (

@@ -64,6 +64,16 @@ _PHI3 = {
     "use_cache": True, "vocab_size": 70,
 }  # fmt: skip
 """``pad_token_id`` is one of the vocabulary's, which is cut down."""
+_GRANITE = {
+    "architectures": ["GraniteForCausalLM"], "attention_bias": False, "attention_dropout": 0.1,
+    "attention_multiplier": 0.015625, "bos_token_id": 0, "embedding_multiplier": 12.0,
+    "eos_token_id": 0, "hidden_act": "silu", "hidden_size": 32, "initializer_range": 0.02,
+    "intermediate_size": 48, "logits_scaling": 8.0, "max_position_embeddings": 4096,
+    "mlp_bias": False, "model_type": "granite", "num_attention_heads": 4, "num_hidden_layers": 2,
+    "num_key_value_heads": 1, "pad_token_id": 0, "residual_multiplier": 0.22,
+    "rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 10000.0,
+    "tie_word_embeddings": True, "torch_dtype": "bfloat16", "use_cache": True, "vocab_size": 70,
+}  # fmt: skip
 _QWEN3 = _QWEN2 | {
     "architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "head_dim": 16,
     "max_position_embeddings": 40960, "model_type": "qwen3", "rope_scaling": None,
@@ -204,6 +214,12 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2, "original_max_position_embeddings": 16384,
         "rope_theta": 250000, "sliding_window": None, "transformers_version": "4.47.0",
     },
+    "ibm-granite/granite-3.0-2b-base": _GRANITE | {"transformers_version": "4.46.0.dev0"},
+    "ibm-granite/granite-3.1-2b-base": _GRANITE
+    | {
+        "max_position_embeddings": 131072, "rope_theta": 5000000.0,
+        "transformers_version": "4.47.0.dev0",
+    },
     "mistralai/Mixtral-8x7B-v0.1": _MIXTRAL
     | {"router_aux_loss_coef": 0.02, "transformers_version": "4.36.0.dev0"},
     "mistralai/Mixtral-8x22B-v0.1": _MIXTRAL
@@ -254,6 +270,8 @@ UNLIKE: list[tuple[str, dict[str, Any], str]] = [
     ),
     ("microsoft/phi-4", {"partial_rotary_factor": 0.75}, "partial_rotary_factor is 0.75"),
     ("microsoft/phi-4", {"auto_map": {"AutoModelForCausalLM": "modeling_x.X"}}, "auto_map is"),
+    ("ibm-granite/granite-3.0-2b-base", {"mlp_bias": True}, "mlp_bias is True"),
+    ("ibm-granite/granite-3.0-2b-base", {"residual_multiplier": 0}, "residual_multiplier: is 0"),
     ("meta-llama/Llama-2-7b-hf", {"attention_bias": True}, "attention_bias is True"),
     (
         "meta-llama/Llama-2-7b-hf",  # transformers 4 reads the one, 5 the other

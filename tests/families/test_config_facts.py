@@ -13,12 +13,13 @@ from megatron_btx.errors import UserError
 from megatron_btx.families.hf import FAMILIES
 from megatron_btx.families.hf_routing import HFRouting
 from megatron_btx.recipe.architecture import Architecture
-from megatron_btx.recipe.count import expert_width, kv_channels, query_groups, windows
+from megatron_btx.recipe.count import expert_width, kv_channels, query_groups, resolved, windows
 from tests.families.published import PUBLISHED
 
 transformers = pytest.importorskip("transformers")
 
 GONE = "gone"
+MULTIPLIERS = ("embedding_multiplier", "residual_multiplier", "logits_scaling")
 _LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -71,6 +72,9 @@ CHANGES: dict[str, list[Any]] = {
     "moe_intermediate_size": [24, 32],
     "shared_expert_intermediate_size": [GONE, 24],
     "rms_norm_eps": [GONE, 1e-6],
+    "attention_multiplier": [GONE, 1, 0.25],
+    "residual_multiplier": [GONE, 0.5],
+    "logits_scaling": [GONE, 8],
     "is_causal": [True, False],
     "model_type": [
         "llama",
@@ -78,6 +82,7 @@ CHANGES: dict[str, list[Any]] = {
         "qwen2",
         "qwen3",
         "phi3",
+        "granite",
         "mixtral",
         "qwen2_moe",
         "qwen3_moe",
@@ -108,6 +113,12 @@ def ours(found: Architecture) -> dict[str, Any]:
         "head": kv_channels(model),
         "groups": query_groups(model),
         "base": model.rotary_base,
+        "multipliers": (
+            resolved(model).softmax_scale,
+            model.embedding_multiplier,
+            model.residual_multiplier,
+            model.logits_scaling,
+        ),
         "scaling": scaling,
         "rotated": 1.0,
         "epsilon": model.layernorm_epsilon,
@@ -128,7 +139,10 @@ def theirs(config: Any) -> dict[str, Any]:
     kind, layers, rope = config.model_type, config.num_hidden_layers, config.rope_parameters
     window = getattr(config, "sliding_window", None)
     types = getattr(config, "layer_types", None) if kind.startswith("qwen") else None
-    types = types or ["full_attention" if kind == "llama" else "sliding_attention"] * layers
+    types = (
+        types
+        or ["full_attention" if kind in ("llama", "granite") else "sliding_attention"] * layers
+    )
     moe = kind in ("mixtral", "qwen2_moe", "qwen3_moe")
     count = (
         getattr(config, "num_local_experts" if kind == "mixtral" else "num_experts", 0)
@@ -145,11 +159,17 @@ def theirs(config: Any) -> dict[str, Any]:
     own_bias = getattr(config, "attention_bias", False)
     head = getattr(config, "head_dim", None)
     scaled = rope["rope_type"] != "default"
+    width = head or config.hidden_size // config.num_attention_heads
+    granite = kind.startswith("granite")
     return {
         "layers": layers,
-        "head": head or config.hidden_size // config.num_attention_heads,
+        "head": width,
         "groups": config.num_key_value_heads or config.num_attention_heads,
         "base": rope["rope_theta"],
+        "multipliers": (
+            getattr(config, "attention_multiplier", 1.0) if granite else width**-0.5,
+            *(getattr(config, name) if granite else 1.0 for name in MULTIPLIERS),
+        ),
         "scaling": (rope["rope_type"], rope["factor"] if scaled else None),
         "rotated": rope.get("partial_rotary_factor") or 1.0,
         "epsilon": config.rms_norm_eps,

@@ -182,6 +182,15 @@ def test_padding_of_the_vocabulary_takes_no_probability(ranks, converted, layout
         ("mistral", [{"window_size": None}, {"window_size": (7, 0)}]),
         ("qwen2, some windows", [{"window_attn_skip_freq": None}]),
         ("qwen3", [{"layernorm_epsilon": 1e-3}]),
+        (
+            "granite",
+            [
+                {"softmax_scale": None},
+                {"embedding_multiplier": 1.0},
+                {"residual_multiplier": 1.0},
+                {"logits_scaling": 1.0},
+            ],
+        ),
     ],
 )
 def test_a_wrong_constant_would_be_seen(ranks, converted, name, changes):

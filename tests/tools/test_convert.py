@@ -174,6 +174,17 @@ def test_megatron_lm_is_told_the_same_model(tmp_path, tool, name):
     assert computed(found) == computed(want)
 
 
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [("granite", "embedding_multiplier: is 12.0, which Megatron's own layers do not compute")],
+)
+def test_what_megatron_lm_does_not_compute_is_refused(tmp_path, tool, name, found):
+    make(name, tmp_path)
+    code, said = tool("megatron_lm_args.py", tmp_path)
+    assert code == 2
+    assert found in said
+
+
 def test_mistakes_are_one_message(tmp_path, tool, released):
     step = tmp_path / "step"
     assert tool("hf_to_megatron.py", released, step)[0] == 0
