@@ -15,7 +15,7 @@ from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.families.family import Family
 from megatron_btx.families.hf_routing import HFRouting
 from megatron_btx.families.llama import GRANITE, LLAMA, MISTRAL, PHI3, QWEN2, QWEN3
-from megatron_btx.families.mixtral import MIXTRAL, QWEN2_MOE, QWEN3_MOE
+from megatron_btx.families.mixtral import GRANITEMOE, MIXTRAL, QWEN2_MOE, QWEN3_MOE
 from megatron_btx.families.table import Table
 from megatron_btx.families.tokenizer_files import describe_tokenizer
 from megatron_btx.files import read_json
@@ -30,7 +30,18 @@ from megatron_btx.weights.source import View, take_all
 
 FAMILIES = {
     family.model_type: family
-    for family in (LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, GRANITE, MIXTRAL, QWEN3_MOE, QWEN2_MOE)
+    for family in (
+        LLAMA,
+        MISTRAL,
+        QWEN2,
+        QWEN3,
+        PHI3,
+        GRANITE,
+        MIXTRAL,
+        QWEN3_MOE,
+        QWEN2_MOE,
+        GRANITEMOE,
+    )
 }
 """By ``model_type``. A model goes out as the first that computes it."""
 

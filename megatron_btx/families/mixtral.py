@@ -1,4 +1,4 @@
-"""The mixtures of experts, Mixtral and Qwen's: the names and the keys that a dense model lacks."""
+"""The mixtures of experts: the names and the keys that a dense model lacks."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from megatron_btx.families.llama import (
     HEAD_NORMS,
     HF,
     LAYER,
+    MULTIPLIERS,
     QKV_BIAS,
     WIDTH,
 )
@@ -44,13 +45,28 @@ def experts(block: str, gate: str, up: str, down: str) -> tuple[Row, ...]:
     )
 
 
-FUSED_EXPERTS: tuple[Row, ...] = (
-    (LAYER + "mlp.router.weight", (HF + "mlp.gate.weight",), None),
-    (LAYER + "mlp.experts.{expert}.linear_fc1.weight", (HF + "mlp.experts.gate_up_proj",), None),
-    (LAYER + "mlp.experts.{expert}.linear_fc2.weight", (HF + "mlp.experts.down_proj",), None),
+def stacked_experts(router: str, gate_up: str, down: str) -> tuple[Row, ...]:
+    """The same with all experts' tensors stacked, gate above up."""
+    return (
+        (LAYER + "mlp.router.weight", (HF + router,), None),
+        (LAYER + "mlp.experts.{expert}.linear_fc1.weight", (HF + gate_up,), None),
+        (LAYER + "mlp.experts.{expert}.linear_fc2.weight", (HF + down,), None),
+    )
+
+
+FUSED_EXPERTS = stacked_experts(
+    "mlp.gate.weight", "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
 )
-"""The same as ``transformers`` 5 holds them in memory: all experts' tensors stacked, gate above up.
-"""
+"""As ``transformers`` 5 holds them in memory."""
+_GRANITE = "block_sparse_moe."
+GRANITE_EXPERTS = stacked_experts(
+    _GRANITE + "router.layer.weight",
+    _GRANITE + "input_linear.weight",
+    _GRANITE + "output_linear.weight",
+)
+FUSED_GRANITE_EXPERTS = stacked_experts(
+    _GRANITE + "router.weight", _GRANITE + "experts.gate_up_proj", _GRANITE + "experts.down_proj"
+)
 SHARED_EXPERT: tuple[Row, ...] = (
     (LAYER + "mlp.shared_experts.linear_fc1.weight",
         (HF + "mlp.shared_expert.gate_proj.weight",
@@ -196,5 +212,20 @@ QWEN3_MOE = Family(
         Window(absent=4096, switch=True),
         Experts(("num_experts", "num_local_experts")),
         *_EVERY_LAYER,
+    ),
+)
+GRANITEMOE = Family(
+    model_type="granitemoe",
+    architecture="GraniteMoeForCausalLM",
+    table=_table(ATTENTION, GRANITE_EXPERTS),
+    fused=_table(ATTENTION, FUSED_GRANITE_EXPERTS),
+    config=(
+        *FIELDS,
+        ExpertWidth("intermediate_size"),
+        Field("num_key_value_heads", "num_query_groups"),
+        Rope(1e4),
+        Experts(("num_local_experts",), normalised=True),
+        *MULTIPLIERS,
+        Fixed("attention_bias", False),
     ),
 )

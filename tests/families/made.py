@@ -57,6 +57,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "granite": ("Granite", MULTIPLIED | {"tie_word_embeddings": True}),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "head_dim": 8}),
     "mixtral, window": ("Mixtral", {"num_local_experts": 4, "sliding_window": 7}),
+    "granite moe": ("GraniteMoe", MULTIPLIED | {"num_local_experts": 4}),
     "qwen2 moe": (
         "Qwen2Moe",
         MOE | {"shared_expert_intermediate_size": 40, "norm_topk_prob": False},

@@ -74,6 +74,11 @@ _GRANITE = {
     "rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 10000.0,
     "tie_word_embeddings": True, "torch_dtype": "bfloat16", "use_cache": True, "vocab_size": 70,
 }  # fmt: skip
+_GRANITE_MOE = {key: value for key, value in _GRANITE.items() if key != "mlp_bias"} | {
+    "architectures": ["GraniteMoeForCausalLM"], "attention_dropout": 0.0, "logits_scaling": 6.0,
+    "model_type": "granitemoe", "num_experts_per_tok": 2, "num_local_experts": 4,
+    "output_router_logits": False, "rms_norm_eps": 1e-06, "router_aux_loss_coef": 0.0,
+}  # fmt: skip
 _QWEN3 = _QWEN2 | {
     "architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "head_dim": 16,
     "max_position_embeddings": 40960, "model_type": "qwen3", "rope_scaling": None,
@@ -218,6 +223,11 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "ibm-granite/granite-3.1-2b-base": _GRANITE
     | {
         "max_position_embeddings": 131072, "rope_theta": 5000000.0,
+        "transformers_version": "4.47.0.dev0",
+    },
+    "ibm-granite/granite-3.1-1b-a400m-base": _GRANITE_MOE
+    | {
+        "max_position_embeddings": 131072, "rope_theta": 1500000.0,
         "transformers_version": "4.47.0.dev0",
     },
     "mistralai/Mixtral-8x7B-v0.1": _MIXTRAL

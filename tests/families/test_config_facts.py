@@ -83,6 +83,7 @@ CHANGES: dict[str, list[Any]] = {
         "qwen3",
         "phi3",
         "granite",
+        "granitemoe",
         "mixtral",
         "qwen2_moe",
         "qwen3_moe",
@@ -141,19 +142,17 @@ def theirs(config: Any) -> dict[str, Any]:
     types = getattr(config, "layer_types", None) if kind.startswith("qwen") else None
     types = (
         types
-        or ["full_attention" if kind in ("llama", "granite") else "sliding_attention"] * layers
+        or ["full_attention" if kind in ("llama", "granite", "granitemoe") else "sliding_attention"]
+        * layers
     )
-    moe = kind in ("mixtral", "qwen2_moe", "qwen3_moe")
-    count = (
-        getattr(config, "num_local_experts" if kind == "mixtral" else "num_experts", 0)
-        if moe
-        else 0
-    )
+    moe = kind in ("mixtral", "granitemoe", "qwen2_moe", "qwen3_moe")
+    local = kind in ("mixtral", "granitemoe")
+    count = getattr(config, "num_local_experts" if local else "num_experts", 0) if moe else 0
     gates = None
     if moe:
         k = config.num_experts_per_tok
-        gates = (k, kind == "mixtral" or config.norm_topk_prob or k == count)
-    qwen_moe = moe and kind != "mixtral"
+        gates = (k, local or config.norm_topk_prob or k == count)
+    qwen_moe = moe and not local
     sparse = qwen_moe and (config.decoder_sparse_step, config.mlp_only_layers or [])
     bias = {"qwen2": True, "qwen2_moe": getattr(config, "qkv_bias", True)}
     own_bias = getattr(config, "attention_bias", False)

@@ -59,6 +59,7 @@ def test_an_exported_moe_computes_megatrons_logits(ranks, tmp_path, name):
         ("qwen2, some windows", "Qwen2Moe"),
         ("qwen3", "Qwen3Moe"),
         ("phi3", "Mixtral"),
+        ("granite", "GraniteMoe"),
     ],
 )
 def test_a_mix_of_equal_models_is_that_model(tmp_path, name, family):

@@ -200,7 +200,7 @@ def test_mistakes_are_one_message(tmp_path, tool, released):
 
 
 @pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("name", ["qwen2", "qwen3", "phi3"])
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "phi3", "granite"])
 def test_mixes_of_every_family_are_verified(tmp_path, name, fused):
     """By the second implementation, which reads what was written."""
     for label in "ab":

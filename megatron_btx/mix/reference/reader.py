@@ -24,7 +24,17 @@ from megatron_btx.errors import UserError
 from megatron_btx.files import read_bytes, read_json
 from megatron_btx.weights import safe_unpickle
 
-_MIXTRAL = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+_OTHER_WORDS = {
+    ".block_sparse_moe.": ".mlp.",
+    ".w1.weight": ".gate_proj.weight",
+    ".w2.weight": ".down_proj.weight",
+    ".w3.weight": ".up_proj.weight",
+    ".router.layer.weight": ".gate.weight",
+    ".router.weight": ".gate.weight",
+    ".input_linear.weight": ".experts.gate_up_proj",
+    ".output_linear.weight": ".experts.down_proj",
+}
+"""Mixtral's and Granite's."""
 _WHOLE = {
     "model.embed_tokens.weight": "embedding.word_embeddings.weight",
     "lm_head.weight": "output_layer.weight",
@@ -174,10 +184,9 @@ def _weight_files(path: Path) -> list[Path]:
 
 
 def _plain(name: str) -> str:
-    plain = name.replace(".block_sparse_moe.", ".mlp.")
-    for word, kind in _MIXTRAL.items():
-        plain = plain.replace(f".{word}.weight", f".{kind}.weight")
-    return plain
+    for word, plain in _OTHER_WORDS.items():
+        name = name.replace(word, plain)
+    return name
 
 
 def _parts(name: str, shape: Sequence[int], heads: tuple[int, int]) -> Iterator[tuple[str, Part]]:
