@@ -109,6 +109,8 @@ class _Layer:
         self._factor = residual_multiplier
         self._layer, self._attention, self._mlp = layer, layer.self_attention, layer.mlp
         self._core = self._attention.core_attention
+        skipped = layer.config.no_rope_freq
+        self._rotates = not (skipped and skipped[layer.layer_number - 1])
         self._routed = isinstance(getattr(self._mlp, "experts", None), GroupedExperts)
         self.keys = self.values = torch.zeros(0)
 
@@ -158,7 +160,9 @@ class _Layer:
         ):
             query = _normalised(query, self._attention.q_layernorm)
             key = _normalised(key, self._attention.k_layernorm)
-        return _turned(query, *turn), _turned(key, *turn), value
+        if self._rotates:
+            query, key = _turned(query, *turn), _turned(key, *turn)
+        return query, key, value
 
     def _attend(self, query: Tensor, seen: Tensor) -> Tensor:
         """[B, N D]; scores and their softmax are fp32, as in ops/cpu_attention.py."""

@@ -66,6 +66,7 @@ def transformer_config(
         "add_qkv_bias": model.add_qkv_bias,
         "qk_layernorm": model.qk_layernorm,
         "softmax_scale": model.softmax_scale,
+        "no_rope_freq": model.no_rope_freq and list(model.no_rope_freq),
         "window_size": model.window_size,
         "window_attn_skip_freq": model.window_attn_skip_freq and list(model.window_attn_skip_freq),
         "attention_dropout": 0.0,
@@ -96,6 +97,7 @@ def transformer_config(
         "cross_entropy_loss_fusion": not machine.use_transformer_engine,  # cross_entropy.py do it
         "fused_single_qkv_rope": not machine.use_transformer_engine
         and not model.qk_layernorm
+        and model.no_rope_freq is None
         and (model.num_query_groups or model.num_attention_heads)
         % layout.tensor_model_parallel_size
         == 0,

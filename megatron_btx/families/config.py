@@ -226,9 +226,12 @@ class Always:
 class Tied:
     """``tie_word_embeddings``, of which ours is the opposite."""
 
+    absent: bool = False
+    """What ``transformers`` takes for an absent one."""
+
     def read(self, reading: ConfigReading) -> None:
-        """Absent: not tied."""
-        tied = reading.typed(bool, "tie_word_embeddings", False)
+        """The opposite."""
+        tied = reading.typed(bool, "tie_word_embeddings", self.absent)
         reading.model["untie_embeddings_and_output_weights"] = not tied
 
     def write(self, architecture: Architecture) -> dict[str, Any]:

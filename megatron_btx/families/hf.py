@@ -14,7 +14,7 @@ import torch
 from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.families.family import Family
 from megatron_btx.families.hf_routing import HFRouting
-from megatron_btx.families.llama import GRANITE, LLAMA, MISTRAL, PHI3, QWEN2, QWEN3
+from megatron_btx.families.llama import GRANITE, LLAMA, MISTRAL, PHI3, QWEN2, QWEN3, SMOLLM3
 from megatron_btx.families.mixtral import GRANITEMOE, MIXTRAL, QWEN2_MOE, QWEN3_MOE
 from megatron_btx.families.table import Table
 from megatron_btx.families.tokenizer_files import describe_tokenizer
@@ -28,21 +28,9 @@ from megatron_btx.weights.random_fill import Fill
 from megatron_btx.weights.safetensors import SafetensorsSource
 from megatron_btx.weights.source import View, take_all
 
-FAMILIES = {
-    family.model_type: family
-    for family in (
-        LLAMA,
-        MISTRAL,
-        QWEN2,
-        QWEN3,
-        PHI3,
-        GRANITE,
-        MIXTRAL,
-        QWEN3_MOE,
-        QWEN2_MOE,
-        GRANITEMOE,
-    )
-}
+_DENSE = (LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, GRANITE, SMOLLM3)
+_MIXTURES = (MIXTRAL, QWEN3_MOE, QWEN2_MOE, GRANITEMOE)
+FAMILIES = {family.model_type: family for family in (*_DENSE, *_MIXTURES)}
 """By ``model_type``. A model goes out as the first that computes it."""
 
 IGNORED = (Ignore(r".*\.rotary_emb\.inv_freq", "derived from the RoPE base"),)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from megatron_btx.families.config import Always, ConfigPart, Field, Fixed, Stated, Tied, Unread
 from megatron_btx.families.family import Family
-from megatron_btx.families.positions import LayerWindows, Positions, Rope, Window
+from megatron_btx.families.positions import LayerWindows, NoRope, Positions, Rope, Window
 from megatron_btx.families.table import Row, Table, fused_qkv, gate_up, qkv
 
 # fmt: off
@@ -57,17 +57,17 @@ HEAD: tuple[Row, ...] = (
 # fmt: on
 
 
-FIELDS: tuple[ConfigPart, ...] = (
+_FIELDS: tuple[ConfigPart, ...] = (
     Field("num_hidden_layers", "num_layers", required=True),
     Field("hidden_size", "hidden_size", required=True),
     Field("num_attention_heads", "num_attention_heads", required=True),
     Field("rms_norm_eps", "layernorm_epsilon", required=True),
     Field("initializer_range", "init_method_std"),
     Positions(),
-    Tied(),
     Fixed("hidden_act", "silu"),
     Stated("is_causal", True),  # transformers 5 masks nothing where it is false
 )
+FIELDS: tuple[ConfigPart, ...] = (*_FIELDS, Tied())
 """What all of them have."""
 WIDTH = Field("intermediate_size", "ffn_hidden_size", required=True)
 GROUPS = Field("num_key_value_heads", "num_query_groups", required=True)
@@ -165,6 +165,22 @@ GRANITE = Family(
         Field("num_key_value_heads", "num_query_groups"),
         Rope(1e4),
         *MULTIPLIERS,
+        Fixed("attention_bias", False),
+        Fixed("mlp_bias", False),
+    ),
+)
+SMOLLM3 = Family(
+    model_type="smollm3",
+    architecture="SmolLM3ForCausalLM",
+    table=LLAMA.table,
+    config=(
+        *_FIELDS,
+        Tied(absent=True),
+        WIDTH,
+        GROUPS,
+        Rope(2e6),
+        NoRope(),
+        LayerWindows(from_layer=False, absent=None),
         Fixed("attention_bias", False),
         Fixed("mlp_bias", False),
     ),

@@ -94,6 +94,7 @@ def _model(architecture: Architecture) -> dict[str, Any]:
         "add_qkv_bias": model.add_qkv_bias,
         "qk_layernorm": model.qk_layernorm,
         "softmax_scale": model.softmax_scale,
+        "no_rope_freq": model.no_rope_freq and list(model.no_rope_freq),
         "window_size": model.window_size and list(model.window_size),
         "window_attn_skip_freq": freq and list(freq),
         "attention_dropout": 0.0,

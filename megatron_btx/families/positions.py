@@ -115,6 +115,30 @@ class Rope:
 
 
 @dataclass(frozen=True)
+class NoRope:
+    """``no_rope_layers``: 1 for every layer *with* rotary positions; Megatron's is the opposite."""
+
+    def read(self, reading: ConfigReading) -> None:
+        """Where it is absent, every ``no_rope_layer_interval``-th layer has none."""
+        layers = reading.typed(int, "num_hidden_layers", 0, high=10_000)
+        interval = reading.typed(int, "no_rope_layer_interval", 4, low=1)
+        rotated = reading.typed(tuple[int, ...], "no_rope_layers", None)
+        if rotated is None:
+            rotated = [int((layer + 1) % interval != 0) for layer in range(layers)]
+        if len(rotated) < layers or set(rotated) - {0, 1}:
+            reading.refuse(f"no_rope_layers is {list(rotated)} for {layers} layers")
+        elif not all(rotated[:layers]):
+            reading.model["no_rope_freq"] = tuple(1 - each for each in rotated[:layers])
+            reading.keys["no_rope_freq"] = "no_rope_layers"
+
+    def write(self, architecture: Architecture) -> dict[str, Any]:
+        """Every layer's."""
+        model = architecture.model
+        skipped = model.no_rope_freq or (0,) * model.num_layers
+        return {"no_rope_layers": [1 - each for each in skipped]}
+
+
+@dataclass(frozen=True)
 class Window:
     """``sliding_window`` of every layer: W tokens, itself among them; null: no window."""
 
@@ -149,17 +173,19 @@ class Window:
 
 @dataclass(frozen=True)
 class LayerWindows:
-    """Qwen2's and Qwen3's windows: ``layer_types`` names the layers that have one."""
+    """Qwen2's, Qwen3's and SmolLM3's windows: ``layer_types`` names the layers that have one."""
 
     from_layer: bool
     """Whether, without ``layer_types``, the layers from ``max_window_layers`` on are meant; the
     versions of ``transformers`` disagree about Qwen2-MoE's."""
+    absent: int | None = 4096
+    """What ``transformers`` takes for an absent ``sliding_window``."""
 
     def read(self, reading: ConfigReading) -> None:
         """``window_size``, and which layers where not all have it."""
         types = reading.typed(tuple[str, ...], "layer_types", None)
         on = reading.typed(bool, "use_sliding_window", False)
-        seen = reading.typed(int, "sliding_window", 4096)
+        seen = reading.typed(int, "sliding_window", self.absent)
         full = reading.typed(int, "max_window_layers", 28)
         layers = reading.typed(int, "num_hidden_layers", 0, high=10_000)
         if not on:
@@ -176,7 +202,9 @@ class LayerWindows:
             reading.refuse(f"layer_types is {types} for {layers} layers")
             return
         freq = tuple(int(kind == "sliding_attention") for kind in types)
-        if any(freq):
+        if any(freq) and seen is None:
+            reading.refuse("layer_types has windows, and there is no sliding_window")
+        elif any(freq):
             reading.model["window_size"] = (seen - 1, 0)
             reading.keys["window_size"] = "sliding_window"
         if any(freq) and not all(freq):

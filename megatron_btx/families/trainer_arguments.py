@@ -149,6 +149,8 @@ def _model(architecture: Architecture, tp: int) -> Iterator[tuple[str, Any]]:
         yield "window-size", ",".join(map(str, model.window_size))
     if model.window_attn_skip_freq is not None:
         yield "window-attn-skip-freq", shlex.quote(str(list(model.window_attn_skip_freq)))
+    if model.no_rope_freq is not None:
+        yield "no-rope-freq", shlex.quote(str(list(model.no_rope_freq)))
 
 
 def refuse_multipliers(model: Model) -> None:

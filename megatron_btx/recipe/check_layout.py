@@ -202,6 +202,9 @@ def model_problems(model: Model) -> Iterator[Problem]:
             f"choose one of {', '.join(str(n) for n in _divisors(heads))}",
         )
     yield from _windows(model)
+    if model.no_rope_freq is not None and len(model.no_rope_freq) != model.num_layers:
+        fix = f"give {model.num_layers} numbers, 1 for a layer without rotary positions, else 0"
+        yield Problem("no_rope_freq", f"is {list(model.no_rope_freq)}", fix)
 
 
 def _windows(model: Model) -> Iterator[Problem]:

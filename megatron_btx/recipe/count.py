@@ -68,12 +68,14 @@ def query_groups(model: Model) -> int:
 
 
 def resolved(model: Model) -> Model:
-    """The model with every default filled in that follows from other fields."""
+    """The model with every default filled in that follows from other fields, and nothing that says
+    the same as its default."""
     return replace(
         model,
         num_query_groups=query_groups(model),
         kv_channels=kv_channels(model),
         softmax_scale=model.softmax_scale or kv_channels(model) ** -0.5,
+        no_rope_freq=model.no_rope_freq if any(model.no_rope_freq or ()) else None,
     )
 
 

@@ -14,7 +14,7 @@ Precision = Literal["fp32", "bf16"]
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Model:
     """The shape of the dense seed: RMSNorm, SwiGLU and rotary positions, as in Llama, and by the
-    fields at the end as in its relatives (Llama 3, Mistral, Qwen, Granite)."""
+    fields at the end as in its relatives (Llama 3, Mistral, Qwen, Granite, SmolLM3)."""
 
     num_layers: int = within(1, 10_000)
     """Transformer layers."""
@@ -60,6 +60,9 @@ class Model:
     ``sliding_window`` is n + 1)."""
     window_attn_skip_freq: tuple[int, ...] | None = within(0, 1, default=None)
     """1 for every layer with the window, 0 for one that sees everything; ``None``: all with it."""
+    no_rope_freq: tuple[int, ...] | None = within(0, 1, default=None)
+    """1 for every layer without rotary positions, 0 for one with them (SmolLM3); ``None``: all with
+    them."""
     softmax_scale: float | None = within(1e-9, 1e3, default=None)
     """What multiplies the scores of attention (Granite's ``attention_multiplier``); ``None``: one
     over the root of a head's width."""

@@ -39,6 +39,7 @@ OWNED = {
                 "add_qkv_bias",
                 "qk_layernorm",
                 "softmax_scale",
+                "no_rope_freq",
                 "window_size",
                 "window_attn_skip_freq",
             )
@@ -111,7 +112,6 @@ _FIXED = {
             "multi_latent_attention",
             "experimental_attention_variant",
             "rotary_interleaved",
-            "no_rope_freq",
             "softmax_type",
             "apply_residual_connection_post_layernorm",
             "mtp_num_layers",

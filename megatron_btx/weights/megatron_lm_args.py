@@ -35,7 +35,7 @@ _SAME = (
     "kv_channels", "seq_length", "max_position_embeddings", "rotary_base", "init_method_std",
     "make_vocab_size_divisible_by", "add_qkv_bias", "qk_layernorm", "layernorm_epsilon",
     "window_size", "window_attn_skip_freq", "seq_len_interpolation_factor", "rope_scaling",
-    "rope_scaling_factor", "untie_embeddings_and_output_weights", "softmax_scale",
+    "rope_scaling_factor", "no_rope_freq", "untie_embeddings_and_output_weights", "softmax_scale",
     "embedding_multiplier", "residual_multiplier", "logits_scaling",
     "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size", "moe_shared_expert_gate",
 )  # fmt: skip
@@ -71,7 +71,6 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "softmax_type": ("vanilla",),
     "attention_output_gate": (False,),
     "mtp_num_layers": (None, 0),
-    "no_rope_freq": (None,),
     "heterogeneous_layers_config_path": (None,),
     "hybrid_override_pattern": (None,),
     "moe_router_score_function": ("softmax",),
@@ -223,9 +222,10 @@ def _unsupported(known: dict[str, Any], where: str) -> Iterator[UserError]:
     if "sinkhorn" in (balancing if isinstance(balancing, list) else [balancing]):
         what = "moe_router_load_balancing_type is sinkhorn, whose gates do not sum to one"
         yield UserError(where, what)
-    if isinstance(known.get("window_attn_skip_freq"), int):
-        what = "window_attn_skip_freq is a number; only a list, a value a layer, is supported"
-        yield UserError(where, what)
+    for name in ("window_attn_skip_freq", "no_rope_freq"):
+        if isinstance(known.get(name), int):
+            what = f"{name} is a number; only a list, a value a layer, is supported"
+            yield UserError(where, what)
 
 
 def _moe_of(known: dict[str, Any], where: str, errors: list[UserError]) -> dict[str, Any] | None:

@@ -55,6 +55,7 @@ RELATIVE = replace(
         add_qkv_bias=True,
         qk_layernorm=True,
         window_size=(5, 0),
+        no_rope_freq=(0, 1) * (DENSE.model.num_layers // 2),
         softmax_scale=0.2,
         embedding_multiplier=3.0,
         residual_multiplier=0.5,

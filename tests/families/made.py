@@ -54,6 +54,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2, some windows": ("Qwen2", WINDOW | {"max_window_layers": 2}),
     "qwen3": ("Qwen3", {"head_dim": 16}),
     "phi3": ("Phi3", {"sliding_window": 7, "pad_token_id": None}),
+    "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0, 1, 1], "pad_token_id": None}),
     "granite": ("Granite", MULTIPLIED | {"tie_word_embeddings": True}),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "head_dim": 8}),
     "mixtral, window": ("Mixtral", {"num_local_experts": 4, "sliding_window": 7}),

@@ -84,6 +84,17 @@ _QWEN3 = _QWEN2 | {
     "max_position_embeddings": 40960, "model_type": "qwen3", "rope_scaling": None,
     "sliding_window": None, "transformers_version": "4.51.0",
 }  # fmt: skip
+_SMOLLM3 = {
+    "architectures": ["SmolLM3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
+    "eos_token_id": 128001, "hidden_act": "silu", "hidden_size": 32, "initializer_range": 0.02,
+    "intermediate_size": 48, "max_position_embeddings": 65536, "max_window_layers": 28,
+    "mlp_bias": False, "model_type": "smollm3", "no_rope_layer_interval": 4,
+    "no_rope_layers": [1, 1, 1, 0], "num_attention_heads": 4, "num_hidden_layers": 4,
+    "num_key_value_heads": 1, "pad_token_id": 69, "pretraining_tp": 2, "rms_norm_eps": 1e-06,
+    "rope_scaling": None, "rope_theta": 5000000.0, "sliding_window": None,
+    "tie_word_embeddings": True, "torch_dtype": "bfloat16", "transformers_version": "4.54.0.dev0",
+    "use_cache": True, "use_sliding_window": False, "vocab_size": 70,
+}  # fmt: skip
 _QWEN3_MOE = _QWEN3 | {
     "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "decoder_sparse_step": 1,
     "eos_token_id": 151645, "mlp_only_layers": [], "moe_intermediate_size": 24,
@@ -156,6 +167,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
             "use_external_data_format": {"model.onnx": True, "model_fp16.onnx": True},
         },
     },
+    "HuggingFaceTB/SmolLM3-3B": _SMOLLM3,
     "tiiuae/Falcon3-7B-Base": {
         key: value for key, value in _LLAMA.items() if key != "pretraining_tp"
     }
@@ -280,6 +292,8 @@ UNLIKE: list[tuple[str, dict[str, Any], str]] = [
     ),
     ("microsoft/phi-4", {"partial_rotary_factor": 0.75}, "partial_rotary_factor is 0.75"),
     ("microsoft/phi-4", {"auto_map": {"AutoModelForCausalLM": "modeling_x.X"}}, "auto_map is"),
+    ("HuggingFaceTB/SmolLM3-3B", {"no_rope_layers": [1, 0]}, "no_rope_layers is [1, 0] for 4"),
+    ("HuggingFaceTB/SmolLM3-3B", {"use_sliding_window": True}, "in which layers?"),
     ("ibm-granite/granite-3.0-2b-base", {"mlp_bias": True}, "mlp_bias is True"),
     ("ibm-granite/granite-3.0-2b-base", {"residual_multiplier": 0}, "residual_multiplier: is 0"),
     ("meta-llama/Llama-2-7b-hf", {"attention_bias": True}, "attention_bias is True"),

@@ -74,6 +74,8 @@ CHANGES: dict[str, list[Any]] = {
     "rms_norm_eps": [GONE, 1e-6],
     "attention_multiplier": [GONE, 1, 0.25],
     "residual_multiplier": [GONE, 0.5],
+    "no_rope_layers": [GONE, None, [0, 1], [1, 1, 1, 1], [0, 1, 1, 0, 1]],
+    "no_rope_layer_interval": [GONE, 1, 2],
     "logits_scaling": [GONE, 8],
     "is_causal": [True, False],
     "model_type": [
@@ -82,6 +84,7 @@ CHANGES: dict[str, list[Any]] = {
         "qwen2",
         "qwen3",
         "phi3",
+        "smollm3",
         "granite",
         "granitemoe",
         "mixtral",
@@ -109,11 +112,13 @@ def ours(found: Architecture) -> dict[str, Any]:
     elif model.seq_len_interpolation_factor is not None:
         scaling = ("linear", model.seq_len_interpolation_factor)
     gates = HFRouting.of(found) if experts else None
+    layers = model.num_layers
     return {
         "layers": model.num_layers,
         "head": kv_channels(model),
         "groups": query_groups(model),
         "base": model.rotary_base,
+        "positions": tuple(not skipped for skipped in model.no_rope_freq or (0,) * layers),
         "multipliers": (
             resolved(model).softmax_scale,
             model.embedding_multiplier,
@@ -139,7 +144,7 @@ def ours(found: Architecture) -> dict[str, Any]:
 def theirs(config: Any) -> dict[str, Any]:
     kind, layers, rope = config.model_type, config.num_hidden_layers, config.rope_parameters
     window = getattr(config, "sliding_window", None)
-    types = getattr(config, "layer_types", None) if kind.startswith("qwen") else None
+    types = getattr(config, "layer_types", None) if kind[:4] in ("qwen", "smol") else None
     types = (
         types
         or ["full_attention" if kind in ("llama", "granite", "granitemoe") else "sliding_attention"]
@@ -160,11 +165,13 @@ def theirs(config: Any) -> dict[str, Any]:
     scaled = rope["rope_type"] != "default"
     width = head or config.hidden_size // config.num_attention_heads
     granite = kind.startswith("granite")
+    rotated = config.no_rope_layers if kind == "smollm3" else [1] * layers
     return {
         "layers": layers,
         "head": width,
         "groups": config.num_key_value_heads or config.num_attention_heads,
         "base": rope["rope_theta"],
+        "positions": tuple(map(bool, rotated[:layers])),
         "multipliers": (
             getattr(config, "attention_multiplier", 1.0) if granite else width**-0.5,
             *(getattr(config, name) if granite else 1.0 for name in MULTIPLIERS),

@@ -85,6 +85,7 @@ BOTH = {"add_qkv_bias": True, "qk_layernorm": True}
         (Routing(type="sample_top1", greedy=True), {}, "first layer routes softly"),
         (Routing(), BOTH, "as qwen2_moe qk_layernorm would be False, not True"),
         (None, BOTH, "as qwen3 add_qkv_bias would be False, not True"),
+        (Routing(), {"no_rope_freq": (0, 1)}, "as mixtral no_rope_freq would be None, not (0, 1)"),
     ],
 )
 def test_what_no_family_computes_is_refused(routing, fields, reason):

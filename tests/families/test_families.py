@@ -182,6 +182,7 @@ def test_padding_of_the_vocabulary_takes_no_probability(ranks, converted, layout
         ("mistral", [{"window_size": None}, {"window_size": (7, 0)}]),
         ("qwen2, some windows", [{"window_attn_skip_freq": None}]),
         ("qwen3", [{"layernorm_epsilon": 1e-3}]),
+        ("smollm3", [{"no_rope_freq": None}, {"no_rope_freq": (0, 0, 1, 0)}]),
         (
             "granite",
             [

@@ -147,7 +147,8 @@ def test_neither_transformers_nor_a_network_is_needed(tmp_path, released):
 
 
 @pytest.mark.parametrize(
-    "name", ["llama 3.2, tied", "qwen2, some windows", "qwen3", "qwen2 moe", "mixtral, window"]
+    "name",
+    ["llama 3.2, tied", "qwen2, some windows", "qwen3", "smollm3", "qwen2 moe", "mixtral, window"],
 )
 def test_megatron_lm_is_told_the_same_model(tmp_path, tool, name):
     """Its own words, read again by what reads Megatron-LM's checkpoints."""

@@ -146,6 +146,14 @@ def test_another_model_of_the_same_tensors_is_refused(name):
         architecture_of(settings | {name: OTHERS[name]}, "iter")
 
 
+def test_scale_of_scores_and_layers_without_rotary_positions():
+    said = {"softmax_scale": 0.1, "no_rope_freq": [0, 0, 0, 1]}
+    found = architecture_of(ARGS | said, "iter").model
+    assert (found.softmax_scale, found.no_rope_freq) == (0.1, (0, 0, 0, 1))
+    with pytest.raises(UserError, match="no_rope_freq is a number"):
+        architecture_of(ARGS | {"no_rope_freq": 4}, "iter")
+
+
 def test_what_a_recipe_may_not_set_is_looked_at_here_too():
     """A field that a recipe may not set makes another model, and then it is looked at here, or is
     one of training alone, and stands here."""
