@@ -33,6 +33,7 @@ BATCHES = torch.randint(0, VOCABULARY, (5, 4, LENGTH + 1), generator=_GENERATOR)
 """Five steps of two micro-batches of two sequences."""
 
 SAMPLE = ("--moe-router-topk", "1", "--moe-router-pre-softmax")
+SWITCH = (*SAMPLE, "--moe-expert-capacity-factor", "1.5", "--moe-token-drop-policy", "position")
 CASES: dict[str, tuple[Routing, str, tuple[str, ...]]] = {  # ours, layout, the trainer's words
     "topk": (Routing(), "one rank", ("--spec", MODULE, "topk")),
     "topk, TP2 x EP2": (
@@ -44,6 +45,12 @@ CASES: dict[str, tuple[Routing, str, tuple[str, ...]]] = {  # ours, layout, the 
         Routing(type="sample_top1", temperature_rate=0.1),
         "EP2",
         ("--spec", "tests.megatron_lm.test_spec", "sampled", *SAMPLE),
+    ),
+    "switch": (Routing(type="switch"), "EP2", ("--spec", MODULE, "switch", *SWITCH)),
+    "soft": (
+        Routing(type="soft"),
+        "one rank",
+        ("--spec", MODULE, "soft", "--moe-router-topk", "4"),
     ),
 }
 
