@@ -22,7 +22,10 @@ from megatron_btx.train.summary import slow_in_words
 logger = logging.getLogger(__name__)
 
 EVERY = 10
-"""Steps over which a rank's median is taken, and after which the ranks are compared."""
+"""Steps after which the ranks are compared."""
+OVER = 3 * EVERY
+"""The last steps, of which each rank's median is taken: a rank that something else on its machine
+holds up for fewer than half of them is not named. None is before there are as many."""
 SLOW = 1.5
 """A rank is slow that works so many times as long as the median rank. Stages of a pipeline differ
 by design, ranks of a busy machine by chance; both stay below."""
@@ -37,7 +40,7 @@ class SlowRanks(Callback):
     ``slow_ranks``: by ``RANK@HOST`` the multiple of the median. Before the log in the list."""
 
     def __init__(self) -> None:
-        self._own: deque[float] = deque(maxlen=EVERY)
+        self._own: deque[float] = deque(maxlen=OVER)
         self._hosts: list[str] = []
         self._said: set[str] = set()
 
@@ -48,7 +51,7 @@ class SlowRanks(Callback):
         self._own.append(record[WORK])
         if run.step % EVERY == 0:
             every = self._all_ranks(statistics.median(self._own))
-            record |= compared(every, self._hosts)
+            record |= compared(every, self._hosts, steps=len(self._own))
             self._tell(run.step, record["slow_ranks"])
 
     def _all_ranks(self, own: float) -> list[float]:
@@ -68,19 +71,20 @@ class SlowRanks(Callback):
         self._said = set(slow)
 
 
-def compared(every: list[float], hosts: list[str]) -> dict[str, Any]:
+def compared(every: list[float], hosts: list[str], *, steps: int = OVER) -> dict[str, Any]:
     """What is logged of the ranks' own seconds a step.
 
     Args:
         every: by rank.
         hosts: by rank.
+        steps: of which these are the medians.
     """
     # The lower of two: of two ranks one can be named.
     median = statistics.median_low(every)
     slow = {
         f"{rank}@{host}": round(own / median, 3)
         for rank, (own, host) in enumerate(zip(every, hosts, strict=True))
-        if own > SLOW * median and own - median > _WORTH * max(every)
+        if steps == OVER and own > SLOW * median and own - median > _WORTH * max(every)
     }
     return {
         "time_metrics/rank_work_median(s)": median,

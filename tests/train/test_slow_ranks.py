@@ -22,6 +22,7 @@ def test_one_that_works_longer_than_the_median_is_named() -> None:
     words = "rank 2 on n2 works 3.1 times as long as the median rank"
     assert slow_in_words(found["slow_ranks"]) == words
     assert compared([0.1, 0.2], ["n1", "n2"])["slow_ranks"] == {"1@n2": 2.0}  # of two
+    assert compared([0.1, 0.2], ["n1", "n2"], steps=20)["slow_ranks"] == {}
     assert compared([0.1, 0.14], ["n1", "n2"])["slow_ranks"] == {}
     assert compared([0.002, 0.004, 0.002, 0.1], ["n"] * 4)["slow_ranks"].keys() == {"3@n"}
     assert slow_in_words({}) == ""
@@ -33,7 +34,8 @@ def test_one_that_works_longer_than_the_median_is_named() -> None:
 
 
 def steps(seconds: float) -> list[dict[str, Any]]:
-    """Ten made-up steps in which the last rank works and the others wait for it."""
+    """Made-up steps, as many as are looked at, in which the last rank works and the others wait for
+    it."""
     from types import SimpleNamespace
 
     import torch
@@ -41,11 +43,11 @@ def steps(seconds: float) -> list[dict[str, Any]]:
 
     from megatron_btx.engine import distributed, wait_time
     from megatron_btx.recipe.schema import Layout
-    from megatron_btx.train.slow_ranks import SlowRanks
+    from megatron_btx.train.slow_ranks import OVER, SlowRanks
 
     distributed.initialize(Layout(data_parallel_size=4), 0)
     listener, records = SlowRanks(), []
-    for step in range(1, 11):
+    for step in range(1, OVER + 1):
         started = time.perf_counter()
         with wait_time.counted() as waited:
             time.sleep(seconds if dist.get_rank() == 3 else 0.001)
@@ -62,7 +64,9 @@ def steps(seconds: float) -> list[dict[str, Any]]:
 def test_waiting_is_no_work(ranks: Ranks) -> None:
     """All four take as long as the slowest; only it has worked."""
     everywhere = ranks.run(steps, 4, 0.1)
-    assert "3" in {name.partition("@")[0] for name in everywhere[0][9]["slow_ranks"]}
-    assert everywhere[0][9]["slow_ranks"] == everywhere[3][9]["slow_ranks"]
-    assert all("slow_ranks" not in record for record in everywhere[0][:9])
-    assert everywhere[0][9]["time_metrics/rank_work_max(s)"] >= 0.1
+    looks = [record for record in everywhere[0] if "slow_ranks" in record]
+    assert looks == everywhere[0][9::10]
+    assert [look["slow_ranks"] for look in looks[:2]] == [{}, {}], "too few steps to tell"
+    assert "3" in {name.partition("@")[0] for name in looks[2]["slow_ranks"]}
+    assert looks[2]["slow_ranks"] == everywhere[3][-1]["slow_ranks"]
+    assert looks[2]["time_metrics/rank_work_max(s)"] >= 0.1
