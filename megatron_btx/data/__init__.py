@@ -1,15 +1,21 @@
-"""Documents, tokenizers, .bin/.idx files and the order in which they are read."""
+"""Text to token files: documents, tokenizers, .bin/.idx pairs, and the order of training
+samples."""
 
 from typing import Protocol
 
 
 class Progress(Protocol):
-    """Called with how far something is."""
+    """A function that is told how far a task is."""
 
     def __call__(self, what: str, done: float, **speed: float) -> None:
-        """``what`` is being done and ``done`` of it, from 0 to 1; where they are known,
-        ``bytes_per_second`` and ``seconds_left``."""
+        """Report progress.
+
+        Args:
+            what: the task.
+            done: the share of it that is done, from 0 to 1.
+            speed: ``bytes_per_second`` and ``seconds_left``, if known.
+        """
 
 
 def no_progress(what: str, done: float, **speed: float) -> None:
-    """A :class:`Progress` that shows nothing."""
+    """A :class:`Progress` that does nothing."""

@@ -1,10 +1,10 @@
 """Where documents end within a sequence: Megatron's ``reset_attention_mask`` and ``eod_mask_loss``.
 
-Megatron's datasets would make a mask of S x S for every sequence (``create_attention_mask``). Which
-position a token's document begins at says the same, and is what our attention takes
-(engine/ops/attention.py). ``reset_position_ids`` changes nothing beside it: rotary positions
-(arXiv 2104.09864, equation 16) enter attention by their differences alone, and within a document
-these are the same.
+Megatron's datasets would make an S x S mask for every sequence (``create_attention_mask``). Our
+attention (engine/ops/attention.py) instead takes, for each token, the position at which its
+document begins, which carries the same information. ``reset_position_ids`` has no further effect:
+rotary attention (arXiv 2104.09864, equation 16) depends on position differences only, and these are
+the same within a document.
 """
 
 from __future__ import annotations
@@ -22,19 +22,25 @@ from megatron_btx.recipe.stages import boundaries
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Boundaries:
-    """What happens at the ends of documents."""
+    """How the ends of documents within a sequence are treated."""
 
     eos_id: int
-    """The token that ends one."""
+    """The end-of-document token."""
     reset_attention_mask: bool = False
-    """A token sees its own document only."""
+    """Each token attends to its own document only."""
     eod_mask_loss: bool = False
-    """What follows an end token is not predicted."""
+    """The token after an end token is not predicted."""
 
     def marked(self, sample: dict[str, Tensor]) -> dict[str, Tensor]:
-        """``sample`` (``tokens`` and ``loss_mask`` [..., S]) with what a model is told: where each
-        token's document begins, ``document_begins`` int64 [..., S], and a ``loss_mask`` that is 0
-        where the input is an end token."""
+        """A sample with these settings applied.
+
+        Args:
+            sample: ``tokens`` int64 and ``loss_mask`` float32, both [..., S].
+
+        Returns:
+            The sample with ``document_begins`` int64 [..., S], the position at which each token's
+            document begins, and a ``loss_mask`` that is 0 where the input is an end token.
+        """
         tokens = sample["tokens"]
         if self.reset_attention_mask:
             sample = {**sample, "document_begins": document_begins(tokens, self.eos_id)}
@@ -45,10 +51,10 @@ class Boundaries:
 
 
 def boundaries_of(recipe: Recipe, eos_id: int) -> Boundaries:
-    """A recipe's.
+    """The settings of a recipe.
 
     Raises:
-        UserError: this machine's attention cannot.
+        UserError: this machine's attention does not support them.
     """
     reset, masked = boundaries(recipe)
     if reset:
@@ -57,7 +63,7 @@ def boundaries_of(recipe: Recipe, eos_id: int) -> Boundaries:
 
 
 def check_attention(machine: platform.Platform) -> None:
-    """That the attention of ``machine`` can be told where documents begin.
+    """Check that the attention of ``machine`` supports ``reset_attention_mask``.
 
     Raises:
         UserError: it is Transformer Engine's, which would be causal over the whole sequence.
@@ -72,11 +78,12 @@ def check_attention(machine: platform.Platform) -> None:
 
 
 def document_begins(tokens: Tensor, eos_id: int) -> Tensor:
-    """The position at which each token's document begins; an end token is its document's last.
+    """The position at which each token's document begins. An end token belongs to the document it
+    ends.
 
     Args:
         tokens: [..., S].
-        eos_id: ends a document.
+        eos_id: the end-of-document token.
 
     Returns:
         int64 [..., S], on the device of ``tokens``.

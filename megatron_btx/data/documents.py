@@ -1,7 +1,7 @@
-"""Users' text: files and directories of them, read as a stream.
+"""Users' text: files and directories, read as a stream of documents.
 
-Every fault is a :class:`UserError` that names the file and the line or row, because a corpus of a
-thousand shards is mended one line at a time.
+Every defect is a :class:`UserError` that names the file and the line or row, so that it can be
+found in a corpus of a thousand shards.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _JSON = tuple(
     for compressed in ("", *(suffix for kind in COMPRESSIONS for suffix in kind.suffixes))
 )
 SUFFIXES = (*_JSON, ".parquet", ".arrow", ".idx")
-"""What is taken out of a directory, whatever the case of its letters. The content, not the name,
-says how a file is read. Of a Megatron pair the ``.idx`` stands for both files."""
+"""Endings of the files that are read from a directory, in any case. How a file is read is decided
+by its content, not its name. The ``.idx`` of a Megatron pair stands for both files."""
 
 _COMPANIONS = re.compile(
     r"readme.*|licen[cs]e.*|notice.*|copying.*|authors.*|citation.*|changelog.*|.*\.(md|rst|log)"
@@ -34,19 +34,20 @@ _COMPANIONS = re.compile(
     r"|(md5|sha1|sha256|sha512)sums?(\.txt)?|checksums?(\.txt)?"
     r"|dataset_infos?\.json|dataset_dict\.json|state\.json|cache-.*\.arrow"
 )
-"""Files beside the text that hold none; hidden ones are skipped too."""
+"""Files in a data directory that hold no text and are skipped, as hidden files are."""
 
 
 def find_files(paths: Sequence[str | Path], *, where: str) -> list[Path]:
     """The files that ``paths`` (files, directories, prefixes of Megatron pairs) stand for.
 
-    A directory is searched through, its files in the order of their names; the order of ``paths``
-    is kept. Of a directory that ``datasets`` saved, the files that its state.json lists. ``where``
-    is the recipe's key, for messages.
+    Args:
+        paths: in their order; the files of a directory, searched recursively, are in the order of
+            their names. Of a directory that ``datasets`` saved, the files in its state.json.
+        where: the recipe's key, for messages.
 
     Raises:
-        UserError: a path is missing or no regular file, a file is empty, or a directory holds
-            nothing to read, or something that is not read.
+        UserError: a path is missing or not a regular file, a file is empty, or a directory has
+            no file that is read, or one that is neither read nor skipped.
     """
     files: list[Path] = []
     for path in map(Path, paths):
@@ -64,11 +65,11 @@ def find_files(paths: Sequence[str | Path], *, where: str) -> list[Path]:
 
 
 def read_documents(files: Sequence[Path], text_key: str = "text") -> Iterator[str]:
-    """The documents of ``files``, one after the other.
+    """The documents of ``files`` in order.
 
     Raises:
-        UserError: naming file and line or row, for whatever is no text; for a file without a
-            single document; and for a Megatron pair, which holds none.
+        UserError: naming file and line or row, if something is not text; for a file without
+            documents; and for a Megatron pair, which holds ids.
     """
     for file in files:
         count = 0
@@ -80,7 +81,7 @@ def read_documents(files: Sequence[Path], text_key: str = "text") -> Iterator[st
 
 
 def no_document(file: Path) -> UserError:
-    """The error for a file that holds nothing."""
+    """The error for a file without documents."""
     return UserError(str(file), "holds no document", "remove it, or write documents to it")
 
 
@@ -125,7 +126,7 @@ def _in_directory(directory: Path, where: str) -> list[Path]:
 
 
 def _walk(directory: Path, where: str) -> Iterator[Path]:
-    """Every file below that is not hidden; links to directories are not followed but told."""
+    """Every file below that is not hidden. A link to a directory is an error."""
 
     def fail(error: OSError) -> None:
         raise UserError(where, f"{error.filename} cannot be read ({error.strerror})", "mend that")
@@ -143,7 +144,7 @@ def _walk(directory: Path, where: str) -> Iterator[Path]:
 
 
 def _as_saved(directory: Path, found: list[Path], where: str) -> list[Path]:
-    """Of what ``datasets.save_to_disk`` wrote, the files in their order, and nothing else."""
+    """Files with those of ``datasets.save_to_disk`` directories as their state.json lists them."""
     listed: dict[Path, list[Path]] = {}
     for place in dict.fromkeys([directory, *(file.parent for file in found)]):
         if (place / "dataset_dict.json").is_file():

@@ -1,4 +1,4 @@
-"""The files of one domain, what they are read as, and what identifies them."""
+"""The files of a domain: which are read for which split, how, and their content hash."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ SPLITS = ("train", "valid")
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Files that become, or are, one pair."""
+    """Files that become one .bin/.idx pair, or a pair of the user's."""
 
     files: tuple[Path, ...]
     path: int
-    """Place in ``train:`` or ``valid:`` of the path they were found by."""
+    """Index in ``train:`` or ``valid:`` of the path by which they were found."""
     is_pair: bool
-    """A Megatron pair of the user's; its ``.idx`` stands for it."""
+    """Whether it is a Megatron pair of the user's, named by its ``.idx``."""
 
 
 class DomainText:
@@ -37,8 +37,8 @@ class DomainText:
     Args:
         name: the domain's.
         domain: its block of the recipe.
-        found: for each split and each path of it, the files.
-        out_dir: of the prepare stage, where built-in text is.
+        found: the files of each path of each split.
+        out_dir: the directory of the prepare stage, which holds built-in text.
     """
 
     def __init__(
@@ -53,12 +53,13 @@ class DomainText:
         self.text_key = "text" if domain.builtin is not None else domain.text_key
 
     def files(self, split: str) -> list[Path]:
-        """All of a split, in their order; of a domain that is split, those of both."""
+        """All files of a split in order; of a domain without ``valid:``, those of both splits."""
         paths = self.found["train" if self.is_split else split]
         return [file for files in paths for file in files]
 
     def groups(self, split: str) -> list[Group]:
-        """Text together, unless its paths have weights; every Megatron pair for itself."""
+        """The groups of a split: text files in one, or one per path if the paths have weights;
+        every Megatron pair in a group of its own."""
         groups: list[Group] = []
         weighted = bool(self.domain.weights) and (split == "train" or self.is_split)
         text: dict[int, list[Path]] = {}
@@ -72,7 +73,8 @@ class DomainText:
         return sorted(groups, key=lambda group: group.path)
 
     def shares(self, split: str, groups: Sequence[Group], tokens: Sequence[int]) -> list[float]:
-        """Of each group, its share of the samples: by tokens, and by the weights of the paths."""
+        """Each group's share of the domain's samples, from its tokens and the weights of the
+        paths."""
         weights = self.domain.weights if split == "train" else ()
         shares = []
         for group, count in zip(groups, tokens, strict=True):
@@ -88,7 +90,7 @@ class DomainText:
         """The text of a split.
 
         Raises:
-            UserError: it cannot be read, or is token ids.
+            UserError: it cannot be read, or consists of token ids.
         """
         documents = read_documents(self.files(split), self.text_key)
         if not self.is_split:
@@ -150,7 +152,7 @@ def find(recipe: Recipe) -> dict[str, dict[str, list[list[Path]]]]:
 
 
 def _held_out_twice(found: dict[str, dict[str, list[list[Path]]]]) -> list[UserError]:
-    """Errors for held-out files that are training files too, or copies of such."""
+    """Errors for held-out files that are also training files, or copies of one."""
     train: dict[int, list[tuple[str, Path]]] = {}
     for name, splits in found.items():
         for file in chain.from_iterable(splits["train"]):
@@ -180,17 +182,17 @@ def _equal(one: Path, other: Path) -> bool:
 
 
 def _content(file: Path) -> Path:
-    """Where its documents are: of a Megatron pair in the ``.bin``."""
+    """The file with the documents: of a Megatron pair the ``.bin``."""
     return file.with_suffix(".bin") if format_of(file) is token_pair else file
 
 
 def document_hash(text: str) -> int:
-    """64 bits that say which side of a split a document is on."""
+    """A 64-bit hash, which decides whether a document is held out."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
 def digest(content: Any) -> str:
-    """SHA-256 (hex) of plain values."""
+    """SHA-256 (hex) of values that JSON can represent."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 

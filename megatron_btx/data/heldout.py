@@ -19,17 +19,17 @@ is reset at the ends of documents, ``document_begins`` int64 [S]."""
 
 
 class HeldOutText(Sequence[Sample]):
-    """Whole sequences of the documents one behind the other, read as they are asked for.
+    """Complete sequences of the concatenated documents, read on access.
 
-    If there are more than asked for, those that are taken lie at even distances: a file's first
-    documents may be of one kind.
+    If there are more than ``tokens`` allows, evenly spaced ones are used: the first documents of a
+    file may all be of one kind.
 
     Args:
-        prefixes: of its pairs of .bin and .idx files, one behind the other.
+        prefixes: of its .bin/.idx pairs, which are concatenated.
         seq_length: S.
-        tokens: at most this many.
-        sha256: hash of the files' content, for those who keep what they found of it.
-        boundaries: what happens at the ends of documents; ``None``: nothing.
+        tokens: the most tokens to use.
+        sha256: hash of the files' content, to recognise results on the same text.
+        boundaries: how the ends of documents are treated; ``None``: not at all.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class HeldOutText(Sequence[Sample]):
         return sample if self.boundaries is None else self.boundaries.marked(sample)
 
     def _ids(self, first: int, end: int) -> np.ndarray:
-        """Ids ``first`` to ``end`` of all pairs together, int64 [end - first]."""
+        """Ids ``first`` to ``end`` of the concatenated pairs, int64 [end - first]."""
         found = []
         for pair, begin, behind in zip(
             self._pairs, self._begins[:-1].tolist(), self._begins[1:].tolist(), strict=True

@@ -1,4 +1,4 @@
-"""Several sequences woven into one in proportion, without ever writing the order down."""
+"""Several sequences interleaved in proportion to their sizes, without storing the order."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import numpy as np
 class Interleaved:
     """All elements of sequences of the given ``sizes``, each sequence spread evenly over the whole.
 
-    Element j of a sequence of n stands at (j + 1/2) / n; ties go to the first sequence. Any place
-    is found in a few steps of arithmetic: a run of 500 billion tokens has 10^8 samples, and an
-    array of their order on every rank would be a gigabyte.
+    Element j of a sequence of n elements has the position (j + 1/2) / n; of equal positions the
+    first sequence's comes first. Positions are computed, not stored: a run of 500 billion tokens
+    has 10^8 samples, and an array of their order would take a gigabyte on every rank.
     """
 
     def __init__(self, sizes: Sequence[int]) -> None:
@@ -24,14 +24,18 @@ class Interleaved:
         return self._length
 
     def locate(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """Which sequence, and which element of it, the places ``first``, ``first + 1``, ... hold.
+        """The sequence, and the element of it, at the places ``first``, ``first + 1``, ...
+
+        Args:
+            first: a place, from 0.
+            count: how many.
 
         Returns:
-            Two int64 arrays [count].
+            Two int64 arrays [count]: sequences and elements.
         """
         assert first >= 0
         assert first + count <= self._length
-        # Before position t stand n t elements of each sequence, give or take one.
+        # About n t elements of each sequence have a position below t; the margin covers rounding.
         margin = len(self.sizes) + 1
         begin, end = (first - margin) / self._length, (first + count + margin) / self._length
         lows, keys, sequences = [], [], []

@@ -1,8 +1,8 @@
-"""No run of 13 words in both training and held-out text: found by hashing, cut from training.
+"""Runs of 13 words that training and held-out text share: found by hashing, cut from training text.
 
-Thirteen words is the usual measure of contamination (arXiv 2005.14165, appendix C). A "word" is
-taken in two ways, both in lower case, and neither may be shared: what stands between white space,
-and what stands between anything that is no letter, digit or underscore.
+Thirteen words is the usual criterion of contamination (arXiv 2005.14165, appendix C). Text is split
+into words in two ways, both in lower case: at white space, and at everything that is not a letter,
+digit or underscore. A run that is shared in either way counts.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ RUN = 13
 _WORDS = (re.compile(r"\S+"), re.compile(r"\w+"))
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)  # odd, so that no word's contribution is shifted out
 _MIN_PIECE = 200
-"""Characters; shorter remains of a cut document are dropped."""
+"""Characters; shorter parts of a cut document are dropped."""
 
 
 class HeldOutRuns:
-    """The 13-word runs of held-out text, by 64-bit hash, and the cuts they ask of other text.
+    """The 13-word runs of held-out text as 64-bit hashes.
 
-    A collision of hashes can only cut a little too much, never too little.
+    A collision of hashes can only cut too much, never too little.
     """
 
     def __init__(self, documents: Iterable[str]) -> None:
@@ -49,7 +49,7 @@ class HeldOutRuns:
         return not any(len(grams) for grams in self._grams)
 
     def save(self, directory: Path) -> None:
-        """Write it to ``directory``, for :meth:`load`."""
+        """Write the index to ``directory``, for :meth:`load`."""
         for kind in range(2):
             words = "\n".join(self._ids[kind])
             (directory / f"words.{kind}").write_text(words, "utf-8", newline="\n")
@@ -58,7 +58,8 @@ class HeldOutRuns:
 
     @classmethod
     def load(cls, directory: Path) -> HeldOutRuns:
-        """The one that :meth:`save` wrote; its arrays are mapped, and so shared by processes."""
+        """The index that :meth:`save` wrote; its arrays are memory-mapped and shared by
+        processes."""
         self = cls([])
         for kind in range(2):
             words = (directory / f"words.{kind}").read_bytes().decode("utf-8").split("\n")
@@ -85,15 +86,15 @@ class HeldOutRuns:
         return np.array([ids.setdefault(word, len(ids) + 1) for word in words], dtype=np.uint64)
 
     def clean(self, text: str) -> Iterator[str]:
-        """The pieces of ``text`` that share no run with the held-out text: whole lines are cut.
+        """The parts of ``text`` that share no run with the held-out text; whole lines are cut.
 
-        Yields ``text`` itself where there is nothing to cut.
+        Yields ``text`` itself if there is nothing to cut.
         """
         lower = text.lower()
         shared: list[tuple[int, int]] = []
         for kind in range(2):
             ids = self._ids[kind]
-            # A word that held-out text never used is 0: no run of it can be shared.
+            # A word that is not in the held-out text is 0: no run with it can be shared.
             found = np.array(
                 [ids.get(word, 0) for word in _WORDS[kind].findall(lower)], dtype=np.uint64
             )

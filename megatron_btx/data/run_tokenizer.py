@@ -31,10 +31,10 @@ from megatron_btx.weights.find_checkpoint import find_checkpoint
 
 
 def check_trainable(recipe: Recipe) -> None:
-    """That there is text where a tokenizer is to be trained.
+    """Check that a tokenizer that has to be trained has text to be trained on.
 
     Raises:
-        UserError: there are token ids.
+        UserError: the training data are token ids.
     """
     if recipe.tokenizer.path is not None or recipe.seed.from_ is not None:
         return
@@ -52,11 +52,12 @@ def check_trainable(recipe: Recipe) -> None:
 def make_tokenizer(
     recipe: Recipe, texts: dict[str, DomainText], directory: Path, progress: Progress
 ) -> Tokenizer:
-    """The tokenizer that the recipe names, its seed's, or one trained on its text, in
-    ``directory``, where it is kept as long as it would be the same.
+    """The tokenizer that the recipe names, its seed's, or one trained on its text.
+
+    It is stored in ``directory`` and reused while its inputs are the same.
 
     Raises:
-        UserError: it is missing, unusable, or not the seed's.
+        UserError: it is missing, damaged, or not the seed's.
     """
     wanted, seed = recipe.tokenizer, recipe.seed.from_
     given: Tokenizer | None = None
@@ -88,7 +89,7 @@ def _trained(texts: dict[str, DomainText], wanted: TokenizerBlock) -> Tokenizer:
     errors: list[UserError] = []
 
     def documents() -> Iterator[str]:
-        with collect_errors(errors):  # SentencePiece makes of any error one of its own
+        with collect_errors(errors):  # SentencePiece replaces any exception by its own
             yield from _sample(texts, wanted.train_bytes)
 
     try:
@@ -99,8 +100,8 @@ def _trained(texts: dict[str, DomainText], wanted: TokenizerBlock) -> Tokenizer:
 
 
 def _seeds_tokenizer(seed: Path, given: Tokenizer | None, path: str | None) -> Tokenizer:
-    """The tokenizer that lies beside the seed's weights, or the one given at ``path``, if it fits
-    them. The seed is a checkpoint of Megatron's or a Hugging Face directory."""
+    """The tokenizer beside the seed's weights (a Megatron checkpoint or a Hugging Face directory),
+    or the one given at ``path`` if it is the same."""
     checkpoint = find_checkpoint(seed)
     theirs = None
     place = place_of(checkpoint)

@@ -1,7 +1,7 @@
-"""What training text shares with held-out text: equal documents and runs of 13 words, by document.
+"""Overlap between training and held-out text: equal documents and runs of 13 words, by document.
 
-Held-out text of all domains is indexed (:class:`~megatron_btx.data.overlap.HeldOutRuns`), as much
-of it at a time as :data:`PASS` says, and all cores go through the training text with that index.
+Held-out text of all domains is indexed (:class:`~megatron_btx.data.overlap.HeldOutRuns`),
+:data:`PASS` bytes at a time, and all cores read the training text and look it up in the index.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _SHARD = 16 << 20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Found:
-    """A training document that has something of a held-out one."""
+    """A training document that overlaps a held-out one."""
 
     domain: str
     document: str
@@ -51,7 +51,7 @@ class _Source:
     parts: tuple[Part, ...]
     text_key: str
     split: str | None
-    """Of a domain that is split, which side."""
+    """``train`` or ``valid`` of a domain without ``valid:``; else ``None``, all documents."""
 
 
 def check_separation(
@@ -60,12 +60,12 @@ def check_separation(
     tokenizer_dir: Path | None = None,
     progress: Progress = no_progress,
 ) -> Iterator[Found]:
-    """Everything that training text shares with held-out text, of every domain with every other.
+    """Overlaps of the training text of every domain with the held-out text of every domain.
 
     Args:
-        recipe: whose domains are read.
-        out_dir: of its prepare stage, where built-in text is; need not exist.
-        tokenizer_dir: by which Megatron pairs are decoded.
+        recipe: its domains are read.
+        out_dir: of its prepare stage, with the built-in text; need not exist.
+        tokenizer_dir: of the tokenizer that decodes Megatron pairs.
         progress: told how far it is.
 
     Raises:

@@ -56,8 +56,8 @@ def read_tokenizer(path: str | Path, type_: str, *, where: str | None = None) ->
 
     Args:
         path: file or directory.
-        type_: ``sentencepiece`` or ``huggingface``: what is read of a directory with both; where
-            only the other is there, that.
+        type_: ``sentencepiece`` or ``huggingface``, for a directory that has both; if it has only
+            one, that one is read.
         where: the recipe's key, for messages.
 
     Raises:
@@ -80,7 +80,7 @@ def read_tokenizer(path: str | Path, type_: str, *, where: str | None = None) ->
 
 
 def _kind(path: Path, type_: str) -> str:
-    """What is there, whatever a recipe calls it."""
+    """The type of what is at ``path``, whatever the recipe says."""
     if path.is_file():
         kinds = {".json": HuggingFace.type, ".model": SentencePiece.type}
         return kinds.get(path.suffix, type_)
@@ -89,7 +89,7 @@ def _kind(path: Path, type_: str) -> str:
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, *, where: str) -> None:
-    """That a model of ``vocab_size`` has a row for each token.
+    """Check that a model of ``vocab_size`` has a row for each token.
 
     Raises:
         UserError: the tokenizer is larger.
@@ -103,7 +103,7 @@ def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, *, where: str) -> No
 
 
 def tokenizer_of(path: Path) -> Tokenizer:
-    """The tokenizer that lies with a checkpoint, or in its run's ``prepare/``.
+    """The tokenizer beside a checkpoint, or in its run's ``prepare/``.
 
     Raises:
         UserError: there is none.

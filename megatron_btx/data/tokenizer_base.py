@@ -1,4 +1,4 @@
-"""What every tokenizer does."""
+"""The interface of a tokenizer."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from megatron_btx.errors import UserError, shown
 from megatron_btx.files import write_json
 
 INFO = "tokenizer_info.json"
-"""Beside the tokenizer's own file: what :meth:`Tokenizer.describe` gives."""
+"""File beside the tokenizer's own, with the content of :meth:`Tokenizer.describe`."""
 
 
 class Tokenizer(ABC):
@@ -21,7 +21,7 @@ class Tokenizer(ABC):
 
     type: Literal["sentencepiece", "huggingface"]
     file: str
-    """Name of the file that defines it."""
+    """Name of its defining file."""
     sha256: str
     """Of that file's bytes."""
     vocab_size: int
@@ -30,13 +30,12 @@ class Tokenizer(ABC):
     eos_id: int
     """Ends every document."""
     begin_id: int | None
-    """What it puts before a text where special tokens are asked for; ``None``: nothing."""
+    """The token it adds before a text if special tokens are requested; ``None``: none."""
 
     @property
     def start_id(self) -> int:
-        """What stands before a text whose loss is measured or that is continued: what the tokenizer
-        puts there, else the token that ends documents, because in training one document follows the
-        other."""
+        """The token before a text that is evaluated or continued: ``begin_id``, else the end token,
+        which precedes a document in training."""
         return self.eos_id if self.begin_id is None else self.begin_id
 
     @abstractmethod
@@ -60,12 +59,11 @@ class Tokenizer(ABC):
         """
 
     def check_ids(self, ids: np.ndarray, vocab_size: int, *, where: str) -> None:
-        """That a model of ``vocab_size`` has a row for each of ``ids``. A tokenizer may have tokens
-        more (CodeLlama-Python's has four) that no text makes; behind a model's own rows lie those
-        that pad them.
+        """Check that a model of ``vocab_size`` has a row for each of ``ids``. A tokenizer may have
+        more tokens than the model (CodeLlama-Python's has four more) if no text contains them.
 
         Raises:
-            UserError: it has none; ``where`` says of what.
+            UserError: an id is too large; ``where`` names the text.
         """
         if len(ids) and int(ids.max()) >= vocab_size:
             token = int(ids.max())
@@ -77,7 +75,7 @@ class Tokenizer(ABC):
             )
 
     def describe(self) -> dict[str, Any]:
-        """What a manifest holds of it."""
+        """Its entry in a manifest."""
         begin = {} if self.begin_id is None else {"begin_token_id": self.begin_id}
         return {"type": self.type, "file": self.file, "sha256": self.sha256, **begin}
 

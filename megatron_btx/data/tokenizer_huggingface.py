@@ -16,10 +16,10 @@ from megatron_btx.families.tokenizer_settings import CONFIG, read_settings
 
 
 class HuggingFace(Tokenizer):
-    """A ``tokenizer.json``, and what the files of ``transformers`` beside it say.
+    """A ``tokenizer.json`` with the settings in the files of ``transformers`` beside it.
 
-    Special tokens that are spelt out in a text become those tokens, unless tokenizer_config.json
-    says ``split_special_tokens``: as in ``transformers``.
+    As in ``transformers``, special tokens spelt out in a text become those tokens, unless
+    tokenizer_config.json sets ``split_special_tokens``.
     """
 
     type = "huggingface"

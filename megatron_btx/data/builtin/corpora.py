@@ -30,10 +30,10 @@ logger = logging.getLogger(__name__)
 
 NAMES = ("general", "code", "math", "prose")
 VALID_BYTES = 450_000
-"""At most this much held-out text a corpus; a tenth of the training text if that is less."""
+"""The most bytes of held-out text of a corpus; a tenth of the training text if that is less."""
 _ROLES = {"valid": 0.07, "general/valid": 0.05, "general/train": 0.27, "train": 0.61}
 _GENERAL = {"library": 0.18, "packages": 0.17, "prose": 0.35, "math": 0.3}
-"""What the broad mix is made of, by bytes. Code from packages is seen by the seed alone."""
+"""Composition of the broad mix, by bytes. Only the seed reads code from packages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ def write_builtin(
 
 
 _shared: list[Any] = []
-"""What every process that writes a corpus has: the library and the held-out text."""
+"""State of every process that writes a corpus: the library and the held-out text."""
 
 
 def _share(*what: Any) -> None:
@@ -169,7 +169,7 @@ def write_jsonl(path: Path, documents: Iterable[str]) -> tuple[int, int]:
 def _take(
     documents: Iterable[str], size: int, watch: Callable[[int], None] = lambda taken: None
 ) -> Iterator[str]:
-    """Documents up to ``size`` bytes; one that is too long for what is left is passed over."""
+    """Documents up to ``size`` bytes; one that is too long for the rest is skipped."""
     left, misses = size, 0
     for document in documents:
         length = len(document.encode())
@@ -190,7 +190,7 @@ class _Library:
         self._listed: dict[str, list[sources.SourceFile]] = {}
 
     def branch(self) -> _Library:
-        """A copy that has met the same paragraphs, and meets the next ones for itself.
+        """A copy with the same paragraphs extracted so far, independent from then on.
 
         So that each corpus is the same whether they are made one by one or side by side.
         """

@@ -21,7 +21,7 @@ PACKAGES = (
     "huggingface_hub", "pydantic", "setuptools", "pip", "jinja2", "fsspec", "rich", "yaml",
     "safetensors", "psutil", "tokenizers", "requests", "urllib3", "packaging", "click",
 )  # fmt: skip
-"""Packages that the project's own dependencies bring; one that is missing is passed over."""
+"""Packages that the project's dependencies install; a missing one is skipped."""
 
 _SKIPPED = {
     "__pycache__", "site-packages", "dist-packages", "_bundled", "_vendor", "node_modules",
@@ -32,7 +32,7 @@ _TESTS = {"test", "tests", "testing", "_test"}
 
 @dataclass(frozen=True, slots=True)
 class SourceFile:
-    """A file that text is taken from. ``name`` tells it apart on any machine."""
+    """A file that text is taken from; ``name`` identifies it on any machine."""
 
     name: str
     path: Path
@@ -112,13 +112,13 @@ def code_without_docstrings(text: str) -> str:
 
 
 class Prose:
-    """Takes paragraphs of English out of documentation; each paragraph only once."""
+    """Extracts paragraphs of English from documentation, each paragraph once."""
 
     def __init__(self) -> None:
         self._seen: set[bytes] = set()
 
     def copy(self) -> Prose:
-        """Another one, that knows the paragraphs taken so far."""
+        """A copy that knows the paragraphs extracted so far."""
         other = Prose()
         other._seen = set(self._seen)
         return other

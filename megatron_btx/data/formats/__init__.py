@@ -1,9 +1,9 @@
-"""What users' text comes in: which format a file has, and its documents one by one.
+"""Formats of users' text: detecting a file's format, and reading its documents.
 
-A format is a module with three functions: ``split(file, size)`` cuts a file into :class:`Part` of
-about ``size`` bytes that can be read apart from each other, ``read(part, text_key)`` yields the
-documents of one, and ``where(part, place)`` names a document. They import no torch; ``pyarrow`` is
-imported where a file needs it.
+A format is a module with three functions: ``split(file, size)`` divides a file into
+:class:`Part` s of about ``size`` bytes that can be read independently, ``read(part, text_key)``
+yields the documents of one, and ``where(part, place)`` names a document. They import no torch, and
+``pyarrow`` only if a file needs it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["Part", "format_of"]
 
 
 def format_of(file: Path) -> ModuleType:
-    """The format of a file, by its first bytes; what has no mark of its own is JSON.
+    """The format of a file, by its first bytes; without a known signature it is JSON.
 
     Raises:
         UserError: the file cannot be read.

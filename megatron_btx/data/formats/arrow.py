@@ -1,4 +1,4 @@
-"""Arrow files and streams: what Hugging Face's ``datasets`` keeps its data sets in."""
+"""Arrow files and streams, the format of Hugging Face's ``datasets``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from megatron_btx.data.formats.part import Document, Part, check_column, damaged
 from megatron_btx.errors import UserError
 
 _END = b"\xff\xff\xff\xff\x00\x00\x00\x00"
-"""Behind the last batch of a stream (Arrow columnar format, "IPC Streaming Format")."""
+"""The end marker of a stream (Arrow columnar format, "IPC Streaming Format")."""
 
 
 def split(file: Path, size: int) -> list[Part]:

@@ -1,4 +1,4 @@
-"""Streams of bytes out of files that may be compressed, told by their first bytes."""
+"""Byte streams from files that may be compressed, which their first bytes tell."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from megatron_btx.errors import UserError
 
 
 class _Streams(io.RawIOBase):
-    """One or several streams behind each other. ``BZ2File`` and ``LZMAFile`` pass over whatever
-    follows a stream and is none: of files joined, of which one is damaged, the rest would be lost.
+    """Concatenated compressed streams. ``BZ2File`` and ``LZMAFile`` ignore anything after a stream
+    that is not another stream, so that a damaged one would hide all that follow it.
 
     Args:
         file: the file.
@@ -36,7 +36,7 @@ class _Streams(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        """What is there next, at most as much as ``buffer`` holds."""
+        """Read the next bytes, at most as many as ``buffer`` holds."""
         while True:
             data = b""
             if self._now.eof:
@@ -48,14 +48,14 @@ class _Streams(io.RawIOBase):
                 if not data:
                     return 0
             if not self._begun:
-                data = data.lstrip(b"\0")  # xz files are filled up with zeros
+                data = data.lstrip(b"\0")  # xz files may be padded with zeros
             self._begun = self._begun or bool(data)
             if found := self._now.decompress(data, len(buffer)):
                 buffer[: len(found)] = found
                 return len(found)
 
     def close(self) -> None:
-        """And the file."""
+        """Close the file too."""
         self._file.close()
         super().close()
 
@@ -96,7 +96,7 @@ _DAMAGED = (gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError, OSError, Val
 
 
 def compression_of(file: Path) -> Compression | None:
-    """How ``file`` is compressed; ``None``: not, or in a way that we do not know."""
+    """How ``file`` is compressed; ``None``: not at all, or in an unknown way."""
     with file.open("rb") as stream:
         head = stream.read(8)
     return next((c for c in COMPRESSIONS if head.startswith(c.mark)), None)
@@ -107,7 +107,7 @@ def opened(file: Path) -> Iterator[IO[bytes]]:
     """The bytes in ``file``, uncompressed.
 
     Raises:
-        UserError: in the block too: the compressed data are damaged or cut off.
+        UserError: also from within the block: the compressed data are damaged or truncated.
     """
     kind = compression_of(file)
     if kind is None:

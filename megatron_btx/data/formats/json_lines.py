@@ -1,6 +1,6 @@
-"""JSON, plain or compressed: an object a line, or one list of objects.
+"""JSON, plain or compressed: an object per line, or one list of objects.
 
-Read block by block, so that neither a long line nor gigabytes of blank ones take memory.
+It is read block by block, so that neither a long line nor gigabytes of blank lines take memory.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _SPACE = re.compile(r"\s*")
 
 
 def split(file: Path, size: int) -> list[Part]:
-    """Plain lines by bytes; what is compressed, or one list, cannot be cut."""
+    """Plain lines are divided by bytes; a compressed file or a list is one part."""
     total = file.stat().st_size
     if total <= size or compression_of(file) is not None or _is_list(file):
         return [Part(file)]
@@ -30,7 +30,7 @@ def split(file: Path, size: int) -> list[Part]:
 
 
 def read(part: Part, text_key: str) -> Iterator[Document]:
-    """The documents of the lines that begin in ``part``; blank lines are passed over.
+    """The documents of the lines that begin in ``part``; blank lines are skipped.
 
     Raises:
         UserError: naming file and line, for text that is not UTF-8, a line that is not a JSON
@@ -50,7 +50,7 @@ def read(part: Part, text_key: str) -> Iterator[Document]:
 
 
 def where(part: Part, place: int) -> str:
-    """``file:line`` of the line that is number ``place`` in ``part``."""
+    """``file:line`` of line number ``place`` of ``part``."""
     return f"{part.file}:{_lines_before(part) + place}"
 
 
@@ -92,10 +92,10 @@ def _text(record: Any, text_key: str) -> str:
 
 
 def _check_once(text: str, text_key: str) -> None:
-    """That a JSON object has its text once: of two the parser keeps one.
+    """Check that a JSON object has ``text_key`` only once: of duplicates the parser keeps one.
 
     Raises:
-        UserError: it has not.
+        UserError: it has several.
     """
     if text.count(json.dumps(text_key)) < 2:
         return
@@ -152,7 +152,7 @@ def _lines(part: Part) -> Iterator[tuple[int, bytes]]:
 
 
 def _is_blank(line: bytes) -> bool:
-    """Whether nothing is in a line but the mark that files begin with, joined ones too."""
+    """Whether a line is empty but for white space and byte-order marks (of concatenated files)."""
     return not line or line.isspace() or not line.removeprefix(codecs.BOM_UTF8).strip()
 
 
@@ -164,7 +164,7 @@ def _is_list(file: Path) -> bool:
 
 
 def _values(part: Part) -> Iterator[tuple[int, Any]]:
-    """The values of a list, or those behind each other, each with the line in which it begins."""
+    """The values of a list, or consecutive values, each with the line in which it begins."""
     with opened(part.file) as stream:
         source = _Source(stream, part)
         in_list = source.peek() == "["
@@ -186,7 +186,7 @@ def _values(part: Part) -> Iterator[tuple[int, Any]]:
 
 
 class _Source:
-    """JSON text, read as far as it is asked for."""
+    """JSON text that is read incrementally."""
 
     def __init__(self, stream: IO[bytes], part: Part) -> None:
         self._stream, self._part = stream, part
@@ -195,7 +195,7 @@ class _Source:
         self._text, self._at, self._line, self._ended = "", 0, 1, False
 
     def peek(self) -> str:
-        """The next character that is no white space; nothing at the end."""
+        """The next character that is not white space; empty at the end."""
         while True:
             match = _SPACE.match(self._text, self._at)
             assert match is not None
@@ -206,11 +206,11 @@ class _Source:
                 return ""
 
     def take(self) -> None:
-        """Pass over the character that ``peek`` gave."""
+        """Consume the character that ``peek`` returned."""
         self._skip(self._at + 1)
 
     def value(self) -> tuple[int, tuple[str, Any]]:
-        """The value that begins here, as it is written and as it is read, and its line."""
+        """The next value: its line, and its text and parsed form."""
         while True:
             try:
                 found, end = self._scan(self._text, self._at)
@@ -225,7 +225,7 @@ class _Source:
                 return line, (written, found)
 
     def error(self, what: str) -> UserError:
-        """That it is not what it should be, here."""
+        """The error for malformed JSON at the current position."""
         return UserError(
             where(self._part, self._line), f"is not a list of JSON objects ({what})", "mend it"
         )

@@ -1,4 +1,4 @@
-"""Parquet, one column of it, row group by row group."""
+"""Parquet: one column, one row group at a time."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 from megatron_btx.data.formats.part import Document, Part, check_column, damaged, documents
 
 _ROWS = 256
-"""Read at once."""
+"""Rows that are read at a time."""
 
 
 def split(file: Path, size: int) -> list[Part]:
-    """Row groups together until they are ``size`` bytes."""
+    """Consecutive row groups of about ``size`` bytes."""
     parts: list[Part] = []
     with _opened(file) as table:
         begin = held = 0

@@ -1,5 +1,5 @@
-"""What the formats share: a stretch of a file, a document of it and what both may be; and text in a
-column, batch by batch, as Parquet and Arrow files have it."""
+"""Shared by the formats: parts of files, documents and their limits, and reading a text column of
+record batches (Parquet and Arrow)."""
 
 from __future__ import annotations
 
@@ -12,30 +12,31 @@ from typing import Any
 from megatron_btx.errors import UserError
 
 Document = tuple[int, str]
-"""Its place in its part, as ``where`` takes it, and its text."""
+"""Its place in its part, as for ``where``, and its text."""
 
 MAX_DOCUMENT = 32 << 20
-"""Bytes of UTF-8 in one document at most. Tokenizing one takes several times as much memory."""
+"""The most bytes of UTF-8 in a document. Tokenizing it takes several times as much memory."""
 MAX_RECORD = 4 * MAX_DOCUMENT
-"""Bytes of the JSON around a document at most: a character may be written in six (``\\u0007``)."""
+"""The most bytes of JSON of a document: a character may take six (``\\u0007``)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A stretch of a file."""
+    """A range of a file."""
 
     file: Path
     begin: int = 0
     end: int | None = None
-    """From here to there in the format's own unit: bytes of (uncompressed) JSON lines, row groups
-    of Parquet, documents of a Megatron pair. ``None``: to the end of the file."""
+    """The range ``begin`` to ``end`` in the unit of the format: bytes of (uncompressed) JSON lines,
+    row groups of Parquet, documents of a Megatron pair. ``None``: to the end of the file."""
 
 
 def checked(text: object, text_key: str) -> str:
-    """A document's text.
+    """Check a document's text and return it.
 
     Raises:
-        UserError: it is no text that UTF-8 can hold, or too long; the caller says where.
+        UserError: it is not text, cannot be encoded as UTF-8, or is too long; the caller adds
+        where.
     """
     if not isinstance(text, str):
         raise UserError(
@@ -69,7 +70,7 @@ def too_long(where: str, size: str, limit: int) -> UserError:
 
 
 def need_pyarrow(file: Path) -> None:
-    """Before pyarrow is imported for ``file``.
+    """Check that pyarrow can be imported, for ``file``.
 
     Raises:
         UserError: it is not installed.
@@ -84,7 +85,7 @@ def need_pyarrow(file: Path) -> None:
 
 @contextmanager
 def damaged(file: Path, kind: str) -> Iterator[Any]:
-    """A block that reads ``file`` with pyarrow, which it is given.
+    """A context for reading ``file`` with pyarrow, the module that it yields.
 
     Raises:
         UserError: pyarrow is not installed, or cannot read the file.
@@ -106,10 +107,10 @@ def damaged(file: Path, kind: str) -> Iterator[Any]:
 
 
 def check_column(file: Path, schema: Any, text_key: str) -> None:
-    """That there is a column of text.
+    """Check that ``text_key`` is a column of text.
 
     Raises:
-        UserError: there is none under that name.
+        UserError: there is no such column, or it has another type.
     """
     import pyarrow
 
@@ -130,7 +131,7 @@ def check_column(file: Path, schema: Any, text_key: str) -> None:
 def documents(
     batches: Iterable[Any], part: Part, text_key: str, where: Callable[[Part, int], str]
 ) -> Iterator[Document]:
-    """The text in the column ``text_key`` of record batches; its place is its row in ``part``.
+    """The text in the column ``text_key`` of record batches, with its row in ``part``.
 
     Raises:
         UserError: a row is empty, not UTF-8, or over the limit.
@@ -154,7 +155,7 @@ def _text(value: Any) -> Any:
 
 
 def is_prefix(path: Path) -> bool:
-    """Whether a pair lies at ``path``: a prefix, or either file of the two."""
+    """Whether ``path`` is the prefix of a pair, or one of its two files."""
     prefix = _prefix(path)
     return all(prefix.with_name(prefix.name + end).is_file() for end in (".bin", ".idx"))
 

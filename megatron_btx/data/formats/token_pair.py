@@ -1,9 +1,9 @@
-"""Megatron's ``.bin`` / ``.idx`` pairs: documents that are token ids already.
+"""Megatron's ``.bin`` / ``.idx`` pairs: documents as token ids.
 
 The index is a header (``MMIDIDX``, version, number format, counts), then the length of every
 sequence (int32), its byte in the ``.bin`` (int64), and the first sequence of every document
-(``_IndexWriter`` in megatron/core/datasets/indexed_dataset.py). Read here without torch, and
-checked: Megatron believes what an index says.
+(``_IndexWriter`` in megatron/core/datasets/indexed_dataset.py). They are read here without
+torch, and checked, because Megatron trusts an index.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ _HEADER = struct.Struct("<9sQBQQ")
 _DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 """Megatron's codes of number formats (``DType``); 6 and 7 are floats."""
 _BLOCK = 1 << 24
-"""Ids that are looked at together."""
+"""Ids that are checked at a time."""
 
 
 def split(file: Path, size: int) -> list[Part]:
-    """Documents together until their ids are ``size`` bytes."""
+    """Consecutive documents with about ``size`` bytes of ids."""
     pair = TokenPair(file)
     ends = np.cumsum(pair.lengths, dtype=np.int64) * pair.dtype.itemsize
     parts, begin = [], 0
@@ -39,7 +39,7 @@ def split(file: Path, size: int) -> list[Part]:
 
 
 def read(part: Part, text_key: str) -> Iterator[Document]:
-    """Never: there is no text in it.
+    """Part of a format's interface; a pair has no text.
 
     Raises:
         UserError: always.
@@ -55,13 +55,13 @@ def where(part: Part, place: int) -> str:
 
 
 class TokenPair:
-    """A pair that was found to be whole: its documents lie in the ``.bin`` one behind the other.
+    """A pair whose index matches its ``.bin``: documents follow each other without gaps.
 
     Args:
         file: its ``.idx``.
 
     Raises:
-        UserError: the two files do not fit each other, or a document is several sequences.
+        UserError: the two files do not match, or a document has several sequences.
     """
 
     def __init__(self, file: Path) -> None:
@@ -86,7 +86,7 @@ class TokenPair:
             arrays.append(array)
             offset += array.nbytes
         self.lengths, pointers, indices = arrays
-        """Ids of each document, int32 [documents]."""
+        """Number of ids of each document, int32 [documents]."""
         self._check(pointers, indices)
 
     def _header(self) -> tuple[int, int, np.dtype]:
@@ -149,8 +149,8 @@ class TokenPair:
     def check_ids(
         self, eos_id: int, vocab_size: int, begin: int = 0, end: int | None = None
     ) -> int:
-        """That documents ``begin`` to ``end`` are of a tokenizer: no id beyond its vocabulary, and
-        its end token at their ends. Returns the number of their ids.
+        """Check documents ``begin`` to ``end`` against a tokenizer: every id is in its vocabulary,
+        and each document ends with its end token. Returns the number of ids.
 
         Raises:
             UserError: naming document and place.

@@ -1,8 +1,7 @@
-"""Moving tokens to their experts and back on a CPU: gathers instead of scattered additions.
+"""Token permutation for the MoE dispatchers on a CPU, by gathers instead of scatter-adds.
 
-These stand for the functions of the same names in ``megatron.core.transformer.moe.moe_utils``, as
-its token dispatchers call them. Both directions, and both gradients, read rows in the order they
-write them.
+These functions replace those of the same names in ``megatron.core.transformer.moe.moe_utils`` that
+Megatron's token dispatchers call. Both directions and both gradients write rows in order.
 """
 
 from __future__ import annotations
@@ -26,21 +25,22 @@ def permute(
     fused: bool = False,
     drop_and_pad: bool = False,
 ) -> tuple[Any, ...]:
-    """Rows of tokens sorted by expert, and within an expert by token.
+    """Copy tokens to rows sorted by expert, and within an expert by token.
 
     Args:
         tokens: [T, H].
         routing_map: [T, N], bool.
         probs: [T, N], the gates.
-        num_out_tokens, fused, drop_and_pad: Megatron's; P is counted, and the recipe pads nothing.
+        num_out_tokens: ignored; P is counted.
+        fused, drop_and_pad: must be false.
 
     Returns:
-        [P, H]; the rows' gates [P] or ``None``; the rows' tokens [P]; and ``None`` twice where
-        Megatron takes two values more, of padding.
+        Rows [P, H]; their gates [P] or ``None``; their tokens' indices int64 [P]; and, in releases
+        of Megatron that return two values of padding more, ``None`` twice.
     """
     assert not fused
     assert not drop_and_pad
-    # One search of the map gives rows and gates alike.
+    # One search of the map gives both the rows and their gates.
     pairs = routing_map.t().flatten().nonzero().squeeze(1)
     rows = pairs % len(tokens)
     gates = None if probs is None else probs.t().flatten().index_select(0, pairs)
@@ -57,13 +57,16 @@ def unpermute(
     fused: bool = False,
     drop_and_pad: bool = False,
 ) -> Tensor:
-    """The sum of every token's rows, [T, H]: the experts have applied the gates already.
+    """Sum the rows of every token; the experts have applied the gates already.
 
     Args:
-        permuted_tokens: [P, H], as ``permute`` sorted them.
-        sorted_indices: [P], the rows' tokens.
+        permuted_tokens: [P, H], in the order of :func:`permute`.
+        sorted_indices: int64 [P], the rows' tokens.
         restore_shape: (T, H).
-        routing_map: [T, N], the one that sorted them.
+        routing_map: bool [T, N], the one of :func:`permute`.
+
+    Returns:
+        [T, H].
     """
     assert probs is None, "the experts apply the gates"
     assert routing_map is not None
@@ -79,7 +82,18 @@ def sort_chunks_by_idxs(
     probs: Tensor | None = None,
     fused: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Chunks of rows in another order; what is in order already is not copied."""
+    """Reorder chunks of rows.
+
+    Args:
+        input: rows [P, ...].
+        split_sizes: rows of each chunk.
+        sorted_idxs: the chunks in their new order.
+        probs: reordered likewise.
+        fused: must be false.
+
+    Returns:
+        Rows and ``probs``; the arguments themselves if the order does not change.
+    """
     assert not fused
     order = sorted_idxs.tolist()
     if order == list(range(len(order))):
@@ -120,8 +134,8 @@ class _SumRows(torch.autograd.Function):
 
 
 def _sum_rows(permuted: Tensor, routing_map: Tensor) -> Tensor:
-    """[P, H] -> [T, H]; a token's rows add up in the order of its experts."""
-    # Where the row of (token, expert) lies: the routed pairs before it, counted expert by expert.
+    """[P, H] -> [T, H]; a token's rows are summed in the order of its experts."""
+    # Row of (token, expert): the number of routed pairs before it, expert by expert.
     places = routing_map.t().flatten().cumsum(0).view(routing_map.shape[::-1]).t()
     mine = places.masked_select(routing_map).sub_(1)
     counts = routing_map.sum(1)

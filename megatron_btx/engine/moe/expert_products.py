@@ -1,4 +1,4 @@
-"""The products of an MoE layer's experts, forward and backward: a grouped product a matrix."""
+"""The experts' feed-forward layers as grouped matrix products, forward and backward."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from megatron_btx.engine.ops import swiglu
 # Shapes: T tokens that reached this rank, E experts here, H hidden, F width of an expert here.
 
 Held = tuple[Tensor, tuple[int, ...]]
-"""Weights of the experts that are frozen, and which experts the others are."""
+"""Weights of the frozen experts [E - number of others, ...], and the numbers of the others."""
 
 
 def arranged(weight: Tensor, held: Held | None) -> Tensor:
-    """Weights of all experts [E, ...] in their order, of those that learn and those that do not."""
+    """Weights [E, ...] of all experts in order, trainable and frozen."""
     if held is None:
         return weight
     frozen, learn = held
@@ -39,15 +39,16 @@ def feed_forward(  # noqa: PLR0913
     fuse: bool,
     held: tuple[Held | None, Held | None] = (None, None),
 ) -> Tensor:
-    """``W2 swiglu(W1 x)`` of every expert's rows.
+    """``W2 swiglu(W1 x)``, with each row's expert's matrices.
 
     Args:
-        x: [T, H], sorted by expert.
-        counts: [E], integers, each expert's rows.
+        x: rows [T, H], sorted by expert.
+        counts: integers [E], the number of each expert's rows.
         fc1: [E, 2F, H].
         fc2: [E, H, F].
-        fuse: add the weights' gradients to their ``main_grad``, where they have one.
-        held: of each matrix the experts that it does not have: they are frozen.
+        fuse: add the weights' gradients to their ``main_grad``, if they have one (Megatron's
+            ``gradient_accumulation_fusion``).
+        held: the frozen experts of ``fc1`` and ``fc2``, which these then do not contain.
 
     Returns:
         [T, H].
@@ -57,20 +58,21 @@ def feed_forward(  # noqa: PLR0913
 
 
 class _Tiles:
-    """Every expert's rows moved apart, to places that are multiples of a tile; between them zeros.
+    """Rows padded with zeros, so that each expert's begin at a multiple of a tile.
 
-    Where oneDNN multiplies (engine/cpu_tuning.py) each new number of rows costs it machine code:
-    twenty times the product's time at the demo's size, and half a megabyte. The memory that the
-    rows are moved into is of few different sizes, so that what one step frees fits the next.
+    Where oneDNN computes the products (engine/cpu_tuning.py), it generates machine code for each
+    new number of rows, which takes twenty times as long as the product at the demo's size, and half
+    a megabyte. The padded tensor has one of few sizes, so that the allocator can reuse memory.
     """
 
     def __init__(self, counts: Tensor, tile: int, device: torch.device) -> None:
         self.apart = tile > 1
         self.used: int | None = None
-        """Rows up to the last expert's last; ``None``: all."""
+        """Number of padded rows up to the end of the last expert's; ``None``: all."""
         padded = counts + -counts % tile
         self.ends = padded.cumsum(0).to(device=device, dtype=torch.int32)
-        """[E], where each expert's rows end; what follows the last is neither read nor written."""
+        """int32 [E], the end of each expert's rows; rows after the last are neither read nor
+        written."""
         if self.apart:
             self.counts = counts.tolist()
             self.starts = (padded.cumsum(0) - padded).tolist()
@@ -80,7 +82,7 @@ class _Tiles:
             self.room = -(-rows // step) * step
 
     def spread(self, x: Tensor) -> Tensor:
-        """[T, H] -> [R, H]."""
+        """Pad rows: [T, H] -> [R, H]."""
         if not self.apart:
             return x
         out = x.new_empty(self.room, x.shape[1])
@@ -91,7 +93,7 @@ class _Tiles:
         return out
 
     def collect(self, x: Tensor) -> Tensor:
-        """[R, H] -> [T, H]."""
+        """Remove the padding: [R, H] -> [T, H]."""
         if not self.apart:
             return x
         places = zip(self.starts, self.counts, strict=True)
@@ -99,12 +101,12 @@ class _Tiles:
 
 
 class _FeedForward(torch.autograd.Function):
-    """``feed_forward``. A matrix costs one grouped product, and two more for the gradients.
+    """``feed_forward``: one grouped product per matrix, and two for its gradients.
 
-    Keeps ``x`` and ``W1 x``; the second product's input is computed again, along with the gradient
-    of the activation. Written out because the built-in backward refuses the strided gradients that
-    autograd hands it, and because with ``fuse`` a weight's gradient goes straight into Megatron's
-    buffer.
+    It saves ``x`` and ``W1 x``; the backward pass recomputes the second product's input together
+    with the gradient of the activation. It has its own backward pass because that of ``grouped_mm``
+    does not accept the strided gradients it gets from autograd, and because with ``fuse`` a
+    weight's gradient is added directly to Megatron's buffer.
     """
 
     @staticmethod
@@ -120,7 +122,7 @@ class _FeedForward(torch.autograd.Function):
     ) -> Tensor:
         tiles = _Tiles(counts, tile, x.device)
         x = tiles.spread(x)
-        # The parameters themselves: saved ones come back as other objects, without `main_grad`.
+        # Kept as they are: saved tensors come back as other objects, without `main_grad`.
         ctx.parameters = [w if fuse and hasattr(w, "main_grad") else None for w in (fc1, fc2)]
         ctx.learn = [None if one is None else one[1] for one in held]
         fc1, fc2 = arranged(fc1, held[0]), arranged(fc2, held[1])
@@ -134,7 +136,7 @@ class _FeedForward(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, gate_up, fc1, fc2 = ctx.saved_tensors
         tiles, ends = ctx.tiles, ctx.tiles.ends
-        # Without a single row grouped_mm rejects the strides.
+        # grouped_mm rejects the strides of an empty tensor.
         grad = tiles.spread(grad.contiguous() if len(grad) else grad.new_empty(grad.shape))
         inner = x.new_empty(len(x), fc2.shape[2])
         grad_inner = grouped_mm(grad, fc2, offs=ends)
@@ -151,11 +153,11 @@ class _FeedForward(torch.autograd.Function):
 def _weight_gradient(
     weights: Any, grad: Tensor, x: Tensor, ends: Tensor, learn: Sequence[int] | None
 ) -> Tensor:
-    """``grad_e^T x_e`` of every expert (or of those that learn), added to ``weights.main_grad``
-    where there are weights.
+    """``grad_e^T x_e`` of every trainable expert, added to ``weights.main_grad`` if there are
+    ``weights``.
 
     Returns:
-        The gradient; where it was added, memory that nothing reads, which autograd expects and
+        The gradient; if it was added, an uninitialised tensor, which autograd requires and
         Megatron's hook drops.
     """
     if weights is None and learn is None:

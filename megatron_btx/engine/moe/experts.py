@@ -1,9 +1,8 @@
-"""The experts of an MoE layer without Transformer Engine: one grouped product a matrix.
+"""The experts of an MoE layer without Transformer Engine: grouped matrix products.
 
-All local experts' weights lie in one tensor a matrix, in Megatron's [out, in] orientation, and are
-saved under the global names that its SequentialMLP and TEGroupedMLP use, so that checkpoints move
-freely between the three.
-"""
+The weights of all local experts are one tensor per matrix, in Megatron's [out, in] orientation.
+They are saved under the global names of Megatron's SequentialMLP and TEGroupedMLP, so that
+checkpoints can be exchanged among the three."""
 
 from __future__ import annotations
 
@@ -53,8 +52,8 @@ class GroupedExperts(MegatronModule):
         self.dp_group = pg_collection.expt_dp
         self.fuse = config.gradient_accumulation_fusion
         self.apart = False
-        """Whether some experts are frozen, on this rank or on others: then each is saved by itself,
-        so that an optimizer that has the others has no holes in its tensors."""
+        """Whether some experts are frozen, on this rank or another. Each expert is then saved as a
+        tensor of its own, so that the optimizer's tensors of the trainable ones have no gaps."""
         hidden = config.hidden_size
         width = config.moe_ffn_hidden_size // self.tp_group.size()
         self.linear_fc1 = _ExpertWeights((num_local_experts, 2 * width, hidden), 1, config)
@@ -68,15 +67,15 @@ class GroupedExperts(MegatronModule):
         tokens_per_expert: Tensor,
         permuted_probs: Tensor,
     ) -> tuple[Tensor, None]:
-        """Run every token through its expert and weigh it by its gate.
+        """Apply to every token its expert, times its gate.
 
         Args:
             permuted_local_hidden_states: [T, H], sorted by expert.
             tokens_per_expert: [E], integers, summing to T.
-            permuted_probs: [T], gates.
+            permuted_probs: [T], the gates.
 
         Returns:
-            [T, H] and no bias.
+            [T, H], and ``None`` for the bias.
         """
         x, counts = permuted_local_hidden_states, tokens_per_expert
         fc1, fc2 = self.linear_fc1, self.linear_fc2
@@ -87,7 +86,7 @@ class GroupedExperts(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> ShardedStateDict:
-        """Global names and places of this rank's experts.
+        """Global names and offsets of this rank's experts.
 
         ``{prefix}experts.linear_fc1.weight`` is [..., N, 2F, H] globally with [gate; up] along 2F
         whatever the tensor parallelism, ``linear_fc2`` is [..., N, H, F]; N counts all experts.
@@ -104,7 +103,8 @@ class GroupedExperts(MegatronModule):
         def halves(
             key: str, data: Tensor, replica: tuple, flattened_range: slice | None
         ) -> list[ShardedTensor]:
-            """Gate and up apart: each is contiguous in the global tensor, together they are not."""
+            """Gate and up separately: each is contiguous in the global tensor, together they are
+            not."""
             assert flattened_range is None, "ask for fully_reshardable optimizer checkpoints"
             return [
                 ShardedTensor.from_rank_offsets(
@@ -139,7 +139,7 @@ class GroupedExperts(MegatronModule):
         }
 
     def _sharded_apart(self, prefix: str, sharded_offsets: tuple) -> ShardedStateDict:
-        """The same, expert by expert."""
+        """The same, with a shard per expert."""
         dims = len(sharded_offsets)
         first = self.ep_group.rank() * self.num_local_experts
         number = self.ep_group.size() * self.num_local_experts
@@ -184,16 +184,15 @@ class GroupedExperts(MegatronModule):
         }
 
     def backward_dw(self) -> None:
-        """Nothing is delayed: weight gradients are computed with the others."""
+        """Part of Megatron's interface; weight gradients are not delayed here."""
 
 
 class _ExpertWeights(torch.nn.Module):
     """One weight tensor [E, ...] under the name ``weight``, marked as Megatron marks an expert's:
     its gradient is reduced over the expert-data-parallel group (``allreduce=False``).
 
-    With one expert-parallel rank Megatron marks it for the ordinary data-parallel group. That is
-    right only where expert and dense tensor parallelism agree; the recipe refuses the layout where
-    they do not.
+    With one expert-parallel rank Megatron marks it for the ordinary data-parallel group. This is
+    correct only if expert and dense tensor parallelism are equal; the recipe refuses other layouts.
     """
 
     def __init__(
@@ -208,17 +207,18 @@ class _ExpertWeights(torch.nn.Module):
         config.init_method(self.weight)
         self.register_parameter("frozen", None)
         self.frozen: torch.nn.Parameter | None
-        """[E - number of ``learn``, ...], where some experts are kept apart."""
+        """Weights of the frozen experts [E - len(learn), ...]; ``None`` if none or all are
+        frozen."""
         self.learn: tuple[int, ...] = tuple(range(shape[0]))
-        """The experts whose weights ``weight`` has, in their order."""
+        """The experts in ``weight``, in order."""
 
     @property
     def held(self) -> Held | None:
-        """What ``feed_forward`` needs of the experts that are kept apart."""
+        """The frozen experts, as ``feed_forward`` takes them."""
         return None if self.frozen is None else (self.frozen, self.learn)
 
     def parts(self) -> list[tuple[str, tuple[int, ...]]]:
-        """The parameters' names, and the experts whose weights each has."""
+        """The parameters' names, and the experts in each."""
         if self.frozen is None:
             return [("weight", self.learn)]
         number = len(self.weight) + len(self.frozen)
@@ -227,8 +227,8 @@ class _ExpertWeights(torch.nn.Module):
 
     @torch.no_grad()
     def divide(self, still: Collection[int]) -> None:
-        """Keep the weights of the experts ``still`` apart from those that learn, so that they are
-        in no gradient buffer and no optimizer. With none or all of them: together, as before."""
+        """Move the experts ``still`` to ``frozen``, so that they are in no gradient buffer and no
+        optimizer. If none or all experts are frozen, all are in ``weight``."""
         whole = arranged(self.weight, self.held)
         every = range(len(whole))
         rest = [expert for expert in every if expert in still]
@@ -245,4 +245,4 @@ class _ExpertWeights(torch.nn.Module):
 
 
 _ATTRIBUTES = ("allreduce", "tensor_model_parallel", "partition_dim", "partition_stride")
-"""What Megatron marks a weight with."""
+"""Attributes by which Megatron marks a weight."""

@@ -1,5 +1,5 @@
-"""Megatron's tracker of auxiliary losses: a dictionary up to 0.17, an object since, here one
-interface; and what of it is logged after a step."""
+"""One interface to Megatron's tracker of auxiliary losses (a dictionary up to 0.17, an object
+since), and the losses that are logged after a step."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ else:
     from megatron.core.transformer.moe import moe_utils
 
 BALANCE_LOSS = "btx_balance_loss"
-"""The paper's loss in Megatron's tracker of auxiliary losses, divided by alpha."""
+"""Name of the paper's loss in the tracker; it is divided by alpha."""
 
 _LOGGED_AS = {BALANCE_LOSS: "balance_loss", "z_loss": "router_z_loss"}
 
 
 @dataclass(frozen=True)
 class Tracked:
-    """One loss of the step so far, and how the ranks' values become one.
+    """One loss of the step so far, and how the values of the ranks are reduced.
 
     ``values`` [layers] are sums over micro-batches; they are summed over ``reduce_group``, averaged
     over ``avg_group``, then over data parallelism unless ``needs_dp_avg`` is false.
@@ -40,7 +40,7 @@ class Tracked:
 def record(
     name: str, loss: Tensor, layer_number: int, num_layers: int, *, avg_group: dist.ProcessGroup
 ) -> None:
-    """Add a layer's loss (a scalar) to what is tracked as ``name``; layers count from 1."""
+    """Add a layer's loss (a scalar) to the tracker under ``name``; layers count from 1."""
     put: Callable[..., None]
     if MOE_METRICS_TRACKER:
         put = moe_logging.get_moe_metrics_tracker().record
@@ -76,7 +76,7 @@ def clear() -> None:
 
 
 def forget() -> None:
-    """Drop the entries too: they hold process groups and the number of layers of one model."""
+    """Remove all entries: they hold one model's process groups and number of layers."""
     if MOE_METRICS_TRACKER:
         moe_logging.destroy_moe_metrics_tracker()
     else:

@@ -1,15 +1,14 @@
-"""Routing noise that belongs to a token, not to a place in some generator's stream.
+"""Routing noise that is a function of the token, not of a generator's state.
 
 Sample Top-1 (section 3.3 of the paper) draws Gumbel noise for every token and expert. Here it is a
-hash of (seed, layer, step, sequence, position, expert), so a token meets the same noise when its
-layer is recomputed, on whatever tensor-parallel slice, in whatever micro-batch and pipeline order,
-before and after a resume. Integer arithmetic alone decides the bits, on any device.
+hash of (seed, layer, step, sequence, position, expert), so that a token has the same noise when its
+layer is recomputed, on any tensor-parallel slice, in any micro-batch and pipeline order, and after
+resuming. The bits come from integer arithmetic and are the same on any device.
 
-Which step and sequences a micro-batch has is told by ``set_routing_context`` before its forward
-pass. It is kept among the states of Megatron's RNG tracker, because Megatron's activation
-checkpointing takes those along and puts them back before it recomputes: the context is right there
-even when later micro-batches have run in between.
-"""
+``set_routing_context`` sets the step and sequences of a micro-batch before its forward pass. They
+are kept among the states of Megatron's RNG tracker, which Megatron's activation checkpointing saves
+and restores before it recomputes: the context is then right even if other micro-batches ran in
+between."""
 
 from __future__ import annotations
 
@@ -40,7 +39,7 @@ class RoutingContext(NamedTuple):
 
 
 def set_routing_context(step: int | Tensor, sequences: Tensor) -> None:
-    """Tell the routers which micro-batch comes next, on every rank that runs a part of it.
+    """Set the micro-batch that comes next, on every rank that runs a part of it.
 
     Args:
         step: the optimizer step; it sets the temperature and keys the noise.
@@ -68,7 +67,7 @@ def routing_context() -> RoutingContext:
 
 
 def layer_key(seed: int, layer_number: int) -> int:
-    """What the noise of one layer (counted from 1) hangs on: 64 bits, signed."""
+    """The key of a layer's noise: 64 bits, signed. Layers count from 1."""
     return int(_next(_next(torch.tensor(0), torch.tensor(seed)), torch.tensor(layer_number)))
 
 

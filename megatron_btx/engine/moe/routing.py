@@ -6,9 +6,9 @@ A mixture layer computes ``sum_i g_i(W x) FF_i(x)``. Every function here takes t
     gates        [T, N]  g(W x), in the logits' dtype; exactly 0 where an expert does not run
     routing_map  [T, N]  bool, the experts that run
 
-Gradients flow through the gates into the logits. Equal logits go to the expert of lower index
-(``torch.topk`` leaves that open), so a router of zeros routes alike on every machine and layout.
-"""
+Gradients flow through the gates into the logits. Of equal logits the expert of lower index is
+chosen (``torch.topk`` does not specify it), so a router of zeros routes alike on every machine and
+layout."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def topk(logits: Tensor, k: int) -> Routes:
 
 
 def topk_of_all(logits: Tensor, k: int) -> Routes:
-    """The k largest of ``SoftMax(W x)`` as they are, so that they do not sum to one: Megatron's
-    ``moe_router_pre_softmax``, Qwen's MoEs without ``norm_topk_prob``."""
+    """The k largest of ``SoftMax(W x)``, not renormalised: Megatron's ``moe_router_pre_softmax``,
+    Qwen's MoEs without ``norm_topk_prob``."""
     chosen = largest(logits, k)
     return softmax(logits) * chosen, chosen
 
@@ -45,7 +45,7 @@ def switch(logits: Tensor) -> Routes:
 
 
 def sample_top1(logits: Tensor, noise: Tensor, tau: Tensor | float) -> Routes:
-    """Training half of Sample Top-1 (section 3.3): a soft Gumbel-softmax sample of which all but
+    """Sample Top-1 in training (section 3.3): a soft Gumbel-softmax sample of which all but
     the largest entry is zeroed. ``noise``: standard Gumbel [T, N]; ``tau``: ``temperature()``."""
     scores = (logits + noise) / tau
     chosen = largest(scores, 1)
@@ -53,34 +53,34 @@ def sample_top1(logits: Tensor, noise: Tensor, tau: Tensor | float) -> Routes:
 
 
 def draw_top1(logits: Tensor, noise: Tensor | None) -> Routes:
-    """Inference half of Sample Top-1: "hard sampling". One expert with weight 1, drawn from
-    ``SoftMax(W x)`` by the Gumbel-max rule, or the likeliest one where ``noise`` is None."""
+    """Sample Top-1 at inference ("hard sampling"): one expert with weight 1, drawn from
+    ``SoftMax(W x)`` by the Gumbel-max trick, or the most likely one if ``noise`` is None."""
     chosen = largest(logits if noise is None else logits + noise, 1)
     return chosen.to(logits.dtype), chosen
 
 
 def temperature(step: Tensor, minimum: float, rate: float) -> Tensor:
     """tau of Sample Top-1, ``max(minimum, exp(-rate * step))``: Jang et al.'s schedule, which
-    section 3.3 cites (its ``max(0.5, -rt)`` lost the exponential)."""
+    section 3.3 cites (the paper's ``max(0.5, -rt)`` lacks the exponential)."""
     return torch.exp(-rate * step.double()).clamp(min=minimum)
 
 
 def forced(logits: Tensor, expert: int, k: int) -> Routes:
-    """Every token to one expert with weight 1. The k - 1 experts after it run with weight 0: the
-    dispatcher of a top-k model may count on k rows a token."""
+    """Every token to one expert with weight 1. The k - 1 experts after it run with weight 0,
+    because the dispatcher of a top-k model expects k rows per token."""
     place = (torch.arange(logits.shape[1], device=logits.device) - expert) % logits.shape[1]
     return (place == 0).to(logits).expand_as(logits), (place < k).expand_as(logits)
 
 
 def capacity(tokens: int, num_experts: int, factor: float) -> int:
-    """Tokens that an expert takes from a micro-batch of ``tokens`` under ``switch``."""
+    """Expert capacity under ``switch``: the most tokens of a micro-batch that an expert takes."""
     return math.ceil(factor * tokens / num_experts)
 
 
 def within_capacity(routing_map: Tensor, before: Tensor, limit: int) -> Tensor:
-    """What is left of a routing map [..., T, N] when each expert takes its first ``limit`` tokens.
+    """A routing map bool [..., T, N] with only the first ``limit`` tokens of each expert.
 
-    ``before`` [..., N] counts the earlier tokens that chose each expert: those of other ranks.
+    ``before`` [..., N]: how many earlier tokens, those of other ranks, chose each expert.
     """
     place = routing_map.cumsum(-2) + before.unsqueeze(-2)  # in its expert's queue, from 1
     return routing_map & (place <= limit)
@@ -90,13 +90,13 @@ def balance_loss(u: Tensor, p: Tensor, alpha: float) -> Tensor:
     """``L_LB = alpha N sum_i u_i p_i`` of one layer (section 3.3).
 
     ``u`` [N] is the batch's mean gate weight of each expert and ``p`` [N] its mean softmax
-    probability. Both carry gradient; Switch's own loss counts tokens where this has ``u``.
+    probability. Both have gradients; Switch's own loss has the share of tokens in place of ``u``.
     """
     return alpha * len(u) * (u * p).sum()
 
 
 def largest(scores: Tensor, k: int) -> Tensor:
-    """Map [T, N] of each row's k largest scores, equal ones by lower index."""
+    """Mask bool [T, N] of each row's k largest scores; of equal ones the lower index."""
     rest = scores.detach()
     for _ in range(k):
         rest = rest.scatter(1, rest.max(1, keepdim=True).indices, -torch.inf)
@@ -104,8 +104,8 @@ def largest(scores: Tensor, k: int) -> Tensor:
 
 
 def softmax(logits: Tensor) -> Tensor:
-    """Softmax over the experts. On a CPU torch takes narrow rows one by one; down the columns of
-    the transpose it is seven times faster at four experts."""
+    """Softmax over the experts. On a CPU torch processes narrow rows one by one; over the columns
+    of the transpose it is seven times faster for four experts."""
     if logits.device.type == "cpu" and logits.shape[1] <= 16:
         return logits.t().softmax(0).t()
     return logits.softmax(1)

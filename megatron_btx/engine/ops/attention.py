@@ -1,7 +1,7 @@
-"""Attention without Transformer Engine: torch's fused kernel behind Megatron's interface, and on a
-CPU batched products (engine/ops/cpu_attention.py).
+"""Attention without Transformer Engine, behind Megatron's interface: torch's fused kernel on a GPU,
+batched products on a CPU (engine/ops/cpu_attention.py).
 
-Megatron's own fallback builds the S x S matrix of every head; neither of the two does.
+Megatron's own fallback stores the S x S scores of every head; neither of these does.
 """
 
 from __future__ import annotations
@@ -27,11 +27,13 @@ class ScaledDotProductAttention(MegatronModule):
     """Causal self-attention core, for ``SelfAttentionSubmodules(core_attention=...)``.
 
     Args:
-        config: Megatron's; grouped queries (``num_query_groups``) are understood.
+        config: Megatron's; grouped-query attention (``num_query_groups``) is supported.
+        layer_number: from 1; decides whether the layer has a sliding window.
+        attn_mask_type: must be causal.
         softmax_scale: multiplies the scores; ``None``: ``1 / sqrt(D)``.
 
     Raises:
-        ValueError: what this kernel does not compute is asked for.
+        ValueError: the configuration asks for something that this kernel does not compute.
     """
 
     def __init__(
@@ -63,7 +65,7 @@ class ScaledDotProductAttention(MegatronModule):
                 raise ValueError(f"{name} needs Transformer Engine's attention")
         self.softmax_scale = softmax_scale
         self.window: int | None = before
-        """How many tokens a token sees before itself; ``None``: all."""
+        """How many earlier tokens a token attends to; ``None``: all."""
 
     def forward(
         self,
@@ -75,21 +77,21 @@ class ScaledDotProductAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: Any = None,
     ) -> Tensor:
-        """Attend.
+        """Attention of every token to itself and earlier ones.
 
         Args:
             query: [S, B, N, D], rotated.
             key: [S, B, G, D], rotated; G divides N.
             value: [S, B, G, D].
-            attention_mask: int64 [B, S], the first position that each token sees (where its
-                document begins); ``None``: 0. Beside it the mask is causal, with or without a
+            attention_mask: int64 [B, S], the first position that each token attends to (where its
+                document begins); ``None``: 0. The mask is always causal too, with or without a
                 window.
 
         Returns:
             [S, B, N * D], in the dtype of ``query``.
 
         Raises:
-            ValueError: for any other mask.
+            ValueError: another kind of mask, a bias or packed sequences are given.
         """
         if attention_mask is not None and attention_mask.dim() != 2:
             raise ValueError("a mask other than the beginnings of documents is not followed")
@@ -116,7 +118,7 @@ def _by_products(
     scale: float | None,
     begins_BS: Tensor | None,
 ) -> Tensor:
-    """On a CPU."""
+    """:func:`cpu_attention.attend` on [B, N, S, D]."""
     heads = (part.flatten(0, 1) for part in (query_BNSD, key_BNSD, value_BNSD))
     begins = None if begins_BS is None else begins_BS.repeat_interleave(query_BNSD.shape[1], 0)
     context_HSD = cpu_attention.attend(*heads, window=window, scale=scale, begins=begins)
@@ -131,7 +133,7 @@ def _fused(
     scale: float | None,
     begins_BS: Tensor | None,
 ) -> Tensor:
-    """torch's kernel."""
+    """torch's fused kernel on [B, N, S, D]."""
     seq, within = query_BNSD.shape[2], None
     if window is not None and window + 1 < seq:
         within = _band(seq, window, query_BNSD.device)
@@ -146,14 +148,14 @@ def _fused(
 
 @functools.lru_cache(maxsize=4)
 def _band(seq: int, window: int, device: torch.device) -> Tensor:
-    """[S, S] bool: position i sees i - window ... i."""
+    """Mask [S, S] bool: position i attends to i - window ... i."""
     place = torch.arange(seq, device=device)
     distance = place.unsqueeze(1) - place
     return (distance >= 0) & (distance <= window)
 
 
 def _heads_first(x_SBGD: Tensor, repeats: int) -> Tensor:
-    """[S, B, G, D] -> [B, N, S, D]: a view where nothing is repeated, or one head is."""
+    """[S, B, G, D] -> [B, N, S, D]; a view if the heads are not repeated, or there is only one."""
     seq, batch, heads, width = x_SBGD.shape
     x_BGSD = x_SBGD.permute(1, 2, 0, 3)
     if repeats == 1:

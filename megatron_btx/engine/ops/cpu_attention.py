@@ -1,9 +1,9 @@
-"""Causal attention on a CPU, a block of queries at a time, by torch's own batched products.
+"""Causal attention on a CPU by torch's batched matrix products, one block of queries at a time.
 
-torch's fused kernel on a CPU multiplies blocks of 32 by one head; products over many heads at once
-are faster, and here the processor's best library does them (engine/cpu_tuning.py). No more than a
-block's scores are in memory at a time, and the backward pass computes them again; those of a short
-sequence (recipe/memory.py says which) are kept.
+torch's fused CPU kernel multiplies blocks of 32 rows, one head at a time; products over many heads
+at once are faster (docs/benchmarks.md), and use the faster of MKL and oneDNN
+(engine/cpu_tuning.py). Only one block's scores are in memory at a time; the backward pass
+recomputes them, except for short sequences (``recipe.memory.keeps_probabilities``).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def attend(
     scale: float | None = None,
     begins: Tensor | None = None,
 ) -> Tensor:
-    """Attention of every token to itself and those before it (arXiv 1706.03762, equation 1).
+    """Causal scaled dot-product attention (arXiv 1706.03762, equation 1).
 
     Scores and their softmax are fp32 whatever the inputs are.
 
@@ -39,9 +39,9 @@ def attend(
         query: [H, S, D].
         key: [H, S, D].
         value: [H, S, D].
-        window: how many tokens a token sees before itself; ``None``: all.
+        window: how many earlier tokens a token attends to; ``None``: all.
         scale: multiplies the scores; ``None``: ``1 / sqrt(D)``.
-        begins: int64 [H, S], the first position that a token sees, no later than its own;
+        begins: int64 [H, S], the first position that a token attends to, at most its own;
             ``None``: 0.
 
     Returns:
@@ -52,7 +52,7 @@ def attend(
 
 
 class _Attend(torch.autograd.Function):
-    """Keeps its inputs, and of a short sequence the probabilities."""
+    """Saves its inputs, and for short sequences the probabilities."""
 
     @staticmethod
     def forward(  # noqa: PLR0913
@@ -69,8 +69,8 @@ class _Attend(torch.autograd.Function):
         keeps = keeps_probabilities(*query.shape[1:])
         query, key, value = query.float() * scale, key.float(), value.float()
         for heads, rows, seen in _blocks(query, window):
-            hidden = _hidden(begins, heads, rows, seen)
-            probabilities = _probabilities(query[heads, rows], key[heads, seen], window, hidden)
+            others = _other_documents(begins, heads, rows, seen)
+            probabilities = _probabilities(query[heads, rows], key[heads, seen], window, others)
             out[heads, rows] = torch.bmm(probabilities, value[heads, seen])
             if keeps:
                 kept.append(probabilities)
@@ -91,11 +91,11 @@ class _Attend(torch.autograd.Function):
             if kept:
                 probabilities = kept.pop()
             else:
-                hidden = _hidden(ctx.begins, heads, rows, seen)
-                probabilities = _probabilities(q, k, ctx.window, hidden)
-            grad_gates = torch.bmm(grad, v.mT)
+                others = _other_documents(ctx.begins, heads, rows, seen)
+                probabilities = _probabilities(q, k, ctx.window, others)
+            grad_probabilities = torch.bmm(grad, v.mT)
             grad_scores = torch._softmax_backward_data(
-                grad_gates, probabilities, -1, probabilities.dtype
+                grad_probabilities, probabilities, -1, probabilities.dtype
             )
             grad_query[heads, rows] = torch.bmm(grad_scores, k)
             grad_key[heads, seen] += torch.bmm(grad_scores.mT, q)
@@ -105,21 +105,21 @@ class _Attend(torch.autograd.Function):
         return (*grads, None, None, None)
 
 
-def _probabilities(query: Tensor, key: Tensor, window: int | None, before: Tensor | None) -> Tensor:
-    """[h, R, K]: what each of the last R of K tokens takes of each, but of those ``before`` its
-    document (bool [h, R, K])."""
+def _probabilities(query: Tensor, key: Tensor, window: int | None, others: Tensor | None) -> Tensor:
+    """Attention probabilities [h, R, K] of the last R of K tokens; those of ``others`` (bool
+    [h, R, K]), keys in earlier documents, are zero."""
     scores = torch.bmm(query, key.mT)
-    hidden = _causal_mask(query.shape[1], key.shape[1], window)
-    scores[..., -hidden.shape[1] :] += hidden
-    if before is not None:
-        scores.masked_fill_(before, -math.inf)
+    mask = _causal_mask(query.shape[1], key.shape[1], window)
+    scores[..., -mask.shape[1] :] += mask
+    if others is not None:
+        scores.masked_fill_(others, -math.inf)
     return scores.softmax(-1)
 
 
 @functools.lru_cache(maxsize=32)
 def _causal_mask(rows: int, keys: int, window: int | None) -> Tensor:
-    """[R, K]: minus infinity for the keys that the last R of K tokens do not see, else zero;
-    without a window [R, R], for the keys before those are seen by all."""
+    """Additive mask [R, K] of the last R of K tokens: minus infinity for keys that they do not
+    attend to, else zero. Without a window [R, R]: all of them attend to the keys before these."""
     if window is None:
         keys = rows
     behind = torch.arange(keys - rows, keys).unsqueeze(1) - torch.arange(keys)
@@ -127,15 +127,18 @@ def _causal_mask(rows: int, keys: int, window: int | None) -> Tensor:
     return torch.zeros(rows, keys).masked_fill_(~seen, -math.inf)
 
 
-def _hidden(begins: Tensor | None, heads: slice, rows: slice, seen: slice) -> Tensor | None:
-    """[h, R, K]: which keys of a block stand before the document of its query."""
+def _other_documents(
+    begins: Tensor | None, heads: slice, rows: slice, seen: slice
+) -> Tensor | None:
+    """Which keys of a block belong to an earlier document than the query, bool [h, R, K]."""
     if begins is None:
         return None
     return torch.arange(seen.start, seen.stop) < begins[heads, rows].unsqueeze(-1)
 
 
 def _blocks(query: Tensor, window: int | None) -> Iterator[tuple[slice, slice, slice]]:
-    """(heads, queries, the keys that those see): their scores stay in the cores' caches."""
+    """(heads, queries, the keys that these attend to) of blocks whose scores fit into the cores'
+    caches."""
     heads, seq, _ = query.shape
     rows = query_rows(seq)
     for first in range(0, seq, rows):
@@ -147,6 +150,6 @@ def _blocks(query: Tensor, window: int | None) -> Iterator[tuple[slice, slice, s
 
 
 def _sequence_first(query: Tensor) -> Tensor:
-    """Unset memory [H, S, D], in the order of the projection that reads it."""
+    """Uninitialised [H, S, D], in the memory order [S, H, D] of the projection that reads it."""
     heads, seq, width = query.shape
     return query.new_empty(seq, heads, width).transpose(0, 1)

@@ -1,8 +1,7 @@
-"""The language model's loss in two passes over the logits instead of ten.
+"""The language-model loss with two passes over the logits instead of ten.
 
-It stands for Megatron's ``fused_vocab_parallel_cross_entropy``, which rounds the gradient to bf16
-whatever the model's precision. Where tensor parallelism cuts the vocabulary, Megatron's unfused
-loss runs.
+It replaces Megatron's ``fused_vocab_parallel_cross_entropy``, which rounds the gradient to bf16 in
+any precision. If tensor parallelism divides the vocabulary, Megatron's unfused loss is used.
 """
 
 from __future__ import annotations
@@ -19,12 +18,15 @@ from megatron_btx.engine.ops.swiglu import row_blocks
 def cross_entropy(
     logits: Tensor, target: Tensor, tp_group: torch.distributed.ProcessGroup
 ) -> Tensor:
-    """Loss of every token, fp32, in nats.
+    """Cross-entropy of every token, in nats.
 
     Args:
         logits: [S, B, V / TP].
         target: [S, B], token ids.
-        tp_group: the ranks that share the vocabulary.
+        tp_group: the ranks that the vocabulary is divided over.
+
+    Returns:
+        fp32 [S, B].
     """
     if tp_group.size() > 1:
         return vocab_parallel_cross_entropy(logits, target)
@@ -32,7 +34,8 @@ def cross_entropy(
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Keeps the logits, and turns them into their gradient in place: once, like Megatron's."""
+    """Saves the logits; the backward pass overwrites them with their gradient, as Megatron's does,
+    so it can run only once."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""RMSNorm without Transformer Engine, and allowed under sequence parallelism."""
+"""RMSNorm without Transformer Engine, also under sequence parallelism."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ class RMSNorm(torch.nn.Module):
     """``x / sqrt(mean(x^2) + eps) * weight`` (arXiv 1910.07467, equation 4), statistics in fp32.
 
     Megatron's own ``WrappedTorchNorm`` refuses sequence parallelism, which its MoE layers require
-    with tensor parallelism. A norm under it sees a slice of the sequence only; marking the weight
-    ``sequence_parallel`` makes ``finalize_model_grads`` add the slices' gradients up.
+    with tensor parallelism. Under it a rank's norm processes a slice of the sequence; marking the
+    weight ``sequence_parallel`` makes ``finalize_model_grads`` sum the gradients of all slices.
 
     Args:
         config: ``sequence_parallel`` and ``params_dtype`` are read.
@@ -38,12 +38,12 @@ class RMSNorm(torch.nn.Module):
 
 
 class _RMSNorm(torch.autograd.Function):
-    """The normalisation and its gradient in few passes over memory: on a CPU, autograd's own chain
-    of small operations takes longer than the matrix products of a small model."""
+    """The normalisation and its gradient with few passes over memory: on a CPU, autograd's chain of
+    element-wise operations takes longer than the matrix products of a small model."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """Keep ``x`` and one reciprocal root a row."""
+        """Saves ``x`` and one reciprocal root mean square per row."""
         x32 = x.float()
         norm = torch.linalg.vector_norm(x32, dim=-1, keepdim=True)
         rrms = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
@@ -52,7 +52,8 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
-        """With r the reciprocal root: dx = r g w - x r^3 mean(g w x), dw = sum g x r."""
+        """With r the reciprocal root mean square: dx = r g w - x r^3 mean(g w x), dw = sum g x
+        r."""
         x, weight, rrms = ctx.saved_tensors
         x32, grad32, weight32 = x.float(), grad_output.float(), weight.float()
         product = grad32 * x32

@@ -1,8 +1,8 @@
-"""Rotary positions of queries and keys, cut from the mixed projection on the way.
+"""Splits the QKV projection and applies rotary position embeddings to queries and keys.
 
-Megatron's own fallback splits the projection, negates and concatenates halves and multiplies, and
-autograd concatenates again on the way back: on a CPU that is a fifth of a small model's step. This
-function stands where Megatron calls Transformer Engine's (``fused_single_qkv_rope``).
+Megatron's unfused version splits the projection, negates and concatenates halves, multiplies, and
+concatenates again in the backward pass: on a CPU this takes a fifth of a small model's step. This
+function replaces the one of Transformer Engine that Megatron calls with ``fused_single_qkv_rope``.
 """
 
 from __future__ import annotations
@@ -19,20 +19,21 @@ from torch import Tensor
 def split_and_rotate(
     mixed_qkv: Tensor, q_angles: Tensor, k_angles: Tensor, qkv_split_arg_list: list[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries and keys rotated by their positions (arXiv 2104.09864, halves as in Llama), values.
+    """Queries and keys with rotary embeddings (arXiv 2104.09864, in Llama's half-split form),
+    values.
 
     Args:
-        mixed_qkv: [S, B, G, (R + 2) D]: of every group the queries, the key, the value.
+        mixed_qkv: [S, B, G, (R + 2) D]: for every group its queries, key and value.
         q_angles: [S, 1, 1, D], fp32, the second half equal to the first.
-        k_angles: the same; self-attention has one.
+        k_angles: the same tensor, as in self-attention.
         qkv_split_arg_list: [R D, D, D].
 
     Returns:
-        [S, B, N, D], [S, B, G, D], [S, B, G, D], laid out in memory as attention reads them,
-        [B, heads, S, D].
+        Queries [S, B, N, D], keys and values [S, B, G, D], in the memory order [B, heads, S, D] in
+        which attention reads them.
 
     Raises:
-        ValueError: angles of a kind that this function does not know.
+        ValueError: the angles cover a part of a head only, or differ between keys and queries.
     """
     width = qkv_split_arg_list[-1]
     if k_angles is not q_angles or q_angles.shape[1:] != (1, 1, width):
@@ -44,7 +45,7 @@ def split_and_rotate(
 
 
 class _SplitAndRotate(torch.autograd.Function):
-    """The rotation is linear: its gradient is the rotation back."""
+    """The gradient of the rotation is the inverse rotation."""
 
     @staticmethod
     def forward(ctx: Any, mixed_qkv: Tensor, angles: Tensor, width: int) -> tuple[Tensor, ...]:
@@ -72,22 +73,23 @@ class _SplitAndRotate(torch.autograd.Function):
 
 
 def _cos_sin(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and -sin, sin [S D] of both halves, rounded to the dtype of what they multiply, as
-    Megatron's are."""
+    """``(cos, cos)`` and ``(-sin, sin)`` of the two halves, both [S D], rounded to ``dtype`` as in
+    Megatron."""
     half = angles[..., : angles.shape[-1] // 2].flatten(1)
     cos, sin = half.cos().to(dtype), half.sin().to(dtype)
     return torch.cat((cos, cos), -1).flatten(), torch.cat((-sin, sin), -1).flatten()
 
 
 def _parts(mixed_qkv: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Views [B, G, R, S, D], [B, G, 1, S, D] and [B, G, 1, S, D]."""
+    """Views of queries [B, G, R, S, D], keys and values [B, G, 1, S, D]."""
     heads = mixed_qkv.unflatten(-1, (-1, width)).permute(1, 2, 3, 0, 4)
     return heads[:, :, :-2], heads[:, :, -2:-1], heads[:, :, -1:]
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """``(a, b) -> (a cos - b sin, b cos + a sin)`` for the halves a, b of the last dimension, whole
-    heads [S D] at a time: over halves of a head's width torch's kernels run many times slower."""
+    """``(a, b) -> (a cos - b sin, b cos + a sin)`` for the halves a, b of the last dimension. It
+    works on whole heads [S D]: on halves of a head's width torch's kernels are many times
+    slower."""
     a, b = x.chunk(2, dim=-1)
     swapped = torch.cat((b, a), -1).flatten(-2)
     return (x.flatten(-2) * cos).addcmul_(swapped, sin).view_as(x)

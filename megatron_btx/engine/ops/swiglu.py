@@ -1,9 +1,8 @@
-"""SwiGLU and its gradient in few passes over memory.
+"""SwiGLU and its gradient with few passes over memory.
 
-Autograd's chain (chunk, silu, product, and a concatenation on the way back) moves each element some
-fifteen times. This works through a block of rows at a time (:func:`row_blocks`), with torch's own
-kernels for silu and its gradient.
-"""
+The usual chain of operations (chunk, silu, product; a concatenation in the backward pass) moves
+each element about fifteen times. This one processes a block of rows at a time (:func:`row_blocks`),
+with torch's kernels for silu and its gradient."""
 
 from __future__ import annotations
 
@@ -15,15 +14,16 @@ from torch import Tensor
 from torch.nn.functional import silu
 
 BLOCK_ELEMENTS = 1 << 17
-"""Of a block of rows, for every thread: half a megabyte in fp32, of which some three are live. Much
-smaller, and torch does not share an operation between threads."""
+"""Elements of a block of rows per thread: half a megabyte in fp32; about three blocks are live. For
+much smaller ones torch does not divide an operation among threads."""
 
 
 def row_blocks(x: Tensor) -> Iterator[slice]:
-    """Runs of rows of a matrix that fit into a CPU's caches together; on a GPU all rows at once.
+    """Blocks of rows of ``x`` [T, W] that fit into a CPU's caches; on a GPU one block with all
+    rows.
 
-    A chain of small operations over a large matrix reads it from memory and writes it back once an
-    operation; over a block of its rows that stays in a core's cache it does so once.
+    A chain of element-wise operations over a large matrix reads and writes memory once per
+    operation; over a block that stays in cache, once for the whole chain.
     """
     rows = len(x)
     step = max(1, rows)
@@ -47,12 +47,13 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
 
 def bias_swiglu(gate_up: Tensor, bias: Tensor | None, *_options: bool) -> Tensor:
-    """``swiglu`` for Megatron's ``MLP``, in the place of its ``bias_swiglu_impl``."""
+    """``swiglu`` with the interface of Megatron's ``bias_swiglu_impl``, which it replaces in
+    ``MLP``."""
     return swiglu(gate_up if bias is None else gate_up + bias)
 
 
 class _SwiGLU(torch.autograd.Function):
-    """Keeps its input and nothing else; the activation is computed again for the gradient."""
+    """Saves only its input; the backward pass recomputes the activation."""
 
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
@@ -66,7 +67,15 @@ class _SwiGLU(torch.autograd.Function):
 
 
 def activate(gate_up: Tensor, used: int | None = None) -> Tensor:
-    """``swiglu`` of rows [T, 2F], of the first ``used`` of them, outside of autograd: [T, F]."""
+    """``swiglu`` without autograd.
+
+    Args:
+        gate_up: [T, 2F], the gate's half first.
+        used: only the first so many rows are computed; ``None``: all.
+
+    Returns:
+        [T, F]; rows that are not computed are uninitialised.
+    """
     out = gate_up.new_empty(len(gate_up), gate_up.shape[1] // 2)
     for rows in row_blocks(gate_up[:used]):
         gate, up = gate_up[rows].chunk(2, dim=-1)
@@ -77,8 +86,17 @@ def activate(gate_up: Tensor, used: int | None = None) -> Tensor:
 def gradient(
     gate_up: Tensor, grad_out: Tensor, used: int | None = None, again: Tensor | None = None
 ) -> Tensor:
-    """The gradient [T, 2F] of ``activate(gate_up, used)``, given that of its result [T, F]; the
-    result itself is written into ``again`` [T, F] where that is given."""
+    """The gradient of :func:`activate`.
+
+    Args:
+        gate_up: [T, 2F], its input.
+        grad_out: [T, F], the gradient of its result.
+        used: as there.
+        again: [T, F]; if given, its result is recomputed into it.
+
+    Returns:
+        [T, 2F], the gradient of ``gate_up``.
+    """
     grad = torch.empty_like(gate_up)
     for rows in row_blocks(gate_up[:used]):
         gate, up = gate_up[rows].chunk(2, dim=-1)
