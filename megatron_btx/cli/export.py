@@ -73,6 +73,7 @@ def run(options: argparse.Namespace) -> int:
         if found is not None:
             _finish(run_dir, options.stage, place, found)
             os.replace(place, out)
+            sys.stdout.writelines(f"llama.cpp: {line}\n" for line in found["llama_cpp"])
             sys.stdout.write(f"{out}: {len(found['claims'])} claims hold, see verification.json\n")
     except eval_ranks.Ended as ended:
         return ended.code
@@ -89,5 +90,6 @@ def _finish(run_dir: Path, stage: str, place: Path, found: dict[str, Any]) -> No
 
     recipe = load_recipe(run_dir / "recipe.yaml")
     architecture = from_manifest(found["architecture"], place)
-    card, pictures = run_card(recipe, run_dir, row_of(recipe, stage), architecture, found["claims"])
+    row, claims, told = row_of(recipe, stage), found["claims"], found["llama_cpp"]
+    card, pictures = run_card(recipe, run_dir, row, architecture, claims, told)
     add_files(place, {**card.files(), **pictures})

@@ -44,6 +44,7 @@ and the cosine of what each model has learned since --seed-model. Nothing is mix
 _VERIFY = """examples:
   btx mix --sources code=DIR math=DIR seed=DIR --out MIXTRAL
   btx verify MIXTRAL
+  btx verify MIXTRAL --record      and put what was found into verification.json and the card
 
 exit codes: 0 every tensor agrees, 1 one does not, 2 it is no result of btx mix"""
 
@@ -76,6 +77,11 @@ def add_parser(commands: Any) -> None:
         "Compute a result of btx mix again by plain loops, and compare.",
     )
     parser.add_argument("result", metavar="RESULT", help="the directory that btx mix wrote")
+    parser.add_argument(
+        "--record",
+        action="store_true",
+        help="where all agrees, say so in its verification.json and README.md",
+    )
     parser.set_defaults(run=run_verify)
 
 
@@ -112,7 +118,7 @@ def run_verify(options: argparse.Namespace) -> int:
     """``btx verify``: 0 where every tensor agrees, 1 where one does not."""
     from megatron_btx.mix.reference import verify
 
-    return verify.show(Path(options.result), sys.stdout)
+    return verify.show(Path(options.result), sys.stdout, keep=options.record)
 
 
 def request_of(options: argparse.Namespace, name: str, needed: Sequence[str]) -> MixRequest:

@@ -48,7 +48,7 @@ def export_model(run_dir: Path, name: str, out: Path, *, check: bool) -> dict[st
         check: compare with ``transformers`` too.
 
     Returns:
-        ``{"architecture", "claims"}``, as JSON.
+        ``{"architecture", "claims", "llama_cpp"}``, as JSON.
 
     Raises:
         UserError: no family computes the model, it is not finished, or what was written differs.
@@ -68,6 +68,7 @@ def export_model(run_dir: Path, name: str, out: Path, *, check: bool) -> dict[st
     return {
         "architecture": plan.architecture.to_json(),
         "claims": [{"claim": c.claim, "figure": c.figure, "command": c.command} for c in claims],
+        "llama_cpp": export_stage.llama_cpp(plan.architecture, out),
     }
 
 

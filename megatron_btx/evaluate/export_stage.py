@@ -18,11 +18,15 @@ from megatron_btx.engine import distributed
 from megatron_btx.errors import UserError
 from megatron_btx.evaluate.evaluate_stage import evaluate_plan
 from megatron_btx.families.export import export_hf
+from megatron_btx.families.hf import read_config
 from megatron_btx.families.hf_routing import HFRouting
+from megatron_btx.families.llama_cpp import unlike
 from megatron_btx.mix.one_model import copy
+from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.schema import Recipe
 from megatron_btx.recipe.stages import directory
 from megatron_btx.weights.find_checkpoint import find_checkpoint
+from megatron_btx.weights.manifest import read_manifest
 from megatron_btx.weights.megatron import open_megatron
 from megatron_btx.weights.plan import Plan
 
@@ -41,7 +45,8 @@ def run(recipe: Recipe, run_dir: Path) -> dict[str, Any]:
 
     Returns:
         ``{"hf": its directory, "loss": {"megatron", "transformers", "difference"}}``; without
-        ``transformers`` (or with ``export.check: false``) no ``loss``.
+        ``transformers`` (or with ``export.check: false``) no ``loss``. ``"llama_cpp"`` where that
+        does not compute the model (families/llama_cpp.py).
 
     Raises:
         UserError: no family computes what this MoE computes, or the losses differ.
@@ -51,6 +56,9 @@ def run(recipe: Recipe, run_dir: Path) -> dict[str, Any]:
     if not out.exists():
         _write(checkpoint, out, load_tokenizer(run_dir / "prepare" / "tokenizer"))
     outputs: dict[str, Any] = {"hf": str(out.relative_to(run_dir))}
+    if told := llama_cpp(read_manifest(checkpoint)[0], out):
+        logger.warning("llama.cpp does not compute this model: %s", "; ".join(told))
+        outputs["llama_cpp"] = told
     if recipe.export.check and importlib.util.find_spec("transformers") is None:
         logger.warning("transformers is not installed: the exported model's loss is not compared")
     elif recipe.export.check:
@@ -74,6 +82,12 @@ def saved_files(tokenizer: Tokenizer) -> dict[str, bytes]:
     with tempfile.TemporaryDirectory() as made:
         tokenizer.save_huggingface(made)
         return {path.name: path.read_bytes() for path in sorted(Path(made).iterdir())}
+
+
+def llama_cpp(architecture: Architecture, exported: Path) -> list[str]:
+    """Why llama.cpp does not compute a model as it was exported (families/llama_cpp.py)."""
+    family, _, _ = read_config(exported)
+    return unlike(architecture, family.model_type)
 
 
 def compare(recipe: Recipe, run_dir: Path, plan: Plan, exported: Path) -> dict[str, float]:

@@ -10,6 +10,7 @@ import torch
 
 from megatron_btx.errors import UserError
 from megatron_btx.families.hf import family_of, to_hf, wanted
+from megatron_btx.families.llama_cpp import without_misread
 from megatron_btx.weights.directory import as_json
 from megatron_btx.weights.execute import ONE_BY_ONE, Execution
 from megatron_btx.weights.megatron import open_megatron
@@ -115,7 +116,10 @@ def write_hf(
     write_safetensors(
         to_hf(plan, chosen, fused=fused),
         out,
-        files=lambda: {name: as_json(value) for name, value in own.items()} | dict(files()),
+        files=lambda: (
+            {name: as_json(value) for name, value in own.items()}
+            | without_misread(files(), chosen.model_type)
+        ),
         shard=shard,
         execution=execution,
         check=check,

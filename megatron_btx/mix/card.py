@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
 
 from megatron_btx.mix.request import MixRequest
-from megatron_btx.weights.card import Card, CardModel, Claim
+from megatron_btx.weights.card import Card, CardModel, Claim, engines
 from megatron_btx.weights.plan import Checkpoint, Plan
 
 _METHODS = {
@@ -34,7 +34,11 @@ _ASKED = ("out", "sources", "memory", "workers", "shard", "dry_run", "method", "
 
 
 def mix_card(
-    plan: Plan, request: MixRequest, lineage: Mapping[str, Any], speaker: Checkpoint
+    plan: Plan,
+    request: MixRequest,
+    lineage: Mapping[str, Any],
+    speaker: Checkpoint,
+    llama_cpp: Sequence[str],
 ) -> Card:
     """The card of a result.
 
@@ -43,6 +47,7 @@ def mix_card(
         request: what was asked for.
         lineage: what ``mix.json`` says.
         speaker: the source whose tokenizer the result has.
+        llama_cpp: why that does not compute the result (families/llama_cpp.py).
     """
     sources = lineage["sources"]
     names = plan.architecture.experts
@@ -80,6 +85,7 @@ def mix_card(
             "How": f"`btx mix --method {request.method}`, {what}; all of it stands in `mix.json`."
             + (f"\n\n```yaml\n{shown}```" if shown else ""),
             "Tokenizer": f"That of {speaker.label}, unchanged.",
+            **engines(llama_cpp),
         },
         claims=[
             Claim(

@@ -20,7 +20,8 @@ import torch
 
 from megatron_btx.errors import UserError, UserErrors, collect_errors
 from megatron_btx.families.export import carried, write_hf
-from megatron_btx.families.hf import to_hf
+from megatron_btx.families.hf import family_of, to_hf
+from megatron_btx.families.llama_cpp import unlike
 from megatron_btx.families.megatron_bridge import RUN_CONFIG, run_config
 from megatron_btx.families.open import open_checkpoint
 from megatron_btx.families.tokenizer_files import (
@@ -74,7 +75,7 @@ def run(request: MixRequest, out: TextIO, revision: str | None = None) -> Plan:
             return hashes.result()
 
         write(plan, request, models, execution, taken, revision)
-    for line in tokenizer_words(models, request.tokenizer):
+    for line in _words(plan, request, models):
         out.write(line + "\n")
     out.write(f"{destination}: {watch.summary()}\n")
     return plan
@@ -162,7 +163,10 @@ def write(
 
     def files() -> dict[str, bytes]:
         lineage = lineage_of(plan, request, models, hashes(), revision)
-        page = mix_card(plan, request, lineage, speaker).files() if request.format == "hf" else {}
+        page: dict[str, bytes] = {}
+        if request.format == "hf":
+            said = unlike(plan.architecture, _written_as(plan, request, models))
+            page = mix_card(plan, request, lineage, speaker, said).files()
         return {**tokenizer, **page, LINEAGE: as_json(lineage)}
 
     if request.format == "hf":
@@ -170,7 +174,7 @@ def write(
             plan,
             destination,
             known=known,
-            family=request.family or None,
+            family=_written_as(plan, request, models),
             fused=request.fused,
             shard=shard,
             execution=execution,
@@ -206,6 +210,24 @@ def write(
     )
 
 
+def _written_as(plan: Plan, request: MixRequest, models: list[Checkpoint]) -> str:
+    """``model_type`` of a Hugging Face result: as asked, else that of the first source where it
+    computes the result, else the first that does."""
+    if request.family:
+        return request.family
+    of_first = carried(models[0]).get("model_type")
+    return family_of(plan.architecture, preferred=of_first).model_type
+
+
+def _words(plan: Plan, request: MixRequest, models: list[Checkpoint]) -> list[str]:
+    """What is said of a result beside the plan: its tokenizer, and who computes it otherwise."""
+    words = list(tokenizer_words(models, request.tokenizer))
+    if request.format == "hf":
+        told = unlike(plan.architecture, _written_as(plan, request, models))
+        words += [f"llama.cpp: {line}" for line in told]
+    return words
+
+
 def _opened(result: Path) -> None:
     """That what was written can be read: before it gets its name."""
     open_checkpoint(result, "the result")
@@ -222,7 +244,7 @@ def describe(
     return "\n".join(
         [
             shown.describe(),
-            *tokenizer_words(models, request.tokenizer),
+            *_words(plan, request, models),
             f"{count.total_true_vocab:,} parameters, {count.active:,} active a token",
             f"memory: about {peak / 2**30:.2f} GiB; disk: {plan.nbytes / 2**30:.2f} GiB of "
             f"{free / 2**30:.2f} GiB free",

@@ -19,7 +19,7 @@ from megatron_btx.recipe.systems import TableRow, row_of
 from megatron_btx.report.figures import of_routing
 from megatron_btx.report.routing import RoutingView
 from megatron_btx.report.table import title
-from megatron_btx.weights.card import Card, CardModel, Claim, cell, table
+from megatron_btx.weights.card import Card, CardModel, Claim, cell, engines, table
 from megatron_btx.weights.directory import add_files
 from megatron_btx.weights.find_checkpoint import find_checkpoint
 from megatron_btx.weights.integrity import HASHES
@@ -47,6 +47,7 @@ def run_card(
     row: TableRow,
     architecture: Architecture,
     claims: Sequence[Mapping[str, Any]],
+    llama_cpp: Sequence[str],
 ) -> tuple[Card, dict[str, bytes]]:
     """A model's card, and the pictures that it shows.
 
@@ -56,10 +57,12 @@ def run_card(
         row: which model.
         architecture: of the model.
         claims: what was checked (``evaluate/export_model.py``).
+        llama_cpp: why that does not compute the model (families/llama_cpp.py).
     """
     results = Results.read(run_dir)
     found = results.systems.get(row.name) if results is not None else None
-    sections, pictures = {"Recipe": f"```yaml\n{_recipe(recipe)}```"}, {}
+    pictures = {}
+    sections = {"Recipe": f"```yaml\n{_recipe(recipe)}```", **engines(llama_cpp)}
     if results is not None and found is not None:
         sections = {
             "Training": _training(found),
@@ -114,7 +117,8 @@ def complete_export(recipe: Recipe, run_dir: Path, done: Mapping[str, Any]) -> N
     ]  # fmt: skip
     architecture, _ = read_manifest(find_checkpoint(directory(run_dir, "finetune")))
     row = row_of(recipe, "finetune")
-    card, pictures = run_card(recipe, run_dir, row, architecture, claims)
+    told = done["outputs"].get("llama_cpp", [])
+    card, pictures = run_card(recipe, run_dir, row, architecture, claims, told)
     files = {**card.files(), **pictures}
     known = {name: place / name for name in files if (place / name).is_file()}
     if any(name not in known or known[name].read_bytes() != files[name] for name in files):

@@ -11,13 +11,18 @@ from typing import Any
 
 import yaml
 
+from megatron_btx.errors import UserError
+from megatron_btx.files import read_json
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.count import parameters
-from megatron_btx.weights.directory import as_json
+from megatron_btx.weights.directory import add_files, as_json
 
 CARD, VERIFICATION = "README.md", "verification.json"
 _CACHED = re.compile(r"models--([\w.-]+?)--([\w.-]+)")
 """A directory of the hub's cache, which says the model's name there."""
+
+
+_CHECKED = "## Checked"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +73,7 @@ class Card:
         for heading, body in self.sections.items():
             parts += [f"## {heading}", body]
         if self.claims:
-            parts += ["## Checked", _claims(self.claims)]
+            parts += [_CHECKED, _claims(self.claims)]
         parts += ["## Versions", self._versions()]
         return "\n\n".join(parts) + "\n"
 
@@ -118,6 +123,32 @@ class Card:
         return said + (f"; code {self.code}" if self.code else "")
 
 
+def record(directory: Path, claim: Claim) -> None:
+    """Put a claim into a model's verification.json and its card, in the place of an earlier one.
+
+    Raises:
+        UserError: it has no verification.json, or a damaged one.
+    """
+    where = directory / VERIFICATION
+    if not where.is_file():
+        what = "has no verification.json: no Hugging Face directory that was written here"
+        raise UserError(str(directory), what, "leave --record away")
+    try:
+        known = [Claim(**one) for one in read_json(where)["claims"]]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(str(where), f"damaged: {error!r}", "write the model again") from error
+    claims = [one for one in known if one.claim != claim.claim] + [claim]
+    content = {"claims": [asdict(one) for one in claims]}
+    files = {VERIFICATION: as_json(content)}
+    if (directory / CARD).is_file():
+        text = (directory / CARD).read_text(encoding="utf-8")
+        before, heading, rest = text.partition(f"{_CHECKED}\n\n")
+        _, end, after = rest.partition("\n\n## ")
+        if heading and end:
+            files[CARD] = f"{before}{heading}{_claims(claims)}{end}{after}".encode()
+    add_files(directory, files)
+
+
 def hub_id(path: str) -> str | None:
     """A model's name on the Hugging Face Hub, where its path is one of the hub's cache."""
     found = (_CACHED.fullmatch(part) for part in Path(path).parts)
@@ -127,6 +158,18 @@ def hub_id(path: str) -> str | None:
 def _shown(path: str) -> str:
     """A path without what it says of its author's machine."""
     return Path(path).name if Path(path).is_absolute() else path
+
+
+def engines(llama_cpp: Sequence[str]) -> dict[str, str]:
+    """The section about engines that do not compute a model; none where all do.
+
+    Args:
+        llama_cpp: why it does not (families/llama_cpp.py).
+    """
+    if not llama_cpp:
+        return {}
+    lines = "\n".join(f"- {line}" for line in llama_cpp)
+    return {"Engines": f"llama.cpp does not compute this model:\n\n{lines}"}
 
 
 def table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -5,19 +5,23 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 import typing
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
+from megatron_btx.errors import UserError
 from megatron_btx.mix import offline
 from megatron_btx.mix.card import _METHODS
 from megatron_btx.mix.reference import verify
 from megatron_btx.mix.request import MixMethod, MixRequest
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.schema import Model
-from megatron_btx.weights.card import Card, CardModel, Claim, hub_id
+from megatron_btx.weights.card import Card, CardModel, Claim, hub_id, record
 from megatron_btx.weights.directory import add_files
+from megatron_btx.weights.integrity import hashes_of
 from tests.families.made import make
 
 hub = pytest.importorskip("huggingface_hub")
@@ -72,7 +76,28 @@ def test_the_claims_command_holds(mixed: Path, monkeypatch: pytest.MonkeyPatch) 
     assert verify.show(Path(), io.StringIO()) == 0
     add_files(mixed, {"notes.md": b"mine"})
     assert verify.show(Path(), io.StringIO()) == 0
-    (mixed / "notes.md").unlink()
+
+
+def test_what_verify_finds_is_recorded(mixed: Path, tmp_path: Path) -> None:
+    """Once, however often; and not where something is wrong."""
+    result = tmp_path / "moe"
+    shutil.copytree(mixed, result)
+    for _ in range(2):
+        assert verify.show(result, io.StringIO(), keep=True) == 0
+        *others, claim = json.loads((result / "verification.json").read_text())["claims"]
+        assert claim["command"] == "btx verify ."
+        tensors = len(load_file(result / "model.safetensors"))
+        assert claim["figure"] == {"files": len(hashes_of(result)), "tensors": tensors}
+        assert all(one["claim"] != claim["claim"] for one in others)
+        text = (result / "README.md").read_text()
+        assert text.count(f"| {claim['claim']} | files") == 1
+        assert "## Versions" in text
+    said = (result / "verification.json").read_bytes()
+    (result / "README.md").write_text("mine")
+    assert verify.show(result, io.StringIO(), keep=True) == 1
+    assert (result / "verification.json").read_bytes() == said
+    with pytest.raises(UserError, match="has no verification.json"):
+        record(tmp_path, Claim(**claim))
 
 
 def test_names_are_no_markup() -> None:

@@ -26,6 +26,7 @@ from megatron_btx.files import read_json
 from megatron_btx.mix.reference.reader import names_of, open_plain
 from megatron_btx.mix.reference.rules import Rules
 from megatron_btx.recipe.read_architecture import from_manifest
+from megatron_btx.weights.card import Claim, record
 from megatron_btx.weights.find_checkpoint import is_hugging_face
 from megatron_btx.weights.integrity import HASHES, difference, files_of, hashes_of
 from megatron_btx.weights.manifest import read_manifest
@@ -37,11 +38,17 @@ _MOST = 20
 """Lines of one kind; the number of the rest follows."""
 
 
-def show(result: Path, out: TextIO) -> int:
+def show(result: Path, out: TextIO, *, keep: bool = False) -> int:
     """Print everything that is not as it should be; 0 where nothing is, else 1.
 
+    Args:
+        result: a directory that was written here.
+        out: where to.
+        keep: put what was found into its ``verification.json`` and card, where all is right.
+
     Raises:
-        UserError: there is neither a ``mix.json`` nor a ``hashes.json``, or it is damaged.
+        UserError: there is neither a ``mix.json`` nor a ``hashes.json``, or it is damaged; or there
+            is no ``verification.json`` to put it into.
     """
     lineage = _lineage(result)
     hashes = hashes_of(result)
@@ -52,9 +59,16 @@ def show(result: Path, out: TextIO) -> int:
     if hashes:
         right = len(hashes) - sum(fault.startswith("changed") for fault in faults)
         out.write(f"{result}: {right} of {len(hashes)} files are what was written\n")
+    figure = {"files": len(hashes)}
     if lineage is not None:
-        faults += _mix(result, lineage, out)
+        wrong, figure["tensors"] = _mix(result, lineage, out)
+        faults += wrong
     _write(faults, out)
+    if keep and not faults:
+        what = "every file is what was written"
+        if lineage is not None:
+            what += ", and every tensor is what another path computes from the sources"
+        record(result, Claim(claim=what, figure=figure, command="btx verify ."))
     return 1 if faults else 0
 
 
@@ -75,7 +89,8 @@ def _files(result: Path, hashes: Mapping[str, str]) -> list[str]:
     return faults + [f"unexpected: {shown(name)}: {HASHES} does not name it" for name in weights]
 
 
-def _mix(result: Path, lineage: Mapping[str, Any], out: TextIO) -> list[str]:
+def _mix(result: Path, lineage: Mapping[str, Any], out: TextIO) -> tuple[list[str], int]:
+    """The faults, and how many tensors there should be."""
     try:
         faults = [*_description(result, lineage), *_sources(lineage)]
         verdicts = dict(compare(result, lineage))
@@ -86,7 +101,7 @@ def _mix(result: Path, lineage: Mapping[str, Any], out: TextIO) -> list[str]:
     expected = [name for name, verdict in verdicts.items() if verdict != "unexpected"]
     right = sum(not verdicts[name] for name in expected)
     out.write(f"{result}: {right} of {len(expected)} tensors agree\n")
-    return faults + wrong
+    return faults + wrong, len(expected)
 
 
 def _description(result: Path, lineage: Mapping[str, Any]) -> Iterator[str]:
