@@ -158,9 +158,13 @@ def test_a_stage_that_saves_beside_training(ranks: Ranks, tmp_path: Path) -> Non
     assert len(list(last.glob("*.distcp"))) == 1, "weights only: one of the two replicas'"
 
 
-def full_disk(folder: Path) -> tuple[list[str], list[str]]:
-    """What each look at a save says whose files may not grow beyond 20 kB, and what it leaves."""
+def full_disk(folder: Path, at_the_end: bool) -> tuple[list[str], list[str]]:
+    """What a save says whose files may not grow beyond 20 kB, or where the first rank finds no room
+    for what it adds at the end; and what it leaves."""
+    import errno
     import resource
+
+    import torch
 
     from megatron_btx.engine import checkpoint, distributed
     from megatron_btx.engine.async_save import AsyncSave
@@ -168,26 +172,37 @@ def full_disk(folder: Path) -> tuple[list[str], list[str]]:
     from megatron_btx.errors import UserError
     from tests.engine.harness import set_weights
 
+    def add(_directory: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     distributed.initialize(DP2, 1)
     model = build_model(DENSE, DP2, "fp32")
     set_weights(model)
     state, said = checkpoint.TrainingState(model=model), []
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    if not at_the_end:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
     try:
         manifest = checkpoint.manifest_of(DENSE, layout={"world_size": 2})
-        AsyncSave(checkpoint.step_directory(folder, 1), state, manifest).finished(wait=True)
+        target = checkpoint.step_directory(folder, 1)
+        AsyncSave(target, state, manifest, add if at_the_end else None).finished(wait=True)
     except UserError as error:
         said.append(str(error))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    torch.distributed.barrier()  # the first rank removes what is left
     return said, [path.name for path in folder.iterdir()]
 
 
-def test_a_full_disk_is_one_error_on_every_rank(ranks: Ranks, tmp_path: Path) -> None:
-    for said, left in ranks.run(full_disk, 2, tmp_path):
+@pytest.mark.parametrize(
+    ("at_the_end", "why"), [(False, "File too large"), (True, "No space left on device")]
+)
+def test_a_full_disk_is_one_error_on_every_rank(
+    at_the_end: bool, why: str, ranks: Ranks, tmp_path: Path
+) -> None:
+    for said, left in ranks.run(full_disk, 2, tmp_path, at_the_end):
         (line,) = said
-        assert "step_00000001: cannot be written: File too large" in line
+        assert f"step_00000001: cannot be written: {why}" in line
         assert "fix: free some space" in line
         assert left == []
 
