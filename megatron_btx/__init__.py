@@ -30,7 +30,8 @@ API = {
     "engine.model": ("transformer_config", "build_model"),
     "engine.spec": ("layer_spec", "block_spec"),
     "engine.megatron_lm_spec": ("megatron_lm_spec",),
-    "engine.moe.router": ("BTXRouter", "transformer_fields", "forced_routing"),
+    "engine.moe.router": ("BTXRouter", "forced_routing"),
+    "engine.moe.router_config": ("transformer_fields",),
     "engine.initializer": ("initialize",),
     "errors": ("UserError", "UserErrors"),
 }

@@ -7,7 +7,7 @@ from megatron_btx.engine.model import build_model as build_model
 from megatron_btx.engine.model import transformer_config as transformer_config
 from megatron_btx.engine.moe.router import BTXRouter as BTXRouter
 from megatron_btx.engine.moe.router import forced_routing as forced_routing
-from megatron_btx.engine.moe.router import transformer_fields as transformer_fields
+from megatron_btx.engine.moe.router_config import transformer_fields as transformer_fields
 from megatron_btx.engine.spec import block_spec as block_spec
 from megatron_btx.engine.spec import layer_spec as layer_spec
 from megatron_btx.errors import UserError as UserError

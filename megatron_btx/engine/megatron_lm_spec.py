@@ -29,7 +29,7 @@ from torch.nn.functional import silu
 
 from megatron_btx.engine import platform
 from megatron_btx.engine.moe.noise import set_routing_context
-from megatron_btx.engine.moe.router import ROUTER_OPTIONS, transformer_fields
+from megatron_btx.engine.moe.router_config import ROUTER_OPTIONS, transformer_fields
 from megatron_btx.engine.spec import block_spec
 from megatron_btx.engine.unsupported_options import TORCH_LAYERS, Supported
 from megatron_btx.errors import UserError, UserErrors, collect_errors

@@ -21,7 +21,7 @@ from torch.nn.functional import silu
 
 from megatron_btx.engine import platform
 from megatron_btx.engine.freezing import canonical_names, freeze
-from megatron_btx.engine.moe.router import check_config, transformer_fields
+from megatron_btx.engine.moe.router_config import check_config, transformer_fields
 from megatron_btx.engine.spec import block_spec
 from megatron_btx.engine.unsupported_options import TORCH_LAYERS, megatron_errors, refuse_unfollowed
 from megatron_btx.errors import UserError

@@ -47,7 +47,8 @@ def build(layout: Layout, routing: Routing, layer: int = 2, **megatron: Any) -> 
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from megatron_btx.engine import distributed
-    from megatron_btx.engine.moe.router import BTXRouter, transformer_fields
+    from megatron_btx.engine.moe.router import BTXRouter
+    from megatron_btx.engine.moe.router_config import transformer_fields
 
     distributed.initialize(layout, 1)
     tp, cp = layout.tensor_model_parallel_size, layout.context_parallel_size
@@ -365,7 +366,7 @@ def beside_transformer_engine() -> list[str]:
     """What ``check_config`` says where its layers are not, option by option; where they are, it
     allows them."""
     from megatron_btx.engine.model import transformer_config
-    from megatron_btx.engine.moe.router import check_config
+    from megatron_btx.engine.moe.router_config import check_config
     from megatron_btx.engine.platform import Platform
     from megatron_btx.errors import UserError
 
@@ -420,7 +421,7 @@ def test_what_the_router_would_not_follow_is_refused(ranks: Ranks) -> None:
 
 @pytest.mark.parametrize("k", [1, 5])
 def test_impossible_k(k: int) -> None:
-    from megatron_btx.engine.moe.router import transformer_fields
+    from megatron_btx.engine.moe.router_config import transformer_fields
     from megatron_btx.errors import UserError
 
     with pytest.raises(UserError, match="routing.moe_router_topk"):
