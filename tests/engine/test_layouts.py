@@ -50,11 +50,13 @@ TIED = replace(DENSE, model=replace(DENSE.model, untie_embeddings_and_output_wei
 
 RELATIVE = replace(
     DENSE,
+    model=replace(DENSE.model, add_qkv_bias=True, qk_layernorm=True, window_size=(5, 0)),
+)
+"""What Llama's relatives have besides."""
+SCALED = replace(
+    RELATIVE,
     model=replace(
-        DENSE.model,
-        add_qkv_bias=True,
-        qk_layernorm=True,
-        window_size=(5, 0),
+        RELATIVE.model,
         no_rope_freq=(0, 1) * (DENSE.model.num_layers // 2),
         softmax_scale=0.2,
         embedding_multiplier=3.0,
@@ -62,7 +64,7 @@ RELATIVE = replace(
         logits_scaling=2.0,
     ),
 )
-"""What Llama's relatives have besides."""
+"""And what Granite and SmolLM3 have."""
 SHARED = replace(
     MOE,
     model=replace(
@@ -72,7 +74,7 @@ SHARED = replace(
 
 CASES = {
     "relative-tp2": Case(RELATIVE, TP2),
-    "relative-tp2-sp": Case(RELATIVE, replace(TP2, sequence_parallel=True)),
+    "scaled-tp2-sp": Case(SCALED, replace(TP2, sequence_parallel=True)),
     "shared-expert-ep2": Case(SHARED, EP2),
     "shared-expert-tp2-dp2-ep2": Case(SHARED, TP2_DP2_EP2),
     "shared-expert-tp2-pp2-ep2": Case(SHARED, TP2_PP2_EP2),
