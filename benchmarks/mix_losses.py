@@ -143,7 +143,7 @@ def centroids(
     for the seed of the domain that no expert has."""
     from megatron_btx.evaluate.centroids import as_file, routers
     from megatron_btx.evaluate.router_rows import centroid_rows, ridge_rows
-    from megatron_btx.mix.plan_of_request import open_sources, plan_of
+    from megatron_btx.mix.plans import open_sources, plan_of
 
     if not torch.distributed.is_initialized():
         os.environ["BTX_INIT_METHOD"] = f"file://{folder / 'ranks'}"

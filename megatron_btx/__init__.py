@@ -25,7 +25,7 @@ API = {
     "mix.split": ("split", "blend"),
     "mix.edit_experts": ("append", "drop", "replace_expert"),
     "mix.router_init": ("RouterInit",),
-    "mix.plan_of_recipe": ("mix_plan",),
+    "mix.plans": ("mix_plan",),
     "engine": ("install",),
     "engine.model": ("transformer_config", "build_model"),
     "engine.spec": ("layer_spec", "block_spec"),

@@ -20,7 +20,7 @@ from megatron_btx.mix.btx import btx as btx
 from megatron_btx.mix.edit_experts import append as append
 from megatron_btx.mix.edit_experts import drop as drop
 from megatron_btx.mix.edit_experts import replace_expert as replace_expert
-from megatron_btx.mix.plan_of_recipe import mix_plan as mix_plan
+from megatron_btx.mix.plans import mix_plan as mix_plan
 from megatron_btx.mix.router_init import RouterInit as RouterInit
 from megatron_btx.mix.split import blend as blend
 from megatron_btx.mix.split import split as split

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_btx.data.piece import Piece, beside, write_piece
 from megatron_btx.data.shards import Counts, Shard, ids_file, lengths_file
+from megatron_btx.data.tokenized import TokenizedSplit, beside, write_tokenized
 from megatron_btx.files import unfinished
 
 _BLOCK = 1 << 22
@@ -20,7 +20,7 @@ _BLOCK = 1 << 22
 
 def join(
     prefix: Path, shards: Sequence[Shard], split: str, dtype: Any, *, key: str, size: int | None
-) -> Piece:
+) -> TokenizedSplit:
     """Write ``prefix.bin``, ``prefix.idx`` and last ``prefix.json``, which says they are whole,
     from finished shards. The files appear under their names when they are whole.
 
@@ -60,9 +60,11 @@ def join(
     finally:
         for path in temporary.values():
             path.unlink(missing_ok=True)
-    return write_piece(
+    return write_tokenized(
         prefix,
-        Piece(key=key, documents=documents, tokens=tokens, bytes=size, sha256=digest.hexdigest()),
+        TokenizedSplit(
+            key=key, documents=documents, tokens=tokens, bytes=size, sha256=digest.hexdigest()
+        ),
     )
 
 

@@ -26,8 +26,8 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron_btx.data.boundaries import Boundaries, boundaries_of
 from megatron_btx.data.heldout import HeldOutText, Sample
 from megatron_btx.data.interleave import Interleaved
-from megatron_btx.data.piece import Piece, pairs, read_piece
 from megatron_btx.data.prepare import prefix
+from megatron_btx.data.tokenized import TokenizedSplit, pairs, read_tokenized
 from megatron_btx.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_btx.errors import UserError
 from megatron_btx.files import sweep, unfinished
@@ -35,11 +35,11 @@ from megatron_btx.recipe import count
 from megatron_btx.recipe.schema import Recipe, Training
 from megatron_btx.recipe.stages import MixturePart, directory, reads, training
 
-__all__ = ["HeldOutText", "Phase", "Sample", "Stream", "held_out", "stage_stream"]
+__all__ = ["HeldOutText", "Mixture", "Sample", "StageData", "held_out", "stage_data"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Phase:
+class Mixture:
     """One mixture from its first sample to its last, as one stage reads it.
 
     Another stage that reads it again builds it from the same numbers and so gets the same samples.
@@ -63,11 +63,11 @@ class Phase:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stream:
+class StageData:
     """All samples of one training stage in their order, and this rank's part of each step."""
 
-    groups: Sequence[Sequence[Phase]]
-    """Read one after the other; the phases of a group are interleaved in proportion."""
+    groups: Sequence[Sequence[Mixture]]
+    """Read one after the other; the mixtures of a group are interleaved in proportion."""
     training: Training
     """Batch sizes and layout."""
     boundaries: Boundaries
@@ -80,18 +80,18 @@ class Stream:
         return self.training.global_batch_size // size
 
     def __len__(self) -> int:
-        """Samples of all phases."""
-        return sum(phase.samples for group in self.groups for phase in group)
+        """Samples of all mixtures."""
+        return sum(mixture.samples for group in self.groups for mixture in group)
 
-    def locate(self, first: int, number: int) -> list[tuple[Phase, int]]:
-        """Phase and sample within it of ``number`` consecutive global indices.
+    def locate(self, first: int, number: int) -> list[tuple[Mixture, int]]:
+        """Mixture and sample within it of ``number`` consecutive global indices.
 
         Behind the end, in a last step that the tokens do not fill, the last group begins anew.
         """
-        found: list[tuple[Phase, int]] = []
+        found: list[tuple[Mixture, int]] = []
         begin = 0
         for place, group in enumerate(self.groups):
-            order = Interleaved([phase.samples for phase in group])
+            order = Interleaved([mixture.samples for mixture in group])
             last = place == len(self.groups) - 1
             while number and (first < begin + len(order) or last):
                 inside = (first - begin) % len(order)
@@ -117,7 +117,7 @@ class Stream:
             rank = parallel_state.get_data_parallel_rank()
         for micro in range(self.num_microbatches):
             first = step * self.training.global_batch_size + (micro * dp + rank) * size
-            batch = _stack([phase[index] for phase, index in self.locate(first, size)], first)
+            batch = _stack([mixture[index] for mixture, index in self.locate(first, size)], first)
             yield self.boundaries.marked(batch)
 
 
@@ -128,7 +128,7 @@ def _stack(samples: Sequence[Sample], first: int) -> Sample:
     return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
 
 
-def stage_stream(recipe: Recipe, name: str, run_dir: Path) -> Stream:
+def stage_data(recipe: Recipe, name: str, run_dir: Path) -> StageData:
     """What stage ``name`` trains on. Every rank calls it; indices are built by the first and cached
     in the stage's directory.
 
@@ -137,36 +137,36 @@ def stage_stream(recipe: Recipe, name: str, run_dir: Path) -> Stream:
     """
     index = directory(run_dir, name) / "index"
     groups = [
-        [_phase(recipe, part, run_dir, index) for part in group] for group in reads(recipe, name)
+        [_mixture(recipe, part, run_dir, index) for part in group] for group in reads(recipe, name)
     ]
-    return Stream(
+    return StageData(
         groups=groups,
         training=training(recipe, name),
         boundaries=boundaries_of(recipe, _tokenizer(run_dir).eos_id),
     )
 
 
-def _phase(recipe: Recipe, part: MixturePart, run_dir: Path, index: Path) -> Phase:
+def _mixture(recipe: Recipe, part: MixturePart, run_dir: Path, index: Path) -> Mixture:
     samples = count.steps(part.block, recipe.model) * part.block.global_batch_size
     mixture = count.mixture(part.block.data)
-    pieces = {domain: _piece(run_dir, domain, "train") for domain in mixture}
+    splits = {domain: _tokenized(run_dir, domain, "train") for domain in mixture}
     names = list(recipe.domains)
     blend: list[tuple[str, float]] = []
     domains: list[int] = []
-    for domain, piece in pieces.items():
-        for pair, share in pairs(prefix(run_dir, domain, "train"), piece):
+    for domain, split in splits.items():
+        for pair, share in pairs(prefix(run_dir, domain, "train"), split):
             blend.append((str(pair), mixture[domain] * share))
             domains.append(names.index(domain))
     dataset = _build(
         index,
         blend=blend,
-        contents=[piece.sha256 for piece in pieces.values()],
+        contents=[split.sha256 for split in splits.values()],
         samples=samples,
         seed=_seed(recipe.random_seed, part.stage),
         seq_length=recipe.model.seq_length,
         facts=_Facts(_tokenizer(run_dir)),
     )
-    return Phase(name=part.stage, samples=samples, domains=tuple(domains), dataset=dataset)
+    return Mixture(name=part.stage, samples=samples, domains=tuple(domains), dataset=dataset)
 
 
 def _tokenizer(run_dir: Path) -> Tokenizer:
@@ -263,13 +263,13 @@ def held_out(
     found = {}
     marks = None if plain else boundaries_of(recipe, _tokenizer(run_dir).eos_id)
     for domain in recipe.domains:
-        piece = _piece(run_dir, domain, "valid")
+        split = _tokenized(run_dir, domain, "valid")
         where = prefix(run_dir, domain, "valid")
         text = HeldOutText(
-            [pair for pair, _ in pairs(where, piece)],
+            [pair for pair, _ in pairs(where, split)],
             recipe.model.seq_length,
             tokens,
-            piece.sha256,
+            split.sha256,
             marks,
         )
         found[domain] = text
@@ -288,16 +288,16 @@ def train_pairs(run_dir: Path, domain: str) -> list[Path]:
     Raises:
         UserError: they are not there.
     """
-    piece = _piece(run_dir, domain, "train")
-    return [pair for pair, _ in pairs(prefix(run_dir, domain, "train"), piece)]
+    split = _tokenized(run_dir, domain, "train")
+    return [pair for pair, _ in pairs(prefix(run_dir, domain, "train"), split)]
 
 
-def _piece(run_dir: Path, domain: str, split: str) -> Piece:
-    piece = read_piece(prefix(run_dir, domain, split))
-    if piece is None:
+def _tokenized(run_dir: Path, domain: str, split: str) -> TokenizedSplit:
+    found = read_tokenized(prefix(run_dir, domain, split))
+    if found is None:
         raise UserError(
             f"domains.{domain}",
             f"{prefix(run_dir, domain, split)}.bin and .idx are not there, or not whole",
             "run stage prepare first",
         )
-    return piece
+    return found

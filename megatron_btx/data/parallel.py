@@ -27,7 +27,7 @@ _watch: Callable[[int], None] = lambda amount: None  # noqa: E731
 """Where the work is done in this process: who is told how much more of it is done."""
 
 
-class Stopped(Exception):
+class Cancelled(Exception):
     """The work was given up."""
 
 
@@ -42,13 +42,13 @@ def advance(amount: int) -> None:
     """Called by the work: so much more of it is done.
 
     Raises:
-        Stopped: the work was given up.
+        Cancelled: the work was given up.
     """
     if _counted is None:
         _watch(amount)
         return
     if _stop.is_set():
-        raise Stopped
+        raise Cancelled
     with _counted.get_lock():
         _counted.value += amount
 

@@ -5,8 +5,8 @@
     prepare/data/<domain>/{train,valid}.{bin,idx,json}
     prepare/data.json                              what there is of each domain
 
-Every piece carries a hash of what it was made from and is kept as long as that holds, so a stage
-that was killed goes on where it was, and one changed domain costs only itself.
+Every tokenized split carries a hash of what it was made from and is kept as long as that holds, so
+a stage that was killed goes on where it was, and one changed domain costs only itself.
 
 A domain whose recipe names no ``valid`` files is split: one document in fifty is held out, chosen
 by the hash of its text, so that the same text never is on both sides.
@@ -25,8 +25,8 @@ from megatron_btx.data.documents import find_files, no_document
 from megatron_btx.data.domain_text import SPLITS, DomainText, digest, find, texts_of
 from megatron_btx.data.formats import Part, format_of, json_lines, token_pair
 from megatron_btx.data.formats.compression import compression_of
-from megatron_btx.data.piece import read_piece
 from megatron_btx.data.run_tokenizer import check_trainable, make_tokenizer
+from megatron_btx.data.tokenized import read_tokenized
 from megatron_btx.data.tokenizer import Tokenizer, load_tokenizer, read_tokenizer
 from megatron_btx.errors import UserError, UserErrors, collect_errors
 from megatron_btx.files import find_json, sweep, write_json
@@ -53,11 +53,11 @@ def prepare(
     texts, tokenizer = _begin(recipe, out_dir, progress)
     domains = _index(texts, tokenizer, out_dir / "data", progress)
     for name, splits in domains.items():
-        for split, piece in splits.items():
-            if piece["tokens"] <= recipe.model.seq_length:
+        for split, made in splits.items():
+            if made["tokens"] <= recipe.model.seq_length:
                 raise UserError(
                     f"domains.{name}.{split}",
-                    f"holds {piece['tokens']} tokens, less than one sequence and a token "
+                    f"holds {made['tokens']} tokens, less than one sequence and a token "
                     f"({recipe.model.seq_length} + 1)",
                     "give it more text, or lower model.seq_length",
                 )
@@ -184,14 +184,14 @@ def _index(
     for name, text in texts.items():
         for split in SPLITS:
             mine = [job for job in jobs if job.domain == name and split in job.splits]
-            piece = tokenize.finish(text, split, mine, directory / name)
-            logger.info("%s %s: %s", name, split, piece)
-            content = {key: value for key, value in asdict(piece).items() if key in _TOLD}
-            if piece.blend:
-                parts = [read_piece(directory / name / part) for part, _ in piece.blend]
+            made = tokenize.finish(text, split, mine, directory / name)
+            logger.info("%s %s: %s", name, split, made)
+            content = {key: value for key, value in asdict(made).items() if key in _TOLD}
+            if made.blend:
+                parts = [read_tokenized(directory / name / part) for part, _ in made.blend]
                 content["blend"] = [
                     [part.tokens, share]
-                    for part, (_, share) in zip(parts, piece.blend, strict=True)
+                    for part, (_, share) in zip(parts, made.blend, strict=True)
                     if part is not None
                 ]
             result[name][split] = {**content, "sources": text.sources(split)}

@@ -13,8 +13,8 @@ from megatron_btx.data.domain_text import DomainText, Group, digest
 from megatron_btx.data.formats import Part
 from megatron_btx.data.indexed import join, total
 from megatron_btx.data.parallel import cores, run_all
-from megatron_btx.data.piece import Piece, read_piece, write_piece
 from megatron_btx.data.shards import Counts, Shard, cut, dtype_of, make, read, set_up
+from megatron_btx.data.tokenized import TokenizedSplit, read_tokenized, write_tokenized
 from megatron_btx.data.tokenizer import Tokenizer
 
 SHARD = 64 << 20
@@ -156,11 +156,13 @@ def _made(shards: Sequence[Shard], tokenizer_dir: Path, progress: Progress) -> I
         yield index
 
 
-def finish(text: DomainText, split: str, jobs: Sequence[TokenizeJob], directory: Path) -> Piece:
+def finish(
+    text: DomainText, split: str, jobs: Sequence[TokenizeJob], directory: Path
+) -> TokenizedSplit:
     """The whole of a split, from the pairs of its jobs; what was there before goes."""
     prefix = directory / split
-    pieces = [read_piece(directory / job.names[split]) for job in jobs]
-    found = [piece for piece in pieces if piece is not None]
+    made = [read_tokenized(directory / job.names[split]) for job in jobs]
+    found = [one for one in made if one is not None]
     assert len(found) == len(jobs)  # run made them
     whole = found[0]
     if jobs[0].names[split] != split:
@@ -169,15 +171,15 @@ def finish(text: DomainText, split: str, jobs: Sequence[TokenizeJob], directory:
             for p in found
         ])  # fmt: skip
         shares = text.shares(split, [job.group for job in jobs], [p.tokens for p in found])
-        whole = Piece(
-            key=digest([[piece.key for piece in found], shares]),
+        whole = TokenizedSplit(
+            key=digest([[one.key for one in found], shares]),
             documents=counts.documents,
             tokens=counts.tokens,
             bytes=counts.bytes,
             sha256=counts.sha256,
             blend=tuple((job.names[split], s) for job, s in zip(jobs, shares, strict=True)),
         )
-        write_piece(prefix, whole)
+        write_tokenized(prefix, whole)
     mine = {job.names[split] for job in jobs}
     for file in directory.glob(f"{split}.*"):
         ours = mine | {split} if file.suffix == ".json" else mine
@@ -188,7 +190,7 @@ def finish(text: DomainText, split: str, jobs: Sequence[TokenizeJob], directory:
 
 def _is_done(job: TokenizeJob, tokenizer: Tokenizer) -> bool:
     return all(
-        read_piece(job.directory / job.names[split], job.key(split, tokenizer)) is not None
+        read_tokenized(job.directory / job.names[split], job.key(split, tokenizer)) is not None
         for split in job.splits
     )
 
@@ -200,9 +202,9 @@ def _join(job: TokenizeJob, shards: Sequence[Shard], tokenizer: Tokenizer) -> No
         whole = total([count[split] for count in counts if count is not None])
         if job.in_place:
             file = job.group.files[0].resolve().with_suffix("")
-            write_piece(
+            write_tokenized(
                 prefix,
-                Piece(
+                TokenizedSplit(
                     key=key,
                     documents=whole.documents,
                     tokens=whole.tokens,
@@ -211,7 +213,7 @@ def _join(job: TokenizeJob, shards: Sequence[Shard], tokenizer: Tokenizer) -> No
                     prefix=str(file),
                 ),  # fmt: skip
             )
-        elif read_piece(prefix, key) is None:
+        elif read_tokenized(prefix, key) is None:
             join(prefix, shards, split, dtype_of(tokenizer), key=key, size=whole.bytes)
     shutil.rmtree(shards[0].place.parent)
 

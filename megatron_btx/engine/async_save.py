@@ -38,7 +38,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from megatron_btx.engine import checkpoint, checkpoint_hashes, checkpoint_workers
 from megatron_btx.engine.checkpoint import TrainingState
 from megatron_btx.engine.distributed import from_first_rank, is_first_rank
-from megatron_btx.engine.model import chunks
+from megatron_btx.engine.model import model_chunks
 from megatron_btx.files import find_json
 from megatron_btx.weights.integrity import files_of, hash_file
 
@@ -154,7 +154,7 @@ def _copied_by_the_fork() -> Iterator[None]:
 def _gradients(model: torch.nn.Module) -> list[torch.Tensor]:
     """Megatron's buffers of them on a CPU, where the model is under its DDP."""
     found: list[torch.Tensor] = []
-    for piece in chunks(model):
+    for piece in model_chunks(model):
         if isinstance(piece, DistributedDataParallel):
             buffers = (*piece.buffers, *piece.expert_parallel_buffers)
             found += [buffer.grad_data for buffer in buffers if buffer.grad_data.is_cpu]

@@ -36,7 +36,7 @@ from megatron_btx.engine import checkpoint_hashes, checkpoint_workers
 from megatron_btx.engine.distributed import from_first_rank, is_first_rank
 from megatron_btx.engine.freezing import numbered
 from megatron_btx.engine.megatron_release import SAVE_TAKES_STRATEGY
-from megatron_btx.engine.model import chunks, gather_parameters, unwrap
+from megatron_btx.engine.model import gather_parameters, model_chunks, unwrap
 from megatron_btx.errors import UserError
 from megatron_btx.files import sync_directory, write_json, written
 from megatron_btx.recipe.architecture import Architecture
@@ -77,7 +77,7 @@ class TrainingState:
         state: dict[str, Any] = {"model": model_part}
         if self.optimizer is not None:
             assert self.schedule is not None
-            first = unwrap(chunks(self.model)[0])  # of several all are frozen alike
+            first = unwrap(model_chunks(self.model)[0])  # of several all are frozen alike
             state["optimizer"] = self.optimizer.sharded_state_dict(
                 numbered(first, model_part), is_loading=is_loading, metadata=metadata
             )
@@ -100,18 +100,18 @@ def _metadata() -> dict[str, Any]:
 def model_sharded_state_dict(model: torch.nn.Module) -> dict[str, Any]:
     """The model's shards under their global names, whole; ``_extra_state`` (Transformer Engine's,
     tied to a layout) left out. Every rank calls it. Keys are the module's own; of a model in
-    several :func:`chunks` each begins with its number."""
+    several :func:`model_chunks` each begins with its number."""
     gather_parameters(model)
-    pieces = chunks(model)
+    chunks = model_chunks(model)
     sharded: dict[str, Any] = {}
-    for at, piece in enumerate(pieces):
-        own = unwrap(piece).sharded_state_dict(metadata=_metadata())
-        sharded |= {_key(key, at, len(pieces)): value for key, value in own.items()}
+    for at, chunk in enumerate(chunks):
+        own = unwrap(chunk).sharded_state_dict(metadata=_metadata())
+        sharded |= {_key(key, at, len(chunks)): value for key, value in own.items()}
     return {key: value for key, value in sharded.items() if not key.endswith("._extra_state")}
 
 
-def _key(key: str, at: int, pieces: int) -> str:
-    return key if pieces == 1 else f"{at}.{key}"
+def _key(key: str, at: int, chunks: int) -> str:
+    return key if chunks == 1 else f"{at}.{key}"
 
 
 def _load_weights(model: torch.nn.Module, loaded: dict[str, Any]) -> None:
@@ -120,14 +120,14 @@ def _load_weights(model: torch.nn.Module, loaded: dict[str, Any]) -> None:
     Raises:
         KeyError: there is more, or less.
     """
-    pieces = chunks(model)
+    chunks = model_chunks(model)
     wrong = []
-    for at, piece in enumerate(pieces):
-        start = _key("", at, len(pieces))
+    for at, chunk in enumerate(chunks):
+        start = _key("", at, len(chunks))
         own = {
             key.removeprefix(start): each for key, each in loaded.items() if key.startswith(start)
         }
-        missing, unexpected = unwrap(piece).load_state_dict(own, strict=False)
+        missing, unexpected = unwrap(chunk).load_state_dict(own, strict=False)
         wrong += [key for key in (*missing, *unexpected) if not key.endswith("._extra_state")]
     if wrong:
         raise KeyError(f"it and the model differ in {', '.join(wrong)}")

@@ -146,8 +146,8 @@ def build_model(
     options: MegatronOptions = NO_OPTIONS,
 ) -> Any:
     """This rank's part of the model, its weights not yet set: a ``GPTModel`` or, in bf16, one in
-    Megatron's ``Float16Module``; with virtual pipeline stages a ``ModuleList`` of such pieces
-    (:func:`chunks`).
+    Megatron's ``Float16Module``; with virtual pipeline stages a ``ModuleList`` of such chunks
+    (:func:`model_chunks`).
 
     Args:
         architecture: shapes and experts.
@@ -187,8 +187,8 @@ def _chunk(
     return Float16Module(config, model) if config.bf16 else model
 
 
-def chunks(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """The pieces of a model on this rank, one a virtual pipeline stage; without those the model."""
+def model_chunks(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The chunks of a model on this rank, one a virtual pipeline stage; without those the model."""
     return list(model) if isinstance(model, torch.nn.ModuleList) else [model]
 
 
@@ -196,18 +196,18 @@ def canonical_parameters(
     model: torch.nn.Module,
 ) -> Iterator[tuple[tuple[str, ...], torch.nn.Parameter]]:
     """Every parameter here, wrapped or not, with the canonical names of what it holds."""
-    for piece in chunks(model):
-        inner = unwrap(piece)
+    for chunk in model_chunks(model):
+        inner = unwrap(chunk)
         names = canonical_names(inner)
         for name, parameter in inner.named_parameters():
             yield names[name], parameter
 
 
 def for_chunks(model: torch.nn.Module, batches: Iterator[Any]) -> Any:
-    """Micro-batches as Megatron's schedules take them: of a model in several pieces each asks for
+    """Micro-batches as Megatron's schedules take them: of a model in several chunks each asks for
     all of them, at a time of its own."""
-    pieces = len(chunks(model))
-    return list(itertools.tee(batches, pieces)) if pieces > 1 else batches
+    chunks = len(model_chunks(model))
+    return list(itertools.tee(batches, chunks)) if chunks > 1 else batches
 
 
 def model_fields(architecture: Architecture) -> dict[str, Any]:
@@ -287,7 +287,7 @@ def wrap_ddp(
     frozen: Collection[str] = (),
     options: MegatronOptions = NO_OPTIONS,
 ) -> Any:
-    """Megatron's gradient buffers around the model, or around each of its :func:`chunks`: a
+    """Megatron's gradient buffers around the model, or around each of its :func:`model_chunks`: a
     ``DistributedDataParallel`` or a ``ModuleList`` of them.
 
     The tensors of the canonical names ``frozen`` get no gradient and take no part in the optimizer,
@@ -296,15 +296,15 @@ def wrap_ddp(
     The schedules' hooks (``no_sync_func``, ``finalize_model_grads_func``, ...) are set on the
     model's configuration, where Megatron's pipeline schedules look for them.
     """
-    pieces: list[Any] = chunks(model)
-    config: TransformerConfig = pieces[0].config
-    for piece in pieces:
-        freeze(unwrap(piece), frozen)
+    chunks: list[Any] = model_chunks(model)
+    config: TransformerConfig = chunks[0].config
+    for chunk in chunks:
+        freeze(unwrap(chunk), frozen)
     ddp_config = data_parallel_config(use_distributed_optimizer, options)
-    # Buckets let gradients leave early; of later pieces those of the first hide it (Megatron-LM).
+    # Buckets let gradients leave early; of later chunks those of the first hide it (Megatron-LM).
     wrapped = [
-        DistributedDataParallel(config, ddp_config, piece, disable_bucketing=at > 0)
-        for at, piece in enumerate(pieces)
+        DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=at > 0)
+        for at, chunk in enumerate(chunks)
     ]
     config.finalize_model_grads_func = finalize_model_grads
     if ddp_config.overlap_grad_reduce:
@@ -318,7 +318,7 @@ def wrap_ddp(
 
 def without_ddp(model: torch.nn.Module) -> torch.nn.Module:
     """What :func:`wrap_ddp` was given."""
-    inside: list[Any] = [piece.module for piece in chunks(model)]
+    inside: list[Any] = [chunk.module for chunk in model_chunks(model)]
     return torch.nn.ModuleList(inside) if isinstance(model, torch.nn.ModuleList) else inside[0]
 
 
@@ -330,14 +330,14 @@ def _one_or_all(hooks: list[Any]) -> Any:
 def gather_parameters(model: torch.nn.Module) -> None:
     """Make every parameter whole on this rank before something other than training looks at it:
     with ``overlap_param_gather`` that only happens as the next forward pass goes along."""
-    for piece in chunks(model):
-        if isinstance(piece, DistributedDataParallel) and piece.ddp_config.overlap_param_gather:
-            piece.disable_forward_pre_hook(param_sync=True)
-            piece.enable_forward_pre_hook()
+    for chunk in model_chunks(model):
+        if isinstance(chunk, DistributedDataParallel) and chunk.ddp_config.overlap_param_gather:
+            chunk.disable_forward_pre_hook(param_sync=True)
+            chunk.enable_forward_pre_hook()
 
 
 def unwrap(model: torch.nn.Module) -> GPTModel:
-    """The GPTModel inside Megatron's wrappers, of one piece."""
+    """The GPTModel inside Megatron's wrappers, of one chunk."""
     inner: Any = model
     while not isinstance(inner, GPTModel):
         inner = inner.module

@@ -22,7 +22,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.optim.adam import adam
 from torch.optim.adamw import adamw
 
-from megatron_btx.engine.model import canonical_parameters, chunks
+from megatron_btx.engine.model import canonical_parameters, model_chunks
 from megatron_btx.engine.unsupported_options import megatron_errors
 from megatron_btx.errors import UserError
 from megatron_btx.recipe.schema import Training
@@ -74,7 +74,9 @@ def build_optimizer(
             lr = {"max_lr": rate, "min_lr": min_lr(training) * rate / training.lr}
             here = ParamWithNamePredicate(f"lr {rate}", lambda p, _, own=own: id(p) in own)
             overrides[ParamKey(with_name_predicate=here)] = ParamGroupOverride(**lr)
-        built: Any = get_megatron_optimizer(config, chunks(model), overrides if rates else None)
+        built: Any = get_megatron_optimizer(
+            config, model_chunks(model), overrides if rates else None
+        )
     # Where nothing of a kind learns on any rank, Megatron leaves an empty shell that can neither be
     # saved nor loaded.
     whole = [one for one in built.chained_optimizers if not one.is_stub_optimizer]

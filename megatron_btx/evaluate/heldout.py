@@ -20,7 +20,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_btx.engine.heartbeat import HEART
-from megatron_btx.engine.model import chunks, for_chunks, gather_parameters
+from megatron_btx.engine.model import for_chunks, gather_parameters, model_chunks
 from megatron_btx.engine.moe.noise import set_routing_context
 from megatron_btx.engine.moe.router import Load, collect_load, dropless, routers
 from megatron_btx.errors import UserError
@@ -169,7 +169,7 @@ class _Pass:
         self.model, self.name, self.sequences, self.step = model, name, sequences, step
         dp = parallel_state.get_data_parallel_world_size()
         self.count = -(-len(sequences) // (most * dp))
-        if len(chunks(model)) > 1:  # the interleaved schedule takes them in groups of PP
+        if len(model_chunks(model)) > 1:  # the interleaved schedule takes them in groups of PP
             pp = parallel_state.get_pipeline_model_parallel_world_size()
             self.count = -(-self.count // pp) * pp
         self.size = -(-len(sequences) // (self.count * dp))
@@ -184,7 +184,7 @@ class _Pass:
             outputs: list[dict[str, Tensor]] = get_forward_backward_func()(
                 forward_step_func=forward,
                 data_iterator=for_chunks(self.model, self._batches()),
-                model=chunks(self.model),
+                model=model_chunks(self.model),
                 num_microbatches=self.count,
                 seq_length=self.sequences[0]["tokens"].shape[-1],
                 micro_batch_size=self.size,

@@ -15,7 +15,7 @@ from megatron_btx.engine.model import DTYPES
 from megatron_btx.errors import UserError
 from megatron_btx.evaluate.centroids import SPREAD, routers
 from megatron_btx.evaluate.router_rows import centroid_rows, ridge_rows
-from megatron_btx.mix.plan_of_recipe import mix_plan
+from megatron_btx.mix.plans import mix_plan
 from megatron_btx.mix.router_init import RouterInit
 from megatron_btx.recipe.schema import Recipe, Training
 from megatron_btx.weights.plan import Checkpoint

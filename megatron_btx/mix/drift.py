@@ -27,7 +27,7 @@ from megatron_btx.errors import UserError, UserErrors, shown
 from megatron_btx.files import check_directory, check_file, read_bytes, written
 from megatron_btx.mix.anchored import own_expert
 from megatron_btx.mix.compatibility import disagreements
-from megatron_btx.mix.plan_of_request import open_sources
+from megatron_btx.mix.plans import open_sources
 from megatron_btx.mix.request import MixRequest
 from megatron_btx.recipe.check_mix import GROUPS
 from megatron_btx.recipe.names import canonical_tensors, group_of

@@ -32,7 +32,7 @@ from megatron_btx.families.tokenizer_files import (
 )
 from megatron_btx.mix.card import mix_card
 from megatron_btx.mix.compatibility import speaker_of, tokenizer_words
-from megatron_btx.mix.plan_of_request import DTYPES, open_sources, plan_of
+from megatron_btx.mix.plans import DTYPES, open_sources, plan_of
 from megatron_btx.mix.request import MixRequest
 from megatron_btx.mix.source_files import MixProgress
 from megatron_btx.provenance import versions

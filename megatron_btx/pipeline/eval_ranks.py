@@ -260,7 +260,7 @@ def _centroids(request: EvalRequest, layout: Layout) -> dict[str, Any]:
 
 
 def _export(request: EvalRequest, _layout: Layout) -> dict[str, Any]:
-    from megatron_btx.evaluate.export_model import export_model
+    from megatron_btx.evaluate.export import export_model
 
     run_dir, out = Path(request["run_dir"]), Path(request["out"])
     return export_model(run_dir, request["stage"], out, check=request["check"])

@@ -3,34 +3,23 @@
 One graph holds all systems (recipe/systems.py): a system is the kinds of stages that take part,
 and what a stage needs of other kinds is left out. Experts of zero tokens are linked to the seed.
 
-Every stage has a key: the hash of its own part of the recipe, of the text it reads and of the keys
-of the models it starts from. A stage is done when ``done.json`` in its directory holds this key.
+Every stage has a key (keys.py), and is done when ``done.json`` in its directory holds it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
 
 from megatron_btx.errors import UserError
-from megatron_btx.pipeline.fingerprint import Memo
+from megatron_btx.pipeline.keys import Memo, StageKeys
 from megatron_btx.recipe import systems
-from megatron_btx.recipe.load import digest
-from megatron_btx.recipe.schema import Layout, Recipe, Training
-from megatron_btx.recipe.stages import (
-    MixturePart,
-    boundaries,
-    expert_stage,
-    flops,
-    reads,
-    reads_all,
-    training,
-)
+from megatron_btx.recipe.schema import Layout, Recipe
+from megatron_btx.recipe.stages import expert_stage, flops, imported, training
 
 NEEDS: dict[str, tuple[str, ...]] = {
     "prepare": (),
@@ -53,31 +42,6 @@ nothing reads what they leave. (The weights are mixed where they are trained, ea
 
 TRAINED = ("seed", "expert", "finetune", "dense")
 """Kinds that train a model; so does ``import``, which takes a finished one in a stage's place."""
-
-OWN: dict[str, Callable[[Recipe], Any]] = {
-    "export": lambda recipe: recipe.export,
-    "report": lambda recipe: None,
-}
-"""What decides the result of a stage beside what it waits for, where the recipe alone says it."""
-
-_EXECUTION = frozenset(
-    [
-        "layout",
-        "save_interval",
-        "async_save",
-        "keep_checkpoints",
-        "eval_interval",
-        "eval_tokens",
-        "check_replicas_interval",
-        "data",
-        "from_",
-        "reset_position_ids",
-    ]
-)
-"""Fields of ``Training`` outside its key. The layout is how, not what: a run moved to other
-machines goes on from its checkpoints and repeats nothing. ``data`` and ``from`` enter by content;
-position ids change nothing.
-"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,12 +86,16 @@ def outline(recipe: Recipe) -> tuple[Stage, ...]:
 def build(recipe: Recipe, memo: Memo | None = None) -> tuple[Stage, ...]:
     """The stages of a recipe, each after all that it needs.
 
-    Reads the files that the recipe names (fingerprint.py), writes nothing.
+    Reads the files that the recipe names (keys.py), writes nothing.
     """
-    keys = _Keys(recipe, memo or Memo())
+    keys = StageKeys(recipe, memo or Memo())
     stages: dict[str, Stage] = {}
     for stage in outline(recipe):
-        stages[stage.name] = dataclasses.replace(stage, key=keys.stage(stage, stages))
+        kind = LOOKS_AHEAD.get(stage.kind, stage.kind)
+        name = stage.name if kind == stage.kind else kind
+        apart = ("prepare", *LOOKS_AHEAD)  # the text enters by content, and a look makes nothing
+        models = {need: stages[need].key for need in stage.needs if need not in apart}
+        stages[stage.name] = dataclasses.replace(stage, key=keys.key(name, kind, models))
     return tuple(stages.values())
 
 
@@ -184,15 +152,6 @@ def no_stage(name: str, names: Iterable[str], where: str = "") -> UserError:
     return UserError(where or name, what, f"{fix}choose {', '.join(known)}")
 
 
-def imported(recipe: Recipe, name: str) -> str | None:
-    """Where the model of stage ``name`` is taken from instead of being trained: a checkpoint
-    directory, the name of another stage (an expert of zero tokens is the seed), or nowhere."""
-    block = training(recipe, name)
-    if block.from_ is not None:
-        return block.from_
-    return "seed" if name.startswith("expert:") and block.tokens == 0 else None
-
-
 def _names(recipe: Recipe, kind: str) -> Iterator[str]:
     if kind == "expert":
         yield from map(expert_stage, recipe.experts)
@@ -224,91 +183,3 @@ def _stage(recipe: Recipe, kind: str, name: str, before: tuple[Stage, ...]) -> S
         num_threads=layout.num_threads,
         work=work,
     )
-
-
-class _Keys:
-    """Content hashes. A model's key holds the text of the domains it reads, not the key of
-    ``prepare``: otherwise one more document about mathematics would retrain the seed."""
-
-    def __init__(self, recipe: Recipe, memo: Memo) -> None:
-        self.recipe, self.memo = recipe, memo
-        # Made together, each without what is held out of another: one size changes them all.
-        builtin = sorted((str(d.builtin), d.builtin_bytes) for d in recipe.domains.values())
-        self._text = {
-            name: digest(
-                [
-                    dataclasses.replace(domain, train=(), valid=()),
-                    memo.paths(domain.train),
-                    memo.paths(domain.valid),
-                    *([builtin] if domain.builtin is not None else []),
-                ]
-            )
-            for name, domain in recipe.domains.items()
-        }
-        self._tokenizer = digest(self._tokenizer_part())
-
-    def _tokenizer_part(self) -> list[Any]:
-        recipe = self.recipe
-        if recipe.tokenizer.path is not None:
-            return [recipe.tokenizer.type, self.memo.paths([recipe.tokenizer.path])]
-        if recipe.seed.from_ is not None:  # it comes along with the seed
-            return [self.source(recipe.seed.from_)]
-        return [recipe.tokenizer, recipe.random_seed, self._mixture(recipe.seed.data, False)]
-
-    def _mixture(self, data: dict[str, float], tokenized: bool = True) -> list[Any]:
-        """Weights and content of the domains that are read."""
-        rows = [[name, weight, self._text.get(name)] for name, weight in data.items() if weight]
-        return [self._tokenizer, rows] if tokenized else rows
-
-    def source(self, directory: str) -> list[Any]:
-        """What identifies a checkpoint that is taken as it is."""
-        return ["from", self.memo.paths([str(Path(directory))])]
-
-    def stage(self, stage: Stage, before: dict[str, Stage]) -> str:
-        name = kind = LOOKS_AHEAD.get(stage.kind, stage.kind)
-        if kind == stage.kind:
-            name = stage.name
-        apart = ("prepare", *LOOKS_AHEAD)  # the text enters by content, and a look makes nothing
-        models = [[need, before[need].key] for need in stage.needs if need not in apart]
-        part = [name, self.recipe.random_seed, self._own(name, kind), models]
-        return digest(part)
-
-    def _own(self, name: str, kind: str) -> Any:
-        recipe = self.recipe
-        if kind == "prepare":
-            return [list(self._text.items()), self._tokenizer]
-        if kind == "import":
-            source = imported(recipe, name)
-            assert source is not None
-            return [recipe.model, "seed" if source == "seed" else self.source(source)]
-        if kind == "evaluate":
-            how = [recipe.system, recipe.btm if recipe.system == "btm" else None]
-            marks = [["boundaries", *boundaries(recipe)]] if any(boundaries(recipe)) else []
-            text = list(self._text.items())
-            return [how, recipe.evaluate.tokens, self._tokenizer, text, *marks]
-        if kind in OWN:
-            return OWN[kind](recipe)
-        block = training(recipe, name)
-        moe = kind == "finetune" or block.anchor is not None
-        own = [recipe.model, self._training(block, moe=moe)]
-        if block.anchor is not None:
-            own += [recipe.routing]
-        if kind == "finetune":
-            mix = dataclasses.replace(recipe.mix, centroids=None)  # it enters by content
-            centroids = [] if recipe.mix.centroids is None else [recipe.mix.centroids]
-            own += [mix, self.memo.paths(centroids), recipe.routing]
-        if reads_all(recipe, name):  # it reads what the others read
-            own += [self._part(part) for group in reads(recipe, name) for part in group]
-        return own
-
-    def _part(self, part: MixturePart) -> list[Any]:
-        block = part.block
-        return [part.stage, block.tokens, block.global_batch_size, self._mixture(block.data)]
-
-    def _training(self, block: Training, moe: bool) -> list[Any]:
-        plain = {name: getattr(Training(), name) for name in _EXECUTION}
-        if block.average_last > 1:  # of what is saved
-            plain["save_interval"] = block.save_interval
-        if not moe:  # how a batch is cut matters only to what is counted over a micro-batch:
-            plain["micro_batch_size"] = 1  # the balance loss and Switch's capacity
-        return [dataclasses.replace(block, **plain), self._mixture(block.data)]

@@ -17,14 +17,13 @@ from typing import Any
 
 from megatron_btx.errors import UserError, UserErrors, collect_errors
 from megatron_btx.files import unfinished
-from megatron_btx.pipeline import graph
 from megatron_btx.pipeline.graph import Stage
 from megatron_btx.provenance import code_revision
 from megatron_btx.recipe import count
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.schema import Model, Recipe
 from megatron_btx.recipe.stages import directory as stage_directory
-from megatron_btx.recipe.stages import recipe_key
+from megatron_btx.recipe.stages import imported, recipe_key
 from megatron_btx.weights.find_checkpoint import find_checkpoint, is_hugging_face
 from megatron_btx.weights.manifest import MANIFEST, read_manifest
 
@@ -38,7 +37,7 @@ def check(recipe: Recipe, name: str) -> None:
     Raises:
         UserError: it is missing, incomplete, a mixture of experts or of another shape.
     """
-    source = graph.imported(recipe, name)
+    source = imported(recipe, name)
     assert source is not None
     if source != "seed":
         _read(recipe, f"{recipe_key(name)}.from", Path(source))
@@ -54,7 +53,7 @@ def check_all(recipe: Recipe, stages: Iterable[Stage]) -> None:
     errors: list[UserError] = []
     tokenizers: dict[str, Path] = {}
     for stage in stages:
-        source = graph.imported(recipe, stage.name) if stage.kind == "import" else None
+        source = imported(recipe, stage.name) if stage.kind == "import" else None
         if source in (None, "seed"):
             continue
         where = f"{recipe_key(stage.name)}.from"
@@ -114,7 +113,7 @@ def link(recipe: Recipe, name: str, run_dir: Path) -> dict[str, Any]:
     Returns:
         ``{"checkpoint": link or directory, "from": what was taken}``.
     """
-    source = graph.imported(recipe, name)
+    source = imported(recipe, name)
     assert source is not None
     origin = run_dir / "seed" if source == "seed" else Path(source)
     directory, manifest = _read(recipe, f"{recipe_key(name)}.from", origin)

@@ -28,7 +28,7 @@ from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.names import canonical_tensors
 from megatron_btx.recipe.run_plan import human
 from megatron_btx.recipe.schema import Model, Recipe, Training
-from megatron_btx.train.learning import Learning
+from megatron_btx.train.freezing import FreezingSchedule
 from megatron_btx.train.train_stage import from_models, routers_of_run
 from megatron_btx.weights.plan import Checkpoint, Plan
 from megatron_btx.weights.source import Unread
@@ -211,7 +211,7 @@ def _written(one: Held) -> int:
 def _optimizer(architecture: Architecture, training: Training, model: Model, number: int) -> int:
     with rank(training.layout, number):
         module = simulated_model(architecture, training)
-        _, optimizer, _ = Learning(architecture, training, model).begin(module, 0)
+        _, optimizer, _ = FreezingSchedule(architecture, training, model).begin(module, 0)
         return optimizer_bytes(optimizer, training)
 
 

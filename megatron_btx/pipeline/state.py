@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_btx.data.piece import are_there
+from megatron_btx.data.tokenized import all_tokenized
 from megatron_btx.errors import UserError
 from megatron_btx.files import append_line, find_json, newest_step, write_json
 from megatron_btx.pipeline import graph
@@ -60,7 +60,7 @@ def _has_what_it_made(run_dir: Path, stage: Stage, outputs: dict[str, Any]) -> b
     if stage.kind == "prepare" and "domains" in outputs:
         directory = run_dir / stage.directory
         tokenizer = (directory / "tokenizer" / "made.json").is_file()
-        return tokenizer and are_there(directory / "data", outputs["domains"])
+        return tokenizer and all_tokenized(directory / "data", outputs["domains"])
     table = outputs.get("results")
     return table is None or (run_dir / str(table)).exists()
 

@@ -103,7 +103,7 @@ def _evaluate(recipe: Recipe, stage: Stage, run_dir: Path) -> Any:
 
 def _export(recipe: Recipe, stage: Stage, run_dir: Path) -> Any:
     with engine.importing():
-        from megatron_btx.evaluate.export_stage import run
+        from megatron_btx.evaluate.export import run
 
     return run(recipe, run_dir)
 

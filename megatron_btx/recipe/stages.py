@@ -209,3 +209,12 @@ def _block(recipe: Recipe, name: str) -> Training:
     if name not in blocks:
         raise UserError(name, "is no training stage of this recipe", f"choose {', '.join(blocks)}")
     return blocks[name]
+
+
+def imported(recipe: Recipe, name: str) -> str | None:
+    """Where the model of stage ``name`` is taken from instead of being trained: a checkpoint
+    directory, the name of another stage (an expert of zero tokens is the seed), or nowhere."""
+    block = training(recipe, name)
+    if block.from_ is not None:
+        return block.from_
+    return "seed" if name.startswith("expert:") and block.tokens == 0 else None

@@ -14,7 +14,7 @@ from megatron_btx.evaluate import model_spec
 from megatron_btx.evaluate.model_spec import Subject
 from megatron_btx.files import find_json, write_json
 from megatron_btx.pipeline import eval_ranks, graph, state
-from megatron_btx.pipeline.fingerprint import Memo
+from megatron_btx.pipeline.keys import Memo
 from megatron_btx.recipe.load import digest, load_recipe
 from megatron_btx.recipe.schema import Layout
 from megatron_btx.recipe.stages import directory

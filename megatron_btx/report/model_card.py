@@ -56,7 +56,7 @@ def run_card(
         run_dir: its directory.
         row: which model.
         architecture: of the model.
-        claims: what was checked (``evaluate/export_model.py``).
+        claims: what was checked (``evaluate/export.py``).
         llama_cpp: why that does not compute the model (families/llama_cpp.py).
     """
     results = Results.read(run_dir)

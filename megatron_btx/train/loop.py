@@ -16,7 +16,6 @@ import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_btx.engine import wait_time
 from megatron_btx.engine.heartbeat import HEART
 from megatron_btx.engine.moe.loss_tracker import pop_balance_loss
 from megatron_btx.engine.optimizer import learning_rate
@@ -88,7 +87,7 @@ def train(run: Run, callbacks: Sequence[Callback], stop: StopRequest) -> None:
     while run.step < run.total_steps and not run.stopped:
         started = time.perf_counter()
         rate = learning_rate(run.optimizer)
-        with wait_time.counted() as waited:
+        with throughput.waiting_counted() as waited:
             result = train_step(
                 run.model,
                 run.optimizer,

@@ -1,7 +1,7 @@
 """Ranks that hold the others up, named: their own work a step, beside that of the median rank.
 
 A synchronous step takes every rank the same time; what differs is how much of it a rank works and
-how much it waits for others (engine/wait_time.py). On GPUs that is not measured: the host does not
+how much it waits for others (throughput.py). On GPUs that is not measured: the host does not
 wait there.
 """
 

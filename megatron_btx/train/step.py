@@ -16,7 +16,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
-from megatron_btx.engine.model import chunks, for_chunks
+from megatron_btx.engine.model import for_chunks, model_chunks
 from megatron_btx.engine.moe.noise import set_routing_context
 from megatron_btx.train.throughput import Stopwatch
 
@@ -94,14 +94,14 @@ def train_step(
     if masked:
         held = list(itertools.islice(batches, num_microbatches))
         batches, weight = iter(held), token_weight([batch["loss_mask"] for batch in held])
-    pieces: list[Any] = chunks(model)
-    for piece in pieces:
-        piece.zero_grad_buffer()
+    chunks: list[Any] = model_chunks(model)
+    for chunk in chunks:
+        chunk.zero_grad_buffer()
     optimizer.zero_grad()
     forwards = get_forward_backward_func()(
         forward_step_func=functools.partial(forward_step, step=step, weight=weight),
         data_iterator=for_chunks(model, batches),
-        model=pieces,
+        model=chunks,
         num_microbatches=num_microbatches,
         seq_length=seq_length,
         micro_batch_size=micro_batch_size,

@@ -10,11 +10,14 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
+from unittest import mock
 
 import torch
+import torch.distributed as dist
 
 from megatron_btx.recipe import chips
 
@@ -67,6 +70,35 @@ class Stopwatch:
         if part == "forward_backward":
             self.seconds[part] -= self.seconds.get("data_loading", 0.0)
         self._last = now
+
+
+@dataclass(slots=True)
+class Waiting:
+    """Seconds in which this process waited for collective operations."""
+
+    seconds: float = 0.0
+
+
+@contextmanager
+def waiting_counted() -> Iterator[Waiting]:
+    """Within the block, count how long this rank waits for others. The rest of a step is its own
+    work: all ranks of a synchronous step take the same time, and only the slowest never waits.
+
+    Whatever blocks on gloo goes through ``Work.wait``: collectives, coalesced or not, and what
+    pipeline stages send each other. On a GPU ``wait`` only queues and returns at once, so nothing
+    is counted there.
+    """
+    found, plain = Waiting(), dist.Work.wait
+
+    def wait(work: dist.Work, *arguments: Any, **options: Any) -> Any:
+        started = time.perf_counter()
+        try:
+            return plain(work, *arguments, **options)
+        finally:
+            found.seconds += time.perf_counter() - started
+
+    with mock.patch.object(dist.Work, "wait", wait):
+        yield found
 
 
 def of_step(

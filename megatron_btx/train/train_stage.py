@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_btx.data.boundaries import check_attention
-from megatron_btx.data.mixture import held_out, stage_stream
+from megatron_btx.data.mixture import held_out, stage_data
 from megatron_btx.data.tokenizer import load_tokenizer
 from megatron_btx.engine import distributed, platform
 from megatron_btx.engine.checkpoint import (
@@ -33,7 +33,7 @@ from megatron_btx.families.open import open_checkpoint
 from megatron_btx.files import newest_step, write_json
 from megatron_btx.mix.anchored import branch
 from megatron_btx.mix.one_model import copy, fresh
-from megatron_btx.mix.plan_of_recipe import mix_plan
+from megatron_btx.mix.plans import mix_plan
 from megatron_btx.mix.router_init import RouterInit
 from megatron_btx.provenance import code_revision, versions
 from megatron_btx.recipe import check, count, freezing, stages
@@ -52,7 +52,7 @@ from megatron_btx.train.callbacks import (
     HeldOutLoss,
     Log,
 )
-from megatron_btx.train.learning import Learning
+from megatron_btx.train.freezing import FreezingSchedule
 from megatron_btx.train.loop import Run, listening, train
 from megatron_btx.train.slow_ranks import SlowRanks
 from megatron_btx.train.tracking import Tracker
@@ -121,8 +121,8 @@ def _begin(
         size = distributed.summed(sum(initialize(model, plan).values()))
         loaded = throughput.of_transfer("load", size, time.perf_counter() - started)
     step = manifest["step"] if manifest else 0
-    learning = Learning(architecture, training, recipe.model)
-    ddp, optimizer, schedule = learning.begin(model, step)
+    phases = FreezingSchedule(architecture, training, recipe.model)
+    ddp, optimizer, schedule = phases.begin(model, step)
     if resumed is not None and manifest is not None:
         started = time.perf_counter()
         whole = manifest["has_optimizer"]
@@ -134,24 +134,24 @@ def _begin(
         )
         if distributed.is_first_rank():
             loaded = throughput.of_checkpoint("load", path, time.perf_counter() - started)
-    stream = stage_stream(recipe, name, run_dir)
+    data = stage_data(recipe, name, run_dir)
     progress = Run(
         model=ddp,
         optimizer=optimizer,
         schedule=schedule,
-        batches=stream.batches,
+        batches=data.batches,
         total_steps=steps,
-        num_microbatches=stream.num_microbatches,
+        num_microbatches=data.num_microbatches,
         micro_batch_size=training.micro_batch_size,
         global_batch_size=training.global_batch_size,
         seq_length=recipe.model.seq_length,
         masked=training.eod_mask_loss,
         step=step,
         device=throughput.device(
-            learning.flops_per_token(step), training.layout.world_size, recipe.peak_tflops
+            phases.flops_per_token(step), training.layout.world_size, recipe.peak_tflops
         ),
         thaws_at=freezing.thaws_at(training, recipe.model),
-        thaw=learning.thaw,
+        thaw=phases.thaw,
     )
     lineage = manifest["lineage"] if manifest else _lineage(recipe, name, training, plan)
     callbacks, log = _callbacks(recipe, name, training, run_dir, progress, architecture, lineage)

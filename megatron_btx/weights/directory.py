@@ -1,8 +1,8 @@
 """Directories that appear whole or not at all, and go on where they were interrupted.
 
 Everything is written below ``NAME.partial`` (partial.py), which one process has at a time: each
-piece under a name of its own until it is on disk, then renamed. Running the same plan again finds
-the finished pieces and makes the others; the directory gets its own name last.
+file under a name of its own until it is on disk, then renamed. Running the same plan again finds
+the finished files and makes the others; the directory gets its own name last.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Piece:
+class LargeFile:
     """One large file of the directory."""
 
     name: str
@@ -40,7 +40,7 @@ def write_directory(
     out: Path,
     *,
     identity: str,
-    pieces: Sequence[Piece],
+    large_files: Sequence[LargeFile],
     workers: int = 1,
     files: Callable[[], Mapping[str, bytes]],
     check: Callable[[Path], object] = lambda _directory: None,
@@ -50,9 +50,9 @@ def write_directory(
     Args:
         out: must not exist; its parent must.
         identity: of what is written; an interrupted run of another identity is discarded.
-        pieces: the large files, each resumable as a whole.
+        large_files: the large files, each resumable as a whole.
         workers: how many of them are written side by side.
-        files: the small ones, asked for when all pieces are there.
+        files: the small ones, asked for when all large ones are there.
         check: called with the directory when all is in it, before it gets its name.
 
     Raises:
@@ -62,7 +62,7 @@ def write_directory(
     with claimed(out, identity) as partial:
         try:
             with unwritable(out):
-                hashes = _write_pieces(out, partial.path, pieces, workers)
+                hashes = _write_large(out, partial.path, large_files, workers)
                 for name, content in files().items():
                     write_small(partial.path / name, content)
                     hashes[name] = Hash(content).hexdigest()
@@ -75,20 +75,20 @@ def write_directory(
             partial.finish()
 
 
-def _write_pieces(
-    out: Path, partial: Path, pieces: Sequence[Piece], workers: int
+def _write_large(
+    out: Path, partial: Path, large_files: Sequence[LargeFile], workers: int
 ) -> dict[str, str]:
-    """Write the pieces that are not there yet; the hashes of all."""
-    missing = [piece for piece in pieces if not (partial / piece.name).exists()]
-    if len(missing) < len(pieces):
-        logger.info("%s: going on after %d pieces", out, len(pieces) - len(missing))
-    _check_space(partial, sum(piece.nbytes for piece in missing))
-    absent = {piece.name for piece in missing}
-    hashes = {p.name: hash_file(partial / p.name) for p in pieces if p.name not in absent}
+    """Write the large files that are not there yet; the hashes of all."""
+    missing = [file for file in large_files if not (partial / file.name).exists()]
+    if len(missing) < len(large_files):
+        logger.info("%s: going on after %d files", out, len(large_files) - len(missing))
+    _check_space(partial, sum(file.nbytes for file in missing))
+    absent = {file.name for file in missing}
+    hashes = {p.name: hash_file(partial / p.name) for p in large_files if p.name not in absent}
     errors: list[UserError] = []
     stop = threading.Event()
     with ThreadPoolExecutor(workers) as pool:
-        jobs = {p.name: pool.submit(_write_piece, partial / p.name, p.write, stop) for p in missing}
+        jobs = {p.name: pool.submit(_write_one, partial / p.name, p.write, stop) for p in missing}
         try:
             for name, job in jobs.items():
                 found = job.result()
@@ -123,8 +123,8 @@ def as_json(value: Any) -> bytes:
     return (json.dumps(value, indent=2) + "\n").encode()
 
 
-class _Stopped(Exception):
-    """Another piece failed, or the user wants no more."""
+class _Cancelled(Exception):
+    """Another file failed, or the user wants no more."""
 
 
 class _Hashed:
@@ -137,7 +137,7 @@ class _Hashed:
 
     def write(self, data: bytes | memoryview) -> int:
         if self._stop.is_set():
-            raise _Stopped
+            raise _Cancelled
         self._digest.update(data)
         return self._file.write(data)
 
@@ -150,10 +150,10 @@ class _Hashed:
         return self._digest.hexdigest() if self._in_order else hash_file(Path(self._file.name))
 
 
-def _write_piece(
+def _write_one(
     path: Path, write: Callable[[BinaryIO], None], stop: threading.Event
 ) -> str | list[UserError]:
-    """One piece: its hash, or what is wrong with it, so that the others' errors can be told too."""
+    """One file: its hash, or what is wrong with it, so that the others' errors can be told too."""
     unfinished = path.with_name(path.name + ".unfinished")
     with unfinished.open("wb") as file:
         hashed = _Hashed(file, stop)

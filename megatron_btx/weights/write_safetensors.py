@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from megatron_btx.errors import UserError, UserErrors
-from megatron_btx.weights.directory import Piece, as_json, write_directory
+from megatron_btx.weights.directory import LargeFile, as_json, write_directory
 from megatron_btx.weights.execute import ONE_BY_ONE, Execution
 from megatron_btx.weights.ops import nbytes
 from megatron_btx.weights.plan import Plan
@@ -48,8 +48,8 @@ def write_safetensors(
         names = ["model.safetensors"]
     else:
         names = [f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors" for i in range(len(groups))]
-    pieces = [
-        Piece(
+    large_files = [
+        LargeFile(
             name,
             sum(nbytes(plan.targets[t]) for t in group),
             partial(_write, plan, group, execution),
@@ -69,7 +69,7 @@ def write_safetensors(
     write_directory(
         out,
         identity=f"safetensors {shard} {plan.identity}",
-        pieces=pieces,
+        large_files=large_files,
         workers=execution.workers,
         files=small,
         check=check,

@@ -32,7 +32,7 @@ from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.names import EMBEDDING, HEAD
 from megatron_btx.weights.box import Box, Shape, extent, slabs, whole
-from megatron_btx.weights.directory import Piece, as_json, write_directory
+from megatron_btx.weights.directory import LargeFile, as_json, write_directory
 from megatron_btx.weights.execute import ONE_BY_ONE, Execution
 from megatron_btx.weights.expression import Expression
 from megatron_btx.weights.megatron import extra_states, second_names, stored
@@ -105,8 +105,8 @@ def write_torch_dist(
         UserError: see :func:`write_directory`.
     """
     layout = list(_files(plan, shard))
-    pieces = [
-        Piece(file.name, file.nbytes, partial(_write, plan, file, execution)) for file in layout
+    large_files = [
+        LargeFile(file.name, file.nbytes, partial(_write, plan, file, execution)) for file in layout
     ]
 
     def small() -> dict[str, bytes]:
@@ -124,7 +124,7 @@ def write_torch_dist(
     write_directory(
         out,
         identity=f"torch_dist {shard} {plan.identity}",
-        pieces=pieces,
+        large_files=large_files,
         workers=execution.workers,
         files=small,
         check=check,

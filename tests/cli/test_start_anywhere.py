@@ -117,7 +117,7 @@ NORM = "decoder.final_layernorm.weight"
 
 def export_here(run_dir: Path, stage: str, out: Path) -> dict[str, Any]:
     from megatron_btx.engine import distributed
-    from megatron_btx.evaluate.export_model import export_model
+    from megatron_btx.evaluate.export import export_model
 
     distributed.initialize(Layout(), 0)
     return export_model(run_dir, stage, out, check=True)

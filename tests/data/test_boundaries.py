@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from megatron.core.datasets.gpt_dataset import _get_ltor_masks_and_position_ids
 
 from megatron_btx.data.boundaries import Boundaries, check_attention, document_begins
-from megatron_btx.data.mixture import held_out, stage_stream
+from megatron_btx.data.mixture import held_out, stage_data
 from megatron_btx.data.tokenizer import load_tokenizer
 from megatron_btx.engine.platform import Platform
 from megatron_btx.errors import UserError
@@ -57,8 +57,8 @@ def test_what_stages_and_evaluations_read(prepared: tuple[Recipe, Path]) -> None
         (plain, with_marks)
         for step in range(3)
         for plain, with_marks in zip(
-            stage_stream(recipe, "finetune", run_dir).batches(step, 0),
-            stage_stream(marked, "finetune", run_dir).batches(step, 0),
+            stage_data(recipe, "finetune", run_dir).batches(step, 0),
+            stage_data(marked, "finetune", run_dir).batches(step, 0),
             strict=True,
         )
     ]

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from megatron_btx.data.interleave import Interleaved
-from megatron_btx.data.mixture import Stream, held_out, stage_stream
+from megatron_btx.data.mixture import StageData, held_out, stage_data
 from megatron_btx.data.prepare import prefix
 from megatron_btx.data.tokenizer import load_tokenizer
 from megatron_btx.errors import UserError
@@ -33,7 +33,7 @@ def steps(recipe: Recipe, name: str) -> int:
     return count.steps(training(recipe, name), recipe.model)
 
 
-def rows(stream: Stream, which: Iterable[int], ranks: int = 1) -> list[tuple[int, int, bytes]]:
+def rows(stream: StageData, which: Iterable[int], ranks: int = 1) -> list[tuple[int, int, bytes]]:
     """(global index, domain, tokens and labels) of steps, in the order of the global index."""
     found = []
     for step in which:
@@ -55,7 +55,7 @@ def content(found: Iterable[tuple[int, int, bytes]]) -> list[tuple[int, bytes]]:
 
 def test_batches(prepared: Prepared) -> None:
     recipe, run_dir = prepared
-    stream = stage_stream(recipe, "seed", run_dir)
+    stream = stage_data(recipe, "seed", run_dir)
     settings_, length = recipe.seed, recipe.model.seq_length
     batches = list(stream.batches(3, 0))
     assert len(batches) == stream.num_microbatches
@@ -83,7 +83,7 @@ def test_every_sample_is_of_its_domain(prepared: Prepared) -> None:
         documents[name] = {bytes(np.asarray(indexed[i], np.int64)) for i in range(len(indexed))}
         assert all(np.asarray(indexed[i])[-1] == eos for i in range(len(indexed)))
     whole = 0
-    for _, domain, text in rows(stage_stream(recipe, "finetune", run_dir), range(10)):
+    for _, domain, text in rows(stage_data(recipe, "finetune", run_dir), range(10)):
         row = np.frombuffer(text, np.int64)
         tokens = np.append(row[: len(row) // 2], row[-1])
         ends = np.flatnonzero(tokens == eos)
@@ -99,7 +99,7 @@ def test_every_sample_is_of_its_domain(prepared: Prepared) -> None:
 def test_mixture_keeps_to_its_weights(prepared: Prepared) -> None:
     recipe, run_dir = prepared
     for name in ("seed", "expert:code", "finetune"):
-        stream = stage_stream(recipe, name, run_dir)
+        stream = stage_data(recipe, name, run_dir)
         dp = training(recipe, name).layout.data_parallel_size
         found = Counter(domain for _, domain, _ in rows(stream, range(steps(recipe, name)), dp))
         for domain, weight in count.mixture(training(recipe, name).data).items():
@@ -110,20 +110,20 @@ def test_mixture_keeps_to_its_weights(prepared: Prepared) -> None:
 @pytest.mark.parametrize(("micro", "dp"), [(4, 2), (2, 1), (1, 4), (8, 1), (2, 2)])
 def test_layouts_see_the_same_global_batches(prepared: Prepared, micro: int, dp: int) -> None:
     recipe, run_dir = prepared
-    stream = stage_stream(recipe, "expert:math", run_dir)
+    stream = stage_data(recipe, "expert:math", run_dir)
     one = rows(stream, range(6))
     other = replace(
         recipe.experts["math"], micro_batch_size=micro, layout=Layout(data_parallel_size=dp)
     )
     changed = replace(recipe, experts={**recipe.experts, "math": other})
-    assert rows(stage_stream(changed, "expert:math", run_dir), range(6), dp) == one
+    assert rows(stage_data(changed, "expert:math", run_dir), range(6), dp) == one
 
 
 def test_blocks_as_megatron_deals_them(prepared: Prepared) -> None:
     """i = step GBS + (m dp + r) mbs + j."""
     recipe, run_dir = prepared
     assert recipe.finetune.layout.data_parallel_size == 2
-    stream = stage_stream(recipe, "finetune", run_dir)
+    stream = stage_data(recipe, "finetune", run_dir)
     size, dp = recipe.finetune.micro_batch_size, 2
     for rank in range(dp):
         for micro, batch in enumerate(stream.batches(5, rank)):
@@ -133,9 +133,9 @@ def test_blocks_as_megatron_deals_them(prepared: Prepared) -> None:
 
 def test_any_step_can_be_asked_for(prepared: Prepared) -> None:
     recipe, run_dir = prepared
-    all_steps = rows(stage_stream(recipe, "seed", run_dir), range(8))
+    all_steps = rows(stage_data(recipe, "seed", run_dir), range(8))
     size = recipe.seed.global_batch_size
-    again = stage_stream(recipe, "seed", run_dir)
+    again = stage_data(recipe, "seed", run_dir)
     assert rows(again, [7]) == all_steps[7 * size :]
     assert rows(again, [2, 3]) == all_steps[2 * size : 4 * size]
 
@@ -144,7 +144,7 @@ def test_two_ranks_at_once(prepared: Prepared, ranks: Ranks, tmp_path: Path) -> 
     """Through real process groups, with no index cached; then again from the cache."""
     recipe, run_dir = prepared
     shutil.copytree(run_dir / "prepare", tmp_path / "prepare")
-    expected = rows(stage_stream(recipe, "finetune", run_dir), range(3), 2)
+    expected = rows(stage_data(recipe, "finetune", run_dir), range(3), 2)
     for _ in range(2):
         found = []
         for rank in ranks.run(read_steps, 2, recipe, "finetune", tmp_path, 3):
@@ -161,16 +161,16 @@ def test_two_ranks_at_once(prepared: Prepared, ranks: Ranks, tmp_path: Path) -> 
 
 def test_dense_reads_what_the_experts_and_the_finetuning_read(prepared: Prepared) -> None:
     recipe, run_dir = prepared
-    dense = stage_stream(recipe, "dense", run_dir)
+    dense = stage_data(recipe, "dense", run_dir)
     everything = content(rows(dense, range(steps(recipe, "dense"))))
     experts = [
-        content(rows(stage_stream(recipe, f"expert:{name}", run_dir),
+        content(rows(stage_data(recipe, f"expert:{name}", run_dir),
                      range(steps(recipe, f"expert:{name}")))) for name in recipe.experts
     ]  # fmt: skip
     size = sum(map(len, experts))
     first, second = everything[:size], everything[size:]
     assert Counter(first) == sum((Counter(expert) for expert in experts), Counter())
-    finetune = stage_stream(recipe, "finetune", run_dir)
+    finetune = stage_data(recipe, "finetune", run_dir)
     assert second == content(rows(finetune, range(steps(recipe, "finetune")), 2))
     for expert in experts:  # in the expert's own order, and spread over the whole phase
         own = set(expert)
@@ -182,7 +182,7 @@ def test_dense_with_a_batch_that_does_not_divide(prepared: Prepared) -> None:
     recipe, run_dir = prepared
     assert recipe.dense is not None
     odd = replace(recipe, dense=replace(recipe.dense, global_batch_size=20, micro_batch_size=20))
-    stream = stage_stream(odd, "dense", run_dir)
+    stream = stage_data(odd, "dense", run_dir)
     number = steps(odd, "dense")
     assert number * 20 > len(stream) > (number - 1) * 20
     found = content(rows(stream, range(number)))
@@ -196,19 +196,19 @@ def test_stages_read_in_orders_of_their_own(prepared: Prepared) -> None:
     same = {name: replace(block, data={"general": 1.0}) for name, block in recipe.experts.items()}
     changed = replace(recipe, experts=same)
     one, two = (
-        content(rows(stage_stream(changed, f"expert:{name}", run_dir), range(4)))
+        content(rows(stage_data(changed, f"expert:{name}", run_dir), range(4)))
         for name in ("code", "math")
     )
     assert one != two
     other_seed = replace(changed, random_seed=99)
-    assert content(rows(stage_stream(other_seed, "expert:code", run_dir), range(4))) != one
+    assert content(rows(stage_data(other_seed, "expert:code", run_dir), range(4))) != one
 
 
 def test_one_domain_alone(prepared: Prepared) -> None:
     recipe, run_dir = prepared
     block = replace(recipe.experts["prose"], data={"prose": 3.0})
     changed = replace(recipe, experts={**recipe.experts, "prose": block})
-    found = rows(stage_stream(changed, "expert:prose", run_dir), range(3))
+    found = rows(stage_data(changed, "expert:prose", run_dir), range(3))
     assert {domain for _, domain, _ in found} == {list(recipe.domains).index("prose")}
 
 
@@ -216,7 +216,7 @@ def test_many_epochs(prepared: Prepared) -> None:
     """More samples than the text has: it is read again, shuffled anew, no sequence is left out."""
     recipe, run_dir = prepared
     block = Training(tokens=2_000_000, data={"code": 1.0}, global_batch_size=8, micro_batch_size=8)
-    stream = stage_stream(replace(recipe, seed=block), "seed", run_dir)
+    stream = stage_data(replace(recipe, seed=block), "seed", run_dir)
     epoch = len(held_like(recipe, run_dir, "code"))
     assert len(stream) > 3 * epoch
     found = [text for _, _, text in rows(stream, range(len(stream) // 8))]
@@ -231,12 +231,12 @@ def held_like(recipe: Recipe, run_dir: Path, name: str) -> range:
 def test_a_killed_build_is_not_trusted(prepared: Prepared, tmp_path: Path) -> None:
     recipe, run_dir = prepared
     shutil.copytree(run_dir / "prepare", tmp_path / "prepare")
-    expected = rows(stage_stream(recipe, "seed", tmp_path), range(2))
+    expected = rows(stage_data(recipe, "seed", tmp_path), range(2))
     (cache,) = (tmp_path / "seed" / "index").iterdir()
     left = cache.rename(cache.with_name(f".{cache.name}.12345.tmp"))
     for file in left.glob("*.npy"):
         file.write_bytes(file.read_bytes()[:100])
-    assert rows(stage_stream(recipe, "seed", tmp_path), range(2)) == expected
+    assert rows(stage_data(recipe, "seed", tmp_path), range(2)) == expected
     assert [path.name for path in (tmp_path / "seed" / "index").iterdir()] == [cache.name]
 
 
@@ -246,13 +246,13 @@ def test_other_text_is_another_index(prepared: Prepared, tmp_path: Path) -> None
     shutil.copytree(run_dir / "prepare", tmp_path / "prepare")
     block = replace(recipe.experts["code"], data={"code": 1.0})
     changed = replace(recipe, experts={**recipe.experts, "code": block})
-    stage_stream(changed, "expert:code", tmp_path)
+    stage_data(changed, "expert:code", tmp_path)
     shutil.rmtree(tmp_path / "prepare" / "data" / "code")
     shutil.copytree(tmp_path / "prepare" / "data" / "prose", tmp_path / "prepare" / "data" / "code")
     which = range(steps(recipe, "expert:code"))
-    found = rows(stage_stream(changed, "expert:code", tmp_path), which)
+    found = rows(stage_data(changed, "expert:code", tmp_path), which)
     shutil.rmtree(tmp_path / "expert-code" / "index")
-    assert rows(stage_stream(changed, "expert:code", tmp_path), which) == found
+    assert rows(stage_data(changed, "expert:code", tmp_path), which) == found
 
 
 def test_held_out_sequences(prepared: Prepared) -> None:
@@ -284,7 +284,7 @@ def test_missing_and_short_text(prepared: Prepared, tmp_path: Path) -> None:
         held_out(recipe, run_dir, recipe.model.seq_length - 1)
     (tmp_path / "prepare" / "data" / "code" / "train.json").unlink()
     with pytest.raises(UserError, match="run stage prepare") as error:
-        stage_stream(recipe, "expert:code", tmp_path)
+        stage_data(recipe, "expert:code", tmp_path)
     assert error.value.where == "domains.code"
 
 

@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megatron_btx.data.piece import read_piece
 from megatron_btx.data.prepare import check, prefix, prepare
+from megatron_btx.data.tokenized import read_tokenized
 from megatron_btx.data.tokenizer import load_tokenizer
 from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.recipe.schema import Domain, Model, Recipe, TokenizerBlock, Training
@@ -260,19 +260,19 @@ def test_a_bad_line_leaves_no_half_written_files(tmp_path: Path) -> None:
     recipe = recipe_of(domains)
     prepare(recipe, tmp_path / "out")
     where = tmp_path / "out" / "data" / "a" / "train"
-    old = read_piece(where)
+    old = read_tokenized(where)
     good = file.read_text()
     file.write_text(good + "broken\n")
     with pytest.raises(UserError, match=r"a\.jsonl:121"):
         prepare(recipe, tmp_path / "out")
-    assert read_piece(where) == old  # what is whole stays until its successor is
+    assert read_tokenized(where) == old  # what is whole stays until its successor is
     assert not [path for path in tmp_path.rglob("*") if "tmp" in path.name]
     file.write_text(good + json.dumps({"text": ""}) + "\n" + json.dumps({"text": "new text"}))
     facts = prepare(recipe, tmp_path / "out")["domains"]["a"]["train"]
     assert facts["documents"] == 121  # without tokens, a document is left out
-    piece = read_piece(where)
+    piece = read_tokenized(where)
     assert piece is not None
     assert piece != old
-    assert read_piece(where, piece.key) == piece
-    assert read_piece(where, "another") is None
+    assert read_tokenized(where, piece.key) == piece
+    assert read_tokenized(where, "another") is None
     assert not list((tmp_path / "out" / "data" / "a").glob(".*"))

@@ -23,11 +23,11 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from pyarrow import parquet
 
 from megatron_btx.data import parallel, tokenize
-from megatron_btx.data.mixture import held_out, stage_stream, train_pairs
+from megatron_btx.data.mixture import held_out, stage_data, train_pairs
 from megatron_btx.data.prepare import begin, check, make_share, prepare
 from megatron_btx.data.tokenizer import load_tokenizer
 from megatron_btx.errors import UserError, UserErrors
-from megatron_btx.pipeline.fingerprint import Memo
+from megatron_btx.pipeline.keys import Memo
 from megatron_btx.recipe.load import digest
 from megatron_btx.recipe.schema import Domain, Recipe, TokenizerBlock, Training
 from tests.data.tasks import kill_second, marked
@@ -275,7 +275,7 @@ def test_pairs_are_blended(
     block = Training(tokens=400 * 32, data={"b": 1.0, "a": 3.0}, global_batch_size=8)
     recipe = recipe_of(domains, tokenizer=tokenizer, seed=block)
     prepare(recipe, tmp_path / "run" / "prepare")
-    stream = stage_stream(recipe, "seed", tmp_path / "run")
+    stream = stage_data(recipe, "seed", tmp_path / "run")
     (phase,) = stream.groups[0]
     assert phase.domains == (1, 0, 0)
     parts = Counter(int(phase.dataset[index]["dataset_id"]) for index in range(phase.samples))

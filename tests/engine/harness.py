@@ -122,16 +122,16 @@ def gradients(ddp: Any, micro: list[Any], case: Case) -> Pieces:
 
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    from megatron_btx.engine.model import chunks, for_chunks
+    from megatron_btx.engine.model import for_chunks, model_chunks
     from megatron_btx.train.step import forward_step, token_weight
 
-    for chunk in chunks(ddp):
+    for chunk in model_chunks(ddp):
         chunk.zero_grad_buffer()
     weight = None if case.eos_id is None else token_weight([one["loss_mask"] for one in micro])
     get_forward_backward_func()(
         forward_step_func=functools.partial(forward_step, step=0, weight=weight),
         data_iterator=for_chunks(ddp, iter(micro)),
-        model=chunks(ddp),
+        model=model_chunks(ddp),
         num_microbatches=len(micro),
         seq_length=case.architecture.model.seq_length,
         micro_batch_size=case.micro_batch_size,
@@ -144,9 +144,9 @@ def gradients(ddp: Any, micro: list[Any], case: Case) -> Pieces:
 
 def gather_gradients(ddp: Any) -> None:
     """Make every rank's gradient whole where reducing has left each a shard of it."""
-    from megatron_btx.engine.model import chunks
+    from megatron_btx.engine.model import model_chunks
 
-    for chunk in chunks(ddp):
+    for chunk in model_chunks(ddp):
         for group in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups):
             peers = group.intra_distributed_optimizer_instance_group
             for bucket in group.buckets:

@@ -87,17 +87,17 @@ def training_of(case: Case, words: tuple[str, ...], **more: Any) -> Training:
 def _run(case: Case, training: Training, step: int) -> Any:
     from megatron_btx.engine import distributed
     from megatron_btx.engine.model import build_model
-    from megatron_btx.train.learning import Learning
+    from megatron_btx.train.freezing import FreezingSchedule
     from megatron_btx.train.loop import Run
     from tests.engine.harness import set_weights
 
     distributed.initialize(case.layout, case.random_seed)
-    learning = Learning(case.architecture, training, case.architecture.model)
+    phases = FreezingSchedule(case.architecture, training, case.architecture.model)
     model = build_model(
         case.architecture, case.layout, training.precision, options=training.megatron
     )
     set_weights(model)
-    wrapped, optimizer, schedule = learning.begin(model, step)
+    wrapped, optimizer, schedule = phases.begin(model, step)
     return Run(
         model=wrapped,
         optimizer=optimizer,
@@ -110,7 +110,7 @@ def _run(case: Case, training: Training, step: int) -> Any:
         seq_length=case.architecture.model.seq_length,
         step=step,
         thaws_at=freezing.thaws_at(training, case.architecture.model),
-        thaw=learning.thaw,
+        thaw=phases.thaw,
     )
 
 

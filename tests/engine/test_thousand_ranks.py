@@ -16,7 +16,7 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_btx.engine.model import chunks
+from megatron_btx.engine.model import model_chunks
 from megatron_btx.engine.simulated_ranks import (
     Held,
     Piece,
@@ -28,7 +28,7 @@ from megatron_btx.engine.simulated_ranks import (
 from megatron_btx.recipe import count, memory
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.schema import Layout, Model, Routing, Training
-from megatron_btx.train.learning import Learning
+from megatron_btx.train.freezing import FreezingSchedule
 
 EXPERTS = tuple("abcdefgh")
 LLAMA_7B = Model(num_layers=32, hidden_size=4096, ffn_hidden_size=11008, num_attention_heads=32)
@@ -157,12 +157,12 @@ def test_gradients_and_optimizer_shards_are_the_plans(name: str) -> None:
     in_stage = layout.world_size // layout.pipeline_model_parallel_size
     for number in (0, in_stage - 1):
         with rank(layout, number):
-            ddp, optimizer, _ = Learning(architecture, training, architecture.model).begin(
+            ddp, optimizer, _ = FreezingSchedule(architecture, training, architecture.model).begin(
                 simulated_model(architecture, training), 0
             )
             gradients = sum(
                 buffer.grad_data.nbytes
-                for piece in chunks(ddp)
+                for piece in model_chunks(ddp)
                 for buffer in (*piece.buffers, *piece.expert_parallel_buffers)
             )
             assert gradients == planned.gradients

@@ -26,7 +26,7 @@ def passes(case: Case) -> int:
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     from megatron_btx.engine import distributed
-    from megatron_btx.engine.model import build_model, chunks, for_chunks, wrap_ddp
+    from megatron_btx.engine.model import build_model, for_chunks, model_chunks, wrap_ddp
     from megatron_btx.train.step import forward_step
 
     distributed.initialize(case.layout, case.random_seed)
@@ -41,14 +41,14 @@ def passes(case: Case) -> int:
     def backward(_gradient: torch.Tensor) -> None:
         held[0] -= 1
 
-    for piece in chunks(model):
+    for piece in model_chunks(model):
         piece.register_forward_hook(forward)
     ddp = wrap_ddp(model, use_distributed_optimizer=False)
     micro = list(microbatches(case, 0))
     get_forward_backward_func()(
         forward_step_func=lambda batches, piece: forward_step(batches, piece, step=0),
         data_iterator=for_chunks(ddp, iter(micro)),
-        model=chunks(ddp),
+        model=model_chunks(ddp),
         num_microbatches=len(micro),
         seq_length=case.architecture.model.seq_length,
         micro_batch_size=case.micro_batch_size,

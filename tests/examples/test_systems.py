@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from megatron_btx.cli.main import main
-from megatron_btx.data.mixture import Stream, stage_stream
+from megatron_btx.data.mixture import StageData, stage_data
 from megatron_btx.errors import UserError
 from megatron_btx.evaluate import model_spec
 from megatron_btx.families.export import export_hf
@@ -108,7 +108,7 @@ def test_a_job_takes_what_is_shared(systems: Systems, tmp_path: Path) -> None:
     assert directory.resolve() == (shared / "seed").resolve()
 
 
-def _samples(stream: Stream, steps: Iterable[int]) -> list[bytes]:
+def _samples(stream: StageData, steps: Iterable[int]) -> list[bytes]:
     found = []
     for step in steps:
         for rank in range(stream.training.layout.data_parallel_size):
@@ -121,7 +121,7 @@ def _samples(stream: Stream, steps: Iterable[int]) -> list[bytes]:
 
 def _all(run: FinishedRun, stage: str) -> list[bytes]:
     steps = count.steps(training(run.recipe, stage), run.recipe.model)
-    return _samples(stage_stream(run.recipe, stage, run.run_dir), range(steps))
+    return _samples(stage_data(run.recipe, stage, run.run_dir), range(steps))
 
 
 def test_matched_in_data(systems: Systems) -> None:

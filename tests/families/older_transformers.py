@@ -41,7 +41,7 @@ def write(directory: Path) -> None:
     """Every model with its logits, every tokenizer with its ids."""
     import transformers
 
-    from megatron_btx.evaluate.export_stage import saved_files
+    from megatron_btx.evaluate.export import saved_files
     from megatron_btx.families import open_hf
     from megatron_btx.families.export import carried, write_hf
     from megatron_btx.mix.btx import btx

@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron_btx.data.builtin.corpora import NAMES, write_builtin
 from megatron_btx.data.tokenizer import Tokenizer, read_tokenizer
 from megatron_btx.data.tokenizer_sentencepiece import train_tokenizer
-from megatron_btx.evaluate.export_stage import saved_files
+from megatron_btx.evaluate.export import saved_files
 from megatron_btx.families import open_hf
 from megatron_btx.families.export import carried, write_hf
 from megatron_btx.families.llama_cpp import unlike

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from megatron_btx.errors import UserError
 from megatron_btx.mix.average import Averaging, Dare, average
 from megatron_btx.mix.edit_experts import append, drop
-from megatron_btx.mix.plan_of_recipe import mix_plan
+from megatron_btx.mix.plans import mix_plan
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.schema import Mix, Model, Routing
 from megatron_btx.weights.execute import Execution

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from megatron_btx.errors import UserError
-from megatron_btx.pipeline import fingerprint, graph, state, worker
-from megatron_btx.pipeline.fingerprint import Memo
+from megatron_btx.pipeline import graph, keys, state, worker
+from megatron_btx.pipeline.keys import Memo
 from megatron_btx.pipeline.local import runner
 from megatron_btx.recipe.load import load_recipe
 from megatron_btx.recipe.schema import Recipe
@@ -125,8 +125,8 @@ def test_a_stage_without_its_key_reads_no_file(
 ) -> None:
     """A rank that is told its key hashes no corpus."""
     whole = graph.build(recipe)
-    monkeypatch.setattr(fingerprint, "_hash", lambda path, size: pytest.fail(f"{path} was read"))
-    monkeypatch.setattr(fingerprint, "_SEEN", {})
+    monkeypatch.setattr(keys, "_hash", lambda path, size: pytest.fail(f"{path} was read"))
+    monkeypatch.setattr(keys, "_SEEN", {})
     assert graph.outline(recipe) == tuple(dataclasses.replace(one, key="") for one in whole)
     monkeypatch.setenv("BTX_STAGE_KEY", "told")
     assert worker.stage_of(recipe, "expert:math", Path(recipe.run_dir)).key == "told"

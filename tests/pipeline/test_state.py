@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_btx.data.piece import Piece, write_piece
+from megatron_btx.data.tokenized import TokenizedSplit, write_tokenized
 from megatron_btx.pipeline import state
-from megatron_btx.pipeline.fingerprint import Memo
 from megatron_btx.pipeline.graph import Stage
+from megatron_btx.pipeline.keys import Memo
 from megatron_btx.pipeline.slurm import jobs
 from megatron_btx.train import metrics
 from megatron_btx.train.goodput import read_attempts
@@ -118,7 +118,9 @@ def test_token_files_that_were_removed_are_made_again(tmp_path: Path) -> None:
         (place / "prepare" / "tokenizer" / "made.json").write_text("{}")
         for split in ("train", "valid"):
             prefix = place / "prepare" / "data" / "a" / split
-            write_piece(prefix, Piece(key="x", documents=1, tokens=4, bytes=9, sha256="f"))
+            write_tokenized(
+                prefix, TokenizedSplit(key="x", documents=1, tokens=4, bytes=9, sha256="f")
+            )
             for kind in ("bin", "idx"):
                 prefix.with_suffix(f".{kind}").write_bytes(bytes(8))
         state.claim(place, prepare)

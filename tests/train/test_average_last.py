@@ -28,7 +28,7 @@ def run_stage(case: Case, training: Training, folder: Path, first: int, stop: in
     from megatron_btx.engine import checkpoint, distributed
     from megatron_btx.engine.model import build_model
     from megatron_btx.train.callbacks import AverageLast, Checkpoints
-    from megatron_btx.train.learning import Learning
+    from megatron_btx.train.freezing import FreezingSchedule
     from megatron_btx.train.loop import Callback, Run, StopRequest, train
     from tests.engine.harness import set_weights
 
@@ -50,7 +50,7 @@ def run_stage(case: Case, training: Training, folder: Path, first: int, stop: in
     distributed.initialize(case.layout, case.random_seed)
     model = build_model(case.architecture, case.layout, training.precision)
     set_weights(model)
-    learning = Learning(case.architecture, training, case.architecture.model)
+    learning = FreezingSchedule(case.architecture, training, case.architecture.model)
     wrapped, optimizer, schedule = learning.begin(model, first)
     if first:
         state = checkpoint.TrainingState(model=wrapped, optimizer=optimizer, schedule=schedule)

@@ -41,15 +41,16 @@ def steps(seconds: float) -> list[dict[str, Any]]:
     import torch
     import torch.distributed as dist
 
-    from megatron_btx.engine import distributed, wait_time
+    from megatron_btx.engine import distributed
     from megatron_btx.recipe.schema import Layout
+    from megatron_btx.train import throughput
     from megatron_btx.train.slow_ranks import OVER, SlowRanks
 
     distributed.initialize(Layout(data_parallel_size=4), 0)
     listener, records = SlowRanks(), []
     for step in range(1, OVER + 1):
         started = time.perf_counter()
-        with wait_time.counted() as waited:
+        with throughput.waiting_counted() as waited:
             time.sleep(seconds if dist.get_rank() == 3 else 0.001)
             dist.all_reduce(torch.ones(4))
             with dist._coalescing_manager(async_ops=False):

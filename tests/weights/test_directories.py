@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from megatron_btx.errors import UserError
 from megatron_btx.families.export import write_hf
 from megatron_btx.mix.one_model import copy
-from megatron_btx.weights.directory import Piece, write_directory
+from megatron_btx.weights.directory import LargeFile, write_directory
 from megatron_btx.weights.execute import Execution
 from megatron_btx.weights.megatron import open_megatron
 from megatron_btx.weights.source import read_whole
@@ -132,17 +132,17 @@ def test_finished_pieces_are_kept_and_those_of_another_plan_are_not(tmp_path):
             written.append(name)
             file.write(b"x")
 
-        return Piece(name, 1, write)
+        return LargeFile(name, 1, write)
 
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
-        write_directory(out, identity="1", pieces=[piece("a"), piece("b", True)], files=dict)
-    write_directory(out, identity="1", pieces=[piece("a"), piece("b")], files=dict)
+        write_directory(out, identity="1", large_files=[piece("a"), piece("b", True)], files=dict)
+    write_directory(out, identity="1", large_files=[piece("a"), piece("b")], files=dict)
     assert written == ["a", "b"]
     other = tmp_path / "other"
     with pytest.raises(KeyboardInterrupt):
-        write_directory(other, identity="1", pieces=[piece("a"), piece("b", True)], files=dict)
-    write_directory(other, identity="2", pieces=[piece("a"), piece("b")], files=dict)
+        write_directory(other, identity="1", large_files=[piece("a"), piece("b", True)], files=dict)
+    write_directory(other, identity="2", large_files=[piece("a"), piece("b")], files=dict)
     assert written == ["a", "b", "a", "a", "b"]
     assert sorted(os.listdir(tmp_path)) == ["other", "out"]
 
@@ -152,15 +152,17 @@ def test_what_exists_or_does_not_fit_is_refused_with_nothing_left(tmp_path):
     (tmp_path / "there").mkdir()
     with pytest.raises(UserError, match="exists already"):
         write_safetensors(plan, tmp_path / "there")
-    huge = Piece("a", 1 << 60, lambda file: None)
+    huge = LargeFile("a", 1 << 60, lambda file: None)
     with pytest.raises(UserError, match="GiB"):
-        write_directory(tmp_path / "new", identity="", pieces=[huge], files=dict)
+        write_directory(tmp_path / "new", identity="", large_files=[huge], files=dict)
 
     def no_space(file):
         raise OSError(28, "No space left on device")
 
     with pytest.raises(UserError, match="No space left"):
-        write_directory(tmp_path / "new", identity="", pieces=[Piece("a", 1, no_space)], files=dict)
+        write_directory(
+            tmp_path / "new", identity="", large_files=[LargeFile("a", 1, no_space)], files=dict
+        )
     with pytest.raises(UserError, match="cannot be written"):
         write_safetensors(plan, Path("/proc/nowhere/out"))
     assert os.listdir(tmp_path) == ["there"]

@@ -12,29 +12,29 @@ from pathlib import Path
 import pytest
 
 from megatron_btx.errors import UserError
-from megatron_btx.weights.directory import Piece, write_directory
+from megatron_btx.weights.directory import LargeFile, write_directory
 from megatron_btx.weights.integrity import HASHES
 
 HOLD = """
 import sys
 from pathlib import Path
-from megatron_btx.weights.directory import Piece, write_directory
+from megatron_btx.weights.directory import LargeFile, write_directory
 
 def write(file):
     file.write(b"first")
     print("writing", flush=True)
     sys.stdin.readline()
 
-write_directory(Path(sys.argv[1]), identity="1", pieces=[Piece("a", 1, write)], files=dict)
+write_directory(Path(sys.argv[1]), identity="1", large_files=[LargeFile("a", 1, write)], files=dict)
 """
 
 
-def piece(content: bytes) -> Piece:
-    return Piece("a", 1, lambda file: file.write(content))
+def piece(content: bytes) -> LargeFile:
+    return LargeFile("a", 1, lambda file: file.write(content))
 
 
 def put(out: Path, content: bytes = b"mine", identity: str = "1") -> None:
-    write_directory(out, identity=identity, pieces=[piece(content)], files=dict)
+    write_directory(out, identity=identity, large_files=[piece(content)], files=dict)
 
 
 @pytest.fixture
@@ -119,7 +119,7 @@ def test_what_appears_meanwhile_is_not_replaced_and_the_work_is_kept(tmp_path):
         out.mkdir()
 
     with pytest.raises(UserError, match="exists already"):
-        write_directory(out, identity="1", pieces=[Piece("a", 1, write)], files=dict)
+        write_directory(out, identity="1", large_files=[LargeFile("a", 1, write)], files=dict)
     assert os.listdir(out) == []
     out.rmdir()
     put(out)
@@ -133,7 +133,7 @@ def test_what_cannot_be_read_back_gets_no_name(tmp_path):
 
     with pytest.raises(UserError, match="cannot be read"):
         write_directory(
-            tmp_path / "out", identity="1", pieces=[piece(b"x")], files=dict, check=refuse
+            tmp_path / "out", identity="1", large_files=[piece(b"x")], files=dict, check=refuse
         )
     assert os.listdir(tmp_path) == []
 
@@ -153,7 +153,7 @@ INTERRUPT = """
 import sys, time
 from pathlib import Path
 from megatron_btx.mix import offline
-from megatron_btx.weights.directory import Piece, write_directory
+from megatron_btx.weights.directory import LargeFile, write_directory
 
 def write(file):
     print("writing", flush=True)
@@ -162,7 +162,8 @@ def write(file):
         time.sleep(0.1)
 
 with offline.interrupted_once():
-    write_directory(Path(sys.argv[1]), identity="1", pieces=[Piece("a", 1, write)], files=dict)
+    files = [LargeFile("a", 1, write)]
+    write_directory(Path(sys.argv[1]), identity="1", large_files=files, files=dict)
 """
 
 

@@ -66,7 +66,7 @@ def run_left(
             error.filename = str(run_dir)
         raise
     if outcome.finished:
-        graph.of_run(recipe, run_dir)  # nothing is read again (fingerprint.py): the memo is kept
+        graph.of_run(recipe, run_dir)  # nothing is read again (keys.py): the memo is kept
     return outcome
 
 

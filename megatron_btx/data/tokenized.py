@@ -1,4 +1,5 @@
-"""What a run has of one split of a domain, and where. Imports neither torch nor NumPy."""
+"""The record of a tokenized split (``prefix.json``): its ``.bin``/``.idx`` pairs, how many
+documents and tokens they hold, and what they were made from. Imports neither torch nor NumPy."""
 
 from __future__ import annotations
 
@@ -12,8 +13,8 @@ from megatron_btx.files import find_json, write_json
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Piece:
-    """One split of a domain, or one of the pairs that make it up."""
+class TokenizedSplit:
+    """A domain's training or held-out text as ids, or one of the pairs that make it up."""
 
     key: str
     """Hash of what it was made from."""
@@ -30,30 +31,30 @@ class Piece:
     """Of several pairs: their names in this directory, and the share of samples of each."""
 
 
-def write_piece(prefix: Path, piece: Piece) -> Piece:
+def write_tokenized(prefix: Path, made: TokenizedSplit) -> TokenizedSplit:
     """Write ``prefix.json``; what says nothing is left out."""
-    content = {name: value for name, value in asdict(piece).items() if value or name == "bytes"}
+    content = {name: value for name, value in asdict(made).items() if value or name == "bytes"}
     write_json(beside(prefix, "json"), content)
-    return piece
+    return made
 
 
-def read_piece(prefix: str | Path, key: str | None = None) -> Piece | None:
-    """The finished piece at ``prefix``; ``None`` if it isn't finished or was made from other things
+def read_tokenized(prefix: str | Path, key: str | None = None) -> TokenizedSplit | None:
+    """The finished split at ``prefix``; ``None`` if it isn't finished or was made from other things
     (``key``)."""
     prefix = Path(prefix)
     try:
         found = find_json(beside(prefix, "json")) or {}
         blend = tuple((str(name), float(share)) for name, share in found.pop("blend", ()))
-        piece = Piece(**{"documents": 0, "tokens": 0, **found}, blend=blend)
+        made = TokenizedSplit(**{"documents": 0, "tokens": 0, **found}, blend=blend)
     except (ValueError, TypeError):
         return None
-    if key is not None and piece.key != key:
+    if key is not None and made.key != key:
         return None
-    if piece.blend:
-        parts = [read_piece(prefix.with_name(name)) for name, _ in piece.blend]
-        return piece if all(parts) else None
-    there = prefix if piece.prefix is None else Path(piece.prefix)
-    return piece if _is_whole(there, piece.tokens) else None
+    if made.blend:
+        parts = [read_tokenized(prefix.with_name(name)) for name, _ in made.blend]
+        return made if all(parts) else None
+    there = prefix if made.prefix is None else Path(made.prefix)
+    return made if _is_whole(there, made.tokens) else None
 
 
 def _is_whole(prefix: Path, tokens: int) -> bool:
@@ -66,14 +67,14 @@ def _is_whole(prefix: Path, tokens: int) -> bool:
     return size in [width * tokens for width in (1, 2, 4, 8)]
 
 
-def pairs(prefix: Path, piece: Piece) -> list[tuple[Path, float]]:
-    """The pairs of the piece at ``prefix``, and the share of samples of each."""
-    if not piece.blend:
-        return [(prefix if piece.prefix is None else Path(piece.prefix), 1.0)]
+def pairs(prefix: Path, made: TokenizedSplit) -> list[tuple[Path, float]]:
+    """The pairs of the split at ``prefix``, and the share of samples of each."""
+    if not made.blend:
+        return [(prefix if made.prefix is None else Path(made.prefix), 1.0)]
     found = []
-    for name, share in piece.blend:
-        part = read_piece(prefix.with_name(name))
-        assert part is not None  # read_piece looked
+    for name, share in made.blend:
+        part = read_tokenized(prefix.with_name(name))
+        assert part is not None  # read_tokenized looked
         found.append((pairs(prefix.with_name(name), part)[0][0], share))
     return found
 
@@ -83,13 +84,13 @@ def beside(prefix: Path, suffix: str) -> Path:
     return prefix.with_name(f"{prefix.name}.{suffix}")
 
 
-def are_there(directory: Path, domains: object) -> bool:
-    """Whether ``directory`` (``prepare/data``) holds every piece that a preparation says it has
+def all_tokenized(directory: Path, domains: object) -> bool:
+    """Whether ``directory`` (``prepare/data``) holds every split that a preparation says it has
     made: domain -> split -> facts."""
     if not isinstance(domains, Mapping):
         return False
     wanted = [(str(name), split) for name, splits in domains.items() for split in _names(splits)]
-    return all(read_piece(directory / name / split) is not None for name, split in wanted)
+    return all(read_tokenized(directory / name / split) is not None for name, split in wanted)
 
 
 def _names(splits: Any) -> list[str]:

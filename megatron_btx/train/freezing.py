@@ -1,12 +1,14 @@
-"""The state of Megatron's optimizers by canonical name, to be carried from one to another.
+"""Which tensors learn in each step of a stage: the model wrapped for it, with its optimizer and
+learning-rate schedule, and how training goes on when frozen tensors begin to learn.
 
-When something begins to learn in the middle of a stage, gradient buffers and optimizer are made
-anew, and every other parameter keeps its moments and its master weight to the bit, however the two
-optimizers divide them over data-parallel ranks.
+Gradient buffers and optimizer are then made anew. Every other parameter keeps its moments and its
+fp32 master weight to the bit, by canonical name, however the two optimizers divide them over
+data-parallel ranks.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,17 +16,78 @@ import torch
 import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch import Tensor
 
-from megatron_btx.engine.model import canonical_parameters, chunks, gather_parameters
+from megatron_btx.engine.model import (
+    canonical_parameters,
+    gather_parameters,
+    model_chunks,
+    without_ddp,
+    wrap_ddp,
+)
+from megatron_btx.engine.optimizer import build_optimizer, build_schedule
+from megatron_btx.recipe import freezing
+from megatron_btx.recipe.architecture import Architecture
+from megatron_btx.recipe.schema import Model, Training
+from megatron_btx.train.loop import Run
+
+
+class FreezingSchedule:
+    """A stage's phases, in each of which the same tensors are frozen (recipe/freezing.py).
+
+    Args:
+        architecture: what it trains.
+        training: its settings.
+        model: the recipe's.
+    """
+
+    def __init__(self, architecture: Architecture, training: Training, model: Model) -> None:
+        self.architecture, self.training = architecture, training
+        self.phases = freezing.phases(architecture, training, model)
+
+    def at(self, step: int) -> freezing.Phase:
+        """The phase of a step; behind the last one, the last."""
+        return next((phase for phase in self.phases if step < phase.last), self.phases[-1])
+
+    def flops_per_token(self, step: int) -> int:
+        """Of training, in that step."""
+        return freezing.flops_per_token(self.architecture, self.at(step).frozen)
+
+    def begin(
+        self, model: torch.nn.Module, step: int
+    ) -> tuple[torch.nn.Module, MegatronOptimizer, OptimizerParamScheduler]:
+        """Wrapper, optimizer and schedule for training from ``step`` on; a fresh optimizer."""
+        training = self.training
+        wrapped = wrap_ddp(
+            model,
+            use_distributed_optimizer=training.use_distributed_optimizer,
+            frozen=self.at(step).frozen,
+            options=training.megatron,
+        )
+        rates = freezing.rates(self.architecture, training.lr_groups)
+        optimizer = build_optimizer(wrapped, training, rates)
+        return wrapped, optimizer, build_schedule(optimizer, training, self.phases[-1].last)
+
+    def thaw(self, run: Run) -> None:
+        """Begin the next phase: everything that has learned keeps its optimizer's state to the bit,
+        what begins to learn has none. Every rank calls it."""
+        carried = _take(run.model, run.optimizer)
+        schedule = run.schedule.state_dict()
+        run.model, run.optimizer, run.schedule = self.begin(without_ddp(run.model), run.step)
+        _give(run.model, run.optimizer, carried)
+        run.schedule.load_state_dict(schedule)
+        per_token = self.flops_per_token(run.step)
+        run.device = dataclasses.replace(run.device, flops_per_token=per_token)
+
 
 _STATES = ("param", "exp_avg", "exp_avg_sq")
 """What AdamW keeps of a parameter: its master weight in fp32, and two moments."""
 
 
 @dataclass
-class Carried:
-    """Of this rank's part of a model."""
+class _OptimizerState:
+    """The optimizer's state of this rank's part of a model."""
 
     states: dict[str, Tensor] = field(default_factory=dict)
     """By canonical name, fp32 [3, ...]: ``_STATES`` of the tensor's part here, in host memory."""
@@ -33,11 +96,11 @@ class Carried:
 
 
 @torch.no_grad()
-def take(model: torch.nn.Module, optimizer: MegatronOptimizer) -> Carried:
+def _take(model: torch.nn.Module, optimizer: MegatronOptimizer) -> _OptimizerState:
     """The state of every parameter that learns, whole on each data-parallel rank; what the model
     was wrapped in is let go of. Every rank calls it."""
     gather_parameters(model)
-    carried = Carried()
+    carried = _OptimizerState()
     owners = _owners(optimizer)
     for names, parameter in canonical_parameters(model):
         if not parameter.requires_grad:
@@ -47,14 +110,14 @@ def take(model: torch.nn.Module, optimizer: MegatronOptimizer) -> Carried:
         carried.states |= dict(zip(names, parts, strict=True))
     groups = [group for one in owners.values() for group in one.optimizer.param_groups]
     carried.step = max(int(group.get("step", 0)) for group in groups)
-    for piece in chunks(model):
-        _let_go(piece)
+    for chunk in model_chunks(model):
+        _let_go(chunk)
     return carried
 
 
 @torch.no_grad()
-def give(model: torch.nn.Module, optimizer: MegatronOptimizer, carried: Carried) -> None:
-    """Put back what :func:`take` took; what has none begins without moments, from the model's
+def _give(model: torch.nn.Module, optimizer: MegatronOptimizer, carried: _OptimizerState) -> None:
+    """Put back what :func:`_take` took; what has none begins without moments, from the model's
     weight. AdamW's count of updates is one for all, as Megatron's distributed optimizer has it."""
     owners = _owners(optimizer)
     for one in owners.values():
