@@ -12,6 +12,7 @@ from megatron_btx.mix.btx import btx
 from megatron_btx.mix.edit_experts import append, drop, only, replace_expert
 from megatron_btx.mix.one_model import copy, forced
 from megatron_btx.weights.plan import Checkpoint, Plan
+from megatron_btx.weights.source import read_whole
 from tests.mix.test_anchored import trained
 from tests.mix.test_mixes import F64, LAYER, TOP2, dense_ffn, expert, memory, tensor
 from tests.weights.models import dense
@@ -89,3 +90,30 @@ def test_some_only_is_what_dropping_leaves() -> None:
 def test_refused(wrong, words: str) -> None:
     with pytest.raises(UserError, match=words):
         wrong(made())
+
+
+def test_append_then_drop_is_the_moe_again():
+    models = [dense(label, i) for i, label in enumerate("abcd")]
+    first = memory(btx(models[:3], routing=TOP2, dtype=torch.float32), "moe")
+    longer = append(first, models[3], dtype=torch.float32)
+    assert longer.architecture.experts == ("a", "b", "c", "d")
+    assert torch.equal(expert(longer, 3), dense_ffn(models[3]))
+    router = tensor(longer, f"{LAYER}mlp.router.weight")
+    assert torch.equal(router[:3], tensor(first, f"{LAYER}mlp.router.weight"))
+    assert 0.01 < router[3].std() < 0.03
+    again = drop(memory(longer, "longer"), "d", dtype=torch.float32)
+    assert again.architecture == first.architecture
+    for name in again.targets:
+        assert torch.equal(again.evaluate(name), read_whole(first.source, name)), name
+    without_b = drop(first, "b", dtype=torch.float32)
+    assert torch.equal(expert(without_b, 1), dense_ffn(models[2]))
+    rows = tensor(without_b, f"{LAYER}mlp.router.weight")
+    assert torch.equal(rows, router[[0, 2]])
+    for wrong, found in (
+        (lambda: drop(first, "z", dtype=F64), "its experts are a, b, c"),
+        (lambda: drop(memory(without_b, "m"), "a", dtype=F64), "1 experts would be left"),
+        (lambda: append(models[0], models[1], dtype=F64), "give an MoE"),
+        (lambda: append(first, models[1], dtype=F64), "has an expert b already"),
+    ):
+        with pytest.raises(UserError, match=found):
+            wrong()
