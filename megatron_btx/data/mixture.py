@@ -1,8 +1,8 @@
-"""What a training stage reads, sample by sample, through Megatron's own datasets.
+"""The samples of a training stage, read through Megatron's datasets.
 
-A sample's place in the run is its global index: step * global_batch_size + place in the batch. What
-lies there depends on the recipe alone, never on the layout or on where a run was resumed: the sizes
-that Megatron's shuffles depend on are those of the whole stage.
+A sample is identified by its global index: step * global_batch_size + index in the batch. Which
+sample has which index depends on the recipe alone, not on the layout or on resuming, because the
+numbers of samples that Megatron's shuffles depend on are those of the whole stage.
 """
 
 from __future__ import annotations
@@ -40,23 +40,23 @@ __all__ = ["HeldOutText", "Mixture", "Sample", "StageData", "held_out", "stage_d
 
 @dataclass(frozen=True, kw_only=True)
 class Mixture:
-    """One mixture from its first sample to its last, as one stage reads it.
+    """One mixture of domains, from its first sample to its last.
 
-    Another stage that reads it again builds it from the same numbers and so gets the same samples.
+    Every stage that reads it builds it from the same numbers and so reads the same samples.
     """
 
     name: str
-    """Of the stage; its shuffles are seeded by this and the recipe's seed."""
+    """Of the stage it was made for, which seeds its shuffles together with the random seed."""
     samples: int
-    """Of the whole stage. Megatron's order depends on it."""
+    """Of the whole stage; Megatron's order depends on it."""
     domains: tuple[int, ...]
-    """Place in the recipe's list of domains of each part of the mixture; a domain of several pairs
-    has several parts."""
+    """For each dataset of the blend, the index of its domain in the recipe; a domain of several
+    pairs has several datasets."""
     dataset: Any
-    """Megatron's ``BlendedDataset``, or ``GPTDataset`` where there is one domain."""
+    """Megatron's ``BlendedDataset``, or ``GPTDataset`` if there is only one."""
 
     def __getitem__(self, index: int) -> Sample:
-        """Sample ``index``, with its domain's place in the recipe under ``domains``, int64 []."""
+        """Sample ``index``, with the index of its domain in the recipe as ``domains``, int64 []."""
         sample = self.dataset[index]
         sample["domains"] = torch.tensor(self.domains[int(sample.pop("dataset_id", 0))])
         return sample
@@ -64,7 +64,7 @@ class Mixture:
 
 @dataclass(frozen=True, kw_only=True)
 class StageData:
-    """All samples of one training stage in their order, and this rank's part of each step."""
+    """All samples of a training stage in order, and this rank's part of each step."""
 
     groups: Sequence[Sequence[Mixture]]
     """Read one after the other; the mixtures of a group are interleaved in proportion."""
@@ -75,7 +75,7 @@ class StageData:
 
     @property
     def num_microbatches(self) -> int:
-        """Micro-batches that every data-parallel rank runs a step."""
+        """Micro-batches per step on every data-parallel rank."""
         size = self.training.micro_batch_size * self.training.layout.data_parallel_size
         return self.training.global_batch_size // size
 
@@ -86,7 +86,7 @@ class StageData:
     def locate(self, first: int, number: int) -> list[tuple[Mixture, int]]:
         """Mixture and sample within it of ``number`` consecutive global indices.
 
-        Behind the end, in a last step that the tokens do not fill, the last group begins anew.
+        Past the end, in a last step that the tokens do not fill, the last group starts again.
         """
         found: list[tuple[Mixture, int]] = []
         begin = 0
@@ -104,7 +104,7 @@ class StageData:
 
     def batches(self, step: int, data_parallel_rank: int | None = None) -> Iterator[Sample]:
         """This data-parallel rank's micro-batches of a step (from 0), as Megatron's pretraining
-        sampler deals them out: consecutive blocks of micro_batch_size, rank by rank.
+        sampler distributes them: consecutive blocks of micro_batch_size, rank by rank.
 
         Yields:
             On this rank's device ``tokens``, ``labels``, ``position_ids`` int64 [B, S],
@@ -129,8 +129,8 @@ def _stack(samples: Sequence[Sample], first: int) -> Sample:
 
 
 def stage_data(recipe: Recipe, name: str, run_dir: Path) -> StageData:
-    """What stage ``name`` trains on. Every rank calls it; indices are built by the first and cached
-    in the stage's directory.
+    """The training samples of stage ``name``. Every rank calls it; the first builds Megatron's
+    indices, which are cached in the stage's directory.
 
     Raises:
         UserError: the stage's text is missing.

@@ -1,4 +1,4 @@
-"""Independent pieces of work side by side, in processes that never outlive their parent."""
+"""Independent tasks in parallel, in processes that never outlive their parent."""
 
 from __future__ import annotations
 
@@ -20,29 +20,30 @@ _POLL = 0.5
 """Seconds between looks at how far the processes are."""
 
 _counted: Any = None
-"""In a worker: how much all of them have done together (a shared int64)."""
+"""In a worker: how much work all workers have done (a shared int64)."""
 _stop: Any = None
-"""In a worker: set when its result is not wanted any more."""
+"""In a worker: set when its result is no longer needed."""
 _watch: Callable[[int], None] = lambda amount: None  # noqa: E731
-"""Where the work is done in this process: who is told how much more of it is done."""
+"""If the work is done in this process: called with each amount of work done."""
 
 
 class Cancelled(Exception):
-    """The work was given up."""
+    """The result is no longer needed."""
 
 
 def cores() -> int:
-    """That this process may use: what its job asked for, too, where Slurm does not bind it."""
+    """How many cores this process may use. Where Slurm does not bind processes to cores, at most as
+    many as its job asked for."""
     bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     asked = os.environ.get("SLURM_CPUS_PER_TASK", "")
     return min(bound, int(asked)) if asked.isdecimal() and int(asked) else bound
 
 
 def advance(amount: int) -> None:
-    """Called by the work: so much more of it is done.
+    """Report an amount of work done; called by the tasks.
 
     Raises:
-        Cancelled: the work was given up.
+        Cancelled: the result is no longer needed.
     """
     if _counted is None:
         _watch(amount)
@@ -54,7 +55,7 @@ def advance(amount: int) -> None:
 
 
 def _nothing() -> None:
-    """The setup of work that needs none."""
+    """The setup of tasks that need none."""
 
 
 def run_all(
@@ -67,20 +68,20 @@ def run_all(
     watch: Callable[[int], None] = lambda amount: None,
     start: Literal["spawn", "fork"] = "spawn",
 ) -> Iterator[tuple[int, Result]]:
-    """``(i, work(tasks[i]))`` in the order in which they end.
+    """``(i, work(tasks[i]))`` in the order in which the tasks end.
 
     Args:
-        work: a function of a module.
-        tasks: what it is called with.
-        workers: processes; 1: all of it in this one.
+        work: a module-level function.
+        tasks: its arguments, one a task.
+        workers: number of processes; with 1 everything runs in this one.
         setup: called first in every process.
         arguments: of ``setup``.
-        watch: told of every :func:`advance`, in this process.
-        start: how processes begin. A fork is safe only without threads, so without torch.
+        watch: called in this process with the amounts that the tasks report by :func:`advance`.
+        start: how processes are started. A fork is safe only without threads, so without torch.
 
     Raises:
-        UserError: a process was killed. Whatever ``work`` raises is raised too; what others still
-            do is given up.
+        UserError: a process was killed. Exceptions of ``work`` are raised too; the other tasks are
+            then cancelled.
     """
     if workers < 2 or not tasks:
         global _watch

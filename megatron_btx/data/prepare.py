@@ -1,15 +1,15 @@
 """The ``prepare`` stage: text to token files.
 
-    prepare/corpus/<name>/{train,valid}.jsonl      built-in text, where a domain asks for it
+    prepare/corpus/<name>/{train,valid}.jsonl      built-in text, if a domain uses it
     prepare/tokenizer/
     prepare/data/<domain>/{train,valid}.{bin,idx,json}
-    prepare/data.json                              what there is of each domain
+    prepare/data.json                              documents, tokens and bytes of each domain
 
-Every tokenized split carries a hash of what it was made from and is kept as long as that holds, so
-a stage that was killed goes on where it was, and one changed domain costs only itself.
+Every tokenized split records a hash of its inputs and is kept as long as that is the same: a stage
+that was killed continues, and a change to one domain repeats that domain alone.
 
-A domain whose recipe names no ``valid`` files is split: one document in fifty is held out, chosen
-by the hash of its text, so that the same text never is on both sides.
+Of a domain without ``valid`` files one document in fifty is held out, chosen by the hash of its
+text, so that equal documents are on the same side.
 """
 
 from __future__ import annotations
@@ -40,11 +40,12 @@ _TOLD = ("key", "documents", "tokens", "bytes", "sha256")
 def prepare(
     recipe: Recipe, out_dir: str | Path, progress: Progress = no_progress
 ) -> dict[str, Any]:
-    """Make tokenizer and token files of every domain in ``out_dir``.
+    """Make the tokenizer, and the token files of every domain, in ``out_dir``.
 
     Returns:
         ``{"tokenizer": {...}, "domains": {name: {"train": {...}, "valid": {...}}}}`` with
-        documents, tokens, bytes, sha256 and sources of each; also written to ``data.json``.
+        documents, tokens, bytes, sha256 and sources of each split; also written to
+        ``data.json``.
 
     Raises:
         UserError: text or tokenizer is missing or unusable; the message names file and line.
@@ -68,7 +69,10 @@ def prepare(
 
 
 def begin(recipe: Recipe, out_dir: Path, progress: Progress = no_progress) -> dict[str, Any]:
-    """The first part of :func:`prepare`: built-in text and the tokenizer, which it describes.
+    """The first part of :func:`prepare`: built-in text and the tokenizer.
+
+    Returns:
+        ``{"tokenizer": its description}``.
 
     Raises:
         UserError: as for :func:`prepare`.
@@ -80,11 +84,18 @@ def begin(recipe: Recipe, out_dir: Path, progress: Progress = no_progress) -> di
 def make_share(
     recipe: Recipe, out_dir: Path, number: int, of: int, progress: Progress = no_progress
 ) -> dict[str, int]:
-    """Share ``number`` (from 0) ``of`` so many of the work between :func:`begin`, which is done,
-    and :func:`prepare`, which then joins what is there and makes what is not.
+    """Tokenize one share of the shards, after :func:`begin` and before :func:`prepare`, which joins
+    the finished shards and makes missing ones.
+
+    Args:
+        recipe: the run's.
+        out_dir: of the prepare stage.
+        number: of the share, from 0.
+        of: how many shares there are.
+        progress: told how far it is.
 
     Returns:
-        The ``shards`` that it was.
+        ``{"shards": how many were in the share}``.
 
     Raises:
         UserError: as for :func:`prepare`.
@@ -106,9 +117,8 @@ def _begin(
 
 
 def check(recipe: Recipe, *, most: int = 256_000_000) -> None:
-    """Read users' text before anything is written: every file, and of each up to ``most`` bytes.
-
-    Also the tokenizer that the recipe names. Imports no torch, writes nothing.
+    """Check users' text and tokenizer before a run: reads every file, up to ``most`` bytes of each.
+    Imports no torch, writes nothing.
 
     Raises:
         UserErrors: all that is wrong, with file and line.
@@ -155,7 +165,7 @@ def _read_ahead(file: Path, text_key: str, most: int) -> None:
 
 
 def prefix(run_dir: str | Path, domain: str, split: str) -> Path:
-    """Where the token files of a domain are, without ``.bin`` and ``.idx``."""
+    """The path of a domain's token files without ``.bin`` and ``.idx``."""
     return Path(run_dir) / "prepare" / "data" / domain / split
 
 
@@ -166,7 +176,7 @@ def _write_corpora(recipe: Recipe, directory: Path, progress: Progress) -> None:
             sizes[domain.builtin] = max(sizes.get(domain.builtin, 0), domain.builtin_bytes)
     if not sizes:
         return
-    # All of them together: what is held out of one is kept out of every other.
+    # Made together: the held-out text of each is kept out of all the others.
     made, key = directory / "made.json", digest([sizes, recipe.random_seed])
     if (find_json(made) or {}).get("key") == key:
         return

@@ -1,8 +1,8 @@
-"""Text to token ids, shard by shard: each by itself, resumable, and the same on any machine.
+"""Text to token ids in independent, resumable shards, with the same result on any machine.
 
-A shard is some parts of files (:class:`~megatron_btx.data.formats.Part`). Its files lie in a hidden
-directory beside the pair that they become: ``N.<split>.bin`` with the ids, ``N.<split>.lengths``
-(int32) and last ``N.json``, which says that they are whole. Imports no torch.
+A shard consists of parts of files (:class:`~megatron_btx.data.formats.Part`). Its output is in a
+hidden directory beside the pair that it becomes a part of: ``N.<split>.bin`` with the ids,
+``N.<split>.lengths`` (int32), and ``N.json``, which is written last. Imports no torch.
 """
 
 from __future__ import annotations
@@ -26,45 +26,46 @@ from megatron_btx.files import find_json, unfinished, write_json
 _BATCH = 1_000_000
 """Characters that are tokenized at once."""
 HELD_OUT = 50
-"""One document in so many is held out where a shard is split."""
+"""One document in this many is held out of a domain without ``valid:``."""
 
 _tokenizer: Tokenizer | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Shard:
-    """What one process does at a time."""
+    """The work that a process does at a time."""
 
     parts: tuple[Part, ...]
     text_key: str
     splits: tuple[str, ...]
-    """The one that it is of; ``train`` and ``valid`` where held-out text is to be split off."""
+    """Its split; ``train`` and ``valid`` if held-out text is to be separated."""
     in_place: bool
-    """Of a Megatron pair that stays where it is: its ids are checked and counted only."""
+    """Whether it is of a Megatron pair that is used in place: its ids are only checked and
+    counted."""
     count_bytes: bool
-    """Of such a pair: decode it, to know how many bytes of text it is."""
+    """Whether such a pair is decoded to count its bytes of text."""
     place: Path
-    """Where its files go, without ``.json``."""
+    """Path of its output files without their endings."""
     key: str
-    """What it is made from and with."""
+    """Hash of its inputs and of the tokenizer."""
     size: int
-    """About how many bytes of input it is."""
+    """Approximate bytes of input."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Counts:
-    """What a shard holds of a split."""
+    """Totals of a split in a shard."""
 
     documents: int = 0
     tokens: int = 0
     bytes: int | None = 0
     sha256: str = ""
-    """Of the ids of a pair in place."""
+    """Of the ids of a pair that is used in place."""
 
 
 def cut(files: Sequence[Path], size: int) -> list[tuple[tuple[Part, ...], int]]:
-    """Parts of ``files`` in their order, together about ``size`` bytes, and how many they are.
-    Small files share a shard; what is compressed cannot be cut."""
+    """Divide ``files`` into shards: the parts of each, in order, and its approximate bytes, at most
+    about ``size``. Small files share a shard; compressed files are not divided."""
     shards: list[tuple[tuple[Part, ...], int]] = []
     held: list[Part] = []
     weight = 0
@@ -81,23 +82,23 @@ def cut(files: Sequence[Path], size: int) -> list[tuple[tuple[Part, ...], int]]:
 
 
 def weigh(file: Path) -> int:
-    """About how many bytes of text are in a file."""
+    """Approximate bytes of text in a file."""
     if format_of(file) is token_pair:
         return file.with_suffix(".bin").stat().st_size
-    factor = 4 if compression_of(file) is not None else 1  # what compression hides is guessed
+    factor = 4 if compression_of(file) is not None else 1  # a guess of the compression ratio
     return file.stat().st_size * factor
 
 
 def set_up(directory: Path, threads: int) -> None:
-    """Before :func:`make` in a process: its tokenizer, and so many threads of it (0: all)."""
+    """Prepare a process for :func:`make`: load the tokenizer, limit its threads (0: no limit)."""
     global _tokenizer
-    if threads:  # SentencePiece goes by it too (tokenizer._cores)
+    if threads:  # also followed for SentencePiece (tokenizer_sentencepiece)
         os.environ["RAYON_NUM_THREADS"] = str(threads)
     _tokenizer = load_tokenizer(directory)
 
 
 def read(shard: Shard) -> dict[str, Counts] | None:
-    """What a finished shard holds; ``None`` if it is not finished or of something else."""
+    """Totals of a finished shard by split; ``None`` if it is unfinished or has another key."""
     found = find_json(_file(shard, "json"))
     if found is None or found.get("key") != shard.key:
         return None
@@ -125,17 +126,18 @@ def make(shard: Shard) -> dict[str, Counts]:
 
 
 def ids_file(shard: Shard, split: str) -> Path:
-    """Its ids, in the tokenizer's number format."""
+    """The file of its ids, in :func:`dtype_of` the tokenizer."""
     return _file(shard, f"{split}.bin")
 
 
 def lengths_file(shard: Shard, split: str) -> Path:
-    """Its documents' lengths, int32."""
+    """The file of its documents' lengths, int32."""
     return _file(shard, f"{split}.lengths")
 
 
 def dtype_of(tokenizer: Tokenizer) -> type[np.unsignedinteger[Any]] | type[np.signedinteger[Any]]:
-    """uint16 for vocabularies that fit, else int32 (Megatron's ``DType.optimal_dtype``)."""
+    """The dtype of stored ids: uint16 if the vocabulary fits, else int32 (as Megatron's
+    ``DType.optimal_dtype``)."""
     return np.uint16 if tokenizer.vocab_size < 65500 else np.int32
 
 
@@ -149,7 +151,7 @@ class _Output:
         self.documents = self.tokens = self.bytes = 0
 
     def add(self, rows: Sequence[np.ndarray], sizes: Sequence[int]) -> None:
-        """Documents' ids without an end token, and their bytes."""
+        """Write documents: their ids without end token, and their bytes of text."""
         if not rows:
             return
         lengths = np.array([len(row) + 1 for row in rows], np.int32)
@@ -161,7 +163,7 @@ class _Output:
         self.bytes += sum(sizes)
 
     def close(self, *, whole: bool) -> None:
-        """Name the files, if they are whole."""
+        """Close the files; give them their names if they are complete, else delete them."""
         for stream, file in zip(self._streams, self._files, strict=True):
             stream.close()
             if whole:
@@ -196,11 +198,11 @@ def _write(shard: Shard, tokenizer: Tokenizer) -> dict[str, Counts]:
 
 
 Row = tuple[bytes, int, np.ndarray]
-"""A document: what it is (UTF-8 of its text, or its ids), bytes of text, ids int32 [n]."""
+"""A document: its content (UTF-8 of its text, or its ids), bytes of text, ids int32 [n]."""
 
 
 def _batches(shard: Shard, tokenizer: Tokenizer) -> Iterator[list[Row]]:
-    """Documents with their ids; those without any are left out."""
+    """Documents with their ids; those without ids are left out."""
     for texts in _gathered(_texts(shard)):
         rows = tokenizer.encode(texts)
         encoded = [text.encode() for text in texts]
@@ -279,7 +281,7 @@ def _check(shard: Shard, tokenizer: Tokenizer) -> Counts:
 
 
 def split_of(document: bytes) -> str:
-    """By its content, so that the same document never is on both sides."""
+    """The split of a document, by a hash of its content: equal documents are in the same split."""
     number = int.from_bytes(hashlib.blake2b(document, digest_size=8).digest(), "big")
     return "valid" if number % HELD_OUT == 0 else "train"
 

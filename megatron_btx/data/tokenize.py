@@ -1,4 +1,4 @@
-"""All cores tokenize shards of a run's text, and every pair is joined when its shards are there."""
+"""A run's text to .bin/.idx pairs: shards are tokenized on all cores, and joined to pairs."""
 
 from __future__ import annotations
 
@@ -18,32 +18,32 @@ from megatron_btx.data.tokenized import TokenizedSplit, read_tokenized, write_to
 from megatron_btx.data.tokenizer import Tokenizer
 
 SHARD = 64 << 20
-"""Bytes of input that a process takes at a time; what is less in all is done in this process."""
+"""Bytes of input of a shard; if all input is smaller, no processes are started."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizeJob:
-    """One group of files on its way to pairs, one for each split."""
+    """A group of files that become pairs, one for each split."""
 
     domain: str
     text: DomainText
     group: Group
     splits: tuple[str, ...]
     names: dict[str, str]
-    """Of the pairs, by split: ``train``, or ``train.0`` of several."""
+    """Names of the pairs by split: ``train``, or ``train.0`` if there are several."""
     directory: Path
 
     @property
     def in_place(self) -> bool:
-        """A pair that is used where it is."""
+        """Whether it is a Megatron pair that is used in place."""
         return self.group.is_pair and not self.text.is_split
 
     def key(self, split: str, tokenizer: Tokenizer) -> str:
-        """Of the pair that it becomes."""
+        """The key of the pair of a split."""
         return digest([self.text.key(split, self.group.files), tokenizer.sha256])
 
     def shards(self, tokenizer: Tokenizer) -> list[Shard]:
-        """What has to be done for it, in order."""
+        """Its shards, in order."""
         key = digest([self.key(split, tokenizer) for split in self.splits] + [SHARD])
         place = self.directory / f".shards-{'-'.join(self.names.values())}"
         return [
@@ -69,7 +69,7 @@ def _cut(job: TokenizeJob) -> list[tuple[tuple[Part, ...], int]]:
 
 
 def jobs(text: DomainText, directory: Path) -> list[TokenizeJob]:
-    """What becomes of a domain's files in ``directory``."""
+    """The jobs of a domain, whose pairs are written to ``directory``."""
     made = []
     for splits in (("train", "valid"),) if text.is_split else (("train",), ("valid",)):
         groups = text.groups(splits[0])
@@ -96,21 +96,21 @@ def run(
     progress: Progress,
     share: tuple[int, int] | None = None,
 ) -> int:
-    """Make every pair that is not there yet.
+    """Make every pair that does not exist yet.
 
     Args:
-        jobs: what becomes of all text.
-        tokenizer_dir: where ``tokenizer`` is.
+        jobs: of all domains.
+        tokenizer_dir: the directory of ``tokenizer``.
         tokenizer: the run's.
         progress: told how far it is.
-        share: make shards only, and of them share i (from 0) of n: all n together make every one,
-            whenever each begins. Nothing is joined.
+        share: (i, n): make only the shards of share i (from 0) of n, and join nothing. The n shares
+            together contain every shard.
 
     Returns:
-        How many shards this call was to make.
+        The number of shards in this share.
 
     Raises:
-        UserError: some text cannot be read; what is finished is kept.
+        UserError: some text cannot be read; finished shards are kept.
     """
     work = {number: job.shards(tokenizer) for number, job in enumerate(jobs)
             if not _is_done(job, tokenizer)}  # fmt: skip
@@ -133,8 +133,8 @@ def run(
 
 
 def _dealt(work: dict[int, list[Shard]], share: int, of: int) -> list[tuple[int, int]]:
-    """Job and place in it of the shards of a share; large ones are dealt first, so that shares are
-    alike."""
+    """(job, index of its shard) of the shards of a share. Large ones are distributed first, to
+    balance the shares."""
     every = [(number, place) for number, shards in work.items() for place in range(len(shards))]
     if of > 1:
         every.sort(key=lambda each: -work[each[0]][each[1]].size)
@@ -142,7 +142,7 @@ def _dealt(work: dict[int, list[Shard]], share: int, of: int) -> list[tuple[int,
 
 
 def _made(shards: Sequence[Shard], tokenizer_dir: Path, progress: Progress) -> Iterator[int]:
-    """Make ``shards``; the place of each when it is."""
+    """Make ``shards``; yields the index of each when it is finished."""
     size = sum(shard.size for shard in shards)
     workers = min(cores(), len(shards)) if size > SHARD else 1
     meter = _Meter(size, progress)
@@ -159,7 +159,7 @@ def _made(shards: Sequence[Shard], tokenizer_dir: Path, progress: Progress) -> I
 def finish(
     text: DomainText, split: str, jobs: Sequence[TokenizeJob], directory: Path
 ) -> TokenizedSplit:
-    """The whole of a split, from the pairs of its jobs; what was there before goes."""
+    """Record a split that consists of the pairs of its jobs; files of former pairs are deleted."""
     prefix = directory / split
     made = [read_tokenized(directory / job.names[split]) for job in jobs]
     found = [one for one in made if one is not None]
@@ -219,7 +219,7 @@ def _join(job: TokenizeJob, shards: Sequence[Shard], tokenizer: Tokenizer) -> No
 
 
 class _Meter:
-    """How far the shards are, as text and as a number."""
+    """Reports the progress of all shards."""
 
     def __init__(self, total: int, progress: Progress) -> None:
         self._total, self._progress = max(total, 1), progress
@@ -227,7 +227,7 @@ class _Meter:
         self._read = self._finished = 0
 
     def read(self, amount: int) -> None:
-        """So many more bytes of text are tokenized."""
+        """``amount`` more bytes of text have been tokenized."""
         self._read += amount
         done = min(max(self._read, self._finished) / self._total, 0.99)
         seconds = time.monotonic() - self._begin
@@ -239,7 +239,7 @@ class _Meter:
         self._progress(what, done, bytes_per_second=rate, seconds_left=left)
 
     def finished(self, size: int) -> None:
-        """A shard is, whatever its text was guessed to be."""
+        """A shard of (estimated) ``size`` bytes is finished."""
         self._finished += size
 
 

@@ -17,30 +17,31 @@ class TokenizedSplit:
     """A domain's training or held-out text as ids, or one of the pairs that make it up."""
 
     key: str
-    """Hash of what it was made from."""
+    """Hash of its inputs."""
     documents: int
     tokens: int
-    """An end-of-document token after each document included."""
+    """Including an end-of-document token after each document."""
     bytes: int | None
-    """UTF-8 bytes of text; ``None``: not known, of training text that came as ids."""
+    """UTF-8 bytes of text; ``None`` if unknown, for training text that was given as ids."""
     sha256: str
-    """Of the ``.bin`` file; of several pairs, or one in place, of their content otherwise."""
+    """Of the ``.bin`` file; for several pairs, or a pair that is used in place, of their hashes or
+    ids."""
     prefix: str | None = None
-    """Of a pair of the user's, which stays where it is."""
+    """Of a pair of the user's that is used in place."""
     blend: tuple[tuple[str, float], ...] = ()
-    """Of several pairs: their names in this directory, and the share of samples of each."""
+    """If there are several pairs: their names in this directory, and each one's share of
+    samples."""
 
 
 def write_tokenized(prefix: Path, made: TokenizedSplit) -> TokenizedSplit:
-    """Write ``prefix.json``; what says nothing is left out."""
+    """Write ``prefix.json``, without empty fields."""
     content = {name: value for name, value in asdict(made).items() if value or name == "bytes"}
     write_json(beside(prefix, "json"), content)
     return made
 
 
 def read_tokenized(prefix: str | Path, key: str | None = None) -> TokenizedSplit | None:
-    """The finished split at ``prefix``; ``None`` if it isn't finished or was made from other things
-    (``key``)."""
+    """The finished split at ``prefix``; ``None`` if it is unfinished or its key is not ``key``."""
     prefix = Path(prefix)
     try:
         found = find_json(beside(prefix, "json")) or {}
@@ -58,7 +59,7 @@ def read_tokenized(prefix: str | Path, key: str | None = None) -> TokenizedSplit
 
 
 def _is_whole(prefix: Path, tokens: int) -> bool:
-    """Whether both files of a pair are there, the ids as long as so many tokens are."""
+    """Whether both files of a pair exist and the ``.bin`` has the size of ``tokens`` ids."""
     try:
         size = os.stat(beside(prefix, "bin")).st_size
         os.stat(beside(prefix, "idx"))
@@ -68,7 +69,7 @@ def _is_whole(prefix: Path, tokens: int) -> bool:
 
 
 def pairs(prefix: Path, made: TokenizedSplit) -> list[tuple[Path, float]]:
-    """The pairs of the split at ``prefix``, and the share of samples of each."""
+    """The pairs of the split at ``prefix``: their prefixes, and each one's share of samples."""
     if not made.blend:
         return [(prefix if made.prefix is None else Path(made.prefix), 1.0)]
     found = []

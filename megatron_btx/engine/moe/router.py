@@ -40,7 +40,8 @@ class BTXRouter(TopKRouter):
 
     ``forward`` takes hidden states [s, b, H] (s: this rank's slice of the sequence) and returns
     gates and routing map, both [s * b, N]; logits and gates are fp32. In training, the balance
-    losses ride on the gates. Noise needs ``noise.set_routing_context`` before a forward pass.
+    losses are attached to the gates (``MoEAuxLossAutoScaler``). Routing with noise needs
+    ``noise.set_routing_context`` before each forward pass.
 
     Args:
         config: with ``transformer_fields(routing, num_experts)`` in it.
@@ -50,7 +51,7 @@ class BTXRouter(TopKRouter):
         random_seed: keys the noise of Sample Top-1.
 
     Raises:
-        ValueError: the configuration asks for what this router does not do.
+        ValueError: the configuration asks for something that this router does not implement.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class BTXRouter(TopKRouter):
         try:
             check_config(config, routing)
         except UserError as wrong:
-            # Megatron, building a layer, makes what it catches anew, of its text alone.
+            # Megatron catches what is raised while it builds a layer, and keeps the text alone.
             raise ValueError(str(wrong)) from None
         super().__init__(config, pg_collection)
         self.recipe = routing
@@ -78,14 +79,14 @@ class BTXRouter(TopKRouter):
         self.load: Load | None = None  # while collect_load() is on
 
     def set_layer_number(self, layer_number: int) -> None:
-        """Layers are counted from 1 over the whole model; Sample Top-1's first routes softly."""
+        """Layers count from 1 over the whole model; the first one of Sample Top-1 may be soft."""
         super().set_layer_number(layer_number)
         self.noise_key = noise.layer_key(self.random_seed, layer_number)
         if self.recipe.type == "sample_top1" and self.recipe.first_layer_soft and layer_number == 1:
             self.function, self.topk = "soft", self.num_experts
 
     def gating(self, input: Tensor) -> Tensor:
-        """Logits ``W x`` [s, b, N]. Upstream's would move weights to a GPU first."""
+        """Logits ``W x`` [s, b, N]. Megatron's version would move the weights to a GPU first."""
         dtype = torch.float64 if self.config.moe_router_dtype == "fp64" else torch.float32
         return router_gating_linear(input, self.weight, self.bias, dtype)
 
@@ -108,7 +109,7 @@ class BTXRouter(TopKRouter):
         return gates, routing_map
 
     def _count(self, load: Load, routing_map: Tensor, gates: Tensor, length: int) -> None:
-        """Add this micro-batch's tokens to the load, without those that only fill it up."""
+        """Add this micro-batch's tokens, except padding, to the load."""
         if load.mask is not None:  # [b, S] -> this rank's [s * b, 1]
             positions = self._positions(length, load.mask.device)
             counts = load.mask.bool().T[positions].reshape(-1, 1).to(gates.device)
@@ -117,7 +118,7 @@ class BTXRouter(TopKRouter):
         load.gates[self.layer_number - 1] += gates.sum(0)
 
     def routes(self, logits: Tensor, length: int) -> Routes:
-        """Gates and routing map [s * b, N] of logits [s * b, N]; none dropped, no loss attached."""
+        """Gates and routing map [s * b, N] of logits [s * b, N], before capacity and losses."""
         if self.config.moe_router_fusion:  # check_config: topk
             pre_softmax = self.recipe.moe_router_pre_softmax
             return megatron_topk(logits, self.topk, use_pre_softmax=pre_softmax, fused=True)
@@ -149,8 +150,8 @@ class BTXRouter(TopKRouter):
     def _attach_balance_losses(
         self, gates: Tensor, routing_map: Tensor, logits: Tensor, length: int, batch: int
     ) -> Tensor:
-        """The paper's loss, then Megatron's own, on the routes before any is dropped (a loss that
-        saw only what an expert's capacity left it would not see the expert overflow)."""
+        """Attach the paper's loss, then Megatron's own, computed before tokens are dropped: a loss
+        on what an expert's capacity leaves would not see that the expert overflows."""
         probabilities = routing.softmax(logits)
         if self.recipe.balance_loss_coeff:
             gates = self._attach_paper_loss(gates, probabilities)
@@ -160,8 +161,9 @@ class BTXRouter(TopKRouter):
         return gates
 
     def _attach_paper_loss(self, gates: Tensor, probabilities: Tensor) -> Tensor:
-        """Means over the micro-batch's tokens of the whole TP x CP group. Every rank there has the
-        same loss and takes its own tokens' part of the gradient; Megatron adds those up."""
+        """The means are over the micro-batch's tokens of the whole TP x CP group. All its ranks
+        have the same loss; each computes the gradient of its own tokens, and Megatron sums
+        these."""
         alpha, tokens = self.recipe.balance_loss_coeff, len(gates) * self.tp_cp_group.size()
         sums = torch.stack([gates.sum(0), probabilities.sum(0)])
         u, p = reduce_from_tensor_model_parallel_region(sums, self.tp_cp_group) / tokens
@@ -179,9 +181,10 @@ class BTXRouter(TopKRouter):
         )
 
     def _drop(self, routing_map: Tensor, length: int) -> Tensor:
-        """Switch's capacity over the tokens of the whole TP x CP group, first come first served in
-        the order position, then sequence. A rank's tokens are a run of positions, under context
-        parallelism two; the counts of all earlier runs say where its own begin in the queue."""
+        """Apply Switch's capacity to the tokens of the whole TP x CP group: an expert takes the
+        first ones, in the order of position, then sequence. A rank has one contiguous range of
+        positions, two under context parallelism; the counts in all earlier ranges give its own
+        tokens' places in the experts' queues."""
         group, runs = self.tp_cp_group, 1 if self.cp_group.size() == 1 else 2
         limit = routing.capacity(
             len(routing_map) * group.size(),
@@ -207,8 +210,8 @@ class BTXRouter(TopKRouter):
 
 
 def megatron_topk(logits: Tensor, k: int, *, use_pre_softmax: bool, fused: bool) -> Routes:
-    """Megatron's own ``topk``; fused it is one kernel of Transformer Engine's, which may send a
-    token with equal logits elsewhere than ours does."""
+    """Megatron's own top-k. Fused, it is a kernel of Transformer Engine, which may choose another
+    expert than ours among equal logits."""
     gates, routing_map = topk_routing_with_score_function(
         logits, k, use_pre_softmax=use_pre_softmax, fused=fused
     )
@@ -216,7 +219,7 @@ def megatron_topk(logits: Tensor, k: int, *, use_pre_softmax: bool, fused: bool)
 
 
 def routers(model: torch.nn.Module | Iterable[torch.nn.Module]) -> list[BTXRouter]:
-    """The routers of a model, or of the chunks of it that this rank holds."""
+    """The routers of a model, or of the model chunks on this rank."""
     chunks = [model] if isinstance(model, torch.nn.Module) else model
     return [m for chunk in chunks for m in chunk.modules() if isinstance(m, BTXRouter)]
 
@@ -225,7 +228,8 @@ def routers(model: torch.nn.Module | Iterable[torch.nn.Module]) -> list[BTXRoute
 def forced_routing(
     model: torch.nn.Module | Iterable[torch.nn.Module], expert: int
 ) -> Iterator[None]:
-    """Within it every token goes to one expert (0 to N - 1) with weight 1, in every layer."""
+    """Within the block every token goes to one expert (0 to N - 1), with weight 1, in every
+    layer."""
     found = routers(model)
     for router in found:
         assert 0 <= expert < router.num_experts, f"no expert {expert} of {router.num_experts}"
@@ -239,8 +243,8 @@ def forced_routing(
 
 @contextmanager
 def dropless(model: torch.nn.Module | Iterable[torch.nn.Module]) -> Iterator[None]:
-    """Within it Switch's capacity, a rule for batches, drops no token: for evaluations, where what
-    is computed of one text must not depend on the others in its batch."""
+    """Within the block Switch's capacity drops no tokens: for evaluations, where the result for a
+    text must not depend on the other texts in its batch."""
     found = routers(model)
     before = [router.dropless for router in found]
     for router in found:
@@ -254,19 +258,20 @@ def dropless(model: torch.nn.Module | Iterable[torch.nn.Module]) -> Iterator[Non
 
 @dataclass
 class Load:
-    """What the experts were given, float64 [layers, N]: rows of other pipeline stages are 0, so
-    that the sum over all ranks is the whole model's. Dropped tokens do not count."""
+    """Tokens and gates by layer and expert, float64 [layers, N]. Layers of other pipeline stages
+    are 0, so that the sum over all ranks is that of the whole model. Dropped tokens do not
+    count."""
 
     tokens: Tensor
     gates: Tensor
-    """Sums of gate weights; over ``tokens`` they are an expert's mean weight."""
+    """Sums of gates; divided by ``tokens``, an expert's mean gate."""
     mask: Tensor | None = None
-    """[b, S] of the micro-batch that comes next: only tokens where it is not 0 are counted."""
+    """[b, S] of the next micro-batch: only tokens where it is not 0 are counted."""
 
 
 @contextmanager
 def collect_load(model: torch.nn.Module | Iterable[torch.nn.Module]) -> Iterator[Load]:
-    """Add up, within it, the tokens and gate weights that each layer's experts are given."""
+    """Within the block, sum up the tokens and gates of each layer's experts."""
     found = routers(model)
     assert found, "no BTXRouter in this model"
     config, device = found[0].config, found[0].weight.device
