@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from megatron_btx.cli import together
+from megatron_btx.cli import several_recipes
 from megatron_btx.cli.common import command, open_recipe, recipe_command, renamed
 from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.pipeline import graph, prepare_array, state
@@ -37,7 +37,7 @@ def add_parser(commands: Any) -> None:
         "  btx submit examples/systems --base my/base.yaml --seeds 3\n\n"
         "Stages that are done are not submitted again; a stopped one goes on. See docs/slurm.md.",
     )
-    together.add_flags(parser)
+    several_recipes.add_flags(parser)
     parser.add_argument("--dry-run", action="store_true", help="print it, submit nothing")
     parser.add_argument(
         "--scripts", action="store_true", help="with --dry-run: every script as it would be sent"
@@ -64,7 +64,7 @@ def add_parser(commands: Any) -> None:
         "  btx status recipe.yaml --json | python -m json.tool\n"
         "  btx status dense.yaml btm.yaml btx.yaml    all, and their comparison",
     )
-    together.add_flags(parser)
+    several_recipes.add_flags(parser)
     parser.add_argument("--json", action="store_true", help="print it as JSON, with all numbers")
     parser.add_argument(
         "--numbers", action="store_true", help="speed, goodput and the experts' use, too"
@@ -106,8 +106,8 @@ def submit(options: argparse.Namespace) -> int:
 
     if options.scripts and not options.dry_run:
         raise UserError("--scripts", "prints what `--dry-run` would send", "give both")
-    if not together.alone(options):
-        return together.submit(options)
+    if not several_recipes.alone(options):
+        return several_recipes.submit(options)
     recipe, run_dir, stages = open_recipe(options.recipe)
     chosen = select_stages(stages, only=options.only, first=options.first, last=options.stop_after)
     left = state.left(run_dir, chosen)
@@ -160,8 +160,8 @@ def _standing(options: argparse.Namespace) -> tuple[str, bool]:
     """Where every stage stands, as text, and whether any is still in the queue."""
     from megatron_btx.pipeline.slurm import status, status_table
 
-    if not together.alone(options):
-        return together.standing(options)
+    if not several_recipes.alone(options):
+        return several_recipes.standing(options)
     _, run_dir, stages = open_recipe(options.recipe)
     rows = status.rows(run_dir.absolute(), stages)
     if options.json:
@@ -215,13 +215,13 @@ def _over(run_dir: Path, stage: Stage) -> bool:
 
 def cancel(options: argparse.Namespace) -> int:
     """``btx cancel``."""
-    from megatron_btx.pipeline.slurm import commands, jobs
+    from megatron_btx.pipeline.slurm import commands, run_jobs
 
     recipe, run_dir, stages = open_recipe(options.recipe)
     chosen = {graph.find(stages, name).name for name in options.stage}
     found = [
         job
-        for job in jobs.active(run_dir.absolute(), stages)
+        for job in run_jobs.active(run_dir.absolute(), stages)
         if not chosen or any(f"{job.stage}:".startswith(f"{name}:") for name in chosen)
     ]
     commands.cancel(job.number for job in found)

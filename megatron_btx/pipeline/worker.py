@@ -35,7 +35,7 @@ from megatron_btx.pipeline import (
 )
 from megatron_btx.pipeline.graph import Stage
 from megatron_btx.pipeline.local import reaper
-from megatron_btx.pipeline.slurm import jobs
+from megatron_btx.pipeline.slurm import run_jobs
 from megatron_btx.recipe.load import load_recipe
 from megatron_btx.recipe.schema import Recipe
 from megatron_btx.train import tracking
@@ -294,7 +294,7 @@ def _begin_unaided(recipe: Recipe, stage: Stage, run_dir: Path, rank: int) -> No
     attempt = state.next_attempt(directory)
     os.environ["BTX_ATTEMPT"] = str(attempt)
     state.log_file(directory, attempt).touch()
-    state.begin(directory, attempt, stage.world_size, **jobs.this_job())
+    state.begin(directory, attempt, stage.world_size, **run_jobs.this_job())
 
 
 def _failed(directory: Path, rank: int, error: Exception) -> int:

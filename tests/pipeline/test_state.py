@@ -14,7 +14,7 @@ from megatron_btx.data.tokenized import TokenizedSplit, write_tokenized
 from megatron_btx.pipeline import state
 from megatron_btx.pipeline.graph import Stage
 from megatron_btx.pipeline.keys import Memo
-from megatron_btx.pipeline.slurm import jobs
+from megatron_btx.pipeline.slurm import run_jobs
 from megatron_btx.train import metrics
 from megatron_btx.train.goodput import read_attempts
 from tests.bad import fill
@@ -84,7 +84,7 @@ def test_a_torn_last_line_of_the_metrics(tmp_path: Path) -> None:
 def test_a_damaged_list_of_jobs_knows_none(tmp_path: Path, content: str) -> None:
     (tmp_path / "slurm").mkdir()
     (tmp_path / "slurm" / "jobs.json").write_text(content)
-    assert jobs.submitted(tmp_path) == {}
+    assert run_jobs.submitted(tmp_path) == {}
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b'{"%s": 5}', b"\xff\xfe"])

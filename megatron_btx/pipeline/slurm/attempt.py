@@ -20,7 +20,7 @@ from megatron_btx.errors import UserError
 from megatron_btx.files import write_json
 from megatron_btx.pipeline import failure, graph, locks, prepare_array, state
 from megatron_btx.pipeline.graph import Stage
-from megatron_btx.pipeline.slurm import jobs
+from megatron_btx.pipeline.slurm import run_jobs
 from megatron_btx.recipe.load import load_recipe
 from megatron_btx.recipe.schema import Recipe
 from megatron_btx.train.goodput import read_attempts
@@ -142,7 +142,7 @@ def begin(recipe: Recipe, name: str) -> tuple[int, str, Path]:
     _limit_restarts(recipe, directory, made)
     attempt = state.next_attempt(directory)
     state.log_file(directory, attempt).touch()
-    noted = jobs.this_job() | {"progress": made}
+    noted = run_jobs.this_job() | {"progress": made}
     state.begin(directory, attempt, stage.world_size, **noted)
     return attempt, stage.key, directory
 
@@ -155,7 +155,7 @@ def _wait_until_idle(directory: Path) -> None:
         Outlived: they are those of this job, and still there.
         Busy: they are another job's.
     """
-    former, job = jobs.begun(directory), os.environ.get("SLURM_JOB_ID")
+    former, job = run_jobs.begun(directory), os.environ.get("SLURM_JOB_ID")
     own = job is not None and former.get("job") == job
     try:
         locks.wait_until_idle(directory, _OWN_LINGERING if own else _LINGERING)

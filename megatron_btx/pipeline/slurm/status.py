@@ -14,7 +14,7 @@ from megatron_btx.files import find_json
 from megatron_btx.pipeline import locks, prepare_array, state
 from megatron_btx.pipeline.graph import Stage
 from megatron_btx.pipeline.local.progress import StageProgress, clock
-from megatron_btx.pipeline.slurm import commands, jobs, script
+from megatron_btx.pipeline.slurm import commands, run_jobs, script
 from megatron_btx.pipeline.slurm.cause import cause
 from megatron_btx.pipeline.slurm.status_table import StageStatus
 from megatron_btx.train.goodput import read_attempts
@@ -27,19 +27,19 @@ def rows(run_dir: Path, stages: tuple[Stage, ...]) -> list[StageStatus]:
     Raises:
         Silent: the controller does not answer.
     """
-    known = jobs.submitted(run_dir)
+    known = run_jobs.submitted(run_dir)
     # Those whose submission was killed before it could write them down, and those that were
     # submitted by hand, are in the queue.
     queued: dict[str, str] = {}
     try:
-        queued = {job.stage: job.number for job in jobs.active(run_dir, stages)}
+        queued = {job.stage: job.number for job in run_jobs.active(run_dir, stages)}
     except UserError:  # a run of this machine needs no Slurm to be looked at
-        if known or any("job" in jobs.begun(run_dir / stage.directory) for stage in stages):
+        if known or any("job" in run_jobs.begun(run_dir / stage.directory) for stage in stages):
             raise
     found = []
     for stage in stages:
         found += _parts(run_dir, stage, known)
-        noted = jobs.begun(run_dir / stage.directory)
+        noted = run_jobs.begun(run_dir / stage.directory)
         numbers = [str(line["job"]) for line in (known.get(stage.name, {}), noted) if "job" in line]
         latest = max(filter(str.isdecimal, numbers), key=int, default=None)
         found.append(_row(run_dir, stage, queued.get(stage.name) or latest, noted))
@@ -60,7 +60,7 @@ def _parts(run_dir: Path, stage: Stage, known: dict[str, dict[str, Any]]) -> lis
     for name, number in numbers.items():
         part = dataclasses.replace(stage, name=name)
         if name == prepare_array.BEGIN:
-            found.append(_row(run_dir, part, number, jobs.begun(run_dir / part.directory)))
+            found.append(_row(run_dir, part, number, run_jobs.begun(run_dir / part.directory)))
         else:
             found.append(array_row(run_dir, part, number, int(known[name]["tasks"])))
     return found
@@ -71,7 +71,7 @@ def _row(run_dir: Path, stage: Stage, number: str | None, noted: dict[str, Any])
     job = commands.show(number) if number else None
     record = state.done(run_dir, stage)
     done = record is not None
-    if job is not None and not jobs.is_of(job, run_dir, stage, noted):
+    if job is not None and not run_jobs.is_of(job, run_dir, stage, noted):
         job = None  # Slurm counts anew: another run's job
     seen = StageProgress(directory).read()
     word = _word(directory, job, done)
@@ -192,7 +192,7 @@ def log_file(run_dir: Path, stage: Stage) -> Path | None:
     these are newer or no rank has started."""
     attempt = state.next_attempt(run_dir / stage.directory) - 1
     ranks = state.log_file(run_dir / stage.directory, attempt)
-    known = jobs.submitted(run_dir)
+    known = run_jobs.submitted(run_dir)
     record = known.get(stage.name) or known.get(stage.name.partition("/")[0])
     batch = (
         run_dir / "slurm" / str((record or {}).get("submission")) / f"{script.stem(stage.name)}.out"

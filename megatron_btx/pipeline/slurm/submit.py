@@ -11,7 +11,7 @@ what a script says is script.py's.
 
 A run directory belongs to one submission at a time. While it submits, it holds the lock that
 ``btx run`` takes as well (locks.py); afterwards its jobs are the lock, whoever submitted them and
-however (jobs.py). Neither outlives a crash.
+however (run_jobs.py). Neither outlives a crash.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from megatron_btx.errors import UserError
 from megatron_btx.files import written
 from megatron_btx.pipeline import locks, prepare_array, state
 from megatron_btx.pipeline.graph import Stage
-from megatron_btx.pipeline.slurm import attempt, commands, jobs, preflight, script
+from megatron_btx.pipeline.slurm import attempt, commands, preflight, run_jobs, script
 from megatron_btx.provenance import code_revision, versions
 from megatron_btx.recipe import slurm
 from megatron_btx.recipe.load import dump_kept
@@ -142,7 +142,7 @@ def submit(
     with contextlib.ExitStack() as stack:
         made = stack.enter_context(_removed_unless_kept(run_dir))
         stack.enter_context(locks.run_lock(run_dir))
-        jobs.refuse_active(run_dir, chosen)
+        run_jobs.refuse_active(run_dir, chosen)
         preflight.fits(recipe, chosen, commands.nodes())
         token, directory = uuid.uuid4().hex, _next(run_dir)
         scripts = prepared(recipe, run_dir, chosen, directory, token)
@@ -161,16 +161,16 @@ def submit(
 
 
 def refuse_beside_jobs(run_dir: Path, stages: tuple[Stage, ...]) -> None:
-    """For a run on this machine: ``jobs.refuse_active``, where Slurm is there to be asked.
+    """For a run on this machine: ``run_jobs.refuse_active``, where Slurm is there to be asked.
 
     Raises:
         UserError: jobs of this run are in the queue.
     """
-    in_jobs = any(jobs.begun(run_dir / stage.directory) for stage in stages)
-    if not (in_jobs or jobs.submitted(run_dir)) or shutil.which("squeue") is None:
+    in_jobs = any(run_jobs.begun(run_dir / stage.directory) for stage in stages)
+    if not (in_jobs or run_jobs.submitted(run_dir)) or shutil.which("squeue") is None:
         return
     with contextlib.suppress(commands.Silent):
-        jobs.refuse_active(run_dir, stages)
+        run_jobs.refuse_active(run_dir, stages)
 
 
 def _keep(recipe: Recipe, run_dir: Path, directory: Path, scripts: dict[str, str]) -> None:
@@ -213,7 +213,7 @@ def _send(
 ) -> dict[str, str]:
     """Submit the scripts in order, each after those it waits for; if one fails, none."""
     numbers: dict[str, str] = {}
-    record: dict[str, Any] = dict(jobs.submitted(run_dir))
+    record: dict[str, Any] = dict(run_jobs.submitted(run_dir))
     try:
         for stage in chosen:
             known = {**others, **numbers}
@@ -252,7 +252,7 @@ def _take_back(run_dir: Path, chosen: tuple[Stage, ...], numbers: dict[str, str]
         UserError: the controller does not answer, and jobs are left.
     """
     try:
-        unheard = [job.number for job in jobs.active(run_dir, chosen)]
+        unheard = [job.number for job in run_jobs.active(run_dir, chosen)]
         commands.cancel({*numbers.values(), *unheard})
     except commands.Silent as error:
         sent = ", ".join(f"{number} ({name})" for name, number in numbers.items()) or "perhaps one"

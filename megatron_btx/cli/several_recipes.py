@@ -51,25 +51,25 @@ def alone(options: argparse.Namespace) -> bool:
 
 def _members(options: argparse.Namespace) -> tuple[list[Any], Path]:
     """The runs, arranged, and where their comparison goes."""
-    from megatron_btx.pipeline.slurm import together
+    from megatron_btx.pipeline.slurm import several_recipes
 
     files = comparison_runs.recipe_files(options.recipes)
     members = []
     for run in comparison_runs.runs_of(files, options.base, options.seeds):
         run_dir = run.run_dir.absolute()
         stages = graph.of_run(run.recipe, run_dir)
-        members.append(together.Member(recipe=run.recipe, run_dir=run_dir, stages=stages))
+        members.append(several_recipes.Member(recipe=run.recipe, run_dir=run_dir, stages=stages))
     out = options.out or Path(os.path.commonpath([member.run_dir for member in members]))
     if out.absolute() in {member.run_dir for member in members}:  # of one recipe alone
         out = out.with_name(f"{out.name}-compare")
-    return together.arrange(members), out.absolute()
+    return several_recipes.arrange(members), out.absolute()
 
 
 def submit(options: argparse.Namespace) -> int:
     """``btx submit`` of several."""
     from megatron_btx.pipeline import prepare_array
+    from megatron_btx.pipeline.slurm import several_recipes
     from megatron_btx.pipeline.slurm import submit as one
-    from megatron_btx.pipeline.slurm import together
 
     if options.only or options.first or options.stop_after:
         flag = "--only, --from and --stop-after"
@@ -80,15 +80,15 @@ def submit(options: argparse.Namespace) -> int:
         for member in members:
             sys.stdout.write(_lines(member, one.graph_lines(member.recipe, member.chosen), {}))
             check.files(member.recipe)
-        sys.stdout.write(f"{together.COMPARE} of {len(members)} runs, in {out}\n")
+        sys.stdout.write(f"{several_recipes.COMPARE} of {len(members)} runs, in {out}\n")
         if options.scripts:
-            sys.stdout.write(f"\n{together.compare_script(members, out)}")
+            sys.stdout.write(f"\n{several_recipes.compare_script(members, out)}")
         return 0
     for member in members:
         run_checks.keeps_recipe(member.run_dir, Path(os.devnull), member.recipe)
         if left := state.left(member.run_dir, member.stages):
             run_checks.check(member.recipe, member.run_dir, left, gpus=None)
-    numbers, last, notes = together.submit_all(members, out, probe=not options.no_probe)
+    numbers, last, notes = several_recipes.submit_all(members, out, probe=not options.no_probe)
     for note in dict.fromkeys(notes):
         sys.stderr.write(f"warning: {note}\n")
     for member in members:
@@ -97,7 +97,7 @@ def submit(options: argparse.Namespace) -> int:
         jobs = numbers[member.run_dir]
         named = [f"{jobs[s.name]:>8}  {line}" for s, line in zip(chosen, lines, strict=True)]
         sys.stdout.write(_lines(member, named, jobs))
-    sys.stdout.write(f"{last:>8}  {together.COMPARE} of {len(members)} runs, in {out}\n")
+    sys.stdout.write(f"{last:>8}  {several_recipes.COMPARE} of {len(members)} runs, in {out}\n")
     return 0
 
 
@@ -112,11 +112,11 @@ def _lines(member: Any, own: Sequence[str], jobs: dict[str, str]) -> str:
 def standing(options: argparse.Namespace) -> tuple[str, bool]:
     """Where every stage of every recipe stands, and the comparison, as text; and whether any of
     their jobs is still in the queue."""
-    from megatron_btx.pipeline.slurm import status, status_table, together
+    from megatron_btx.pipeline.slurm import several_recipes, status, status_table
 
     members, out = _members(options)
     rows = {member.run_dir: status.rows(member.run_dir, member.stages) for member in members}
-    last = together.row(out)
+    last = several_recipes.row(out)
     texts = []
     content: dict[str, Any] = {}
     for member in members:

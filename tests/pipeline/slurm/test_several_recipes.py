@@ -8,8 +8,8 @@ import pytest
 
 from megatron_btx.errors import UserError
 from megatron_btx.pipeline import graph
-from megatron_btx.pipeline.slurm import together
-from megatron_btx.pipeline.slurm.together import Member
+from megatron_btx.pipeline.slurm import several_recipes
+from megatron_btx.pipeline.slurm.several_recipes import Member
 from megatron_btx.recipe.load import load_recipe
 from tests.bad import Commands
 
@@ -33,7 +33,7 @@ def members(small: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_each_stage_is_submitted_by_the_first_that_has_it(members: list[Member]) -> None:
-    dense, btm, btx = together.arrange(members)
+    dense, btm, btx = several_recipes.arrange(members)
     names = [[stage.name for stage in member.chosen] for member in (dense, btm, btx)]
     assert names == [
         ["prepare", "seed", "dense", "evaluate", "report"],
@@ -45,20 +45,20 @@ def test_each_stage_is_submitted_by_the_first_that_has_it(members: list[Member])
 
 
 def test_links_are_made_before_there_is_anything_in_them(members: list[Member]) -> None:
-    _, btm, _ = together.arrange(members)
+    _, btm, _ = several_recipes.arrange(members)
     btm.run_dir.mkdir(parents=True)
     for _ in range(2):  # as often as it is submitted
-        together.link(btm)
+        several_recipes.link(btm)
         assert (btm.run_dir / "seed").readlink() == Path("../dense/seed")
     (btm.run_dir / "seed").unlink()
     (btm.run_dir / "seed").mkdir()
     with pytest.raises(UserError, match="was begun there"):
-        together.link(btm)
+        several_recipes.link(btm)
 
 
 def test_a_value_of_the_recipe_runs_no_command(members: list[Member], tmp_path: Path) -> None:
     out = tmp_path / "it's $(touch hit)"
-    text = together.compare_script(together.arrange(members), out)
+    text = several_recipes.compare_script(several_recipes.arrange(members), out)
     assert "/it'\"'\"'s $(touch hit)'" in text
     assert text.count("recipe.yaml'") == 3
 
