@@ -112,7 +112,7 @@ def settings_of(directory: Path) -> dict[str, Any] | None:
     args = content.get("args") if isinstance(content, dict) else None
     if args is None:
         return None
-    if not isinstance(args, safe_unpickle.Record):
+    if not isinstance(args, safe_unpickle.StubObject):
         what = f"its args are of type {type(args).__name__}, no arguments of Megatron-LM"
         raise UserError(str(directory / "common.pt"), what, "copy the checkpoint again")
     found = dict(vars(args))
@@ -146,7 +146,7 @@ def _common_of(directory: Path) -> Any:
     except (zipfile.BadZipFile, ValueError, OSError) as error:
         what = f"not what torch.save writes: {error}"
         raise UserError(where, what, "copy the checkpoint again") from error
-    if isinstance(content, safe_unpickle.Record):  # the arguments themselves
+    if isinstance(content, safe_unpickle.StubObject):  # the arguments themselves
         return {"args": content}
     return content[0] if isinstance(content, list) and len(content) == 1 else content
 

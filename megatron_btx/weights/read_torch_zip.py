@@ -1,5 +1,5 @@
-"""The archive that ``torch.save`` made of one tensor, somewhere in a ``.distcp`` file: where in it
-the elements lie, and the CRC-32 that is stored with them. Nothing of the data is read.
+"""The archive that ``torch.save`` wrote of one tensor, inside a ``.distcp`` file: the place of the
+elements in it, and their stored CRC-32. The elements themselves are not read.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Chunk:
     length: int
 
 
-class _Window(io.RawIOBase):
-    """Bytes ``offset .. offset + length`` of a file as a file of its own."""
+class _FileSection(io.RawIOBase):
+    """Bytes ``offset .. offset + length`` of a file, as a file."""
 
     def __init__(self, file: io.BufferedReader, offset: int, length: int) -> None:
         self._file, self._offset, self._length, self._at = file, offset, length, 0
@@ -90,7 +90,7 @@ class StoredArchive:
 
     def __init__(self, file: io.BufferedReader, chunk: Chunk) -> None:
         self._file, self._chunk = file, chunk
-        archive = zipfile.ZipFile(_Window(file, chunk.offset, chunk.length))
+        archive = zipfile.ZipFile(_FileSection(file, chunk.offset, chunk.length))
         self._members = {e.filename.partition("/")[2]: e for e in archive.infolist()}
 
     def member(self, name: str) -> tuple[int, int, int]:

@@ -1,8 +1,8 @@
-"""Reading the pickles of a Megatron checkpoint without running what they say.
+"""Reads the pickles of a Megatron checkpoint without executing anything they name.
 
 ``.metadata``, ``common.pt`` and the header of every stored tensor are pickles, and a pickle can
-name any function to call. Here each name must be on a list, and most of the list stands for an
-inert :class:`Record`, so nothing of torch.distributed or Megatron is imported, let alone run.
+name any function to call. Here each name must be on a list, and most names on it are replaced by an
+inert :class:`StubObject`, so nothing of torch.distributed or Megatron is imported, let alone run.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ LIMIT = 256 << 20
 _AGAIN = "copy the checkpoint again, or take an earlier step"
 
 
-class Record:
-    """What stands in for any listed class: its call arguments and its state, never behaviour."""
+class StubObject:
+    """Stands for an object of a listed class: its call arguments and its state, no behaviour."""
 
     def __init__(self, *arguments: Any) -> None:
         self.arguments = arguments
@@ -47,10 +47,10 @@ _DCP = "torch.distributed.checkpoint"
 METADATA_NAMES: Mapping[tuple[str, str], Any] = {
     **{("torch", name): dtype for name, dtype in _DTYPES.items()},
     ("torch", "Size"): tuple,
-    ("torch.serialization", "_get_layout"): Record,
+    ("torch.serialization", "_get_layout"): StubObject,
     ("collections", "OrderedDict"): dict,
     **{
-        (f"{_DCP}.metadata", name): Record
+        (f"{_DCP}.metadata", name): StubObject
         for name in (
             "Metadata",
             "MetadataIndex",
@@ -62,10 +62,10 @@ METADATA_NAMES: Mapping[tuple[str, str], Any] = {
             "_MEM_FORMAT_ENCODING",
         )
     },
-    (f"{_DCP}.filesystem", "_StorageInfo"): Record,
-    (f"{_DCP}.filesystem", "_StoragePrefix"): Record,
+    (f"{_DCP}.filesystem", "_StorageInfo"): StubObject,
+    (f"{_DCP}.filesystem", "_StoragePrefix"): StubObject,
     **{
-        (f"{_DCP}.planner", name): Record
+        (f"{_DCP}.planner", name): StubObject
         for name in (
             "SavePlan",
             "WriteItem",
@@ -75,11 +75,11 @@ METADATA_NAMES: Mapping[tuple[str, str], Any] = {
         )
     },
     **{
-        ("megatron.core.dist_checkpointing.strategies.torch", name): Record
+        ("megatron.core.dist_checkpointing.strategies.torch", name): StubObject
         for name in ("MCoreMetadata", "MCoreSavePlan")
     },
     **{
-        (module, name): Record
+        (module, name): StubObject
         for module in ("pathlib", "pathlib._local")
         for name in ("Path", "PosixPath", "PurePosixPath")
     },
@@ -101,7 +101,7 @@ STORAGES = {
 """Names of torch's storage classes."""
 
 TENSOR_NAMES: Mapping[tuple[str, str], Any] = {
-    ("torch._utils", "_rebuild_tensor_v2"): Record,
+    ("torch._utils", "_rebuild_tensor_v2"): StubObject,
     ("collections", "OrderedDict"): dict,
     **{("torch", name): dtype for name, dtype in STORAGES.items()},
     ("torch.storage", "UntypedStorage"): torch.uint8,
@@ -112,20 +112,26 @@ TENSOR_NAMES: Mapping[tuple[str, str], Any] = {
 COMMON_NAMES: Mapping[tuple[str, str], Any] = {
     **METADATA_NAMES,
     **TENSOR_NAMES,
-    ("argparse", "Namespace"): Record,
-    **{("signal", name): Record for name in ("Signals", "SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2")},
+    ("argparse", "Namespace"): StubObject,
     **{
-        ("megatron.core.transformer.enums", name): Record
+        ("signal", name): StubObject
+        for name in ("Signals", "SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2")
+    },
+    **{
+        ("megatron.core.transformer.enums", name): StubObject
         for name in (
             *("AttnBackend", "AttnMaskType", "AttnType", "LayerType"),
             *("CudaGraphScope", "CudaGraphModule", "InferenceCudaGraphScope"),
         )
     },
     **{
-        ("megatron.core.rerun_state_machine", name): Record
+        ("megatron.core.rerun_state_machine", name): StubObject
         for name in ("RerunDiagnostic", "RerunMode", "RerunState")
     },
-    **{("megatron.core.enums", name): Record for name in ("Fp4Recipe", "Fp8Recipe", "ModelType")},
+    **{
+        ("megatron.core.enums", name): StubObject
+        for name in ("Fp4Recipe", "Fp8Recipe", "ModelType")
+    },
 }
 """What ``common.pt``, or the object that 0.19 stores in its place, may name: Megatron-LM keeps its
 arguments there."""
@@ -138,14 +144,14 @@ class _Dict(dict[Any, Any]):
 MP_RANK_NAMES: Mapping[tuple[str, str], Any] = {
     **COMMON_NAMES,
     ("collections", "OrderedDict"): _Dict,
-    ("_codecs", "encode"): Record,
-    ("_io", "BytesIO"): Record,
+    ("_codecs", "encode"): StubObject,
+    ("_io", "BytesIO"): StubObject,
     **{
-        (f"numpy{core}.multiarray", name): Record
+        (f"numpy{core}.multiarray", name): StubObject
         for core in (".core", "._core")
         for name in ("_reconstruct", "scalar")
     },
-    **{("numpy", name): Record for name in ("ndarray", "dtype")},
+    **{("numpy", name): StubObject for name in ("ndarray", "dtype")},
 }
 """What the one pickle of a rank in the form ``--ckpt-format torch`` may name: besides, the state of
 numpy's generator and of Transformer Engine's scaling, none of which is looked at."""

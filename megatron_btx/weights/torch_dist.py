@@ -184,7 +184,7 @@ class TorchDistSource(FileSource[_Stored]):
 
 
 def read_metadata(directory: Path) -> Any:
-    """``.metadata``: a :class:`~megatron_btx.weights.safe_unpickle.Record` of torch's ``Metadata``.
+    """``.metadata``: the :class:`.StubObject` of torch's ``Metadata``.
 
     Raises:
         UserError: there is none, or it is damaged, or it names what no checkpoint needs.
