@@ -35,7 +35,12 @@ from megatron.core.distributed import DistributedDataParallel
 from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItemType
 
-from megatron_btx.engine import checkpoint, checkpoint_hashes, checkpoint_workers
+from megatron_btx.engine import (
+    checkpoint,
+    checkpoint_directory,
+    checkpoint_hashes,
+    checkpoint_workers,
+)
 from megatron_btx.engine.checkpoint import TrainingState
 from megatron_btx.engine.distributed import from_first_rank, is_first_rank
 from megatron_btx.engine.model import model_chunks
@@ -64,9 +69,9 @@ class AsyncSave:
         self._completion: Future[None] | None = None
         """On the first rank, when all ranks have written: what gives the checkpoint its name."""
         self._calls = AsyncCallsQueue()
-        partial = checkpoint.partial_of(directory)
+        partial = checkpoint_directory.partial_of(directory)
         self._hashes = partial / f".hashes-{dist.get_rank()}.tmp"
-        with checkpoint.written_or_told(directory):
+        with checkpoint_directory.disk_errors(directory):
             with _copied_by_the_fork():
                 request = checkpoint.request(partial, directory, state, manifest)
             if request.async_fn is not None:
@@ -81,7 +86,7 @@ class AsyncSave:
         Raises:
             UserError: the disk was full or could not be written, on whichever rank.
         """
-        with checkpoint.written_or_told(self.directory):
+        with checkpoint_directory.disk_errors(self.directory):
             if not self._is_written:
                 if not self._calls.maybe_finalize_async_calls(blocking=wait):
                     return False
@@ -108,7 +113,7 @@ class AsyncSave:
             return
 
         def complete() -> None:
-            partial = checkpoint.partial_of(self.directory)
+            partial = checkpoint_directory.partial_of(self.directory)
             checkpoint.complete(partial, self._manifest, self._add)
             left = set(files_of(partial)) - known.keys()
             hashes = {**known, **{name: hash_file(partial / name) for name in left}}

@@ -7,14 +7,9 @@ disk; a directory ``step_00000123`` can be loaded, however the writer ended.
 from __future__ import annotations
 
 import contextlib
-import errno
-import logging
 import os
 import pickle
-import re
-import shutil
-import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,15 +20,14 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_btx.engine import checkpoint_hashes, checkpoint_workers
-from megatron_btx.engine.distributed import from_first_rank, is_first_rank
+from megatron_btx.engine import checkpoint_directory, checkpoint_hashes, checkpoint_workers
+from megatron_btx.engine.distributed import is_first_rank
 from megatron_btx.engine.freezing import numbered
 from megatron_btx.engine.megatron_release import SAVE_TAKES_STRATEGY
 from megatron_btx.engine.model import gather_parameters, model_chunks, unwrap
@@ -46,15 +40,6 @@ from megatron_btx.weights.manifest import FORMAT, MANIFEST, read_manifest
 from megatron_btx.weights.megatron import extra_states, second_names
 from megatron_btx.weights.partial import write_small
 from megatron_btx.weights.torch_dist import read_metadata
-
-logger = logging.getLogger(__name__)
-
-_PARTIAL, _OLD, _LAST = ".partial", ".old", ".last"
-_SAVED = re.compile(
-    r".*\.distcp|\.metadata|common\.pt|(metadata|manifest|hashes)\.json|tokenizer|\..*\.tmp"
-)
-"""Names of what lies in a checkpoint."""
-
 
 _tiled: WeakSet[object] = WeakSet()
 """Models and optimizers whose shards Megatron has found, at their first save, to make up every
@@ -162,8 +147,8 @@ def save(
     Raises:
         UserError: the disk is full or the directory cannot be written.
     """
-    partial = partial_of(directory)
-    with written_or_told(directory):
+    partial = checkpoint_directory.partial_of(directory)
+    with checkpoint_directory.disk_errors(directory):
         request(partial, directory, state, manifest).execute_sync()
         publish(directory, manifest, add_files)
 
@@ -175,7 +160,7 @@ def request(
     calls it."""
     checkpoint_workers.start()
     if is_first_rank():
-        _remove(partial)
+        checkpoint_directory.make_room(partial)
         partial.mkdir(parents=True)
     dist.barrier()
     saved: object = state.model if state.optimizer is None else state.optimizer
@@ -208,7 +193,7 @@ def publish(
         manifest: written now.
         add_files: as of :func:`save`.
     """
-    partial = partial_of(directory)
+    partial = checkpoint_directory.partial_of(directory)
     if is_first_rank():
         complete(partial, manifest, add_files)
     dist.barrier()
@@ -231,16 +216,11 @@ def complete(
 def give_name(directory: Path, hashes: Mapping[str, str]) -> None:
     """A checkpoint that lacks but the hashes of its files becomes whole. The first rank calls
     it."""
-    partial = partial_of(directory)
+    partial = checkpoint_directory.partial_of(directory)
     write_small(partial / HASHES, hashes_json(hashes))
-    _remove(directory)
+    checkpoint_directory.make_room(directory)
     os.rename(partial, directory)
     sync_directory(directory.parent)
-
-
-def partial_of(directory: Path) -> Path:
-    """Where a checkpoint is written before it gets its name."""
-    return directory.with_name(directory.name + _PARTIAL)
 
 
 def _for_megatron_lm(model: dict[str, Any], architecture: Architecture) -> dict[str, Any]:
@@ -277,7 +257,7 @@ def load(directory: Path, state: TrainingState) -> None:
         UserError: the checkpoint is missing, damaged or of another shape; or it holds a pickle that
             names what no checkpoint needs.
     """
-    wait_until_seen(directory)
+    checkpoint_directory.wait_until_seen(directory)
     read_manifest(directory)
     read_metadata(directory)
     checkpoint_hashes.check_hashes(directory)
@@ -319,14 +299,6 @@ def _load_errors(directory: Path) -> Iterator[None]:
         ) from error
 
 
-def wait_until_seen(directory: Path, seconds: float = 60.0) -> None:
-    """Wait for a directory that another rank has named: NFS lets a machine's view of its parent be
-    as old as ``acdirmax`` (60 s by default, nfs(5))."""
-    deadline = time.monotonic() + seconds
-    while dist.get_rank() and not directory.exists() and time.monotonic() < deadline:
-        time.sleep(1.0)
-
-
 def _same_world(directory: Path) -> bool:
     _, manifest = read_manifest(directory)
     return manifest["layout"].get("world_size") == dist.get_world_size()
@@ -343,98 +315,3 @@ def manifest_of(architecture: Architecture, **entries: Any) -> dict[str, Any]:
     """A manifest: the architecture plus the entries that the caller knows (``precision``,
     ``step``, ``consumed_samples``, ``tokens``, ``tokenizer``, ``layout``, ``lineage``, ...)."""
     return {"format": FORMAT, **architecture.to_json(), **entries}
-
-
-def step_directory(checkpoints: Path, step: int) -> Path:
-    """Where a step's checkpoint lies."""
-    return checkpoints / f"step_{step:08d}"
-
-
-def last_step_directory(checkpoints: Path, step: int) -> Path:
-    """Where the last step's own weights lie while a stage's model, their mean with others, has not
-    been saved under the step's name; who goes on does not find them."""
-    return checkpoints / f"step_{step:08d}{_LAST}"
-
-
-def prune(checkpoints: Path, keep: int, spared: Collection[int] = ()) -> None:
-    """Delete all but the last ``keep`` checkpoints of a stage, and those of the steps ``spared``.
-    The first rank calls it."""
-    kept = {step_directory(checkpoints, step) for step in spared}
-    old_ones = sorted(checkpoints.glob("step_????????"))[:-keep]
-    for old in filter(_is_ours, (one for one in old_ones if one not in kept)):
-        # Renamed first: a half-deleted checkpoint must not keep its name.
-        doomed = old.with_name(old.name + _OLD)
-        old.rename(doomed)
-        shutil.rmtree(doomed)
-
-
-def sweep(checkpoints: Path) -> None:
-    """Delete what a killed run had half written, half deleted or not averaged yet. The first rank
-    calls it."""
-    for suffix in (_PARTIAL, _OLD, _LAST, _LAST + _PARTIAL):
-        for left in filter(_is_ours, checkpoints.glob("step_????????" + suffix)):
-            shutil.rmtree(left)
-
-
-def _is_ours(directory: Path) -> bool:
-    """Whether there is nothing in it but what a save puts there."""
-    there = directory.is_dir() and not directory.is_symlink()
-    return there and all(_SAVED.fullmatch(path.name) for path in directory.iterdir())
-
-
-def _remove(directory: Path) -> None:
-    """Make room for a checkpoint.
-
-    Raises:
-        UserError: what is there is not all ours.
-    """
-    if _is_ours(directory):
-        shutil.rmtree(directory)
-    elif os.path.lexists(directory):
-        what = "is there and holds what no checkpoint does, so it is left alone"
-        raise UserError(str(directory), what, "move it away")
-
-
-@contextlib.contextmanager
-def written_or_told(directory: Path) -> Iterator[None]:
-    """What the writers of a checkpoint meet on the disk, in a user's words; what there is of it is
-    removed then, for it may be what fills the disk."""
-    said = _Said()
-    writer = logging.getLogger(filesystem_async.__name__)
-    writer.addHandler(said)
-    try:
-        yield
-    except (OSError, CheckpointException) as error:
-        if is_first_rank():
-            shutil.rmtree(partial_of(directory), ignore_errors=True)
-        if isinstance(error, OSError):
-            found: OSError | None = error
-        else:  # on every rank, and only the first one is told what it was
-            found = from_first_rank(_disk_error(f"{error} {said.words}"))
-        if found is None:
-            raise RuntimeError(f"{directory} was not written: {error}") from error
-        raise UserError(
-            str(directory), f"cannot be written: {found.strerror or found}", "free some space"
-        ) from error
-    finally:
-        writer.removeHandler(said)
-
-
-class _Said(logging.Handler):
-    """The errors that the writer logs: 0.19 raises the type of one alone."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.ERROR)
-        self.words = ""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Keep its words."""
-        self.words += record.getMessage() + "\n"
-
-
-def _disk_error(words: str) -> OSError | None:
-    """What the system said, where torch's writers met it: they pass on its words alone."""
-    for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS):
-        if os.strerror(number) in words:
-            return OSError(number, os.strerror(number))
-    return None

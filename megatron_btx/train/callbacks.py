@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from megatron_btx.engine import checkpoint
+from megatron_btx.engine import checkpoint, checkpoint_directory
 from megatron_btx.engine.async_save import AsyncSave
 from megatron_btx.engine.checkpoint import TrainingState
 from megatron_btx.engine.distributed import is_first_rank
@@ -150,11 +150,13 @@ class AverageLast(Callback):
         if run.step != run.total_steps or len(self.steps) == 1:
             return
         self.saving.finish()
-        last = checkpoint.last_step_directory(self.directory, run.step)
+        last = checkpoint_directory.last_step_directory(self.directory, run.step)
         manifest = {**self.manifest(run), "has_optimizer": False}
         checkpoint.save(last, TrainingState(model=run.model), manifest)
-        places = [checkpoint.step_directory(self.directory, step) for step in self.steps[:-1]]
-        checkpoint.wait_until_seen(last)
+        places = [
+            checkpoint_directory.step_directory(self.directory, step) for step in self.steps[:-1]
+        ]
+        checkpoint_directory.wait_until_seen(last)
         models = [open_megatron(place, place.name) for place in (*places, last)]
         initialize(run.model, mean_of(models, DTYPES[self.precision]))
         run.averaged = tuple(self.steps)
@@ -182,7 +184,7 @@ class Checkpoints(Callback):
         self._writing: tuple[AsyncSave, int, float] | None = None
         """A checkpoint on its way, its step, and seconds that training has waited for it."""
         if is_first_rank():
-            checkpoint.sweep(directory)
+            checkpoint_directory.sweep(directory)
 
     def after_step(self, run: Run, record: dict[str, Any]) -> None:
         """Save where it is time to, then drop what is older than the recipe keeps."""
@@ -194,7 +196,7 @@ class Checkpoints(Callback):
         if self.log is not None:
             self.log.sync()
         started = time.perf_counter()
-        target = checkpoint.step_directory(self.directory, run.step)
+        target = checkpoint_directory.step_directory(self.directory, run.step)
         if self.training.async_save and not ends:
             writing = AsyncSave(target, *self._content(run), self.add_tokenizer)
             seconds = time.perf_counter() - started
@@ -246,6 +248,6 @@ class Checkpoints(Callback):
             self.log.summarise(step)
         if is_first_rank():
             keep = 1 if last else self.training.keep_checkpoints
-            checkpoint.prune(self.directory, keep, () if last else self.spared)
+            checkpoint_directory.prune(self.directory, keep, () if last else self.spared)
             if last:
-                checkpoint.sweep(self.directory)
+                checkpoint_directory.sweep(self.directory)

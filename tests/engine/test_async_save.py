@@ -31,7 +31,7 @@ def write_beside(case: Case, folder: Path) -> tuple[Pieces, list[float], list[bo
     """
     import torch.distributed as dist
 
-    from megatron_btx.engine import async_save, checkpoint, distributed
+    from megatron_btx.engine import async_save, checkpoint, checkpoint_directory, distributed
     from megatron_btx.engine.model import build_model, wrap_ddp
     from megatron_btx.engine.optimizer import build_optimizer, build_schedule
     from megatron_btx.recipe.schema import Training
@@ -82,7 +82,7 @@ def write_beside(case: Case, folder: Path) -> tuple[Pieces, list[float], list[bo
     async_save._write = held
     try:
         writing = async_save.AsyncSave(
-            checkpoint.step_directory(folder, 2),
+            checkpoint_directory.step_directory(folder, 2),
             checkpoint.TrainingState(model=ddp, optimizer=optimizer, schedule=schedule),
             checkpoint.manifest_of(
                 case.architecture,
@@ -166,7 +166,7 @@ def full_disk(folder: Path, at_the_end: bool) -> tuple[list[str], list[str]]:
 
     import torch
 
-    from megatron_btx.engine import checkpoint, distributed
+    from megatron_btx.engine import checkpoint, checkpoint_directory, distributed
     from megatron_btx.engine.async_save import AsyncSave
     from megatron_btx.engine.model import build_model
     from megatron_btx.errors import UserError
@@ -184,7 +184,7 @@ def full_disk(folder: Path, at_the_end: bool) -> tuple[list[str], list[str]]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
     try:
         manifest = checkpoint.manifest_of(DENSE, layout={"world_size": 2})
-        target = checkpoint.step_directory(folder, 1)
+        target = checkpoint_directory.step_directory(folder, 1)
         AsyncSave(target, state, manifest, add if at_the_end else None).finished(wait=True)
     except UserError as error:
         said.append(str(error))
@@ -212,7 +212,7 @@ import os, sys, time
 from pathlib import Path
 from megatron_btx.engine import cpu
 cpu.install()
-from megatron_btx.engine import async_save, checkpoint, distributed
+from megatron_btx.engine import async_save, checkpoint, checkpoint_directory, distributed
 from megatron_btx.engine.model import build_model
 from megatron_btx.recipe.schema import Layout
 from tests.engine.harness import DENSE, set_weights
@@ -222,7 +222,7 @@ model = build_model(DENSE, Layout(), "fp32")
 set_weights(model)
 state, folder = checkpoint.TrainingState(model=model), Path(sys.argv[1])
 manifest = checkpoint.manifest_of(DENSE, layout={"world_size": 1})
-checkpoint.save(checkpoint.step_directory(folder, 2), state, manifest)
+checkpoint.save(checkpoint_directory.step_directory(folder, 2), state, manifest)
 plain = async_save.FileSystemWriterAsync.write_preloaded_data
 
 def half(transforms, place, bucket, **how):
@@ -231,13 +231,13 @@ def half(transforms, place, bucket, **how):
     time.sleep(600)
 
 async_save.FileSystemWriterAsync.write_preloaded_data = staticmethod(half)
-async_save.AsyncSave(checkpoint.step_directory(folder, 4), state, manifest)
+async_save.AsyncSave(checkpoint_directory.step_directory(folder, 4), state, manifest)
 time.sleep(600)
 """
 
 
 def test_killed_in_the_middle_the_last_whole_one_is_left(tmp_path: Path) -> None:
-    from megatron_btx.engine import checkpoint
+    from megatron_btx.engine import checkpoint_directory
     from megatron_btx.files import newest_step
 
     rank = subprocess.Popen(
@@ -262,6 +262,6 @@ def test_killed_in_the_middle_the_last_whole_one_is_left(tmp_path: Path) -> None
     assert found is not None
     assert found.name == "step_00000002"
     assert (tmp_path / "step_00000004.partial").exists()
-    checkpoint.sweep(tmp_path)
+    checkpoint_directory.sweep(tmp_path)
     assert not (tmp_path / "step_00000004.partial").exists()
     assert hashes_of(found) == {name: hash_file(found / name) for name in files_of(found)}

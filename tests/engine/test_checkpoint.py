@@ -37,7 +37,7 @@ def session(
     Returns:
         This rank's weights as loaded (or as trained, from nothing), and the losses.
     """
-    from megatron_btx.engine import checkpoint, distributed
+    from megatron_btx.engine import checkpoint, checkpoint_directory, distributed
     from megatron_btx.engine.model import build_model, wrap_ddp
     from megatron_btx.engine.optimizer import build_optimizer, build_schedule
     from megatron_btx.recipe.schema import Training
@@ -60,7 +60,7 @@ def session(
     schedule = build_schedule(optimizer, training, 6)
     state = checkpoint.TrainingState(model=ddp, optimizer=optimizer, schedule=schedule)
     if load is not None:
-        checkpoint.load(checkpoint.step_directory(folder, load), state)
+        checkpoint.load(checkpoint_directory.step_directory(folder, load), state)
     weights = pieces(ddp, lambda param: param)
     first, losses = load or 0, []
     for step in range(first, first + steps):
@@ -85,18 +85,20 @@ def session(
             step=first + steps,
             layout={"world_size": case.layout.world_size},
         )
-        checkpoint.save(checkpoint.step_directory(folder, first + steps), state, manifest)
+        checkpoint.save(checkpoint_directory.step_directory(folder, first + steps), state, manifest)
     return weights, losses
 
 
 def load_weights(case: Case, folder: Path) -> tuple[Pieces]:
     """The model of step 2, without an optimizer."""
-    from megatron_btx.engine import checkpoint, distributed
+    from megatron_btx.engine import checkpoint, checkpoint_directory, distributed
     from megatron_btx.engine.model import build_model
 
     distributed.initialize(case.layout, case.random_seed)
     model = build_model(case.architecture, case.layout, case.precision)  # type: ignore[arg-type]
-    checkpoint.load(checkpoint.step_directory(folder, 2), checkpoint.TrainingState(model=model))
+    checkpoint.load(
+        checkpoint_directory.step_directory(folder, 2), checkpoint.TrainingState(model=model)
+    )
     return (pieces(model, lambda param: param),)
 
 
@@ -157,7 +159,7 @@ def save_on_a_full_disk(folder: Path) -> tuple[str, list[str]]:
     """What a save says whose files may not grow beyond 20 kB, and what it leaves."""
     import resource
 
-    from megatron_btx.engine import checkpoint, distributed
+    from megatron_btx.engine import checkpoint, checkpoint_directory, distributed
     from megatron_btx.engine.model import build_model
     from megatron_btx.errors import UserError
     from tests.engine.harness import set_weights
@@ -169,7 +171,9 @@ def save_on_a_full_disk(folder: Path) -> tuple[str, list[str]]:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
     try:
-        checkpoint.save(checkpoint.step_directory(folder, 1), state, checkpoint.manifest_of(DENSE))
+        checkpoint.save(
+            checkpoint_directory.step_directory(folder, 1), state, checkpoint.manifest_of(DENSE)
+        )
     except UserError as error:
         return str(error), [path.name for path in folder.iterdir()]
     finally:
@@ -330,7 +334,7 @@ def test_a_malicious_pickle_does_not_run_on_resume(
 
 
 def test_only_what_a_save_made_is_deleted(tmp_path: Path) -> None:
-    from megatron_btx.engine import checkpoint
+    from megatron_btx.engine import checkpoint_directory
 
     for step in (1, 2, 3):
         made = tmp_path / f"step_0000000{step}"
@@ -341,7 +345,7 @@ def test_only_what_a_save_made_is_deleted(tmp_path: Path) -> None:
     for name in ("step_00000004.partial", "step_00000005.old"):
         (tmp_path / name).mkdir()
     (tmp_path / "step_00000005.old" / "notes.md").touch()
-    checkpoint.prune(tmp_path, 1)
-    checkpoint.sweep(tmp_path)
+    checkpoint_directory.prune(tmp_path, 1)
+    checkpoint_directory.sweep(tmp_path)
     left = sorted(path.name for path in tmp_path.iterdir())
     assert left == ["step_00000001", "step_00000003", "step_00000005.old"]

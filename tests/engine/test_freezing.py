@@ -127,7 +127,7 @@ class Watch:
     def at_end(self, run: Any) -> None: ...
 
     def after_step(self, run: Any, record: Any) -> None:
-        from megatron_btx.engine import checkpoint
+        from megatron_btx.engine import checkpoint, checkpoint_directory
         from megatron_btx.engine.model import gather_parameters
 
         states = [state for one in run.optimizer.chained_optimizers
@@ -147,7 +147,7 @@ class Watch:
             step=run.step,
             layout={"world_size": self.case.layout.world_size},
         )
-        checkpoint.save(checkpoint.step_directory(self.folder, run.step), state, manifest)
+        checkpoint.save(checkpoint_directory.step_directory(self.folder, run.step), state, manifest)
 
 
 def train_frozen(case: Case, training: Training, folder: Path | None, step: int) -> Any:
@@ -157,7 +157,7 @@ def train_frozen(case: Case, training: Training, folder: Path | None, step: int)
         Weights after each step and at the start, numbers kept by the optimizer, and the names of
         what learns at last.
     """
-    from megatron_btx.engine import checkpoint
+    from megatron_btx.engine import checkpoint, checkpoint_directory
     from megatron_btx.train.loop import StopRequest, train
 
     run = _run(case, training, max(step, 0))
@@ -166,7 +166,7 @@ def train_frozen(case: Case, training: Training, folder: Path | None, step: int)
         state = checkpoint.TrainingState(
             model=run.model, optimizer=run.optimizer, schedule=run.schedule
         )
-        checkpoint.load(checkpoint.step_directory(folder, step), state)
+        checkpoint.load(checkpoint_directory.step_directory(folder, step), state)
     start = pieces(run.model, lambda param: param)
     watch = Watch(folder, case, -step)
     train(run, [watch], StopRequest())  # type: ignore[list-item]

@@ -25,7 +25,7 @@ def run_stage(case: Case, training: Training, folder: Path, first: int, stop: in
     Returns:
         Weights after each step, and at the end.
     """
-    from megatron_btx.engine import checkpoint, distributed
+    from megatron_btx.engine import checkpoint, checkpoint_directory, distributed
     from megatron_btx.engine.model import build_model
     from megatron_btx.train.callbacks import AverageLast, Checkpoints
     from megatron_btx.train.freezing import FreezingSchedule
@@ -54,7 +54,7 @@ def run_stage(case: Case, training: Training, folder: Path, first: int, stop: in
     wrapped, optimizer, schedule = learning.begin(model, first)
     if first:
         state = checkpoint.TrainingState(model=wrapped, optimizer=optimizer, schedule=schedule)
-        checkpoint.load(checkpoint.step_directory(folder, first), state)
+        checkpoint.load(checkpoint_directory.step_directory(folder, first), state)
     steps = count.averaged_steps(training, case.architecture.model)
     run = Run(
         model=wrapped,
