@@ -6,13 +6,14 @@ from __future__ import annotations
 import importlib.util
 import logging
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megatron_btx.data.mixture import HeldOutText, held_out
 from megatron_btx.data.tokenizer import Tokenizer, load_tokenizer
@@ -107,10 +108,12 @@ def compare(recipe: Recipe, run_dir: Path, plan: Plan, exported: Path) -> dict[s
     """Mean held-out loss of both, on the same sequences, both in fp32. The job's groups are there.
 
     Raises:
-        UserError: they differ by more than ``TOLERANCE``.
+        UserError: they differ by more than ``TOLERANCE``, or the tokenizers give other ids.
     """
     settings = recipe.evaluate
     domains = held_out(recipe, run_dir, tokens=SEQUENCES * recipe.model.seq_length, plain=True)
+    tokenizer = load_tokenizer(run_dir / "prepare" / "tokenizer")
+    check_ids(tokenizer, [text[0]["tokens"] for text in domains.values()], exported)
     ours = evaluate_plan(as_exported(plan), domains, settings, "fp32", recipe.random_seed)
     theirs = transformers_loss(exported, domains, settings.micro_batch_size)
     losses = {"megatron": ours.loss["mean"], "transformers": sum(theirs.values()) / len(theirs)}
@@ -122,6 +125,32 @@ def compare(recipe: Recipe, run_dir: Path, plan: Plan, exported: Path) -> dict[s
             "report this with the recipe: the export is wrong",
         )
     return losses
+
+
+def check_ids(tokenizer: Tokenizer, sequences: Iterable[Tensor], exported: Path) -> None:
+    """That ``AutoTokenizer`` gives the ids of our tokenizer for the documents of ``sequences``
+    (token ids [n]). It doesn't always go by the files: for some model types (``qwen2``) it makes
+    the tokenizer of the released models, whatever ``tokenizer_config.json`` names.
+
+    Raises:
+        UserError: it gives others.
+    """
+    import transformers
+
+    theirs = transformers.AutoTokenizer.from_pretrained(exported)
+    for sequence in sequences:
+        ends = (sequence == tokenizer.eos_id).nonzero().flatten().tolist()
+        for document in torch.tensor_split(sequence, ends):
+            text = tokenizer.decode(document[document != tokenizer.eos_id].numpy())
+            ids = theirs(text, add_special_tokens=False)["input_ids"]
+            if ids != tokenizer.encode([text])[0].tolist():
+                raise UserError(
+                    str(exported),
+                    f"transformers makes a {type(theirs).__name__} of its tokenizer, which gives "
+                    "other ids than the run's",
+                    "train with the tokenizer of the family's released models, or a model that "
+                    "goes out as another family; `export: {check: false}` writes it nevertheless",
+                )
 
 
 def as_exported(plan: Plan) -> Plan:
