@@ -30,6 +30,13 @@ def test_costs_what_btx_does(name: str) -> None:
     )
 
 
+def test_the_recommended_recipe_costs_what_btx_does() -> None:
+    best = run_plan.plan(load_recipe(EXAMPLES / "best" / "recipe.yaml"))
+    assert best.system_flops == pytest.approx(
+        run_plan.plan(system("btx_top2")).system_flops, rel=0.01
+    )
+
+
 def test_dense_reads_the_finetunings_mixture_for_longer() -> None:
     """The experts' samples, then the mixture until the FLOPs are used up."""
     recipe, data = system("dense_cm"), system("dense")
