@@ -145,7 +145,7 @@ def _routing(
     for system in results.systems.values() if results is not None else ():
         if system.load:
             return RoutingData(
-                experts=list(system.experts or recipe.model_names),
+                experts=list(system.experts or recipe.expert_names),
                 load=dict(system.load),
                 gate=dict(system.gate),
             )
@@ -153,7 +153,7 @@ def _routing(
         for record in reversed(facts.evals):
             if record.get("load"):
                 return RoutingData(
-                    experts=list(recipe.model_names),
+                    experts=list(recipe.expert_names),
                     load=dict(record["load"]),
                     gate=dict(record.get("gate") or {}),
                 )

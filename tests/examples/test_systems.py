@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -24,6 +25,7 @@ from megatron_btx.recipe.load import load_recipe
 from megatron_btx.recipe.stages import btx_flops, training
 from megatron_btx.report import comparison, comparison_page, comparison_tables
 from megatron_btx.report.comparison import FinishedRun
+from megatron_btx.report.page import write as write_page
 from megatron_btx.train import metrics
 from megatron_btx.weights.find_checkpoint import find_checkpoint
 from megatron_btx.weights.megatron import open_megatron
@@ -376,6 +378,17 @@ def test_the_command(systems: Systems, tmp_path: Path, capsys: pytest.CaptureFix
     assert json.loads(again.out) == json.loads((tmp_path / "compare.json").read_text())
     assert main([*arguments, "--dry-run"]) == 0
     assert "left" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["upcycling_cm", "btx_split_top2", "btx_top2"])
+def test_the_page_of_a_run_on_its_way(systems: Systems, name: str, tmp_path: Path) -> None:
+    """Routing is told under the names of the experts, before the final evaluation too."""
+    run, copied = systems[name], tmp_path / "run"
+    nothing = shutil.ignore_patterns("checkpoints", "results.json", "report.html")
+    shutil.copytree(run.run_dir, copied, ignore=nothing)
+    page = write_page(run.recipe, copied).read_text()
+    assert "most choices go on" in page
+    assert all(expert in page for expert in run.recipe.expert_names)
 
 
 def test_scores_on_tasks(
