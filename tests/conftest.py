@@ -36,7 +36,8 @@ Shared = Callable[[str, Callable[[Path], None]], Path]
 
 def pytest_configure(config: pytest.Config) -> None:
     """Print at the end what each room has cost."""
-    config.pluginmanager.register(Rooms())
+    workers = config.getoption("numprocesses", None)
+    config.pluginmanager.register(Rooms(books=not workers or hasattr(config, "workerinput")))
 
 
 def pytest_collection_finish() -> None:

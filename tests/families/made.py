@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,8 @@ def make(name: str, directory: Path, dtype: torch.dtype = torch.float32, **more:
     family, own = CONFIGS[name]
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(
-        **(SHAPE | {"rope_parameters": THETA} | own | more)
+        # A configuration keeps the dictionaries that it is given, and some write into them.
+        **copy.deepcopy(SHAPE | {"rope_parameters": THETA} | own | more)
     )
     model = getattr(transformers, f"{family}ForCausalLM")(config)
     with torch.no_grad():
