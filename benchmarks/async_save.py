@@ -1,7 +1,7 @@
 """How long training waits for a checkpoint: written before it goes on, and while it goes on.
 
     python benchmarks/async_save.py                     # about 250 MB, one rank; a minute
-    python benchmarks/async_save.py --ranks 2 --hidden 768 --distributed-optimizer
+    python benchmarks/async_save.py --ranks 2 --hidden 640 --distributed-optimizer
 
 Each of the rounds trains two steps and saves synchronously, then trains, begins an asynchronous
 save, trains on until it is whole, and ends it. One JSON line: bytes, median seconds of the

@@ -40,7 +40,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Token ids of each text, int32 [n]; no special token is added. Uses all cores."""
+        """Token ids of each text, int32 [n]; no special token is added. May use all cores."""
 
     @abstractmethod
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:

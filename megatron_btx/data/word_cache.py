@@ -16,8 +16,8 @@ import numpy as np
 import sentencepiece
 
 _SPACE = "\u2581"
-_MOST = 1 << 26
-"""Characters of words that are kept, until all are forgotten."""
+_MOST = 1 << 22
+"""Characters of words that are kept, until all are forgotten: some 70 MB in each process."""
 
 
 class WordCache:

@@ -36,7 +36,7 @@ def unlike(architecture: Architecture, model_type: str) -> list[str]:
     if model_type == "qwen2_moe" and not model.untie_embeddings_and_output_weights:
         found.append("it loads no qwen2_moe whose embeddings are tied")
     if model_type == "qwen2_moe" and not model.moe_shared_expert_intermediate_size:
-        found.append("it divides by the logit of a shared expert's gate, which is zero here: NaN")
+        found.append("it computes NaN where a shared expert's gate is zero, as here")
     fixed = _NORMALISED.get(model_type)
     gates = HFRouting.of(architecture) if architecture.experts else None
     if fixed is None or gates is None or gates.k == len(architecture.experts):
