@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import random
@@ -203,12 +204,17 @@ def test_killed_twenty_times(whole: Path, tmp_path: Path) -> None:
 
 def saving(run_dir: Path, since: float) -> bool:
     """Whether a checkpoint is being written that was begun after ``since``."""
-    return any(newer(path, since) for path in run_dir.glob("*/checkpoints/*.partial"))
+    return any(newer(path, since) for path in there(run_dir, "*/checkpoints/*.partial"))
 
 
 def stepped(run_dir: Path, since: float) -> bool:
     """Whether a stage has logged anything after ``since``."""
-    return any(newer(path, since) for path in run_dir.glob("*/metrics.jsonl"))
+    return any(newer(path, since) for path in there(run_dir, "*/metrics.jsonl"))
+
+
+def there(run_dir: Path, pattern: str) -> list[Path]:
+    """Of a directory that is written to, where ``Path.glob`` raises if something goes meanwhile."""
+    return [run_dir / name for name in glob.glob(pattern, root_dir=run_dir)]
 
 
 def newer(path: Path, since: float) -> bool:
