@@ -20,7 +20,7 @@ from megatron_btx.report import (
     comparison_page,
     comparison_runs,
     comparison_tables,
-    figures,
+    figure_files,
     sweep,
 )
 from megatron_btx.report.comparison import Comparison
@@ -89,7 +89,7 @@ def run(options: argparse.Namespace) -> int:
     runs = [one for group in groups.values() for one in group]
     out = options.out or _common([one.run_dir for one in runs])
     check_directory(out)
-    formats = figures.check_formats(options.format, out)
+    formats = figure_files.check_formats(options.format, out)
     for group in groups.values():
         comparison.check_names(group, options.against)
     asked = model_flags.tasks_of(options)  # before hours of training: a file may not be there
@@ -114,7 +114,7 @@ def run(options: argparse.Namespace) -> int:
         told = _one(only, options.against, title, tasks)
     for kind, text in told.files.items():
         _write(out / f"compare.{kind}", text)
-    for path in figures.save_all(told.figures, formats, out):
+    for path in figure_files.save_all(told.figures, formats, out):
         sys.stderr.write(f"figure: {path}\n")
     page = f"page: {out / 'compare.html'}\n"
     sys.stdout.write(told.files["json"] if options.json else told.plain + page)
@@ -128,7 +128,7 @@ class _Told:
     plain: str
     files: dict[str, str]
     """Of ``compare.json``, ``.md`` and ``.html``, by their endings."""
-    figures: list[figures.Figure]
+    figures: list[figure_files.Figure]
 
 
 def _one(made: Comparison, against: list[str], title: str, tasks: dict[str, Any]) -> _Told:
@@ -142,7 +142,7 @@ def _one(made: Comparison, against: list[str], title: str, tasks: dict[str, Any]
             "md": comparison_tables.markdown(made, against) + fenced,
             "html": comparison_page.render(made, title, against, table),
         },
-        figures=figures.of_comparison(made),
+        figures=figure_files.of_comparison(made),
     )
 
 
@@ -155,7 +155,7 @@ def _sweep(made: Sweep, against: list[str], title: str) -> _Told:
             "md": sweep.markdown(made, against),
             "html": sweep.page(made, title, against),
         },
-        figures=[figures.of_sweep(made)],
+        figures=[figure_files.of_sweep(made)],
     )
 
 

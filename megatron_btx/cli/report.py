@@ -36,13 +36,13 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Write the page and print the table; the exit code."""
-    from megatron_btx.report import figures, page, run_data
+    from megatron_btx.report import figure_files, page, run_data
 
     if options.out is not None and not options.format:
         raise UserError("--out", "is where figures go", "say which: --format svg")
-    if figures.suffix(options.out):
+    if figure_files.suffix(options.out):
         raise UserError("--out", "there are several figures", "give the name of a directory")
-    formats = figures.check_formats(options.format, options.out)
+    formats = figure_files.check_formats(options.format, options.out)
     recipe, run_dir, stages = open_recipe(options.recipe)
     again = f"btx run {shlex.quote(options.recipe)}"
     if not run_dir.is_dir():
@@ -52,8 +52,8 @@ def run(options: argparse.Namespace) -> int:
         raise UserError(str(run_dir), "has no results yet", again)
     written = page.write(recipe, run_dir, stages)
     if formats:
-        found = figures.of_run(run_data.gather(recipe, run_dir, stages))
-        paths = figures.save_all(found, formats, options.out or run_dir / "figures")
+        found = figure_files.of_run(run_data.gather(recipe, run_dir, stages))
+        paths = figure_files.save_all(found, formats, options.out or run_dir / "figures")
         sys.stderr.write("".join(f"figure: {path}\n" for path in paths))
     if options.json and results is not None:
         sys.stdout.write(json.dumps(results.to_json(), indent=1) + "\n")

@@ -15,7 +15,7 @@ from megatron_btx.evaluate import model_spec
 from megatron_btx.evaluate.model_spec import Subject
 from megatron_btx.files import written
 from megatron_btx.pipeline import eval_ranks
-from megatron_btx.report import figures
+from megatron_btx.report import figure_files
 from megatron_btx.report.routing import RoutingView, log, of_run, page, table
 
 _EPILOG = """examples:
@@ -62,7 +62,7 @@ def add_parser(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """The command; its exit code."""
     model_flags.check_numbers(options)
-    formats = figures.check_formats(options.format, options.out)
+    formats = figure_files.check_formats(options.format, options.out)
     runs = [Path(source) for source in options.sources if _is_run(Path(source))]
     others = [source for source in options.sources if not _is_run(Path(source))]
     subjects = model_spec.parse(others)
@@ -79,14 +79,16 @@ def run(options: argparse.Namespace) -> int:
     if not views:  # a rank that is not the first
         return 0
     text = json.dumps([view.as_json() for view in views]) + "\n"
-    directory = None if figures.suffix(options.out) else options.out
+    directory = None if figure_files.suffix(options.out) else options.out
     if directory is not None:
         directory.mkdir(parents=True, exist_ok=True)
         for name, content in (("routing.json", text), ("routing.html", page(views))):
             with written(directory / name) as file:
                 file.write(content)
     if formats:
-        made = figures.save_all([figures.of_routing(views)], formats, options.out or Path())
+        made = figure_files.save_all(
+            [figure_files.of_routing(views)], formats, options.out or Path()
+        )
         sys.stderr.write("".join(f"figure: {path}\n" for path in made))
     if options.wandb is not None:
         log(views, options.wandb, directory or Path())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from megatron_btx.report import comparison_charts, html
+from megatron_btx.report import comparison_figures, html
 from megatron_btx.report.comparison import Comparison
 from megatron_btx.report.comparison_tables import HEAD, Table, cells, notes, tables
 from megatron_btx.report.html import Cell
@@ -44,8 +44,8 @@ def render(comparison: Comparison, title: str, against: Sequence[str] = (), task
         below=[html_table(table) for table in tables(comparison, against)],
         tasks=tasks,
         pictures=[
-            (cost.title, _CAPTION.format(cost.said), comparison_charts.picture(comparison, cost))
-            for cost in comparison_charts.COSTS
+            (cost.title, _CAPTION.format(cost.said), comparison_figures.picture(comparison, cost))
+            for cost in comparison_figures.COSTS
         ],
     )
 

@@ -16,7 +16,7 @@ from megatron_btx.recipe.load import different
 from megatron_btx.recipe.schema import Recipe
 from megatron_btx.recipe.stages import directory
 from megatron_btx.recipe.systems import TableRow, row_of
-from megatron_btx.report.figures import of_routing
+from megatron_btx.report.figure_files import of_routing
 from megatron_btx.report.routing import RoutingView
 from megatron_btx.report.table import title
 from megatron_btx.weights.card import Card, CardModel, Claim, cell, engines, table

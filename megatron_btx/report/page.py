@@ -18,7 +18,7 @@ from megatron_btx.pipeline.local.progress import amount, clock
 from megatron_btx.recipe import reading
 from megatron_btx.recipe.load import dump
 from megatron_btx.recipe.schema import Recipe
-from megatron_btx.report import charts, html, table
+from megatron_btx.report import html, run_figures, table
 from megatron_btx.report.html import Cell
 from megatron_btx.report.model_card import complete_export
 from megatron_btx.report.run_data import RunData, StageData, gather
@@ -68,9 +68,9 @@ def render(facts: RunData) -> str:
         refresh=REFRESH if unfinished else None,
         now=time.strftime("%Y-%m-%d %H:%M:%S"),
         results=None if facts.results is None else _results(facts, facts.results),
-        compute=charts.compute(facts),
-        losses=charts.losses(facts),
-        legend=charts.loss_legend(facts),
+        compute=run_figures.compute(facts),
+        losses=run_figures.losses(facts),
+        legend=run_figures.loss_legend(facts),
         routing=_routing(facts),
         stages={"head": _STAGES, "rows": [("", _stage_cells(stage)) for stage in made]},
         numbers=_numbers(made),
@@ -142,8 +142,8 @@ def _tiles(facts: RunData, results: Results) -> Iterable[tuple[str, str]]:
 def _routing(facts: RunData) -> dict[str, Any] | None:
     if facts.routing is None:
         return None
-    groups: list[tuple[str, list[tuple[str, Markup]]]] = charts.routing(facts, facts.routing)
-    return {"words": " ".join(charts.routing_words(facts.routing)), "groups": groups}
+    groups: list[tuple[str, list[tuple[str, Markup]]]] = run_figures.routing(facts, facts.routing)
+    return {"words": " ".join(run_figures.routing_words(facts.routing)), "groups": groups}
 
 
 _STAGES: list[Cell] = [

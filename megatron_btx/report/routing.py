@@ -18,7 +18,7 @@ from megatron_btx.pipeline.stage_tables import columns
 from megatron_btx.recipe.load import load_recipe
 from megatron_btx.recipe.schema import Recipe
 from megatron_btx.report import html
-from megatron_btx.report.plots import heatmap
+from megatron_btx.report.figure_svg import heatmap
 from megatron_btx.train import metrics
 
 

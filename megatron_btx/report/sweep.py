@@ -10,7 +10,7 @@ from typing import Any
 from markupsafe import Markup
 
 from megatron_btx.evaluate.results import MEAN
-from megatron_btx.report import comparison_charts, html
+from megatron_btx.report import comparison_figures, html
 from megatron_btx.report.comparison import Comparison
 from megatron_btx.report.comparison_page import html_table
 from megatron_btx.report.comparison_tables import (
@@ -23,7 +23,7 @@ from megatron_btx.report.comparison_tables import (
     signed,
     told_flops,
 )
-from megatron_btx.report.plots import Line
+from megatron_btx.report.figure_svg import Line
 
 Sweep = Mapping[str, Comparison]
 """By the base's name, in the order given."""
@@ -118,16 +118,16 @@ def page(sweep: Sweep, title: str, against: Sequence[str]) -> str:
 
 def picture(sweep: Sweep) -> Markup:
     """A line a system, over the bases by rising training FLOPs, as SVG."""
-    cost = comparison_charts.COSTS[0]
+    cost = comparison_figures.COSTS[0]
     lines = []
     for number, name in enumerate(names(sweep)):
         every_base = (made.named(name) for made in sweep.values())
         known = [system for system in every_base if cost.of(system) is not None]
-        dots = [comparison_charts.dot(system, cost, html.series(number)) for system in known]
+        dots = [comparison_figures.dot(system, cost, html.series(number)) for system in known]
         lines.append(sorted(dots, key=lambda dot: dot.x))
     every = [dot for dots in lines for dot in dots]
     least = min((dot.x for dot in every), default=0.0)
-    axes = comparison_charts.axes(cost, every, least, "Mean held-out loss, system by system")
+    axes = comparison_figures.axes(cost, every, least, "Mean held-out loss, system by system")
     for dots in filter(None, lines):
         points = [(dot.x, dot.y) for dot in dots]
         axes.line(Line(label=dots[0].label, points=points, style=dots[0].style))

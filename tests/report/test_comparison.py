@@ -14,9 +14,9 @@ import pytest
 from megatron_btx.cli.main import main
 from megatron_btx.errors import UserError
 from megatron_btx.evaluate.results import SystemResult
-from megatron_btx.report import comparison, comparison_charts, comparison_tables, figures
+from megatron_btx.report import comparison, comparison_figures, comparison_tables, figure_files
 from megatron_btx.report.comparison import Comparison, FinishedRun, System
-from megatron_btx.report.comparison_charts import frontier
+from megatron_btx.report.comparison_figures import frontier
 from megatron_btx.report.paired import Paired, student_t
 from megatron_btx.train import goodput
 from tests.report.made import DEMO, FINAL, make_run
@@ -249,7 +249,7 @@ def test_the_frontier() -> None:
 
 def test_pictures_against_each_cost(three: Comparison) -> None:
     """Time was not measured: nothing is drawn but the seed, which costs none after itself."""
-    made = {one.name: one for one in figures.of_comparison(three)}
+    made = {one.name: one for one in figure_files.of_comparison(three)}
     assert list(made) == ["compare_compute", "compare_time", "compare_inference"]
     on = {}
     for name, figure in made.items():
@@ -259,8 +259,8 @@ def test_pictures_against_each_cost(three: Comparison) -> None:
     assert on["compare_compute"] == ["seed", "dense", "moe", "other"]
     assert on["compare_time"] == ["seed"]
     assert on["compare_inference"] == ["moe"]
-    compute = comparison_charts.COSTS[0]
-    assert comparison_charts.point(three.named("moe"), compute) == (100, pytest.approx(7.51 / 3))
+    compute = comparison_figures.COSTS[0]
+    assert comparison_figures.point(three.named("moe"), compute) == (100, pytest.approx(7.51 / 3))
     assert "expert:math" not in made["compare_compute"].svg
 
 

@@ -15,7 +15,7 @@ import pytest
 from megatron_btx.evaluate.results import SystemResult
 from megatron_btx.pipeline.local.run import _kept_current
 from megatron_btx.recipe.schema import Recipe
-from megatron_btx.report import charts, comparison_page, page, routing
+from megatron_btx.report import comparison_page, page, routing, run_figures
 from megatron_btx.report.comparison import Comparison, System
 from megatron_btx.report.routing import RoutingView
 from megatron_btx.report.run_data import gather
@@ -89,7 +89,7 @@ def test_the_table_shows_every_loss(made: tuple[Recipe, Path]) -> None:
 
 def test_dots_lie_where_their_numbers_are(made: tuple[Recipe, Path]) -> None:
     """Pixels back into numbers, through the ticks of the picture itself."""
-    picture = charts.compute(gather(*made))
+    picture = run_figures.compute(gather(*made))
     assert picture is not None
     root = ElementTree.fromstring(picture)
     ticks = [t for t in root.iter("text") if t.get("class") == "tick"]
@@ -113,7 +113,7 @@ def test_what_is_not_known_is_said_and_not_drawn(tmp_path: Path) -> None:
     (run_dir / "results.json").write_text(json.dumps(results))
     facts = gather(recipe, run_dir)
     assert "taken as math expert does not say" in page.render(facts)
-    picture = charts.compute(facts)
+    picture = run_figures.compute(facts)
     assert picture is not None
     assert "Branch-Train-MiX" not in picture
     assert picture.count('r="5"') == len(FINAL) - 2
@@ -122,13 +122,15 @@ def test_what_is_not_known_is_said_and_not_drawn(tmp_path: Path) -> None:
 def test_routing_in_words(made: tuple[Recipe, Path]) -> None:
     facts = gather(*made)
     assert facts.routing is not None
-    said = " ".join(charts.routing_words(facts.routing))
+    said = " ".join(run_figures.routing_words(facts.routing))
     assert "on math to math" in said
     assert "No expert is dead" in said
     for matrix in facts.routing.load.values():
         for row in matrix:
             row[1], row[0] = 0.0, row[0] + row[1]
-    assert "Dead (below 1% of all choices): math." in " ".join(charts.routing_words(facts.routing))
+    assert "Dead (below 1% of all choices): math." in " ".join(
+        run_figures.routing_words(facts.routing)
+    )
 
 
 @pytest.mark.parametrize("upto", [0, 1, 2, 4, 6, 7, 8])

@@ -10,8 +10,8 @@ import pytest
 
 from megatron_btx.evaluate.results import Results
 from megatron_btx.report import table
-from megatron_btx.report.labels import Box, place
-from megatron_btx.report.plots import thin, ticks
+from megatron_btx.report.figure_labels import Box, place
+from megatron_btx.report.figure_svg import thin, ticks
 from tests.report.made import make_run
 
 

@@ -1,6 +1,6 @@
-"""Pictures as SVG: a line chart and a heatmap, drawn in the page's own colours.
+"""Figures as SVG: line charts and heatmaps, in the colours of the report page.
 
-Colours are CSS classes (html.py), so that one picture serves light and dark. Sizes are in CSS
+Colours are CSS classes (html.py), so that one picture serves light and dark mode. Sizes are in CSS
 pixels at the picture's natural width. Every mark carries its numbers in a ``<title>``.
 """
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from markupsafe import Markup
 
-from megatron_btx.report import labels
+from megatron_btx.report import figure_labels
 from megatron_btx.report.html import picture_sheet
 from megatron_btx.svg import document, element
 
@@ -101,8 +101,8 @@ class Axes:
         """Draw points with their labels beside them, none over another or over a point."""
         ordered = sorted(dots, key=lambda dot: (not dot.strong, self.y(dot.y)))
         places = [(self.x(dot.x), self.y(dot.y)) for dot in ordered]
-        room = labels.Box(self.left, self.top, self.width, self.height - self.bottom)
-        boxes = labels.place(places, [dot.label for dot in ordered], room)
+        room = figure_labels.Box(self.left, self.top, self.width, self.height - self.bottom)
+        boxes = figure_labels.place(places, [dot.label for dot in ordered], room)
         for dot, (x, y), box in zip(ordered, places, boxes, strict=True):
             if not dot.label:
                 continue

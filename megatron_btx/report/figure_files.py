@@ -1,4 +1,4 @@
-"""Figures for a paper: SVG and PNG, each whole in itself, and the numbers behind them as CSV.
+"""Figures as files for a paper: standalone SVG and PNG, and their numbers as CSV.
 
 Imports no torch."""
 
@@ -14,10 +14,10 @@ from typing import Any
 from megatron_btx.errors import UserError
 from megatron_btx.evaluate.results import MEAN
 from megatron_btx.files import check_directory, check_file, written
-from megatron_btx.report import charts, comparison_charts, sweep, table
+from megatron_btx.report import comparison_figures, run_figures, sweep, table
 from megatron_btx.report.comparison import Comparison
-from megatron_btx.report.comparison_charts import Cost
-from megatron_btx.report.plots import figure
+from megatron_btx.report.comparison_figures import Cost
+from megatron_btx.report.figure_svg import figure
 from megatron_btx.report.routing import MEASURES, RoutingView, heatmaps
 from megatron_btx.report.run_data import RunData
 from megatron_btx.report.sweep import Sweep
@@ -143,10 +143,10 @@ def of_routing(views: Sequence[RoutingView]) -> Figure:
 def of_run(run: RunData) -> list[Figure]:
     """Losses of every stage, score against compute, routing: what there is of them."""
     found = []
-    if panels := charts.losses(run):
-        drawn = figure([("", panels)], charts.loss_legend(run), across=3)
+    if panels := run_figures.losses(run):
+        drawn = figure([("", panels)], run_figures.loss_legend(run), across=3)
         found.append(Figure(name="losses", svg=drawn, rows=_loss_rows(run)))
-    if (picture := charts.compute(run)) is not None and run.results is not None:
+    if (picture := run_figures.compute(run)) is not None and run.results is not None:
         rows: list[list[Any]] = [["system", "train_flops", "train_tokens", "mean_loss"]]
         for row in table.rows(run.results):
             rows.append([row.name, row.train_flops, row.train_tokens, row.loss.get(MEAN)])
@@ -183,14 +183,14 @@ def _loss_rows(run: RunData) -> list[list[Any]]:
 def of_comparison(made: Comparison) -> list[Figure]:
     """Score against each cost, and behind each picture the whole table, with what is on its
     frontier."""
-    return [_against(made, cost) for cost in comparison_charts.COSTS]
+    return [_against(made, cost) for cost in comparison_figures.COSTS]
 
 
 def _against(made: Comparison, cost: Cost) -> Figure:
     drawn = [
-        comparison_charts.point(system, cost) for system in comparison_charts.drawn(made, cost)
+        comparison_figures.point(system, cost) for system in comparison_figures.drawn(made, cost)
     ]
-    best = comparison_charts.frontier(drawn)
+    best = comparison_figures.frontier(drawn)
     head = ["system", "kind", "runs"]
     for column in made.columns:
         head += [f"loss_{column}", f"spread_{column}"]
@@ -204,10 +204,10 @@ def _against(made: Comparison, cost: Cost) -> Figure:
         for column in made.columns:
             row += [system.loss[column], system.spread.get(column)]
         row += [getattr(system.result, cost) for cost in costs]
-        shown = system in comparison_charts.drawn(made, cost)
-        on = shown and comparison_charts.point(system, cost) in best
+        shown = system in comparison_figures.drawn(made, cost)
+        on = shown and comparison_figures.point(system, cost) in best
         rows.append([*row, system.train_seconds, int(on)])
-    picture = comparison_charts.picture(made, cost)
+    picture = comparison_figures.picture(made, cost)
     return Figure(name=f"compare_{cost.key}", svg=figure([("", [("", picture)])]), rows=rows)
 
 

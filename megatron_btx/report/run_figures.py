@@ -1,4 +1,4 @@
-"""The pictures of a run: its data in, SVG out."""
+"""The figures of a run: loss curves, loss against compute, routing heatmaps. Data in, SVG out."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from markupsafe import Markup
 
 from megatron_btx.evaluate.results import MEAN, Matrix
 from megatron_btx.report import table
+from megatron_btx.report.figure_svg import Axes, Dot, Line, heatmap, power_of_ten, thin
 from megatron_btx.report.html import series
-from megatron_btx.report.plots import Axes, Dot, Line, heatmap, power_of_ten, thin
 from megatron_btx.report.run_data import RoutingData, RunData, StageData
 
 

@@ -1,4 +1,4 @@
-"""The pictures of a comparison: mean score against what a system costs. Imports no torch."""
+"""The figures of a comparison: mean held-out loss against the cost of a system. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from markupsafe import Markup
 
 from megatron_btx.evaluate.results import MEAN
 from megatron_btx.report.comparison import Comparison, System
+from megatron_btx.report.figure_svg import Axes, Dot, Line, Point, power_of_ten
 from megatron_btx.report.html import series
-from megatron_btx.report.plots import Axes, Dot, Line, Point, power_of_ten
 
 _STYLES = {"btx": "btx-line", "dense": "dense-line", "seed": "seed-line"}
 _OTHERS = ("experts", "upcycling", "btm")

@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 import pytest
 
 from megatron_btx.cli.main import main
-from megatron_btx.report import figures
+from megatron_btx.report import figure_files
 from megatron_btx.report.run_data import RunData, gather
 from tests.report.made import DOMAINS, FINAL, make_run
 
@@ -33,7 +33,7 @@ def rows(path: Path) -> list[dict[str, str]]:
 def test_an_svg_is_whole_in_itself(run: RunData, tmp_path: Path) -> None:
     """Size, namespace and every style are in it; nothing in it is a variable or comes from
     outside."""
-    made = {one.name: one for one in figures.of_run(run)}
+    made = {one.name: one for one in figure_files.of_run(run)}
     assert list(made) == ["losses", "compute", "routing"]
     for one in made.values():
         one.save(tmp_path / f"{one.name}.svg")
@@ -54,7 +54,7 @@ def test_an_svg_is_whole_in_itself(run: RunData, tmp_path: Path) -> None:
 
 
 def test_pictures_do_not_overlap(run: RunData) -> None:
-    (_, _, routing) = figures.of_run(run)
+    (_, _, routing) = figure_files.of_run(run)
     root = ElementTree.fromstring(routing.svg)
     boxes = [
         tuple(float(one.get(key) or 0) for key in ("x", "y", "width", "height"))
@@ -69,7 +69,7 @@ def test_pictures_do_not_overlap(run: RunData) -> None:
 
 
 def test_the_numbers_behind_them(run: RunData, tmp_path: Path) -> None:
-    for one in figures.of_run(run):
+    for one in figure_files.of_run(run):
         one.save(tmp_path / f"{one.name}.csv")
     found = {row["system"]: float(row["mean_loss"]) for row in rows(tmp_path / "compute.csv")}
     assert found == pytest.approx({name: sum(loss.values()) / 4 for name, loss in FINAL.items()})
@@ -87,14 +87,14 @@ def test_the_numbers_behind_them(run: RunData, tmp_path: Path) -> None:
 
 def test_a_png_shows_the_same(run: RunData, tmp_path: Path) -> None:
     pytest.importorskip("resvg_py", reason="resvg-py is not installed")
-    figures.check_png()
-    one = figures.of_run(run)[0]
+    figure_files.check_png()
+    one = figure_files.of_run(run)[0]
     one.save(tmp_path / "losses.png")
     content = (tmp_path / "losses.png").read_bytes()
     assert content.startswith(b"\x89PNG")
     width = int.from_bytes(content[16:20], "big")
     wanted = ElementTree.fromstring(one.svg).get("width")
-    assert width == round(float(wanted or 0) * figures.ZOOM)
+    assert width == round(float(wanted or 0) * figure_files.ZOOM)
     unlabelled = re.sub("<text.*?</text>", "", one.svg)
     dataclasses.replace(one, svg=unlabelled).save(tmp_path / "bare.png")
     assert (tmp_path / "bare.png").read_bytes() != content, "its labels are drawn"

@@ -1,4 +1,4 @@
-"""Where the labels of a picture's dots stand, so that none lies on another or on a dot."""
+"""Label placement in figures: no label may overlap another label or a dot."""
 
 from __future__ import annotations
 
