@@ -28,7 +28,7 @@ TORCH_FREE = (
     "pipeline.eval_ranks",
     "pipeline.graph",
     "pipeline.import_checkpoint",
-    "pipeline.local.runner",
+    "pipeline.local.run_stages",
     "pipeline.run_checks",
     "pipeline.slurm.attempt",
     "pipeline.slurm.commands",

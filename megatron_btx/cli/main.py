@@ -15,7 +15,7 @@ from megatron_btx import __version__
 from megatron_btx.cli.common import coloured
 from megatron_btx.errors import UserError
 from megatron_btx.pipeline import failure
-from megatron_btx.pipeline.local.runner import EXIT_INTERRUPTED
+from megatron_btx.pipeline.local.run_stages import EXIT_INTERRUPTED
 
 EXIT_USER, EXIT_PIPE = 2, 141
 

@@ -14,7 +14,7 @@ from megatron_btx.cli.common import coloured, open_recipe, recipe_command, renam
 from megatron_btx.cli.report import print_results
 from megatron_btx.pipeline import graph, run_checks, state
 from megatron_btx.pipeline.graph import Stage
-from megatron_btx.pipeline.local.runner import EXIT_INTERRUPTED
+from megatron_btx.pipeline.local.run_stages import EXIT_INTERRUPTED
 from megatron_btx.recipe import check
 from megatron_btx.recipe.schema import Recipe
 
@@ -53,7 +53,7 @@ def run(options: argparse.Namespace) -> int:
         return 0
     code, problem = 0, ""
     if left:
-        code, problem = _run_left(options, recipe, run_dir, stages)
+        code, problem = _run_recipe(options, recipe, run_dir, stages)
     elif not options.json:
         many = f"{stages[0].name} is" if len(stages) == 1 else f"all {len(stages)} stages are"
         sys.stdout.write(f"{recipe.name}: {many} done ({run_dir})\n")
@@ -68,15 +68,15 @@ def run(options: argparse.Namespace) -> int:
     return code
 
 
-def _run_left(
+def _run_recipe(
     options: argparse.Namespace, recipe: Recipe, run_dir: Path, stages: tuple[Stage, ...]
 ) -> tuple[int, str]:
     """Run what is left; the exit code, and what went wrong."""
-    from megatron_btx.pipeline.local.run import run_left
+    from megatron_btx.pipeline.local.run_recipe import run_recipe
     from megatron_btx.report import page
 
     run_checks.keeps_recipe(run_dir, Path(options.recipe), recipe)
-    outcome = run_left(recipe, run_dir, stages, page=page.write, refresh=page.REFRESH)
+    outcome = run_recipe(recipe, run_dir, stages, page=page.write, refresh=page.REFRESH)
     if outcome.code == EXIT_INTERRUPTED:
         again = f"btx run {shlex.quote(options.recipe)}"
         sys.stderr.write(f"stopped; run again to go on: {again}\n")

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_btx.errors import UserError
-from megatron_btx.pipeline.local import runner
+from megatron_btx.pipeline.local import run_stages
 
 DISK_BYTES = 64 << 20
 """Written and read to tell a disk's speed."""
@@ -52,7 +52,7 @@ def examine(directory: Path) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "python": {"version": python_platform.python_version(), "executable": sys.executable},
         "packages": {name: version for name in _PACKAGES if (version := _version(name))},
-        "cores": runner.cores(),
+        "cores": run_stages.cores(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         **_torch(),
         "slurm": _slurm(),

@@ -24,7 +24,7 @@ from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.evaluate.model_spec import Subject
 from megatron_btx.files import find_json, write_json
 from megatron_btx.pipeline import failure
-from megatron_btx.pipeline.local import reaper, runner
+from megatron_btx.pipeline.local import reaper, run_stages
 from megatron_btx.recipe.schema import Layout
 
 EvalRequest = Mapping[str, Any]
@@ -82,11 +82,11 @@ def _number(name: str) -> int:
 
 
 def _start(request: EvalRequest, world_size: int) -> Any:
-    most = runner.most_ranks()
+    most = run_stages.most_ranks()
     if world_size > most:
         raise UserError(
             "--layout",
-            f"asks for {world_size} ranks, and this machine has {runner.cores()} core(s)",
+            f"asks for {world_size} ranks, and this machine has {run_stages.cores()} core(s)",
             f"give a layout of {most} ranks or fewer, or start the command's ranks by srun",
         )
     with tempfile.TemporaryDirectory(prefix="btx-") as name:
@@ -311,7 +311,7 @@ class ProgressLine:
 
 def threads(world_size: int) -> int:
     """CPU threads a rank, by default: the cores divided by the ranks."""
-    return max(1, runner.cores() // world_size)
+    return max(1, run_stages.cores() // world_size)
 
 
 if __name__ == "__main__":

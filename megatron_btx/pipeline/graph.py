@@ -59,7 +59,7 @@ class Stage:
     """CPU threads a rank."""
     key: str = ""
     work: float = 0.0
-    """Estimated training FLOPs a core: what should be started first (local/runner.py)."""
+    """Estimated training FLOPs a core: what should be started first (local/run_stages.py)."""
 
     @property
     def directory(self) -> str:

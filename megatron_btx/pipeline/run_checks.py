@@ -11,7 +11,7 @@ from pathlib import Path
 from megatron_btx.errors import UserError, UserErrors, collect_errors
 from megatron_btx.pipeline import graph, import_checkpoint
 from megatron_btx.pipeline.graph import Stage
-from megatron_btx.pipeline.local import runner
+from megatron_btx.pipeline.local import run_stages
 from megatron_btx.recipe import check as recipe_check
 from megatron_btx.recipe import run_plan
 from megatron_btx.recipe.load import dump, dump_kept
@@ -87,19 +87,19 @@ def _machine(recipe: Recipe, stage: Stage, gpus: int) -> None:
     key, layout = recipe_key(stage.name) + ".layout", blocks[stage.name]
     if not gpus:
         recipe_check.refuse_on_gloo(layout, key)
-        if stage.world_size > runner.most_ranks():
+        if stage.world_size > run_stages.most_ranks():
             raise UserError(
                 key,
                 f"TP x PP x CP x DP is {stage.world_size} ranks, and this machine has "
-                f"{runner.cores()} core(s)",
-                f"give a layout of {runner.most_ranks()} ranks or fewer, or start the stage over "
+                f"{run_stages.cores()} core(s)",
+                f"give a layout of {run_stages.most_ranks()} ranks or fewer, or run the stage on "
                 "several machines (`btx submit`, `btx stage`)",
             )
     elif stage.world_size > gpus:
         raise UserError(
             key,
             f"TP x PP x CP x DP is {stage.world_size} ranks of a GPU each; this machine has {gpus}",
-            "lower it, or start the stage over several machines with `btx stage`",
+            "lower it, or run the stage on several machines with `btx stage`",
         )
 
 

@@ -1,4 +1,4 @@
-"""The figures of a comparison: mean held-out loss against the cost of a system. Imports no torch."""
+"""The figures of a comparison: mean held-out loss against the cost of a system."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ def groups_of(
 
 def run_one(one: FinishedRun, runs: Sequence[FinishedRun], place: str) -> int:
     """Run what is left of one; the exit code. ``place`` is told: ``2/6``."""
-    from megatron_btx.pipeline.local.run import run_left
+    from megatron_btx.pipeline.local.run_recipe import run_recipe
     from megatron_btx.report import page
 
     stages = graph.of_run(one.recipe, one.run_dir)
@@ -95,7 +95,7 @@ def run_one(one: FinishedRun, runs: Sequence[FinishedRun], place: str) -> int:
         return 0
     sys.stderr.write(f"{one.recipe.name} ({place}), in {one.run_dir}\n")
     share = [str(other.run_dir) for other in runs]
-    outcome = run_left(
+    outcome = run_recipe(
         one.recipe, one.run_dir, stages, page=page.write, refresh=page.REFRESH, share=share
     )
     if outcome.problem:

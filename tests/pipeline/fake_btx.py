@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 
 from megatron_btx.cli.main import main
-from megatron_btx.pipeline.local import runner
+from megatron_btx.pipeline.local import run_stages
 
 if __name__ == "__main__":
-    runner.WORKER = (sys.executable, "-m", "tests.pipeline.fake_worker")
+    run_stages.WORKER = (sys.executable, "-m", "tests.pipeline.fake_worker")
     sys.exit(main())

@@ -13,7 +13,7 @@ import pytest
 from megatron_btx.errors import UserError
 from megatron_btx.pipeline import graph, keys, state, worker
 from megatron_btx.pipeline.keys import Memo
-from megatron_btx.pipeline.local import runner
+from megatron_btx.pipeline.local import run_stages
 from megatron_btx.recipe.load import load_recipe
 from megatron_btx.recipe.schema import Recipe
 
@@ -218,7 +218,7 @@ def test_a_large_file_is_sampled_at_both_ends(tmp_path: Path) -> None:
 
 
 def test_the_longest_way_starts_first(recipe: Recipe) -> None:
-    names = [stage.name for stage in runner.in_order(graph.build(recipe))]
+    names = [stage.name for stage in run_stages.in_order(graph.build(recipe))]
     assert names.index("dense") < names.index("expert:math") < names.index("finetune")
 
 

@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 import pytest
 
 from megatron_btx.evaluate.results import SystemResult
-from megatron_btx.pipeline.local.run import _kept_current
+from megatron_btx.pipeline.local.run_recipe import _kept_current
 from megatron_btx.recipe.schema import Recipe
 from megatron_btx.report import comparison_page, page, routing, run_figures
 from megatron_btx.report.comparison import Comparison, System

@@ -1,4 +1,5 @@
-"""What is left of a recipe, run on this machine. Imports no torch."""
+"""``btx run``: checks a recipe and runs its unfinished stages on this machine, with the report page
+kept current. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,15 +12,15 @@ from pathlib import Path
 from megatron_btx.errors import UserError
 from megatron_btx.pipeline import graph, run_checks, state
 from megatron_btx.pipeline.graph import Stage
-from megatron_btx.pipeline.local import runner
+from megatron_btx.pipeline.local import run_stages
 from megatron_btx.pipeline.local.progress import view
-from megatron_btx.pipeline.local.runner import Outcome
+from megatron_btx.pipeline.local.run_stages import Outcome
 from megatron_btx.pipeline.slurm import submit
 from megatron_btx.recipe.load import dump_kept
 from megatron_btx.recipe.schema import Recipe
 
 
-def run_left(
+def run_recipe(
     recipe: Recipe,
     run_dir: Path,
     stages: tuple[Stage, ...],
@@ -42,7 +43,7 @@ def run_left(
         UserError: the input is wrong, jobs are at work in the directory, or another run is.
     """
     submit.refuse_beside_jobs(run_dir.absolute(), stages)
-    run_checks.check(recipe, run_dir, state.left(run_dir, stages), len(runner.gpus()))
+    run_checks.check(recipe, run_dir, state.left(run_dir, stages), len(run_stages.gpus()))
     for line in run_checks.warnings(recipe):
         sys.stderr.write(f"warning: {line}\n")
     every = graph.of_run(recipe, run_dir)
@@ -52,7 +53,7 @@ def run_left(
 
     try:
         with _kept_current(written, run_dir, refresh):
-            outcome = runner.run(
+            outcome = run_stages.run(
                 stages,
                 run_dir,
                 dump_kept(recipe, run_dir),
