@@ -11,7 +11,12 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from torch import Tensor
 
-from megatron_btx.data.boundaries import Boundaries
+from megatron_btx.data.boundaries import Boundaries, boundaries_of
+from megatron_btx.data.prepare import prefix, tokenized_split
+from megatron_btx.data.tokenized import pairs
+from megatron_btx.data.tokenizer import load_tokenizer
+from megatron_btx.errors import UserError
+from megatron_btx.recipe.schema import Recipe
 
 Sample = dict[str, Tensor]
 """``tokens``, ``labels``, ``position_ids`` int64 [S] and ``loss_mask`` float32 [S]; where attention
@@ -79,3 +84,43 @@ class HeldOutText(Sequence[Sample]):
                 ids = pair.bin_reader.read(dtype=dtype, count=high - low, offset=at)
                 found.append(ids.astype(np.int64))
         return np.concatenate(found)
+
+
+def held_out(
+    recipe: Recipe, run_dir: Path, tokens: int, *, plain: bool = False
+) -> dict[str, HeldOutText]:
+    """Every domain's held-out text in the recipe's order, with its boundaries of documents.
+
+    Args:
+        recipe: the run's.
+        run_dir: its directory.
+        tokens: of each domain at most.
+        plain: without the boundaries, as models outside of Megatron read it.
+
+    Raises:
+        UserError: a domain has no whole sequence of it.
+    """
+    found = {}
+    marks = (
+        None
+        if plain
+        else boundaries_of(recipe, load_tokenizer(run_dir / "prepare" / "tokenizer").eos_id)
+    )
+    for domain in recipe.domains:
+        split = tokenized_split(run_dir, domain, "valid")
+        where = prefix(run_dir, domain, "valid")
+        text = HeldOutText(
+            [pair for pair, _ in pairs(where, split)],
+            recipe.model.seq_length,
+            tokens,
+            split.sha256,
+            marks,
+        )
+        found[domain] = text
+        if not len(text):
+            raise UserError(
+                f"domains.{domain}.valid",
+                f"holds less than one sequence of {recipe.model.seq_length} tokens",
+                "give it more text",
+            )
+    return found

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -24,18 +26,14 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
 from megatron_btx.data.boundaries import Boundaries, boundaries_of
-from megatron_btx.data.heldout import HeldOutText, Sample
-from megatron_btx.data.interleave import Interleaved
-from megatron_btx.data.prepare import prefix
-from megatron_btx.data.tokenized import TokenizedSplit, pairs, read_tokenized
+from megatron_btx.data.heldout import Sample
+from megatron_btx.data.prepare import prefix, tokenized_split
+from megatron_btx.data.tokenized import pairs
 from megatron_btx.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_btx.errors import UserError
 from megatron_btx.files import sweep, unfinished
 from megatron_btx.recipe import count
 from megatron_btx.recipe.schema import Recipe, Training
 from megatron_btx.recipe.stages import MixturePart, directory, reads, training
-
-__all__ = ["HeldOutText", "Mixture", "Sample", "StageData", "held_out", "stage_data"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +58,51 @@ class Mixture:
         sample = self.dataset[index]
         sample["domains"] = torch.tensor(self.domains[int(sample.pop("dataset_id", 0))])
         return sample
+
+
+class Interleaved:
+    """All elements of sequences of the given ``sizes``, each sequence spread evenly over the whole.
+
+    Element j of a sequence of n elements has the position (j + 1/2) / n; of equal positions the
+    first sequence's comes first. Positions are computed, not stored: a run of 500 billion tokens
+    has 10^8 samples, and an array of their order would take a gigabyte on every rank.
+    """
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        self.sizes = tuple(sizes)
+        self._length = sum(self.sizes)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def locate(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """The sequence, and the element of it, at the places ``first``, ``first + 1``, ...
+
+        Args:
+            first: a place, from 0.
+            count: how many.
+
+        Returns:
+            Two int64 arrays [count]: sequences and elements.
+        """
+        assert first >= 0
+        assert first + count <= self._length
+        # About n t elements of each sequence have a position below t; the margin covers rounding.
+        margin = len(self.sizes) + 1
+        begin, end = (first - margin) / self._length, (first + count + margin) / self._length
+        lows, keys, sequences = [], [], []
+        for sequence, size in enumerate(self.sizes):
+            low = max(0, math.floor(begin * size) - 1)
+            high = min(size, math.ceil(end * size) + 1)
+            lows.append(low)
+            keys.append((np.arange(low, high) + 0.5) / max(size, 1))
+            sequences.append(np.full(high - low, sequence))
+        elements = np.concatenate(
+            [low + np.arange(len(k)) for low, k in zip(lows, keys, strict=True)]
+        )
+        order = np.argsort(np.concatenate(keys), kind="stable")
+        chosen = order[first - sum(lows) :][:count]
+        return np.concatenate(sequences)[chosen], elements[chosen]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +192,7 @@ def stage_data(recipe: Recipe, name: str, run_dir: Path) -> StageData:
 def _mixture(recipe: Recipe, part: MixturePart, run_dir: Path, index: Path) -> Mixture:
     samples = count.steps(part.block, recipe.model) * part.block.global_batch_size
     mixture = count.mixture(part.block.data)
-    splits = {domain: _tokenized(run_dir, domain, "train") for domain in mixture}
+    splits = {domain: tokenized_split(run_dir, domain, "train") for domain in mixture}
     names = list(recipe.domains)
     blend: list[tuple[str, float]] = []
     domains: list[int] = []
@@ -244,60 +287,3 @@ def _seed(random_seed: int, name: str) -> int:
     """One of its own for each stage: two experts that read some general text read other parts of
     it. NumPy takes 32 bits."""
     return int.from_bytes(hashlib.sha256(f"{random_seed}/data/{name}".encode()).digest()[:4], "big")
-
-
-def held_out(
-    recipe: Recipe, run_dir: Path, tokens: int, *, plain: bool = False
-) -> dict[str, HeldOutText]:
-    """Every domain's held-out text in the recipe's order, with its boundaries of documents.
-
-    Args:
-        recipe: the run's.
-        run_dir: its directory.
-        tokens: of each domain at most.
-        plain: without the boundaries, as models outside of Megatron read it.
-
-    Raises:
-        UserError: a domain has no whole sequence of it.
-    """
-    found = {}
-    marks = None if plain else boundaries_of(recipe, _tokenizer(run_dir).eos_id)
-    for domain in recipe.domains:
-        split = _tokenized(run_dir, domain, "valid")
-        where = prefix(run_dir, domain, "valid")
-        text = HeldOutText(
-            [pair for pair, _ in pairs(where, split)],
-            recipe.model.seq_length,
-            tokens,
-            split.sha256,
-            marks,
-        )
-        found[domain] = text
-        if not len(text):
-            raise UserError(
-                f"domains.{domain}.valid",
-                f"holds less than one sequence of {recipe.model.seq_length} tokens",
-                "give it more text",
-            )
-    return found
-
-
-def train_pairs(run_dir: Path, domain: str) -> list[Path]:
-    """Prefixes of the pairs of a domain's training text.
-
-    Raises:
-        UserError: they are not there.
-    """
-    split = _tokenized(run_dir, domain, "train")
-    return [pair for pair, _ in pairs(prefix(run_dir, domain, "train"), split)]
-
-
-def _tokenized(run_dir: Path, domain: str, split: str) -> TokenizedSplit:
-    found = read_tokenized(prefix(run_dir, domain, split))
-    if found is None:
-        raise UserError(
-            f"domains.{domain}",
-            f"{prefix(run_dir, domain, split)}.bin and .idx are not there, or not whole",
-            "run stage prepare first",
-        )
-    return found

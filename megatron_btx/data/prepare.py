@@ -26,7 +26,7 @@ from megatron_btx.data.domain_text import SPLITS, DomainText, digest, find, text
 from megatron_btx.data.formats import Part, format_of, json_lines, token_pair
 from megatron_btx.data.formats.compression import compression_of
 from megatron_btx.data.run_tokenizer import check_trainable, make_tokenizer
-from megatron_btx.data.tokenized import read_tokenized
+from megatron_btx.data.tokenized import TokenizedSplit, pairs, read_tokenized
 from megatron_btx.data.tokenizer import Tokenizer, load_tokenizer, read_tokenizer
 from megatron_btx.errors import UserError, UserErrors, collect_errors
 from megatron_btx.files import find_json, sweep, write_json
@@ -211,3 +211,29 @@ def _index(
 
 def _jobs(texts: dict[str, DomainText], directory: Path) -> list[tokenize.TokenizeJob]:
     return [job for name, text in texts.items() for job in tokenize.jobs(text, directory / name)]
+
+
+def train_pairs(run_dir: Path, domain: str) -> list[Path]:
+    """Prefixes of the pairs of a domain's training text.
+
+    Raises:
+        UserError: they are missing or incomplete.
+    """
+    split = tokenized_split(run_dir, domain, "train")
+    return [pair for pair, _ in pairs(prefix(run_dir, domain, "train"), split)]
+
+
+def tokenized_split(run_dir: Path, domain: str, split: str) -> TokenizedSplit:
+    """A domain's tokenized text of a run.
+
+    Raises:
+        UserError: it is missing or incomplete.
+    """
+    found = read_tokenized(prefix(run_dir, domain, split))
+    if found is None:
+        raise UserError(
+            f"domains.{domain}",
+            f"{prefix(run_dir, domain, split)}.bin and .idx are missing or incomplete",
+            "run the prepare stage",
+        )
+    return found

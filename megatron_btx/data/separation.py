@@ -171,7 +171,7 @@ def _sources(
         raise UserError(
             f"domains.{text.name}",
             "is token ids, which the run's tokenizer has to decode",
-            "run stage prepare first",
+            "run the prepare stage",
         )
     for parts, size in cut(files, _SHARD):
         side = split if text.is_split else None

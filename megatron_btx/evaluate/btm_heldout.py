@@ -11,7 +11,7 @@ import torch
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 from torch import Tensor
 
-from megatron_btx.data.mixture import train_pairs
+from megatron_btx.data.prepare import train_pairs
 from megatron_btx.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_btx.engine.initializer import initialize
 from megatron_btx.engine.model import DTYPES, build_model

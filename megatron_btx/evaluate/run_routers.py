@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from megatron_btx.data.heldout import HeldOutText
-from megatron_btx.data.mixture import train_pairs
+from megatron_btx.data.prepare import train_pairs
 from megatron_btx.engine.model import DTYPES
 from megatron_btx.errors import UserError
 from megatron_btx.evaluate.centroids import SPREAD, routers

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any, BinaryIO
@@ -17,7 +18,6 @@ import torch
 
 from megatron_btx.errors import UserError, shown
 from megatron_btx.files import read_bytes
-from megatron_btx.weights.pickle_scan import check_bounds
 
 LIMIT = 256 << 20
 """Bytes of one pickle. The metadata of a model with its optimizer, of 100,000 chunks, has 40 MB."""
@@ -233,7 +233,7 @@ def _check(data: bytes, where: Path | str) -> None:
         what = f"a pickle of more than {LIMIT:,} bytes, which no checkpoint has"
         raise UserError(str(where), what, _AGAIN)
     try:
-        check_bounds(data)
+        _check_bounds(data)
     except ValueError as error:
         raise _damaged(where, error) from error
 
@@ -248,3 +248,67 @@ def _unlisted(where: Path | str, module: str, name: str) -> UserError:
         f"names {shown(module)}.{shown(name)}, which no checkpoint needs: refused",
         "do not use this directory unless you know who wrote it",
     )
+
+
+_NO_ARGUMENT = rb"[(012NQRabe\]}dlost)u\x81\x85-\x89\x8f-\x94\x97\x98]"
+_FIXED = rb"[Khq\x80\x82].|[M\x83]..|[Jj\x84]....|r...\x00|[G\x95].{8}"
+_BULK = re.compile(rb"(?>" + _NO_ARGUMENT + rb"|" + _FIXED + rb")++", re.DOTALL)
+"""A run of opcodes whose arguments have one length. Memo places below 2^24 need no closer look."""
+_COUNTED = {
+    **dict.fromkeys(b"UC\x8c\x8a", 1),
+    **dict.fromkeys(b"TXB\x8b", 4),
+    **dict.fromkeys(b"\x8d\x8e\x96", 8),
+}
+"""Opcodes followed by so many bytes of a length, and as many bytes as that says."""
+_LINES = {**dict.fromkeys(b"FILSVgpP", 1), **dict.fromkeys(b"ci", 2)}
+"""Opcodes followed by lines."""
+_STOP, _LONG_BINPUT, _PUT = b"."[0], b"r"[0], b"p"[0]
+
+
+def _check_bounds(data: bytes) -> None:
+    """Check the lengths and memo indices of a pickle before it is loaded.
+
+    CPython's unpickler trusts the numbers in a pickle: an index in its memo (``LONG_BINPUT``)
+    allocates sixteen bytes for every index below it, so that nine bytes take gigabytes, and a byte
+    array is allocated before it is read. Opcodes: Lib/pickletools.py.
+
+    Raises:
+        ValueError: a length or a place in the memo is larger than a pickle of this size can have,
+            there is an opcode that does not exist, or no end.
+    """
+    at, size = 0, len(data)
+    while at < size:
+        if run := _BULK.match(data, at):
+            at = run.end()
+            continue
+        opcode = data[at]
+        if opcode == _STOP:
+            return
+        if width := _COUNTED.get(opcode):
+            length = int.from_bytes(data[at + 1 : at + 1 + width], "little")
+            at += 1 + width + length
+        elif lines := _LINES.get(opcode):
+            at = _after_lines(data, at, lines)
+        elif opcode == _LONG_BINPUT:
+            _check_place(int.from_bytes(data[at + 1 : at + 5], "little"), size)
+            at += 5
+        else:
+            raise ValueError(f"byte {at} is no opcode: {opcode:#04x}")
+    raise ValueError(f"{size} bytes without an end")
+
+
+def _after_lines(data: bytes, at: int, lines: int) -> int:
+    opcode, start = data[at], at + 1
+    for _ in range(lines):
+        at = data.find(b"\n", at + 1)
+        if at < 0:
+            raise ValueError("a line without an end")
+    if opcode == _PUT:
+        digits = data[start:at]
+        _check_place(int(digits) if len(digits) < 20 else len(data), len(data))
+    return at + 1
+
+
+def _check_place(place: int, size: int) -> None:
+    if place >= size:
+        raise ValueError(f"place {place} of the memo, in a pickle of {size} bytes")

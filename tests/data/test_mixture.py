@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megatron_btx.data.interleave import Interleaved
-from megatron_btx.data.mixture import StageData, held_out, stage_data
+from megatron_btx.data.heldout import held_out
+from megatron_btx.data.mixture import Interleaved, StageData, stage_data
 from megatron_btx.data.prepare import prefix
 from megatron_btx.data.tokenizer import load_tokenizer
 from megatron_btx.errors import UserError
@@ -283,7 +283,7 @@ def test_missing_and_short_text(prepared: Prepared, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="less than one sequence"):
         held_out(recipe, run_dir, recipe.model.seq_length - 1)
     (tmp_path / "prepare" / "data" / "code" / "train.json").unlink()
-    with pytest.raises(UserError, match="run stage prepare") as error:
+    with pytest.raises(UserError, match="run the prepare stage") as error:
         stage_data(recipe, "expert:code", tmp_path)
     assert error.value.where == "domains.code"
 

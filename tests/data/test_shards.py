@@ -23,8 +23,9 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from pyarrow import parquet
 
 from megatron_btx.data import parallel, tokenize
-from megatron_btx.data.mixture import held_out, stage_data, train_pairs
-from megatron_btx.data.prepare import begin, check, make_share, prepare
+from megatron_btx.data.heldout import held_out
+from megatron_btx.data.mixture import stage_data
+from megatron_btx.data.prepare import begin, check, make_share, prepare, train_pairs
 from megatron_btx.data.tokenizer import load_tokenizer
 from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.pipeline.keys import Memo

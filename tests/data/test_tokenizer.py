@@ -26,7 +26,7 @@ from megatron_btx.data.tokenizer import (
     read_tokenizer,
     train_tokenizer,
 )
-from megatron_btx.data.word_cache import word_cache
+from megatron_btx.data.tokenizer_sentencepiece import word_cache
 from megatron_btx.errors import UserError
 from megatron_btx.recipe.schema import Recipe
 from tests.data.oracle import texts
@@ -208,7 +208,7 @@ def test_words_are_forgotten(trained: Tokenizer, monkeypatch: pytest.MonkeyPatch
     assert isinstance(trained, SentencePiece)
     cache = word_cache(trained._model)
     assert cache is not None
-    monkeypatch.setattr("megatron_btx.data.word_cache._MOST", 20)
+    monkeypatch.setattr("megatron_btx.data.tokenizer_sentencepiece._CACHE_LIMIT", 20)
     for number in range(30):
         text = f"some words and {number} more"
         assert cache.encode([text])[0].tolist() == trained.encode([text])[0].tolist()
