@@ -41,7 +41,7 @@ Pieces = list[tuple[str, tuple[int, ...], tuple[int, ...], np.ndarray]]
 
 @dataclass(frozen=True)
 class Case:
-    """One training run: 5 optimizer steps of 2 micro-batches."""
+    """One training run: 5 optimizer steps, of 4 micro-batches on one rank and of 1 under DP4."""
 
     architecture: Architecture = DENSE
     layout: Layout = Layout()
@@ -50,7 +50,7 @@ class Case:
     megatron: MegatronOptions = field(default_factory=MegatronOptions)
     steps: int = 5
     global_batch_size: int = 8
-    micro_batch_size: int = 1
+    micro_batch_size: int = 2
     random_seed: int = 7
     eos_id: int | None = None
     """Ends documents that are kept apart: attention is reset, and what follows is not predicted."""

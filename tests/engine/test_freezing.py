@@ -104,7 +104,7 @@ def _run(case: Case, training: Training, step: int) -> Any:
         schedule=schedule,
         batches=lambda step: microbatches(case, step),
         total_steps=STEPS,
-        num_microbatches=case.global_batch_size // case.layout.data_parallel_size,
+        num_microbatches=len(list(microbatches(case, step))),
         micro_batch_size=case.micro_batch_size,
         global_batch_size=case.global_batch_size,
         seq_length=case.architecture.model.seq_length,

@@ -61,7 +61,7 @@ def passes(case: Case) -> int:
 @pytest.mark.parametrize("batch", [2, 8])
 @pytest.mark.parametrize("layout", [PP2, PP2_VP2])
 def test_passes_in_flight_are_the_plans(layout: Layout, batch: int, ranks: Ranks) -> None:
-    found = ranks.run(passes, 2, Case(DENSE, layout, global_batch_size=batch))
+    found = ranks.run(passes, 2, Case(DENSE, layout, global_batch_size=batch, micro_batch_size=1))
     assert found == [memory.in_flight(layout, stage, batch) for stage in range(2)]
 
 

@@ -330,7 +330,7 @@ def test_whole_models_train_as_on_one_rank(ranks: Ranks, name: str) -> None:
     """TP x PP x EP with full recomputation, two sequences a micro-batch: 1F1B runs later
     micro-batches between a layer's forward pass and its recomputation."""
     architecture = dataclasses.replace(MOE, routing=ROUTINGS[name])
-    alone = Case(architecture, steps=3, micro_batch_size=2)
+    alone = Case(architecture, steps=3)
     recompute = {"recompute_granularity": "full", "recompute_method": "uniform"}
     layout = Layout(
         tensor_model_parallel_size=2,
