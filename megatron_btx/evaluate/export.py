@@ -27,6 +27,7 @@ from megatron_btx.families.export import carried, export_hf, write_hf
 from megatron_btx.families.hf import open_hf, read_config
 from megatron_btx.families.hf_routing import HFRouting
 from megatron_btx.families.llama_cpp import unlike
+from megatron_btx.families.tokenizer_files import tokenizer_files
 from megatron_btx.families.tokenizer_identity import differences
 from megatron_btx.mix.average import average
 from megatron_btx.mix.one_model import copy
@@ -101,7 +102,8 @@ def saved_files(tokenizer: Tokenizer) -> dict[str, bytes]:
 def llama_cpp(architecture: Architecture, exported: Path) -> list[str]:
     """Why llama.cpp does not compute a model as it was exported (families/llama_cpp.py)."""
     family, _, _ = read_config(exported)
-    return unlike(architecture, family.model_type)
+    tokenizer = tokenizer_files(exported, megatron=False)
+    return unlike(architecture, family.model_type, tokenizer)
 
 
 def compare(recipe: Recipe, run_dir: Path, plan: Plan, exported: Path) -> dict[str, float]:

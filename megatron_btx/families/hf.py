@@ -20,7 +20,7 @@ from megatron_btx.families.table import Table
 from megatron_btx.families.tokenizer_files import describe_tokenizer
 from megatron_btx.files import read_json
 from megatron_btx.recipe.architecture import Architecture
-from megatron_btx.recipe.names import canonical_tensors
+from megatron_btx.recipe.names import SHARED_GATE, canonical_tensors
 from megatron_btx.weights.box import Shape
 from megatron_btx.weights.find_checkpoint import ADAPTER, foreign
 from megatron_btx.weights.plan import Checkpoint, Ignore, Plan, mismatches, unmatched
@@ -137,6 +137,9 @@ def hf_tensors(architecture: Architecture, family: Family | None = None) -> dict
 def to_hf(plan: Plan, family: Family | None = None, *, fused: bool = False) -> Plan:
     """A plan over canonical names as one over a family's Hugging Face names.
 
+    A shared expert of zeros has a gate of ones: it adds nothing under any, and llama.cpp computes
+    the sigmoid as ``silu(x) / x``, NaN where a gate of zeros makes ``x`` zero.
+
     Args:
         plan: over canonical names.
         family: the one to write; ``None``: that which computes it.
@@ -148,7 +151,8 @@ def to_hf(plan: Plan, family: Family | None = None, *, fused: bool = False) -> P
     dtype = next(iter(targets.values())).dtype
     for name, shape in canonical_tensors(stored).items():
         if name not in targets and stored != plan.architecture:  # a shared expert of zeros
-            targets[name] = Fill(0.0, shape, dtype)
+            value = 1.0 if name.endswith(SHARED_GATE) else 0.0
+            targets[name] = Fill(value, shape, dtype)
     table = _table(family, fused=fused)
     named = table.to_hf(targets, stored)
     return replace(plan, targets=named, expected=_tensors(stored, table))

@@ -165,7 +165,7 @@ def write(
         lineage = lineage_of(plan, request, models, hashes(), revision)
         page: dict[str, bytes] = {}
         if request.format == "hf":
-            said = unlike(plan.architecture, _written_as(plan, request, models))
+            said = unlike(plan.architecture, _written_as(plan, request, models), tokenizer)
             page = mix_card(plan, request, lineage, speaker, said).files()
         return {**tokenizer, **page, LINEAGE: as_json(lineage)}
 
@@ -223,7 +223,10 @@ def _words(plan: Plan, request: MixRequest, models: list[Checkpoint]) -> list[st
     """What is said of a result beside the plan: its tokenizer, and who computes it otherwise."""
     words = list(tokenizer_words(models, request.tokenizer))
     if request.format == "hf":
-        told = unlike(plan.architecture, _written_as(plan, request, models))
+        speaker = speaker_of(models, request.tokenizer) or models[0]
+        assert speaker.path is not None
+        tokenizer = tokenizer_files(speaker.path, megatron=False)
+        told = unlike(plan.architecture, _written_as(plan, request, models), tokenizer)
         words += [f"llama.cpp: {line}" for line in told]
     return words
 

@@ -27,6 +27,7 @@ DENSE_NORM = "mlp.linear_fc1.layer_norm_weight"
 MOE_NORM = "pre_mlp_layernorm.weight"
 ROUTER = "mlp.router.weight"
 SHARED = "mlp.shared_experts"
+SHARED_GATE = f"{SHARED}.gate_weight"
 
 
 def canonical_tensors(architecture: Architecture) -> dict[str, Shape]:
@@ -68,7 +69,7 @@ def _layer(architecture: Architecture) -> Iterator[tuple[str, Shape]]:
         yield f"{SHARED}.linear_fc1.weight", (2 * shared, hidden)
         yield f"{SHARED}.linear_fc2.weight", (hidden, shared)
         if model.moe_shared_expert_gate:
-            yield f"{SHARED}.gate_weight", (1, hidden)
+            yield SHARED_GATE, (1, hidden)
 
 
 def group_of(name: str) -> str:

