@@ -54,7 +54,10 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("--example", metavar="NAME", nargs="+", default=[], help="write these out")
     parser.add_argument("--list", action="store_true", help="list the examples")
     parser.add_argument(
-        "--out", metavar="PATH", type=Path, help="recipe.yaml; of examples their directory"
+        "--out",
+        metavar="PATH",
+        type=Path,
+        help="recipe.yaml; of examples where examples/ is put (.)",
     )
     parser.set_defaults(run=run)
 
@@ -81,7 +84,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _examples(options: argparse.Namespace) -> int:
-    written = write_examples(options.example, options.out or Path("examples"))
+    written = write_examples(options.example, options.out or Path())
     for path in written:
         sys.stdout.write(f"{path}\n")
     recipes = [path for path in written if path.name == "recipe.yaml"]
@@ -146,11 +149,12 @@ def example_names() -> list[str]:
 
 
 def write_examples(asked: Sequence[str], out: Path) -> list[Path]:
-    """Copy examples, and the recipes that theirs start from, into ``out`` as they lie in the tree.
+    """Copy examples, and the recipes that theirs start from, as they lie in the tree: what their
+    files say of paths (``../../runs``) and commands holds there as it does here.
 
     Args:
         asked: of :func:`example_names`.
-        out: a directory, which is made.
+        out: a directory, which is made; they come to ``out/examples``, their runs to ``out/runs``.
 
     Returns:
         What is there now; a file that was there with this content stays as it is.
@@ -166,7 +170,9 @@ def write_examples(asked: Sequence[str], out: Path) -> list[Path]:
     if errors:
         raise UserErrors(errors)
     files = {path: path.read_bytes() for name in asked for path in _files(name)}
-    places = {out / path.relative_to(EXAMPLES): content for path, content in files.items()}
+    places = {
+        out / "examples" / path.relative_to(EXAMPLES): content for path, content in files.items()
+    }
     left = {}
     for place, content in places.items():
         if not place.exists():

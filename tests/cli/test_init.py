@@ -39,8 +39,9 @@ def test_nothing_of_a_user_s_is_touched(
     assert "examples/demo/recipe.yaml: is something else already" in capsys.readouterr().err
     assert mine.read_text() == "name: mine\n"
     assert not (tmp_path / "examples" / "tiny").exists()
-    assert main(["init", "--example", "tiny", "--out", "mine"]) == 0
-    assert (tmp_path / "mine" / "tiny" / "recipe.yaml").is_file()
+    assert main(["init", "--example", "demo", "--out", "new"]) == 0
+    recipe = tmp_path / "new" / "examples" / "demo" / "recipe.yaml"
+    assert load_recipe(recipe).run_dir == str(tmp_path / "new" / "runs" / "demo")
 
 
 def test_mistakes(capsys: pytest.CaptureFixture[str]) -> None:
