@@ -24,9 +24,10 @@ from megatron_btx.data.tokenizer import (
 )
 from megatron_btx.errors import UserError, collect_errors
 from megatron_btx.families.tokenizer_files import place_of
-from megatron_btx.families.tokenizer_identity import differences
+from megatron_btx.families.tokenizer_identity import differences, most_tokens
 from megatron_btx.files import find_json, unfinished, write_json
 from megatron_btx.recipe.schema import Recipe, TokenizerBlock
+from megatron_btx.recipe.stages import taken
 from megatron_btx.weights.find_checkpoint import find_checkpoint
 
 
@@ -59,12 +60,12 @@ def make_tokenizer(
     Raises:
         UserError: it is missing, damaged, or not the seed's.
     """
-    wanted, seed = recipe.tokenizer, recipe.seed.from_
+    wanted, seed = recipe.tokenizer, _speaker(recipe)
     given: Tokenizer | None = None
     if wanted.path is not None:
         given = read_tokenizer(wanted.path, wanted.type, where="tokenizer.path")
     if seed is not None:
-        given = _seeds_tokenizer(Path(seed), given, wanted.path)
+        given = _seeds_tokenizer(seed, given, wanted.path)
     if given is not None:
         key = given.sha256
     else:
@@ -97,6 +98,15 @@ def _trained(texts: dict[str, DomainText], wanted: TokenizerBlock) -> Tokenizer:
     finally:
         if errors:
             raise errors[0]
+
+
+def _speaker(recipe: Recipe) -> Path | None:
+    """The model whose tokenizer the run gets: the seed, or that of the most tokens."""
+    if not recipe.mix.align_vocab:
+        return None if recipe.seed.from_ is None else Path(recipe.seed.from_)
+    models = taken(recipe)
+    places = {name: place_of(find_checkpoint(Path(path))) for name, path in models.items()}
+    return Path(models[most_tokens(places)])
 
 
 def _seeds_tokenizer(seed: Path, given: Tokenizer | None, path: str | None) -> Tokenizer:

@@ -36,7 +36,7 @@ class Aligned(Checkpoint):
         return {**take_all(self.label, self.source), **self.longer}
 
 
-def align_vocab(models: Sequence[Checkpoint], seed_model: str) -> tuple[list[Checkpoint], str]:
+def align_vocab(models: Sequence[Checkpoint], seed_model: str) -> tuple[list[Aligned], str]:
     """The models with the rows of the largest vocabulary, and whose tokenizer knows all tokens.
 
     Args:
@@ -72,7 +72,7 @@ def _unfit(model: Checkpoint) -> list[UserError]:
     return []
 
 
-def _aligned(model: Checkpoint, givers: Sequence[Checkpoint]) -> Checkpoint:
+def _aligned(model: Checkpoint, givers: Sequence[Checkpoint]) -> Aligned:
     """With the rows of the first giver that has more, of the next that has still more, ..."""
     longer: dict[str, Expression] = {}
     for name in (EMBEDDING, HEAD):

@@ -4,6 +4,7 @@ model that one expert of an MoE is (:func:`forced`)."""
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -19,14 +20,21 @@ from megatron_btx.weights.random_fill import Draw, Fill
 _RESIDUAL = ("linear_proj.weight", "linear_fc2.weight")
 
 
-def copy(model: Checkpoint, *, dtype: torch.dtype) -> Plan:
+def copy(model: Checkpoint, *, dtype: torch.dtype, givers: Sequence[Checkpoint] = ()) -> Plan:
     """Every tensor of ``model``, rounded to ``dtype`` where it has another: a model as it is,
-    under any layout and in any precision."""
+    under any layout and in any precision.
+
+    Args:
+        model: the one; some of its rows may be those of others (align_vocab.py).
+        dtype: of the result.
+        givers: these others.
+    """
     return Plan(
         architecture=model.architecture,
         targets={name: take.to(dtype) for name, take in model.tensors.items()},
-        sources={model.label: model.source},
+        sources={one.label: one.source for one in (model, *givers)},
         expected=canonical_tensors(model.architecture),
+        ignored={one.label: (Ignore(r".*", "gives what another lacks"),) for one in givers},
     )
 
 

@@ -135,7 +135,8 @@ def open_sources(request: MixRequest) -> tuple[MixRequest, list[Checkpoint]]:
         if request.tokenizer:
             what = "is the source of the most tokens under --align-vocab"
             raise UserError("--tokenizer", what, "leave one of the two out")
-        models, most = align_vocab(models, request.seed_model)
+        aligned, most = align_vocab(models, request.seed_model)
+        models = [*aligned]
         request = dataclasses.replace(request, tokenizer=most)
     if not errors:
         models = with_tokenizer(models, request.tokenizer)
@@ -154,6 +155,8 @@ def plan_of(request: MixRequest, models: list[Checkpoint]) -> Plan:
     """
     dtype = DTYPES[request.dtype] if request.dtype else _common_dtype(models)
     single = {"upcycle": 1, "drop": 1, "copy": 1, "append": 2, "replace": 2}
+    if request.align_vocab and request.method == "copy":
+        del single["copy"]  # of the first, with the vocabulary of all
     wanted = single.get(request.method)
     if wanted is not None and len(models) != wanted:
         what = f"{request.method} takes {wanted} source{'s'[: wanted - 1]}, not {len(models)}"
@@ -177,7 +180,7 @@ def plan_of(request: MixRequest, models: list[Checkpoint]) -> Plan:
             moe, model = models
             return replace_expert(moe, model, request.expert or model.label, dtype=dtype)
         case "copy":
-            return copy(models[0], dtype=dtype)
+            return copy(models[0], dtype=dtype, givers=models[1:])
     return mix_plan(
         models,
         mix=mix,

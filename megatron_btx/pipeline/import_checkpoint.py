@@ -13,19 +13,22 @@ import io
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from megatron_btx.errors import UserError, UserErrors, collect_errors
-from megatron_btx.files import unfinished
+from megatron_btx.files import named_path, unfinished
 from megatron_btx.pipeline.graph import Stage
 from megatron_btx.provenance import code_revision
 from megatron_btx.recipe import count
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.schema import Model, Recipe
 from megatron_btx.recipe.stages import directory as stage_directory
-from megatron_btx.recipe.stages import imported, recipe_key
+from megatron_btx.recipe.stages import imported, recipe_key, taken
 from megatron_btx.weights.find_checkpoint import find_checkpoint, is_hugging_face
 from megatron_btx.weights.manifest import MANIFEST, read_manifest
+
+if TYPE_CHECKING:
+    from megatron_btx.mix.align_vocab import Aligned
 
 _FREE = frozenset({"seq_length", "max_position_embeddings", "init_method_std"})
 """Fields of ``Model`` in which a checkpoint may differ: they shape no weight and no result."""
@@ -81,6 +84,8 @@ def check_all(recipe: Recipe, stages: Iterable[Stage]) -> None:
                     f"as `tokenizer: {_tokenizer(directory, manifest)}`",
                 )
             )
+        elif recipe.mix.align_vocab:
+            continue  # asked below, of all of them
         elif unlike := _other_tokenizer(next(iter(tokenizers.values())), directory):
             errors.append(
                 UserError(
@@ -89,8 +94,29 @@ def check_all(recipe: Recipe, stages: Iterable[Stage]) -> None:
                     "take models that were trained with one tokenizer",
                 )
             )
+    if recipe.mix.align_vocab and tokenizers and not errors:
+        aligned(recipe)
     if errors:
         raise UserErrors(errors)
+
+
+def aligned(recipe: Recipe) -> tuple[dict[str, Aligned], str]:
+    """The models that are taken, by name, with the rows of the largest vocabulary, and which of
+    them has the tokenizer of the most tokens (``mix.align_vocab``).
+
+    Raises:
+        UserErrors: their tokenizers differ by more than added tokens, or they have several dtypes.
+    """
+    from megatron_btx.families.open import open_checkpoint
+    from megatron_btx.mix.align_vocab import align_vocab
+
+    errors: list[UserError] = []
+    with collect_errors(errors):
+        models = [open_checkpoint(Path(path), name) for name, path in taken(recipe).items()]
+        found, most = align_vocab(models, "seed")
+        return {model.label: model for model in found}, most
+    fix = "leave it out, or take dense models of one tokenizer and more added tokens"
+    raise UserErrors([UserError("mix.align_vocab", f"{e.where}: {e.what}", fix) for e in errors])
 
 
 def _other_tokenizer(one: Path, other: Path) -> str:
@@ -120,9 +146,10 @@ def link(recipe: Recipe, name: str, run_dir: Path) -> dict[str, Any]:
     checkpoints = stage_directory(run_dir, name) / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
     target = checkpoints / f"step_{int(manifest['step']):08d}"
-    if not _is_ours(directory):
+    givers = _givers(recipe, name) if source != "seed" else ()
+    if givers or not _is_ours(directory):
         if not target.exists():
-            _convert(directory, target, manifest.get("told", {}))
+            _convert(givers or (f"model={directory}",), target, manifest.get("told", {}))
         return {"checkpoint": str(target.relative_to(run_dir)), "from": str(directory)}
     _whole(directory)
     temporary = unfinished(target)
@@ -140,16 +167,38 @@ def _whole(directory: Path) -> None:
     open_megatron(directory, "checkpoint")
 
 
-def _convert(directory: Path, target: Path, told: dict[str, Any]) -> None:
-    """Somebody else's directory as ours, with its tokenizer; an interrupted one goes on."""
+def _givers(recipe: Recipe, stage: str) -> tuple[str, ...]:
+    """Where a model must be put to a larger vocabulary: it and those that give rows, NAME=DIR."""
+    if not recipe.mix.align_vocab:
+        return ()
+    models, most = aligned(recipe)
+    own = models[stage.removeprefix("expert:")]
+    giver = models[most]
+    assert own.path is not None
+    assert giver.path is not None
+    if not own.longer and not _other_tokenizer(own.path, giver.path):
+        return ()
+    others = [model for model in models.values() if model is not own]
+    return tuple(f"{model.label}={model.path}" for model in (own, *others))
+
+
+def _convert(sources: tuple[str, ...], target: Path, told: dict[str, Any]) -> None:
+    """Somebody else's directory as ours, with its tokenizer; an interrupted one goes on.
+
+    Args:
+        sources: NAME=DIR, and those that it gets rows of.
+        target: the new step directory.
+        told: what it does not say of itself.
+    """
     from megatron_btx.families.open import open_checkpoint
     from megatron_btx.mix import offline
     from megatron_btx.mix.request import MixRequest
 
-    model = open_checkpoint(directory, "model", told)
+    model = open_checkpoint(named_path(sources[0])[1], "model", told)
     dtypes = {dtype for _, dtype in model.source.tensors.values()}
     request = MixRequest(
-        sources=(f"model={directory}",),
+        sources=sources,
+        align_vocab=len(sources) > 1,
         out=str(target),
         method="copy",
         format="megatron",

@@ -21,7 +21,15 @@ from megatron_btx.data.formats.part import pair_files
 from megatron_btx.files import written
 from megatron_btx.recipe.load import digest
 from megatron_btx.recipe.schema import Recipe, Training
-from megatron_btx.recipe.stages import MixturePart, boundaries, imported, reads, reads_all, training
+from megatron_btx.recipe.stages import (
+    MixturePart,
+    boundaries,
+    imported,
+    reads,
+    reads_all,
+    taken,
+    training,
+)
 
 OWN: dict[str, Callable[[Recipe], Any]] = {
     "export": lambda recipe: recipe.export,
@@ -79,9 +87,15 @@ class StageKeys:
         recipe = self.recipe
         if recipe.tokenizer.path is not None:
             return [recipe.tokenizer.type, self.memo.paths([recipe.tokenizer.path])]
+        if recipe.mix.align_vocab:
+            return self._aligned()
         if recipe.seed.from_ is not None:  # it comes along with the seed
             return [self.source(recipe.seed.from_)]
         return [recipe.tokenizer, recipe.random_seed, self._mixture(recipe.seed.data, False)]
+
+    def _aligned(self) -> list[Any]:
+        """Of each model that gives rows to the others."""
+        return [[name, self.source(path)] for name, path in taken(self.recipe).items()]
 
     def _mixture(self, data: dict[str, float], tokenized: bool = True) -> list[Any]:
         """Weights and content of the domains that are read."""
@@ -110,7 +124,10 @@ class StageKeys:
         if kind == "import":
             source = imported(recipe, name)
             assert source is not None
-            return [recipe.model, "seed" if source == "seed" else self.source(source)]
+            if source == "seed":
+                return [recipe.model, "seed"]
+            aligned = [self._aligned()] if recipe.mix.align_vocab else []
+            return [recipe.model, self.source(source), *aligned]
         if kind == "evaluate":
             how = [recipe.system, recipe.btm if recipe.system == "btm" else None]
             marks = [["boundaries", *boundaries(recipe)]] if any(boundaries(recipe)) else []

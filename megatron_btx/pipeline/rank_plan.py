@@ -22,6 +22,7 @@ from megatron_btx.errors import UserError
 from megatron_btx.evaluate.run_routers import not_yet
 from megatron_btx.families.open import open_checkpoint
 from megatron_btx.pipeline import graph
+from megatron_btx.pipeline.import_checkpoint import aligned
 from megatron_btx.recipe import memory
 from megatron_btx.recipe import stages as of_recipe
 from megatron_btx.recipe.architecture import Architecture
@@ -242,6 +243,8 @@ def _model(recipe: Recipe, label: str) -> Checkpoint:
             where = f"{of_recipe.recipe_key(stage)}.from"
             what = f"{source} is not there, so what a rank would read of it is not known"
             raise UserError(where, what, "put it there, or leave --ranks away")
+        if recipe.mix.align_vocab:
+            return aligned(recipe)[0][label]
         return open_checkpoint(source, label)
     architecture = of_recipe.architecture(recipe, stage if source is None else "seed")
     dtype = DTYPES[of_recipe.training(recipe, stage if source is None else "seed").precision]

@@ -43,6 +43,12 @@ def problems(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(f"mix.{name}", what, fix)
     yield from _averages(mix, models)
     yield from _chunks(recipe)
+    if mix.align_vocab and recipe.seed.from_ is None:
+        what = "is about the vocabularies of models that are taken, and the seed is trained here"
+        yield Problem("mix.align_vocab", what, "give `seed: {from: DIR}`, or leave it out")
+    if mix.align_vocab and recipe.tokenizer.path is not None:
+        what = "stands beside mix.align_vocab, by which the run gets that of the most tokens"
+        yield Problem("tokenizer.path", what, "leave one of the two out")
     if mix.centroids is not None and mix.router_init not in FROM_FILE:
         fix = "give the `router_init` that the file was made for, or remove it"
         yield Problem("mix.centroids", "goes with router_init: centroids or ridge", fix)

@@ -165,9 +165,12 @@ def _derive(recipe: Recipe) -> Recipe:
     }
     run_dir = recipe.run_dir.replace("{name}", recipe.name)
     tokenizer, seed = recipe.tokenizer, recipe.seed.from_
-    taken = None if seed is None or tokenizer.path else stated_vocabulary(Path(seed))
-    if taken is not None:
-        tokenizer = dataclasses.replace(tokenizer, vocab_size=taken)
+    if seed is not None and tokenizer.path is None:
+        givers = stages.taken(recipe).values() if recipe.mix.align_vocab else [seed]
+        sizes = [size for path in givers if (size := stated_vocabulary(Path(path))) is not None]
+        tokenizer = dataclasses.replace(
+            tokenizer, vocab_size=max(sizes, default=tokenizer.vocab_size)
+        )
     return dataclasses.replace(recipe, experts=experts, run_dir=run_dir, tokenizer=tokenizer)
 
 

@@ -61,6 +61,10 @@ class Mix:
     the run's own training text where the finetuning begins."""
     router_init_tokens: int = within(1, default=65_536)
     """Tokens of each expert's domain that they are then made of."""
+    align_vocab: bool = False
+    """Where the tokenizers of models that are taken (``from:``) differ by added tokens only, put
+    all models to the largest vocabulary, whose tokenizer the run gets: rows that one lacks are the
+    seed's, or those of the first model that has them."""
 
     def expert_names(self, models: Sequence[str]) -> tuple[str, ...]:
         """The experts that become of dense models, in the MoE's order."""

@@ -211,6 +211,15 @@ def _block(recipe: Recipe, name: str) -> Training:
     return blocks[name]
 
 
+def taken(recipe: Recipe) -> dict[str, str]:
+    """The directory of each model that is taken, not trained: ``seed`` and domains."""
+    seed = recipe.seed.from_
+    found = {"seed": seed}
+    for name, expert in recipe.experts.items():
+        found[name] = seed if expert.from_ is None and expert.tokens == 0 else expert.from_
+    return {name: path for name, path in found.items() if path is not None}
+
+
 def imported(recipe: Recipe, name: str) -> str | None:
     """Where the model of stage ``name`` is taken from instead of being trained: a checkpoint
     directory, the name of another stage (an expert of zero tokens is the seed), or nowhere."""
