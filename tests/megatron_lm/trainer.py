@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import os
 import shlex
 import sys
@@ -94,6 +95,8 @@ def run(job: Job) -> Outcome:
     assert len(batches) == job.steps
     losses = tuple(_step(args, models, optimizer, schedule, batch) for batch in batches)
     after = _loss_of_tokens(models[0], job.tokens) if job.steps else before
+    if args.use_megatron_fsdp:
+        _all_states(optimizer)
     for form in job.forms if args.save else ():
         args.ckpt_format = form
         update_use_dist_ckpt(args)
@@ -102,10 +105,17 @@ def run(job: Job) -> Outcome:
     return Outcome(before, losses, after, iteration)
 
 
+_REPLACED: set[Any] = set()
+
+
 def _on_a_cpu() -> None:
     """What it asks of CUDA, and of a checkout of its repository."""
     from megatron.core.datasets import utils
     from megatron.core.distributed import TorchFullyShardedDataParallel
+    from megatron.core.distributed.fsdp.mcore_fsdp_adapter import (
+        FullyShardedDataParallel,
+        MegatronFSDP,
+    )
     from megatron.training import arguments, checkpointing, initialize
 
     from megatron_btx.engine import cpu
@@ -115,11 +125,16 @@ def _on_a_cpu() -> None:
     initialize._set_random_seed = lambda *_, **__: None
     torch.cuda.Event = cpu._Stream  # what fully sharded ranks record and wait for
     cpu._Stream.record = cpu._Stream.wait = cpu._Stream.wait_event = lambda *_: None
-    sharded = TorchFullyShardedDataParallel.__init__
-    if "cuda" in sharded.__code__.co_consts:
-        cpu._replace_literals(sharded, {"cuda": "cpu"}, "TorchFullyShardedDataParallel")
-    if "cuda" in checkpointing.read_metadata.__code__.co_consts:
-        cpu._replace_literals(checkpointing.read_metadata, {"cuda": "cpu"}, "read_metadata")
+    for function, device in (
+        (TorchFullyShardedDataParallel.__init__, {"cuda": "cpu"}),
+        (checkpointing.read_metadata, {"cuda": "cpu"}),
+        (FullyShardedDataParallel.__init__, {"cuda:": ""}),  # before "cpu", the current device
+        (FullyShardedDataParallel._init_dist_index, {"cuda": "cpu"}),
+        (MegatronFSDP.__init__, {"cuda:": ""}),
+    ):
+        if function not in _REPLACED:
+            cpu._replace_literals(function, device, function.__qualname__)
+            _REPLACED.add(function)
 
 
 def refusal(words: Sequence[str], function: str) -> str:
@@ -182,6 +197,7 @@ def _start(words: Sequence[str]) -> Namespace:
 def _build(args: Namespace, job: Job) -> list[Any]:
     from megatron.core.distributed import DistributedDataParallelConfig
     from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.transformer.module import Float16Module
     from megatron.training.argument_utils import gpt_config_from_args
     from megatron.training.models.gpt import GPTModelBuilder
     from megatron.training.training import get_megatron_ddp_config
@@ -192,14 +208,15 @@ def _build(args: Namespace, job: Job) -> list[Any]:
     return GPTModelBuilder(config).build_distributed_models(
         ProcessGroupCollection.use_mpu_process_groups(),
         ddp_config=get_megatron_ddp_config(args)
-        if args.use_torch_fsdp2
+        if args.use_torch_fsdp2 or args.use_megatron_fsdp
         else DistributedDataParallelConfig(
             use_distributed_optimizer=args.use_distributed_optimizer
         ),
         use_torch_fsdp2=args.use_torch_fsdp2,
+        use_megatron_fsdp=args.use_megatron_fsdp,
         wrap_with_ddp=job.steps > 0,
         data_parallel_random_init=False,  # as its own default is
-        mixed_precision_wrapper=None,
+        mixed_precision_wrapper=Float16Module if args.bf16 else None,
     )
 
 
@@ -215,6 +232,16 @@ def _optimizer(args: Namespace, models: list[Any]) -> tuple[Any, Any]:
     optimizer = get_megatron_optimizer(config, models, config_overrides=overrides)
     models[0].config.finalize_model_grads_func = finalize_model_grads
     return optimizer, get_optimizer_param_scheduler(optimizer)
+
+
+def _all_states(optimizer: Any) -> None:
+    """As Transformer Engine's Adam has them: of a parameter whose rows are all another rank's too.
+    Ranks that save other names than each other wait for ever."""
+    for each in getattr(optimizer, "chained_optimizers", [optimizer]):
+        for parameter in itertools.chain(*(group["params"] for group in each.param_groups)):
+            state = each.optimizer.state[parameter]
+            for name in ("exp_avg", "exp_avg_sq"):
+                state.setdefault(name, torch.zeros_like(parameter))
 
 
 def _inputs(tokens: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:

@@ -1,5 +1,5 @@
 """Megatron-LM's `torch_dcp` and `fsdp_dtensor`, written by torch.distributed.checkpoint under the
-names of the trainer's modules (tests/megatron_lm has the trainer itself write the first)."""
+names of the trainer's modules (tests/megatron_lm has the trainer itself write them)."""
 
 from __future__ import annotations
 
