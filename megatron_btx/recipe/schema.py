@@ -35,11 +35,11 @@ class Evaluate:
     """Held-out loss of every system on every domain."""
 
     tokens: int = within(1, default=262_144)
-    """Held-out tokens a domain, at most; whole sequences."""
+    """Held-out tokens per domain, at most; whole sequences only."""
     micro_batch_size: int = within(1, 10**6, default=16)
-    """Sequences a rank runs at once."""
+    """Sequences per rank and forward pass."""
     layout: Layout = Layout()
-    """The evaluation's ranks."""
+    """Layout of the evaluation."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,9 +47,9 @@ class Export:
     """The finished MoE as a Hugging Face directory."""
 
     format: Literal["hf", "none"] = "hf"
-    """``none`` leaves it out."""
+    """``none``: no export."""
     check: bool = True
-    """Compare the loss with ``transformers`` where it is installed."""
+    """Compare the held-out loss with that of ``transformers``, if it is installed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,67 +57,71 @@ class WandB:
     """Weights & Biases; the JSONL metrics are written either way."""
 
     mode: Literal["disabled", "offline", "online"] = "offline"
-    """``online`` needs a key in the environment."""
+    """``online`` needs a W&B API key in the environment."""
     project: str = "megatron-btx"
-    """Name of the project."""
+    """W&B project."""
     entity: str | None = None
-    """User or team; ``None``: the key's own."""
+    """W&B user or team; ``None``: the default of the API key."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SlurmJob:
-    """What a stage's job asks of Slurm. An empty field leaves the choice to the site, or to the
-    block around this one. Whatever is written here reaches Slurm as one word: it runs nothing."""
+    """What a stage's job requests from Slurm. An empty field leaves the choice to the site, or to
+    the enclosing block. Every value is passed to Slurm as one word and is never executed."""
 
     partition: str | None = None
-    """Partition."""
+    """Slurm partition."""
     account: str | None = None
-    """Account."""
+    """Slurm account."""
     qos: str | None = None
     """Quality of service."""
     constraint: str | None = None
-    """Features of the nodes."""
+    """Required features of the nodes."""
     time: str | None = None
-    """``"24:00:00"``, ``"2-12:00:00"`` (in quotes), or minutes."""
+    """Time limit: ``"24:00:00"``, ``"2-12:00:00"`` (in quotes), or minutes."""
     nodes: int | None = within(1, 10**6, default=None)
-    """``None``: as few as the layout's ranks need, at ``gpus_per_node`` to a node; without GPUs
-    one."""
+    """Number of nodes. ``None``: as few as the ranks of the layout need with ``gpus_per_node``
+    ranks per node; one node without GPUs."""
     gpus_per_node: int | None = within(0, 10**6, default=None)
-    """GPUs of a node, a rank each. Stages that train nothing ask for none unless it stands in their
-    own block."""
+    """GPUs per node, one per rank. Stages that train nothing request none unless their own block
+    sets it."""
     gpu_type: str | None = None
-    """``h100``: asks for ``h100:8`` instead of ``8``."""
+    """GPU type: ``h100`` requests ``h100:8`` instead of ``8``."""
     cpus_per_task: int | None = within(1, 10**6, default=None)
-    """Cores a rank; ``None``: the layout's ``num_threads``."""
+    """Cores per rank; ``None``: the ``num_threads`` of the layout."""
     mem: str | None = None
-    """Memory of a node, ``"200G"``; ``"0"``: all of it."""
+    """Memory per node, ``"200G"``; ``"0"``: all of it."""
     tasks: int | None = within(1, 100_000, default=None)
-    """``prepare`` only: an array of so many jobs tokenizes the text, each with ``cpus_per_task``
-    cores. ``None``: one job does."""
+    """``prepare`` only: tokenize with an array of this many jobs, each with ``cpus_per_task``
+    cores. ``None``: with one job."""
     sbatch: tuple[str, ...] | None = None
-    """More flags of sbatch, a word each: ``["--mail-type=END", "--reservation=x"]``."""
+    """Further flags of sbatch, one list entry each: ``["--mail-type=END", "--reservation=x"]``."""
     environment: dict[str, Any] = field(default_factory=dict)
-    """Environment variables of the job; values are text. Keys and tokens are refused: the jobs
-    inherit the environment from which they are submitted."""
+    """Environment variables of the job; values are text. Keys and tokens (secrets) are refused:
+    jobs inherit the environment in which they are submitted."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Slurm(SlurmJob):
-    """How `btx submit` runs the stages. Where and how, not what: nothing here is in any key."""
+    """How `btx submit` runs the stages. None of this is part of a stage's key."""
 
     stages: dict[str, SlurmJob] = field(default_factory=dict)
-    """Per kind or stage (``expert``, ``expert:math``, ``finetune``), key by key over the rest."""
+    """Settings per kind of stage or per stage (``expert``, ``expert:math``, ``finetune``); they
+    override the others key by key."""
     modules: tuple[str, ...] = ()
     """Environment modules to load."""
     python: str | None = None
-    """Interpreter of the ranks; ``None``: the one that submits. In a container, ``python3``."""
+    """Python interpreter of the ranks; ``None``: the one that runs `btx submit`. In a container,
+    ``python3``."""
     launch_prefix: str = ""
-    """Stands between ``srun`` and the interpreter, split into words and nothing more: flags of srun
-    (pyxis) or a command (``apptainer exec --nv image.sif``)."""
+    """Inserted between ``srun`` and the interpreter, split into words and not otherwise
+    interpreted: flags of srun (pyxis) or a command (``apptainer exec --nv image.sif``)."""
     signal_seconds: int = within(1, 65_535, default=180)
-    """So long before its time limit a job is told to save. Slurm looks every half minute."""
+    """A job is told to save this many seconds before its time limit. Slurm checks every half
+    minute."""
     max_restarts: int = within(0, 65_535, default=100)
-    """Requeues of one job at most; three in a row without progress end it before."""
+    """Maximum number of requeues of a job; it is also ended after three in a row without
+    progress."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -125,58 +129,62 @@ class Recipe:
     """One Branch-Train-MiX run, from text to a table."""
 
     name: str
-    """The run's name."""
+    """Name of the run."""
     run_dir: str = run_path("runs/{name}")
-    """Everything the run writes; ``{name}`` is the recipe's."""
+    """Directory of everything that the run writes; ``{name}`` stands for the recipe's name."""
     random_seed: int = within(0, 2**31 - 1, default=1234)
-    """Of weights, data order and sampling."""
+    """Random seed of weights, data order and sampling."""
     system: Literal["seed", "experts", "dense", "upcycling", "btm", "btx"] = "btx"
-    """Which of the paper's systems it is (systems.py); what they share is made once."""
+    """Which system of the paper is trained (systems.py). Systems share the stages that they have
+    in common."""
     match: Literal["data", "compute"] = "data"
-    """``data``: every system is trained on the same text; an upcycled seed on what experts and
-    finetuning together read, in the dense baseline's order. ``compute``: the finetuning's mixture
-    lasts until the system has cost the training FLOPs of BTX with top-2 routing (section 4.1.2), of
-    the dense baseline behind the experts' data; without a finetuning (btm, experts) every expert
-    is trained on its own mixture for longer, each by the same factor."""
+    """``data``: all systems are trained on the same text; the upcycled seed on the text of experts
+    and finetuning, in the order of the dense baseline. ``compute``: the finetuning continues on
+    its mixture until the system has used the training FLOPs of BTX with top-2 routing (section
+    4.1.2), the dense baseline likewise after the data of the experts; without a finetuning (btm,
+    experts) every expert is trained longer on its own mixture, all by the same factor."""
     model: Model
-    """The dense models."""
+    """Shape of the dense models."""
     tokenizer: TokenizerBlock = TokenizerBlock()
-    """How text becomes tokens."""
+    """The tokenizer."""
     domains: dict[str, Domain]
-    """Every body of text by name; the order is the order of the table's columns."""
+    """The text of each domain by name; also the order of the columns in tables."""
     seed: Training
-    """The stage that makes the model from which the experts branch."""
+    """The stage that trains the seed model, from which the experts are branched."""
     experts: dict[str, Training]
-    """One stage per domain, trained independently from the seed (sections 3.1, 4.1.1)."""
+    """One stage per expert, trained independently from the seed (sections 3.1, 4.1.1)."""
     mix: Mix = Mix()
-    """How the experts become one MoE."""
+    """How the experts are mixed into one MoE."""
     routing: Routing = Routing()
-    """How the MoE's tokens choose experts."""
+    """How the MoE routes tokens to experts."""
     finetune: Training
     """The stage that trains the MoE."""
     dense: Training | None = None
-    """The dense baseline (section 4.1.2), matched as ``match`` says; ``None`` leaves it out. Its
-    ``tokens`` and ``data`` are derived: the experts' data first, then the finetune mixture."""
+    """The dense baseline (section 4.1.2), matched according to ``match``; ``None``: none. Its
+    ``tokens`` and ``data`` are derived: first the data of the experts, then the mixture of the
+    finetuning."""
     btm: BTM = BTM()
-    """Branch-Train-Merge; of `system: btm`."""
+    """Branch-Train-Merge; for `system: btm`."""
     evaluate: Evaluate = Evaluate()
-    """Held-out losses."""
+    """The final held-out evaluation."""
     export: Export = Export()
-    """The result for others."""
+    """Export of the finished model."""
     wandb: WandB = WandB()
-    """Where metrics go."""
+    """Weights & Biases."""
     slurm: Slurm = Slurm()
     """How `btx submit` runs the stages."""
     share: tuple[str, ...] = run_path(())
-    """Run directories, ``*`` allowed: what is finished there under the same key is linked here
-    instead of made again."""
+    """Run directories, ``*`` allowed. A stage that is finished there under the same key is linked
+    instead of run again."""
     max_parallel_jobs: int | None = within(1, default=None)
-    """Independent stages run side by side on this machine; ``None``: as many as its cores hold."""
+    """How many independent stages run at the same time on this machine; ``None``: as many as its
+    cores allow."""
     peak_tflops: float | None = within(1e-6, 1e6, default=None)
-    """Peak of one GPU or rank in TFLOP/s, for MFU; ``None``: looked up (chips.py)."""
+    """Peak TFLOP/s of one GPU or rank, for MFU; ``None``: from a table (chips.py)."""
     hang_minutes: float = within(0, 100_000, default=60.0)
-    """A rank that trains without a step, or evaluates without a micro-batch, for so long, its first
-    included, hangs: all print their stacks, the stage ends, on Slurm it is requeued. 0: never."""
+    """A rank counts as hanging if it has finished no training step, or no micro-batch of an
+    evaluation, for this long (its first included). All ranks then print their stacks, the stage
+    ends, and Slurm requeues it. 0: never."""
 
     @property
     def model_names(self) -> tuple[str, ...]:

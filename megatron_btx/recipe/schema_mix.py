@@ -15,56 +15,59 @@ class Mix:
     """How dense models become one MoE (sections 3.2 and 3.3)."""
 
     method: Literal["btx", "split", "blend", "upcycle"] = "btx"
-    """``btx``: each model's FFN is an expert. ``split``: each is cut into ``num_chunks`` experts.
-    ``blend``: as many experts as models, each holding a part of every model. ``upcycle``: copies of
-    the seed alone."""
+    """``btx``: the FFN of each model becomes an expert. ``split``: each FFN is cut into
+    ``num_chunks`` experts. ``blend``: as many experts as models, each with a part of every model.
+    ``upcycle``: copies of the seed only."""
     include_seed: bool = True
-    """The untouched seed is one more expert, the generalist (section 4.1.1). It comes last."""
+    """Add the seed as it is (the generalist) as the last expert (section 4.1.1)."""
     copies: int = within(1, 1000, default=8)
-    """``upcycle``: experts, or virtual groups of them where ``num_chunks`` is more than 1."""
+    """``upcycle``: number of experts; of virtual groups of experts if ``num_chunks`` is more than
+    1."""
     num_chunks: int = within(1, 1000, default=1)
-    """C, the experts that each FFN is cut into, ``ffn_hidden_size / C`` wide: of ``split``, and of
-    a granular ``upcycle``."""
+    """C, the number of experts that each FFN is cut into, each ``ffn_hidden_size / C`` wide: for
+    ``split`` and for granular ``upcycle``."""
     scale: Literal["down", "cube_root", "none"] = "down"
-    """What makes up for the cutting: C on the down matrices; the rule of arXiv 2410.07524
-    (``upcycle`` only); nothing, the paper's silence."""
+    """Correction for gates that sum to one over the C chunks of an FFN: ``down`` multiplies the
+    down matrices by C; ``cube_root`` is the rule of arXiv 2410.07524 (``upcycle`` only); ``none``:
+    no correction (the paper mentions none)."""
     average: Literal["uniform", "tokens"] | dict[str, float] = "uniform"
-    """Weights of the average of all that is not a feed-forward layer: uniform as in the paper, by
-    the tokens that each model was trained on since the seed (the seed itself: none), or by model
+    """Weights of the average of everything but the feed-forward layers: uniform as in the paper;
+    by the tokens that each model was trained on since the seed (zero for the seed); or by model
     name (``seed`` and the domains), normalised."""
     average_groups: dict[str, dict[str, float]] = field(default_factory=dict)
-    """Other weights for ``embeddings``, ``attention``, ``norms`` or ``head``."""
+    """Separate weights for ``embeddings``, ``attention``, ``norms`` or ``head``."""
     dare: float | None = within(0, 0.999, default=None)
-    """Share of the differences from the seed that DARE drops before averaging, rescaling the rest
-    (arXiv 2311.03099)."""
+    """Share of the differences from the seed that DARE drops before averaging; the rest is
+    rescaled (arXiv 2311.03099)."""
     ties: float | None = within(1e-6, 1, default=None)
-    """Share of the differences from the seed that TIES keeps of each tensor, the largest, before
-    it elects a sign for each element and averages what agrees (arXiv 2306.01708)."""
+    """Share of the differences from the seed that TIES keeps in each tensor, those of largest
+    magnitude, before it elects a sign per element and averages the differences with that sign
+    (arXiv 2306.01708)."""
     fold_norms: bool = False
-    """``btx``: fold the ratio of each expert's own pre-FFN norm gain to the averaged one into its
-    gate and up matrices."""
+    """``btx``: multiply the gate and up matrices of each expert by the ratio of its own pre-FFN
+    norm gain to the averaged gain."""
     noise: float = within(0, 100, default=0.0)
-    """``upcycle``: standard deviation of normal noise added to every expert."""
+    """``upcycle``: standard deviation of normal noise added to the weights of every expert."""
     drop_ratio: float = within(0, 1, default=0.0)
-    """``upcycle``: share of each expert's inner units that are drawn anew (Drop-Upcycling, arXiv
-    2502.19261)."""
+    """``upcycle``: share of each expert's inner units that are re-initialised (Drop-Upcycling,
+    arXiv 2502.19261)."""
     router_init: Literal["normal", "zeros", "uniform", "centroids", "ridge", "branches"] = "normal"
-    """The paper does not give one; normal draws of ``router_init_std`` by default, whatever the
-    model's ``init_method_std`` is. ``centroids``: each expert's row points to where its domain's
-    hidden states are; ``ridge``: the rows solve the ridge regression of the domain on them (DUME,
-    arXiv 2603.29765); ``branches``: the rows that anchored branches have learned, the seed's their
-    mean."""
+    """Initialisation of the routers; the paper does not state one. ``normal``: with standard
+    deviation ``router_init_std``, whatever ``init_method_std`` is. ``centroids``: each expert's
+    row is the mean hidden state of its domain, centred and scaled. ``ridge``: ridge regression of
+    the domain on the hidden states (DUME, arXiv 2603.29765). ``branches``: the rows learned by
+    anchored branches; the seed's row is their mean."""
     router_init_std: float = within(0, 100, default=0.02)
-    """Standard deviation, or half the width of the interval."""
+    """Standard deviation of ``normal``, half the width of the interval of ``uniform``."""
     centroids: str | None = path()
-    """The file of ``btx centroids``, for ``router_init: centroids`` or ``ridge``; ``None``: made of
-    the run's own training text where the finetuning begins."""
+    """File written by ``btx centroids``, for ``router_init: centroids`` or ``ridge``; ``None``:
+    computed from the run's training text when the finetuning starts."""
     router_init_tokens: int = within(1, default=65_536)
-    """Tokens of each expert's domain that they are then made of."""
+    """Number of tokens of each expert's domain for that computation."""
     align_vocab: bool = False
-    """Where the tokenizers of models that are taken (``from:``) differ by added tokens only, put
-    all models to the largest vocabulary, whose tokenizer the run gets: rows that one lacks are the
-    seed's, or those of the first model that has them."""
+    """If the tokenizers of imported models (``from:``) differ by added tokens only, extend all
+    models to the largest vocabulary and use its tokenizer for the run: missing rows are taken from
+    the seed, or else from the first model that has them."""
 
     def expert_names(self, models: Sequence[str]) -> tuple[str, ...]:
         """The experts that become of dense models, in the MoE's order."""
@@ -89,28 +92,30 @@ class Routing:
     type: Literal["topk", "switch", "sample_top1", "soft"] = "topk"
     """The routing function."""
     moe_router_topk: int = within(1, 10_000, default=2)
-    """k of ``topk``; the other types fix it (switch and sample_top1: 1; soft: all experts)."""
+    """k of ``topk``; fixed by the other types (switch and sample_top1: 1; soft: all experts)."""
     moe_router_pre_softmax: bool = False
-    """``topk``: softmax over all experts, then the k best as they are, so that gates do not sum to
-    one (Qwen's MoEs). The paper's is the softmax over the k best."""
+    """``topk``: softmax over all experts, of which the k largest are used unnormalised, so that
+    gates do not sum to one (Qwen's MoEs). In the paper the softmax is over the k largest logits."""
     balance_loss_coeff: float = within(0, 1000, default=0.01)
-    """alpha of L_LB = alpha N sum_i u_i p_i (section 3.3), in every layer."""
+    """alpha of the load balancing loss L_LB = alpha N sum_i u_i p_i (section 3.3), in every
+    layer."""
     moe_expert_capacity_factor: float = within(0.01, default=1.5)
-    """``switch`` only (section 3.3): tokens over capacity are dropped."""
+    """``switch`` only (section 3.3): tokens beyond an expert's capacity are dropped."""
     temperature_min: float = within(1e-6, default=0.5)
     """``sample_top1``: the lowest temperature."""
     temperature_rate: float = within(0, default=1e-4)
     """``sample_top1``: tau = max(temperature_min, exp(-temperature_rate * step))."""
     first_layer_soft: bool = True
-    """``sample_top1``: the first layer routes softly (section 3.3)."""
+    """``sample_top1``: soft routing in the first layer (section 3.3)."""
     greedy: bool = False
-    """``sample_top1`` at inference: the argmax instead of a seeded draw."""
+    """``sample_top1`` at inference: the expert with the largest logit instead of a seeded
+    sample."""
     moe_router_load_balancing_type: Literal["none", "aux_loss", "seq_aux_loss"] = "none"
-    """Megatron's own balance losses, beside the paper's."""
+    """Megatron's load balancing loss, in addition to the paper's."""
     moe_aux_loss_coeff: float = within(0, 1000, default=0.0)
-    """Weight of Megatron's own balance loss."""
+    """Coefficient of Megatron's load balancing loss."""
     moe_z_loss_coeff: float | None = within(0, 1000, default=None)
-    """Weight of the router's z-loss; ``None``: none."""
+    """Coefficient of the router's z-loss; ``None``: none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,5 +123,6 @@ class BTM:
     """Branch-Train-Merge (arXiv 2208.03306): the experts and the seed as an ensemble."""
 
     method: Literal["top1", "top2", "posterior", "average"] = renamed("top2", "select")
-    """The experts nearest to a text by tf-idf, as in the BTX paper (section 4.1.2); all of them by
-    the posterior of their domains, as in BTM's own; or one model, the average of their weights."""
+    """Which experts predict a text: ``top1`` or ``top2``, those nearest by tf-idf, as in the BTX
+    paper (section 4.1.2); ``posterior``, all of them, weighted by the posterior of their domains,
+    as in the BTM paper; ``average``, one model with averaged weights."""

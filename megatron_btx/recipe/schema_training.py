@@ -21,64 +21,65 @@ class Model:
     hidden_size: int = within(1, 10**6)
     """Width of a token's hidden state."""
     ffn_hidden_size: int = within(1, 10**7)
-    """Inner width of the feed-forward layer."""
+    """Hidden size of the feed-forward layer."""
     num_attention_heads: int = within(1, 10**5)
     """Query heads."""
     num_query_groups: int | None = within(1, 10**5, default=None)
     """Key/value heads (grouped-query attention); ``None``: as many as ``num_attention_heads``."""
     kv_channels: int | None = within(1, 10**5, default=None)
-    """Width of a head; ``None``: ``hidden_size / num_attention_heads``."""
+    """Head dimension; ``None``: ``hidden_size / num_attention_heads``."""
     seq_length: int = within(1, 10**9, default=4096)
-    """Tokens of a training sequence."""
+    """Sequence length in training, in tokens."""
     rotary_base: float = within(1, default=10000.0)
     """Base of the rotary frequencies (`rope_theta`)."""
     layernorm_epsilon: float = within(1e-12, 0.01, default=1e-5)
-    """RMSNorm's epsilon."""
+    """Epsilon of RMSNorm."""
     untie_embeddings_and_output_weights: bool = True
-    """Whether the output layer has weights of its own; `false`: it is the embedding."""
+    """Whether the output layer has its own weights; `false`: it uses the embedding."""
     init_method_std: float = within(0, 10, default=0.02)
-    """Standard deviation of the normal draws that initialise the weights."""
+    """Standard deviation of the normal distribution that weights are initialised from."""
     make_vocab_size_divisible_by: int = within(1, 10**6, default=128)
-    """The vocabulary is padded to a multiple of this, and of nothing else: a checkpoint's shapes
-    never depend on the layout that wrote it. Tensor parallelism must divide the padded size."""
+    """The vocabulary is padded to a multiple of this only, so that the shapes in a checkpoint do
+    not depend on the layout. Tensor parallelism must divide the padded size."""
     max_position_embeddings: int | None = within(1, 10**9, default=None)
-    """The longest sequence that the model was made for, kept for its export; ``None``:
+    """The longest sequence that the model was made for, written to its export; ``None``:
     ``seq_length``."""
     add_qkv_bias: bool = False
     """Biases on queries, keys and values (Qwen2)."""
     qk_layernorm: bool = False
-    """RMSNorm over every head's queries and keys (Qwen3)."""
+    """RMSNorm over the queries and keys of each head (Qwen3)."""
     rope_scaling: bool = False
-    """Llama 3's stretching of the slow rotary frequencies, as Megatron computes it: from 8192
-    positions, low and high factors 1 and 4."""
+    """Llama 3's scaling of low rotary frequencies as Megatron computes it: from 8192 positions,
+    low and high frequency factors 1 and 4."""
     rope_scaling_factor: float = within(1, default=8.0)
-    """By how much: 8 in Llama 3.1, 32 in Llama 3.2."""
+    """Its factor: 8 in Llama 3.1, 32 in Llama 3.2."""
     seq_len_interpolation_factor: float | None = within(1, default=None)
     """Positions are divided by this (linear scaling, arXiv 2306.15595)."""
     window_size: tuple[int, ...] | None = within(0, 10**9, default=None)
-    """Sliding window: ``[n, 0]`` lets a token see the n before it and itself (Mistral's
-    ``sliding_window`` is n + 1)."""
+    """Sliding window: with ``[n, 0]`` a token attends to itself and the n tokens before it
+    (Mistral's ``sliding_window`` is n + 1)."""
     window_attn_skip_freq: tuple[int, ...] | None = within(0, 1, default=None)
-    """1 for every layer with the window, 0 for one that sees everything; ``None``: all with it."""
+    """One entry per layer: 1 with the sliding window, 0 with full attention; ``None``: the window
+    in all layers."""
     no_rope_freq: tuple[int, ...] | None = within(0, 1, default=None)
-    """1 for every layer without rotary positions, 0 for one with them (SmolLM3); ``None``: all with
-    them."""
+    """One entry per layer: 1 without rotary embedding, 0 with it (SmolLM3); ``None``: with it in
+    all layers."""
     softmax_scale: float | None = within(1e-9, 1e3, default=None)
-    """What multiplies the scores of attention (Granite's ``attention_multiplier``); ``None``: one
-    over the root of a head's width."""
+    """Factor of the attention scores (Granite's ``attention_multiplier``); ``None``: one over the
+    square root of the head dimension."""
     embedding_multiplier: float = within(1e-6, 1e6, default=1.0)
-    """What multiplies a token's embedding on its way into the first layer (Granite)."""
+    """Factor of the token embeddings (Granite)."""
     residual_multiplier: float = within(1e-6, 1e6, default=1.0)
-    """What multiplies the output of attention and of the feed-forward layer before it is added
+    """Factor of the outputs of attention and feed-forward layer before the residual addition
     (Granite)."""
     logits_scaling: float = within(1e-6, 1e6, default=1.0)
-    """What divides the logits (Granite)."""
+    """Divisor of the logits (Granite)."""
     moe_ffn_hidden_size: int | None = within(1, 10**7, default=None)
-    """Width of an expert in an MoE that was not mixed here; ``None``: ``ffn_hidden_size``."""
+    """FFN hidden size of an expert, in an imported MoE; ``None``: ``ffn_hidden_size``."""
     moe_shared_expert_intermediate_size: int | None = within(1, 10**7, default=None)
-    """Width of such an MoE's shared expert, which every token meets; ``None``: it has none."""
+    """FFN hidden size of the shared expert of an imported MoE; ``None``: no shared expert."""
     moe_shared_expert_gate: bool = False
-    """Whether a sigmoid gate scales the shared expert's output (Qwen2-MoE)."""
+    """Whether a sigmoid gate scales the output of the shared expert (Qwen2-MoE)."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,14 +87,15 @@ class TokenizerBlock:
     """SentencePiece (trained by the recipe or given) or a Hugging Face tokenizer."""
 
     type: Literal["sentencepiece", "huggingface"] = "sentencepiece"
-    """Which of the two."""
+    """Kind of tokenizer."""
     path: str | None = path()
     """A ``.model`` file or a Hugging Face directory. ``None``: train SentencePiece on the seed's
-    data, or take the tokenizer that comes with ``seed.from``."""
+    data, or use the tokenizer of ``seed.from``."""
     vocab_size: int = within(1, 10**8, default=32000)
-    """Pieces to train; with a given ``path`` the tokenizer's own size counts."""
+    """Number of pieces to train; with ``path`` the size of that tokenizer counts."""
     train_bytes: int = within(1, default=20_000_000)
-    """At most this much text, taken evenly from the seed's domains, trains the tokenizer."""
+    """Maximum amount of text for training the tokenizer, in bytes, taken evenly from the seed's
+    domains."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,15 +106,17 @@ class Domain:
     train: tuple[str, ...] = path(())
     """Training text."""
     valid: tuple[str, ...] = path(())
-    """Held-out text; without it, a part of the training text is held out."""
+    """Held-out text; if there is none, a part of the training text is held out."""
     weights: tuple[float, ...] = within(1e-9, 1e9, default=())
-    """How much of what is read comes from each path of ``train`` (normalised); none: by tokens."""
+    """Sampling weight of each path of ``train`` (normalised); empty: in proportion to their
+    tokens."""
     text_key: str = "text"
-    """Key of the text in JSON, column in Parquet and Arrow."""
+    """Name of the text field in JSON, of the column in Parquet and Arrow."""
     builtin: Literal["general", "code", "math", "prose"] | None = None
-    """Text found on this machine (megatron_btx/data/builtin/corpora.py) instead of files."""
+    """Use text that is found on this machine (megatron_btx/data/builtin/corpora.py) instead of
+    files."""
     builtin_bytes: int = within(1, default=6_000_000)
-    """At most this much built-in training text."""
+    """Maximum amount of built-in training text, in bytes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,24 +124,25 @@ class Layout:
     """How a job's ranks divide a model, in Megatron's terms. World size = TP x PP x CP x DP."""
 
     tensor_model_parallel_size: int = within(1, 10**6, default=1)
-    """TP: ranks that divide every matrix."""
+    """TP: number of ranks that share each weight matrix."""
     pipeline_model_parallel_size: int = within(1, 10**6, default=1)
-    """PP: ranks that divide the layers."""
+    """PP: number of ranks that share the layers."""
     virtual_pipeline_model_parallel_size: int | None = within(2, 10**6, default=None)
-    """Virtual pipeline stages a rank, each a piece of the layers (Megatron's interleaved schedule:
-    less waiting, more sends); of training only. ``None``: its layers are one piece."""
+    """Virtual pipeline stages per rank (Megatron's interleaved schedule: less idle time, more
+    communication); in training only. ``None``: one."""
     context_parallel_size: int = within(1, 10**6, default=1)
-    """CP: 1, anything else is refused."""
+    """CP: must be 1."""
     data_parallel_size: int = within(1, 10**6, default=1)
-    """DP: replicas, each with its part of the batch."""
+    """DP: number of replicas of the model."""
     expert_model_parallel_size: int = within(1, 10**6, default=1)
-    """EP: ranks that divide the experts; of the finetuning only."""
+    """EP: number of ranks that share the experts; finetuning only."""
     expert_tensor_parallel_size: int | None = within(1, 10**6, default=None)
-    """``None``: as ``tensor_model_parallel_size``, Megatron's own default."""
+    """Tensor parallel size of the experts; ``None``: ``tensor_model_parallel_size``, as in
+    Megatron."""
     sequence_parallel: bool | None = None
-    """``None``: on where tensor parallelism meets experts (Megatron requires it there)."""
+    """``None``: on for an MoE with tensor parallelism (Megatron requires it there), else off."""
     num_threads: int = within(1, 10**6, default=1)
-    """CPU threads a rank. Fixed in the recipe: bit-for-bit resume depends on it."""
+    """CPU threads per rank. Part of the recipe, because bit-for-bit resuming depends on it."""
 
     @property
     def world_size(self) -> int:
@@ -162,7 +167,7 @@ class Layout:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MegatronOptions:
-    """Fields handed unchanged to Megatron's own dataclasses; every key is checked against them."""
+    """Fields passed unchanged to Megatron's dataclasses; every key is checked against them."""
 
     transformer: dict[str, Any] = field(default_factory=dict)
     """``TransformerConfig`` (with ``ModelParallelConfig``): recompute_granularity, ..."""
@@ -184,85 +189,90 @@ class Training:
     and clipping are Llama-2's (arXiv 2307.09288, section 2.2), which the paper refers to."""
 
     tokens: int = within(0, default=0)
-    """Training tokens; rounded up to whole steps of ``global_batch_size * seq_length``."""
+    """Number of training tokens, rounded up to whole steps of ``global_batch_size *
+    seq_length``."""
     data: dict[str, float] = field(default_factory=dict)
     """Domain -> sampling weight (normalised)."""
     global_batch_size: int = within(1, 10**9, default=1024)
-    """Sequences a step, over all ranks."""
+    """Sequences per step over all ranks."""
     micro_batch_size: int = within(1, 10**6, default=1)
-    """Sequences a rank runs at once."""
+    """Sequences per rank and forward pass."""
     lr: float = within(1e-12, 10, default=1e-4)
     """Peak learning rate."""
     min_lr: float | None = within(0, 10, default=None)
-    """``None``: a tenth of ``lr``."""
+    """Final learning rate; ``None``: a tenth of ``lr``."""
     lr_warmup_iters: int = within(0, default=100)
-    """Steps of linear warm-up."""
+    """Number of steps of linear warm-up."""
     lr_decay_style: Literal["cosine", "linear", "constant", "inverse-square-root", "WSD"] = "cosine"
-    """How the learning rate falls from its peak to `min_lr`. ``WSD`` (warm-up, stable, decay): it
-    stays at the peak until the last ``lr_wsd_decay_iters`` steps."""
+    """Decay of the learning rate from its peak to `min_lr`. ``WSD`` (warm-up, stable, decay):
+    constant until the last ``lr_wsd_decay_iters`` steps."""
     lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "exponential"
-    """How it falls in those."""
+    """Decay in the last ``lr_wsd_decay_iters`` steps of ``WSD``."""
     lr_wsd_decay_iters: int | None = within(1, default=None)
-    """Steps of WSD's decay; must be given with it."""
+    """Number of decay steps of ``WSD``; required for it."""
     weight_decay: float = within(0, 100, default=0.1)
-    """AdamW's."""
+    """Weight decay of AdamW."""
     adam_beta1: float = within(0, 0.999999, default=0.9)
-    """AdamW's decay of the first moment."""
+    """Beta 1 of AdamW."""
     adam_beta2: float = within(0, 0.9999999, default=0.95)
-    """AdamW's decay of the second moment."""
+    """Beta 2 of AdamW."""
     adam_eps: float = within(1e-20, 1, default=1e-5)
-    """AdamW's epsilon."""
+    """Epsilon of AdamW."""
     clip_grad: float = within(0, default=1.0)
-    """Largest norm of the gradient; 0: not clipped."""
+    """Maximum norm of the gradient; 0: no clipping."""
     precision: Precision = "bf16"
-    """Of parameters and products; the optimizer keeps fp32 copies."""
+    """Precision of parameters and matrix products; with ``bf16`` the optimizer keeps fp32
+    copies."""
     use_distributed_optimizer: bool = False
-    """Divide the optimizer state over data-parallel ranks."""
+    """Shard the optimizer state over data-parallel ranks."""
     layout: Layout = Layout()
-    """The stage's ranks."""
+    """Layout of the stage's ranks."""
     save_interval: int = within(1, default=1000)
     """Steps between checkpoints; the last step is always saved."""
     async_save: bool = False
-    """Go on training while a checkpoint is written; the last one, and that of a stopped run, are
-    waited for. Takes the host's memory for a second copy of what a rank saves."""
+    """Write checkpoints while training continues, except the last one and that of a stopped run.
+    Needs host memory for a second copy of what a rank saves."""
     keep_checkpoints: int = within(1, default=2)
-    """Whole checkpoints kept for resuming; the final one is kept for the stages that follow."""
+    """Number of checkpoints kept for resuming; the last step's is always kept, for the next
+    stages."""
     average_last: int = within(1, 1000, default=1)
-    """The stage's model is the mean of its last so many checkpoints (of all if there are fewer):
-    the last step's, and those of ``save_interval`` before it. In place of a decay of the learning
-    rate (WSM, arXiv 2507.17634): with ``lr_decay_style: constant``."""
+    """The model of the stage is the mean of its last checkpoints, this many (all, if there are
+    fewer): that of the last step, and the ``save_interval`` checkpoints before it. Replaces a
+    decay of the learning rate (WSM, arXiv 2507.17634): use it with ``lr_decay_style: constant``."""
     eval_interval: int = within(0, default=1000)
-    """Steps between held-out evaluations during training; 0: only at the end."""
+    """Steps between held-out evaluations during training; 0: only before the first and after the
+    last step."""
     eval_tokens: int = within(1, default=65_536)
-    """Held-out tokens a domain for those, at most."""
+    """Held-out tokens per domain in these evaluations, at most."""
     check_replicas_interval: int = within(0, default=100)
-    """Steps between hashes of replicated parameters across ranks; 0: never."""
+    """Steps between checks by hash that replicated parameters are equal on all ranks; 0: never."""
     anchor: Literal["seed"] | None = None
-    """An expert's only: it is trained as an MoE of two experts, the seed's feed-forward layers,
-    which stay as they are, and its own, which begin as a copy of them (FlexOlmo, arXiv 2507.07024;
-    BAR, arXiv 2604.18473). ``freeze`` says what else stays; the mix takes its own expert."""
+    """For experts: train an MoE of two experts, the seed's feed-forward layers, which stay frozen,
+    and its own, initialised as a copy of them (FlexOlmo, arXiv 2507.07024; BAR, arXiv 2604.18473).
+    ``freeze`` sets what else is frozen; the mix uses its own expert."""
     freeze: tuple[str, ...] = of_before((), _as_freeze_experts)
-    """What does not learn: ``embeddings``, ``attention``, ``norms``, ``ffn`` (of a dense model),
+    """What is frozen: ``embeddings``, ``attention``, ``norms``, ``ffn`` (of a dense model),
     ``experts``, ``experts.NAME``, ``router``, ``head``, or a pattern of tensor names
-    (``decoder.layers.0.*``). It stays as it is, to the bit, and has no optimizer state. The paper's
-    ablation (section 4.3.2) freezes ``[experts]``."""
+    (``decoder.layers.0.*``). Frozen weights stay bit for bit the same and have no optimizer state.
+    The paper's ablation (section 4.3.2) freezes ``[experts]``."""
     freeze_until: int | None = within(1, default=None)
-    """For so many tokens of the stage, rounded up to whole steps, after which all learns; ``None``:
-    throughout."""
+    """Freeze only for this many tokens of the stage, rounded up to whole steps; ``None``: for the
+    whole stage."""
     lr_groups: dict[str, float] = within(1e-12, 10, default_factory=dict)
-    """Peak learning rates of their own, by the words of ``freeze``; of several that name a tensor
-    the last counts. ``min_lr`` is in proportion."""
+    """Separate peak learning rates, by the words of ``freeze``; if several match a tensor, the
+    last one counts. ``min_lr`` is scaled in proportion."""
     reset_attention_mask: bool = False
-    """Megatron's: a token sees its own document only, in held-out evaluations too. The same in all
-    stages, as the next: set it under ``training`` (docs/data.md). Not with Transformer Engine."""
+    """Megatron's: a token attends to its own document only, in held-out evaluations too. Must be
+    the same in all stages, as the next two: set it under ``training`` (docs/data.md). Not with
+    Transformer Engine."""
     eod_mask_loss: bool = False
-    """Megatron's: what follows an end token is not predicted, nor counted in held-out losses; the
-    loss is the mean over the predicted tokens of the global batch."""
+    """Megatron's: the token after an end-of-document token has no loss, in held-out evaluations
+    too; the loss is the mean over the remaining tokens of the global batch."""
     reset_position_ids: bool = False
-    """Megatron's: positions begin anew with each document. Only with ``reset_attention_mask``,
-    beside which it changes nothing: rotary positions count by their differences."""
+    """Megatron's: position ids restart with each document. Only with ``reset_attention_mask``, and
+    then without effect, because rotary embeddings depend on relative positions."""
     megatron: MegatronOptions = MegatronOptions()
-    """Options of Megatron's own."""
+    """Options of Megatron."""
     from_: str | None = path()
-    """A checkpoint to take instead of training: a step directory of ours, of Megatron-LM or of
+    """A checkpoint to use instead of training: a step directory of ours, of Megatron-LM or of
     Megatron-Bridge, or a Hugging Face directory. Written ``from:`` in the YAML."""
