@@ -22,8 +22,8 @@ _EPILOG = """examples:
   btx mix --sources code=DIR math=DIR seed=DIR --router-init centroids \\
     --centroids centroids.safetensors --out MIXTRAL
 
-Each text is read twice, all of it forced to the expert of its name. A recipe takes the file too:
-`mix: {router_init: centroids, centroids: centroids.safetensors}`.
+Each text is read twice, with all tokens routed to the expert of its name. A recipe accepts the file
+too: `mix: {router_init: centroids, centroids: centroids.safetensors}`.
 
 With `--kind ridge` the rows solve the ridge regression of a token's domain on its input, and go
 with `--router-init ridge`. `--statistics FILE` keeps its sums: when an expert is added later, its
@@ -36,27 +36,30 @@ def add_parser(commands: Any) -> None:
     parser = command(
         commands,
         "centroids",
-        "routers that know their experts' domains: centroids or ridge, for btx mix",
+        "compute router rows from text, by centroids or ridge regression, for btx mix",
         _EPILOG,
-        "Write router rows made of what every expert's domain gives to the MoE layers.",
+        "Compute router rows from the inputs of the MoE layers on text of every expert's domain.",
     )
     parser.add_argument("checkpoint", metavar="MOE", help="the mixed model, of either format")
     model_flags.add_text_flags(
         parser,
         "EXPERT=FILE[,FILE]",
-        "JSONL files and directories of every expert's domain",
+        "JSONL files and directories with text of each expert's domain",
         tokens=65536,
     )
     parser.add_argument("--out", metavar="FILE", type=Path, required=True, help="the new file")
     parser.add_argument(
-        "--kind", choices=("centroids", "ridge"), default="centroids", help="the rule (centroids)"
+        "--kind",
+        choices=("centroids", "ridge"),
+        default="centroids",
+        help="how rows are computed (centroids)",
     )
     parser.add_argument(
         "--spread",
         metavar="S",
         type=float,
-        help="standard deviation over the experts of a token's logits (centroids: 1; ridge: as "
-        "it is solved)",
+        help="standard deviation over the experts of a token's logits (centroids: 1; ridge: not "
+        "rescaled)",
     )
     parser.add_argument(
         "--regularization",
@@ -69,7 +72,7 @@ def add_parser(commands: Any) -> None:
         "--statistics",
         metavar="FILE",
         type=Path,
-        help="sums of ridge: read where it is there, written with the new domains added",
+        help="file of the sums for ridge: read if it exists, and extended by new domains",
     )
     model_flags.add_model_flags(parser)
     parser.add_argument("--json", action="store_true", help="print JSON, no table")
@@ -87,7 +90,7 @@ def run(options: argparse.Namespace) -> int:
         if value is not None and not 0 < value < float("inf"):
             raise UserError(f"--{name}", f"is {value}", "give a positive number")
     if options.statistics is not None and options.kind != "ridge":
-        raise UserError("--statistics", "are those of ridge", "add --kind ridge, or leave it out")
+        raise UserError("--statistics", "is for ridge only", "add --kind ridge, or leave it out")
     if options.out.exists():
         raise UserError(str(options.out), "exists already", "remove it, or give another name")
     check_file(options.out)

@@ -51,7 +51,7 @@ def add_format_flag(parser: argparse.ArgumentParser, what: str) -> None:
         choices=["svg", "png", "csv"],
         action="append",
         default=[],
-        help=f"write {what} for a paper (may be repeated): a picture, or its numbers",
+        help=f"write {what} for a paper (may be repeated): a figure, or its numbers",
     )
 
 
@@ -72,7 +72,7 @@ def renamed(parser: argparse.ArgumentParser, old: str, new: str) -> None:
             values: str | Sequence[Any] | None,
             option_string: str | None = None,
         ) -> None:
-            sys.stderr.write(f"hint: {old} is now called {new}; the old name will go\n")
+            sys.stderr.write(f"hint: {old} is now called {new}; the old name will be removed\n")
             target(parser, namespace, values, option_string)
 
     kind: dict[str, Any] = {} if target.type is None else {"type": target.type}

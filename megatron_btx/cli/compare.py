@@ -29,17 +29,17 @@ from megatron_btx.report.table import tasks_table
 
 _EPILOG = """examples:
   btx compare examples/systems                        every system of the paper, on the demo's text
-  btx compare examples/systems --base my/base.yaml    the same systems of another base
-  btx compare dense.yaml btx.yaml --base short.yaml --base long.yaml      mean losses, base by base
+  btx compare examples/systems --base my/base.yaml    the same systems on another base
+  btx compare dense.yaml btx.yaml --base short.yaml --base long.yaml      mean losses per base
   btx compare dense.yaml btx.yaml --seeds 3           mean and spread over three random seeds
   btx compare examples/systems --seeds 3 --against dense_cm               and differences from one
   btx compare examples/systems --tasks arc_easy=test.jsonl --limit 200    and their scores on tasks
-  btx compare examples/systems --format svg           and the pictures, as compare_*.svg
-  btx compare examples/systems --dry-run              what is done, shared and left
+  btx compare examples/systems --format svg           and the figures, as compare_*.svg
+  btx compare examples/systems --dry-run              finished, shared and unfinished stages
 
-What several recipes have in common (the seed, an expert) is trained once. Run it again after an
-interruption: it goes on. The table goes to the terminal, and as compare.md, compare.json and
-compare.html to --out."""
+What several recipes have in common (the seed, an expert) is trained once. After an
+interruption, run it again: it continues. The table is printed, and written to --out as compare.md,
+compare.json and compare.html."""
 
 
 def add_parser(commands: Any) -> None:
@@ -49,7 +49,7 @@ def add_parser(commands: Any) -> None:
         "compare",
         "run several systems and compare them at matched data and compute",
         _EPILOG,
-        "Run what is missing of several recipes, and set them side by side.",
+        "Run the unfinished stages of several recipes, and compare their results.",
     )
     parser.add_argument(
         "recipes", metavar="RECIPE", nargs="+", type=Path, help="recipes, or folders of them"
@@ -59,20 +59,24 @@ def add_parser(commands: Any) -> None:
         metavar="RECIPE",
         action="append",
         default=[],
-        help="stands in for the `base:` of each; repeated: mean losses, base by base",
+        help="replaces the `base:` of each recipe; if repeated, mean losses per base",
     )
-    parser.add_argument("--seeds", metavar="N", type=int, default=1, help="random seeds (1)")
+    parser.add_argument(
+        "--seeds", metavar="N", type=int, default=1, help="number of random seeds (1)"
+    )
     parser.add_argument(
         "--against",
         metavar="SYSTEM",
         action="append",
         default=[],
-        help="print every system's difference from it (with several seeds: from the best mean)",
+        help="print differences from this system (default with several seeds: from the best)",
     )
     model_flags.add_task_flags(parser)
-    parser.add_argument("--out", metavar="DIR", type=Path, help="where the comparison goes")
+    parser.add_argument("--out", metavar="DIR", type=Path, help="output directory")
     add_format_flag(parser, "score against compute, time and inference")
-    parser.add_argument("--dry-run", action="store_true", help="print what is left, do nothing")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print unfinished stages, run nothing"
+    )
     parser.add_argument("--json", action="store_true", help="print compare.json, no table")
     parser.set_defaults(run=run)
 

@@ -26,7 +26,7 @@ _TO_MEGATRON = """examples:
 
 docs/convert.md lists the families, and what is checked of each. A recipe takes the result as
 `seed: {from: OUT}`, and HF_DIR itself just as well.
-Started again after an interruption, it goes on from the finished files."""
+After an interruption, the same command continues from the finished files."""
 
 _TO_HF = """examples:
   btx convert megatron-to-hf STEP_DIR OUT
@@ -34,7 +34,7 @@ _TO_HF = """examples:
 
 A model goes out as the family it came from, or the first that computes it: docs/convert.md. What
 none of them computes is refused, with the reason.
-Started again after an interruption, it goes on from the finished files."""
+After an interruption, the same command continues from the finished files."""
 
 _ARGUMENTS = """examples:
   btx convert megatron-lm-args STEP_DIR
@@ -53,17 +53,19 @@ def add_parser(commands: Any) -> None:
     kinds = parser.add_subparsers(metavar="COMMAND", required=True)
     what = "a Hugging Face directory as a Megatron one (torch_dist)"
     to_megatron = command(kinds, "hf-to-megatron", what, _TO_MEGATRON)
-    to_megatron.add_argument("source", metavar="HF_DIR", help="with config.json and safetensors")
+    to_megatron.add_argument(
+        "source", metavar="HF_DIR", help="a directory with config.json and safetensors"
+    )
     to_megatron.add_argument("out", metavar="OUT", nargs="?", help="the new directory")
     _add_flags(to_megatron)
     to_megatron.set_defaults(run=run_to_megatron)
-    what = "a Megatron step directory as a Hugging Face one, whole in itself"
+    what = "convert a Megatron step directory to a complete Hugging Face directory"
     to_hf = command(kinds, "megatron-to-hf", what, _TO_HF)
     to_hf.add_argument("source", metavar="STEP_DIR", help="a checkpoint: step_XXXXXXXX")
     to_hf.add_argument("out", metavar="OUT", help="the new directory")
     to_hf.add_argument("--format", default="", metavar="FAMILY", help="the model_type to write")
     to_hf.add_argument(
-        "--fused", action="store_true", help="experts stacked, as transformers 5 names them"
+        "--fused", action="store_true", help="stack the experts, under the names of transformers 5"
     )
     _add_flags(to_hf)
     to_hf.set_defaults(run=run_to_hf)
@@ -75,9 +77,11 @@ def add_parser(commands: Any) -> None:
 
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dtype", choices=("bf16", "fp32", "fp16"), help="of the result")
+    parser.add_argument("--dtype", choices=("bf16", "fp32", "fp16"), help="dtype of the result")
     parser.add_argument("--memory", default="", help="peak resident memory, such as 2GiB")
-    parser.add_argument("--shard", default="1GiB", help="size of a file: what a kill loses at most")
+    parser.add_argument(
+        "--shard", default="1GiB", help="size of an output file; an interruption loses at most this"
+    )
 
 
 def run_to_megatron(options: argparse.Namespace) -> int:

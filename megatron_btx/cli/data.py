@@ -28,10 +28,10 @@ words with one (arXiv 2005.14165, appendix C). The exit code is 1 where there ar
 
 def add_parser(commands: Any) -> None:
     """Add ``data`` to the command line."""
-    parser = command(commands, "data", "look at a recipe's text before it is trained on", _EPILOG)
+    parser = command(commands, "data", "check a recipe's text before training", _EPILOG)
     kinds = parser.add_subparsers(metavar="COMMAND", required=True)
     check = recipe_command(kinds, "check", "find training text that is held-out text too", _EPILOG)
-    check.add_argument("--out", metavar="FILE", type=Path, help="write what is found (JSON lines)")
+    check.add_argument("--out", metavar="FILE", type=Path, help="write the findings (JSON lines)")
     check.add_argument(
         "--clean", metavar="DIR", type=Path, help="write the training text without it: DOMAIN.jsonl"
     )

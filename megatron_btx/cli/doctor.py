@@ -25,7 +25,11 @@ def add_parser(commands: Any) -> None:
         commands, "doctor", "what this machine has, and which features that gives", _EPILOG
     )
     parser.add_argument(
-        "--dir", metavar="DIR", type=Path, default=Path(), help="on the disk to measure (.)"
+        "--dir",
+        metavar="DIR",
+        type=Path,
+        default=Path(),
+        help="directory on the disk to measure (.)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)

@@ -19,10 +19,10 @@ from megatron_btx.report.table import data_table, tasks_table
 CHECKPOINT = """a CHECKPOINT is
   DIR                 a step_XXXXXXXX directory, a stage's directory of a run, or a Hugging Face
                       model's (config.json, safetensors)
-  btm:DIR,DIR,...     these models, averaged by the posterior of their domains
-  btm:RUN_DIR         experts and seed of a run, averaged as its recipe says
-  set.yaml            a set of models and how they are averaged (docs/evaluate.md)
-and NAME= may stand before it."""
+  btm:DIR,DIR,...     an ensemble of these models, weighted by the posterior of their domains
+  btm:RUN_DIR         the ensemble of experts and seed of a run, as its recipe defines it
+  set.yaml            a set of models and how they are combined (docs/evaluate.md)
+optionally preceded by NAME=."""
 """What may be given where a checkpoint is evaluated."""
 
 _EPILOG = f"""examples:
@@ -43,7 +43,9 @@ def add_parser(commands: Any) -> None:
     parser = command(
         commands, "evaluate", "loss on any text, and scores on tasks, of any checkpoints", _EPILOG
     )
-    parser.add_argument("checkpoints", metavar="CHECKPOINT", nargs="+", help="what to evaluate")
+    parser.add_argument(
+        "checkpoints", metavar="CHECKPOINT", nargs="+", help="checkpoints to evaluate"
+    )
     model_flags.add_text_flags(
         parser, "NAME=FILE[,FILE]", "JSONL files and directories, and what to call them"
     )
@@ -52,7 +54,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--experts",
         metavar="A,B",
-        help="of the MoEs these experts only, as if the others were gone",
+        help="use only these experts of an MoE",
     )
     parser.add_argument("--out", metavar="FILE", type=Path, help="write everything as JSON")
     parser.add_argument("--json", action="store_true", help="print everything as JSON, no table")
@@ -68,7 +70,7 @@ def run(options: argparse.Namespace) -> int:
     if options.experts is not None:
         subjects = model_spec.with_experts(subjects, options.experts)
     if not options.data and not options.tasks:
-        raise UserError("btx evaluate", "neither --data nor --tasks", "say what to evaluate on")
+        raise UserError("btx evaluate", "neither --data nor --tasks", "give at least one of them")
     data, tasks = model_flags.data_of(options.data), model_flags.tasks_of(options)
     layout = model_flags.layout_of(options.layout)
     result: dict[str, Any] = {

@@ -24,7 +24,7 @@ _EPILOG = """examples:
 
 The directory is whole in itself: weights, tokenizer, README.md (a card as the Hugging Face Hub
 reads it) and verification.json. Every tensor is read back bit for bit, and logits and held-out
-losses are compared with transformers' where it is installed; what differs is not written."""
+losses are compared with transformers' where it is installed; if they differ, nothing is written."""
 
 
 def add_parser(commands: Any) -> None:
@@ -38,7 +38,10 @@ def add_parser(commands: Any) -> None:
         "--stage", default="", metavar="NAME", help="seed, expert:NAME, dense, finetune, btm"
     )
     parser.add_argument(
-        "--check", action=argparse.BooleanOptionalAction, default=True, help="against transformers"
+        "--check",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="compare with transformers",
     )
     parser.set_defaults(run=run)
 
@@ -56,7 +59,7 @@ def run(options: argparse.Namespace) -> int:
     if os.path.lexists(out):
         raise UserError(str(out), "exists already", "remove it, or give another name")
     if not out.absolute().parent.is_dir():
-        raise UserError(str(out.parent), "no such directory", "make it first")
+        raise UserError(str(out.parent), "no such directory", "create it first")
     row_of(load_recipe(run_dir / "recipe.yaml"), options.stage)  # told before anything starts
     place = unfinished(out.absolute())
     asked = eval_ranks.request_of(

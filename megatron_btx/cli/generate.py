@@ -28,15 +28,39 @@ def add_parser(commands: Any) -> None:
     parser = command(commands, "generate", "continue prompts with any checkpoint", _EPILOG)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="the model, or a BTM set")
     parser.add_argument(
-        "--prompt", metavar="TEXT", action="append", default=[], help="may be repeated; - is stdin"
+        "--prompt",
+        metavar="TEXT",
+        action="append",
+        default=[],
+        help="a prompt (may be repeated); -: standard input",
     )
     model_flags.add_model_flags(parser)
-    parser.add_argument("--max-new-tokens", metavar="N", type=int, default=64, help="at most (64)")
-    parser.add_argument("--temperature", metavar="T", type=float, default=0.0, help="0 is greedy")
-    parser.add_argument("--top-p", metavar="P", type=float, default=1.0, help="of the draw (1)")
-    parser.add_argument("--random-seed", metavar="N", type=int, default=0, help="of the draw (0)")
     parser.add_argument(
-        "--stop", metavar="TEXT", action="append", default=[], help="ends a continuation"
+        "--max-new-tokens",
+        metavar="N",
+        type=int,
+        default=64,
+        help="maximum number of new tokens (64)",
+    )
+    parser.add_argument(
+        "--temperature",
+        metavar="T",
+        type=float,
+        default=0.0,
+        help="sampling temperature (0: greedy)",
+    )
+    parser.add_argument(
+        "--top-p", metavar="P", type=float, default=1.0, help="nucleus sampling (1)"
+    )
+    parser.add_argument(
+        "--random-seed", metavar="N", type=int, default=0, help="random seed of sampling (0)"
+    )
+    parser.add_argument(
+        "--stop",
+        metavar="TEXT",
+        action="append",
+        default=[],
+        help="text that ends a continuation (may be repeated)",
     )
     renamed(parser, "--until", "--stop")
     parser.add_argument("--json", action="store_true", help="print JSON")
@@ -83,7 +107,7 @@ def run(options: argparse.Namespace) -> int:
         return 0
     for number, one in enumerate(found, 1):
         if one["cut"]:
-            what = f"its first {one['cut']} tokens are left out: the model takes no more beside "
+            what = f"its first {one['cut']} tokens are dropped, to leave room for "
             sys.stderr.write(f"hint: prompt {number}: {what}--max-new-tokens\n")
     if options.json:
         rows = [{"prompt": prompt} | one for prompt, one in zip(prompts, found, strict=True)]

@@ -34,30 +34,45 @@ def add_parser(commands: Any) -> None:
     parser = command(commands, "init", "write a recipe to begin with", _EPILOG)
     parser.add_argument("--seed", metavar="DIR", type=Path, help="the model to branch from")
     parser.add_argument(
-        "--expert", metavar="NAME[=DIR]", action="append", default=[], help="taken, or trained"
+        "--expert",
+        metavar="NAME[=DIR]",
+        action="append",
+        default=[],
+        help="an expert: a checkpoint (=DIR), or to be trained",
     )
     parser.add_argument(
-        "--data", metavar="NAME=FILE", action="append", default=[], help="a domain's text"
+        "--data", metavar="NAME=FILE", action="append", default=[], help="training text of a domain"
     )
     parser.add_argument(
-        "--valid", metavar="NAME=FILE", action="append", default=[], help="its held-out text"
+        "--valid",
+        metavar="NAME=FILE",
+        action="append",
+        default=[],
+        help="held-out text of a domain",
     )
-    parser.add_argument("--tokenizer", metavar="PATH", type=Path, help="where the seed has none")
-    parser.add_argument("--gpus", metavar="N", type=int, default=0, help="GPUs (0: CPUs)")
     parser.add_argument(
-        "--gpu-memory", metavar="GB", type=float, default=80.0, help="of each of them (80)"
+        "--tokenizer", metavar="PATH", type=Path, help="tokenizer, if the seed has none"
+    )
+    parser.add_argument("--gpus", metavar="N", type=int, default=0, help="number of GPUs (0: CPUs)")
+    parser.add_argument(
+        "--gpu-memory", metavar="GB", type=float, default=80.0, help="memory per GPU in GB (80)"
     )
     parser.add_argument(
-        "--seq-length", metavar="N", type=int, help="of training (the model's, at most 4096)"
+        "--seq-length",
+        metavar="N",
+        type=int,
+        help="sequence length in training (the model's, at most 4096)",
     )
-    parser.add_argument("--name", default="mine", help="of the run (mine)")
-    parser.add_argument("--example", metavar="NAME", nargs="+", default=[], help="write these out")
+    parser.add_argument("--name", default="mine", help="name of the run (mine)")
+    parser.add_argument(
+        "--example", metavar="NAME", nargs="+", default=[], help="write these examples"
+    )
     parser.add_argument("--list", action="store_true", help="list the examples")
     parser.add_argument(
         "--out",
         metavar="PATH",
         type=Path,
-        help="recipe.yaml; of examples where examples/ is put (.)",
+        help="output file (recipe.yaml); for examples the directory of examples/ (.)",
     )
     parser.set_defaults(run=run)
 
@@ -76,7 +91,9 @@ def run(options: argparse.Namespace) -> int:
     if options.example:
         return _examples(options)
     if any((options.expert, options.data)):
-        raise UserError("--seed", "is missing", "give the model that the experts come from")
+        raise UserError(
+            "--seed", "is missing", "give the model from which the experts are branched"
+        )
     if sys.stdout.isatty():
         sys.stdout.write(f"{_EPILOG}\n")
         return 0
@@ -95,7 +112,7 @@ def _examples(options: argparse.Namespace) -> int:
 
 def _begin(options: argparse.Namespace) -> int:
     if options.example:
-        raise UserError("--example", "stands beside --seed", "give one of the two")
+        raise UserError("--example", "cannot be combined with --seed", "give one of the two")
     if options.gpus < 0 or options.gpu_memory <= 0:
         raise UserError("--gpus, --gpu-memory", "are out of range", "give a number of GPUs, and GB")
     if options.seq_length is not None and options.seq_length < 1:

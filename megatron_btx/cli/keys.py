@@ -15,15 +15,15 @@ from megatron_btx.recipe.messages import near_key
 
 _EPILOG = """examples:
   btx keys                     every key
-  btx keys model               those of a block
-  btx keys finetune.layout     of a stage's layout
-  btx keys lr --json           wherever a key stands, as JSON"""
+  btx keys model               the keys of a block
+  btx keys finetune.layout     the keys of a stage's layout
+  btx keys lr --json           a key in all blocks, as JSON"""
 
 
 def add_parser(commands: Any) -> None:
     """Add ``keys`` to the command line."""
     parser = command(
-        commands, "keys", "the keys of a recipe: type, default, range, meaning", _EPILOG
+        commands, "keys", "list the keys of a recipe: type, default, range, meaning", _EPILOG
     )
     parser.add_argument("prefix", nargs="?", default="", metavar="PREFIX", help="a block or a key")
     parser.add_argument("--json", action="store_true", help="print JSON")

@@ -20,12 +20,12 @@ from megatron_btx.pipeline.local.run_stages import EXIT_INTERRUPTED
 EXIT_USER, EXIT_PIPE = 2, 141
 
 _EPILOG = """examples:
-  btx init --example demo                      write an example out, where there is no checkout
+  btx init --example demo                      write an example (without a checkout)
   btx plan examples/demo/recipe.yaml           what it will train, and what that costs
-  btx run examples/demo/recipe.yaml            do it; after an interruption, go on
-  btx report examples/demo/recipe.yaml         the final table, and the page anew
+  btx run examples/demo/recipe.yaml            run it; after an interruption, continue
+  btx report examples/demo/recipe.yaml         the final table; rewrite the page
 
-exit codes: 0 done, 1 a crash, 2 a mistake in the input, 130 interrupted (run again to go on)"""
+exit codes: 0 done, 1 a crash, 2 a mistake in the input, 130 interrupted (run again to continue)"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -26,12 +26,12 @@ _EPILOG = """examples:
   btx mix --sources code=DIR math=DIR seed=DIR --out MIXTRAL
   btx mix --sources code=DIR math=DIR --out MOE --format megatron --dry-run
   btx mix --method upcycle --copies 8 --sources DIR --out MIXTRAL --memory 2GiB
-  btx mix --config mix.yaml --out MIXTRAL         options in a file, by the names of the flags
-  btx mix --config mergekit-moe.yaml --out MIXTRAL    a file of mergekit-moe's, as it is
+  btx mix --config mix.yaml --out MIXTRAL         options in a file, named like the flags
+  btx mix --config mergekit-moe.yaml --out MIXTRAL    a file of mergekit-moe, unchanged
 
 A source is a Hugging Face directory (docs/convert.md) or a Megatron step directory, of btx, of
-Megatron-LM or of Megatron-Bridge (docs/megatron.md). Started again after an interruption, it goes
-on from the finished files."""
+Megatron-LM or of Megatron-Bridge (docs/megatron.md). After an interruption, the
+same command continues from the finished files."""
 
 _DRIFT = """examples:
   btx drift --sources code=DIR math=DIR seed=DIR
@@ -46,7 +46,7 @@ _VERIFY = """examples:
   btx verify MIXTRAL
   btx verify MIXTRAL --record      and put what was found into verification.json and the card
 
-exit codes: 0 every tensor agrees, 1 one does not, 2 it is no result of btx mix"""
+exit codes: 0 all tensors agree, 1 some differ, 2 not a result of btx mix"""
 
 
 def add_parser(commands: Any) -> None:
@@ -54,7 +54,7 @@ def add_parser(commands: Any) -> None:
     parser = command(
         commands,
         "mix",
-        "mix models offline: several checkpoints in, one out",
+        "mix several checkpoints into one, offline",
         _EPILOG,
     )
     _add_flags(parser)
@@ -63,24 +63,24 @@ def add_parser(commands: Any) -> None:
     parser = command(
         commands,
         "drift",
-        "how far models have drifted from their seed and from each other",
+        "measure how far models are from their seed and from each other",
         _DRIFT,
-        "How far models have drifted from the seed they were branched from, and from each other.",
+        "Measure how far models are from the seed they were branched from, and from each other.",
     )
     _add_flags(parser, ("sources", "out", "seed_model", "model"))
     parser.set_defaults(run=run_drift)
     parser = command(
         commands,
         "verify",
-        "compute a result of btx mix again by plain loops and compare",
+        "recompute a result of btx mix with plain loops and compare",
         _VERIFY,
-        "Compute a result of btx mix again by plain loops, and compare.",
+        "Recompute a result of btx mix with plain loops, and compare.",
     )
     parser.add_argument("result", metavar="RESULT", help="the directory that btx mix wrote")
     parser.add_argument(
         "--record",
         action="store_true",
-        help="where all agrees, say so in its verification.json and README.md",
+        help="if all tensors agree, record it in its verification.json and README.md",
     )
     parser.set_defaults(run=run_verify)
 
@@ -192,7 +192,7 @@ def _anchored(node: Node) -> Node:
 def _add_flags(parser: argparse.ArgumentParser, names: Sequence[str] = ()) -> None:
     """One flag a field of :class:`MixRequest`, or of those named; absent flags are None, so that
     ``--config`` can set them."""
-    parser.add_argument("--config", metavar="YAML", help="these options from a file")
+    parser.add_argument("--config", metavar="YAML", help="read these options from a file")
     helps = field_docs(MixRequest)
     for one, hint in zip(dataclasses.fields(MixRequest), _hints(), strict=True):
         if names and one.name not in names:

@@ -21,13 +21,19 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=N",
         nargs="+",
         default=[],
-        help="how ranks divide the model, in a recipe's words (one rank)",
+        help="parallel layout, with the keys of a recipe's `layout` (one rank)",
     )
-    parser.add_argument("--precision", choices=["fp32", "bf16"], help="(as stored)")
     parser.add_argument(
-        "--micro-batch-size", metavar="N", type=int, default=8, help="sequences a rank runs (8)"
+        "--precision", choices=["fp32", "bf16"], help="precision of the model (as stored)"
     )
-    parser.add_argument("--tokenizer", metavar="PATH", help="where the checkpoint has none")
+    parser.add_argument(
+        "--micro-batch-size",
+        metavar="N",
+        type=int,
+        default=8,
+        help="sequences per rank and forward pass (8)",
+    )
+    parser.add_argument("--tokenizer", metavar="PATH", help="tokenizer, if the checkpoint has none")
 
 
 def add_text_flags(
@@ -37,10 +43,12 @@ def add_text_flags(
     parser.add_argument(
         "--data", metavar=metavar, nargs="+", action="extend", default=[], help=what
     )
-    most = f"of each text, at most ({tokens or 'all'})"
+    most = f"maximum number of tokens of each text ({tokens or 'all'})"
     parser.add_argument("--tokens", metavar="N", type=int, default=tokens, help=most)
-    parser.add_argument("--text-key", metavar="KEY", default="text", help="of the JSONL (text)")
-    parser.add_argument("--seq-length", metavar="N", type=int, help="tokens of a sequence")
+    parser.add_argument(
+        "--text-key", metavar="KEY", default="text", help="name of the text field in JSONL (text)"
+    )
+    parser.add_argument("--seq-length", metavar="N", type=int, help="sequence length in tokens")
 
 
 def add_task_flags(parser: argparse.ArgumentParser) -> None:
@@ -51,13 +59,13 @@ def add_task_flags(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         action="extend",
         default=[],
-        help="a task by its name or its YAML, and its items",
+        help="a task (name or YAML file) and the files of its items",
     )
     parser.add_argument(
-        "--num-fewshot", metavar="N", type=int, help="shots instead of each task's own number"
+        "--num-fewshot", metavar="N", type=int, help="number of few-shot examples (each task's own)"
     )
     renamed(parser, "--shots", "--num-fewshot")
-    parser.add_argument("--limit", metavar="N", type=int, help="the first N items of each task")
+    parser.add_argument("--limit", metavar="N", type=int, help="use the first N items of each task")
     parser.add_argument(
         "--allow-code-execution",
         action="store_true",
@@ -78,9 +86,11 @@ def layout_of(words: Sequence[str]) -> Layout:
         key, _, value = word.partition("=")
         if key not in fields:
             fix = f"use {', '.join(sorted(fields))}"
-            errors.append(UserError("--layout", f"{key} is no key of it", fix))
+            errors.append(UserError("--layout", f"{key} is not a key of a layout", fix))
         elif not value.isdecimal() or int(value) < 1:
-            errors.append(UserError("--layout", f"{word} is no number", f"write {key}=2"))
+            errors.append(
+                UserError("--layout", f"{word} is not a positive number", f"write {key}=2")
+            )
         else:
             given[key] = int(value)
     if errors:
@@ -153,7 +163,7 @@ def data_of(words: Sequence[str]) -> dict[str, list[str]]:
         name, equals, files = word.partition("=")
         if not equals or not name:
             fix = f"write NAME={word}"
-            errors.append(UserError("--data", f"{word} has no name before it", fix))
+            errors.append(UserError("--data", f"{word} has no name", fix))
             continue
         for file in files.split(","):
             if not Path(file).exists():

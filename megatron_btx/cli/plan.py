@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _EPILOG = """examples:
   btx plan examples/paper_7b/recipe.yaml
   btx plan recipe.yaml --gpu h100 --mfu 0.45 --price 2.5      GPU-hours, days and cost
-  btx plan recipe.yaml --ranks      what every rank will hold, read and write
+  btx plan recipe.yaml --ranks      what every rank holds, reads and writes
   btx plan recipe.yaml --json | python -m json.tool"""
 
 
@@ -30,19 +30,25 @@ def add_parser(commands: Any) -> None:
     parser = recipe_command(
         commands,
         "plan",
-        "what a recipe will cost and read: parameters, FLOPs, memory, disk, tokens, epochs",
+        "print what a recipe will cost: parameters, FLOPs, memory, disk, tokens, epochs",
         _EPILOG,
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     parser.add_argument(
-        "--gpu", metavar="NAME", help="hours on such GPUs (h100, ...), or peak TFLOP/s as a number"
+        "--gpu",
+        metavar="NAME",
+        help="estimate hours on these GPUs (h100, ..., or peak TFLOP/s as a number)",
     )
     parser.add_argument(
         "--mfu", metavar="SHARE", type=float, help=f"model FLOPs utilisation ({chips.MFU:g})"
     )
-    parser.add_argument("--price", metavar="N", type=float, help="of a GPU-hour: adds the cost")
     parser.add_argument(
-        "--ranks", action="store_true", help="also what the ranks hold, read and write: seconds"
+        "--price", metavar="N", type=float, help="price of a GPU-hour, to estimate the cost"
+    )
+    parser.add_argument(
+        "--ranks",
+        action="store_true",
+        help="also what each rank holds, reads and writes (takes seconds)",
     )
     parser.set_defaults(run=run)
 
@@ -101,7 +107,7 @@ def _by_rank(recipe: Recipe, trained: list[str]) -> list[RankPlan]:
 def _estimate(options: argparse.Namespace, made: RunPlan) -> chips.Estimate | None:
     if options.gpu is None:
         if options.mfu is not None or options.price is not None:
-            raise UserError("--mfu, --price", "are of a GPU", "add --gpu h100")
+            raise UserError("--mfu, --price", "need a GPU", "add --gpu h100")
         return None
     mfu = chips.MFU if options.mfu is None else options.mfu
     return chips.estimate(made, options.gpu, mfu, options.price)

@@ -19,17 +19,20 @@ def add_parser(commands: Any) -> None:
     parser = recipe_command(
         commands,
         "report",
-        "print the final table of a run and write its page anew",
+        "print the final table of a run and rewrite its page",
         "examples:\n"
         "  btx report examples/demo/recipe.yaml\n"
         "  btx report recipe.yaml --json | python -m json.tool\n"
         "  btx report recipe.yaml --format svg --format csv --out figures\n\n"
-        "While a run is still on its way, the page shows what there is.",
+        "During a run, the page shows the results so far.",
     )
     parser.add_argument("--json", action="store_true", help="print results.json instead")
     add_format_flag(parser, "losses, compute and routing")
     parser.add_argument(
-        "--out", metavar="DIR", type=Path, help="where they go (figures/ in the run's directory)"
+        "--out",
+        metavar="DIR",
+        type=Path,
+        help="directory of the figures (figures/ in the run's directory)",
     )
     parser.set_defaults(run=run)
 
@@ -39,7 +42,7 @@ def run(options: argparse.Namespace) -> int:
     from megatron_btx.report import figure_files, page, run_data
 
     if options.out is not None and not options.format:
-        raise UserError("--out", "is where figures go", "say which: --format svg")
+        raise UserError("--out", "is the directory of figures", "choose a format: --format svg")
     if figure_files.suffix(options.out):
         raise UserError("--out", "there are several figures", "give the name of a directory")
     formats = figure_files.check_formats(options.format, options.out)
@@ -60,7 +63,7 @@ def run(options: argparse.Namespace) -> int:
         return 0
     print_results(run_dir)
     if results is None:
-        sys.stdout.write(f"no results yet; what there is: {written}\n")
+        sys.stdout.write(f"no results yet; page so far: {written}\n")
     return 0
 
 

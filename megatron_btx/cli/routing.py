@@ -36,9 +36,9 @@ def add_parser(commands: Any) -> None:
     parser = command(
         commands,
         "routing",
-        "where the router sends which text: shares, gates, dead experts",
+        "show how the router distributes text: shares, gates, dead experts",
         _EPILOG,
-        "Where the router of runs and checkpoints sends which text.",
+        "Show how the router of runs and checkpoints distributes text over experts.",
     )
     parser.add_argument(
         "sources", metavar="RUN_DIR|CHECKPOINT", nargs="+", help="runs, or models with experts"
@@ -69,7 +69,7 @@ def run(options: argparse.Namespace) -> int:
     of_no_run = [one.name for one in subjects if model_spec.run_of(one.first) is None]
     if of_no_run and not options.data:
         what = "is a checkpoint of no run"
-        raise UserError(of_no_run[0], what, "say on what to measure it: --data NAME=FILE")
+        raise UserError(of_no_run[0], what, "give text to measure it on: --data NAME=FILE")
     views = [view for run_dir in runs for view in of_run(run_dir)]
     if subjects:
         try:

@@ -24,16 +24,16 @@ def add_parser(commands: Any) -> None:
     parser = recipe_command(
         commands,
         "run",
-        "run all stages of a recipe on this machine, or what is left of them",
+        "run the unfinished stages of a recipe on this machine",
         "examples:\n"
         "  btx run examples/demo/recipe.yaml\n"
-        "  btx run recipe.yaml --dry-run              what is done and what is left\n"
-        "  btx run recipe.yaml --stop-after expert:math    this expert and what it needs\n"
+        "  btx run recipe.yaml --dry-run              finished and unfinished stages\n"
+        "  btx run recipe.yaml --stop-after expert:math    this expert and the stages it needs\n"
         "  btx run recipe.yaml --json > outcome.json\n\n"
-        "Ctrl-C lets the running stages save; the same command goes on from there.",
+        "Ctrl-C lets the running stages save; the same command then continues.",
     )
-    parser.add_argument("--dry-run", action="store_true", help="print the stages, do nothing")
-    parser.add_argument("--stop-after", metavar="STAGE", help="STAGE and what it needs, no more")
+    parser.add_argument("--dry-run", action="store_true", help="print the stages, run nothing")
+    parser.add_argument("--stop-after", metavar="STAGE", help="only STAGE and the stages it needs")
     renamed(parser, "--until", "--stop-after")
     parser.add_argument("--json", action="store_true", help="print the outcome as JSON")
     parser.set_defaults(run=run)
@@ -79,7 +79,7 @@ def _run_recipe(
     outcome = run_recipe(recipe, run_dir, stages, page=page.write, refresh=page.REFRESH)
     if outcome.code == EXIT_INTERRUPTED:
         again = f"btx run {shlex.quote(options.recipe)}"
-        sys.stderr.write(f"stopped; run again to go on: {again}\n")
+        sys.stderr.write(f"stopped; run again to continue: {again}\n")
     return outcome.code, outcome.problem
 
 

@@ -23,12 +23,17 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """The recipes, and what makes several of them: as ``btx compare`` takes them."""
     parser.add_argument(
         "recipes", metavar="RECIPE", nargs="+", type=Path, help="the recipe (YAML); or several, or "
-        "folders of them: what they share is made once, and the last job compares them"
+        "folders of them: shared stages run once, and the last job compares them"
     )  # fmt: skip
-    parser.add_argument("--base", metavar="RECIPE", help="stands in for the `base:` of each")
-    parser.add_argument("--seeds", metavar="N", type=int, default=1, help="random seeds (1)")
+    parser.add_argument("--base", metavar="RECIPE", help="replaces the `base:` of each recipe")
     parser.add_argument(
-        "--out", metavar="DIR", type=Path, help="where the comparison of several goes"
+        "--seeds", metavar="N", type=int, default=1, help="number of random seeds (1)"
+    )
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        type=Path,
+        help="output directory of the comparison of several recipes",
     )
 
 
@@ -43,7 +48,7 @@ def alone(options: argparse.Namespace) -> bool:
     one = len(options.recipes) == 1 and not options.recipes[0].is_dir()
     if one and options.seeds == 1 and options.base is None:
         if options.out is not None:
-            raise UserError("--out", "is where a comparison goes", "give several recipes")
+            raise UserError("--out", "is for a comparison", "give several recipes")
         options.recipe = str(options.recipes[0])
         return True
     return False
@@ -73,7 +78,7 @@ def submit(options: argparse.Namespace) -> int:
 
     if options.only or options.first or options.stop_after:
         flag = "--only, --from and --stop-after"
-        raise UserError(flag, "select the stages of one recipe", "submit that one alone")
+        raise UserError(flag, "selects stages of one recipe", "submit one recipe only")
     members, out = _members(options)
     check_directory(out)
     if options.dry_run:

@@ -25,38 +25,42 @@ def add_parser(commands: Any) -> None:
     parser = command(
         commands,
         "submit",
-        "submit the stages of a recipe as Slurm jobs, or what is left of them",
+        "submit the unfinished stages of a recipe as Slurm jobs",
         "examples:\n"
-        "  btx submit recipe.yaml --dry-run            the graph and what each job asks for\n"
-        "  btx submit recipe.yaml --dry-run --scripts  every script, too\n"
+        "  btx submit recipe.yaml --dry-run            the graph and the resources of each job\n"
+        "  btx submit recipe.yaml --dry-run --scripts  also every script\n"
         "  btx submit recipe.yaml\n"
-        "  btx submit recipe.yaml --stop-after mix     all that comes before the finetuning\n"
-        "  btx submit recipe.yaml --from finetune      it and all that waits for it\n"
+        "  btx submit recipe.yaml --stop-after mix     all stages before the finetuning\n"
+        "  btx submit recipe.yaml --from finetune      it and the stages that need it\n"
         "  btx submit recipe.yaml --only expert:math\n"
-        "  btx submit dense.yaml btm.yaml btx.yaml     one graph; what they share once; compared\n"
+        "  btx submit dense.yaml btm.yaml btx.yaml     one graph; shared stages once; comparison\n"
         "  btx submit examples/systems --base my/base.yaml --seeds 3\n\n"
-        "Stages that are done are not submitted again; a stopped one goes on. See docs/slurm.md.",
+        "Finished stages are not submitted again; stopped ones continue. See docs/slurm.md.",
     )
     several_recipes.add_flags(parser)
-    parser.add_argument("--dry-run", action="store_true", help="print it, submit nothing")
+    parser.add_argument("--dry-run", action="store_true", help="print the jobs, submit nothing")
     parser.add_argument(
         "--scripts", action="store_true", help="with --dry-run: every script as it would be sent"
     )
     parser.add_argument(
-        "--only", metavar="STAGE", action="append", default=[], help="this one (may be repeated)"
+        "--only", metavar="STAGE", action="append", default=[], help="only STAGE (may be repeated)"
     )
-    parser.add_argument("--from", metavar="STAGE", dest="first", help="STAGE and what waits for it")
-    parser.add_argument("--stop-after", metavar="STAGE", help="STAGE and what it waits for")
+    parser.add_argument(
+        "--from", metavar="STAGE", dest="first", help="STAGE and the stages that need it"
+    )
+    parser.add_argument("--stop-after", metavar="STAGE", help="STAGE and the stages it needs")
     renamed(parser, "--until", "--stop-after")
     parser.add_argument(
-        "--no-probe", action="store_true", help="do not let a node look at the run's directory"
+        "--no-probe",
+        action="store_true",
+        help="do not check on a node that it sees the run's directory",
     )
     parser.set_defaults(run=submit)
 
     parser = command(
         commands,
         "status",
-        "show where every stage of a submitted recipe stands",
+        "show the state of every stage of a submitted recipe",
         "examples:\n"
         "  btx status recipe.yaml\n"
         "  btx status recipe.yaml --watch\n"
@@ -65,9 +69,9 @@ def add_parser(commands: Any) -> None:
         "  btx status dense.yaml btm.yaml btx.yaml    all, and their comparison",
     )
     several_recipes.add_flags(parser)
-    parser.add_argument("--json", action="store_true", help="print it as JSON, with all numbers")
+    parser.add_argument("--json", action="store_true", help="print JSON, with all numbers")
     parser.add_argument(
-        "--numbers", action="store_true", help="speed, goodput and the experts' use, too"
+        "--numbers", action="store_true", help="also speed, goodput and expert load"
     )
     parser.add_argument(
         "--watch",
@@ -75,7 +79,7 @@ def add_parser(commands: Any) -> None:
         type=float,
         nargs="?",
         const=10.0,
-        help="go on until no job is left",
+        help="repeat until no job is left",
     )
     parser.set_defaults(run=status)
 
@@ -86,16 +90,16 @@ def add_parser(commands: Any) -> None:
         "examples:\n  btx logs recipe.yaml finetune\n  btx logs recipe.yaml expert:math -f",
     )
     parser.add_argument("stage", metavar="STAGE", help="seed, expert:math, finetune, ...")
-    parser.add_argument("-f", "--follow", action="store_true", help="go on while it grows")
+    parser.add_argument("-f", "--follow", action="store_true", help="follow the log as it grows")
     parser.set_defaults(run=logs)
 
     parser = recipe_command(
         commands,
         "cancel",
-        "cancel the jobs of a recipe; `btx submit` goes on from what they have saved",
+        "cancel the jobs of a recipe; `btx submit` continues from their checkpoints",
         "examples:\n  btx cancel recipe.yaml\n  btx cancel recipe.yaml dense",
     )
-    parser.add_argument("stage", metavar="STAGE", nargs="*", help="these only")
+    parser.add_argument("stage", metavar="STAGE", nargs="*", help="only these stages")
     parser.set_defaults(run=cancel)
 
 
@@ -105,7 +109,7 @@ def submit(options: argparse.Namespace) -> int:
     from megatron_btx.pipeline.slurm import submit
 
     if options.scripts and not options.dry_run:
-        raise UserError("--scripts", "prints what `--dry-run` would send", "give both")
+        raise UserError("--scripts", "needs --dry-run", "give both")
     if not several_recipes.alone(options):
         return several_recipes.submit(options)
     recipe, run_dir, stages = open_recipe(options.recipe)
@@ -120,7 +124,7 @@ def submit(options: argparse.Namespace) -> int:
             run_checks.keeps_recipe(run_dir, Path(options.recipe), recipe)
         return 0
     if not chosen:
-        sys.stdout.write(f"{recipe.name}: all that was asked for is done ({run_dir})\n")
+        sys.stdout.write(f"{recipe.name}: all selected stages are done ({run_dir})\n")
         return 0
     run_checks.keeps_recipe(run_dir, Path(options.recipe), recipe)
     run_checks.check(recipe, run_dir, left, gpus=None)
@@ -286,7 +290,7 @@ def check_needs(run_dir: Path, stages: tuple[Stage, ...], chosen: tuple[Stage, .
         needs = state.missing(run_dir, graph.read_by(stage, stages))
         missing = [need.name for need in needs if need.name not in coming]
         if missing:
-            what = f"needs {', '.join(missing)}, not done and not among what is submitted"
+            what = f"needs {', '.join(missing)}, which is neither done nor selected"
             errors.append(UserError(stage.name, what, "select those as well"))
     if errors:
         raise UserErrors(errors)

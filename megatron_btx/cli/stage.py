@@ -21,10 +21,10 @@ def add_parser(commands: Any) -> None:
         "stage",
         "run one rank of one stage, for batch scripts",
         "examples:\n"
-        "  srun btx stage recipe.yaml expert:math     one task a rank\n"
+        "  srun btx stage recipe.yaml expert:math     one task per rank\n"
         "  btx stage recipe.yaml export               a stage of one rank\n\n"
-        "RANK, WORLD_SIZE and LOCAL_RANK, or Slurm's names for them, say which rank it is;\n"
-        "where there are several, MASTER_ADDR and MASTER_PORT, where they find each other.",
+        "The rank is given by RANK, WORLD_SIZE and LOCAL_RANK, or Slurm's variables for them;\n"
+        "with several ranks, MASTER_ADDR and MASTER_PORT are needed too.",
     )
     parser.add_argument("stage", metavar="STAGE", help="seed, expert:math, finetune, ...")
     parser.set_defaults(run=run)

@@ -101,7 +101,7 @@ def run_one(one: FinishedRun, runs: Sequence[FinishedRun], place: str) -> int:
     if outcome.problem:
         sys.stderr.write(f"error: {outcome.problem}\n")
     elif outcome.code:
-        sys.stderr.write("stopped; run again to go on\n")
+        sys.stderr.write("stopped; run again to continue\n")
     return outcome.code
 
 

@@ -94,7 +94,7 @@ def test_names_that_yaml_would_read_otherwise(there: Path, tmp_path: Path) -> No
         (f"{ASKED} --seq-length 0", "--seq-length: is 0"),
         (f"{ASKED} --seq-length 100000", "one step takes"),
         (f"{ASKED} --out code.jsonl", "exists already"),
-        (f"{ASKED} --example demo", "stands beside --seed"),
+        (f"{ASKED} --example demo", "cannot be combined with --seed"),
         ("--expert code=code --data code=code.jsonl", "--seed: is missing"),
         (f"{ASKED} --name a/b", "cannot name a directory"),
     ],

@@ -126,7 +126,7 @@ def test_out_means_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     [
         (["routing", "{run}", "--out", "{tmp}/a.svg", "--format", "csv"], "is a .svg file"),
         (["routing", "{run}", "--out", "{tmp}/no/a.svg"], "no such directory"),
-        (["report", "{recipe}", "--out", "{tmp}/a"], "say which: --format svg"),
+        (["report", "{recipe}", "--out", "{tmp}/a"], "choose a format: --format svg"),
         (["report", "{recipe}", "--format", "svg", "--out", "{tmp}/a.svg"], "name of a directory"),
     ],
 )

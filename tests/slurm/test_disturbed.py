@@ -340,7 +340,7 @@ def one_domain_changed(around: Around) -> None:
     text = ELSEWHERE % "" + "wandb: {mode: offline}\n"
     run = branch(around.whole, around.place("changed"), text, *stages)
     shutil.copy(around.whole.run_dir / "results.json", run.run_dir)
-    assert "all that was asked for is done" in run.btx("submit").stdout
+    assert "all selected stages are done" in run.btx("submit").stdout
     before = files(run)
     other = sums(run.directory / "other.jsonl", most=999)
     run.write(text + MATH.format(other))
@@ -357,7 +357,7 @@ def one_domain_changed(around: Around) -> None:
     for stage in ("expert-math", "finetune", "dense", "evaluate", "export", "report"):
         assert f"{stage}/done.json" not in same
     assert run.steps("expert-math") != around.whole.steps("expert-math")
-    assert "all that was asked for is done" in run.btx("submit").stdout
+    assert "all selected stages are done" in run.btx("submit").stdout
 
 
 def files(run: Run) -> dict[str, tuple[int, int]]:

@@ -38,7 +38,7 @@ def test_mended_only_what_is_missing_is_submitted(whole: Run) -> None:
     assert (whole.run_dir / "report.html").stat().st_size > 10_000
     again = whole.btx("submit")
     assert again.returncode == 0
-    assert "all that was asked for is done" in again.stdout
+    assert "all selected stages are done" in again.stdout
 
 
 def test_experts_were_jobs_side_by_side(whole: Run) -> None:

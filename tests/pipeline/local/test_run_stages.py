@@ -116,7 +116,7 @@ def test_a_stop_lets_the_ranks_save(run: Run, number: int) -> None:
     process.send_signal(number)
     _, errors = process.communicate(timeout=600)
     assert process.returncode == 130
-    assert "run again to go on: btx run" in errors
+    assert "run again to continue: btx run" in errors
     assert (run.run_dir / "seed" / "stopped.json").exists()
     assert not (run.run_dir / "seed" / "done.json").exists()
     assert not run.processes()
@@ -133,7 +133,7 @@ def test_the_way_on_can_be_pasted_into_a_shell(run: Run) -> None:
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=600)
     line = next(line for line in errors.splitlines() if "run again" in line)
-    assert shlex.split(line.partition("go on: ")[2]) == ["btx", "run", str(run.recipe)]
+    assert shlex.split(line.partition("to continue: ")[2]) == ["btx", "run", str(run.recipe)]
 
 
 def test_a_second_ctrl_c_does_not_wait(run: Run) -> None:

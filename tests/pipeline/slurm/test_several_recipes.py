@@ -71,7 +71,7 @@ def test_the_command_tells_it(small: Commands, members: list[Member], tmp_path: 
     assert "compare of 3 runs" in done.stdout
     assert not list(tmp_path.glob("runs/*"))
     for words, wrong in (
-        ([*files, "--only", "seed"], "select the stages of one recipe"),
+        ([*files, "--only", "seed"], "selects stages of one recipe"),
         ([files[0], "--out", "x"], "give several recipes"),
         ([files[0], "--seeds", "0"], "give at least 1"),
     ):
