@@ -79,14 +79,13 @@ class Interleaved:
         """The sequence, and the element of it, at the places ``first``, ``first + 1``, ...
 
         Args:
-            first: a place, from 0.
+            first: a place (from 0).
             count: how many.
 
         Returns:
             Two int64 arrays [count]: sequences and elements.
         """
-        assert first >= 0
-        assert first + count <= self._length
+        assert 0 <= first <= self._length - count
         # About n t elements of each sequence have a position below t; the margin covers rounding.
         margin = len(self.sizes) + 1
         begin, end = (first - margin) / self._length, (first + count + margin) / self._length
@@ -185,7 +184,7 @@ def stage_data(recipe: Recipe, name: str, run_dir: Path) -> StageData:
     return StageData(
         groups=groups,
         training=training(recipe, name),
-        boundaries=boundaries_of(recipe, _tokenizer(run_dir).eos_id),
+        boundaries=boundaries_of(recipe, load_tokenizer(run_dir / "prepare" / "tokenizer").eos_id),
     )
 
 
@@ -207,13 +206,9 @@ def _mixture(recipe: Recipe, part: MixturePart, run_dir: Path, index: Path) -> M
         samples=samples,
         seed=_seed(recipe.random_seed, part.stage),
         seq_length=recipe.model.seq_length,
-        facts=_Facts(_tokenizer(run_dir)),
+        facts=_Facts(load_tokenizer(run_dir / "prepare" / "tokenizer")),
     )
     return Mixture(name=part.stage, samples=samples, domains=tuple(domains), dataset=dataset)
-
-
-def _tokenizer(run_dir: Path) -> Tokenizer:
-    return load_tokenizer(run_dir / "prepare" / "tokenizer")
 
 
 class _Facts:
@@ -284,6 +279,5 @@ def _one_rank_at_least() -> Iterator[None]:
 
 
 def _seed(random_seed: int, name: str) -> int:
-    """One of its own for each stage: two experts that read some general text read other parts of
-    it. NumPy takes 32 bits."""
+    """A seed per stage, so that two experts sample different general text; 32 bits for NumPy."""
     return int.from_bytes(hashlib.sha256(f"{random_seed}/data/{name}".encode()).digest()[:4], "big")

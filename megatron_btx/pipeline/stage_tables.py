@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from megatron_btx.pipeline.local.progress import amount, clock
+from megatron_btx.recipe.messages import aligned
 from megatron_btx.train import goodput
 from megatron_btx.train.summary import P50, P95
 
@@ -135,10 +136,4 @@ def tables(stages: Mapping[str, Values]) -> list[tuple[list[str], list[list[str]
 
 def columns(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A plain table: the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    lines = []
-    for row in (head, *rows):
-        cells = [row[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines) + "\n"
+    return "\n".join(aligned([head, *rows])) + "\n"

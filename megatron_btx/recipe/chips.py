@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from megatron_btx.errors import UserError
+from megatron_btx.recipe.messages import aligned
 from megatron_btx.recipe.run_plan import RunPlan, StagePlan, human
 
 PEAK_TFLOPS: dict[str, float] = {
@@ -163,20 +164,12 @@ def render(found: Estimate) -> str:
     ]
     named = {**found.stages, "the system": found.system, "all stages": found.total}
     table = [head, *([name, *_cells(time)] for name, time in named.items())]
-    widths = [max(len(row[i]) for row in table) for i in range(len(head))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in table
-    ]
     said = (
         f"On {found.gpu} ({found.peak_tflops:g} TFLOP/s peak) at {found.mfu:.0%} MFU; days of wall "
         "time on the layouts' ranks, the experts side by side. Saves, evaluations and queues come "
         "on top."
     )
-    return "\n".join([*lines, "", said])
+    return "\n".join([*aligned(table), "", said])
 
 
 def _cells(time: Time) -> list[str]:

@@ -1,4 +1,5 @@
-"""How types, values and near misses are called in an error, and how numbers may be written."""
+"""Text for people: types, values and near misses in errors, numbers as they may be written, plain
+tables."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import os
 import re
 import types
 import typing
+from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any, Literal
 
@@ -135,3 +137,17 @@ def homes(cls: Any, key: str = "") -> list[str]:
                 item = typing.get_args(option)[1]
                 found += homes(item, f"{dotted}.*") if dataclasses.is_dataclass(item) else []
     return found
+
+
+def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
+    """The lines of a plain-text table: two spaces between columns, the first ``left`` of them
+    aligned to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return lines

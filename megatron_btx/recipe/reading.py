@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_btx.files import find_json
 from megatron_btx.recipe import count, stages
+from megatron_btx.recipe.messages import aligned
 from megatron_btx.recipe.schema import Recipe
 
 MANY = 4.0
@@ -88,7 +89,7 @@ def render(readings: Iterable[Reading], domains: Mapping[str, Any] | None) -> st
     rows += [
         (one.stage, one.domain, f"{one.tokens:,}", _number(one.epochs, ".2f")) for one in readings
     ]
-    text = ["What is read", "", *_aligned(rows, left=2)]
+    text = ["What is read", "", *_ruled(rows, left=2)]
     if domains is None:
         return "\n".join([*text, "", "Epochs are known when stage prepare is done."])
     table = [("domain", "documents", "tokens", "bytes", "held-out documents", "tokens", "bytes")]
@@ -99,20 +100,13 @@ def render(readings: Iterable[Reading], domains: Mapping[str, Any] | None) -> st
             for what in ("documents", "tokens", "bytes")
         ]
         table.append((name, *cells))  # type: ignore[arg-type]
-    return "\n".join([*text, "", "What there is", "", *_aligned(table, left=1)])
+    return "\n".join([*text, "", "What there is", "", *_ruled(table, left=1)])
 
 
 def _number(value: float | None, form: str = ",") -> str:
     return "-" if value is None else format(value, form)
 
 
-def _aligned(rows: list[Any], left: int) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i < left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
+def _ruled(rows: list[Any], left: int) -> list[str]:
+    lines = aligned(rows, left)
     return [lines[0], "-" * max(map(len, lines)), *lines[1:]]

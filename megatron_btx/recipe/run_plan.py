@@ -10,6 +10,7 @@ from typing import Any
 from megatron_btx.recipe import check, count, memory, systems
 from megatron_btx.recipe import stages as of_recipe
 from megatron_btx.recipe.architecture import Architecture
+from megatron_btx.recipe.messages import aligned
 from megatron_btx.recipe.schema import Recipe, Training
 from megatron_btx.recipe.stages import stage_of_key, training
 
@@ -219,15 +220,7 @@ def rows(plan: RunPlan) -> list[tuple[str, ...]]:
 
 def render(plan: RunPlan) -> str:
     """The plan as plain text."""
-    table = [COLUMNS, *rows(plan)]
-    widths = [max(len(row[i]) for row in table) for i in range(len(COLUMNS))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in table
-    ]
+    lines = aligned([COLUMNS, *rows(plan)])
     lines.insert(1, "-" * len(lines[0]))
     lines.insert(len(lines) - 1, "-" * len(lines[0]))
     return "\n".join([f"Plan of {plan.recipe}", "", *lines, "", *notes(plan)])

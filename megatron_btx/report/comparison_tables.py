@@ -10,6 +10,7 @@ from typing import Any
 from megatron_btx.evaluate.results import MEAN
 from megatron_btx.evaluate.routing_stats import choice_in_words
 from megatron_btx.pipeline.local.progress import amount, clock
+from megatron_btx.recipe.messages import aligned
 from megatron_btx.report.comparison import Comparison, System
 from megatron_btx.report.paired import Paired
 from megatron_btx.report.table import untold
@@ -188,15 +189,7 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> str:
 
 def plain_table(rows: Sequence[Sequence[str]]) -> str:
     """Aligned text; the first row is the head."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i == 0 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(aligned(rows)) + "\n"
 
 
 def plain(comparison: Comparison, against: Sequence[str] = ()) -> str:

@@ -11,6 +11,7 @@ from megatron_btx.evaluate.results import MEAN, Results, SystemResult
 from megatron_btx.evaluate.routing_stats import choice_in_words
 from megatron_btx.pipeline.local.progress import amount
 from megatron_btx.pipeline.stage_tables import columns
+from megatron_btx.recipe.messages import aligned
 
 TITLES = {
     "seed": "seed",
@@ -156,12 +157,7 @@ def plain(results: Results) -> str:
         ]
         table.append([title(row.name), *cells])
     table[0][1:] = [f"{name} " for name in names]
-    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
-    lines = []
-    for first, *others in table:
-        cells = [cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True)]
-        lines.append("  ".join([first.ljust(widths[0]), *cells]))
-    return "\n".join(line.rstrip() for line in lines) + "\n* best of its column\n"
+    return "\n".join(aligned(table)) + "\n* best of its column\n"
 
 
 def _rich(results: Results, stream: IO[str]) -> None:

@@ -1,8 +1,7 @@
 """Megatron's TopKRouter with the paper's routing functions and balance loss.
 
-It takes the place of ``TopKRouter`` in a layer specification; the recipe's ``Routing`` comes with
-it, and ``transformer_fields`` (router_config.py) are what Megatron's configuration must say beside
-it:
+It replaces ``TopKRouter`` in a layer specification. Megatron's configuration needs the values of
+``transformer_fields`` (router_config.py):
 
     MoESubmodules(experts=..., router=functools.partial(BTXRouter, routing=routing, random_seed=1))
     TransformerConfig(..., **transformer_fields(routing, num_experts))
@@ -133,10 +132,8 @@ class BTXRouter(TopKRouter):
             return routing.draw_top1(logits, noise=None)
         context = noise.routing_context()
         if len(context.sequences) * length != len(logits):
-            raise RuntimeError(
-                f"set_routing_context was told of {len(context.sequences)} sequences, but the "
-                f"batch holds {len(logits) // length}"
-            )
+            told = f"set_routing_context got {len(context.sequences)} sequences"
+            raise RuntimeError(f"{told}, but the batch has {len(logits) // length}")
         positions = self._positions(length, logits.device)
         drawn = noise.gumbel(self.noise_key, context, positions, self.num_experts)
         drawn = drawn.view_as(logits).to(logits.dtype)
@@ -161,9 +158,8 @@ class BTXRouter(TopKRouter):
         return gates
 
     def _attach_paper_loss(self, gates: Tensor, probabilities: Tensor) -> Tensor:
-        """The means are over the micro-batch's tokens of the whole TP x CP group. All its ranks
-        have the same loss; each computes the gradient of its own tokens, and Megatron sums
-        these."""
+        """The means are over the micro-batch's tokens of the whole TP x CP group, whose ranks have
+        the same loss; each computes the gradient of its own tokens, and Megatron sums these."""
         alpha, tokens = self.recipe.balance_loss_coeff, len(gates) * self.tp_cp_group.size()
         sums = torch.stack([gates.sum(0), probabilities.sum(0)])
         u, p = reduce_from_tensor_model_parallel_region(sums, self.tp_cp_group) / tokens
@@ -228,8 +224,7 @@ def routers(model: torch.nn.Module | Iterable[torch.nn.Module]) -> list[BTXRoute
 def forced_routing(
     model: torch.nn.Module | Iterable[torch.nn.Module], expert: int
 ) -> Iterator[None]:
-    """Within the block every token goes to one expert (0 to N - 1), with weight 1, in every
-    layer."""
+    """Within the block, every layer routes every token to one expert (0 to N - 1), weight 1."""
     found = routers(model)
     for router in found:
         assert 0 <= expert < router.num_experts, f"no expert {expert} of {router.num_experts}"
@@ -258,9 +253,8 @@ def dropless(model: torch.nn.Module | Iterable[torch.nn.Module]) -> Iterator[Non
 
 @dataclass
 class Load:
-    """Tokens and gates by layer and expert, float64 [layers, N]. Layers of other pipeline stages
-    are 0, so that the sum over all ranks is that of the whole model. Dropped tokens do not
-    count."""
+    """Tokens and gates by layer and expert, float64 [layers, N], without dropped tokens. Layers of
+    other pipeline stages are 0, so that the sum over all ranks is that of the whole model."""
 
     tokens: Tensor
     gates: Tensor

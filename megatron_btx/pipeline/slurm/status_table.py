@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from megatron_btx.pipeline import stage_tables
 from megatron_btx.pipeline.local.progress import amount
+from megatron_btx.recipe.messages import aligned
 
 COLUMNS = ("stage", "job", "state", "nodes", "step", "loss", "tokens/s", "MFU", "goodput", "left",
            "restarts")  # fmt: skip
@@ -57,11 +58,9 @@ class StageStatus:
 def table(found: list[StageStatus]) -> str:
     """The rows as text, what there is to say about one under it."""
     cells = [COLUMNS, *(row.cells for row in found)]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(COLUMNS))]
     lines = []
-    for line, row in zip(cells, [None, *found], strict=True):
-        padded = (text.ljust(width) for text, width in zip(line, widths, strict=True))
-        lines.append("  ".join(padded).rstrip())
+    for line, row in zip(aligned(cells, len(COLUMNS)), [None, *found], strict=True):
+        lines.append(line)
         if row is not None and row.note:
             lines += [f"    {text}" for text in row.note.splitlines()]
     return "\n".join(lines) + "\n"
