@@ -52,7 +52,8 @@ def _experts(mlp: Any, prefix: str, rest: str) -> Iterator[str]:
     """Of one parameter of an MoE layer's experts: ours hold several, Transformer Engine's one."""
     linear, _, part = rest.removeprefix("mlp.experts.").partition(".")
     if isinstance(mlp.experts, GroupedExperts):
-        local = dict(getattr(mlp.experts, linear).parts())[part]
+        parts = getattr(mlp.experts, linear).parts()
+        local = next(experts for name, _, experts in parts if name == part)
     else:
         local = (int(part.removeprefix("weight")),)
     first = mlp.ep_group.rank() * mlp.num_local_experts

@@ -91,97 +91,55 @@ class GroupedExperts(MegatronModule):
         ``{prefix}experts.linear_fc1.weight`` is [..., N, 2F, H] globally with [gate; up] along 2F
         whatever the tensor parallelism, ``linear_fc2`` is [..., N, H, F]; N counts all experts.
         """
-        if self.apart:
-            return self._sharded_apart(prefix, sharded_offsets)
-        dims = len(sharded_offsets)
-        ep = (dims, self.ep_group.rank(), self.ep_group.size())
-        tp_rank, tp_size = self.tp_group.rank(), self.tp_group.size()
-        replica_id = (0, 0, self.dp_group.rank())
-        fc1_key = f"{prefix}experts.linear_fc1.weight"
-        fc2_key = f"{prefix}experts.linear_fc2.weight"
+        return {
+            f"{prefix}{linear}.{part}": self._sharded(
+                f"{prefix}experts.{linear}.weight", weight, experts, halves, sharded_offsets
+            )
+            for linear, halves in (("linear_fc1", 2), ("linear_fc2", 1))
+            for part, weight, experts in getattr(self, linear).parts()
+        }
 
-        def halves(
+    def _sharded(
+        self, key: str, weight: Tensor, experts: Sequence[int], halves: int, offsets: tuple
+    ) -> ShardedTensor | ShardedTensorFactory:
+        """The shards of ``weight`` [len(experts), ...]: one of all experts, or one of each where
+        ``apart``. Gate and up (``halves`` = 2) are separate shards: each is contiguous in the
+        global tensor, together they are not."""
+        dims = len(offsets)
+        size = 1 if self.apart else self.num_local_experts
+        first = self.ep_group.rank() * self.num_local_experts
+        shards = self.ep_group.size() * self.num_local_experts // size
+        tp_rank, tp_size = self.tp_group.rank(), self.tp_group.size()
+
+        def split(
             key: str, data: Tensor, replica: tuple, flattened_range: slice | None
         ) -> list[ShardedTensor]:
-            """Gate and up separately: each is contiguous in the global tensor, together they are
-            not."""
             assert flattened_range is None, "ask for fully_reshardable optimizer checkpoints"
             return [
                 ShardedTensor.from_rank_offsets(
                     key,
                     half,
-                    *sharded_offsets,
-                    ep,
-                    (dims + 1, which * tp_size + tp_rank, 2 * tp_size),
+                    *offsets,
+                    (dims, (first + expert) // size, shards),
+                    (dims + 3 - halves, which * tp_size + tp_rank, halves * tp_size),
                     replica_id=replica,
                     prepend_axis_num=dims,
                 )
-                for which, half in enumerate(data.chunk(2, dim=1))
+                for expert, shard in zip(experts[::size], data.split(size), strict=True)
+                for which, half in enumerate(shard.chunk(halves, dim=1))
             ]
 
-        def joined(parts: list[Tensor]) -> Tensor:
+        def join(parts: list[Tensor]) -> Tensor:
             with torch.no_grad():
-                return torch.cat(parts, dim=-2)
+                each = [torch.cat(parts[i : i + halves], -2) for i in range(0, len(parts), halves)]
+                return each[0] if len(each) == 1 else torch.cat(each, -3)
 
-        return {
-            f"{prefix}linear_fc1.weight": ShardedTensorFactory(
-                fc1_key, self.linear_fc1.weight, halves, joined, replica_id
-            ),
-            f"{prefix}linear_fc2.weight": ShardedTensor.from_rank_offsets(
-                fc2_key,
-                self.linear_fc2.weight,
-                *sharded_offsets,
-                ep,
-                (dims + 2, tp_rank, tp_size),
-                replica_id=replica_id,
-                prepend_axis_num=dims,
-            ),
-        }
-
-    def _sharded_apart(self, prefix: str, sharded_offsets: tuple) -> ShardedStateDict:
-        """The same, with a shard per expert."""
-        dims = len(sharded_offsets)
-        first = self.ep_group.rank() * self.num_local_experts
-        number = self.ep_group.size() * self.num_local_experts
-        tp_rank, tp_size = self.tp_group.rank(), self.tp_group.size()
         replica_id = (0, 0, self.dp_group.rank())
-
-        def factory(linear: str, part: str, experts: Sequence[int]) -> ShardedTensorFactory:
-            key = f"{prefix}experts.{linear}.weight"
-            halves = 2 if linear == "linear_fc1" else 1
-            axis = dims + (1 if linear == "linear_fc1" else 2)
-
-            def pieces(
-                key: str, data: Tensor, replica: tuple, flattened_range: slice | None
-            ) -> list[ShardedTensor]:
-                assert flattened_range is None, "ask for fully_reshardable optimizer checkpoints"
-                return [
-                    ShardedTensor.from_rank_offsets(
-                        key,
-                        half,
-                        *sharded_offsets,
-                        (dims, first + expert, number),
-                        (axis, which * tp_size + tp_rank, halves * tp_size),
-                        replica_id=replica,
-                        prepend_axis_num=dims,
-                    )
-                    for place, expert in enumerate(experts)
-                    for which, half in enumerate(data[place : place + 1].chunk(halves, dim=1))
-                ]
-
-            def joined(parts: list[Tensor]) -> Tensor:
-                with torch.no_grad():
-                    each = [parts[at : at + halves] for at in range(0, len(parts), halves)]
-                    return torch.cat([torch.cat(one, dim=-2) for one in each], dim=-3)
-
-            data = getattr(getattr(self, linear), part)
-            return ShardedTensorFactory(key, data, pieces, joined, replica_id)
-
-        return {
-            f"{prefix}{linear}.{part}": factory(linear, part, experts)
-            for linear in ("linear_fc1", "linear_fc2")
-            for part, experts in getattr(self, linear).parts()
-        }
+        whole = split(key, weight, replica_id, None)
+        if len(whole) == 1:
+            whole[0].data = weight  # not a view of it: optimizers look parameters up by identity
+            return whole[0]
+        return ShardedTensorFactory(key, weight, split, join, replica_id)
 
     def backward_dw(self) -> None:
         """Part of Megatron's interface; weight gradients are not delayed here."""
@@ -217,13 +175,13 @@ class _ExpertWeights(torch.nn.Module):
         """The frozen experts, as ``feed_forward`` takes them."""
         return None if self.frozen is None else (self.frozen, self.learn)
 
-    def parts(self) -> list[tuple[str, tuple[int, ...]]]:
-        """The parameters' names, and the experts in each."""
+    def parts(self) -> list[tuple[str, Tensor, tuple[int, ...]]]:
+        """Name and value of the parameters, and the experts in each."""
         if self.frozen is None:
-            return [("weight", self.learn)]
+            return [("weight", self.weight, self.learn)]
         number = len(self.weight) + len(self.frozen)
         still = tuple(expert for expert in range(number) if expert not in self.learn)
-        return [("weight", self.learn), ("frozen", still)]
+        return [("weight", self.weight, self.learn), ("frozen", self.frozen, still)]
 
     @torch.no_grad()
     def divide(self, still: Collection[int]) -> None:
