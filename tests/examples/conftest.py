@@ -34,6 +34,7 @@ experts:
   more: {{tokens: 6144, data: {{more: 1}}}}
 seed: {{tokens: 16_384, data: {{web: 1, math: 0.2}}}}
 dense: null
+mix: {{router_init_tokens: 4096}}
 peak_tflops: 0.05
 finetune: {{tokens: 8192, layout: {{data_parallel_size: 2, expert_model_parallel_size: 2}}}}
 training: {{save_interval: 100, eval_interval: 0, lr_warmup_iters: 4}}

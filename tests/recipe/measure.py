@@ -11,8 +11,8 @@ import json
 import sys
 from pathlib import Path
 
-STEPS = 6
-MICRO_BATCHES = 4
+STEPS = 3
+MICRO_BATCHES = 2
 
 
 def peak() -> int:
@@ -78,7 +78,7 @@ def main() -> None:
     state = checkpoint.TrainingState(
         model=ddp, optimizer=optimizer, schedule=build_schedule(optimizer, training, 10)
     )
-    directory = Path(sys.argv[3]) / "step_00000006"
+    directory = Path(sys.argv[3]) / "step_00000003"
     checkpoint.save(directory, state, checkpoint.manifest_of(architecture))
     disk = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
     found = {"parameters": parameters, "started": started, "peak": trained, "disk": disk}

@@ -62,7 +62,7 @@ def run_stage(case: Case, training: Training, folder: Path, first: int, stop: in
         schedule=schedule,
         batches=lambda step: microbatches(case, step),
         total_steps=steps[-1],
-        num_microbatches=case.global_batch_size // case.layout.data_parallel_size,
+        num_microbatches=len(list(microbatches(case, first))),
         micro_batch_size=case.micro_batch_size,
         global_batch_size=case.global_batch_size,
         seq_length=case.architecture.model.seq_length,
