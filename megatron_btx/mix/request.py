@@ -39,7 +39,7 @@ class MixRequest:
     """dtype of the result (default: that of the sources)"""
     average: tuple[str, ...] = ()
     """NAME=WEIGHT of every source in the average of all tensors outside the experts, or `tokens`:
-    those that each was trained on since --seed-model (default: uniform)"""
+    by the tokens that each was trained on since --seed-model (default: uniform)"""
     average_groups: tuple[str, ...] = ()
     """GROUP:NAME=WEIGHT, separate weights for embeddings, attention, norms or head"""
     dare: float | None = like(Mix, "dare")
