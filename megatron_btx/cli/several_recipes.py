@@ -1,5 +1,5 @@
-"""``btx submit`` and ``btx status`` of several recipes: one graph that ends in their comparison.
-Imports no torch."""
+"""``btx submit``, ``status`` and ``cancel`` of several recipes: one graph that ends in their
+comparison. Imports no torch."""
 
 from __future__ import annotations
 
@@ -136,3 +136,23 @@ def standing(options: argparse.Namespace) -> tuple[str, bool]:
     active = any(row.active for found in rows.values() for row in found)
     active = active or (last is not None and last.active)
     return (json.dumps(content, indent=1) + "\n" if options.json else "\n".join(texts)), active
+
+
+def cancel(options: argparse.Namespace) -> int:
+    """``btx cancel`` of several."""
+    from megatron_btx.pipeline.slurm import commands, run_jobs, several_recipes
+
+    if options.only:
+        raise UserError("--only", "selects the stages of one recipe", "cancel that one's alone")
+    members, out = _members(options)
+    last = several_recipes.row(out)
+    found = {} if last is None or not last.active else {last.job: last.stage}
+    for member in members:
+        for job in run_jobs.active(member.run_dir, member.stages):
+            found.setdefault(job.number, f"{job.stage} of {member.recipe.name}")
+    commands.cancel(found)
+    for number, what in found.items():
+        sys.stdout.write(f"cancelled {number} ({what})\n")
+    if not found:
+        sys.stdout.write("no jobs in the queue\n")
+    return 0

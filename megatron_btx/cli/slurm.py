@@ -93,13 +93,19 @@ def add_parser(commands: Any) -> None:
     parser.add_argument("-f", "--follow", action="store_true", help="follow the log as it grows")
     parser.set_defaults(run=logs)
 
-    parser = recipe_command(
+    parser = command(
         commands,
         "cancel",
         "cancel the jobs of a recipe; `btx submit` continues from their checkpoints",
-        "examples:\n  btx cancel recipe.yaml\n  btx cancel recipe.yaml dense",
+        "examples:\n"
+        "  btx cancel recipe.yaml\n"
+        "  btx cancel recipe.yaml --only dense\n"
+        "  btx cancel examples/systems --seeds 3       of all of them, and their comparison's",
     )
-    parser.add_argument("stage", metavar="STAGE", nargs="*", help="only these stages")
+    several_recipes.add_flags(parser)
+    parser.add_argument(
+        "--only", metavar="STAGE", action="append", default=[], help="this one (may be repeated)"
+    )
     parser.set_defaults(run=cancel)
 
 
@@ -221,8 +227,13 @@ def cancel(options: argparse.Namespace) -> int:
     """``btx cancel``."""
     from megatron_btx.pipeline.slurm import commands, run_jobs
 
+    for path in options.recipes[1:]:
+        if not path.exists():
+            raise UserError(str(path), "is no recipe", f"to select a stage: `--only {path}`")
+    if not several_recipes.alone(options):
+        return several_recipes.cancel(options)
     recipe, run_dir, stages = open_recipe(options.recipe)
-    chosen = {graph.find(stages, name).name for name in options.stage}
+    chosen = {graph.find(stages, name).name for name in options.only}
     found = [
         job
         for job in run_jobs.active(run_dir.absolute(), stages)

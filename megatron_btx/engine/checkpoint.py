@@ -7,43 +7,48 @@ disk; a directory ``step_00000123`` can be loaded, however the writer ended.
 from __future__ import annotations
 
 import contextlib
+import functools
+import json
 import os
 import pickle
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.strategies.async_utils import AsyncRequest
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_btx.engine import checkpoint_directory, checkpoint_hashes, checkpoint_workers
-from megatron_btx.engine.distributed import is_first_rank
+from megatron_btx.engine import (
+    checkpoint_directory,
+    checkpoint_hashes,
+    checkpoint_plan,
+    optimizer_shards,
+)
+from megatron_btx.engine.distributed import from_first_rank, is_first_rank
 from megatron_btx.engine.freezing import numbered
 from megatron_btx.engine.megatron_release import SAVE_TAKES_STRATEGY
 from megatron_btx.engine.model import gather_parameters, model_chunks, unwrap
 from megatron_btx.errors import UserError
 from megatron_btx.files import sync_directory, write_json, written
 from megatron_btx.recipe.architecture import Architecture
-from megatron_btx.recipe.read_architecture import from_manifest
-from megatron_btx.weights.integrity import HASHES, hashes_json
+from megatron_btx.recipe.read_architecture import ENTRIES, from_manifest
+from megatron_btx.weights.integrity import HASHES, files_of, hash_file, hashes_json
 from megatron_btx.weights.manifest import FORMAT, MANIFEST, read_manifest
 from megatron_btx.weights.megatron import extra_states, second_names
 from megatron_btx.weights.partial import write_small
 from megatron_btx.weights.torch_dist import read_metadata
 
-_tiled: WeakSet[object] = WeakSet()
-"""Models and optimizers whose shards Megatron has found, at their first save, to make up every
-tensor. Every rank's are gathered for that, and they do not change from save to save."""
+_agreed: WeakKeyDictionary[object, checkpoint_plan.Agreed] = WeakKeyDictionary()
+"""Of models and optimizers that were saved once: what the ranks write, which Megatron found then to
+make up every tensor."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +68,11 @@ class TrainingState:
         if self.optimizer is not None:
             assert self.schedule is not None
             first = unwrap(model_chunks(self.model)[0])  # of several all are frozen alike
-            state["optimizer"] = self.optimizer.sharded_state_dict(
-                numbered(first, model_part), is_loading=is_loading, metadata=metadata
+            own = numbered(first, model_part)
+            state["optimizer"] = (
+                self.optimizer.sharded_state_dict(own, is_loading=True, metadata=metadata)
+                if is_loading
+                else optimizer_shards.sharded_state(self.optimizer, own, metadata)
             )
             state["opt_param_scheduler"] = self.schedule.state_dict()
             state["rng_state"] = _rng_state()
@@ -73,7 +81,7 @@ class TrainingState:
 
 def _metadata() -> dict[str, Any]:
     return {
-        "distrib_optim_sharding_type": "fully_reshardable",
+        "distrib_optim_sharding_type": optimizer_shards.FORM,
         # Gathered through gloo where there is no NCCL; what is stored is the same.
         "distrib_optim_fully_reshardable_mem_efficient": not torch.cuda.is_available(),
         "chained_optim_avoid_prefix": True,
@@ -147,80 +155,98 @@ def save(
     Raises:
         UserError: the disk is full or the directory cannot be written.
     """
-    partial = checkpoint_directory.partial_of(directory)
     with checkpoint_directory.disk_errors(directory):
-        request(partial, directory, state, manifest).execute_sync()
-        publish(directory, manifest, add_files)
+        planned = plan(directory, state, manifest)
+        data = checkpoint_plan.on_the_host(planned.data)
+        partial = checkpoint_directory.partial_of(directory)
+        outcomes = checkpoint_plan.to_first_rank(
+            checkpoint_plan.write(partial, dist.get_rank(), data)
+        )
+        error = None
+        try:
+            if is_first_rank():
+                complete(directory, planned, outcomes, manifest, add_files)
+        except Exception as what:
+            error = what
+        error = from_first_rank(error)
+        if error is not None:
+            raise error
 
 
-def request(
-    partial: Path, directory: Path, state: TrainingState, manifest: dict[str, Any]
-) -> AsyncRequest:
-    """What Megatron has to write, planned and ready to be executed; ``partial`` is made. Every rank
-    calls it."""
-    checkpoint_workers.start()
+def plan(
+    directory: Path, state: TrainingState, manifest: dict[str, Any]
+) -> checkpoint_plan.Strategy:
+    """What every rank has to write, agreed on; the partial directory is made. Every rank calls
+    it."""
+    partial = checkpoint_directory.partial_of(directory)
     if is_first_rank():
         checkpoint_directory.make_room(partial)
         partial.mkdir(parents=True)
-    dist.barrier()
     saved: object = state.model if state.optimizer is None else state.optimizer
-    # Two writers a rank would fork two processes a rank; one is enough for one disk.
-    strategy = TorchDistSaveShardedStrategy("torch_dist", 1, thread_count=1)
+    strategy = checkpoint_plan.Strategy(_agreed.get(saved))
     content = state.sharded(is_loading=False)
-    architecture = from_manifest(manifest, directory / MANIFEST)
-    content["megatron_lm"] = _for_megatron_lm(content["model"], architecture)
-    found = dist_checkpointing.save(
+    content["megatron_lm"] = _for_megatron_lm(content["model"], _architecture(manifest))
+    dist_checkpointing.save(
         {**content, "checkpoint_version": 3.0},
         str(partial),
         strategy,
-        validate_access_integrity=saved not in _tiled,
+        validate_access_integrity=saved not in _agreed,
         async_sharded_save=True,
         content_metadata=_saved_form(),
         **({"async_strategy": "mcore"} if SAVE_TAKES_STRATEGY else {}),
     )
-    assert found is not None
-    _tiled.add(saved)
-    return found
-
-
-def publish(
-    directory: Path, manifest: dict[str, Any], add_files: Callable[[Path], None] | None
-) -> None:
-    """Complete what all ranks have written, and give it its name. Every rank calls it.
-
-    Args:
-        directory: the final name.
-        manifest: written now.
-        add_files: as of :func:`save`.
-    """
-    partial = checkpoint_directory.partial_of(directory)
-    if is_first_rank():
-        complete(partial, manifest, add_files)
-    dist.barrier()
-    hashes = checkpoint_hashes.take_hashes(partial)
-    if is_first_rank():
-        give_name(directory, hashes)
-    dist.barrier()
+    assert strategy.agreed is not None
+    _agreed[saved] = strategy.agreed
+    return strategy
 
 
 def complete(
-    partial: Path, manifest: dict[str, Any], add_files: Callable[[Path], None] | None
+    directory: Path,
+    planned: checkpoint_plan.Strategy,
+    outcomes: Sequence[checkpoint_plan.Written | Exception],
+    manifest: dict[str, Any],
+    add_files: Callable[[Path], None] | None,
 ) -> None:
-    """Add what one rank writes for all to what all have written. The first rank calls it."""
+    """Add what one rank writes for all to what all have written, and give it its name. The first
+    rank calls it, and no other takes part.
+
+    Args:
+        directory: the final name.
+        planned: as :func:`plan` returned it.
+        outcomes: what every rank has written.
+        manifest: written now.
+        add_files: as of :func:`save`.
+
+    Raises:
+        OSError: the disk, on whichever rank.
+    """
+    partial = checkpoint_directory.partial_of(directory)
+    assert planned.agreed is not None
+    checkpoint_plan.finish(partial, planned.agreed, outcomes)
     _write_common(partial)
     if add_files is not None:
         add_files(partial)
     write_json(partial / MANIFEST, manifest)
-
-
-def give_name(directory: Path, hashes: Mapping[str, str]) -> None:
-    """A checkpoint that lacks but the hashes of its files becomes whole. The first rank calls
-    it."""
-    partial = checkpoint_directory.partial_of(directory)
+    hashes: dict[str, str] = {}
+    for one in outcomes:
+        hashes |= one.hashes if isinstance(one, checkpoint_plan.Written) else {}
+    left = set(files_of(partial)) - hashes.keys()
+    hashes |= {name: hash_file(partial / name) for name in left}
     write_small(partial / HASHES, hashes_json(hashes))
     checkpoint_directory.make_room(directory)
     os.rename(partial, directory)
     sync_directory(directory.parent)
+
+
+def _architecture(manifest: Mapping[str, Any]) -> Architecture:
+    """A manifest's, read once and not at every save."""
+    entries = {key: manifest[key] for key in ENTRIES if key in manifest}
+    return _read_architecture(json.dumps(entries))
+
+
+@functools.lru_cache(8)
+def _read_architecture(entries: str) -> Architecture:
+    return from_manifest(json.loads(entries), Path(MANIFEST))
 
 
 def _for_megatron_lm(model: dict[str, Any], architecture: Architecture) -> dict[str, Any]:

@@ -7,8 +7,6 @@ A checkpoint is written under another name and renamed when it is complete: a di
 from __future__ import annotations
 
 import contextlib
-import errno
-import logging
 import os
 import re
 import shutil
@@ -17,10 +15,8 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 
 import torch.distributed as dist
-from megatron.core.dist_checkpointing.strategies import filesystem_async
-from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_btx.engine.distributed import from_first_rank, is_first_rank
+from megatron_btx.engine.distributed import is_first_rank
 from megatron_btx.errors import UserError
 
 _PARTIAL, _OLD, _LAST = ".partial", ".old", ".last"
@@ -97,42 +93,11 @@ def make_room(directory: Path) -> None:
 def disk_errors(directory: Path) -> Iterator[None]:
     """Within the block, disk errors of the writers of a checkpoint become a :class:`UserError`, and
     the partial checkpoint, which may be what fills the disk, is removed."""
-    said = _Said()
-    writer = logging.getLogger(filesystem_async.__name__)
-    writer.addHandler(said)
     try:
         yield
-    except (OSError, CheckpointException) as error:
+    except OSError as error:
         if is_first_rank():
             shutil.rmtree(partial_of(directory), ignore_errors=True)
-        if isinstance(error, OSError):
-            found: OSError | None = error
-        else:  # on every rank, and only the first one is told what it was
-            found = from_first_rank(_disk_error(f"{error} {said.words}"))
-        if found is None:
-            raise RuntimeError(f"{directory} was not written: {error}") from error
         raise UserError(
-            str(directory), f"cannot be written: {found.strerror or found}", "free some space"
+            str(directory), f"cannot be written: {error.strerror or error}", "free some space"
         ) from error
-    finally:
-        writer.removeHandler(said)
-
-
-class _Said(logging.Handler):
-    """The errors that the writer logs: 0.19 raises the type of one alone."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.ERROR)
-        self.words = ""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Keep its words."""
-        self.words += record.getMessage() + "\n"
-
-
-def _disk_error(words: str) -> OSError | None:
-    """What the system said, where torch's writers met it: they pass on its words alone."""
-    for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS):
-        if os.strerror(number) in words:
-            return OSError(number, os.strerror(number))
-    return None

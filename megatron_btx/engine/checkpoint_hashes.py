@@ -21,42 +21,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import filesystem
 
-from megatron_btx.engine.distributed import from_first_rank
 from megatron_btx.errors import UserError, UserErrors, capped, collect_errors
 from megatron_btx.weights import safe_unpickle
-from megatron_btx.weights.integrity import HASHES, difference, files_of, hash_file, hashes_of
+from megatron_btx.weights.integrity import HASHES, difference, hashes_of
 
 _OWN = re.compile(r"__(\d+)_\d+\.distcp")
 _LISTED = {**safe_unpickle.METADATA_NAMES, **safe_unpickle.COMMON_NAMES}
-
-
-def take_hashes(directory: Path) -> dict[str, str]:
-    """The hash of every file of a directory that is complete. Every rank calls it.
-
-    Raises:
-        OSError: some rank cannot read a file.
-    """
-    names = from_first_rank(files_of(directory))
-    found: dict[str, str] | OSError = {}
-    try:
-        found = {name: hash_file(directory / name) for name in _share(names)}
-    except OSError as error:
-        found = error
-    return joined(found)
-
-
-def joined(own: dict[str, str] | OSError) -> dict[str, str]:
-    """The hashes that all ranks have taken, on every rank. Every rank calls it.
-
-    Raises:
-        OSError: some rank could not.
-    """
-    hashes: dict[str, str] = {}
-    for part in _all_ranks(own):
-        if isinstance(part, OSError):
-            raise part
-        hashes |= part
-    return hashes
 
 
 def check_hashes(directory: Path, only: Iterable[str] | None = None) -> None:

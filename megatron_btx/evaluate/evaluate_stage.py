@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core import parallel_state
 
 from megatron_btx.data.heldout import HeldOutText, held_out
 from megatron_btx.data.tokenizer import load_tokenizer
@@ -15,10 +18,10 @@ from megatron_btx.engine import distributed
 from megatron_btx.engine.initializer import initialize
 from megatron_btx.engine.model import DTYPES, build_model
 from megatron_btx.evaluate.btm_heldout import btm_heldout, training_text
-from megatron_btx.evaluate.heldout import HeldOut, evaluate, text_of
+from megatron_btx.evaluate.heldout import Batch, HeldOut, Listener, evaluate, text_of
 from megatron_btx.evaluate.results import Results, StageCost, SystemResult, total
 from megatron_btx.evaluate.routing_stats import expert_choice
-from megatron_btx.files import find_json, write_json
+from megatron_btx.files import find_json, write_json, written
 from megatron_btx.mix.average import average
 from megatron_btx.mix.one_model import copy
 from megatron_btx.recipe import count, freezing
@@ -60,7 +63,8 @@ def run(recipe: Recipe, run_dir: Path) -> dict[str, Any]:
         if recipe.system == row.name == "btm":
             measured = _ensemble(recipe, run_dir, row, domains)
         else:
-            measured = _single(recipe, run_dir, row, domains, text)
+            through = _Through(progress, row.name, domains, (index, len(systems)))
+            measured = _single(recipe, run_dir, row, domains, text, through)
         table[row.name] = _with_training(recipe, run_dir, row, measured)
     if distributed.is_first_rank():
         results = Results(recipe=recipe.name, domains=tuple(domains), text=text, systems=table)
@@ -69,14 +73,40 @@ def run(recipe: Recipe, run_dir: Path) -> dict[str, Any]:
     return {"results": "results.json"}
 
 
+class _Through:
+    """Says in ``progress.json``, a few times a second at most, how much of a model's text has been
+    through it. The first rank does, of its share."""
+
+    def __init__(self, path: Path, what: str, domains: Domains, place: tuple[int, int]) -> None:
+        self.path, self.what, self.place = path, what, place
+        self.left = self.all = sum(len(one) for one in domains.values())
+        self.next = 0.0
+
+    def __call__(self, batch: Batch) -> None:
+        """A micro-batch has been."""
+        self.left -= len(batch["tokens"]) * parallel_state.get_data_parallel_world_size()
+        if distributed.is_first_rank() and self.left > 0 and time.monotonic() >= self.next:
+            self.next = time.monotonic() + 0.2
+            index, count = self.place
+            done = (index + 1 - self.left / self.all) / count
+            with written(self.path, durable=False) as file:
+                json.dump({"what": self.what, "done": done}, file)
+
+
 def evaluate_plan(
-    plan: Plan, domains: Domains, settings: Evaluate, precision: Precision, random_seed: int
+    plan: Plan,
+    domains: Domains,
+    settings: Evaluate,
+    precision: Precision,
+    random_seed: int,
+    listener: Listener | None = None,
 ) -> HeldOut:
     """Build a plan's model under the evaluation's layout, and evaluate it."""
     model = build_model(plan.architecture, settings.layout, precision, random_seed=random_seed)
     initialize(model, plan)
     with torch.no_grad():
-        return evaluate(model, domains, micro_batch_size=settings.micro_batch_size)
+        most = settings.micro_batch_size
+        return evaluate(model, domains, micro_batch_size=most, listener=listener)
 
 
 def evaluate_checkpoint(
@@ -85,14 +115,21 @@ def evaluate_checkpoint(
     settings: Evaluate,
     precision: Precision,
     random_seed: int,
+    listener: Listener | None = None,
 ) -> tuple[Architecture, HeldOut]:
     """Load a checkpoint under the evaluation's layout and evaluate it."""
     plan = copy(open_megatron(checkpoint, "model"), dtype=DTYPES[precision])
-    return plan.architecture, evaluate_plan(plan, domains, settings, precision, random_seed)
+    found = evaluate_plan(plan, domains, settings, precision, random_seed, listener)
+    return plan.architecture, found
 
 
 def _single(
-    recipe: Recipe, run_dir: Path, row: TableRow, domains: Domains, text: Mapping[str, Any]
+    recipe: Recipe,
+    run_dir: Path,
+    row: TableRow,
+    domains: Domains,
+    text: Mapping[str, Any],
+    listener: Listener,
 ) -> SystemResult:
     """One model, taken from what is kept beside it where it has been evaluated on this text. All
     that its losses depend on is in the file's name; layout and micro-batches change nothing."""
@@ -106,7 +143,7 @@ def _single(
     known = distributed.from_first_rank(find_json(kept))
     if known is None or set(known) != {each.name for each in fields(HeldOut)}:
         architecture, found = evaluate_checkpoint(
-            checkpoint, domains, recipe.evaluate, precision, recipe.random_seed
+            checkpoint, domains, recipe.evaluate, precision, recipe.random_seed, listener
         )
         if distributed.is_first_rank():
             kept.parent.mkdir(exist_ok=True)

@@ -64,15 +64,18 @@ def read_architecture(entries: Node) -> Architecture:
     )
 
 
+ENTRIES = ("model", "vocab_size", "padded_vocab_size", "moe")
+"""Those of a manifest that say what it is of."""
+
+
 def from_manifest(manifest: Mapping[str, Any], file: Path) -> Architecture:
     """The architecture of a manifest; its other entries are ignored.
 
     Raises:
         UserErrors: as :func:`read_architecture`.
     """
-    names = ("model", "vocab_size", "padded_vocab_size", "moe")
     return read_architecture(
-        tree_of({name: manifest[name] for name in names if name in manifest}, file)
+        tree_of({name: manifest[name] for name in ENTRIES if name in manifest}, file)
     )
 
 

@@ -198,7 +198,7 @@ class Checkpoints(Callback):
         started = time.perf_counter()
         target = checkpoint_directory.step_directory(self.directory, run.step)
         if self.training.async_save and not ends:
-            writing = AsyncSave(target, *self._content(run), self.add_tokenizer)
+            writing = AsyncSave(target, *self._content(run), self.add_tokenizer, self._prune)
             seconds = time.perf_counter() - started
             self._writing = writing, run.step, seconds
             if self.log is not None:
@@ -207,7 +207,12 @@ class Checkpoints(Callback):
         checkpoint.save(target, *self._content(run), self.add_tokenizer)
         seconds = time.perf_counter() - started
         values = throughput.of_checkpoint("save", target, seconds)
-        self._saved(run.step, values, last=run.step == run.total_steps)
+        self._saved(run.step, values)
+        if is_first_rank() and run.step == run.total_steps:
+            checkpoint_directory.prune(self.directory, 1)
+            checkpoint_directory.sweep(self.directory)
+        elif is_first_rank():
+            self._prune()
 
     def _content(self, run: Run) -> tuple[TrainingState, dict[str, Any]]:
         """What is saved, and the manifest that says so."""
@@ -242,12 +247,12 @@ class Checkpoints(Callback):
             values["time_metrics/checkpoint_end(s)"] = now - started
             self._saved(step, values)
 
-    def _saved(self, step: int, values: dict[str, float], *, last: bool = False) -> None:
+    def _prune(self) -> None:
+        """Delete what is older than the recipe keeps."""
+        keep = self.training.keep_checkpoints
+        checkpoint_directory.prune(self.directory, keep, self.spared)
+
+    def _saved(self, step: int, values: dict[str, float]) -> None:
         if self.log is not None:
             self.log.write("save", step, values)
             self.log.summarise(step)
-        if is_first_rank():
-            keep = 1 if last else self.training.keep_checkpoints
-            checkpoint_directory.prune(self.directory, keep, () if last else self.spared)
-            if last:
-                checkpoint_directory.sweep(self.directory)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from megatron_btx.engine import checkpoint_workers
+from megatron_btx.engine import child_processes
 from megatron_btx.errors import UserError
 from megatron_btx.files import written
 from megatron_btx.recipe.schema import Recipe, WandB
@@ -75,7 +75,7 @@ class Tracker:
         mode = _mode(recipe.wandb)
         # A launcher's signals reach every process of a task, and SIGUSR1 kills its service, which
         # handles SIGTERM by itself.
-        with checkpoint_workers.block_signals():
+        with child_processes.block_signals():
             try:
                 self._run = wandb.init(mode=mode, **arguments)
             except (wandb.errors.Error, OSError) as error:

@@ -11,13 +11,16 @@ import hashlib
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.schema import Layout, MegatronOptions, Model, Routing, Training
+
+if TYPE_CHECKING:
+    from megatron_btx.train.step import StepResult
 
 DENSE = Architecture(
     model=Model(
@@ -66,54 +69,88 @@ class Trained:
     weights: Pieces
 
 
-def train(case: Case) -> Trained:
-    """Run on every rank of a case; the ranks' environment is set."""
-    from megatron_btx.engine import distributed
-    from megatron_btx.engine.model import build_model, wrap_ddp
-    from megatron_btx.engine.optimizer import build_optimizer, build_schedule
-    from megatron_btx.train.step import train_step
+class Session:
+    """A rank of a case, ready to train; the ranks' environment is set.
 
-    distributed.initialize(case.layout, case.random_seed)
-    training = Training(
-        lr=1e-3,
-        lr_warmup_iters=2,
-        precision=case.precision,  # type: ignore[arg-type]
-        use_distributed_optimizer=case.use_distributed_optimizer,
-        layout=case.layout,
-        megatron=case.megatron,
-    )
-    model = build_model(
-        case.architecture,
-        case.layout,
-        training.precision,
-        random_seed=case.random_seed,
-        options=case.megatron,
-    )
-    set_weights(model)
-    ddp = wrap_ddp(
-        model, use_distributed_optimizer=case.use_distributed_optimizer, options=case.megatron
-    )
-    optimizer = build_optimizer(ddp, training)
-    schedule = build_schedule(optimizer, training, case.steps)
-    losses, norms, first = [], [], []
-    for step in range(case.steps):
-        micro = list(microbatches(case, step))
-        if step == 0:
-            first = gradients(ddp, micro, case)
-        result = train_step(
-            ddp,
-            optimizer,
-            schedule,
-            iter(micro),
-            step=step,
-            num_microbatches=len(micro),
-            micro_batch_size=case.micro_batch_size,
-            seq_length=case.architecture.model.seq_length,
-            masked=case.eos_id is not None,
+    Args:
+        case: what is trained.
+        weights: that the model has the weights of :func:`set_weights`.
+    """
+
+    def __init__(self, case: Case, *, weights: bool = True) -> None:
+        from megatron_btx.engine import distributed
+        from megatron_btx.engine.checkpoint import TrainingState
+        from megatron_btx.engine.model import build_model, wrap_ddp
+        from megatron_btx.engine.optimizer import build_optimizer, build_schedule
+
+        distributed.initialize(case.layout, case.random_seed)
+        training = Training(
+            lr=1e-3,
+            lr_warmup_iters=2,
+            precision=case.precision,  # type: ignore[arg-type]
+            use_distributed_optimizer=case.use_distributed_optimizer,
+            layout=case.layout,
+            megatron=case.megatron,
         )
-        losses.append(result.loss)
-        norms.append(result.grad_norm)
-    return Trained(losses, norms, first, pieces(ddp, lambda param: param))
+        model = build_model(
+            case.architecture,
+            case.layout,
+            training.precision,
+            random_seed=case.random_seed,
+            options=case.megatron,
+        )
+        if weights:
+            set_weights(model)
+        self.case = case
+        self.ddp = wrap_ddp(
+            model, use_distributed_optimizer=case.use_distributed_optimizer, options=case.megatron
+        )
+        optimizer = build_optimizer(self.ddp, training)
+        schedule = build_schedule(optimizer, training, case.steps)
+        self.state = TrainingState(model=self.ddp, optimizer=optimizer, schedule=schedule)
+
+    def step(self, number: int) -> StepResult:
+        """Train one step on its own samples."""
+        from megatron_btx.train.step import train_step
+
+        micro = list(microbatches(self.case, number))
+        assert self.state.optimizer is not None
+        assert self.state.schedule is not None
+        return train_step(
+            self.ddp,
+            self.state.optimizer,
+            self.state.schedule,
+            iter(micro),
+            step=number,
+            num_microbatches=len(micro),
+            micro_batch_size=self.case.micro_batch_size,
+            seq_length=self.case.architecture.model.seq_length,
+            masked=self.case.eos_id is not None,
+        )
+
+    def weights(self) -> Pieces:
+        """The rank's, as they are now."""
+        return pieces(self.ddp, lambda param: param)
+
+    def manifest(self, step: int) -> dict[str, Any]:
+        """Of a checkpoint of it."""
+        from megatron_btx.engine.checkpoint import manifest_of
+
+        return manifest_of(
+            self.case.architecture,
+            precision=self.case.precision,
+            step=step,
+            layout={"world_size": self.case.layout.world_size},
+        )
+
+
+def train(case: Case) -> Trained:
+    """Run on every rank of a case."""
+    session = Session(case)
+    first = gradients(session.ddp, list(microbatches(case, 0)), case)
+    steps = [session.step(number) for number in range(case.steps)]
+    losses, norms = [one.loss for one in steps], [one.grad_norm for one in steps]
+    return Trained(losses, norms, first, session.weights())
 
 
 def gradients(ddp: Any, micro: list[Any], case: Case) -> Pieces:

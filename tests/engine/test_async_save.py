@@ -4,6 +4,7 @@ begun, and what a rank that is killed meanwhile leaves is the one before."""
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from functools import partial
@@ -15,7 +16,7 @@ import psutil
 import pytest
 
 from megatron_btx.weights.integrity import files_of, hash_file, hashes_of
-from tests.engine.harness import DENSE, MOE, Case, Pieces, assemble, microbatches, pieces
+from tests.engine.harness import DENSE, MOE, Case, Pieces, Session, assemble
 from tests.engine.test_checkpoint import DP2, EP2, session
 from tests.ranks import Ranks
 from tests.small import ROOT
@@ -31,46 +32,12 @@ def write_beside(case: Case, folder: Path) -> tuple[Pieces, list[float], list[bo
     """
     import torch.distributed as dist
 
-    from megatron_btx.engine import async_save, checkpoint, checkpoint_directory, distributed
-    from megatron_btx.engine.model import build_model, wrap_ddp
-    from megatron_btx.engine.optimizer import build_optimizer, build_schedule
-    from megatron_btx.recipe.schema import Training
-    from megatron_btx.train.step import train_step
-    from tests.engine.harness import set_weights
+    from megatron_btx.engine import async_save, checkpoint_directory
 
-    distributed.initialize(case.layout, case.random_seed)
-    training = Training(
-        lr=1e-3,
-        lr_warmup_iters=2,
-        precision=case.precision,  # type: ignore[arg-type]
-        use_distributed_optimizer=case.use_distributed_optimizer,
-        layout=case.layout,
-    )
-    model = build_model(case.architecture, case.layout, training.precision)
-    set_weights(model)
-    ddp = wrap_ddp(model, use_distributed_optimizer=case.use_distributed_optimizer)
-    optimizer = build_optimizer(ddp, training)
-    schedule = build_schedule(optimizer, training, 6)
-
-    def steps(first: int) -> list[float]:
-        losses = []
-        for step in (first, first + 1):
-            micro = list(microbatches(case, step))
-            result = train_step(
-                ddp,
-                optimizer,
-                schedule,
-                iter(micro),
-                step=step,
-                num_microbatches=len(micro),
-                micro_batch_size=case.micro_batch_size,
-                seq_length=case.architecture.model.seq_length,
-            )
-            losses.append(result.loss)
-        return losses
-
-    steps(0)
-    weights = pieces(ddp, lambda param: param)
+    one = Session(case)
+    for number in (0, 1):
+        one.step(number)
+    weights = one.weights()
     readable, writable = os.pipe()
     plain = async_save._write
 
@@ -81,19 +48,11 @@ def write_beside(case: Case, folder: Path) -> tuple[Pieces, list[float], list[bo
 
     async_save._write = held
     try:
-        writing = async_save.AsyncSave(
-            checkpoint_directory.step_directory(folder, 2),
-            checkpoint.TrainingState(model=ddp, optimizer=optimizer, schedule=schedule),
-            checkpoint.manifest_of(
-                case.architecture,
-                precision=case.precision,
-                step=2,
-                layout={"world_size": case.layout.world_size},
-            ),
-        )
+        target = checkpoint_directory.step_directory(folder, 2)
+        writing = async_save.AsyncSave(target, one.state, one.manifest(2))
     finally:
         async_save._write = plain
-    losses = steps(2)
+    losses = [one.step(number).loss for number in (2, 3)]
     said = [writing.finished()]
     dist.barrier()
     os.close(writable)
@@ -118,7 +77,10 @@ def test_what_is_written_is_what_was_there_at_its_beginning(
     assert [said for _, _, said in begun] == [[False, True]] * 2
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000002"]
     step = tmp_path / "step_00000002"
-    assert len(list(step.glob("*.distcp"))) == 2, "every rank's, as btx plan --ranks has it"
+    sizes = [path.stat().st_size for path in step.glob("*.distcp")]
+    assert len(sizes) == 2, "every rank's, as btx plan --ranks has it"
+    if case.use_distributed_optimizer:
+        assert min(sizes) > 0.5 * max(sizes), "each writes what it holds of the optimizer's state"
     hashes = hashes_of(step)
     assert list(hashes) == files_of(step)
     assert hashes == {name: hash_file(step / name) for name in hashes}
@@ -158,16 +120,16 @@ def test_a_stage_that_saves_beside_training(ranks: Ranks, tmp_path: Path) -> Non
     assert len(list(last.glob("*.distcp"))) == 1, "weights only: one of the two replicas'"
 
 
-def full_disk(folder: Path, at_the_end: bool) -> tuple[list[str], list[str]]:
-    """What a save says whose files may not grow beyond 20 kB, or where the first rank finds no room
-    for what it adds at the end; and what it leaves."""
+def failed(folder: Path, how: str) -> tuple[list[str], list[str]]:
+    """What a save says whose ``files`` may not grow beyond 20 kB, or where the first rank finds no
+    room for what it adds at the ``end``, or a process that writes is ``killed``; and what it leaves
+    in the folder."""
     import errno
     import resource
 
     import torch
 
-    from megatron_btx.engine import checkpoint, checkpoint_directory, distributed
-    from megatron_btx.engine.async_save import AsyncSave
+    from megatron_btx.engine import async_save, checkpoint, checkpoint_directory, distributed
     from megatron_btx.engine.model import build_model
     from megatron_btx.errors import UserError
     from tests.engine.harness import set_weights
@@ -175,36 +137,50 @@ def full_disk(folder: Path, at_the_end: bool) -> tuple[list[str], list[str]]:
     def add(_directory: Path) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    def die(*_: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
     distributed.initialize(DP2, 1)
     model = build_model(DENSE, DP2, "fp32")
     set_weights(model)
     state, said = checkpoint.TrainingState(model=model), []
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    if not at_the_end:
+    before, plain = resource.getrlimit(resource.RLIMIT_FSIZE), async_save._write
+    if how == "files":
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    elif how == "killed":
+        async_save._write = die
     try:
         manifest = checkpoint.manifest_of(DENSE, layout={"world_size": 2})
         target = checkpoint_directory.step_directory(folder, 1)
-        AsyncSave(target, state, manifest, add if at_the_end else None).finished(wait=True)
-    except UserError as error:
+        saving = async_save.AsyncSave(target, state, manifest, add if how == "end" else None)
+        saving.finished(wait=True)
+    except (UserError, RuntimeError) as error:
         said.append(str(error))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        async_save._write = plain
     torch.distributed.barrier()  # the first rank removes what is left
     return said, [path.name for path in folder.iterdir()]
 
 
 @pytest.mark.parametrize(
-    ("at_the_end", "why"), [(False, "File too large"), (True, "No space left on device")]
+    ("how", "why"), [("files", "File too large"), ("end", "No space left on device")]
 )
 def test_a_full_disk_is_one_error_on_every_rank(
-    at_the_end: bool, why: str, ranks: Ranks, tmp_path: Path
+    how: str, why: str, ranks: Ranks, tmp_path: Path
 ) -> None:
-    for said, left in ranks.run(full_disk, 2, tmp_path, at_the_end):
+    for said, left in ranks.run(failed, 2, tmp_path, how):
         (line,) = said
         assert f"step_00000001: cannot be written: {why}" in line
         assert "fix: free some space" in line
         assert left == []
+
+
+def test_a_process_that_is_killed_as_it_writes_is_told(ranks: Ranks, tmp_path: Path) -> None:
+    for said, left in ranks.run(failed, 2, tmp_path, "killed"):
+        assert "was not written: " in said[0]
+        assert "the process that writes it was killed" in said[0]
+        assert left == ["step_00000001.partial"]
 
 
 KILLED = """
@@ -212,7 +188,9 @@ import os, sys, time
 from pathlib import Path
 from megatron_btx.engine import cpu
 cpu.install()
-from megatron_btx.engine import async_save, checkpoint, checkpoint_directory, distributed
+from megatron_btx.engine import (
+    async_save, checkpoint, checkpoint_directory, checkpoint_plan, distributed
+)
 from megatron_btx.engine.model import build_model
 from megatron_btx.recipe.schema import Layout
 from tests.engine.harness import DENSE, set_weights
@@ -223,14 +201,13 @@ set_weights(model)
 state, folder = checkpoint.TrainingState(model=model), Path(sys.argv[1])
 manifest = checkpoint.manifest_of(DENSE, layout={"world_size": 1})
 checkpoint.save(checkpoint_directory.step_directory(folder, 2), state, manifest)
-plain = async_save.FileSystemWriterAsync.write_preloaded_data
 
 def half(transforms, place, bucket, **how):
     Path(bucket[0]).write_bytes(b"half of it")
     print(os.getpid(), flush=True)
     time.sleep(600)
 
-async_save.FileSystemWriterAsync.write_preloaded_data = staticmethod(half)
+checkpoint_plan.FileSystemWriterAsync.write_preloaded_data = staticmethod(half)
 async_save.AsyncSave(checkpoint_directory.step_directory(folder, 4), state, manifest)
 time.sleep(600)
 """
@@ -253,6 +230,9 @@ def test_killed_in_the_middle_the_last_whole_one_is_left(tmp_path: Path) -> None
     assert rank.stdout is not None
     try:
         writer = psutil.Process(int(rank.stdout.readline()))
+        for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
+            writer.send_signal(number)  # as a launcher does, to every process of a task
+        assert writer.status() != psutil.STATUS_ZOMBIE
     finally:
         rank.kill()
         rank.wait()

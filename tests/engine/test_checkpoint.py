@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import pickle
 import shutil
 from dataclasses import replace
@@ -17,7 +18,7 @@ from megatron_btx.recipe.schema import Layout
 from megatron_btx.weights.integrity import HASHES, files_of, hash_file, hashes_of
 from megatron_btx.weights.manifest import MANIFEST
 from megatron_btx.weights.torch_dist import TorchDistSource
-from tests.engine.harness import DENSE, MOE, Case, Pieces, assemble, microbatches, pieces
+from tests.engine.harness import DENSE, MOE, Case, Pieces, Session, assemble, pieces
 from tests.ranks import Ranks
 
 DP2 = Layout(data_parallel_size=2)
@@ -37,56 +38,18 @@ def session(
     Returns:
         This rank's weights as loaded (or as trained, from nothing), and the losses.
     """
-    from megatron_btx.engine import checkpoint, checkpoint_directory, distributed
-    from megatron_btx.engine.model import build_model, wrap_ddp
-    from megatron_btx.engine.optimizer import build_optimizer, build_schedule
-    from megatron_btx.recipe.schema import Training
-    from megatron_btx.train.step import train_step
-    from tests.engine.harness import set_weights
+    from megatron_btx.engine import checkpoint, checkpoint_directory
 
-    distributed.initialize(case.layout, case.random_seed)
-    training = Training(
-        lr=1e-3,
-        lr_warmup_iters=2,
-        precision=case.precision,  # type: ignore[arg-type]
-        use_distributed_optimizer=case.use_distributed_optimizer,
-        layout=case.layout,
-    )
-    model = build_model(case.architecture, case.layout, training.precision)
-    if load is None:
-        set_weights(model)
-    ddp = wrap_ddp(model, use_distributed_optimizer=case.use_distributed_optimizer)
-    optimizer = build_optimizer(ddp, training)
-    schedule = build_schedule(optimizer, training, 6)
-    state = checkpoint.TrainingState(model=ddp, optimizer=optimizer, schedule=schedule)
+    one = Session(case, weights=load is None)
     if load is not None:
-        checkpoint.load(checkpoint_directory.step_directory(folder, load), state)
-    weights = pieces(ddp, lambda param: param)
-    first, losses = load or 0, []
-    for step in range(first, first + steps):
-        micro = list(microbatches(case, step))
-        result = train_step(
-            ddp,
-            optimizer,
-            schedule,
-            iter(micro),
-            step=step,
-            num_microbatches=len(micro),
-            micro_batch_size=case.micro_batch_size,
-            seq_length=case.architecture.model.seq_length,
-        )
-        losses.append(result.loss)
-    if load is None:
-        weights = pieces(ddp, lambda param: param)
+        checkpoint.load(checkpoint_directory.step_directory(folder, load), one.state)
+    first, loaded = load or 0, one.weights()
+    losses = [one.step(number).loss for number in range(first, first + steps)]
     if save:
-        manifest = checkpoint.manifest_of(
-            case.architecture,
-            precision=case.precision,
-            step=first + steps,
-            layout={"world_size": case.layout.world_size},
-        )
-        checkpoint.save(checkpoint_directory.step_directory(folder, first + steps), state, manifest)
-    return weights, losses
+        last = first + steps
+        target = checkpoint_directory.step_directory(folder, last)
+        checkpoint.save(target, one.state, one.manifest(last))
+    return one.weights() if load is None else loaded, losses
 
 
 def load_weights(case: Case, folder: Path) -> tuple[Pieces]:
@@ -153,6 +116,19 @@ def test_saved_under_one_layout_loaded_under_another(
         np.testing.assert_allclose(
             moved[0][1], unstopped[2:], atol=LOSS[case.precision], rtol=0, err_msg=str(layout)
         )
+
+
+@pytest.mark.parametrize("shape", [(7,), (3, 4), (1, 5), (4, 1), (2, 3, 4), (2, 2, 1, 2), ()])
+def test_a_range_of_elements_is_few_boxes(shape: tuple[int, ...]) -> None:
+    from megatron_btx.engine.optimizer_shards import boxes
+
+    count = int(np.prod(shape))
+    for first, last in itertools.combinations_with_replacement(range(count + 1), 2):
+        covered, found = np.zeros(shape, int), list(boxes(shape, first, last))
+        for offset, extent in found:
+            covered[tuple(slice(o, o + e) for o, e in zip(offset, extent, strict=True))] += 1
+        assert np.array_equal(covered.ravel(), [first <= at < last for at in range(count)])
+        assert len(found) <= max(1, 2 * len(shape) - 1)
 
 
 def save_on_a_full_disk(folder: Path) -> tuple[str, list[str]]:

@@ -179,8 +179,17 @@ class Cluster:
         wait(munge.exists, 20, "munged")
 
     def start_controller(self, *options: str) -> None:
-        """slurmctld; ``-c``: it has forgotten every job."""
+        """slurmctld; ``-c``: it has forgotten every job. It answers when this returns."""
         self._start("controller", "slurmctld", "-D", *options)
+        wait(self._answers, 600, "the controller to answer")
+
+    def _answers(self) -> bool:
+        self.check_alive()
+        command = ["scontrol", "ping"]
+        done = subprocess.run(
+            command, env=self.environment, capture_output=True, text=True, timeout=60, check=False
+        )
+        return " is UP" in done.stdout
 
     def start_node(self, node: str) -> None:
         """The slurmd of a node."""

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import threading
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from megatron_btx.files import find_json
+from megatron_btx.recipe.load import load_recipe
+from megatron_btx.recipe.systems import rows
 from tests.slurm.cluster import wait
 from tests.slurm.conftest import branch, longer_finetune
 
@@ -34,7 +38,8 @@ def a_rank_hangs(around: Around) -> None:
 
 
 def a_rank_hangs_as_it_evaluates(around: Around) -> None:
-    """One of four is stopped, which gives no sign; the others' stacks are in the log."""
+    """One of four is stopped in the middle of a model's text, and gives no sign; the others say in
+    which function of the evaluation they wait for it."""
     text = (
         "hang_minutes: 1\nevaluate: {tokens: 32_768, micro_batch_size: 1, "
         "layout: {data_parallel_size: 4}}\n"
@@ -45,7 +50,12 @@ def a_rank_hangs_as_it_evaluates(around: Around) -> None:
     run = branch(whole, around.place("hangs evaluating"), text, *stages)
     run.submit("--only", "evaluate")
     progress = run.run_dir / "evaluate" / "progress.json"
-    wait(progress.exists, 300, "the evaluation to begin")
+    models = len(rows(load_recipe(run.recipe)))
+
+    def in_the_text() -> bool:
+        return (float((find_json(progress) or {}).get("done", 0)) * models) % 1 > 0
+
+    wait(in_the_text, 600, "the evaluation to begin")
     os.kill(run.ranks("evaluate")[-1], signal.SIGSTOP)
     wait(lambda: "requeued: a rank hangs: rank " in run.out(), 300, "the requeue")
     run.finished()
@@ -53,7 +63,7 @@ def a_rank_hangs_as_it_evaluates(around: Around) -> None:
     assert (row["state"], row["restarts"] > 0) == ("done", True), run.out()
     first = (run.run_dir / "evaluate" / "log" / "attempt-1.log").read_text()
     assert "nothing done for 1." in first
-    assert 'File "' in first  # a stack
+    assert re.search(r'/evaluate/heldout\.py", line \d+ in evaluate\n', first), first
     assert (run.run_dir / "results.json").exists()
 
 

@@ -267,7 +267,7 @@ def the_controller_killed_while_a_requeue_is_asked_for(around: Around) -> None:
         logs = run.start("logs", "seed", "-f")
         cluster.kill("controller")
         os.kill(run.batch_script(job), signal.SIGUSR1)
-        wait(lambda: "the controller does not answer; it is asked again" in run.out(), 120)
+        wait(lambda: "the controller does not answer; it is asked again" in run.out(), 600)
         assert logs.poll() is None
         assert run.btx("status").returncode == 2
         cluster.start_controller()

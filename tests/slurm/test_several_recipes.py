@@ -1,4 +1,4 @@
-"""Three systems as one graph, on a real Slurm."""
+"""Three systems under two random seeds as one graph, on a real Slurm."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ def test_what_three_systems_share_is_made_once(cluster: Cluster, tmp_path: Path)
     recipes = tmp_path / "systems"
     recipes.mkdir()
     text = LO + MATH.format(sums(cluster.top / "sums.jsonl"))
-    (recipes / "base.yaml").write_text(f"base: {TINY}\n{text}export: {{format: none}}\n")
+    (tmp_path / "base.yaml").write_text(f"base: {TINY}\n{text}export: {{format: none}}\n")
     for name, system in SYSTEMS.items():
-        own = f"base: base.yaml\nname: {name}\nsystem: {system}\nrun_dir: {tmp_path}/runs/{name}\n"
+        own = f"base: {TINY}\nname: {name}\nsystem: {system}\nrun_dir: {tmp_path}/runs/{name}\n"
         (recipes / f"{name}.yaml").write_text(own)
+    these = ("systems", "--base", "base.yaml", "--seeds", "2")
 
     def btx(*words: str) -> str:
         done = subprocess.run(
@@ -36,13 +37,22 @@ def test_what_three_systems_share_is_made_once(cluster: Cluster, tmp_path: Path)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    btx("submit", "systems")
-    queued = cluster("squeue", "-h", "-a", "-o", "%j").split()
-    assert sorted(name.partition("@")[0] for name in queued if not name.startswith("evaluate")) == [
-        *("compare", "dense", "expert:code", "expert:math", "expert:prose", "finetune", "mix"),
-        *("prepare", "report", "report", "report", "seed"),
-    ]
-    wait(lambda: not cluster.queue(), 500, "the comparison to end")
+    def queued() -> list[str]:
+        names = cluster("squeue", "-h", "-a", "-o", "%j").split()
+        return sorted(name.partition("@")[0] for name in names if not name.startswith("evaluate"))
+
+    btx("submit", *these)
+    one = [*("dense", "expert:code", "expert:math", "expert:prose", "finetune", "mix", "prepare")]
+    one += [*("report", "report", "report", "seed")]
+    assert queued() == sorted([*one, *one, "compare"])
+    said = btx("cancel", *these)
+    for what in ("(compare)", "(seed of dense)", "(finetune of mixture)"):
+        assert what in said
+    wait(lambda: not cluster.queue(), 600, "the jobs to be cancelled")
+    assert btx("cancel", *these) == "no jobs in the queue\n"
+
+    btx("submit", *these)
+    wait(lambda: not cluster.queue(), 1200, "the comparison to end")
     runs = tmp_path / "runs"
     out = [f"{path}:\n{path.read_text()}" for path in runs.rglob("*.out")]
     assert (runs / "compare.json").exists(), "\n".join(out)
@@ -50,10 +60,13 @@ def test_what_three_systems_share_is_made_once(cluster: Cluster, tmp_path: Path)
     compared = json.loads((runs / "compare.json").read_text())
     assert set(SYSTEMS) | {"seed"} <= set(compared["systems"]), said
     assert (runs / "compare.html").exists()
-    for stage in ("prepare", "seed"):
-        places = {(runs / name / stage).resolve() for name in SYSTEMS}
-        assert len(places) == 1, stage
-    content = json.loads(btx("status", "systems", "--json"))
+    seeds = {path.name.rpartition("-")[2] for path in runs.glob("dense-*")}
+    assert len(seeds) == 1
+    for more in ("", f"-{seeds.pop()}"):
+        for stage in ("prepare", "seed"):
+            places = {(runs / f"{name}{more}" / stage).resolve() for name in SYSTEMS}
+            assert len(places) == 1, stage
+    content = json.loads(btx("status", *these, "--json"))
     states = {
         (Path(place).name, row["stage"]): row["state"]
         for place, rows in content.items()
@@ -61,4 +74,4 @@ def test_what_three_systems_share_is_made_once(cluster: Cluster, tmp_path: Path)
     }
     assert states["runs", "compare"] == "done"
     assert set(states.values()) == {"done"}, states
-    assert f"comparison, in {runs}" in btx("status", "systems")
+    assert f"comparison, in {runs}" in btx("status", *these)

@@ -36,7 +36,7 @@ restarts() {
 # killed may have forgotten what it had accepted. Then Slurm ends this script (TERM), unless it is on
 # a node that Slurm has lost. The exit code says failure, lest what waits for this job is started.
 requeue() {
-  local counted answer refused=0 over=0
+  local counted answer most refused=0 over=0
   say "requeued: $1"
   while [ "$asked" != TERM ] && [ "$over" -lt 30 ]; do
     counted=$(restarts)
@@ -45,8 +45,9 @@ requeue() {
     elif answer=$(scontrol requeue "$job" 2>&1); then
       refused=0
     elif answers; then
-      refused=$((refused + 1))
-      if [ "$refused" = 3 ]; then
+      refused=$((refused + 1)) # for a while if it may be for the moment: nodes register anew
+      if [[ $answer =~ disabled|denied|Invalid ]]; then most=3; else most=30; fi
+      if [ "$refused" -ge "$most" ]; then
         say "Slurm refuses to requeue it ($answer); submit again to go on"
         tell "Slurm refuses to requeue it ($answer); submit again to go on"
         break

@@ -78,3 +78,5 @@ def test_the_command_tells_it(small: Commands, members: list[Member], tmp_path: 
         refused = small("submit", *words, "--dry-run")
         assert refused.code == 2
         assert wrong in refused.stderr
+        assert wrong in small("cancel", *words).stderr
+    assert "to select a stage: `--only seed`" in small("cancel", files[0], "seed").stderr
