@@ -16,7 +16,7 @@ from megatron_btx.files import find_json, write_json
 from megatron_btx.pipeline import eval_ranks, graph, state
 from megatron_btx.pipeline.keys import Memo
 from megatron_btx.recipe.load import digest, load_recipe
-from megatron_btx.recipe.schema import Layout
+from megatron_btx.recipe.schema import Layout, Recipe
 from megatron_btx.recipe.stages import directory
 from megatron_btx.recipe.systems import SYSTEMS, TableRow, rows
 from megatron_btx.recipe.yaml_tree import read_tree
@@ -48,8 +48,16 @@ def recipe_files(given: Sequence[Path]) -> list[Path]:
 
 def runs_of(files: Sequence[Path], base: str | None, seeds: int) -> list[FinishedRun]:
     """Every recipe under every random seed, in the order of the paper's table 2: what systems
-    share is so trained by the simplest of them."""
+    share is so trained by the simplest of them.
+
+    Raises:
+        UserError: two would run in one directory; or under another random seed the held-out text
+            would be another.
+    """
     recipes = [load_recipe(file, base) for file in files]
+    if seeds > 1:
+        for recipe in recipes:
+            _same_text(recipe)
     recipes.sort(key=lambda recipe: list(SYSTEMS).index(recipe.system))
     runs: list[FinishedRun] = []
     for more in range(seeds):
@@ -64,6 +72,16 @@ def runs_of(files: Sequence[Path], base: str | None, seeds: int) -> list[Finishe
             what = f"two recipes of the comparison run in {place}"
             raise UserError("run_dir", what, "give each a `name:` of its own")
     return runs
+
+
+def _same_text(recipe: Recipe) -> None:
+    for name, domain in recipe.domains.items():
+        if domain.builtin is not None:
+            what = (
+                f"{recipe.name}: domains.{name} is `builtin: {domain.builtin}`, whose text is made "
+                "anew for each random seed: the losses would be of other text"
+            )
+            raise UserError("--seeds", what, "give it files (`train:`), here or in `--base`")
 
 
 def groups_of(

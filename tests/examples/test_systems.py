@@ -419,6 +419,7 @@ def test_scores_on_tasks(
         (["{tmp}"], "has no recipe in it"),
         (["{recipe}", "{recipe}"], "give each a `name:` of its own"),
         (["{recipe}", "--seeds", "0"], "give at least 1"),
+        (["{recipe}", "--seeds", "2"], "is made anew for each random seed"),
         (["{recipe}", "--tasks", "arc_easy={tmp}/none.jsonl"], "none.jsonl does not exist"),
         (["{recipe}", "--base", "{tmp}/none.yaml"], "none.yaml"),
         (["{recipe}", "--out", "{recipe}"], "dense.yaml: is not a directory"),

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from tests.slurm.cluster import Cluster, wait
-from tests.slurm.conftest import LO, MATH, ROOT, TINY, sums
+from tests.slurm.conftest import LO, ROOT, TINY, sums
 
 SYSTEMS = {"dense": "dense", "ensemble": "btm", "mixture": "btx"}
 """Name -> system; the mixture's has the dense baseline as well."""
@@ -17,8 +17,12 @@ SYSTEMS = {"dense": "dense", "ensemble": "btm", "mixture": "btx"}
 def test_what_three_systems_share_is_made_once(cluster: Cluster, tmp_path: Path) -> None:
     recipes = tmp_path / "systems"
     recipes.mkdir()
-    text = LO + MATH.format(sums(cluster.top / "sums.jsonl"))
-    (tmp_path / "base.yaml").write_text(f"base: {TINY}\n{text}export: {{format: none}}\n")
+    domains = {
+        name: {"builtin": None, "train": str(sums(tmp_path / f"{name}.jsonl", most))}
+        for name, most in {"general": 99, "code": 199, "math": 299, "prose": 399}.items()
+    }
+    text = f"{LO}domains: {json.dumps(domains)}\nexport: {{format: none}}\n"
+    (tmp_path / "base.yaml").write_text(f"base: {TINY}\n{text}")
     for name, system in SYSTEMS.items():
         own = f"base: {TINY}\nname: {name}\nsystem: {system}\nrun_dir: {tmp_path}/runs/{name}\n"
         (recipes / f"{name}.yaml").write_text(own)
