@@ -14,13 +14,21 @@ SYSTEMS = {"dense": "dense", "ensemble": "btm", "mixture": "btx"}
 """Name -> system; the mixture's has the dense baseline as well."""
 
 
+def written(path: Path, files: str) -> Path:
+    """Documents of text that is here."""
+    texts = [file.read_text(encoding="utf-8") for file in sorted(ROOT.glob(files))]
+    documents = [text[at : at + 1000] for text in texts for at in range(0, len(text), 1000)]
+    path.write_text("".join(json.dumps({"text": one}) + "\n" for one in documents))
+    return path
+
+
 def test_what_three_systems_share_is_made_once(cluster: Cluster, tmp_path: Path) -> None:
     recipes = tmp_path / "systems"
     recipes.mkdir()
-    domains = {
-        name: {"builtin": None, "train": str(sums(tmp_path / f"{name}.jsonl", most))}
-        for name, most in {"general": 99, "code": 199, "math": 299, "prose": 399}.items()
-    }
+    sources = {"general": "docs/*.md", "code": "megatron_btx/engine/*.py", "prose": "*.md"}
+    train = {name: written(tmp_path / f"{name}.jsonl", files) for name, files in sources.items()}
+    train["math"] = sums(tmp_path / "math.jsonl")
+    domains = {name: {"builtin": None, "train": str(path)} for name, path in train.items()}
     text = f"{LO}domains: {json.dumps(domains)}\nexport: {{format: none}}\n"
     (tmp_path / "base.yaml").write_text(f"base: {TINY}\n{text}")
     for name, system in SYSTEMS.items():
