@@ -17,7 +17,7 @@ SYSTEMS = {"dense": "dense", "ensemble": "btm", "mixture": "btx"}
 def written(path: Path, files: str) -> Path:
     """Documents of text that is here."""
     texts = [file.read_text(encoding="utf-8") for file in sorted(ROOT.glob(files))]
-    documents = [text[at : at + 1000] for text in texts for at in range(0, len(text), 1000)]
+    documents = [text[at : at + 200] for text in texts for at in range(0, len(text), 200)]
     path.write_text("".join(json.dumps({"text": one}) + "\n" for one in documents))
     return path
 
