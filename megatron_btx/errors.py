@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+EXIT_INTERRUPTED = 130
+"""Of a process that Ctrl-C or another wish to stop has ended."""
 _NAME, _TEXT = 200, 4000
 """Characters of a name, and of a whole message, at most."""
 
@@ -92,3 +94,9 @@ def notice(text: str) -> None:
     """Tell the user, once and by the first rank alone, what still works and should be changed."""
     if os.environ.get("RANK", "0") == "0":
         sys.stderr.write(f"hint: {shown(text, 1000)}\n")
+
+
+def coloured(text: str) -> str:
+    """``text`` in bold red, where the standard error is a terminal that wants colours."""
+    wanted = sys.stderr.isatty() and "NO_COLOR" not in os.environ
+    return f"\x1b[1;31m{text}\x1b[0m" if wanted else text

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -92,9 +91,3 @@ def open_recipe(path: str) -> tuple[Recipe, Path, tuple[Stage, ...]]:
     recipe = load_recipe(path)
     run_dir = Path(recipe.run_dir)
     return recipe, run_dir, graph.of_run(recipe, run_dir)
-
-
-def coloured(text: str) -> str:
-    """``text`` in bold red, where the standard error is a terminal that wants colours."""
-    wanted = sys.stderr.isatty() and "NO_COLOR" not in os.environ
-    return f"\x1b[1;31m{text}\x1b[0m" if wanted else text

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import sys
+import uuid
 from pathlib import Path
 from typing import Any
 
 from megatron_btx.cli.common import command
 from megatron_btx.errors import UserError
-from megatron_btx.files import unfinished
 from megatron_btx.pipeline import eval_ranks
 from megatron_btx.recipe.load import load_recipe
 from megatron_btx.recipe.schema import Layout
 from megatron_btx.recipe.systems import row_of
+from megatron_btx.weights.directory import add_files
+from megatron_btx.weights.partial import claimed, unwritable
 
 _EPILOG = """examples:
   btx export runs/demo --out demo-moe                      the system itself: the finetuned MoE
@@ -61,38 +62,40 @@ def run(options: argparse.Namespace) -> int:
     if not out.absolute().parent.is_dir():
         raise UserError(str(out.parent), "no such directory", "create it first")
     row_of(load_recipe(run_dir / "recipe.yaml"), options.stage)  # told before anything starts
-    place = unfinished(out.absolute())
-    asked = eval_ranks.request_of(
-        "export",
-        [],
-        Layout(),
-        run_dir=str(run_dir.absolute()),
-        stage=options.stage,
-        out=str(place),
-        check=options.check,
-    )
-    try:
-        found = eval_ranks.answer(asked)
-        if found is not None:
-            _finish(run_dir, options.stage, place, found)
-            os.replace(place, out)
-            sys.stdout.writelines(f"llama.cpp: {line}\n" for line in found["llama_cpp"])
-            sys.stdout.write(f"{out}: {len(found['claims'])} claims hold, see verification.json\n")
-    except eval_ranks.Ended as ended:
-        return ended.code
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
+    # Nothing of an export that was killed is used: each has an identity of its own.
+    with claimed(out, f"export {uuid.uuid4()}") as partial:
+        place = partial.path.absolute() / "export"
+        asked = eval_ranks.request_of(
+            "export",
+            [],
+            Layout(),
+            run_dir=str(run_dir.absolute()),
+            stage=options.stage,
+            out=str(place),
+            check=options.check,
+        )
+        try:
+            found = eval_ranks.answer(asked)
+            made = _card(run_dir, options.stage, place, found)
+            with unwritable(out):
+                add_files(place, made)
+                partial.finish(place.name)
+        except eval_ranks.Ended as ended:
+            return ended.code
+        finally:
+            partial.discard()
+    sys.stdout.writelines(f"llama.cpp: {line}\n" for line in found["llama_cpp"])
+    sys.stdout.write(f"{out}: {len(found['claims'])} claims hold, see verification.json\n")
     return 0
 
 
-def _finish(run_dir: Path, stage: str, place: Path, found: dict[str, Any]) -> None:
-    """Card, verification and pictures."""
+def _card(run_dir: Path, stage: str, place: Path, found: dict[str, Any]) -> dict[str, bytes]:
+    """Card, verification and pictures, by their names."""
     from megatron_btx.recipe.read_architecture import from_manifest
     from megatron_btx.report.model_card import run_card
-    from megatron_btx.weights.directory import add_files
 
     recipe = load_recipe(run_dir / "recipe.yaml")
     architecture = from_manifest(found["architecture"], place)
     row, claims, told = row_of(recipe, stage), found["claims"], found["llama_cpp"]
     card, pictures = run_card(recipe, run_dir, row, architecture, claims, told)
-    add_files(place, {**card.files(), **pictures})
+    return {**card.files(), **pictures}

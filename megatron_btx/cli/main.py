@@ -1,21 +1,22 @@
 """The command line, ``btx``. Imports no torch, and each command only what it needs, so that ``btx
-run`` of a finished run returns at once."""
+run`` of a finished run returns at once; and nothing of ours before Ctrl-C is looked after."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import importlib
 import io
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from types import FrameType
 
 from megatron_btx import __version__
-from megatron_btx.cli.common import coloured
-from megatron_btx.errors import UserError
-from megatron_btx.pipeline import failure
-from megatron_btx.pipeline.local.run_stages import EXIT_INTERRUPTED
+from megatron_btx.errors import EXIT_INTERRUPTED, UserError, coloured
 
 EXIT_USER, EXIT_PIPE = 2, 141
 
@@ -30,11 +31,15 @@ exit codes: 0 done, 1 a crash, 2 a mistake in the input, 130 interrupted (run ag
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; its exit code."""
-    _open_streams()
-    words = sys.argv[1:] if arguments is None else list(arguments)
-    options = _parser(*words[:1]).parse_args(words)
+    with interruptible(once=arguments is None):
+        _open_streams()
+        return _run(sys.argv[1:] if arguments is None else list(arguments))
+
+
+def _run(words: list[str]) -> int:
     try:
-        code = options.run(options)
+        options = _parser(*words[:1]).parse_args(words)
+        code: int = options.run(options)
         sys.stdout.flush()
         return code
     except UserError as error:
@@ -47,11 +52,65 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.errno == errno.EPIPE or (error.errno == errno.EIO and error.filename is None):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return EXIT_PIPE
+        from megatron_btx.pipeline import failure
+
         problem = failure.of_system(error)
         if problem is None:
             raise
         sys.stderr.write(f"{coloured('error')}: {problem}\n")
         return EXIT_USER
+
+
+@contextlib.contextmanager
+def interruptible(*, once: bool) -> Iterator[None]:
+    """Ctrl-C, SIGTERM and a closed terminal end the command in order (``KeyboardInterrupt``): what
+    it has started ends, and what is unfinished under a temporary name goes. While that happens a
+    second signal is ignored; a third ends the process at once.
+
+    So does the first in an import: libraries take any exception there for a module that is
+    missing, and go on.
+
+    Args:
+        once: the process ends behind the block: what comes then is ignored.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    count = 0
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal count
+        count += 1
+        if count > 2 or (once and _imports(frame)):
+            os._exit(EXIT_INTERRUPTED)
+        if count == 1:
+            raise KeyboardInterrupt
+
+    former = {number: signal.getsignal(number) for number in _STOPS}
+    caught = [n for n in _STOPS if former[n] in (signal.SIG_DFL, signal.default_int_handler)]
+    try:
+        for number in caught:
+            signal.signal(number, stop)
+        yield
+    except KeyboardInterrupt:  # on the way in or out
+        if not once:
+            raise
+        sys.exit(EXIT_INTERRUPTED)
+    finally:
+        for number in caught:
+            signal.signal(number, signal.SIG_IGN if once else former[number])
+
+
+_STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def _imports(frame: FrameType | None) -> bool:
+    """Whether a module is being imported in it, or in what called it."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _open_streams() -> None:

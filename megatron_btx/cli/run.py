@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from megatron_btx.cli.common import coloured, open_recipe, recipe_command, renamed
+from megatron_btx.cli.common import open_recipe, recipe_command, renamed
 from megatron_btx.cli.report import print_results
+from megatron_btx.errors import EXIT_INTERRUPTED, coloured
 from megatron_btx.pipeline import graph, run_checks, state
 from megatron_btx.pipeline.graph import Stage
-from megatron_btx.pipeline.local.run_stages import EXIT_INTERRUPTED
 from megatron_btx.recipe import check
 from megatron_btx.recipe.schema import Recipe
 

@@ -10,6 +10,7 @@ from typing import Any
 from megatron_btx.cli.common import recipe_command
 from megatron_btx.pipeline import state, worker
 from megatron_btx.pipeline.graph import Stage
+from megatron_btx.pipeline.local import reaper
 from megatron_btx.recipe.load import load_recipe
 from megatron_btx.recipe.schema import Recipe
 
@@ -38,6 +39,7 @@ def run(options: argparse.Namespace) -> int:
     if stage.kind == "report":
         _report_stage(recipe, run_dir, stage)
         return 0
+    reaper.end_at_once()
     code = worker.run_rank(recipe, stage, run_dir)
     worker.leave(code)
     return code

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from multiprocessing import connection
 from typing import Any, Literal, TypeVar
 
@@ -95,7 +97,8 @@ def run_all(
     pool = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=begin)
     told = 0
     try:
-        left = {pool.submit(work, task): i for i, task in enumerate(tasks)}
+        with _without_interrupts():
+            left = {pool.submit(work, task): i for i, task in enumerate(tasks)}
         while left:
             ended, _ = wait(left, _POLL, FIRST_COMPLETED)
             watch(counted.value - told)
@@ -111,6 +114,17 @@ def run_all(
     finally:
         stop.set()
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Processes that are started in the block never hear of Ctrl-C, which a terminal sends to them
+    too: their parent ends them."""
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, former)
 
 
 def _begin(counted: Any, stop: Any, setup: Callable[..., None], arguments: tuple[Any, ...]) -> None:

@@ -8,9 +8,7 @@ import hashlib
 import os
 import re
 import shutil
-import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -63,7 +61,7 @@ def run(request: MixRequest, out: TextIO, revision: str | None = None) -> Plan:
         return plan
     destination = Path(request.out)
     with (
-        interrupted_once(),
+        goes_on(),
         ThreadPoolExecutor(1) as pool,
         MixProgress(plan.nbytes, out) as watch,
     ):
@@ -82,24 +80,13 @@ def run(request: MixRequest, out: TextIO, revision: str | None = None) -> Plan:
 
 
 @contextlib.contextmanager
-def interrupted_once() -> Iterator[None]:
-    """The first Ctrl-C ends the block at the next slab; further ones are ignored, so that
-    what is shutting down is not interrupted. Outside the main thread there is nothing to do."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(number: int, frame: object) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        sys.stderr.write("interrupted: the same command goes on from the finished files\n")
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGINT, interrupt)
+def goes_on() -> Iterator[None]:
+    """Say so where Ctrl-C has ended the block."""
     try:
         yield
-    finally:
-        if signal.getsignal(signal.SIGINT) is interrupt:
-            signal.signal(signal.SIGINT, before)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted: the same command goes on from the finished files\n")
+        raise
 
 
 def _prepared(request: MixRequest) -> tuple[MixRequest, list[Checkpoint], Plan, Execution]:

@@ -69,6 +69,7 @@ def answer(request: EvalRequest) -> Any:
         if rank in os.environ and _number(size) > 1:
             os.environ["RANK"], os.environ["WORLD_SIZE"] = os.environ[rank], os.environ[size]
             os.environ["LOCAL_RANK"] = os.environ.get(local_rank, "0")
+            reaper.end_at_once()
             return _work(request)
     return _start(request, world_size)
 

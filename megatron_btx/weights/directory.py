@@ -87,22 +87,28 @@ def _write_large(
     hashes = {p.name: hash_file(partial / p.name) for p in large_files if p.name not in absent}
     errors: list[UserError] = []
     stop = threading.Event()
-    with ThreadPoolExecutor(workers) as pool:
+    with ThreadPoolExecutor(workers) as pool, _stopped_on_error(pool, stop):
         jobs = {p.name: pool.submit(_write_one, partial / p.name, p.write, stop) for p in missing}
-        try:
-            for name, job in jobs.items():
-                found = job.result()
-                if isinstance(found, str):
-                    hashes[name] = found
-                else:
-                    errors += found
-        except BaseException:
-            stop.set()
-            pool.shutdown(cancel_futures=True)
-            raise
+        for name, job in jobs.items():
+            found = job.result()
+            if isinstance(found, str):
+                hashes[name] = found
+            else:
+                errors += found
     if errors:
         raise UserErrors(list({str(error): error for error in errors}.values()))
     return hashes
+
+
+@contextmanager
+def _stopped_on_error(pool: ThreadPoolExecutor, stop: threading.Event) -> Iterator[None]:
+    """Where the block fails, also while it hands out the jobs, none is begun or goes on."""
+    try:
+        yield
+    except BaseException:
+        stop.set()
+        pool.shutdown(cancel_futures=True)
+        raise
 
 
 def add_files(directory: Path, files: Mapping[str, bytes]) -> None:

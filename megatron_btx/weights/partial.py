@@ -34,13 +34,18 @@ class Partial:
     path: Path
     out: Path
 
-    def finish(self) -> None:
-        """Give it its own name.
+    def finish(self, inner: str = "") -> None:
+        """Give it its own name; or ``inner``, a directory in it, and delete what is beside that.
 
         Raises:
             UserError: something else has got that name meanwhile.
         """
         _refuse_existing(self.out)
+        if inner:
+            os.rename(self.path / inner, self.out)
+            sync_directory(self.out.parent)
+            self.discard()
+            return
         (self.path / _IDENTITY).unlink()
         sync_directory(self.path)
         os.rename(self.path, self.out)

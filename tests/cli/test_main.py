@@ -183,6 +183,32 @@ def test_a_closed_pipe_is_no_crash(tmp_path: Path) -> None:
     assert done.stderr == ""
 
 
+IMPORTING = """
+import sys
+from megatron_btx.cli.main import interruptible
+with interruptible(once=True):
+    try:
+        import slow
+    except BaseException:
+        print("taken for a module that is missing")
+"""
+
+
+def test_an_interrupt_in_an_import_is_lost_nowhere(tmp_path: Path) -> None:
+    """Where libraries take any exception for a missing module of theirs, and go on without it."""
+    kill = "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\nfor _ in range(9): pass\n"
+    (tmp_path / "slow.py").write_text(kill)
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORTING],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
 @pytest.mark.parametrize(("arguments", "code"), [(f"plan {TINY}", 0), ("plan nope.yaml", 2)])
 def test_closed_streams_are_no_crash(tmp_path: Path, arguments: str, code: int) -> None:
     """As a daemon starts commands. What is opened first must not get the number of one of them."""

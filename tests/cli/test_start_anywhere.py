@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from megatron_btx.recipe.load import dump, load_recipe, parse_recipe
 from megatron_btx.recipe.schema import BTM, Layout
 from megatron_btx.train.metrics import read
 from megatron_btx.weights.integrity import files_of, hashes_of
+from megatron_btx.weights.partial import claimed
 from megatron_btx.weights.source import read_whole
 from tests.ranks import Ranks
 from tests.small import Exported, btx
@@ -110,6 +112,9 @@ def test_what_cannot_go_out_is_told(
         assert main(["export", *words]) == 2
         assert said in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+    with claimed(tmp_path / "x", "another"):
+        assert main(["export", str(taken), "--out", str(tmp_path / "x")]) == 2
+        assert f"written by another process: pid {os.getpid()} on" in capsys.readouterr().err
 
 
 NORM = "decoder.final_layernorm.weight"

@@ -7,9 +7,13 @@ import json
 import math
 import os
 import shutil
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -23,7 +27,7 @@ from megatron_btx.weights.find_checkpoint import find_checkpoint
 from tests.evaluate import made, ranks_side
 from tests.ranks import Ranks
 from tests.report.made import make_run
-from tests.small import btx, tree_hash
+from tests.small import btx, command, environ, tree_hash
 
 
 def test_evaluate(here: Path, tmp_path: Path) -> None:
@@ -50,6 +54,33 @@ def test_evaluate(here: Path, tmp_path: Path) -> None:
     assert found["data"]["set"]["models_per_token"] == 2
     assert f"{found['data']['a']['data']['x']['nats_per_token']:.4f}" in lines[1]
     assert [path.name for path in tmp_path.iterdir()] == ["found.json"]
+
+
+@pytest.mark.parametrize("signals", [["SIGINT"] * 2, ["SIGTERM"], ["SIGHUP"]], ids="-".join)
+def test_stopped_while_its_rank_is_at_work(here: Path, tmp_path: Path, signals: list[str]) -> None:
+    """Nothing is said, and nothing is left: no process, no file."""
+    scratch = tmp_path / "tmp"
+    scratch.mkdir()
+    process = subprocess.Popen(
+        command("evaluate", here / "a", "--data", f"x={here / 'x.jsonl'}", "--out", "found.json"),
+        cwd=tmp_path,
+        env=environ({"TMPDIR": str(scratch), "BTX_TEST_RUN": str(tmp_path)}),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    deadline = time.monotonic() + 600
+    while not (ranks := psutil.Process(process.pid).children()):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    for name in signals:
+        process.send_signal(getattr(signal, name))
+    said, _ = process.communicate(timeout=600)
+    assert (process.returncode in (130, -signal.SIGINT), said) == (True, "")
+    assert not psutil.wait_procs(ranks, timeout=600)[1]
+    assert [path.name for path in tmp_path.iterdir()] == ["tmp"]
+    assert list(scratch.iterdir()) == []
 
 
 def test_generate_on_two_ranks(here: Path, tmp_path: Path) -> None:

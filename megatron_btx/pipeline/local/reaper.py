@@ -38,6 +38,14 @@ def die_with_parent() -> None:
         os._exit(1)
 
 
+def end_at_once() -> None:
+    """What a rank that a launcher has started does on SIGTERM and a hang-up, unless it saves: an
+    end in order would wait for a collective operation, whose other ranks have ended."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+
+
 def marked(mark: str) -> list[int]:
     """Processes whose mark is ``mark`` or begins with ``mark/``."""
     needles = (f"{MARK}={mark}\0".encode(), f"{MARK}={mark}/".encode())

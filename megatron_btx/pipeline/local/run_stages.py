@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from megatron_btx.errors import UserError
+from megatron_btx.errors import EXIT_INTERRUPTED, UserError
 from megatron_btx.files import written
 from megatron_btx.pipeline import locks, state
 from megatron_btx.pipeline.graph import Stage
@@ -26,8 +26,6 @@ from megatron_btx.pipeline.local.rollback import Rollback
 WORKER = (sys.executable, "-m", "megatron_btx.pipeline.worker")
 GRACE = 600.0
 """Seconds that a stopped stage gets to save; a second Ctrl-C ends the wait."""
-
-EXIT_INTERRUPTED = 130
 
 
 @dataclass(kw_only=True)
