@@ -1,10 +1,11 @@
 """Runs one Python program and ends with it everything that it started. A script of its own: it
 imports nothing of ours, and is started with ``python -I``.
 
-    code_supervisor.py PROGRAM SECONDS MEMORY FILE_SIZE
+    code_supervisor.py PROGRAM SECONDS CLOCK MEMORY FILE_SIZE
 
-Exit code 0: the program reached its last line and ended with 0; 1: anything else. It ends the
-program when its own standard input is closed, that is, when whoever started it has died.
+Exit code 0: the program reached its last line and ended with 0; 1: anything else, also when it took
+SECONDS of the processor or CLOCK on the clock. It ends the program when its own standard input is
+closed, that is, when whoever started it has died.
 
 As a child subreaper (prctl(2)) it becomes the parent of processes whose own parent has ended, also
 of those that left the session (``setsid``) or were forked twice: what is left below it when the
@@ -28,7 +29,7 @@ _PR_SET_CHILD_SUBREAPER = 36
 _PR_SET_PDEATHSIG = 1
 
 
-def main(program: str, seconds: float, memory: int, file_size: int) -> int:
+def main(program: str, seconds: float, clock: float, memory: int, file_size: int) -> int:
     """Run the program."""
     if ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
         return 1
@@ -52,7 +53,7 @@ def main(program: str, seconds: float, memory: int, file_size: int) -> int:
         preexec_fn=lambda: _limit(seconds, memory, file_size),
     )
     os.close(write)
-    end = time.monotonic() + seconds
+    end = time.monotonic() + clock
     while process.poll() is None and (left := end - time.monotonic()) > 0:
         ready, _, _ = select.select([0, woken], [], [], left)
         if 0 in ready:
@@ -111,4 +112,5 @@ def _below(root: int) -> list[int]:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1], float(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])))
+    _, name, *limits = sys.argv
+    sys.exit(main(name, *map(float, limits[:2]), *map(int, limits[2:])))

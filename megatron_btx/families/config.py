@@ -54,6 +54,7 @@ _IGNORED = {
     "how long the texts of training were; nothing reads it": "max_sequence_length",
 }
 """Reason -> keys that change nothing of what a model computes from tokens."""
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 HARMLESS = frozenset(key for keys in _IGNORED.values() for key in keys.split())
 """Those keys. An unknown one that is null, false or empty counts as absent."""
 
@@ -109,6 +110,14 @@ class ConfigReading:
     def refuse(self, what: str, fix: str = OTHER) -> None:
         """Note what is wrong."""
         self.errors.append(UserError(self.where, what, fix))
+
+    def tokens(self) -> None:
+        """Note every special token that is no id, nor a list of some: they go into the result."""
+        for key in TOKENS:
+            value = self.config.get(key)
+            ids = value if isinstance(value, list) else [value]
+            if value is not None and not all(type(n) is int and -1 <= n <= UTMOST for n in ids):
+                self.refuse(f"{key} is {value!r:.60}, no token's id", "give a number, or null")
 
     def unknown(self) -> None:
         """Note every unknown field."""

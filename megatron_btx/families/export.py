@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from megatron_btx.errors import UserError
+from megatron_btx.families.config import TOKENS
 from megatron_btx.families.hf import family_of, to_hf, wanted
 from megatron_btx.families.llama_cpp import without_misread
 from megatron_btx.weights.directory import as_json
@@ -17,7 +18,7 @@ from megatron_btx.weights.megatron import open_megatron
 from megatron_btx.weights.plan import Checkpoint, Plan
 from megatron_btx.weights.write_safetensors import SHARD, write_safetensors
 
-CARRIED = ("model_type", "bos_token_id", "eos_token_id", "pad_token_id")
+CARRIED = ("model_type", *TOKENS)
 """Of a model's ``config.json``, what its Megatron checkpoint keeps (``huggingface`` of the
 manifest), so that it can go out as what it came in."""
 

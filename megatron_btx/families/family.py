@@ -55,6 +55,7 @@ class Family:
         reading.need("vocab_size")
         for part in self.config:
             part.read(reading)
+        reading.tokens()
         reading.unknown()
         described, found = None, list[UserError]()
         with collect_errors(found):

@@ -260,4 +260,8 @@ def _common_dtype(models: list[Checkpoint]) -> torch.dtype:
     if len(dtypes) != 1:
         what = f"the sources have several dtypes: {', '.join(sorted(map(str, dtypes)))}"
         raise UserError("--dtype", what, "say which the result shall have")
-    return dtypes.pop()
+    (dtype,) = dtypes
+    if dtype not in DTYPES.values():
+        what = f"the sources are {dtype}, which no result is"
+        raise UserError("--dtype", what, f"say which it shall have: {', '.join(DTYPES)}")
+    return dtype

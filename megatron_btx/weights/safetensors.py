@@ -78,6 +78,9 @@ class SafetensorsSource(FileSource[_Stored]):
         return read_box(stored.path, stored.offset, stored.dtype, stored.strides, box)
 
 
+_LFS = b"version https://git-lfs.github.com/"
+
+
 def _header(path: Path) -> dict[str, _Stored]:
     """Parse and check one file's header against the file's size."""
     fix = "copy or download the file again"
@@ -87,6 +90,10 @@ def _header(path: Path) -> dict[str, _Stored]:
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
+        if file.seek(0) == 0 and file.read(len(_LFS)) == _LFS:
+            what = "is a pointer of Git LFS: the file itself was not downloaded"
+            raise UserError(str(path), what, "run `git lfs pull` there, or `hf download`")
+        file.seek(8)
         if size < 8 or length > min(size - 8, _MAX_HEADER):
             raise UserError(str(path), "truncated, or not a safetensors file", fix)
         raw = file.read(length)

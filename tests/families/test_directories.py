@@ -225,6 +225,24 @@ def test_a_quantised_model_is_named_by_its_config(models, tmp_path):
     assert "remove" not in caught.value.fix
 
 
+def test_a_pointer_of_git_lfs_is_named(models, tmp_path):
+    copied(models, tmp_path)
+    text = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4976698672\n"
+    (tmp_path / MODEL).write_text(text)
+    with pytest.raises(UserError, match="a pointer of Git LFS") as caught:
+        open_hf(tmp_path, "m")
+    assert "git lfs pull" in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["2", 2.0, True, [1, "2"], {}, -2, 10**30])
+def test_a_special_token_is_an_id(models, tmp_path, value):
+    """It would go into the result, and fail whoever reads that."""
+    config = json.loads((models["llama"] / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"eos_token_id": value}))
+    with pytest.raises(UserError, match="eos_token_id is .*, no token's id"):
+        open_hf(tmp_path, "m")
+
+
 def test_a_flood_is_cut_off_with_its_count(models, tmp_path):
     tensors = copied(models, tmp_path)
     save_file({f"x.{name}": tensor for name, tensor in tensors.items()}, tmp_path / MODEL)

@@ -160,7 +160,7 @@ class LlamaCpp:
 
     def _ask(self, path: str, body: dict[str, Any]) -> Any:
         request = Request(self._server.listening_address + path, json.dumps(body).encode())
-        with self._open(request, timeout=60) as answer:
+        with self._open(request, timeout=600) as answer:
             return json.load(answer)
 
 

@@ -8,6 +8,7 @@ import shutil
 from dataclasses import replace
 
 import pytest
+import torch
 
 from megatron_btx.cli.main import main
 from megatron_btx.errors import UserError
@@ -160,6 +161,17 @@ def test_numbers_are_refused_as_a_recipe_refuses_them(sources, tmp_path, capsys,
     assert RANGES[options] in said
     assert said.count(" fix: ") == 1, "of each mistake one error"
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("form", ["hf", "megatron"])
+def test_fp64_goes_in_and_not_out(tmp_path, capsys, form):
+    save(dense("a", 1), tmp_path / "a", "hf", dtype=torch.float64)
+    words = ["mix", "--method", "copy", "--sources", str(tmp_path / "a"), "--format", form]
+    words += ["--out", str(tmp_path / "out")]
+    assert main(words) == 2
+    assert "error: --dtype: the sources are torch.float64" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["a"]
+    assert main([*words, "--dtype", "fp32"]) == 0
 
 
 @pytest.mark.parametrize("form", ["hf", "megatron"])

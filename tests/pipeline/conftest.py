@@ -106,4 +106,4 @@ def run(tmp_path: Path) -> Iterator[Run]:
         if process.poll() is None:
             process.kill()
         process.communicate()
-    runs.wait(lambda: not runs.processes(), 5)
+    runs.wait(lambda: not runs.processes())

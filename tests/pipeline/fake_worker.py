@@ -1,6 +1,6 @@
 """The real worker with stages that only pass the time, as ``behaviour`` in the environment says.
 
-``BTX_FAKE`` is JSON: stage name -> {"seconds", "fail", "deaf", "child", "early", "after", "save"}:
+``BTX_FAKE`` is JSON: stage name -> {"seconds", "hold", "fail", "deaf", "child", "after", "save"}:
 see ``_stage``.
 """
 
@@ -59,6 +59,10 @@ def _stage(recipe: Recipe, stage: Stage, run_dir: Path) -> dict[str, object]:
                     (directory / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)
             if wish.get("fail") == "full" and step == STEPS // 2:
                 raise OSError(errno.ENOSPC, "No space left on device")
+            while step == wish.get("hold") and not (stop and not wish.get("deaf")):
+                time.sleep(0.05)  # until it is asked to stop, or may go on
+                if (run_dir / "go").exists():
+                    break
             if stop and not wish.get("deaf"):
                 if rank == 0:
                     write_json(directory / "stopped.json", {"step": step})

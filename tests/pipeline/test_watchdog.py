@@ -60,7 +60,7 @@ def test_a_hang_prints_the_stacks_and_names_who_gave_no_sign(tmp_path: Path) -> 
 
 def test_a_rank_on_a_lost_node_is_asked_to_save_and_then_ended(tmp_path: Path) -> None:
     (tmp_path / "leave.json").write_text("{}")
-    done = _child(tmp_path, hang=0, grace=0.5, SLURM_JOB_ID="7")
+    done = _child(tmp_path, hang=0, grace=5, SLURM_JOB_ID="7")
     assert done.returncode == 1
     assert done.stdout == "asked to save\n"
     assert not (tmp_path / "error.json").exists()
