@@ -10,7 +10,7 @@ import re
 import shutil
 import stat
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -50,6 +50,9 @@ def written(path: Path, mode: str = "w", *, durable: bool = True) -> Iterator[IO
         path: the final name; its directory exists.
         mode: ``"w"`` (UTF-8) or ``"wb"``.
         durable: wait until it is on the disk. What is written anew all the time need not be.
+
+    Raises:
+        OSError: it cannot be written; it names ``path``, also where the system names no file.
     """
     temporary = unfinished(path)
     try:
@@ -59,6 +62,10 @@ def written(path: Path, mode: str = "w", *, durable: bool = True) -> Iterator[IO
             if durable:
                 os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.filename in (None, str(temporary)):  # a write does not know whose file it is
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -218,6 +225,16 @@ def _deep(content: Any) -> bool:
         if not level:
             return False
     return True
+
+
+def check_not_read(path: Path, inputs: Iterable[str | Path]) -> None:
+    """Before any work: that a result does not take the place of what it is made of.
+
+    Raises:
+        UserError: ``path`` is one of ``inputs``, by whatever name.
+    """
+    if path.resolve() in {Path(one).resolve() for one in inputs}:
+        raise UserError(str(path), "is read here, and would be replaced", "give another name")
 
 
 def check_file(path: Path) -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from megatron_btx.errors import UserError
-from megatron_btx.files import find_json, parse_json, read_json
+from megatron_btx.files import find_json, parse_json, read_json, write_json
+from megatron_btx.pipeline.failure import of_system
+from tests.bad import fill
 
 DAMAGED = [
     (b"", "is damaged, not JSON"),
@@ -41,6 +44,21 @@ def test_a_whole_one(tmp_path: Path) -> None:
     path.write_text(json.dumps(content))
     assert read_json(path) == find_json(path) == content
     assert parse_json(path.read_bytes(), "header") == content
+
+
+def test_a_full_disk_is_told_with_the_file(disk: Callable[[str], Path]) -> None:
+    """Which a write itself does not know; and what was there stays."""
+    place = disk("size=64k")
+    path = place / "found.json"
+    write_json(path, {"a": 1})
+    fill(place)
+    with pytest.raises(OSError, match="No space") as caught:
+        write_json(path, {"a": ["more"] * 1000})
+    error = of_system(caught.value)
+    assert error is not None
+    assert (error.where, error.what) == (str(path), "no space left on device")
+    assert sorted(os.listdir(place)) == ["filler", "found.json"]
+    assert read_json(path) == {"a": 1}
 
 
 def test_what_is_no_file(tmp_path: Path) -> None:

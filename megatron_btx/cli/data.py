@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from collections import Counter
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_btx.cli.common import command, recipe_command
-from megatron_btx.files import check_directory, check_file, written
+from megatron_btx.files import check_directory, check_file, check_not_read, written
 from megatron_btx.recipe.load import load_recipe
 
 _EPILOG = """examples:
@@ -50,9 +51,17 @@ def run(options: argparse.Namespace) -> int:
         check_file(options.out)
     if options.clean is not None:
         check_directory(options.clean)
+    from megatron_btx.data.domain_text import texts_of
     from megatron_btx.data.separation import Found, check_separation, write_clean
 
     out_dir = Path(recipe.run_dir) / "prepare"
+    results = [] if options.out is None else [options.out]
+    if options.clean is not None:
+        results += [options.clean / f"{name}.jsonl" for name in recipe.domains]
+    texts = texts_of(recipe, out_dir).values()
+    for path in results:
+        read = (text.files(split) for text in texts for split in ("train", "valid"))
+        check_not_read(path, itertools.chain(*read))
     tokenizer = out_dir / "tokenizer" if (out_dir / "tokenizer").is_dir() else None
     shared: set[str] = set()
     counts: Counter[tuple[str, str, str]] = Counter()

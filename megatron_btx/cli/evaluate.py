@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from megatron_btx.cli import model_flags
 from megatron_btx.cli.common import command
 from megatron_btx.errors import UserError
 from megatron_btx.evaluate import model_spec
-from megatron_btx.files import check_file, write_json
+from megatron_btx.files import check_file, check_not_read, write_json
 from megatron_btx.pipeline import eval_ranks
 from megatron_btx.report.table import data_table, tasks_table
 
@@ -72,6 +73,9 @@ def run(options: argparse.Namespace) -> int:
     if not options.data and not options.tasks:
         raise UserError("btx evaluate", "neither --data nor --tasks", "give at least one of them")
     data, tasks = model_flags.data_of(options.data), model_flags.tasks_of(options)
+    if options.out is not None:
+        items = [file for one in tasks for file in (*one["files"], *one["shots"])]
+        check_not_read(options.out, [*itertools.chain(*data.values()), *items])
     layout = model_flags.layout_of(options.layout)
     result: dict[str, Any] = {
         "checkpoints": {one.name: {k: str(v) for k, v in one.models.items()} for one in subjects}

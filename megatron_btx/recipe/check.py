@@ -138,6 +138,12 @@ def refuse_on_gloo(layout: Layout, key: str = "layout") -> None:
         )
 
 
+def _variable(path: Path) -> str | None:
+    """A name in a path that a shell would replace, unless there is such a directory."""
+    parts = (one for one in (path, *path.parents) if re.search(r"\$\{?\w", one.name))
+    return next((one.name for one in parts if not one.exists()), None)
+
+
 def _names(recipe: Recipe) -> Iterator[Problem]:
     pattern = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
     rule = "use letters, digits, `_`, `-` and `.`, 100 of them at most"
@@ -145,6 +151,9 @@ def _names(recipe: Recipe) -> Iterator[Problem]:
         yield Problem("name", f"{show(recipe.name)} cannot name a directory", rule)
     elif wrong := path_problem(recipe.run_dir):
         yield Problem("run_dir", wrong, "give another path")
+    elif wrong := _variable(Path(recipe.run_dir)):
+        what = f"{wrong} is no variable here: a directory of that name would be made"
+        yield Problem("run_dir", what, "write the path itself; `~` stands for your home")
     for wrong in filter(None, map(path_problem, recipe.share)):
         yield Problem("share", wrong, "correct the path")
     for key, names in (("domains", recipe.domains), ("experts", recipe.experts)):

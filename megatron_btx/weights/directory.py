@@ -203,5 +203,10 @@ def _flushed_meanwhile(file: BinaryIO) -> Iterator[None]:
 def _check_space(directory: Path, needed: int) -> None:
     free = shutil.disk_usage(directory).free
     if needed > free:
-        what = f"needs {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
+        what = f"needs {_amount(needed)}, {_amount(free)} are free"
         raise UserError(str(directory.parent), what, "free some space or give another directory")
+
+
+def _amount(size: int) -> str:
+    unit, name = (2**30, "GiB") if size >= 2**30 else (2**20, "MiB")
+    return f"{size / unit:.1f} {name}"

@@ -72,7 +72,11 @@ def claimed(out: Path, identity: str) -> Iterator[Partial]:
             held.enter_context(_claim(partial))
             if _text(partial.path / _IDENTITY) != identity:
                 _empty(partial.path)
-                write_small(partial.path / _IDENTITY, identity.encode())
+                try:
+                    write_small(partial.path / _IDENTITY, identity.encode())
+                except OSError:
+                    partial.discard()
+                    raise
         yield partial
 
 
@@ -116,7 +120,8 @@ def _made(path: Path) -> IO[str] | None:
         _sign(file)
         os.rename(temporary, path)
     except BaseException as error:
-        file.close()
+        with contextlib.suppress(OSError):  # on a full disk it fails again
+            file.close()
         _remove(temporary)
         if isinstance(error, OSError) and os.path.lexists(path):
             return None

@@ -97,6 +97,11 @@ SLIPS = [
         "a run's directory with a NUL in it",
         change("name: small", 'name: small\nrun_dir: "a\\0b"'),
         ("recipe.yaml:", "run_dir", "has a NUL character", "give another path"),
+    ),
+    Bad(
+        "a variable of a shell",
+        change("name: small", "name: small\nrun_dir: $HOME/runs/{name}"),
+        ("recipe.yaml:", "run_dir", "$HOME is no variable here", "write the path itself"),
         RUN,
     ),
     Bad(

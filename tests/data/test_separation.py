@@ -131,6 +131,10 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     command = ["data", "check", str(written), "--out", str(out), "--clean", str(clean)]
     assert main(command) == 1
     assert "1 training documents of math share 13 words with" in capsys.readouterr().out
+    (tmp_path / "math.jsonl").symlink_to(plain["math"].train[0])
+    for flag, path in (("--clean", tmp_path), ("--out", plain["math"].train[0])):
+        assert main([*command[:3], flag, str(path)]) == 2
+        assert "is read here, and would be replaced" in capsys.readouterr().err
     found = [json.loads(line) for line in out.read_text().splitlines()]
     assert {one["document"] for one in found} == {document for _, document, *_ in expected}
     assert len((clean / "math.jsonl").read_text().splitlines()) == 198

@@ -113,6 +113,7 @@ def test_help_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> 
         ("evaluate x={here}/a x={here}/a --data x={here}/x.jsonl", "named twice"),
         ("evaluate {here}/a --data x={here}/x.jsonl --out no/x.json", "no: no such directory"),
         ("evaluate {here}/a --data x={here}/x.jsonl --out {here}/b", "b: is there and is no file"),
+        ("evaluate {here}/a --data x={here}/x.jsonl --out {here}/b/../x.jsonl", "is read here"),
         ("evaluate {here}/a --data x={here}/x.jsonl --seq-length 0", "--seq-length: is 0"),
         ("evaluate {here}/a --data x={here}/x.jsonl --tokens -1", "--tokens: is -1"),
         (

@@ -14,6 +14,7 @@ import pytest
 from megatron_btx.errors import UserError
 from megatron_btx.weights.directory import LargeFile, write_directory
 from megatron_btx.weights.integrity import HASHES
+from tests.bad import fill
 
 HOLD = """
 import sys
@@ -136,6 +137,18 @@ def test_what_cannot_be_read_back_gets_no_name(tmp_path):
             tmp_path / "out", identity="1", large_files=[piece(b"x")], files=dict, check=refuse
         )
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("left", [0, 4096, 8192])
+def test_a_full_disk_leaves_nothing_that_was_begun(disk, left):
+    place = disk("size=64k")
+    fill(place)
+    os.truncate(place / "filler", (place / "filler").stat().st_size - left)
+    with pytest.raises(UserError, match=f"^{place}.*(cannot be written|are free)"):
+        put(place / "out", bytes(4097))
+    assert os.listdir(place) == ["filler"]
+    (place / "filler").unlink()
+    put(place / "out", bytes(4097))
 
 
 def test_killed_while_it_claims_a_name_it_leaves_nothing_for_ever(tmp_path):
