@@ -40,9 +40,9 @@ from megatron_btx.evaluate.router_rows import (
     no_sums,
     read_sums,
     ridge_rows,
-    write_sums,
+    version_of,
+    write_results,
 )
-from megatron_btx.files import written
 from megatron_btx.mix.one_model import copy, forced
 from megatron_btx.recipe.schema import Layout, Precision
 from megatron_btx.weights.plan import Plan
@@ -100,10 +100,11 @@ def measure(
 
     Raises:
         UserErrors: the model has no experts, one has no text, or too little; the statistics are of
-            another model.
+            another model, or were changed meanwhile.
     """
     (checkpoint,) = opened(subject, setting.tokenizer).values()
     names, model = checkpoint.architecture.experts, checkpoint.architecture.model
+    version = version_of(statistics)
     before = read_sums(statistics, model.num_layers, model.hidden_size) if statistics else None
     errors = list(_misnamed(subject.name, names, data, str(statistics), before))
     if errors:
@@ -133,10 +134,8 @@ def measure(
         progress=progress,
     )
     if dist.get_rank() == 0:
-        if statistics is not None:
-            write_sums(statistics, found.sums)
-        with written(out, "wb") as file:
-            file.write(as_file(found.rows, names, kind))
+        rows = as_file(found.rows, names, kind)
+        write_results(out, rows, statistics, found.sums, version)
     own = {name: sum(layer[name] for layer in found.own) / len(found.own) for name in texts}
     return {
         "experts": list(names),

@@ -6,6 +6,7 @@ are in fp64 and kept in a file, so that a domain can be added later without read
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,12 +92,40 @@ def ridge_rows(sums: Sums, regularization: float = REGULARIZATION) -> Tensor:
     return torch.cholesky_solve(sums.first.mT, torch.linalg.cholesky(gram)).mT
 
 
-def write_sums(path: Path, sums: Sums) -> None:
-    """The file of ``--statistics``: safetensors, fp64."""
-    tensors = {"count": sums.count, "first": sums.first, "gram": sums.gram}
-    kept = {name: t.contiguous().cpu() for name, t in tensors.items() if t is not None}
-    with written(path, "wb") as file:
-        file.write(save(kept, metadata={"domains": "\n".join(sums.domains)}))
+def version_of(path: Path | None) -> tuple[int, ...] | None:
+    """Which of the files is there that have had this name; ``None``: none."""
+    if path is None or not path.exists():
+        return None
+    status = path.stat()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def write_results(
+    out: Path, rows: bytes, statistics: Path | None, sums: Sums, version: tuple[int, ...] | None
+) -> None:
+    """Write both files, or neither: sums that hold a domain say that its rows were written.
+
+    Args:
+        out: of the rows.
+        rows: its content.
+        statistics: of the sums (safetensors, fp64), where they are kept.
+        sums: with those that the file held.
+        version: of that file when it was read (:func:`version_of`).
+
+    Raises:
+        UserError: somebody else has written the sums meanwhile: they would be lost.
+    """
+    with contextlib.ExitStack() as files:
+        if statistics is not None:
+            tensors = {"count": sums.count, "first": sums.first, "gram": sums.gram}
+            kept = {name: t.contiguous().cpu() for name, t in tensors.items() if t is not None}
+            file = files.enter_context(written(statistics, "wb"))
+            file.write(save(kept, metadata={"domains": "\n".join(sums.domains)}))
+            file.flush()
+            if version_of(statistics) != version:
+                what = "was changed while the text was read: another process adds domains to it"
+                raise UserError(str(statistics), what, "run this again")
+        files.enter_context(written(out, "wb")).write(rows)  # takes its name first
 
 
 def read_sums(path: Path, layers: int, hidden: int) -> Sums | None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from megatron_btx.errors import UserError, UserErrors
+from megatron_btx.files import written
 from megatron_btx.weights.integrity import HASHES, Hash, hash_file, hashes_json, hashes_of
 from megatron_btx.weights.partial import claimed, unwritable, write_small
 
@@ -113,15 +114,17 @@ def _stopped_on_error(pool: ThreadPoolExecutor, stop: threading.Event) -> Iterat
 
 def add_files(directory: Path, files: Mapping[str, bytes]) -> None:
     """Put small files into a directory that was written here, and their hashes beside the others'.
+    What is there of these names stays whole whenever this ends, also on a full disk.
 
     Raises:
+        OSError: one cannot be written.
         UserError: its ``hashes.json`` is damaged.
     """
     hashes = hashes_of(directory)
-    for name, content in files.items():
-        write_small(directory / name, content)
-        hashes[name] = Hash(content).hexdigest()
-    write_small(directory / HASHES, hashes_json(hashes))
+    hashes |= {name: Hash(content).hexdigest() for name, content in files.items()}
+    for name, content in {**files, HASHES: hashes_json(hashes)}.items():
+        with written(directory / name, "wb") as file:
+            file.write(content)
 
 
 def as_json(value: Any) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -14,11 +15,19 @@ from safetensors.torch import load_file
 from megatron_btx.errors import UserError
 from megatron_btx.evaluate.model_spec import parse
 from megatron_btx.evaluate.packed_text import PackedText
-from megatron_btx.evaluate.router_rows import joined, no_sums, ridge_rows
+from megatron_btx.evaluate.router_rows import (
+    joined,
+    no_sums,
+    read_sums,
+    ridge_rows,
+    version_of,
+    write_results,
+)
 from megatron_btx.families import open_hf
 from megatron_btx.families.export import write_hf
 from megatron_btx.mix.one_model import copy, forced
 from megatron_btx.recipe.schema import Layout
+from tests.bad import fill
 from tests.engine.test_layouts import PP2, TP2
 from tests.evaluate.made import TEXTS, moe, random_model, tokenizer, write
 from tests.mix.commands import btx
@@ -138,6 +147,26 @@ def test_ridge_solves_as_lstsq_does():
         later.add(layer, 0, x[layer, 1])
     again = ridge_rows(joined(later, part, ("a", "b", "c")), 1e-3)
     torch.testing.assert_close(again, rows, rtol=1e-10, atol=1e-12)
+
+
+def test_sums_and_rows_are_written_together_or_not_at_all(tmp_path, disk):
+    """On a full disk, and where another process has added a domain meanwhile: its sums stay."""
+    sums = no_sums(("a", "b"), 2, 24, gram=True, device=torch.device("cpu"))
+    place = disk("size=64k")
+    fill(place)
+    for left, name in ((0, "sums"), (16384, "out")):  # the sums are of 10 kB
+        os.truncate(place / "filler", (place / "filler").stat().st_size - left)
+        with pytest.raises(OSError, match=f"No space.*{name}"):
+            write_results(place / "out", bytes(40_000), place / "sums", sums, None)
+        assert os.listdir(place) == ["filler"]
+    out, kept = tmp_path / "out", tmp_path / "sums"
+    write_results(out, b"rows", kept, sums, version_of(kept))
+    assert read_sums(kept, 2, 24).domains == ("a", "b")
+    version = version_of(kept)
+    write_results(out, b"rows", kept, sums, version)
+    with pytest.raises(UserError, match="changed while the text was read"):
+        write_results(tmp_path / "other", b"rows", kept, sums, version)
+    assert sorted(os.listdir(tmp_path)) == sorted(["out", "sums", place.name])
 
 
 def test_a_domain_added_later_is_as_if_it_had_been_there(ranks, made, tmp_path):

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_btx.errors import UserError
-from megatron_btx.weights.directory import LargeFile, write_directory
+from megatron_btx.weights.directory import LargeFile, add_files, write_directory
 from megatron_btx.weights.integrity import HASHES
 from tests.bad import fill
 
@@ -149,6 +149,18 @@ def test_a_full_disk_leaves_nothing_that_was_begun(disk, left):
     assert os.listdir(place) == ["filler"]
     (place / "filler").unlink()
     put(place / "out", bytes(4097))
+
+
+def test_what_is_added_on_a_full_disk_leaves_what_was_there(disk):
+    """A card that `btx verify --record` writes anew."""
+    out = disk("size=128k") / "out"
+    put(out)
+    add_files(out, {"README.md": b"the card"})
+    before = {name: (out / name).read_bytes() for name in os.listdir(out)}
+    fill(out.parent)
+    with pytest.raises(OSError, match=r"No space.*README.md"):
+        add_files(out, {"README.md": bytes(9000)})
+    assert {name: (out / name).read_bytes() for name in os.listdir(out)} == before
 
 
 def test_killed_while_it_claims_a_name_it_leaves_nothing_for_ever(tmp_path):
