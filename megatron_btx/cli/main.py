@@ -71,7 +71,7 @@ def interruptible(*, once: bool) -> Iterator[None]:
     missing, and go on.
 
     Args:
-        once: the process ends behind the block: what comes then is ignored.
+        once: the process ends behind the block: what comes then ends it at once, without a word.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -98,7 +98,7 @@ def interruptible(*, once: bool) -> Iterator[None]:
         sys.exit(EXIT_INTERRUPTED)
     finally:
         for number in caught:
-            signal.signal(number, signal.SIG_IGN if once else former[number])
+            signal.signal(number, signal.SIG_DFL if once else former[number])
 
 
 _STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
