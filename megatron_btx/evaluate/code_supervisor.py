@@ -112,5 +112,5 @@ def _below(root: int) -> list[int]:
 
 
 if __name__ == "__main__":
-    _, name, *limits = sys.argv
-    sys.exit(main(name, *map(float, limits[:2]), *map(int, limits[2:])))
+    _, name, seconds, clock, memory, size = sys.argv
+    sys.exit(main(name, float(seconds), float(clock), int(memory), int(size)))
