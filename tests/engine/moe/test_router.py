@@ -228,7 +228,7 @@ def inference() -> None:
     with pytest.raises(RuntimeError, match="set_routing_context"):
         router.eval()(HIDDEN_STATES)
     set_routing_context(20, torch.tensor([1, 2]))
-    with pytest.raises(RuntimeError, match="2 sequences, but the batch holds 3"):
+    with pytest.raises(RuntimeError, match="2 sequences, but the batch has 3"):
         router(HIDDEN_STATES)
     set_routing_context(20, torch.tensor(SEQUENCES))
     gates, _ = router(HIDDEN_STATES)
