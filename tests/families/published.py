@@ -3,6 +3,13 @@
 What is cut is the number of layers, widths, heads, experts and the vocabulary, in proportion where
 the proportion matters (wide heads, one key/value head for several queries), and the sliding window,
 which is shorter than the test's text. All else stands as it was published.
+
+Granite, GraniteMoE, SmolLM3 and Phi-3 were held against copies in public repositories (2026-11-27):
+all of Phi-3-mini-4k in ThanatosShinji/onnx-tool 00f5f0a, onnx_tool/model_configs.py; what shapes a
+SmolLM3-3B (RoPE, its absence, norms, tying, positions) in the tests of HfConfigExtractor of
+kkokosa/dotLLM; multipliers, RoPE base, norms and positions of Granite 3.1 and of GraniteMoE 3.0 and
+3.1 in tests of other loaders. Not seen there: dropouts, versions, and which of the keys that change
+nothing (``max_window_layers``, ``pretraining_tp``) a file has.
 """
 
 from __future__ import annotations
@@ -86,7 +93,7 @@ _QWEN3 = _QWEN2 | {
 }  # fmt: skip
 _SMOLLM3 = {
     "architectures": ["SmolLM3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0,
-    "eos_token_id": 128001, "hidden_act": "silu", "hidden_size": 32, "initializer_range": 0.02,
+    "eos_token_id": 128012, "hidden_act": "silu", "hidden_size": 32, "initializer_range": 0.02,
     "intermediate_size": 48, "max_position_embeddings": 65536, "max_window_layers": 28,
     "mlp_bias": False, "model_type": "smollm3", "no_rope_layer_interval": 4,
     "no_rope_layers": [1, 1, 1, 0], "num_attention_heads": 4, "num_hidden_layers": 4,
