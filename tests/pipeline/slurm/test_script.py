@@ -15,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from megatron_btx.cli.main import main
 from megatron_btx.cli.slurm import select_stages
 from megatron_btx.errors import UserError
 from megatron_btx.pipeline import graph
@@ -212,6 +213,29 @@ def test_dry_run_prints_all_and_changes_nothing(tmp_path: Path) -> None:
     assert whole.stdout.startswith(done.stdout.rpartition("\n\n")[0])
     assert whole.stdout.count("#!/bin/bash\n") == whole.stdout.count(script.body().rstrip()) == 11
     assert list(tmp_path.iterdir()) == []
+
+
+def test_pyxis_flags_are_words_of_srun(capsys: pytest.CaptureFixture[str]) -> None:
+    """The example for it, as docs/slurm.md shows it; the words as bash hands them to srun."""
+    recipe = ROOT / "examples" / "from_huggingface" / "slurm.yaml"
+    page = (ROOT / "docs" / "slurm.md").read_text()
+    block = page.partition("--dry-run --scripts`) says as\n\n```bash\n")[2].partition("```")[0]
+    assert main(["submit", str(recipe), "--dry-run", "--scripts"]) == 2, "models and text are yours"
+    scripts = capsys.readouterr().out.split("\n\n##### ")
+    (finetune,) = (text for text in scripts if text.startswith("finetune.sbatch\n"))
+    assert block.count("\n") == 4
+    assert all(f"\n{line}" in finetune for line in block.splitlines())
+    assert "#SBATCH --nodes=2\n" in finetune
+    assert "#SBATCH --ntasks=16\n" in finetune
+    assert "#SBATCH --gpus-per-node=8\n" in finetune
+    said = 'cpus=8 recipe=r.yaml stage=finetune; srun() { printf "%s\\n" "$@"; }\n' + block
+    done = subprocess.run(["bash", "-c", said], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [
+        *("--kill-on-bad-exit=1", "--cpus-per-task=8", "--label"),
+        *("--container-image=/images/btx.sqsh", "--container-mounts=/shared:/shared"),
+        *("--no-container-mount-home", "python3", "-m", "megatron_btx.cli", "stage", "r.yaml"),
+        "finetune",
+    ]
 
 
 @pytest.mark.parametrize("option", ["--exclude=n1", "-xn1", "-w n2", "--nodel=n2", "--res=big"])
