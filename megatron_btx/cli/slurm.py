@@ -104,7 +104,7 @@ def add_parser(commands: Any) -> None:
     )
     several_recipes.add_flags(parser)
     parser.add_argument(
-        "--only", metavar="STAGE", action="append", default=[], help="this one (may be repeated)"
+        "--only", metavar="STAGE", action="append", default=[], help="only STAGE (may be repeated)"
     )
     parser.set_defaults(run=cancel)
 
