@@ -47,6 +47,10 @@ SAVE_TAKES_STRATEGY = RELEASE >= (0, 19)
 """``dist_checkpointing.save`` is told whose asynchronous save it is to prepare: by default that of
 ``nvidia-resiliency-ext``. Not in 0.16; the releases between were not looked at."""
 
+DDP_TAKES_LAYOUT = RELEASE >= (0, 19)
+"""``DistributedDataParallel`` wants ``full_param_layout`` with the distributed optimizer. Not in
+0.16; the releases between were not looked at."""
+
 
 def require_supported() -> None:
     """That the installed release is one that this project is tested with.
@@ -67,11 +71,6 @@ _SILENCED = (
     # Warnings about its own future that a user of this project can do nothing about.
     # (module of megatron.core, words in the message, why it may be)
     ("models.gpt.gpt_model", "GPTModel IS DEPRECATED", "CONTRIBUTING.md: a move to HybridModel"),
-    (
-        "distributed.distributed_data_parallel",
-        "full_param_layout not provided",
-        "the layout that it computes by itself is the one that we would hand it",
-    ),
     (
         "dist_checkpointing.strategies.torch",
         "MCore's async save is deprecated",

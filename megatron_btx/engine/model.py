@@ -21,6 +21,7 @@ from torch.nn.functional import silu
 
 from megatron_btx.engine import platform
 from megatron_btx.engine.freezing import canonical_names, freeze
+from megatron_btx.engine.megatron_release import DDP_TAKES_LAYOUT
 from megatron_btx.engine.moe.router_config import check_config, transformer_fields
 from megatron_btx.engine.spec import block_spec
 from megatron_btx.engine.unsupported_options import TORCH_LAYERS, megatron_errors, refuse_unfollowed
@@ -303,7 +304,13 @@ def wrap_ddp(
     ddp_config = data_parallel_config(use_distributed_optimizer, options)
     # Buckets let gradients leave early; of later chunks those of the first hide it (Megatron-LM).
     wrapped = [
-        DistributedDataParallel(config, ddp_config, chunk, disable_bucketing=at > 0)
+        DistributedDataParallel(
+            config,
+            ddp_config,
+            chunk,
+            disable_bucketing=at > 0,
+            **_buffer_layout(chunk, ddp_config, bucketing=at == 0),
+        )
         for at, chunk in enumerate(chunks)
     ]
     config.finalize_model_grads_func = finalize_model_grads
@@ -314,6 +321,34 @@ def wrap_ddp(
         # Else each bucket's gathering is begun by the one before it.
         config.param_sync_func = _one_or_all([ddp.start_param_sync for ddp in wrapped])
     return torch.nn.ModuleList(wrapped) if isinstance(model, torch.nn.ModuleList) else wrapped[0]
+
+
+def _buffer_layout(
+    chunk: torch.nn.Module, ddp_config: DistributedDataParallelConfig, *, bucketing: bool
+) -> dict[str, Any]:
+    """Where the distributed optimizer's buffers hold each parameter of a chunk: DDP's argument,
+    which warns where it has to compute the same itself."""
+    if not (DDP_TAKES_LAYOUT and ddp_config.use_distributed_optimizer):
+        return {}
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    dense = parallel_state.get_data_parallel_group(
+        with_context_parallel=True, partial_data_parallel=True
+    )
+    experts = parallel_state.get_expert_data_parallel_group(partial_expert_data_parallel=True)
+    elements = None  # one bucket
+    first = parallel_state.get_pipeline_model_parallel_rank() == 0
+    if bucketing and first and ddp_config.overlap_grad_reduce:
+        ranks = parallel_state.get_data_parallel_world_size()
+        elements = ddp_config.bucket_size or max(40_000_000, 1_000_000 * ranks)  # DDP's default
+    layout = DistributedOptimizer.compute_full_param_layout(
+        [parameter for parameter in chunk.parameters() if parameter.requires_grad],
+        elements,
+        dense.size(),
+        ddp_config,
+        expert_data_parallel_world_size=experts.size(),
+    )
+    return {"full_param_layout": layout}
 
 
 def without_ddp(model: torch.nn.Module) -> torch.nn.Module:

@@ -9,18 +9,22 @@ import re
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megatron_btx.engine import cpu, megatron_release
 from megatron_btx.errors import UserError
+from megatron_btx.recipe.schema import MegatronOptions
 from tests.engine.harness import DENSE, MOE, Case
 from tests.engine.test_checkpoint import EP2, session
+from tests.engine.test_layouts import PP2_VP2_EP2
 from tests.other_python import other_python, run_module
 from tests.ranks import Ranks
 
 TOP = Path(__file__).resolve().parents[2]
 PIN = re.compile(r"""megatron-core==([\d.]+) ?; python_version ([<>=]+) ["']([\d.]+)["']""")
+Places = dict[str, tuple[int, int, int]]
 CASES = {
     "dense": Case(DENSE),
     "moe": Case(MOE, EP2, "bf16", use_distributed_optimizer=True),
@@ -66,6 +70,44 @@ def test_upstreams_own_plans_are_not_a_users_warnings(caplog: pytest.LogCaptureF
     logger.warning("something else")
     assert [record.getMessage() for record in caplog.records] == ["something else"]
     assert sum(isinstance(each, megatron_release._Without) for each in logger.filters) == 1
+
+
+def laid_out() -> tuple[list[Places], list[Places]]:
+    """Of a rank's chunks: by ``wrap_ddp``, and by Megatron's own computation."""
+    from megatron.core.distributed import DistributedDataParallel
+
+    from megatron_btx.engine import distributed
+    from megatron_btx.engine.model import build_model, data_parallel_config, model_chunks, wrap_ddp
+
+    options = MegatronOptions(ddp={"overlap_grad_reduce": True, "bucket_size": 500})
+    distributed.initialize(PP2_VP2_EP2, 0)
+    model = build_model(MOE, PP2_VP2_EP2, "fp32")
+    config = data_parallel_config(True, options)
+    own = [
+        DistributedDataParallel(chunk.config, config, chunk, disable_bucketing=at > 0)
+        for at, chunk in enumerate(model_chunks(build_model(MOE, PP2_VP2_EP2, "fp32")))
+    ]
+    ddp = wrap_ddp(model, use_distributed_optimizer=True, options=options)
+    return [places(chunk) for chunk in model_chunks(ddp)], [places(chunk) for chunk in own]
+
+
+def places(ddp: Any) -> Places:
+    """Parameter -> first and last element in its buffer, and bucket."""
+    names = {parameter: name for name, parameter in ddp.module.named_parameters()}
+    return {
+        names[parameter]: place
+        for buffer in (*ddp.buffers, *ddp.expert_parallel_buffers)
+        for parameter, place in buffer.param_index_map.items()
+    }
+
+
+def test_buffers_are_laid_out_as_upstream_does(ranks: Ranks) -> None:
+    """Megatron of 0.19 warns where it is left to do it."""
+    results = ranks.run(laid_out, PP2_VP2_EP2.world_size)
+    for ours, upstreams in results:
+        assert ours == upstreams
+    of_first_chunk = results[0][0][0]
+    assert len({bucket for *_, bucket in of_first_chunk.values()}) > 1, "one bucket holds all"
 
 
 def go_on(folder: Path) -> dict[str, list[float]]:
