@@ -92,6 +92,13 @@ def test_the_whole_path(whole: Path) -> None:
     assert (whole / "report.html").stat().st_size > 10_000
 
 
+def test_no_stage_has_a_warning_in_its_log(whole: Path) -> None:
+    """Neither of upstream's nor of ours: of a run that met nothing, ranks have nothing to say."""
+    logs = {file.parts[-3]: file.read_text() for file in whole.glob("*/log/*.log")}
+    assert {"prepare", "mix", "evaluate", "export", *STAGES} <= logs.keys()
+    assert {stage: text for stage, text in logs.items() if text} == {}
+
+
 def test_experts_are_specialists_and_the_mix_is_better_than_each(whole: Path) -> None:
     """What Branch-Train-MiX claims, small as this run is: over five random seeds the experts lead
     their columns by 0.10 nats or more, and the mix all that it is made of by 0.20."""
