@@ -111,7 +111,6 @@ def _serve(pipe: Connection, parent: int) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     with engine.importing():
         import torch
-        import torch.distributed as dist
 
     torch.set_num_threads(1)
     while True:
@@ -127,8 +126,7 @@ def _serve(pipe: Connection, parent: int) -> None:
             answer = (True, function(*args))
         except BaseException:
             answer = (False, traceback.format_exc())
-        if dist.is_initialized():
-            _let_go()
+        _let_go()
         pipe.send(answer)
 
 
@@ -150,5 +148,6 @@ def _let_go() -> None:
             value.probs = None
     RotaryEmbedding.forward.cache_clear()
     parallel_state.destroy_model_parallel()
-    dist.destroy_process_group()
+    if dist.is_initialized():  # a stage's worker has left its own
+        dist.destroy_process_group()
     gc.collect()
