@@ -20,7 +20,7 @@ demo: $(VENV)/.installed
 	$(BIN)/btx run $(DEMO)
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -rs -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -rs -n 3 --dist loadfile --no-loadscope-reorder
 
 UPSTREAM := tests/cli/test_run.py tests/engine tests/megatron_lm tests/weights tests/families tests/mix tests/train \
   tests/tools/test_convert.py tests/examples/test_by_hand.py tests/evaluate tests/recipe tests/data

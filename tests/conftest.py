@@ -6,6 +6,7 @@ import fcntl
 import gc
 import os
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,7 +36,9 @@ Shared = Callable[[str, Callable[[Path], None]], Path]
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Print at the end what each room has cost."""
+    """Print at the end what each room has cost; hear Ctrl-C."""
+    # A shell's background jobs ignore Ctrl-C, and would hand that on to every process of a test.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     workers = config.getoption("numprocesses", None)
     config.pluginmanager.register(Rooms(books=not workers or hasattr(config, "workerinput")))
 

@@ -143,8 +143,7 @@ def cancel(options: argparse.Namespace) -> int:
     from megatron_btx.pipeline.slurm import commands, run_jobs, several_recipes
 
     if options.only:
-        what = "can select the stages of one recipe, and several are given"
-        raise UserError("--only", what, "cancel those of that one alone")
+        raise UserError("--only", "selects stages of one recipe", "cancel one recipe's only")
     members, out = _members(options)
     last = several_recipes.row(out)
     found = {} if last is None or not last.active else {last.job: last.stage}

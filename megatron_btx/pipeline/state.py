@@ -191,21 +191,27 @@ def link_shared(run_dir: Path, stages: tuple[Stage, ...], share: Sequence[str]) 
         Name of each stage that was linked, and the directory that it is.
     """
     taken = {}
-    found = sorted(Path(path).resolve() for pattern in share for path in glob.glob(pattern))
-    others = [other for other in found if other != run_dir.resolve()]
     for stage in missing(run_dir, stages):
         here = run_dir / stage.directory
         begun = here.exists() and not here.is_symlink()
-        if stage.kind in ("evaluate", "export", "report", *graph.LOOKS_AHEAD) or begun:
-            continue
-        for other in others:
-            if done(other, stage) is not None:
-                real = (other / stage.directory).resolve()
-                here.unlink(missing_ok=True)  # a link to what is of another key, or there no more
-                here.symlink_to(os.path.relpath(real, run_dir.resolve()))
-                taken[stage.name] = real
-                break
+        real = None if begun else find_shared(run_dir, stage, share)
+        if real is not None:
+            here.unlink(missing_ok=True)  # a link to what is of another key, or there no more
+            here.symlink_to(os.path.relpath(real, run_dir.resolve()))
+            taken[stage.name] = real
     return taken
+
+
+def find_shared(run_dir: Path, stage: Stage, share: Sequence[str]) -> Path | None:
+    """Directory of a stage that is finished for the same key in another run, and can be taken;
+    arguments as of :func:`link_shared`."""
+    if stage.kind in ("evaluate", "export", "report", *graph.LOOKS_AHEAD):
+        return None
+    found = sorted(Path(path).resolve() for pattern in share for path in glob.glob(pattern))
+    for other in found:
+        if other != run_dir.resolve() and done(other, stage) is not None:
+            return (other / stage.directory).resolve()
+    return None
 
 
 def _shelf(run_dir: Path, directory: str, key: str) -> Path:

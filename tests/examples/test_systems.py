@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -30,7 +31,7 @@ from megatron_btx.train import metrics
 from megatron_btx.weights.find_checkpoint import find_checkpoint
 from megatron_btx.weights.megatron import open_megatron
 from megatron_btx.weights.source import read_whole
-from tests.examples.conftest import EXAMPLES, NAMES
+from tests.examples.conftest import EXAMPLES, FILES, NAMES
 from tests.examples.ranks_side import run_stage
 from tests.ranks import Ranks
 
@@ -378,6 +379,13 @@ def test_the_command(systems: Systems, tmp_path: Path, capsys: pytest.CaptureFix
     assert json.loads(again.out) == json.loads((tmp_path / "compare.json").read_text())
     assert main([*arguments, "--dry-run"]) == 0
     assert "left" not in capsys.readouterr().out
+    # Of a base that shares with them, what lies in their directories is taken, and said.
+    other = tmp_path / "other.yaml"
+    other.write_text(f"base: {base}\nrun_dir: {tmp_path}/{{name}}\nshare: {base.parent}/runs/*\n")
+    dense = ["compare", str(FILES["dense"]), "--base", str(other), "--dry-run"]
+    assert main(dense) == 0
+    out = capsys.readouterr().out
+    assert re.search("prepare from .*/prepare, seed from .*, dense from .*, evaluate left", out)
 
 
 @pytest.mark.parametrize("name", ["upcycling_cm", "btx_split_top2", "btx_top2"])

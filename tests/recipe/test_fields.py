@@ -108,7 +108,7 @@ def test_a_block_made_by_hand_is_checked_too() -> None:
 
 
 def test_text_under_a_field() -> None:
-    assert field_docs(Model)["kv_channels"].startswith("Width of a head")
+    assert field_docs(Model)["kv_channels"].startswith("Head dimension")
     assert field_docs(Training)["lr"] == "Peak learning rate."
     both = field_docs(Slurm)
     assert {"launch_prefix", "time"} <= both.keys()
