@@ -29,7 +29,7 @@ LONGEST = (
     "tests/engine/test_layouts.py",
     "tests/cli/test_wandb.py",
 )
-"""Files of minutes, begun first: two workers then end at the same time."""
+"""Files of minutes, begun first: the workers then end at the same time."""
 
 
 Shared = Callable[[str, Callable[[Path], None]], Path]
