@@ -81,13 +81,13 @@ class AccountedCluster(Cluster):
         self.launch("mariadbd", [*command, f"--init-file={self.top}/init.sql"])
         wait(lambda: _listens(int(self.database)), 60, "MariaDB")
         self._start("slurmdbd", "slurmdbd", "-D", host="controller")
-        wait(lambda: self._answers("sacctmgr", "-n", "show", "cluster"), 60, "slurmdbd")
+        wait(lambda: self._succeeds("sacctmgr", "-n", "show", "cluster"), 60, "slurmdbd")
         self("sacctmgr", "-iQ", "add", "cluster", "btxtest")
         self("sacctmgr", "-iQ", "add", "account", "lab")
         limit = f"MaxSubmitJobs={LIMIT}"
         self("sacctmgr", "-iQ", "add", "user", "root", "account=lab", limit)
 
-    def _answers(self, *command: str) -> bool:
+    def _succeeds(self, *command: str) -> bool:
         self.check_alive()
         done = subprocess.run(command, env=self.environment, capture_output=True, check=False)
         return done.returncode == 0

@@ -102,7 +102,7 @@ def test_what_a_stage_needs_is_not_done(whole: Run, tmp_path: Path) -> None:
     (run.run_dir / "expert-code" / "done.json").unlink()
     done = run.btx("submit", "--only", "finetune")
     assert done.returncode == 2
-    assert "finetune: needs expert:code, expert:math, expert:prose, not done" in done.stderr
+    assert "finetune: needs expert:code, expert:math, expert:prose, which is" in done.stderr
     assert not run.queue()
 
 
