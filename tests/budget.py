@@ -30,7 +30,7 @@ BUDGET = {
     "slurm": 5,
 }
 """CPU seconds, processes that a test starts included, as measured and rounded up. On two idle cores
-three workers take 1,321 in all, and ``make test`` 12 minutes."""
+three workers take 1,321 in all, and ``make test`` 12:19."""
 
 
 class Rooms:

@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -39,6 +40,12 @@ def pytest_configure(config: pytest.Config) -> None:
     """Print at the end what each room has cost; hear Ctrl-C."""
     # A shell's background jobs ignore Ctrl-C, and would hand that on to every process of a test.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if "TORCH_EXTENSIONS_DIR" not in os.environ:
+        # Megatron 0.19 compiles one. In the user's cache a build that was killed leaves a lock, and
+        # every later one waits for ever; workers inherit this and compile once.
+        folder = tempfile.TemporaryDirectory(prefix="btx-extensions-")
+        os.environ["TORCH_EXTENSIONS_DIR"] = folder.name
+        config.add_cleanup(folder.cleanup)
     workers = config.getoption("numprocesses", None)
     config.pluginmanager.register(Rooms(books=not workers or hasattr(config, "workerinput")))
 

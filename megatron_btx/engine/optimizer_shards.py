@@ -9,7 +9,7 @@ rank's part of a parameter is a range of its elements in row-major order, which 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import prod
 from typing import Any
 
@@ -39,15 +39,15 @@ def sharded_state(
     """
     chained = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else []
     each = chained or [optimizer]
-    if not all(_lies_whole(one) for one in each):
+    parts = _parts_of_all(each, model_part) if all(map(_lies_whole, each)) else None
+    if parts is None:
         return optimizer.sharded_state_dict(  # type: ignore[no-any-return]
             model_part, is_loading=False, metadata=metadata
         )
-    entries = {entry.data: entry for entry in nested_values(model_part)}
     if len(each) == 1:
-        return _of_one(each[0], entries)
+        return _of_one(each[0], parts)
     optimizer._synchronize_steps()
-    return {number: _of_one(one, entries) for number, one in enumerate(each)}  # type: ignore[misc]
+    return {number: _of_one(one, parts) for number, one in enumerate(each)}  # type: ignore[misc]
 
 
 def _lies_whole(optimizer: MegatronOptimizer) -> bool:
@@ -61,8 +61,26 @@ def _lies_whole(optimizer: MegatronOptimizer) -> bool:
     )
 
 
-def _of_one(optimizer: DistributedOptimizer, entries: dict[Tensor, Any]) -> dict[str, Any]:
-    shards = list(_shards(optimizer, entries))
+def _parts_of_all(
+    each: Sequence[DistributedOptimizer], model_part: dict[str, Any]
+) -> dict[Tensor, list[ShardedTensor]] | None:
+    """The parts of every parameter, also of those whose state others hold: all ranks that share one
+    so decide alike. ``None``: some parameter is not stored as boxes of itself."""
+    entries = {entry.data: entry for entry in nested_values(model_part)}
+    found: dict[Tensor, list[ShardedTensor]] = {}
+    for parameter in (p for one in each for buffer in one.buffers for p in buffer.params):
+        entry = entries.get(parameter)
+        parts = None if entry is None else _parts(entry, parameter.shape)
+        if parts is None:
+            return None
+        found[parameter] = parts
+    return found
+
+
+def _of_one(
+    optimizer: DistributedOptimizer, parts: dict[Tensor, list[ShardedTensor]]
+) -> dict[str, Any]:
+    shards = list(_shards(optimizer, parts))
     return {
         **optimizer.state_dict(),
         "param_state": dict(enumerate(shards)),
@@ -70,32 +88,33 @@ def _of_one(optimizer: DistributedOptimizer, entries: dict[Tensor, Any]) -> dict
     }
 
 
-def _shards(optimizer: DistributedOptimizer, entries: dict[Tensor, Any]) -> Iterator[ShardedTensor]:
+def _shards(
+    optimizer: DistributedOptimizer, parts: dict[Tensor, list[ShardedTensor]]
+) -> Iterator[ShardedTensor]:
     keys = ("param", *getattr(optimizer, "optimizer_state_keys", ("exp_avg", "exp_avg_sq")))
     for buffer in optimizer.gbuf_ranges:
         for bucket in (bucket for buckets in buffer.values() for bucket in buckets):
             for parameter, ranges in bucket["param_map"].items():
                 held = optimizer._get_main_param_and_optimizer_states(parameter)
-                parts = list(_parts(entries[parameter], parameter.shape))
                 start = ranges["param"].start
                 for key in keys:
-                    yield from _boxed(f"optimizer.state.{key}.", parts, held[key].detach(), start)
+                    prefix, state = f"optimizer.state.{key}.", held[key].detach()
+                    yield from _boxed(prefix, parts[parameter], state, start)
 
 
-def _parts(entry: Any, shape: torch.Size) -> Iterator[ShardedTensor]:
+def _parts(entry: Any, shape: torch.Size) -> list[ShardedTensor] | None:
     """Megatron's shards of a parameter that are not another rank's too, as views of one tensor of
-    no bytes that is laid out like it."""
+    no bytes that is laid out like it; ``None``: some shard is no such view."""
     whole = torch.empty(shape, device="meta")
     if isinstance(entry, ShardedTensorFactory):
-        found = nested_values([dataclasses.replace(entry, data=whole).build()])
+        found = list(nested_values([dataclasses.replace(entry, data=whole).build()]))
     else:
-        found = iter([dataclasses.replace(entry, data=whole, dtype=whole.dtype)])
-    for part in found:
-        is_view = part.data.untyped_storage()._cdata == whole.untyped_storage()._cdata
-        if not (is_view and _is_ordered(part.data)):
-            raise NotImplementedError(f"{part.key}: not a box of its parameter")
-        if not any(part.replica_id[:-1]):  # the last one counts the ranks that share the state
-            yield part
+        found = [dataclasses.replace(entry, data=whole, dtype=whole.dtype)]
+    storage = whole.untyped_storage()._cdata
+    if not all(p.data.untyped_storage()._cdata == storage and _is_ordered(p.data) for p in found):
+        return None
+    # The last number of a replica counts the ranks that share the state.
+    return [part for part in found if not any(part.replica_id[:-1])]
 
 
 def _is_ordered(view: Tensor) -> bool:

@@ -137,9 +137,9 @@ def print_left(runs: Sequence[FinishedRun]) -> None:
                 standing = "done"
             else:
                 owner = wanted.get((stage.name, stage.key))
-                shared = state.find_shared(one.run_dir, stage, one.recipe.share)
-                if owner is None and shared is not None:
-                    owner = os.path.relpath(shared)
+                if owner is None:
+                    shared = state.find_shared(one.run_dir, stage, one.recipe.share)
+                    owner = None if shared is None else os.path.relpath(shared)
                 standing = f"from {owner}" if owner else "left"
             wanted.setdefault((stage.name, stage.key), one.recipe.name)
             words.append(f"{stage.name} {standing}")

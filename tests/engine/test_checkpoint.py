@@ -9,6 +9,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -116,6 +117,23 @@ def test_saved_under_one_layout_loaded_under_another(
         np.testing.assert_allclose(
             moved[0][1], unstopped[2:], atol=LOSS[case.precision], rtol=0, err_msg=str(layout)
         )
+
+
+def session_with_gathered_state(case: Case, folder: Path) -> tuple[Pieces, list[float]]:
+    """As where a layer stores a parameter as something else than boxes of it."""
+    from megatron_btx.engine import optimizer_shards
+
+    with mock.patch.object(optimizer_shards, "_parts", return_value=None):
+        return session(case, folder, None, 2, True)
+
+
+def test_state_that_is_not_stored_in_boxes_is_gathered(ranks: Ranks, tmp_path: Path) -> None:
+    case = Case(MOE, EP2, use_distributed_optimizer=True)
+    saved = ranks.run(session_with_gathered_state, 2, case, tmp_path)
+    resumed = ranks.run(session, 2, case, tmp_path, 2, 2, False)
+    same_weights(saved, resumed)
+    unstopped = ranks.run(session, 2, case, tmp_path / "unused", None, 4, False)[0][1]
+    assert saved[0][1] + resumed[0][1] == unstopped
 
 
 @pytest.mark.parametrize("shape", [(7,), (3, 4), (1, 5), (4, 1), (2, 3, 4), (2, 2, 1, 2), ()])

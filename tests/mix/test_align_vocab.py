@@ -86,6 +86,16 @@ def test_a_mixture_is_verified(sources, tmp_path, form):
     assert code == 0, said
 
 
+def without_maths_tokenizer(sources, folder):
+    """The sources once more, by links, that of math without a tokenizer."""
+    for label in ADDED:
+        (folder / label).mkdir()
+        for file in (sources / label).iterdir():
+            (folder / label / file.name).symlink_to(file)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / "math" / name).unlink()
+
+
 @pytest.mark.parametrize(
     ("added", "base", "found"),
     [
@@ -95,12 +105,7 @@ def test_a_mixture_is_verified(sources, tmp_path, form):
     ],
 )
 def test_other_tokenizers_are_refused(sources, tmp_path, added, base, found):
-    for label in ADDED:
-        (tmp_path / label).mkdir()
-        for file in (sources / label).iterdir():
-            (tmp_path / label / file.name).symlink_to(file)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (tmp_path / "math" / name).unlink()
+    without_maths_tokenizer(sources, tmp_path)
     if added is not None:
         tokenizer(tmp_path / "math", added, base)
     with pytest.raises(UserError) as caught:
@@ -171,12 +176,7 @@ def test_a_recipe_without_the_key_refuses_them(sources, tmp_path):
 
 
 def test_a_recipe_refuses_other_tokenizers(sources, tmp_path):
-    for label in ADDED:
-        (tmp_path / label).mkdir()
-        for file in (sources / label).iterdir():
-            (tmp_path / label / file.name).symlink_to(file)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        (tmp_path / "math" / name).unlink()
+    without_maths_tokenizer(sources, tmp_path)
     tokenizer(tmp_path / "math", ["<x>"])
     recipe = recipe_of(tmp_path, tmp_path)
     with pytest.raises(UserError, match="mix.align_vocab: math: its tokenizer and that of code"):
