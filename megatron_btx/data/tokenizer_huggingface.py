@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_btx.data import word_cache
 from megatron_btx.data.tokenizer_base import Tokenizer
 from megatron_btx.errors import UserError
 from megatron_btx.families.tokenizer_libraries import begin_token, no_panic, open_fast
@@ -44,6 +45,7 @@ class HuggingFace(Tokenizer):
             )
         settings = read_settings(directory)
         self._tokenizer = open_fast(path, settings)
+        self._words = word_cache.of_fast(self._tokenizer)
         self._directory = directory
         self.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
@@ -61,6 +63,8 @@ class HuggingFace(Tokenizer):
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:  # noqa: D102
         with no_panic(str(self._directory / self.file)):
+            if self._words is not None:
+                return self._words.encode(texts)
             rows = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         found = (row.ids for row in rows)
         return [np.fromiter(ids, np.int32, len(ids)) for ids in found]

@@ -12,14 +12,13 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import re
-from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import sentencepiece
 
+from megatron_btx.data import word_cache
 from megatron_btx.data.tokenizer_base import Tokenizer
 from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.families.tokenizer_export import huggingface_files
@@ -35,10 +34,6 @@ _CONVERT = (
     "write a tokenizer.json, which is read instead: "
     "transformers.AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR)"
 )
-
-_SPACE = "\u2581"
-_CACHE_LIMIT = 1 << 22
-"""Characters of cached words; above this the cache is emptied. About 70 MB in each process."""
 
 
 class SentencePiece(Tokenizer):
@@ -64,7 +59,7 @@ class SentencePiece(Tokenizer):
                 beside it say what SentencePiece does not do.
         """
         self._processor = open_slow(model, where)
-        self._words = word_cache(model)
+        self._words = word_cache.of_sentencepiece(model)
         self._model = model
         self._beside: dict[str, bytes] = {}
         self.sha256 = hashlib.sha256(model).hexdigest()
@@ -198,75 +193,3 @@ def _cores() -> int:
     if threads.isdecimal() and int(threads) > 0:  # no number say nothing to it
         return int(threads)
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
-
-
-class WordCache:
-    """The ids of the words of one model: a word that was encoded before is not encoded again.
-
-    This is exact if no piece crosses a place where the text is cut. Byte-pair encoding merges
-    neighbours only into pieces of the vocabulary: if no piece has ``U+2581`` (the space) after
-    another character, nothing is merged across the start of a run of spaces, and if no piece has a
-    line break, nothing across either side of one.
-    """
-
-    def __init__(
-        self, processor: sentencepiece.SentencePieceProcessor, cut: re.Pattern[str], prefix: str
-    ) -> None:
-        """``cut`` finds a text's words, ``prefix`` goes in front of every text."""
-        self._processor, self._cut, self._prefix = processor, cut, prefix
-        self._ids: dict[str, bytes] = {}
-        self._characters = 0
-
-    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Token ids of each text, int32 [n]."""
-        rows = [self._cut.findall(self._prefix + text) if text else [] for text in texts]
-        if self._characters > _CACHE_LIMIT:
-            self._ids.clear()
-            self._characters = 0
-        new = list(set().union(*rows).difference(self._ids))
-        self._characters += sum(map(len, new))
-        encoded = self._processor.encode(new, num_threads=1)
-        self._ids.update(
-            (w, array("i", ids).tobytes()) for w, ids in zip(new, encoded, strict=True)
-        )
-        return [
-            np.frombuffer(bytearray().join(map(self._ids.__getitem__, row)), np.int32)
-            for row in rows
-        ]
-
-
-def word_cache(model: bytes) -> WordCache | None:
-    """Of the bytes of a ``.model``.
-
-    ``None`` where words cannot be encoded each by itself (a unigram model adds up scores over the
-    whole text, a normalizer may look beyond a word), or where protobuf, which reads such models, is
-    not installed.
-    """
-    try:
-        from sentencepiece import sentencepiece_model_pb2 as schema
-    except ImportError:
-        return None
-    proto = schema.ModelProto.FromString(model)  # type: ignore[attr-defined]  # made at run time
-    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
-    by_word = (
-        trainer.model_type == trainer.BPE
-        and trainer.byte_fallback  # else unknown characters that are neighbours become one token
-        and not trainer.treat_whitespace_as_suffix
-        and normalizer.escape_whitespaces
-        and not normalizer.remove_extra_whitespaces
-        and not normalizer.precompiled_charsmap
-        and not any(_SPACE in piece.piece.lstrip(_SPACE) for piece in proto.pieces)
-    )
-    if not by_word:
-        return None
-    prefix = " " if normalizer.add_dummy_prefix else ""
-    normalizer.add_dummy_prefix = False  # a text's, not a word's
-    processor = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
-    return WordCache(processor, _cut(piece.piece for piece in proto.pieces), prefix)
-
-
-def _cut(pieces: Iterable[str]) -> re.Pattern[str]:
-    """A text may spell the space's sign, which is then one."""
-    if any("\n" in piece for piece in pieces):
-        return re.compile(f"[ {_SPACE}]*[^ {_SPACE}]+|[ {_SPACE}]+")
-    return re.compile(f"\n|[ {_SPACE}]*[^ {_SPACE}\n]+|[ {_SPACE}]+")

@@ -26,7 +26,6 @@ from megatron_btx.data.tokenizer import (
     read_tokenizer,
     train_tokenizer,
 )
-from megatron_btx.data.tokenizer_sentencepiece import word_cache
 from megatron_btx.errors import UserError
 from megatron_btx.recipe.schema import Recipe
 from tests.data.oracle import texts
@@ -153,66 +152,6 @@ def test_llama_like_model_with_a_space_in_front(
         theirs = HuggingFace(tmp_path / "hf").encode(domain)
         assert [ids.tolist() for ids in ours] == [ids.tolist() for ids in theirs]
         assert [given.decode(ids) for ids in ours] == domain
-
-
-MODELS: dict[str, dict[str, Any]] = {
-    "a recipe's": {"add_dummy_prefix": False},
-    "Llama 2's": {},
-    "with symbols of its own": {
-        "user_defined_symbols": ["\u2581\u2581if", "\n\n", "->", "\u2581\u2581"]
-    },
-    "pieces over spaces": {"split_by_whitespace": False},
-    "a space at the end": {"treat_whitespace_as_suffix": True},
-    "no bytes": {"byte_fallback": False},
-    "NFKC": {"normalization_rule_name": "nmt_nfkc"},
-    "spaces removed": {"remove_extra_whitespaces": True},
-    "unigram": {"model_type": "unigram"},
-}  # fmt: skip
-BY_WORD = ("a recipe's", "Llama 2's", "with symbols of its own")
-_PARTS = [
-    " ", "  ", "\n", "\t", "\0", "\u2581", "\u3000", "\u0308", "\u2603\u2603", "if", "word", "->",
-    "x1", "is", "the", "=", "self",
-]  # fmt: skip
-_TEXTS = st.lists(st.lists(st.sampled_from(_PARTS) | st.characters(codec="utf-8")).map("".join))
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_ids_by_word_are_those_of_the_text(documents: dict[str, list[str]], name: str) -> None:
-    """Whatever a model's settings: word by word where that is exact, else the library alone."""
-    model = io.BytesIO()
-    settings_ = {
-        "model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity",
-        "remove_extra_whitespaces": False, **MODELS[name],
-    }  # fmt: skip
-    text = [line for texts in documents.values() for line in "\n".join(texts).splitlines()]
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(text[:3000]), model_writer=model, vocab_size=600, minloglevel=2,
-        allow_whitespace_only_pieces=True, **settings_,
-    )  # fmt: skip
-    tokenizer = SentencePiece(model.getvalue(), name)
-    assert (word_cache(model.getvalue()) is not None) == (name in BY_WORD)
-    plain = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
-
-    @settings(max_examples=200, deadline=None, derandomize=True)
-    @given(_TEXTS)
-    @example(["", " ", "  ", "\n", "\n\n", " a", "a ", "a  b", "  if", "\u2581a \u2581"])
-    def same(texts: list[str]) -> None:
-        assert [row.tolist() for row in tokenizer.encode(texts)] == plain.encode(texts)
-
-    same()
-    whole = [text for texts in documents.values() for text in texts]
-    assert [row.tolist() for row in tokenizer.encode(whole)] == plain.encode(whole)
-
-
-def test_words_are_forgotten(trained: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert isinstance(trained, SentencePiece)
-    cache = word_cache(trained._model)
-    assert cache is not None
-    monkeypatch.setattr("megatron_btx.data.tokenizer_sentencepiece._CACHE_LIMIT", 20)
-    for number in range(30):
-        text = f"some words and {number} more"
-        assert cache.encode([text])[0].tolist() == trained.encode([text])[0].tolist()
-        assert cache._characters <= 20 + len(text)
 
 
 @pytest.mark.parametrize("threads", ["junk", "0", "-1", "2"])
