@@ -185,7 +185,8 @@ def plan(
     saved: object = state.model if state.optimizer is None else state.optimizer
     strategy = checkpoint_plan.Strategy(_agreed.get(saved))
     content = state.sharded(is_loading=False)
-    content["megatron_lm"] = _for_megatron_lm(content["model"], _architecture(manifest))
+    if more := _for_megatron_lm(content["model"], _architecture(manifest)):
+        content["megatron_lm"] = more  # an empty one is not taken out, and would be warned of
     dist_checkpointing.save(
         {**content, "checkpoint_version": 3.0},
         str(partial),

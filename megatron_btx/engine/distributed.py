@@ -82,7 +82,7 @@ def is_first_rank() -> bool:
 def from_first_rank(value: Any) -> Any:
     """The first rank's value on every rank, for what only its view of the disk can decide."""
     values = [value]
-    if dist.is_initialized():
+    if dist.is_initialized() and dist.get_world_size() > 1:
         dist.broadcast_object_list(values, src=0)
     return values[0]
 
