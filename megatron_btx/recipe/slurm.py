@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_btx.recipe.check_layout import Problem
 from megatron_btx.recipe.schema import Recipe, SlurmJob
-from megatron_btx.recipe.stages import expert_stage, recipe_key
+from megatron_btx.recipe.stages import expert_stage, imported, recipe_key
 
 KINDS = ("prepare", "seed", "expert", "mix", "finetune", "dense", "evaluate", "export", "report")
 ON_GPUS = ("seed", "expert", "finetune", "dense", "evaluate")
@@ -62,7 +62,8 @@ def resolve(recipe: Recipe, name: str) -> SlurmJob:
             values[field.name] = {key: text for part in given for key, text in part.items()}
         else:
             values[field.name] = next((v for v in reversed(given) if v is not None), None)
-    if kind not in ON_GPUS and all(layer.gpus_per_node is None for layer in layers[1:]):
+    computes = kind in ON_GPUS and not (kind != "evaluate" and imported(recipe, name))
+    if not computes and all(layer.gpus_per_node is None for layer in layers[1:]):
         values["gpus_per_node"] = None
     return SlurmJob(**values)
 

@@ -223,7 +223,7 @@ def taken(recipe: Recipe) -> dict[str, str]:
 def imported(recipe: Recipe, name: str) -> str | None:
     """Where the model of stage ``name`` is taken from instead of being trained: a checkpoint
     directory, the name of another stage (an expert of zero tokens is the seed), or nowhere."""
-    block = training(recipe, name)
+    block = _block(recipe, name)
     if block.from_ is not None:
         return block.from_
     return "seed" if name.startswith("expert:") and block.tokens == 0 else None

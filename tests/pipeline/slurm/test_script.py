@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -183,6 +184,15 @@ slurm:
     assert (shape.nodes, shape.ranks_per_node, shape.gpus_per_node) == (2, 1, 1)
     assert not list(slurm_recipe.problems(recipe))
     assert not check.problems(recipe)
+
+
+def test_a_model_that_is_taken_needs_no_gpu() -> None:
+    recipe = parse_recipe(TINY.read_text() + "slurm: {gpus_per_node: 1}\n")
+    taken = replace(recipe.experts["code"], from_="there", tokens=None)
+    recipe = replace(recipe, experts=recipe.experts | {"code": taken})
+    assert slurm_recipe.resolve(recipe, "expert:code").gpus_per_node is None
+    for name in ("expert:math", "seed", "dense", "finetune", "evaluate"):
+        assert slurm_recipe.resolve(recipe, name).gpus_per_node == 1
 
 
 def test_selection() -> None:
