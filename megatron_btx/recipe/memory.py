@@ -25,13 +25,15 @@ what its allocator reports."""
 
 HELD = {"dense": 25_000_000, "moe": 55_000_000}
 """What a CPU rank holds on top: small things, and for an MoE the machine code that oneDNN writes
-for each number of an expert's tokens. Where oneDNN does not multiply, a dense model's holds."""
+for each number of an expert's tokens. Where oneDNN does not multiply (bf16 without AVX-512; fp32
+where MKL does), a dense model's holds."""
 
 KEPT = {"dense": 0.7, "moe": 1.6}
 """Blocks that glibc keeps (engine/cpu_tuning.py) and cannot use again for others, as a share of
-what the activations are in fp32. Measured, as ``HELD`` is, at hidden 48, 64 and 512, with tied and
-untied embeddings, in fp32 and bf16, on one and two ranks: 32 runs, the plan within 0.94 and 1.07 of
-each peak."""
+what the activations are in fp32, or in bf16 where oneDNN does not multiply that. Measured, as
+``HELD`` is, at hidden 48, 64 and 512, with tied and untied embeddings, in fp32 and bf16, on one and
+two ranks: 32 runs, the plan within 0.94 and 1.07 of each peak (without AVX-512, five runs: within
+1.10)."""
 
 EXCHANGED = 1.65
 """So many times more where ranks exchange activations (tensor or expert parallelism)."""
@@ -240,9 +242,11 @@ def _held(architecture: Architecture, training: Training, activations: int) -> i
     layout = training.layout
     ranks = layout.tensor_model_parallel_size * layout.expert_model_parallel_size
     kind = "moe" if architecture.routing else "dense"
-    in_fp32 = activations * 4 // _ELEMENT[training.precision]
-    kept = KEPT[kind] * (EXCHANGED if ranks > 1 else 1) * in_fp32
-    onednn = training.precision == "bf16" or cpu_info.has_avx512_without_mkl()
+    in_bf16 = training.precision == "bf16"
+    onednn = cpu_info.has_avx512() if in_bf16 else cpu_info.has_avx512_without_mkl()
+    # Only oneDNN has blocks in fp32 of what is in bf16.
+    blocks = 2 * activations if in_bf16 and onednn else activations
+    kept = KEPT[kind] * (EXCHANGED if ranks > 1 else 1) * blocks
     return HELD[kind if onednn else "dense"] + int(kept)
 
 
