@@ -4,12 +4,11 @@ What is cut is the number of layers, widths, heads, experts and the vocabulary, 
 the proportion matters (wide heads, one key/value head for several queries), and the sliding window,
 which is shorter than the test's text. All else stands as it was published.
 
-Granite, GraniteMoE, SmolLM3 and Phi-3 were held against copies in public repositories (2026-11-27):
-all of Phi-3-mini-4k in ThanatosShinji/onnx-tool 00f5f0a, onnx_tool/model_configs.py; what shapes a
-SmolLM3-3B (RoPE, its absence, norms, tying, positions) in the tests of HfConfigExtractor of
-kkokosa/dotLLM; multipliers, RoPE base, norms and positions of Granite 3.1 and of GraniteMoE 3.0 and
-3.1 in tests of other loaders. Not seen there: dropouts, versions, and which of the keys that change
-nothing (``max_window_layers``, ``pretraining_tp``) a file has.
+Phi-3, Granite, GraniteMoE and SmolLM3 were held against copies in public repositories (2026-11-28):
+whole files of Phi-3-mini-4k in ThanatosShinji/onnx-tool 00f5f0a, onnx_tool/model_configs.py, of
+granite-3.1-1b-a400m-instruct in leok7v/nano-lamma c16de35, models/, and of a Granite of 8B; of
+SmolLM3-3B what shapes it (RoPE, its absence, norms, tying, positions) in the tests of
+HfConfigExtractor of kkokosa/dotLLM, and all keys but ``bos_token_id`` in other loaders' tests.
 """
 
 from __future__ import annotations
@@ -243,6 +242,12 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     | {
         "max_position_embeddings": 131072, "rope_theta": 5000000.0,
         "transformers_version": "4.47.0.dev0",
+    },
+    "ibm-granite/granite-3.2-8b-instruct": _GRANITE
+    | {
+        "attention_dropout": 0.0, "attention_multiplier": 0.0078125, "logits_scaling": 16.0,
+        "max_position_embeddings": 131072, "rope_theta": 10000000.0,
+        "transformers_version": "4.49.0",
     },
     "ibm-granite/granite-3.1-1b-a400m-base": _GRANITE_MOE
     | {
