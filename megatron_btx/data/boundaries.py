@@ -71,8 +71,8 @@ def check_attention(machine: platform.Platform) -> None:
     if machine.layers == "transformer_engine":
         raise UserError(
             "reset_attention_mask",
-            "is not followed by Transformer Engine's attention, which this machine has: it is told "
-            "that the mask is causal, and would look at no other",
+            "is not supported with Transformer Engine, which is installed here: its attention is "
+            "called with a causal mask and would ignore document boundaries",
             "remove it, or train where Transformer Engine is not installed",
         )
 

@@ -90,7 +90,7 @@ def _check_file(file: Path, where: str) -> None:
         status = file.stat()
     except OSError as error:
         raise UserError(
-            where, f"{file} cannot be read ({error.strerror})", "mend that, or take it away"
+            where, f"{file} cannot be read ({error.strerror})", "make it readable, or remove it"
         ) from error
     if not stat.S_ISREG(status.st_mode):
         raise UserError(where, f"{file} is not a regular file", "write the text to one")
@@ -113,13 +113,13 @@ def _in_directory(directory: Path, where: str) -> list[Path]:
         more = f" and {len(others) - 5} more" if len(others) > 5 else ""
         raise UserError(
             where,
-            f"{directory} holds what is not read: {names}{more}",
-            f"take it away, or name the files to read (read are {', '.join(SUFFIXES)})",
+            f"{directory} contains files of an unsupported type: {names}{more}",
+            f"remove them, or name the files to read (supported: {', '.join(SUFFIXES)})",
         )
     if not found:
         raise UserError(
             where,
-            f"the directory {directory} holds no file that is read ({', '.join(SUFFIXES)})",
+            f"the directory {directory} holds no file of a supported type: {', '.join(SUFFIXES)}",
             "name a directory with such files, or the files themselves",
         )
     return _as_saved(directory, found, where)
@@ -129,7 +129,9 @@ def _walk(directory: Path, where: str) -> Iterator[Path]:
     """Every file below that is not hidden. A link to a directory is an error."""
 
     def fail(error: OSError) -> None:
-        raise UserError(where, f"{error.filename} cannot be read ({error.strerror})", "mend that")
+        raise UserError(
+            where, f"{error.filename} cannot be read ({error.strerror})", "make it readable"
+        )
 
     for place, directories, names in os.walk(directory, onerror=fail):
         directories[:] = [name for name in directories if not name.startswith(".")]
@@ -151,8 +153,8 @@ def _as_saved(directory: Path, found: list[Path], where: str) -> list[Path]:
             splits = read_json(place / "dataset_dict.json").get("splits")
             raise UserError(
                 where,
-                f"{place} holds the splits {splits} of a data set",
-                "name the directory of one of them",
+                f"{place} is a DatasetDict with the splits {splits}",
+                "give the directory of one split",
             )
         state = read_json(place / "state.json") if (place / "state.json").is_file() else {}
         if "_data_files" not in state:
@@ -171,7 +173,7 @@ def _as_saved(directory: Path, found: list[Path], where: str) -> list[Path]:
     if wrong:
         raise UserError(
             where,
-            f"{min(wrong)} and the state.json beside it disagree about what is there",
+            f"{min(wrong)}: the directory and its state.json list different files",
             "save the data set again",
         )
     return here + saved

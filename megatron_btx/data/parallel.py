@@ -108,8 +108,8 @@ def run_all(
     except BrokenProcessPool as error:
         raise UserError(
             f"one of {workers} processes",
-            "was killed, as the system does where memory is short",
-            "begin again: what is finished is kept. Fewer cores (taskset) need less memory",
+            "was killed, probably because memory ran out",
+            "run again (finished parts are kept), with fewer cores (taskset) if memory is short",
         ) from error
     finally:
         stop.set()

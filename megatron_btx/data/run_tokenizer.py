@@ -133,7 +133,7 @@ def _seeds_tokenizer(seed: Path, given: Tokenizer | None, path: str | None) -> T
         raise UserError(
             "tokenizer.path",
             "is not the tokenizer that the seed was trained with (seed.from): " + "; ".join(unlike),
-            "leave tokenizer.path out: the seed's own is taken",
+            "remove tokenizer.path: then the seed's own tokenizer is used",
         )
     manifest = (
         find_json(checkpoint / "manifest.json") or find_json(checkpoint / "config.json") or {}

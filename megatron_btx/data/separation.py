@@ -170,8 +170,8 @@ def _sources(
     if tokenizer_dir is None and any(format_of(file) is token_pair for file in files):
         raise UserError(
             f"domains.{text.name}",
-            "is token ids, which the run's tokenizer has to decode",
-            "run the prepare stage",
+            "consists of token ids, which only the run's tokenizer can decode",
+            "run the prepare stage first",
         )
     for parts, size in cut(files, _SHARD):
         side = split if text.is_split else None

@@ -282,7 +282,7 @@ def load(directory: Path, state: TrainingState) -> None:
 
     Raises:
         UserError: the checkpoint is missing, damaged or of another shape; or it holds a pickle that
-            names what no checkpoint needs.
+            names something outside the allow-list.
     """
     checkpoint_directory.wait_until_seen(directory)
     read_manifest(directory)

@@ -85,7 +85,7 @@ def make_room(directory: Path) -> None:
     if _is_ours(directory):
         shutil.rmtree(directory)
     elif os.path.lexists(directory):
-        what = "is there and holds what no checkpoint does, so it is left alone"
+        what = "exists and contains files that no checkpoint has; it was not overwritten"
         raise UserError(str(directory), what, "move it away")
 
 

@@ -101,7 +101,7 @@ def _load(
             return plain(file, *arguments, weights_only=weights_only is not False, **options)
         except pickle.UnpicklingError as error:
             said = str(error).rpartition("WeightsUnpickler error:")[2].strip().splitlines()[0]
-            what = f"is damaged, or names what no checkpoint needs: {said}"
+            what = f"is damaged, or its pickle names something outside the allow-list: {said}"
             fix = "do not use it unless you know who wrote it"
             raise UserError(where, what, fix) from None
 

@@ -88,7 +88,7 @@ def from_first_rank(value: Any) -> Any:
 
 
 def summed(number: int) -> int:
-    """Over all ranks, on every rank."""
+    """The sum of ``number`` over all ranks, on every rank."""
     if not dist.is_initialized():
         return number
     numbers = [0] * dist.get_world_size()

@@ -196,7 +196,10 @@ def model_chunks(model: torch.nn.Module) -> list[torch.nn.Module]:
 def canonical_parameters(
     model: torch.nn.Module,
 ) -> Iterator[tuple[tuple[str, ...], torch.nn.Parameter]]:
-    """Every parameter here, wrapped or not, with the canonical names of what it holds."""
+    """Every parameter on this rank, with the canonical names of the tensors that it holds.
+
+    ``model`` may be wrapped (DDP, ``Float16Module``).
+    """
     for chunk in model_chunks(model):
         inner = unwrap(chunk)
         names = canonical_names(inner)

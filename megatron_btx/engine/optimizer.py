@@ -89,9 +89,9 @@ def _by_rate(model: torch.nn.Module, rates: Mapping[str, float]) -> dict[float, 
     for names, parameter in canonical_parameters(model) if rates else ():
         own = {rates.get(held) for held in names}
         if len(own) > 1:
-            what = f"gives the experts of a rank different rates: one tensor holds {names[0]} to "
-            what += names[-1]
-            fix = "give them one rate, or each rank one expert (expert_model_parallel_size)"
+            what = "gives experts on one rank different learning rates: one tensor holds "
+            what += f"{names[0]} to {names[-1]}"
+            fix = "use one rate, or one expert on each rank (expert_model_parallel_size)"
             raise UserError("lr_groups", what, fix)
         (rate,) = own
         if rate is not None and parameter.requires_grad:

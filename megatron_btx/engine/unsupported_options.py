@@ -62,7 +62,7 @@ def megatron_errors(block: str) -> Iterator[None]:
     try:
         yield
     except (AssertionError, ImportError, KeyError, TypeError, ValueError) as refusal:
-        words = str(refusal) or "an assertion without words"
+        words = str(refusal) or "an assertion without a message"
         raise UserError(
             f"megatron.{block}", f"Megatron-Core refuses this combination: {words}"
         ) from refusal

@@ -92,8 +92,8 @@ def btm_heldout(
         if index.empty:
             raise UserError(
                 "btm",
-                f"no training text of {', '.join(index.empty)} to compare a context with",
-                "give a model that was trained here, or `method: posterior`, which needs no text",
+                f"{', '.join(index.empty)}: no training text to compare contexts with (tf-idf)",
+                "use models trained in this run, or `method: posterior`, which needs no text",
             )
     known = None if prior is None else torch.tensor([prior[name] for name in models])
     loss: dict[str, float] = {}

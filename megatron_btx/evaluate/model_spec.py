@@ -93,8 +93,8 @@ def with_experts(subjects: list[Subject], given: str) -> list[Subject]:
         raise UserError("--experts", f"is {given!r}", "give each expert's name once: code,seed")
     for subject in subjects:
         if subject.method is not None:
-            what = f"{subject.name} is a set of models"
-            raise UserError("--experts", what, "give one MoE; of a set leave models out")
+            what = f"applies to one MoE, and {subject.name} is a set of models (BTM)"
+            raise UserError("--experts", what, "give one MoE, or name fewer models in the set")
     return [replace(subject, experts=names) for subject in subjects]
 
 

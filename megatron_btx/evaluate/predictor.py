@@ -112,10 +112,10 @@ class Predictor:
         self._multiple = layout.tensor_model_parallel_size  # sequence parallelism cuts rows evenly
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, without the one that stands before it.
+        """Token ids of ``text``, without a begin token.
 
         Raises:
-            UserError: the models have no row for one of them.
+            UserError: an id lies outside the models' vocabulary.
         """
         ids = self.tokenizer.encode([text])[0]
         self.tokenizer.check_ids(ids, self.vocab_size, where=shown(repr(text), 60))

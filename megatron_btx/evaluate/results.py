@@ -180,7 +180,7 @@ class Results:
 
 
 def damaged(where: str, what: str) -> UserError:
-    """The error of a results file that cannot be read."""
+    """The error for a results file that cannot be read."""
     again = "remove it and the run's evaluate/; `btx run` makes both again"
     return UserError(where, f"is damaged: {what}", again)
 

@@ -142,8 +142,8 @@ def read_sums(path: Path, layers: int, hidden: int) -> Sums | None:
             domains = tuple((file.metadata() or {}).get("domains", "").split("\n"))
             count, first, gram = (file.get_tensor(name) for name in ("count", "first", "gram"))
     except (SafetensorError, OSError) as error:
-        what = f"is no file of router statistics: {error}"
-        raise UserError(str(path), what, "give one that `btx centroids` wrote") from error
+        what = f"is not a file of router statistics: {error}"
+        raise UserError(str(path), what, "give a file that `btx centroids` wrote") from error
     wanted = [(layers, len(domains)), (layers, len(domains), hidden), (layers, hidden, hidden)]
     if [tuple(tensor.shape) for tensor in (count, first, gram)] != wanted:
         what = f"is not of a model with {layers} layers of width {hidden}"

@@ -107,7 +107,7 @@ def drop(moe: Checkpoint, expert: str, *, dtype: torch.dtype) -> Plan:
     """The plan of ``moe`` without one expert and its rows of the routers.
 
     Raises:
-        UserError: there is no such expert, or too few would be left to choose from.
+        UserError: there is no such expert, or fewer would remain than the router chooses.
     """
     gone = _index(moe, expert)
     experts = moe.architecture.experts
@@ -118,7 +118,7 @@ def only(moe: Checkpoint, experts: Sequence[str]) -> Checkpoint:
     """An MoE seen as one that has some of its experts only, in its own order.
 
     Raises:
-        UserError: there is no such expert, or too few would be left to choose from.
+        UserError: there is no such expert, or fewer would remain than the router chooses.
     """
     chosen = {_index(moe, expert) for expert in experts}
     names = moe.architecture.experts

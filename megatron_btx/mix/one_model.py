@@ -68,8 +68,8 @@ def forced(moe: Plan, expert: int) -> Plan:
         UserError: a shared expert runs beside it.
     """
     if any(SHARED in name for name in moe.targets):
-        what = "has a shared expert, so no dense model computes what one of its experts does"
-        raise UserError("the MoE", what, "use one without")
+        what = "has a shared expert, so one of its experts alone is no dense model"
+        raise UserError("the MoE", what, "use an MoE without a shared expert")
     width = expert_width(moe.architecture.model)
     model = replace(moe.architecture.model, ffn_hidden_size=width, moe_ffn_hidden_size=None)
     architecture = replace(moe.architecture, model=model, experts=(), routing=None)

@@ -102,8 +102,10 @@ def router_of(mix: Mix, random_seed: int, seed_model: str = SEED) -> RouterInit:
     with safe_open(mix.centroids, "pt") as file:
         kind = (file.metadata() or {}).get("router_init", "centroids")
     if kind != mix.router_init:
-        what = f"holds rows of {kind}, not of {mix.router_init}"
-        raise UserError(mix.centroids, what, f"set router_init to {kind}, or make the other file")
+        what = f"holds router rows of {kind}, and router_init is {mix.router_init}"
+        raise UserError(
+            mix.centroids, what, f"set router_init to {kind}, or give a file of {mix.router_init}"
+        )
     return RouterInit(mix.router_init, mix.router_init_std, random_seed, rows)
 
 

@@ -47,8 +47,8 @@ class RouterInit:
     def of_experts(
         self, name: str, shape: Shape, dtype: torch.dtype, experts: Sequence[str]
     ) -> Expression:
-        """The router ``name`` of experts that have domains, so that a file may have their rows, or
-        the branches that they come from: the anchor's is the mean of theirs."""
+        """Router ``name`` with a row per expert: drawn, from a file, or from the experts' branches
+        (the row of the seed is then the mean of their anchors' rows)."""
         if self.kind == "branches":
             own = [expert for expert in experts if expert != self.seed_model]
 

@@ -30,7 +30,7 @@ _PACKAGES = (
 
 @dataclass(frozen=True, kw_only=True)
 class Feature:
-    """Something that can be done here, or what it lacks."""
+    """A feature, and whether this machine has what it needs."""
 
     name: str
     works: bool

@@ -87,11 +87,10 @@ def stage_lock(directory: Path) -> Iterator[None]:
 
 
 def wait_until_idle(directory: Path, timeout: float = 20.0) -> None:
-    """Wait for what a killed run may have left behind for a moment, and clear away what it had
-    begun to write.
+    """Wait until the processes of a killed run have ended, and delete their unfinished files.
 
     Raises:
-        Busy: it does not go away.
+        Busy: they still run after ``timeout`` seconds.
         UserError: as for :func:`run_lock`.
     """
     deadline = time.monotonic() + timeout
@@ -116,8 +115,8 @@ def _open(path: Path) -> IO[bytes]:
         raise UserError(
             str(path.parent),
             f"belongs to {owner}, and you may not write in it",
-            f"leave the run to {owner}, or give another `run_dir:`; what is done there can be "
-            "taken over with `share:`",
+            f"let {owner} continue the run, or set another `run_dir:`; finished stages can be "
+            "reused with `share:`",
         ) from None
 
 

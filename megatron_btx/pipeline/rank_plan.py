@@ -227,8 +227,8 @@ def _plan(recipe: Recipe, name: str, training: Training) -> Plan:
     router = not_yet(recipe, recipe.model_names) if routers_of_run(recipe, name) else None
     plan = from_models(recipe, name, training, model, router)
     if computed := [one for one, of in plan.sources.items() if isinstance(of, Statistics)]:
-        what = f"{computed[0]} are computed from whole models beforehand, which is not counted"
-        raise UserError("mix", what, "leave --ranks away, or plan without them")
+        what = f"needs {computed[0]}: statistics of whole models, whose reading is not counted"
+        raise UserError("mix", what, "plan without --ranks, or mix without them")
     return plan
 
 

@@ -68,7 +68,7 @@ class Architecture:
 
         Args:
             models: their names, in their order.
-            mix: what becomes of them.
+            mix: how they are mixed.
             routing: of the MoE.
         """
         width = self.model.ffn_hidden_size // mix.chunks

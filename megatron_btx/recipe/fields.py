@@ -111,7 +111,7 @@ def of_before(default: Any, hashed: Callable[[Any], tuple[str, Any]]) -> Any:
 
 
 def like(cls: type, name: str) -> Any:
-    """A field with default and range of another block's."""
+    """A dataclass field with the default and the range of field ``name`` of ``cls``."""
     (field,) = (field for field in dataclasses.fields(cls) if field.name == name)
     return dataclasses.field(default=field.default, metadata=field.metadata)
 

@@ -74,7 +74,7 @@ def _epochs(tokens: float, domain: Mapping[str, Any] | None) -> float | None:
 
 
 def warnings(readings: Iterable[Reading]) -> list[str]:
-    """Where a mixture asks for more than a domain has to give."""
+    """A warning for each domain that a stage goes through too often."""
     return [
         f"{one.stage} goes through domain {one.domain} {one.epochs:.1f} times: give it more text, "
         "a smaller weight, or train on fewer tokens"

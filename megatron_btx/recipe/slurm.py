@@ -52,7 +52,8 @@ class JobShape:
 
 
 def resolve(recipe: Recipe, name: str) -> SlurmJob:
-    """What stage ``name`` asks for: the ``slurm:`` block, over it its kind's, over it its own."""
+    """The Slurm settings of stage ``name``: the ``slurm:`` block, overridden by that of its kind,
+    then by its own."""
     slurm, kind = recipe.slurm, name.partition(":")[0]
     layers = [slurm, *(slurm.stages[key] for key in _layers(kind, name) if key in slurm.stages)]
     values: dict[str, Any] = {}

@@ -253,7 +253,7 @@ class _Reader:
             if name in lines:
                 where = locate(self.path, line, f"{key}.{name}".lstrip("."))
                 raise UserError(
-                    where, f"stands here and in line {lines[name]}", "remove one of them"
+                    where, f"is set twice (also in line {lines[name]})", "remove one of them"
                 )
             lines[name] = line
             if name_node.tag == _MERGE:

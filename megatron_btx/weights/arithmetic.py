@@ -98,7 +98,7 @@ class Product:
         return self.factors[0].shape
 
     def evaluate(self, box: Box, read: Read) -> Tensor:
-        """Block by block, as sums are."""
+        """Evaluate ``box`` block by block, as :class:`WeightedSum` does."""
 
         def multiplied(values: list[Tensor]) -> Tensor:
             total = values[0].double()
@@ -150,7 +150,7 @@ class Ties:
         return self.base.shape
 
     def evaluate(self, box: Box, read: Read) -> Tensor:
-        """Block by block, as sums are."""
+        """Evaluate ``box`` block by block, as :class:`WeightedSum` does."""
         count = len(self.models)
 
         def merged(values: list[Tensor]) -> Tensor:

@@ -46,7 +46,8 @@ def write_directory(
     files: Callable[[], Mapping[str, bytes]],
     check: Callable[[Path], object] = lambda _directory: None,
 ) -> None:
-    """Write ``out``.
+    """Write directory ``out`` under another name, which it loses when it is whole; an interrupted
+    call can be repeated.
 
     Args:
         out: must not exist; its parent must.

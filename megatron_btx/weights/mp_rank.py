@@ -77,8 +77,8 @@ class MpRankSource(FileSource[_Stored]):
         path: ``iter_XXXXXXX`` or ``release``.
 
     Raises:
-        UserError: a file is damaged or names what no checkpoint needs; or the ranks are divided in
-            a way that is not read.
+        UserError: a file is damaged or names something outside the allow-list; or the ranks are
+            divided in a way that is not read.
         UserErrors: every rank that is missing.
     """
 
@@ -106,14 +106,14 @@ class MpRankSource(FileSource[_Stored]):
         tp, pp, ep = (self._size(args, f"{kind}_model_parallel_size") for kind in kinds)
         etp = args.get("expert_tensor_parallel_size") or tp
         if args.get("num_experts") and etp != tp:
-            what = f"experts under another tensor parallelism ({etp}) than the rest ({tp})"
+            what = f"has experts of tensor-parallel size {etp}, and all else of {tp}"
             raise UserError(str(self.path), what, "save it with --ckpt-format torch_dist")
         return tp, pp, ep
 
     def _size(self, args: Mapping[str, Any], name: str) -> int:
         size = args.get(name) or 1
         if not isinstance(size, int) or not 0 < size < 10_000:
-            raise UserError(str(self.path), f"its {name} is {shown(repr(size))}", _AGAIN)
+            raise UserError(str(self.path), f"has an invalid {name}: {shown(repr(size))}", _AGAIN)
         return size
 
     def _file(self, rank: Rank) -> Path:
@@ -154,7 +154,7 @@ def joined(label: str, source: MpRankSource) -> dict[str, Expression]:
     wanted = set(range(source.sizes[0]))
     for name, found in parts.items():
         if set(found) != wanted:
-            what = f"{shown(name)} is not on every rank of tensor parallelism"
+            what = f"{shown(name)} is missing on some tensor-parallel ranks"
             raise UserError(str(source.path), what, _AGAIN)
     return {
         name: _whole(name, [found[tp] for tp in sorted(found)]) for name, found in parts.items()

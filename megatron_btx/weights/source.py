@@ -121,16 +121,16 @@ class Unread:
 
     @property
     def bytes_read(self) -> int:
-        """None."""
+        """No files."""
         return 0
 
     @property
     def stamp(self) -> str:
-        """Of nothing."""
+        """Empty: it has no files."""
         return ""
 
     def files(self) -> list[Path]:
-        """None."""
+        """No files."""
         return []
 
     def changed(self) -> list[UserError]:
@@ -165,7 +165,7 @@ class MemorySource:
         return f"memory {id(self)}"
 
     def files(self) -> list[Path]:
-        """None."""
+        """No files."""
         return []
 
     def changed(self) -> list[UserError]:

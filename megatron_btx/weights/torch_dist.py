@@ -187,7 +187,7 @@ def read_metadata(directory: Path) -> Any:
     """``.metadata``: the :class:`.StubObject` of torch's ``Metadata``.
 
     Raises:
-        UserError: there is none, or it is damaged, or it names what no checkpoint needs.
+        UserError: there is none, or it is damaged, or it names something outside the allow-list.
     """
     path = directory / ".metadata"
     if not os.path.lexists(path):

@@ -50,7 +50,7 @@ DATA = [
             lambda directory: (directory / "texts" / "a.txt").write_text("a") and None,
             change("train: data/math.jsonl", "train: texts"),
         ),
-        ("domains.math.train", "holds what is not read: a.txt", "fix:"),
+        ("domains.math.train", "contains files of an unsupported type: a.txt", "fix:"),
         RUN,
     ),
     Bad(
@@ -80,7 +80,7 @@ DATA = [
     Bad(
         "text that is a number",
         write("web.jsonl", b'{"text": 1}\n'),
-        ("data/web.jsonl:1", "has no text under 'text' (it is a int)", "fix:"),
+        ("data/web.jsonl:1", "has no text under 'text' (its type is int)", "fix:"),
         RUN,
     ),
 ]

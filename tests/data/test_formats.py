@@ -255,7 +255,7 @@ def test_what_a_directory_holds_is_read_or_refused(tmp_path: Path) -> None:
     assert [file.name for file in found] == names
     for name in ("a.txt", "b.csv", "c.tar", "d.jsonl.lz4", "e.bin", "f"):
         (tmp_path / name).write_bytes(b"x")
-        with pytest.raises(UserError, match=f"not read: {name}"):
+        with pytest.raises(UserError, match=f"type: {name}"):
             find_files([tmp_path], where="x")
         (tmp_path / name).unlink()
     for number in range(8):

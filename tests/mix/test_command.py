@@ -210,7 +210,7 @@ def test_options_from_a_file(sources, tmp_path):
         assert found in str(caught.value)
     assert "noise: " not in str(caught.value), "1e-4 is a number"
     config.write_text("method: copy\nmethod: drop\n")
-    with pytest.raises(UserError, match="2: method: stands here and in line 1"):
+    with pytest.raises(UserError, match="2: method: is set twice"):
         btx("mix", "--config", config, "--out", tmp_path / "x")
 
 

@@ -99,7 +99,7 @@ def test_base_that_starts_from_itself(tmp_path: Path) -> None:
         (b"- a\n- b\n", "a list"),
         (b"name: x\n  model: y\n", "2: is not YAML"),
         (b"name: \xff\xfe\n", "not UTF-8"),
-        (b"name: a\nname: b\n", "2: name: stands here and in line 1"),
+        (b"name: a\nname: b\n", "2: name: is set twice (also in line 1)"),
         (b"name: a\non: b\n", 'write "on" in quotes'),
         (b"name: &a [*a]\n", "contains itself"),
     ],

@@ -136,7 +136,7 @@ def test_what_is_divided_otherwise_is_refused(tmp_path: Path) -> None:
         open_megatron(tmp_path / "virtual", "m")
     args = {"tensor_model_parallel_size": 2, "expert_tensor_parallel_size": 1, "num_experts": 4}
     write(tmp_path / "experts", argparse.Namespace(**(ARGS | args)))
-    with pytest.raises(UserError, match=r"experts under another tensor parallelism \(1\)"):
+    with pytest.raises(UserError, match=r"experts of tensor-parallel size 1"):
         open_megatron(tmp_path / "experts", "m")
 
 

@@ -42,7 +42,7 @@ class SourceFile:
         return int.from_bytes(hashlib.sha256(f"{seed}/{self.name}".encode()).digest()[:8], "big")
 
     def read(self) -> str:
-        """Its text; empty for a file that is not UTF-8 or can't be read."""
+        """The file's text; empty if it cannot be read or is not UTF-8."""
         try:
             return self.path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError):

@@ -31,5 +31,7 @@ def format_of(file: Path) -> ModuleType:
         with file.open("rb") as stream:
             head = stream.read(16)
     except OSError as error:
-        raise UserError(str(file), f"cannot be read ({error.strerror})", "mend that") from error
+        raise UserError(
+            str(file), f"cannot be read ({error.strerror})", "make it readable"
+        ) from error
     return next((form for mark, form in marks.items() if head.startswith(mark)), json_lines)

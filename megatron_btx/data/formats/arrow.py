@@ -31,7 +31,9 @@ def read(part: Part, text_key: str) -> Iterator[Document]:
             is_whole = is_file or stream.read() == _END
         if not is_whole:
             raise UserError(
-                str(part.file), "is an Arrow stream without its end", "write or copy it again"
+                str(part.file),
+                "is a truncated Arrow stream (it has no end)",
+                "write or copy it again",
             )
         with pyarrow.memory_map(str(part.file)) as source:
             if is_file:

@@ -41,7 +41,7 @@ def checked(text: object, text_key: str) -> str:
     if not isinstance(text, str):
         raise UserError(
             "",
-            f"has no text under {text_key!r} (it is a {type(text).__name__})",
+            f"has no text under {text_key!r} (its type is {type(text).__name__})",
             "set the domain's text_key to the key that holds the text",
         )
     size = len(text)

@@ -139,7 +139,8 @@ class TokenPair:
         return UserError(where(Part(self.file), document), what, "make the pair again")
 
     def documents(self, begin: int = 0, end: int | None = None) -> Iterator[np.ndarray]:
-        """The ids of documents ``begin`` to ``end``, each [length] with its end token."""
+        """Token ids of documents ``begin`` up to ``end`` (exclusive), an array each, with its end
+        token."""
         ids = np.memmap(self.bin, self.dtype, "r")
         at = int(self.lengths[:begin].sum(dtype=np.int64))
         for length in self.lengths[begin:end].tolist():

@@ -260,7 +260,7 @@ def me() -> str:
 
 
 def nodes() -> list[Nodes]:
-    """What the cluster has."""
+    """The cluster's nodes by partition, as ``sinfo`` lists them."""
     try:
         lines = call("sinfo", "-h", "-e", "-o", "%P|%D|%c|%l|%G").splitlines()
     except Refused as error:

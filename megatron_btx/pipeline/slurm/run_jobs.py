@@ -51,7 +51,7 @@ def this_job() -> dict[str, Any]:
 
 
 def active(run_dir: Path, stages: Iterable[Stage], *, of_all: bool = False) -> list[SlurmJob]:
-    """The jobs that work for a run, or will, each with its stage.
+    """Queued and running jobs of a run, each with its stage.
 
     Args:
         run_dir: absolute.

@@ -120,7 +120,7 @@ def submit_all(
 
 
 def link(member: Member) -> None:
-    """The stages that another member makes, or has made, as links in this one's directory."""
+    """Link into this recipe's run directory the stages that another recipe of the group makes."""
     for name, maker in member.taken.items():
         directory = graph.find(member.stages, name).directory
         here, there = member.run_dir / directory, maker / directory
