@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_btx import cpu_info
 from megatron_btx.cli.main import main
 from megatron_btx.errors import UserErrors
 from megatron_btx.pipeline import doctor, graph, import_checkpoint
@@ -144,6 +145,7 @@ def test_the_doctor_says_what_is_here(tmp_path: Path, capsys) -> None:
     assert found["facts"]["disk"]["write_bytes_per_second"] > 0
     works = {feature["name"]: feature["works"] for feature in found["features"]}
     assert works["training"]
+    assert found["facts"]["gpus"] or works["fast bf16 on CPUs"] == cpu_info.has_avx512()
     assert list(tmp_path.iterdir()) == []
     assert main(["doctor", "--dir", str(tmp_path)]) == 0
     said = capsys.readouterr().out
