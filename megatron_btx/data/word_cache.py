@@ -8,6 +8,7 @@ from its own description, there is no cache: :func:`of_sentencepiece` and :func:
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import unicodedata
@@ -39,6 +40,10 @@ class WordCache:
         self._encode, self._cut, self._prefix = encode, cut, prefix
         self._ids: dict[str, bytes] = {}
         self._characters = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without its words: another process makes its own."""
+        return self.__dict__ | {"_ids": {}, "_characters": 0}
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids of each text, int32 [n]."""
@@ -108,7 +113,7 @@ def of_sentencepiece(model: bytes) -> WordCache | None:
     prefix = " " if normalizer.add_dummy_prefix else ""
     normalizer.add_dummy_prefix = False  # a text's, not a word's
     processor = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
-    return WordCache(lambda words: processor.encode(words, num_threads=1), cut, prefix)
+    return WordCache(functools.partial(processor.encode, num_threads=1), cut, prefix)
 
 
 # tokenizers
@@ -154,11 +159,7 @@ class FastCache(WordCache):
 
     def __init__(self, tokenizer: Tokenizer, breaks: str, *, composes: bool) -> None:
         """``composes``: the tokenizer brings text into Unicode's composed form (NFC)."""
-
-        def encode(texts: Sequence[str]) -> list[list[int]]:
-            rows = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
-            return [row.ids for row in rows]
-
+        encode = functools.partial(_encode, tokenizer)
         space, mark = r"[ \t\r\n]", r"[!-/:-@\[-`{-~]"
         core = rf"(?:{mark}++(?:[A-Za-z]++|{breaks})|[A-Za-z]++|[0-9]++)?+"
         word = rf"{space}*+{core}"
@@ -180,6 +181,11 @@ class FastCache(WordCache):
         if self._added is not None and self._added.search(text):
             return False
         return not self._composes or unicodedata.is_normalized("NFC", text)
+
+
+def _encode(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    rows = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+    return [row.ids for row in rows]
 
 
 def _line_breaks(state: Any) -> str | None:

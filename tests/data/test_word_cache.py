@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import pickle
 from typing import Any
 
 import pytest
@@ -167,6 +168,20 @@ def test_ids_by_word_are_those_of_tokenizers(
 
     same()
     check(documents)
+
+
+def test_a_cache_goes_to_another_process_without_its_words(
+    byte_level: tokenizers.Tokenizer, documents: list[str]
+) -> None:
+    trained = train_tokenizer(documents, 600, where="a test")
+    for cache in (trained._words, word_cache.of_fast(byte_level)):
+        assert cache is not None
+        wanted = [ids.tolist() for ids in cache.encode(documents)]
+        sent = pickle.dumps(cache)
+        assert cache._ids
+        again = pickle.loads(sent)
+        assert not again._ids
+        assert [ids.tolist() for ids in again.encode(documents)] == wanted
 
 
 def test_what_else_has_no_cache(byte_level: tokenizers.Tokenizer) -> None:
