@@ -1,9 +1,9 @@
 """Your own Megatron-Core script, with this project's layer spec, router and initializer in it.
 
-    torchrun --nproc-per-node 2 examples/own_loop.py code=DIR math=DIR seed=DIR
+    torchrun --nproc-per-node 2 examples/own_loop.py code=DIR math=DIR wiki=DIR seed=DIR
 
-mixes dense checkpoints (Megatron's or Hugging Face's) into one MoE whose experts lie on all ranks,
-and takes a few steps on random tokens. No recipe, no trainer of ours.
+mixes dense checkpoints (Megatron's or Hugging Face's; as many or some times as many as ranks) into
+one MoE whose experts lie on all ranks, and takes a few steps on random tokens, with no recipe.
 """
 
 import os

@@ -32,7 +32,8 @@ _EPILOG = """examples:
   btx compare examples/systems --base my/base.yaml    the same systems on another base
   btx compare dense.yaml btx.yaml --base short.yaml --base long.yaml      mean losses per base
   btx compare dense.yaml btx.yaml --seeds 3           mean and spread over three random seeds
-  btx compare examples/systems --seeds 3 --against dense_cm               and differences from one
+  btx compare examples/systems --base examples/four_domains/base.yaml --seeds 3    all systems
+  btx compare ... --seeds 3 --against dense_cm        and differences from one
   btx compare examples/systems --tasks arc_easy=test.jsonl --limit 200    and their scores on tasks
   btx compare examples/systems --format svg           and the figures, as compare_*.svg
   btx compare examples/systems --dry-run              finished, shared and unfinished stages

@@ -11,7 +11,16 @@ from typing import Any
 from megatron_btx.cli.common import renamed
 from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.pipeline import eval_ranks
+from megatron_btx.recipe.messages import number
 from megatron_btx.recipe.schema import Layout
+
+
+def counted(text: str) -> int:
+    """A count as recipes take it: ``4096``, ``60k``, ``1e6``."""
+    value = number(text)
+    if value is None or value != int(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number (4096, 60k and 1e6 are)")
+    return int(value)
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +53,7 @@ def add_text_flags(
         "--data", metavar=metavar, nargs="+", action="extend", default=[], help=what
     )
     most = f"maximum number of tokens of each text ({tokens or 'all'})"
-    parser.add_argument("--tokens", metavar="N", type=int, default=tokens, help=most)
+    parser.add_argument("--tokens", metavar="N", type=counted, default=tokens, help=most)
     parser.add_argument(
         "--text-key", metavar="KEY", default="text", help="name of the text field in JSONL (text)"
     )

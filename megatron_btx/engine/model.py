@@ -156,7 +156,14 @@ def build_model(
         precision: dtype of weights and activations (bf16: wrapped in Megatron's Float16Module).
         random_seed: seeds the routing's noise.
         options: the recipe's ``megatron:`` block.
+
+    Raises:
+        UserError: the experts do not divide over the layout's ranks.
     """
+    experts, over = len(architecture.experts), layout.expert_model_parallel_size
+    if experts % over:
+        what = f"is {over}, which does not divide {experts} experts"
+        raise UserError("expert_model_parallel_size", what, f"use a divisor of {experts}")
     config = transformer_config(architecture, layout, precision, options)
     if layout.chunks == 1:
         return _chunk(architecture, config, random_seed, None)

@@ -93,8 +93,11 @@ def router_of(mix: Mix, random_seed: int, seed_model: str = SEED) -> RouterInit:
         UserErrors: the file of centroids is missing or damaged, or of another kind.
     """
     if (mix.router_init in FROM_FILE) != (mix.centroids is not None):
-        fix = f"give `router_init: {' or '.join(FROM_FILE)}` and the file of `btx centroids`"
-        raise UserError("mix.centroids", "goes with router_init", f"{fix}, or neither")
+        if mix.centroids is None:
+            what = f"is {mix.router_init}, and needs the file that `btx centroids` writes"
+            raise UserError("mix.router_init", what, "give it (`mix.centroids`, --centroids FILE)")
+        fix = f"give `router_init: {' or '.join(FROM_FILE)}` too, or remove it"
+        raise UserError("mix.centroids", f"is not used by router_init: {mix.router_init}", fix)
     if mix.centroids is None:
         init = RouterInit(mix.router_init, mix.router_init_std, random_seed)
         return replace(init, seed_model=seed_model)

@@ -247,6 +247,9 @@ def _system(recipe: Recipe) -> Iterator[Problem]:
         yield Problem("mix.method", f"is {recipe.mix.method} in a system {recipe.system}", fix)
     if recipe.system == "dense" and recipe.dense is None:
         yield Problem("dense", "is missing, and is the system", "add `dense: {}`")
+    if "finetune" in systems.kinds(recipe) and recipe.finetune == Training():
+        fix = "add `finetune: {tokens: 4M, data: {...}}`, or choose a system without one: "
+        yield Problem("finetune", "is missing", fix + "`system: experts`, `btm` or `dense`")
     if recipe.match == "compute" and not any(_model(recipe.model)):
         yield from _matched(recipe)
 
@@ -292,6 +295,10 @@ def _stage(recipe: Recipe, key: str, stage: Training) -> Iterator[Problem]:
     model, layout = recipe.model, stage.layout
     if key == "seed" and not stage.tokens and stage.from_ is None:
         yield Problem("seed.tokens", "there is nothing to branch from", "give tokens or `from:`")
+    if key == "finetune" and stage.from_ is not None:
+        what = "a finetuning starts from the mix of this recipe's experts"
+        fix = "remove it; give the experts instead (`experts: {code: {from: DIR}}`), or mix anew"
+        yield Problem("finetune.from", what, fix)
     trains = stage.tokens > 0 and stage.from_ is None
     if key != "dense":
         if stage.data:

@@ -234,7 +234,8 @@ def notes(plan: RunPlan) -> list[str]:
         "Memory is a rank's peak: allocated on a GPU, or resident on a CPU.",
         "Disk: the checkpoints that are left when a stage is done, and the most on the way to it.",
     ]
-    if saving := max(stage.memory_per_rank.saving for stage in plan.stages if stage.steps):
+    savings = [stage.memory_per_rank.saving for stage in plan.stages if stage.steps]
+    if saving := max(savings, default=0):
         lines.append(
             f"Asynchronous saves take up to {human(saving, 'B')} of a host's memory a rank."
         )

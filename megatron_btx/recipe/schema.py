@@ -157,8 +157,8 @@ class Recipe:
     """How the experts are mixed into one MoE."""
     routing: Routing = Routing()
     """How the MoE routes tokens to experts."""
-    finetune: Training
-    """The stage that trains the MoE."""
+    finetune: Training = Training()
+    """The stage that trains the MoE; a system without an MoE needs none."""
     dense: Training | None = None
     """The dense baseline (section 4.1.2), matched according to ``match``; ``None``: none. Its
     ``tokens`` and ``data`` are derived: first the data of the experts, then the mixture of the

@@ -127,8 +127,13 @@ def run_one(one: FinishedRun, runs: Sequence[FinishedRun], place: str) -> int:
 def print_left(runs: Sequence[FinishedRun]) -> None:
     """What each run has, what it will take from another, and what is left."""
     wanted: dict[tuple[str, str], str] = {}
-    width = max(len(one.recipe.name) for one in runs)
-    for one in runs:
+    several = len({one.recipe.random_seed for one in runs}) > 1
+    names = [
+        f"{one.recipe.name}-{one.recipe.random_seed}" if several else one.recipe.name
+        for one in runs
+    ]
+    width = max(map(len, names))
+    for one, name in zip(runs, names, strict=True):
         words = []
         for stage in graph.of_run(one.recipe, one.run_dir):
             if stage.kind in ("evaluate", "export", "report"):
@@ -141,9 +146,9 @@ def print_left(runs: Sequence[FinishedRun]) -> None:
                     shared = state.find_shared(one.run_dir, stage, one.recipe.share)
                     owner = None if shared is None else os.path.relpath(shared)
                 standing = f"from {owner}" if owner else "left"
-            wanted.setdefault((stage.name, stage.key), one.recipe.name)
+            wanted.setdefault((stage.name, stage.key), name)
             words.append(f"{stage.name} {standing}")
-        sys.stdout.write(f"{one.recipe.name:<{width}}  {', '.join(words)}\n")
+        sys.stdout.write(f"{name:<{width}}  {', '.join(words)}\n")
 
 
 def measure_tasks(

@@ -24,6 +24,7 @@ from megatron_btx.report.sweep import Sweep
 from megatron_btx.svg import document, element
 
 FORMATS = ("svg", "png", "csv")
+_OTHERS = (".pdf", ".jpg", ".jpeg", ".eps", ".ps", ".tif", ".tiff", ".gif", ".webp")
 ZOOM = 3
 """Pixels of a PNG to one of the SVG: about 290 dots an inch at the SVG's natural size."""
 
@@ -91,6 +92,9 @@ def check_formats(formats: Sequence[str], out: Path | None) -> list[str]:
         UserError: the file is of another format than is named, or cannot be written.
     """
     own = suffix(out)
+    if out is not None and own is None and out.suffix.lower() in _OTHERS:
+        fix = f"end its name in .{', .'.join(FORMATS)}, or give a directory"
+        raise UserError(f"--out {out}", "is a file of a format that is not written", fix)
     if own is not None and set(formats) - {own}:
         what, fix = f"is a .{own} file", f"leave out --format {formats[0]}, or give a directory"
         raise UserError(f"--out {out}", what, fix)

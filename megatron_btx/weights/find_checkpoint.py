@@ -43,6 +43,9 @@ def find_checkpoint(path: str | Path) -> Path:
     if (path / "recipe.yaml").is_file():
         raise _run(path)
     if (path / "done.json").is_file():
+        if path.name == "mix":  # which plans alone (pipeline/graph.py)
+            what = "is a stage that writes no weights: the finetuning mixes them"
+            raise UserError(str(path), what, f"give {path.with_name('finetune')}")
         again = f"put it back, or remove {path / 'done.json'} and run again to train it anew"
         raise UserError(str(path), "is a finished stage, and holds no checkpoint any more", again)
     theirs = sorted(path.glob("iter_???????"))  # Megatron-LM's
