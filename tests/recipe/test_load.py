@@ -140,7 +140,7 @@ BAD = [
     ("  lr: 1e-3", "  tokens: 4X", "training.tokens", "a whole number"),
     ("  lr: 1e-3", "  use_distributed_optimizer: 1", "training.use_distributed", "true or false"),
     ("layout: {num_threads: 2}", "layout: 3", "training.layout", "not a block"),
-    ("  lr: 1e-3", "  layout: {}", "training.layout", "stands here"),
+    ("  lr: 1e-3", "  layout: {}", "training.layout", "set twice"),
     ("num_layers: 4", "num_layers: 0", "model.num_layers", "at least 1"),
     ("num_layers: 4", "num_layers: true", "model.num_layers", "is true"),
     ("num_layers: 4", "num_layers: [1, 2]", "model.num_layers", "a list"),
