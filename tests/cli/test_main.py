@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import io
 import json
@@ -15,6 +16,7 @@ import pytest
 
 from megatron_btx import __version__
 from megatron_btx.cli.main import _COMMANDS, _parser, main
+from megatron_btx.cli.model_flags import counted
 from tests.bad import Bad, Commands
 from tests.report.made import make_run
 from tests.small import btx, write_small
@@ -127,6 +129,14 @@ def test_old_names_of_flags_are_read_with_a_hint(tmp_path: Path) -> None:
     assert options.stop == [";", "."]
     options = _parser().parse_args(["evaluate", "M", "--shots", "3"])
     assert options.num_fewshot == 3
+
+
+def test_counts_are_written_as_in_recipes() -> None:
+    for text, value in (("4096", 4096), ("60k", 60_000), ("1e6", 1_000_000), ("1.5M", 1_500_000)):
+        assert counted(text) == value
+    for text in ("1.5", "k", "many", "nan"):
+        with pytest.raises(argparse.ArgumentTypeError, match="whole number"):
+            counted(text)
 
 
 def test_stages_by_hand(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from megatron_btx.engine.model import data_parallel_config, transformer_config
+from megatron_btx.engine.model import build_model, data_parallel_config, transformer_config
 from megatron_btx.engine.optimizer import optimizer_config
 from megatron_btx.engine.platform import detect
 from megatron_btx.engine.unsupported_options import TORCH_LAYERS
@@ -75,3 +75,9 @@ def test_selective_recomputation_changes_no_bit(modules: list[str], ranks: Ranks
     )
     assert recomputed.losses == plain.losses
     assert recomputed.grad_norms == plain.grad_norms
+
+
+def test_experts_divide_over_ranks() -> None:
+    layout = Layout(data_parallel_size=3, expert_model_parallel_size=3)
+    with pytest.raises(UserError, match="is 3, which does not divide 4 experts"):
+        build_model(MOE, layout, "fp32")

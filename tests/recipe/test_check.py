@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.pipeline import graph
-from megatron_btx.recipe import check, upstream
+from megatron_btx.recipe import check, run_plan, upstream
 from megatron_btx.recipe.load import load_recipe, parse_recipe
 from megatron_btx.recipe.schema import Layout, Recipe
 
@@ -128,3 +129,25 @@ def test_weights_of_a_domain(good: str, tmp_path: Path) -> None:
             load_recipe(over)
     over.write_text("base: base.yaml\ndomains: {math: {weights: 3}}\n")
     assert load_recipe(over).domains["math"].weights == (3.0,)
+
+
+def test_a_finetuning_begins_with_the_mix(good: str) -> None:
+    """It is missed where the system has it, and cannot be of another model."""
+    lines = good.splitlines()
+    begin = next(n for n, line in enumerate(lines) if line.startswith("finetune:"))
+    end = next(n for n in range(begin + 1, len(lines)) if lines[n][:1].strip(" #"))
+    without = "\n".join([*lines[:begin], *lines[end:]]) + "\n"
+    with pytest.raises(UserErrors, match="finetune: is missing\n.*`system: experts`"):
+        parse_recipe(without)
+    other = f"{without}system: experts\n".replace("dense: {}\n", "")
+    assert parse_recipe(other).finetune.tokens == 0
+    with pytest.raises(UserErrors, match="finetune.from: a finetuning starts from the mix"):
+        parse_recipe(f"{without}finetune: {{from: there}}\n")
+
+
+def test_a_plan_that_trains_nothing(good: str) -> None:
+    recipe = parse_recipe(good)
+    seed = replace(recipe.seed, from_="there", tokens=0)
+    made = run_plan.plan(replace(recipe, system="seed", seed=seed, dense=None))
+    assert not any(stage.steps for stage in made.stages)
+    assert "seed is taken from there." in run_plan.notes(made)

@@ -13,6 +13,7 @@ from xml.etree import ElementTree
 import pytest
 
 from megatron_btx.cli.main import main
+from megatron_btx.errors import UserError
 from megatron_btx.report import figure_files
 from megatron_btx.report.run_data import RunData, gather
 from tests.report.made import DOMAINS, FINAL, make_run
@@ -140,3 +141,10 @@ def test_refused(
     assert words in capsys.readouterr().err
     assert sorted(tmp_path.rglob("*")) == before
     assert json.loads((run_dir / "results.json").read_text())
+
+
+@pytest.mark.parametrize("name", ["a.pdf", "a.JPG", "a.eps"])
+def test_a_file_of_another_format_is_no_directory(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="a format that is not written"):
+        figure_files.check_formats(["svg"], tmp_path / name)
+    assert list(tmp_path.iterdir()) == []

@@ -55,6 +55,11 @@ def test_what_is_none_is_named(run_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no checkpoint any more") as found:
         find_checkpoint(run_dir / "prepare")
     assert str(run_dir / "prepare" / "done.json") in found.value.fix
+    (tmp_path / "mix").mkdir()
+    (tmp_path / "mix" / "done.json").touch()
+    with pytest.raises(UserError, match="a stage that writes no weights") as found:
+        find_checkpoint(tmp_path / "mix")
+    assert found.value.fix == f"give {tmp_path / 'finetune'}"
     (tmp_path / "lm" / "iter_0000010").mkdir(parents=True)
     with pytest.raises(UserError) as found:
         find_checkpoint(tmp_path / "lm")
