@@ -67,6 +67,8 @@ def run(options: argparse.Namespace) -> int:
     domains = reading.prepared(recipe)
     trained = [stage.name for stage in made.stages if stage.steps]
     read = reading.reading(recipe, trained, domains)
+    for line in chips.too_large(made, options.gpu or recipe.slurm.gpu_type):
+        sys.stderr.write(f"warning: {line}\n")
     _warn_of_files(recipe)
     by_rank = _by_rank(recipe, trained) if options.ranks else []
     if options.json:

@@ -76,6 +76,7 @@ def begin(asked: Asked) -> str:
     recipe = parse_recipe(text, asked.out)
     check.files(recipe)
     import_checkpoint.check_all(recipe, graph.build(recipe))
+    asked.out.parent.mkdir(parents=True, exist_ok=True)
     with written(asked.out) as file:
         file.write(text)
     return text

@@ -36,6 +36,14 @@ PEAK_TFLOPS: dict[str, float] = {
 }
 """TFLOP/s a GPU by its name, lower case."""
 
+MEMORY_GB: dict[str, int] = {
+    **{"v100": 32, "a10": 24, "a30": 24, "a40": 48, "a100": 80, "a800": 80, "l4": 24, "l40s": 48},
+    **{"rtx 4090": 24, "rtx a6000": 48, "h100": 80, "h100 pcie": 80, "h100 nvl": 94, "h800": 80},
+    **{"h200": 141, "gh200": 144, "b200": 192, "gb200": 192, "mi250x": 128, "mi300x": 192},
+    **{"mi325x": 256, "mi355x": 288},
+}
+"""Memory of the largest variant, by the makers' data sheets, in 10^9 bytes."""
+
 MFU = 0.4
 """Model FLOPs utilisation that a plan counts with: what Megatron-LM reports of Mixtral 8x7B and of
 Llama on H100s is 0.40 to 0.47 (its MoE README)."""
@@ -46,9 +54,31 @@ def peak_tflops(name: str) -> float | None:
 
     ``NVIDIA H100 80GB HBM3`` is ``h100``; of several names that are in it the longest counts.
     """
+    chip = _chip(name)
+    return None if chip is None else PEAK_TFLOPS[chip]
+
+
+def _chip(name: str) -> str | None:
     words = name.lower().replace("-", " ").replace("_", " ").split()
-    found = [chip for chip in PEAK_TFLOPS if _within(chip.split(), words)]
-    return PEAK_TFLOPS[max(found, key=len)] if found else None
+    return max(
+        (chip for chip in PEAK_TFLOPS if _within(chip.split(), words)), key=len, default=None
+    )
+
+
+def too_large(plan: RunPlan, name: str | None) -> list[str]:
+    """A line for each stage whose ranks do not fit a GPU of this name; nothing of one that is not
+    in the table."""
+    chip = None if name is None else _chip(name)
+    if chip is None:
+        return []
+    memory = MEMORY_GB[chip]
+    fix = "divide it over more ranks (`layout`), or lower `micro_batch_size`"
+    return [
+        f"{stage.name} needs {human(stage.memory_per_rank.allocated, 'B')} on a GPU, and {name} "
+        f"has {memory}GB: {fix}"
+        for stage in plan.stages
+        if stage.steps and stage.memory_per_rank.allocated > memory * 1e9
+    ]
 
 
 def _within(chip: list[str], words: list[str]) -> bool:

@@ -124,3 +124,13 @@ def test_refused(arguments: list[str], words: str, capsys: pytest.CaptureFixture
 def test_an_estimate_needs_no_seed() -> None:
     with pytest.raises(UserError, match="not in the table"):
         chips.estimate(plan(load_recipe(PAPER)), "")
+
+
+def test_what_does_not_fit_is_said(paper: RunPlan) -> None:
+    assert chips.MEMORY_GB.keys() == chips.PEAK_TFLOPS.keys()
+    lines = chips.too_large(paper, "NVIDIA A30")
+    assert any(
+        line.startswith("finetune needs 48.4GB on a GPU, and NVIDIA A30 has 24GB") for line in lines
+    )
+    assert chips.too_large(paper, "h100") == chips.too_large(paper, "abacus") == []
+    assert chips.too_large(paper, None) == []
