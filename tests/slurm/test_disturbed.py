@@ -197,10 +197,13 @@ def a_rank_killed_and_a_job_cancelled(around: Around) -> None:
     assert row["note"]
     job = run.submit("--only", "finetune")["finetune"]
     run.training("finetune", job, after=100)
+    rank = run.ranks("finetune")[-1]
+    os.kill(rank, signal.SIGSTOP)  # else it may be through before the commands have begun
     refused = run.btx("submit", "--only", "finetune")
     assert refused.returncode == 2
     assert "jobs of this run are in the queue" in refused.stderr
     done = run.btx("cancel")
+    os.kill(rank, signal.SIGCONT)
     assert f"cancelled {job} (finetune)" in done.stdout, done.stderr
     run.finished(60)
     assert run.status()["finetune"]["state"] in ("cancelled", "stopped")
