@@ -9,6 +9,7 @@ files) and Debian's packages: ``python -m tests.slurm.cluster --install``.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import re
 import shutil
@@ -26,6 +27,8 @@ PACKAGES += ("slurmdbd", "mariadb-server-core", "mariadb-client-core")
 COMMANDS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "shellcheck", "unshare", "setpriv")
 COMMANDS += ("ch-run", "slurmdbd", "mariadbd", "my_print_defaults")
 os.environ["PATH"] += os.pathsep + "/usr/sbin"  # where Debian puts the daemons
+
+_CLUSTERS = itertools.count()
 
 CONF = """\
 ClusterName=btxtest
@@ -60,6 +63,7 @@ SchedulerParameters=sched_interval=1,sched_min_interval=0,bf_interval=1,batch_sc
 ReturnToService=2
 KillWait=10
 MinJobAge=86400
+FirstJobId={first_job}
 EnforcePartLimits=ALL
 MailProg=/bin/true
 GresTypes=gpu
@@ -157,6 +161,8 @@ class Cluster:
             last=port + count,
             nodes=f"n[1-{count}]",
             munge=self.top / "munge.socket",
+            # Ranks meet at a port by the job's number (batch.sh): no two clusters have the same.
+            first_job=1 + 600 * (next(_CLUSTERS) % 10),
         )
         (self.top / "slurm.conf").write_text(conf + self.extra)
         for number in range(4):
