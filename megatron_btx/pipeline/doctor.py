@@ -145,7 +145,7 @@ def _features(facts: dict[str, Any]) -> Iterator[Feature]:
     many = f"{len(gpus)} x {gpus[0]['name']}" if gpus else ""
     lacking = "torch sees none" if facts["cuda"] else "torch is built without CUDA"
     yield Feature(name="GPUs", works=bool(gpus), why=many or f"{lacking}; CPUs with gloo are used")
-    if not gpus:
+    if not gpus and python_platform.machine() == "x86_64":
         fast = cpu_info.has_avx512()
         slow = "no AVX-512: fp32 is about 30 times faster; set `training.precision: fp32`"
         yield Feature(name="fast bf16 on CPUs", works=fast, why="AVX-512" if fast else slow)
