@@ -102,7 +102,7 @@ def test_a_split_domain_and_pairs(tmp_path: Path, prepared: Prepared) -> None:
     recipe = recipe_of({"a": domain}, tokenizer=TokenizerBlock(path=str(tokenizer)))
     (one,) = check_separation(recipe, tmp_path / "x", tokenizer)
     assert one.document == f"{pair}.idx, document 21"
-    with pytest.raises(UserError, match="has to decode"):
+    with pytest.raises(UserError, match="only the run's tokenizer can decode"):
         list(check_separation(recipe, tmp_path / "x"))
 
 

@@ -267,5 +267,5 @@ def test_rates_of_their_own(ranks: Ranks) -> None:
     assert found["decoder.layers.1.mlp.router.weight"] == pytest.approx((4e-3, 4e-4))
     assert found["output_layer.weight"] == pytest.approx((1e-3, 1e-4))
     each = replace(training, lr_groups={"experts.a": 1e-4})
-    with pytest.raises(RankError, match="gives the experts of a rank different rates"):
+    with pytest.raises(RankError, match="gives experts on one rank different learning rates"):
         ranks.run(rates_of, 1, case, each)

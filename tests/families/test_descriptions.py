@@ -191,7 +191,7 @@ def test_configuration_of_megatron_bridge(tmp_path: Path) -> None:
     architecture = architecture_of(settings_of(tmp_path) or {}, str(path))
     assert architecture.model.rotary_base == 500_000.0
     for old, new, words in (
-        ("num_layers: 2", "num_layers: 2\n  num_layers: 3", "num_layers: stands here"),
+        ("num_layers: 2", "num_layers: 2\n  num_layers: 3", "num_layers: is set twice"),
         ("num_layers: 2", "num_layers: [2]", "num_layers: is a list, not a whole number"),
         ("num_layers: 2", "num_layers: 1e9", "num_layers: is 1000000000, out of range"),
     ):

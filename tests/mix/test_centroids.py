@@ -207,7 +207,7 @@ def test_a_mix_takes_them_and_is_verified(ranks, made, tmp_path):
         assert torch.equal(got[expert], rows[f"decoder.layers.1.mlp.router.weight/{name}"])
     lineage = json.loads((tmp_path / "mixed" / "mix.json").read_text())
     assert len(lineage["centroids_sha256"]) == 64
-    with pytest.raises(UserError, match="rows of centroids, not of ridge"):
+    with pytest.raises(UserError, match="router rows of centroids, and router_init is ridge"):
         btx(*words[:-1], "ridge", "--centroids", out, "--out", tmp_path / "no")
     ridge = tmp_path / "ridge"
     ranks.run(measure_centroids, 1, subject, Layout(), files, ridge, LENGTH, {"kind": "ridge"})
@@ -216,7 +216,7 @@ def test_a_mix_takes_them_and_is_verified(ranks, made, tmp_path):
     three = ["mix", "--sources", *(made / name for name in "abc"), "--router-init", "centroids"]
     with pytest.raises(UserError, match="router.weight/d is used by nothing"):
         btx(*three, "--centroids", out, "--out", tmp_path / "no")
-    with pytest.raises(UserError, match="goes with router_init"):
+    with pytest.raises(UserError, match="needs the file that `btx centroids` writes"):
         btx(*words, "--out", tmp_path / "no")
     split = ["--method", "split", "--num-chunks", 2, "--centroids", out, "--out", tmp_path / "no"]
     with pytest.raises(UserError, match="--centroids: has no meaning for method split"):

@@ -86,7 +86,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
             "experts: {math: {from: /nowhere, tokens: 0}}",
             "experts.math.from: /nowhere is not there",
         ),
-        ("mix: {ties: 0.2}", "mix: thresholds"),
+        ("mix: {ties: 0.2}", "mix: needs thresholds"),
     ],
 )
 def test_what_is_not_known_is_refused(
