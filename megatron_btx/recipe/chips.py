@@ -39,10 +39,11 @@ PEAK_TFLOPS: dict[str, float] = {
 MEMORY_GB: dict[str, int] = {
     **{"v100": 32, "a10": 24, "a30": 24, "a40": 48, "a100": 80, "a800": 80, "l4": 24, "l40s": 48},
     **{"rtx 4090": 24, "rtx a6000": 48, "h100": 80, "h100 pcie": 80, "h100 nvl": 94, "h800": 80},
-    **{"h200": 141, "gh200": 144, "b200": 192, "gb200": 192, "mi250x": 128, "mi300x": 192},
+    **{"h200": 141, "gh200": 144, "b200": 180, "gb200": 186, "mi250x": 128, "mi300x": 192},
     **{"mi325x": 256, "mi355x": 288},
 }
-"""Memory of the largest variant, by the makers' data sheets, in 10^9 bytes."""
+"""Memory of the largest variant, by the makers' data sheets, in 10^9 bytes. B200: NVIDIA's guide to
+the DGX B200 has 1,440 for eight; GB200: 13.4 TB for the 72 of an NVL72."""
 
 MFU = 0.4
 """Model FLOPs utilisation that a plan counts with: what Megatron-LM reports of Mixtral 8x7B and of
