@@ -6,19 +6,35 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from megatron_btx.cli.main import main
 from megatron_btx.pipeline import graph
-from megatron_btx.recipe import run_plan
+from megatron_btx.recipe import chips, run_plan
 from megatron_btx.recipe.load import dump, load_recipe, parse_recipe
+from megatron_btx.recipe.schema import TokenizerBlock
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "examples"
 RECIPES = sorted(set(EXAMPLES.rglob("*.yaml")) - {EXAMPLES / "from_huggingface" / "model.yaml"})
 """That one is what a command prints, for a recipe to begin from."""
+
+
+def test_the_example_of_8b_fits_its_gpus() -> None:
+    """With Llama 3's vocabulary, which a plan knows when the seed is there."""
+    recipe = load_recipe(EXAMPLES / "from_huggingface" / "llama_8b.yaml")
+    whole = replace(recipe, tokenizer=TokenizerBlock(vocab_size=128_256))
+    made = run_plan.plan(whole)
+    assert not list(chips.too_large(made, "h100"))
+    assert list(chips.too_large(made, "a10"))
+    (finetune,) = (stage for stage in made.stages if stage.name == "finetune")
+    assert finetune.ranks == 16
+    assert (
+        finetune.params_total == 24_942_219_264
+    )  # 8,030,261,248, Llama 3.1 8B, and three feed-forwards more
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.parent.name)
