@@ -83,7 +83,7 @@ def run(options: argparse.Namespace) -> int:
         if not good:
             what = f"{getattr(options, flag)} is out of range"
             raise UserError("--" + flag.replace("_", "-"), what, "see btx generate --help")
-    prompts = [_text_of(prompt) for prompt in options.prompt]
+    prompts = [model_flags.text_of("--prompt", prompt) for prompt in options.prompt]
     decoding = {
         "max_new_tokens": options.max_new_tokens,
         "temperature": options.temperature,
@@ -117,19 +117,3 @@ def run(options: argparse.Namespace) -> int:
     for number, (prompt, one) in enumerate(zip(prompts, found, strict=True)):
         sys.stdout.write(("\n" if number else "") + prompt + one["text"] + "\n")
     return 0
-
-
-def _text_of(prompt: str) -> str:
-    """A prompt, or what the standard input holds.
-
-    Raises:
-        UserError: it is not UTF-8.
-    """
-    try:
-        if prompt == "-":
-            return sys.stdin.buffer.read().decode()
-        prompt.encode()
-    except UnicodeError as error:
-        fix = "convert it, for example with iconv -t UTF-8"
-        raise UserError("--prompt", "is not UTF-8", fix) from error
-    return prompt

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -158,6 +159,22 @@ def predictor_of(options: argparse.Namespace) -> dict[str, Any]:
         "micro_batch_size": options.micro_batch_size,
         "tokenizer": options.tokenizer,
     }
+
+
+def text_of(flag: str, given: str) -> str:
+    """A text, or of ``-`` what the standard input holds.
+
+    Raises:
+        UserError: it is not UTF-8.
+    """
+    try:
+        if given == "-":
+            return sys.stdin.buffer.read().decode()
+        given.encode()
+    except UnicodeError as error:
+        fix = "convert it, for example with iconv -t UTF-8"
+        raise UserError(flag, "is not UTF-8", fix) from error
+    return given
 
 
 def data_of(words: Sequence[str]) -> dict[str, list[str]]:

@@ -15,7 +15,7 @@ from megatron_btx.evaluate import model_spec
 from megatron_btx.evaluate.model_spec import Subject
 from megatron_btx.files import written
 from megatron_btx.pipeline import eval_ranks
-from megatron_btx.report import figure_files
+from megatron_btx.report import figure_files, token_routing
 from megatron_btx.report.routing import RoutingView, log, of_run, page, table
 
 _EPILOG = """examples:
@@ -25,10 +25,11 @@ _EPILOG = """examples:
   btx routing runs/demo/finetune                 its last checkpoint, on the run's held-out text
   btx routing runs/demo --out routing.svg        a figure for a paper; .png and .csv likewise
   btx routing runs/demo --out routing --format csv --wandb offline
+  btx routing runs/demo/finetune --text "def area(radius):" --out routing    token by token
 
 A run has measured its routing on its own held-out text while it trained: nothing is computed. A
 checkpoint (a step or stage directory, a Hugging Face model) is measured on --data, one of a run
-without --data on the run's held-out text."""
+without --data on the run's held-out text. With --text it is measured token by token."""
 
 
 def add_parser(commands: Any) -> None:
@@ -44,6 +45,13 @@ def add_parser(commands: Any) -> None:
         "sources", metavar="RUN_DIR|CHECKPOINT", nargs="+", help="runs, or models with experts"
     )
     model_flags.add_text_flags(parser, "NAME=FILE[,FILE]", "text to measure checkpoints on")
+    parser.add_argument(
+        "--text",
+        metavar="TEXT",
+        action="append",
+        default=[],
+        help="show the experts of each token of a text (may be repeated); -: standard input",
+    )
     model_flags.add_model_flags(parser)
     parser.add_argument(
         "--out",
@@ -62,6 +70,8 @@ def add_parser(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """The command; its exit code."""
     model_flags.check_numbers(options)
+    if options.text:
+        return _by_token(options)
     formats = figure_files.check_formats(options.format, options.out)
     runs = [Path(source) for source in options.sources if _is_run(Path(source))]
     others = [source for source in options.sources if not _is_run(Path(source))]
@@ -96,6 +106,59 @@ def run(options: argparse.Namespace) -> int:
     if directory is not None and not options.json:
         sys.stdout.write(f"page: {directory / 'routing.html'}\n")
     return 0
+
+
+def _by_token(options: argparse.Namespace) -> int:
+    """``--text``."""
+    formats = figure_files.check_formats(options.format, options.out)
+    given = {
+        "--data": options.data,
+        "--format": formats,
+        "--wandb": options.wandb,
+        "--tokens": options.tokens,
+        "--seq-length": options.seq_length,
+    }
+    if other := [flag for flag, value in given.items() if value]:
+        raise UserError(other[0], "does not go with --text", "leave one of them out")
+    if len(options.sources) > 1:
+        raise UserError(options.sources[1], "--text looks at one model", "give one")
+    (subject,) = model_spec.parse(options.sources)
+    if subject.method is not None:
+        raise UserError(subject.name, "is a set of models: it has no router", "give one model")
+    texts = [model_flags.text_of("--text", text) for text in options.text]
+    asked = eval_ranks.request_of(
+        "token_routing",
+        [subject],
+        model_flags.layout_of(options.layout),
+        texts=texts,
+        predictor=model_flags.predictor_of(options),
+    )
+    try:
+        found = eval_ranks.answer(asked)
+    except eval_ranks.Ended as ended:
+        return ended.code
+    if found is None:  # a rank that is not the first
+        return 0
+    _show_tokens(subject.name, found, options)
+    return 0
+
+
+def _show_tokens(name: str, found: dict[str, Any], options: argparse.Namespace) -> None:
+    text = json.dumps(found) + "\n"
+    for number, one in enumerate(found["texts"], 1):
+        if one["cut"]:
+            what = f"its last {one['cut']} tokens are left out: the model's context is full"
+            sys.stderr.write(f"hint: text {number}: {what}\n")
+    sys.stdout.write(text if options.json else "\n".join(map(token_routing.table, found["texts"])))
+    if options.out is None:
+        return
+    options.out.mkdir(parents=True, exist_ok=True)
+    whole = token_routing.page(name, found)
+    for file_name, content in (("token_routing.json", text), ("token_routing.html", whole)):
+        with written(options.out / file_name) as file:
+            file.write(content)
+    if not options.json:
+        sys.stdout.write(f"page: {options.out / 'token_routing.html'}\n")
 
 
 def _is_run(path: Path) -> bool:

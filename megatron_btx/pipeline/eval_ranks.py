@@ -28,8 +28,8 @@ from megatron_btx.pipeline.local import reaper, run_stages
 from megatron_btx.recipe.schema import Layout
 
 EvalRequest = Mapping[str, Any]
-"""``{"what": "data", "tasks", "generate", "routing", "centroids" or "export", "layout": {...},
-"subjects": [...], ...}`` and what that one takes."""
+"""``{"what": "data", "tasks", "generate", "routing", "token_routing", "centroids" or "export",
+"layout": {...}, "subjects": [...], ...}`` and what that one takes."""
 
 _PLACES = (
     ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
@@ -244,6 +244,14 @@ def _routing(request: EvalRequest, layout: Layout) -> dict[str, Any]:
     }
 
 
+def _token_routing(request: EvalRequest, layout: Layout) -> dict[str, Any]:
+    from megatron_btx.evaluate.token_routing import route
+
+    (subject,) = _subjects(request)
+    predictor = _predictor(request, layout, subject)
+    return route(predictor, request["texts"], ProgressLine(subject.name))
+
+
 def _centroids(request: EvalRequest, layout: Layout) -> dict[str, Any]:
     from megatron_btx.evaluate.centroids import measure
     from megatron_btx.evaluate.loss_on_text import EvalSetting
@@ -278,6 +286,7 @@ _KINDS = {
     "tasks": _tasks,
     "generate": _generate,
     "routing": _routing,
+    "token_routing": _token_routing,
     "centroids": _centroids,
     "export": _export,
 }

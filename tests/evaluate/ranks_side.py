@@ -117,6 +117,16 @@ def route(subject: Subject, layout: Layout, files: dict[str, list[str]]) -> Any:
     return measure(subject, files, EvalSetting(layout=layout, micro_batch_size=1))
 
 
+def route_tokens(subject: Subject, layout: Layout, texts: list[str]) -> Any:
+    """``token_routing.route``."""
+    from megatron_btx.engine import distributed
+    from megatron_btx.evaluate.predictor import Predictor
+    from megatron_btx.evaluate.token_routing import route
+
+    distributed.initialize(layout, 0)
+    return route(Predictor(subject, layout, micro_batch_size=2), texts)
+
+
 def evaluate(model: Path, layout: Layout, text: Any, micro_batch_size: int) -> Any:
     """Held-out loss and routing of a checkpoint on a text called ``t``."""
     from megatron_btx.engine import distributed

@@ -76,6 +76,7 @@ class BTXRouter(TopKRouter):
         self.forced_expert: int | None = None
         self.dropless = False
         self.load: Load | None = None  # while collect_load() is on
+        self.gates: Tensor | None = None  # while collect_gates() is on
 
     def set_layer_number(self, layer_number: int) -> None:
         """Layers count from 1 over the whole model; the first one of Sample Top-1 may be soft."""
@@ -105,6 +106,10 @@ class BTXRouter(TopKRouter):
             gates = gates * routing_map
         if self.load is not None:
             self._count(self.load, routing_map, gates.detach(), length)
+        if self.gates is not None:
+            assert batch == 1, "the gates of one sequence are collected"
+            here = self._positions(length, gates.device)
+            self.gates[self.layer_number - 1, here] += gates.detach() * routing_map
         return gates, routing_map
 
     def _count(self, load: Load, routing_map: Tensor, gates: Tensor, length: int) -> None:
@@ -249,6 +254,24 @@ def dropless(model: torch.nn.Module | Iterable[torch.nn.Module]) -> Iterator[Non
     finally:
         for router, was in zip(found, before, strict=True):
             router.dropless = was
+
+
+@contextmanager
+def collect_gates(model: torch.nn.Module, length: int) -> Iterator[Tensor]:
+    """Within the block, keep the gates of one sequence, token by token, without dropped tokens:
+    float64 [layers, length, N], 0 of experts that were not chosen. Positions and layers of other
+    ranks are 0, as in :class:`Load`."""
+    found = routers(model)
+    config, device = found[0].config, found[0].weight.device
+    shape = (config.num_layers, length, config.num_moe_experts)
+    gates = torch.zeros(shape, dtype=torch.float64, device=device)
+    for router in found:
+        router.gates = gates
+    try:
+        yield gates
+    finally:
+        for router in found:
+            router.gates = None
 
 
 @dataclass
