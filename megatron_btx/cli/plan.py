@@ -5,18 +5,24 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from megatron_btx.cli.common import recipe_command
-from megatron_btx.errors import UserError, collect_errors
+from megatron_btx.errors import UserError
 from megatron_btx.recipe import check, chips, reading, run_plan
+from megatron_btx.recipe.check import BadPath
 from megatron_btx.recipe.load import load_recipe
 from megatron_btx.recipe.run_plan import RunPlan
 from megatron_btx.recipe.schema import Recipe
 
 if TYPE_CHECKING:
     from megatron_btx.pipeline.rank_plan import RankPlan
+
+_NAMED = 2
+"""Further paths that a warning of several names; ``--json`` lists all."""
 
 _EPILOG = """examples:
   btx plan examples/paper_7b/recipe.yaml
@@ -69,10 +75,13 @@ def run(options: argparse.Namespace) -> int:
     read = reading.reading(recipe, trained, domains)
     for line in chips.too_large(made, options.gpu or recipe.slurm.gpu_type):
         sys.stderr.write(f"warning: {line}\n")
-    _warn_of_files(recipe)
+    bad = check.bad_paths(recipe)
+    for line in _of_files(bad):
+        sys.stderr.write(f"warning: {line}\n")
     by_rank = _by_rank(recipe, trained) if options.ranks else []
     if options.json:
         more: dict[str, Any] = {"reading": [asdict(one) for one in read], "domains": domains}
+        more |= {"bad_paths": [asdict(one) for one in bad]}
         more |= {} if took is None else {"estimate": asdict(took)}
         more |= {"by_rank": [asdict(one) for one in by_rank]} if options.ranks else {}
         sys.stdout.write(run_plan.as_json(made, **more) + "\n")
@@ -91,13 +100,18 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _warn_of_files(recipe: Recipe) -> None:
-    """A plan needs no files, but a run will: say which are not there."""
-    missing: list[UserError] = []
-    with collect_errors(missing):
-        check.files(recipe)
-    for error in missing:
-        sys.stderr.write(f"warning: {error}\n")
+def _of_files(bad: Sequence[BadPath]) -> Iterator[str]:
+    """A plan needs no files, but a run will: which are not there, a warning for each kind."""
+    kinds: dict[tuple[str, str], list[BadPath]] = defaultdict(list)
+    for one in bad:
+        kinds[one.what, one.fix].append(one)
+    for (what, fix), (first, *others) in kinds.items():
+        what = f"{first.path} {what}"
+        if others:
+            named = [f"{one.key} ({one.path})" for one in others[:_NAMED]]
+            dots = ", ..." if len(others) > _NAMED else ""
+            what += f"\n  and {len(others)} more like it: {', '.join(named)}{dots}"
+        yield str(UserError(first.key, what, fix))
 
 
 def _by_rank(recipe: Recipe, trained: list[str]) -> list[RankPlan]:

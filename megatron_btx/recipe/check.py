@@ -1,13 +1,14 @@
 """What no single field can tell: every check for which two facts must be known together.
 
 ``problems`` looks at the recipe alone and needs no machine, so that a plan works on a login node;
-``files`` looks at the disk; ``refuse_on_gloo`` is asked by the engine, which knows the machine.
+``files`` and ``bad_paths`` look at the disk; ``refuse_on_gloo`` is asked by the engine, which knows the machine.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_btx.errors import UserError, UserErrors
@@ -84,26 +85,35 @@ def _absent(path: Path, key: str) -> str:
     )
 
 
-def files(recipe: Recipe) -> None:
-    """That every file and directory the recipe names is there and not empty.
+@dataclass(frozen=True, slots=True)
+class BadPath:
+    """A path that a recipe names, with nothing to read in it."""
 
-    Raises:
-        UserErrors: all that are missing. What is *in* a data file is read by `prepare`.
-    """
-    missing: list[UserError] = []
+    key: str
+    path: str
+    what: str
+    fix: str
+
+
+def bad_paths(recipe: Recipe) -> list[BadPath]:
+    """Every file and directory the recipe names that is not there, or empty. What is *in* a data
+    file is read by `prepare`."""
+    found: list[BadPath] = []
 
     def look(key: str, name: str, *, directory: bool = False) -> None:
         path = Path(name)
         if not path.exists() and Path(f"{name}.idx").exists() and not directory:
             return  # a Megatron pair by its prefix, which `prepare` looks at
         if not path.exists():
-            missing.append(UserError(key, f"{path} does not exist", _absent(path, key)))
+            found.append(BadPath(key, str(path), "does not exist", _absent(path, key)))
         elif directory and not path.is_dir():
-            missing.append(UserError(key, f"{path} is a file", "give the checkpoint's directory"))
+            fix = "give the checkpoint's directory"
+            found.append(BadPath(key, str(path), "is a file", fix))
         elif path.is_dir() and not any(path.iterdir()):
-            missing.append(UserError(key, f"{path} is an empty directory", "put the files there"))
+            fix = "put the files there"
+            found.append(BadPath(key, str(path), "is an empty directory", fix))
         elif path.is_file() and path.stat().st_size == 0:
-            missing.append(UserError(key, f"{path} is empty", "give a file with text in it"))
+            found.append(BadPath(key, str(path), "is empty", "give a file with text in it"))
 
     for name, domain in recipe.domains.items():
         for part, paths in (("train", domain.train), ("valid", domain.valid)):
@@ -116,8 +126,17 @@ def files(recipe: Recipe) -> None:
     for key, stage in stages(recipe).items():
         if stage.from_ is not None:
             look(f"{key}.from", stage.from_, directory=True)
-    if missing:
-        raise UserErrors(missing)
+    return found
+
+
+def files(recipe: Recipe) -> None:
+    """That every file and directory the recipe names is there and not empty.
+
+    Raises:
+        UserErrors: all that are missing.
+    """
+    if bad := bad_paths(recipe):
+        raise UserErrors([UserError(one.key, f"{one.path} {one.what}", one.fix) for one in bad])
 
 
 def refuse_on_gloo(layout: Layout, key: str = "layout") -> None:

@@ -113,6 +113,21 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     ]
 
 
+def test_missing_paths_are_one_warning_a_kind(capsys: pytest.CaptureFixture[str]) -> None:
+    """The paper's recipe names 22 paths that are nobody's; JSON has all of them."""
+    assert main(["plan", str(EXAMPLES / "paper_7b" / "recipe.yaml"), "--json"]) == 0
+    said = capsys.readouterr()
+    warnings = [line for line in said.err.splitlines() if line.startswith("warning: ")]
+    assert [line.split(": ")[1] for line in warnings] == [
+        "domains.algebraic_stack.train",
+        "seed.from",  # of another kind: it may be a model of the Hub
+    ]
+    assert "\n  and 20 more like it: domains.algebraic_stack.valid (/" in said.err
+    bad = json.loads(said.out)["bad_paths"]
+    assert len(bad) == 22
+    assert {one["what"] for one in bad} == {"does not exist"}
+
+
 def test_planning_loads_no_torch() -> None:
     code = (
         "import sys; from megatron_btx.recipe import run_plan, load; "
