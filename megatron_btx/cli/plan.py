@@ -115,7 +115,10 @@ def _of_files(bad: Sequence[BadPath]) -> Iterator[str]:
 
 
 def _by_rank(recipe: Recipe, trained: list[str]) -> list[RankPlan]:
-    from megatron_btx.pipeline import rank_plan  # and torch, and Megatron
+    from megatron_btx import engine
+
+    with engine.importing():  # torch and Megatron, as a rank does
+        from megatron_btx.pipeline import rank_plan
 
     return list(rank_plan.of_run(recipe, trained))
 

@@ -22,8 +22,9 @@ def install() -> None:
 
 @contextlib.contextmanager
 def importing() -> Iterator[None]:
-    """For a process that is a rank: import torch and Megatron as this platform needs them, then
-    what the block imports, and have the garbage collector leave all of it alone from then on.
+    """For a process that is a rank, or simulates one: import torch and Megatron as this platform
+    needs them, then what the block imports, and have the garbage collector leave all of it alone
+    from then on.
 
     Half a million objects are made, none of them garbage. Looking for some costs a rank a third of
     its start, in the imports and once more at its end.

@@ -21,6 +21,7 @@ from megatron_btx.weights.plan import Checkpoint, Plan
 from megatron_btx.weights.source import Unread
 from tests.engine.test_thousand_ranks import JOBS, job
 from tests.pipeline.conftest import TINY
+from tests.small import btx as run_btx
 
 
 def _job(name: str) -> tuple[Training, Plan]:
@@ -69,9 +70,10 @@ def test_a_copy_reads_what_the_rank_itself_would() -> None:
         assert held(plan.architecture, training, number, plan).read() == every[number]
 
 
-def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", str(TINY), "--ranks"]) == 0
-    assert "finetune: 2 ranks, 2 built" in capsys.readouterr().out
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    done = run_btx("plan", TINY, "--ranks", cwd=tmp_path)  # where nothing was imported before
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "finetune: 2 ranks, 2 built" in done.stdout
     assert main(["plan", str(TINY), "--ranks", "--json"]) == 0
     by_rank = {one["stage"]: one for one in json.loads(capsys.readouterr().out)["by_rank"]}
     assert by_rank["seed"]["bytes_needed"] == 0
