@@ -75,9 +75,7 @@ def add_parser(commands: Any) -> None:
     model_flags.add_task_flags(parser)
     parser.add_argument("--out", metavar="DIR", type=Path, help="output directory")
     add_format_flag(parser, "score against compute, time and inference")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="print unfinished stages, run nothing"
-    )
+    parser.add_argument("--dry-run", action="store_true", help="print the stages, run nothing")
     parser.add_argument("--json", action="store_true", help="print compare.json, no table")
     parser.set_defaults(run=run)
 

@@ -102,7 +102,7 @@ def _print_stages(
 ) -> None:
     rows = []
     for stage in stages:
-        standing, why = state.status(run_dir, stage)
+        standing, why = state.status(run_dir, stage, recipe.share)
         record = state.done(run_dir, stage)
         spent = record.get("seconds") if record else None
         row = {**dataclasses.asdict(stage), "state": standing, "why": why, "seconds": spent}

@@ -84,10 +84,10 @@ def submit(options: argparse.Namespace) -> int:
     if options.dry_run:
         for member in members:
             sys.stdout.write(_lines(member, one.graph_lines(member.recipe, member.chosen), {}))
-            check.files(member.recipe)
         sys.stdout.write(f"{several_recipes.COMPARE} of {len(members)} runs, in {out}\n")
         if options.scripts:
             sys.stdout.write(f"\n{several_recipes.compare_script(members, out)}")
+        check.files(*(member.recipe for member in members if member.chosen))
         return 0
     for member in members:
         run_checks.keeps_recipe(member.run_dir, Path(os.devnull), member.recipe)

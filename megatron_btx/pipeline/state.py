@@ -86,12 +86,15 @@ def _has_been(run_dir: Path, stage: Stage) -> bool:
     return stage.kind == "prepare" and record is not None and record.get("key") == stage.key
 
 
-def status(run_dir: Path, stage: Stage) -> tuple[str, str]:
-    """``done``, ``stopped`` or ``left``, and of what is not done why: that it was stopped or has
-    failed, that what it was made from has changed, or nothing where it was never begun."""
+def status(run_dir: Path, stage: Stage, share: Sequence[str] = ()) -> tuple[str, str]:
+    """``done``, ``stopped``, ``shared`` or ``left``, and of what is not done why: that it was
+    stopped or has failed, that what it was made from has changed, which directory of another run
+    (as of :func:`link_shared`) it will be, or nothing where it was never begun."""
     directory = run_dir / stage.directory
     if done(run_dir, stage) is not None:
         return "done", ""
+    if (shared := find_shared(run_dir, stage, share)) is not None:
+        return "shared", f"from {os.path.relpath(shared)}"
     made_for, step = (find_json(directory / "stage.json") or {}).get("key"), newest_step(directory)
     if made_for is not None and made_for != stage.key:
         if (_shelf(run_dir, stage.directory, stage.key) / "done.json").exists():
@@ -193,9 +196,7 @@ def link_shared(run_dir: Path, stages: tuple[Stage, ...], share: Sequence[str]) 
     taken = {}
     for stage in missing(run_dir, stages):
         here = run_dir / stage.directory
-        begun = here.exists() and not here.is_symlink()
-        real = None if begun else find_shared(run_dir, stage, share)
-        if real is not None:
+        if (real := find_shared(run_dir, stage, share)) is not None:
             here.unlink(missing_ok=True)  # a link to what is of another key, or there no more
             here.symlink_to(os.path.relpath(real, run_dir.resolve()))
             taken[stage.name] = real
@@ -205,13 +206,21 @@ def link_shared(run_dir: Path, stages: tuple[Stage, ...], share: Sequence[str]) 
 def find_shared(run_dir: Path, stage: Stage, share: Sequence[str]) -> Path | None:
     """Directory of a stage that is finished for the same key in another run, and can be taken;
     arguments as of :func:`link_shared`."""
-    if stage.kind in ("evaluate", "export", "report", *graph.LOOKS_AHEAD):
+    if not may_take(run_dir, stage) or stage.kind in graph.LOOKS_AHEAD:
         return None
     found = sorted(Path(path).resolve() for pattern in share for path in glob.glob(pattern))
     for other in found:
         if other != run_dir.resolve() and done(other, stage) is not None:
             return (other / stage.directory).resolve()
     return None
+
+
+def may_take(run_dir: Path, stage: Stage) -> bool:
+    """Whether a stage may be another run's: one that was begun here is left alone, and every run
+    has its own tables and pages."""
+    here = run_dir / stage.directory
+    begun = here.exists() and not here.is_symlink()
+    return not begun and stage.kind not in ("evaluate", "export", "report")
 
 
 def _shelf(run_dir: Path, directory: str, key: str) -> Path:

@@ -1,7 +1,8 @@
 """What no single field can tell: every check for which two facts must be known together.
 
 ``problems`` looks at the recipe alone and needs no machine, so that a plan works on a login node;
-``files`` and ``bad_paths`` look at the disk; ``refuse_on_gloo`` is asked by the engine, which knows the machine.
+``files`` and ``bad_paths`` look at the disk; ``refuse_on_gloo`` is asked by the engine, which knows
+the machine.
 """
 
 from __future__ import annotations
@@ -129,13 +130,13 @@ def bad_paths(recipe: Recipe) -> list[BadPath]:
     return found
 
 
-def files(recipe: Recipe) -> None:
-    """That every file and directory the recipe names is there and not empty.
+def files(*recipes: Recipe) -> None:
+    """That every file and directory the recipes name is there and not empty.
 
     Raises:
-        UserErrors: all that are missing.
+        UserErrors: all that are missing, each once.
     """
-    if bad := bad_paths(recipe):
+    if bad := dict.fromkeys(one for recipe in recipes for one in bad_paths(recipe)):
         raise UserErrors([UserError(one.key, f"{one.path} {one.what}", one.fix) for one in bad])
 
 

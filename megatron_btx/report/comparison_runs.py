@@ -4,7 +4,6 @@ what they have in common. Imports no torch."""
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from megatron_btx.evaluate.model_spec import Subject
 from megatron_btx.files import find_json, write_json
 from megatron_btx.pipeline import eval_ranks, graph, state
 from megatron_btx.pipeline.keys import Memo
+from megatron_btx.recipe import check
 from megatron_btx.recipe.load import digest, load_recipe
 from megatron_btx.recipe.schema import Layout, Recipe
 from megatron_btx.recipe.stages import directory
@@ -125,8 +125,13 @@ def run_one(one: FinishedRun, runs: Sequence[FinishedRun], place: str) -> int:
 
 
 def print_left(runs: Sequence[FinishedRun]) -> None:
-    """What each run has, what it will take from another, and what is left."""
+    """What each run has, what it will take from another, and what is left.
+
+    Raises:
+        UserErrors: files that they need are missing.
+    """
     wanted: dict[tuple[str, str], str] = {}
+    unfinished: list[Recipe] = []
     several = len({one.recipe.random_seed for one in runs}) > 1
     names = [
         f"{one.recipe.name}-{one.recipe.random_seed}" if several else one.recipe.name
@@ -134,21 +139,16 @@ def print_left(runs: Sequence[FinishedRun]) -> None:
     ]
     width = max(map(len, names))
     for one, name in zip(runs, names, strict=True):
-        words = []
-        for stage in graph.of_run(one.recipe, one.run_dir):
-            if stage.kind in ("evaluate", "export", "report"):
-                standing = "done" if state.done(one.run_dir, stage) else "left"
-            elif state.done(one.run_dir, stage):
-                standing = "done"
-            else:
-                owner = wanted.get((stage.name, stage.key))
-                if owner is None:
-                    shared = state.find_shared(one.run_dir, stage, one.recipe.share)
-                    owner = None if shared is None else os.path.relpath(shared)
-                standing = f"from {owner}" if owner else "left"
-            wanted.setdefault((stage.name, stage.key), name)
-            words.append(f"{stage.name} {standing}")
+        words, stages = [], graph.of_run(one.recipe, one.run_dir)
+        unfinished += [one.recipe] if state.left(one.run_dir, stages) else []
+        for stage in stages:
+            standing, why = state.status(one.run_dir, stage, one.recipe.share)
+            owner = wanted.setdefault((stage.name, stage.key), name)
+            if standing != "done" and owner != name and state.may_take(one.run_dir, stage):
+                standing, why = "shared", f"from {owner}"
+            words.append(f"{stage.name} {why if standing == 'shared' else standing}")
         sys.stdout.write(f"{name:<{width}}  {', '.join(words)}\n")
+    check.files(*unfinished)
 
 
 def measure_tasks(

@@ -18,7 +18,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.pipeline.conftest import Run
+from tests.pipeline.conftest import TINY, Run
+from tests.small import btx
 
 ALL = "prepare seed expert:code expert:math expert:prose mix finetune dense evaluate export report"
 
@@ -358,7 +359,29 @@ def test_a_dry_run_says_why_a_stage_is_left(run: Run) -> None:
     assert not why["expert:prose"].startswith(("failed", "its part"))
 
 
-@pytest.mark.parametrize("command", ["run", "submit"])
+def test_a_dry_run_says_what_will_be_taken(run: Run) -> None:
+    """From a run that ``share:`` names, where it was not begun here; ``btx compare`` says the
+    same."""
+    assert run("--stop-after", "seed")[0] == 0
+    second = run.directory / "second"
+    run.recipe.write_text(f"base: {TINY}\nrun_dir: {second}\nshare: {run.run_dir}\n")
+    (second / "seed").mkdir(parents=True)
+    for begun in (True, False):
+        if not begun:
+            (second / "seed").rmdir()
+        code, output, errors = run("--dry-run", "--json")
+        assert code == 0, errors
+        stages = {stage["name"]: stage for stage in json.loads(output)["stages"]}
+        assert stages["prepare"]["why"].endswith("run/prepare")
+        states = [stages[name]["state"] for name in ("prepare", "seed", "expert:code")]
+        assert states == ["shared", "left" if begun else "shared", "left"]
+        compared = btx("compare", run.recipe, "--dry-run", cwd=run.directory)
+        seed = "seed left" if begun else "seed from run/seed"
+        assert f"prepare from run/prepare, {seed}, expert:code left" in compared.stdout
+    assert not any(second.iterdir())
+
+
+@pytest.mark.parametrize("command", ["run", "submit", "compare"])
 def test_a_dry_run_looks_at_files(run: Run, command: str) -> None:
     more = "seed: {from: meta-llama/Llama-3.1-8B}\ntokenizer: {path: tokenizer.model}\n"
     run.recipe.write_text(run.recipe.read_text() + more)
