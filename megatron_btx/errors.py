@@ -81,6 +81,17 @@ def collect_errors(errors: list[UserError]) -> Iterator[None]:
         errors.append(found)
 
 
+@contextmanager
+def errors_of(key: str) -> Iterator[None]:
+    """A block whose user errors, about a file, are named with the recipe's key that gives it."""
+    errors: list[UserError] = []
+    with collect_errors(errors):
+        yield
+    errors = [UserError(key, f"{one.where}: {one.what}", one.fix) for one in errors]
+    if errors:
+        raise errors[0] if len(errors) == 1 else UserErrors(errors)
+
+
 def capped(errors: list[UserError], most: int = 8) -> list[UserError]:
     """The first of many errors of one kind, and how many more there are."""
     if len(errors) <= most + 1:

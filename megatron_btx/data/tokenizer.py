@@ -3,13 +3,15 @@ no torch."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 from megatron_btx.data.tokenizer_base import INFO, Tokenizer
 from megatron_btx.data.tokenizer_huggingface import HuggingFace
 from megatron_btx.data.tokenizer_sentencepiece import SentencePiece, train_tokenizer
-from megatron_btx.errors import UserError
+from megatron_btx.errors import UserError, errors_of
 from megatron_btx.families.tokenizer_files import place_of
+from megatron_btx.families.tokenizer_settings import CONFIG
 from megatron_btx.files import read_bytes, read_json
 from megatron_btx.weights.find_checkpoint import foreign
 
@@ -19,6 +21,7 @@ __all__ = [
 ]  # fmt: skip
 
 _FILES: dict[str, str] = {kind.type: kind.file for kind in (SentencePiece, HuggingFace)}
+_GIVE = "give a `.model` file, a tokenizer.json, or a directory with one of them"
 _LIMIT = 1 << 30
 """Bytes of a SentencePiece model; the largest known have 5 million."""
 
@@ -58,23 +61,27 @@ def read_tokenizer(path: str | Path, type_: str, *, where: str | None = None) ->
         path: file or directory.
         type_: ``sentencepiece`` or ``huggingface``, for a directory that has both; if it has only
             one, that one is read.
-        where: the recipe's key, for messages.
+        where: the recipe's key, which errors then name before the file.
 
     Raises:
         UserErrors: it is missing or unusable.
     """
-    path = Path(path)
-    where = where or str(path)
+    with nullcontext() if where is None else errors_of(where):
+        return _read(Path(path), type_)
+
+
+def _read(path: Path, type_: str) -> Tokenizer:
     if not path.exists():
         hub = foreign(path)
-        raise UserError(where, f"{path} does not exist", hub.fix if hub else "correct the path")
+        raise UserError(str(path), "does not exist", hub.fix if hub else "correct the path")
     if _kind(path, type_) == HuggingFace.type:
+        if path.is_file() and path.name not in (HuggingFace.file, CONFIG):
+            raise UserError(str(path), f"is no {HuggingFace.file}", _GIVE)
         return HuggingFace(path if path.is_dir() else path.parent)
     if path.is_dir():
         path = path / SentencePiece.file
         if not path.is_file():
-            fix = "give a `.model` file, a tokenizer.json, or a directory with one of them"
-            raise UserError(where, f"{path} does not exist, nor does {HuggingFace.file}", fix)
+            raise UserError(str(path), f"does not exist, nor does {HuggingFace.file}", _GIVE)
     beside = path.parent if path.name == SentencePiece.file else None
     return SentencePiece(read_bytes(path, _LIMIT), str(path), beside)
 

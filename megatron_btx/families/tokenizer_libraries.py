@@ -54,7 +54,9 @@ def no_panic(where: str) -> Iterator[None]:
     except (KeyboardInterrupt, SystemExit, UserError):
         raise
     except BaseException as error:
-        raise UserError(where, f"is not a tokenizer ({error})", "download it again") from error
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        fix = "give a model's tokenizer.json, or download it again"
+        raise UserError(where, f"is not a tokenizer: {said}", fix) from error
 
 
 def _complete(found: Tokenizer, settings: TokenizerSettings, path: Path) -> None:

@@ -7,15 +7,14 @@ Megatron-Core, is converted to that place.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import io
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_btx.errors import UserError, UserErrors, collect_errors
+from megatron_btx.errors import UserError, UserErrors, collect_errors, errors_of
 from megatron_btx.files import named_path, unfinished
 from megatron_btx.pipeline.graph import Stage
 from megatron_btx.provenance import code_revision
@@ -220,10 +219,10 @@ def _tokenizer(directory: Path, manifest: dict[str, Any]) -> str:
 
 
 def _read(recipe: Recipe, where: str, path: Path) -> tuple[Path, dict[str, Any]]:
-    with _under(where):
+    with errors_of(where):
         directory = find_checkpoint(path)
     there = is_hugging_face(directory)
-    with _under(where):
+    with errors_of(where):
         architecture, manifest = _said(recipe, directory)
     if _is_ours(directory) and not (directory / ".metadata").is_file():
         raise UserError(where, f"{directory} is not whole", "copy the checkpoint again")
@@ -281,17 +280,6 @@ def _told(recipe: Recipe, directory: Path) -> dict[str, Any]:
 
 def _is_ours(directory: Path) -> bool:
     return (directory / MANIFEST).is_file()
-
-
-@contextlib.contextmanager
-def _under(where: str) -> Iterator[None]:
-    """Errors of a checkpoint named with the recipe's key that gives it."""
-    errors: list[UserError] = []
-    with collect_errors(errors):
-        yield
-    errors = [UserError(where, f"{one.where}: {one.what}", one.fix) for one in errors]
-    if errors:
-        raise errors[0] if len(errors) == 1 else UserErrors(errors)
 
 
 def _differences(checkpoint: Model, model: Model) -> list[tuple[str, Any, Any]]:

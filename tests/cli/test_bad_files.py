@@ -175,10 +175,23 @@ def test_a_tokenizer_larger_than_the_vocabulary(exported: Exported, small: Comma
     small.refuse(Bad("vocabulary", edit, words, RUN))
 
 
-def test_a_tokenizer_that_is_none(small: Commands) -> None:
-    edit = change("{vocab_size: 400}", "{path: data/web.jsonl}")
-    words = ("data/web.jsonl", "is not a SentencePiece model", "spm_train")
-    small.refuse(Bad("tokenizer", edit, words, RUN))
+@pytest.mark.parametrize(
+    ("tokenizer", "words"),
+    [
+        ("path: data/web.jsonl", ("data/web.jsonl: is not a SentencePiece model", "spm_train")),
+        ("path: data/web.jsonl, type: huggingface", ("data/web.jsonl: is no tokenizer.json",)),
+        ("path: config.json", ("config.json: is no tokenizer.json", "or a directory with one")),
+        ("path: hub", ("hub/tokenizer.json: is not a tokenizer: expected",)),
+    ],
+)
+def test_a_tokenizer_that_is_none(small: Commands, tokenizer: str, words: tuple[str, ...]) -> None:
+    """One error, of the key that names the file."""
+    (small.directory / "hub").mkdir()
+    for name in ("hub/tokenizer.json", "config.json"):
+        (small.directory / name).write_text('{"model_type": "llama"}')
+    edit = change("{vocab_size: 400}", f"{{{tokenizer}}}")
+    named = (f"error: tokenizer.path: {small.directory}/{words[0]}", *words[1:], "fix: ")
+    small.refuse(Bad("tokenizer", edit, named, RUN))
 
 
 def test_the_disk_is_known_to_be_too_small(disk: Callable[[str], Path], small: Commands) -> None:

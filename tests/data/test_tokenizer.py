@@ -189,7 +189,7 @@ def test_bad_tokenizers(exported: Path, trained: Tokenizer, tmp_path: Path) -> N
     assert error.value.where == "tokenizer.path"
     with pytest.raises(UserError, match="no tokenizer.json"):
         read_tokenizer(tmp_path, "huggingface")
-    with pytest.raises(UserError, match="tokenizer.model does not exist, nor does tokenizer.json"):
+    with pytest.raises(UserError, match="tokenizer.model: does not exist, nor does tokenizer.json"):
         read_tokenizer(tmp_path, "sentencepiece")
     with pytest.raises(UserError, match="holds no tokenizer"):
         load_tokenizer(tmp_path)
