@@ -21,6 +21,8 @@ def open_checkpoint(
     label: str,
     given: Mapping[str, Any] | None = None,
     tokenizer: Path | None = None,
+    *,
+    dense: bool = False,
 ) -> Checkpoint:
     """A checkpoint of either format.
 
@@ -30,11 +32,12 @@ def open_checkpoint(
         given: what a Megatron checkpoint does not say itself, in Megatron's words.
         tokenizer: the directory or file of the one that a checkpoint was trained with that does not
             say how large its vocabulary is; ``None``: the one that comes with it.
+        dense: whether only a dense model will do, which what is said of a run's directory heeds.
 
     Raises:
         UserErrors: there is none, or it is damaged or one that we would compute wrongly.
     """
-    checkpoint = find_checkpoint(path)
+    checkpoint = find_checkpoint(path, label if dense else None)
     if is_hugging_face(checkpoint):
         return open_hf(checkpoint, label)
     if (checkpoint / MANIFEST).exists():

@@ -126,16 +126,21 @@ def averaging_of(mix: Mix, random_seed: int, seed_model: str = SEED) -> Averagin
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
 
+_FIRST_MAY_BE_MOE = ("append", "drop", "replace", "copy")
+"""Methods whose first source is a mixture, or may be one; all other sources are dense."""
+
+
 def open_sources(request: MixRequest) -> tuple[MixRequest, list[Checkpoint]]:
     """Open every source; all that is wrong with any of them at once. The request comes back with
     what the sources decide: under ``align_vocab`` whose tokenizer the result gets."""
     models: list[Checkpoint] = []
     errors: list[UserError] = []
-    for source in request.sources:
+    for at, source in enumerate(request.sources):
         label, path = named_path(source)
+        dense = at > 0 or request.method not in _FIRST_MAY_BE_MOE
         with collect_errors(errors):
             label = label or name_of(path)
-            models.append(open_checkpoint(path, label, request.model))
+            models.append(open_checkpoint(path, label, request.model, dense=dense))
     if not errors and request.align_vocab:
         if request.tokenizer:
             what = "is the source of the most tokens under --align-vocab"

@@ -42,7 +42,7 @@ def check(recipe: Recipe, name: str) -> None:
     source = imported(recipe, name)
     assert source is not None
     if source != "seed":
-        _read(recipe, f"{recipe_key(name)}.from", Path(source))
+        _read(recipe, name, Path(source))
 
 
 def check_all(recipe: Recipe, stages: Iterable[Stage]) -> None:
@@ -60,7 +60,7 @@ def check_all(recipe: Recipe, stages: Iterable[Stage]) -> None:
             continue
         where = f"{recipe_key(stage.name)}.from"
         try:
-            directory, manifest = _read(recipe, where, Path(str(source)))
+            directory, manifest = _read(recipe, stage.name, Path(str(source)))
         except UserError as error:
             errors.append(error)
             continue
@@ -141,7 +141,7 @@ def link(recipe: Recipe, name: str, run_dir: Path) -> dict[str, Any]:
     source = imported(recipe, name)
     assert source is not None
     origin = run_dir / "seed" if source == "seed" else Path(source)
-    directory, manifest = _read(recipe, f"{recipe_key(name)}.from", origin)
+    directory, manifest = _read(recipe, name, origin)
     checkpoints = stage_directory(run_dir, name) / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
     target = checkpoints / f"step_{int(manifest['step']):08d}"
@@ -218,9 +218,10 @@ def _tokenizer(directory: Path, manifest: dict[str, Any]) -> str:
     return f"{{type: {kind}, {place}}}"
 
 
-def _read(recipe: Recipe, where: str, path: Path) -> tuple[Path, dict[str, Any]]:
+def _read(recipe: Recipe, name: str, path: Path) -> tuple[Path, dict[str, Any]]:
+    where = f"{recipe_key(name)}.from"
     with errors_of(where):
-        directory = find_checkpoint(path)
+        directory = find_checkpoint(path, dense=name.removeprefix("expert:"))
     there = is_hugging_face(directory)
     with errors_of(where):
         architecture, manifest = _said(recipe, directory)

@@ -52,7 +52,7 @@ def begin(asked: Asked) -> str:
     if os.path.lexists(asked.out):
         raise UserError(str(asked.out), "exists already", "move it away, or give another --out")
     _check_names(asked)
-    seed = open_checkpoint(asked.seed, "seed")
+    seed = open_checkpoint(asked.seed, "seed", dense=True)
     if seed.architecture.experts:
         what = f"{asked.seed} is a mixture of experts"
         raise UserError("--seed", what, "give the dense model that the experts were branched from")

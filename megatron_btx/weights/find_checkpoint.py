@@ -23,15 +23,16 @@ _MARKS = (".metadata", "config.json", "manifest.json", "mp_rank_*")
 _GIVE = "give a step_XXXXXXXX directory, a stage's directory of a run, or a Hugging Face model's"
 
 
-def find_checkpoint(path: str | Path) -> Path:
+def find_checkpoint(path: str | Path, dense: str | None = None) -> Path:
     """The checkpoint that a path stands for.
 
     Args:
         path: a checkpoint (Megatron's of one step, or a Hugging Face directory), which is itself;
             or a stage's directory of a run, which stands for its last step.
+        dense: where only a dense model will do, what it is to be: ``seed``, or an expert's name.
 
     Raises:
-        UserError: there is none. Of a run's directory it says which stages it holds.
+        UserError: there is none. Of a run's directory it says which stages it holds that would do.
     """
     path = Path(path)
     if is_checkpoint(path):
@@ -41,7 +42,7 @@ def find_checkpoint(path: str | Path) -> Path:
     if not path.exists():
         raise foreign(path) or UserError(str(path), "does not exist", _GIVE)
     if (path / "recipe.yaml").is_file():
-        raise _run(path)
+        raise _run(path, dense)
     if (path / "done.json").is_file():
         if path.name == "mix":  # which plans alone (pipeline/graph.py)
             what = "is a stage that writes no weights: the finetuning mixes them"
@@ -75,15 +76,23 @@ def name_of(path: Path) -> str:
     return path.resolve().name
 
 
-def _run(path: Path) -> UserError:
-    """For a run's directory: which checkpoints are in it."""
-    stages = [one for one in sorted(path.iterdir()) if newest_step(one) is not None]
-    stages += [one for one in (path / "export" / "hf",) if is_checkpoint(one)]
-    if not stages:
-        return UserError(str(path), "is a run's directory, and no stage has a checkpoint yet")
-    names = ", ".join(str(stage.relative_to(path)) for stage in stages)
-    what = f"is a run's directory; checkpoints are in {names}"
-    return UserError(str(path), what, f"give one of them, such as {stages[-1]}")
+_MIXED = ("finetune", "export/hf")
+"""Directories in a run's whose models are mixtures."""
+
+
+def _run(path: Path, dense: str | None) -> UserError:
+    """For a run's directory: which checkpoints are in it, and which of them fits best."""
+    names = [one.name for one in sorted(path.iterdir()) if newest_step(one) is not None]
+    names += ["export/hf"] if is_checkpoint(path / "export" / "hf") else []
+    kind = "checkpoint" if dense is None else "dense checkpoint"
+    if dense is not None:
+        names = [name for name in names if name not in _MIXED]
+    if not names:
+        return UserError(str(path), f"is a run's directory, and no stage has a {kind} yet")
+    likely = [name for name in names if dense is not None and name.startswith("expert-")]
+    likely += [name for name in names if name in (dense, f"expert-{dense}")]
+    what = f"is a run's directory; {kind}s are in {', '.join(names)}"
+    return UserError(str(path), what, f"give one of them, such as {path / [*names, *likely][-1]}")
 
 
 MODEL = "model.safetensors"

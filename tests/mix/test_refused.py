@@ -86,6 +86,10 @@ def test_all_that_is_wrong_is_told_at_once_with_exit_code_2(sources, tmp_path, c
 
 def test_what_is_wrong_with_every_source_is_told_at_once(sources, tmp_path):
     (tmp_path / "empty").mkdir()
+    run = tmp_path / "run"
+    for stage in ("seed", "expert-code", "finetune"):
+        (run / stage / "checkpoints" / "step_00000002").mkdir(parents=True)
+    (run / "recipe.yaml").touch()
     before = tree_hash(tmp_path)
     with pytest.raises(UserError) as caught:
         btx("mix", "--sources", tmp_path / "empty", tmp_path / "none", "--out", tmp_path / "out")
@@ -104,6 +108,9 @@ def test_what_is_wrong_with_every_source_is_told_at_once(sources, tmp_path):
             "--noise: has no meaning for method btx",
         ),
         (["--sources", *named(sources), "--moe-router-topk", "5"], "cannot take 5 of 4 experts"),
+        (["--sources", f"seed={run}"], f"such as {run}/seed$"),
+        (["--sources", f"code={run}"], f"such as {run}/expert-code$"),
+        (["--method", "drop", "--sources", run], "checkpoints are in expert-code, finetune"),
         (["--report", "--sources", *named(sources), "--out", __file__], "is not a directory"),
     ]
     for words, found in cases:

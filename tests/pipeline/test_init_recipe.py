@@ -30,6 +30,9 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
         made.write(made.random_model(tokenizer, number), root / name, tokenizer)
     made.write(made.random_model(tokenizer, 3, seq_length=32), root / "a b: 'c'", tokenizer)
     made.write(made.moe(tokenizer), root / "moe", tokenizer)
+    for stage in ("seed", "expert-code", "finetune"):
+        (root / "run" / stage / "checkpoints" / "step_00000002").mkdir(parents=True)
+    (root / "run" / "recipe.yaml").touch()
     for name, texts in (("code", made.TEXTS["x"]), ("math", made.TEXTS["y"])):
         lines = [json.dumps({"text": f"{text} {n}"}) for n, text in enumerate(texts * 20)]
         (root / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
@@ -90,6 +93,8 @@ def test_names_that_yaml_would_read_otherwise(there: Path, tmp_path: Path) -> No
         ("--seed moe --expert code=code --data code=code.jsonl", "is a mixture of experts"),
         ("--seed meta/llama --expert code=code --data code=code.jsonl", "meta/llama: "),
         ("--seed seed --expert code=moe --data code=code.jsonl", "is a mixture of experts"),
+        ("--seed run --expert code=code --data code=code.jsonl", "such as run/seed\n"),
+        ("--seed seed --expert code=run --data code=code.jsonl", "run/expert-code\n"),
         (f"{ASKED} --valid web=code.jsonl", "web has no --data"),
         (f"{ASKED} --gpus -1", "out of range"),
         (f"{ASKED} --seq-length 0", "--seq-length: is 0"),

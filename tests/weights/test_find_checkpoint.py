@@ -44,6 +44,29 @@ def test_a_run_says_which_stages_it_holds(run_dir: Path) -> None:
     assert str(run_dir / "export" / "hf") in found.value.fix
 
 
+@pytest.mark.parametrize(
+    ("dense", "best"),
+    [("seed", "seed"), ("math", "expert-math"), ("code", "expert-wiki"), ("dense", "dense")],
+)
+def test_a_run_offers_no_mixture_for_a_dense_model(run_dir: Path, dense: str, best: str) -> None:
+    """Of what is left, the stage of that name is named, else an expert."""
+    for stage in ("dense", "expert-math", "expert-wiki", "finetune"):
+        (run_dir / stage / "checkpoints" / "step_00000002").mkdir(parents=True)
+    (run_dir / "export" / "hf").mkdir(parents=True)
+    (run_dir / "export" / "hf" / "config.json").touch()
+    with pytest.raises(UserError, match="dense checkpoints are in dense, expert-math") as found:
+        find_checkpoint(run_dir, dense)
+    assert "finetune" not in str(found.value)
+    assert "export" not in str(found.value)
+    assert found.value.fix == f"give one of them, such as {run_dir / best}"
+
+
+def test_a_run_without_a_dense_model(run_dir: Path) -> None:
+    (run_dir / "seed").rename(run_dir / "finetune")
+    with pytest.raises(UserError, match="no stage has a dense checkpoint yet"):
+        find_checkpoint(run_dir, "seed")
+
+
 def test_what_is_none_is_named(run_dir: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         find_checkpoint(tmp_path / "none")
