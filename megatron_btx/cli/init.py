@@ -111,45 +111,54 @@ def _examples(options: argparse.Namespace) -> int:
 
 
 def _begin(options: argparse.Namespace) -> int:
-    if options.example:
-        raise UserError("--example", "cannot be combined with --seed", "give one of the two")
-    if options.gpus < 0 or options.gpu_memory <= 0:
-        raise UserError("--gpus, --gpu-memory", "are out of range", "give a number of GPUs, and GB")
-    if options.seq_length is not None and options.seq_length < 1:
-        raise UserError("--seq-length", f"is {options.seq_length}", "give at least 1")
+    errors = list(_out_of_range(options))
     experts: dict[str, Path | None] = {}
     for entry in options.expert:
         name, _, path = entry.partition("=")
         if not name or name in experts:
-            raise UserError("--expert", f"{entry!r} is no new NAME or NAME=DIR", "see --help")
+            what = f"{entry!r} is no new NAME or NAME=DIR"
+            errors.append(UserError("--expert", what, "see --help"))
+            continue
         experts[name] = Path(path) if path else None
     from megatron_btx.pipeline.init_recipe import Asked, begin
 
     out = options.out or Path("recipe.yaml")
-    begin(
-        Asked(
-            out=out,
-            name=options.name,
-            seed=options.seed,
-            experts=experts,
-            train=_by_name("--data", options.data),
-            valid=_by_name("--valid", options.valid),
-            tokenizer=options.tokenizer,
-            gpus=options.gpus,
-            gpu_bytes=options.gpu_memory * 1e9,
-            seq_length=options.seq_length,
-        )
+    asked = Asked(
+        out=out,
+        name=options.name,
+        seed=options.seed,
+        experts=experts,
+        train=_by_name("--data", options.data, errors),
+        valid=_by_name("--valid", options.valid, errors),
+        tokenizer=options.tokenizer,
+        gpus=options.gpus,
+        gpu_bytes=options.gpu_memory * 1e9,
+        seq_length=options.seq_length,
     )
+    begin(asked, errors)
     sys.stdout.write(f"{out}\n\nnext: btx plan {out}\n")
     return 0
 
 
-def _by_name(flag: str, entries: Sequence[str]) -> dict[str, list[Path]]:
+def _out_of_range(options: argparse.Namespace) -> Iterator[UserError]:
+    if options.example:
+        yield UserError("--example", "cannot be combined with --seed", "give one of the two")
+    if options.gpus < 0 or options.gpu_memory <= 0:
+        fix = "give a number of GPUs, and GB"
+        yield UserError("--gpus, --gpu-memory", "are out of range", fix)
+    if options.seq_length is not None and options.seq_length < 1:
+        yield UserError("--seq-length", f"is {options.seq_length}", "give at least 1")
+
+
+def _by_name(flag: str, entries: Sequence[str], errors: list[UserError]) -> dict[str, list[Path]]:
+    """Paths by name; what is none joins ``errors``."""
     found: dict[str, list[Path]] = {}
     for entry in entries:
         name, _, path = entry.partition("=")
         if not name or not path:
-            raise UserError(flag, f"{entry!r} is not NAME=FILE", f"{flag} code=code.jsonl")
+            what, fix = f"{entry!r} is not NAME=FILE", f"{flag} code=code.jsonl"
+            errors.append(UserError(flag, what, fix))
+            continue
         found.setdefault(name, []).append(Path(path))
     return found
 

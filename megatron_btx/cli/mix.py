@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_btx.cli.common import command
-from megatron_btx.errors import UserError
+from megatron_btx.errors import UserError, UserErrors, collect_errors
 from megatron_btx.files import named_path
 from megatron_btx.mix import mergekit
 from megatron_btx.mix.request import MixRequest
@@ -160,10 +160,16 @@ def _built(
     }
     reader = Reader(noun="btx mix's options")
     request: MixRequest = reader.instance(MixRequest, [*layers, Node(flags, None, 0, "")], "")
-    reader.raise_errors()
-    missing = [name for name in needed if not getattr(request, name)]
+    errors: list[UserError] = []
+    with collect_errors(errors):
+        reader.raise_errors()
+    wrong = reader.marks if errors else ()  # what was given, and may be among them
+    missing = [one for one in needed if not getattr(request, one) and one not in wrong]
     if missing:
-        raise UserError(name, f"--{' and --'.join(missing)} missing", f"see {name} --help")
+        what = f"--{' and --'.join(missing)} missing"
+        errors.append(UserError(name, what, f"see {name} --help"))
+    if errors:
+        raise UserErrors(errors)
     return request
 
 

@@ -30,7 +30,7 @@ from megatron_btx.families.tokenizer_files import (
 )
 from megatron_btx.mix.card import mix_card
 from megatron_btx.mix.compatibility import speaker_of, tokenizer_words
-from megatron_btx.mix.plans import DTYPES, open_sources, plan_of
+from megatron_btx.mix.plans import DTYPES, misfits, open_sources, plan_of
 from megatron_btx.mix.request import MixRequest
 from megatron_btx.mix.source_files import MixProgress
 from megatron_btx.provenance import versions
@@ -105,8 +105,10 @@ def _prepared(request: MixRequest) -> tuple[MixRequest, list[Checkpoint], Plan, 
         execution = _execution(request)
     with collect_errors(errors):
         parse_bytes(request.shard, "--shard")
-    wrong = list(out_of_range(request))
-    errors += [UserError(f"--{name.replace('_', '-')}", *one) for name, *one in wrong]
+    wrong = misfits(request)
+    for name, *one in out_of_range(request):
+        wrong.append(UserError(f"--{name.replace('_', '-')}", *one))
+    errors += wrong
     with collect_errors(errors):
         request, models = open_sources(request)
         if not wrong:

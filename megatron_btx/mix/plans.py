@@ -92,12 +92,7 @@ def router_of(mix: Mix, random_seed: int, seed_model: str = SEED) -> RouterInit:
     Raises:
         UserErrors: the file of centroids is missing or damaged, or of another kind.
     """
-    if (mix.router_init in FROM_FILE) != (mix.centroids is not None):
-        if mix.centroids is None:
-            what = f"is {mix.router_init}, and needs the file that `btx centroids` writes"
-            raise UserError("mix.router_init", what, "give it (`mix.centroids`, --centroids FILE)")
-        fix = f"give `router_init: {' or '.join(FROM_FILE)}` too, or remove it"
-        raise UserError("mix.centroids", f"is not used by router_init: {mix.router_init}", fix)
+    _check_router_file(mix)
     if mix.centroids is None:
         init = RouterInit(mix.router_init, mix.router_init_std, random_seed)
         return replace(init, seed_model=seed_model)
@@ -110,6 +105,16 @@ def router_of(mix: Mix, random_seed: int, seed_model: str = SEED) -> RouterInit:
             mix.centroids, what, f"set router_init to {kind}, or give a file of {mix.router_init}"
         )
     return RouterInit(mix.router_init, mix.router_init_std, random_seed, rows)
+
+
+def _check_router_file(mix: Mix) -> None:
+    if (mix.router_init in FROM_FILE) == (mix.centroids is not None):
+        return
+    if mix.centroids is None:
+        what = f"is {mix.router_init}, and needs the file that `btx centroids` writes"
+        raise UserError("mix.router_init", what, "give it (`mix.centroids`, --centroids FILE)")
+    fix = f"give `router_init: {' or '.join(FROM_FILE)}` too, or remove it"
+    raise UserError("mix.centroids", f"is not used by router_init: {mix.router_init}", fix)
 
 
 def averaging_of(mix: Mix, random_seed: int, seed_model: str = SEED) -> Averaging:
@@ -142,9 +147,6 @@ def open_sources(request: MixRequest) -> tuple[MixRequest, list[Checkpoint]]:
             label = label or name_of(path)
             models.append(open_checkpoint(path, label, request.model, dense=dense))
     if not errors and request.align_vocab:
-        if request.tokenizer:
-            what = "is the source of the most tokens under --align-vocab"
-            raise UserError("--tokenizer", what, "leave one of the two out")
         aligned, most = align_vocab(models, request.seed_model)
         models = [*aligned]
         request = dataclasses.replace(request, tokenizer=most)
@@ -157,25 +159,39 @@ def open_sources(request: MixRequest) -> tuple[MixRequest, list[Checkpoint]]:
     return request, models
 
 
+def misfits(request: MixRequest) -> list[UserError]:
+    """What of a request does not go together, whatever its sources are."""
+    errors: list[UserError] = []
+    wanted, given = _SOURCES.get(request.method), len(request.sources)
+    if request.align_vocab and request.method == "copy":
+        wanted = None  # of the first, with the vocabulary of all
+    if wanted is not None and given != wanted:
+        what = f"{request.method} takes {wanted} source{'s'[: wanted - 1]}, not {given}"
+        errors.append(UserError("--sources", what, "see btx mix --help"))
+    if request.align_vocab and request.tokenizer:
+        what = "is the source of the most tokens under --align-vocab"
+        errors.append(UserError("--tokenizer", what, "leave one of the two out"))
+    with collect_errors(errors):
+        mix = mix_of(request)
+        for name, what, fix in misplaced(mix, request.method):
+            errors.append(UserError("--" + name.replace("_", "-"), what, fix))
+        if request.method not in ("average", "drop", "replace", "copy"):  # which make no router
+            _check_router_file(mix)
+    return errors
+
+
+_SOURCES = {"upcycle": 1, "drop": 1, "copy": 1, "append": 2, "replace": 2}
+"""How many sources a method takes that does not take any number of them."""
+
+
 def plan_of(request: MixRequest, models: list[Checkpoint]) -> Plan:
-    """The plan that a request asks for.
+    """The plan that a request asks for, in which nothing is amiss by :func:`misfits`.
 
     Raises:
-        UserErrors: everything that is wrong with the request and the models, at once.
+        UserErrors: everything that is wrong with the models and what is asked of them.
     """
     dtype = DTYPES[request.dtype] if request.dtype else _common_dtype(models)
-    single = {"upcycle": 1, "drop": 1, "copy": 1, "append": 2, "replace": 2}
-    if request.align_vocab and request.method == "copy":
-        del single["copy"]  # of the first, with the vocabulary of all
-    wanted = single.get(request.method)
-    if wanted is not None and len(models) != wanted:
-        what = f"{request.method} takes {wanted} source{'s'[: wanted - 1]}, not {len(models)}"
-        raise UserError("--sources", what, "see btx mix --help")
     mix = mix_of(request)
-    if wrong := list(misplaced(mix, request.method)):
-        raise UserErrors(
-            [UserError("--" + n.replace("_", "-"), what, fix) for n, what, fix in wrong]
-        )
     if request.base:
         return _of_base(request, mix, models, dtype)
     match request.method:

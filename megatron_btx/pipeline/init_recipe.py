@@ -12,12 +12,13 @@ from megatron_btx.data.formats import format_of, json_lines
 from megatron_btx.data.formats.compression import compression_of
 from megatron_btx.data.formats.token_pair import TokenPair
 from megatron_btx.data.tokenizer import Tokenizer, given_tokenizer, tokenizer_of
-from megatron_btx.errors import UserError, UserErrors, collect_errors
+from megatron_btx.errors import UserError, UserErrors, collect_errors, errors_of
 from megatron_btx.families.open import open_checkpoint
 from megatron_btx.files import written
 from megatron_btx.pipeline import graph, import_checkpoint
 from megatron_btx.recipe import check
 from megatron_btx.recipe.load import parse_recipe
+from megatron_btx.recipe.schema import Model
 from megatron_btx.recipe.starter import Start, Text, compose
 from megatron_btx.weights.find_checkpoint import find_checkpoint
 
@@ -43,24 +44,17 @@ class Asked:
     seq_length: int | None
 
 
-def begin(asked: Asked) -> str:
+def begin(asked: Asked, wrong: Sequence[UserError] = ()) -> str:
     """Write the recipe; its text.
+
+    Args:
+        asked: for what.
+        wrong: of the command line, which is told with whatever else is.
 
     Raises:
         UserErrors: a checkpoint, a text or their fit is wrong; nothing is written.
     """
-    if os.path.lexists(asked.out):
-        raise UserError(str(asked.out), "exists already", "move it away, or give another --out")
-    _check_names(asked)
-    seed = open_checkpoint(asked.seed, "seed", dense=True)
-    if seed.architecture.experts:
-        what = f"{asked.seed} is a mixture of experts"
-        raise UserError("--seed", what, "give the dense model that the experts were branched from")
-    model = seed.architecture.model
-    length = asked.seq_length or min(model.max_position_embeddings or model.seq_length, LONGEST)
-    longest = model.max_position_embeddings or model.seq_length
-    model = replace(model, seq_length=length, max_position_embeddings=longest)
-    tokenizer = _tokenizer(asked)
+    model, tokenizer = _seed(asked, wrong)
     start = Start(
         name=asked.name,
         model=model,
@@ -80,6 +74,44 @@ def begin(asked: Asked) -> str:
     with written(asked.out) as file:
         file.write(text)
     return text
+
+
+def _seed(asked: Asked, wrong: Sequence[UserError]) -> tuple[Model, Tokenizer]:
+    """The seed's model, as it is trained on here, and its tokenizer; all else that is asked is
+    looked at too, so that everything wrong with it is told at once."""
+    errors = list(wrong)
+    if os.path.lexists(asked.out):
+        fix = "move it away, or give another --out"
+        errors.append(UserError(str(asked.out), "exists already", fix))
+    if not wrong:  # what could not be read is no name that is missing
+        with collect_errors(errors):
+            _check_names(asked)
+    with collect_errors(errors):
+        model = _model(asked)
+    with collect_errors(errors):
+        tokenizer = _tokenizer(asked)
+    for name, path in asked.experts.items():
+        with collect_errors(errors), errors_of(f"--expert {name}"):
+            if path is not None:
+                find_checkpoint(path, dense=name)
+    for flag, texts in (("--data", asked.train), ("--valid", asked.valid)):
+        for name, paths in texts.items():
+            with collect_errors(errors):
+                find_files(paths, where=f"{flag} {name}")
+    if errors:
+        raise UserErrors(list({str(error): error for error in errors}.values()))
+    return model, tokenizer
+
+
+def _model(asked: Asked) -> Model:
+    seed = open_checkpoint(asked.seed, "seed", dense=True)
+    if seed.architecture.experts:
+        what = f"{asked.seed} is a mixture of experts"
+        raise UserError("--seed", what, "give the dense model that the experts were branched from")
+    model = seed.architecture.model
+    length = asked.seq_length or min(model.max_position_embeddings or model.seq_length, LONGEST)
+    longest = model.max_position_embeddings or model.seq_length
+    return replace(model, seq_length=length, max_position_embeddings=longest)
 
 
 def _check_names(asked: Asked) -> None:
@@ -103,7 +135,7 @@ def _check_names(asked: Asked) -> None:
 def _tokenizer(asked: Asked) -> Tokenizer:
     if asked.tokenizer is not None:
         return given_tokenizer(asked.tokenizer)
-    return tokenizer_of(find_checkpoint(asked.seed))
+    return tokenizer_of(find_checkpoint(asked.seed, dense="seed"))
 
 
 def _domains(asked: Asked, tokenizer: Tokenizer) -> dict[str, Text]:
@@ -111,7 +143,6 @@ def _domains(asked: Asked, tokenizer: Tokenizer) -> dict[str, Text]:
     for name, paths in asked.train.items():
         with collect_errors(errors):
             files = find_files(paths, where=f"--data {name}")
-            find_files(asked.valid.get(name, ()), where=f"--valid {name}")
             found[name] = Text(
                 train=tuple(paths),
                 valid=tuple(asked.valid.get(name, ())),

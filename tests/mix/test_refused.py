@@ -66,7 +66,8 @@ def test_all_that_is_wrong_is_told_at_once_with_exit_code_2(sources, tmp_path, c
     config = tmp_path / "stretched" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"rope_theta": 5e5}))
     before = tree_hash(tmp_path)
-    words = ["mix", "--out", tmp_path / "out", "--shard", "big", "--memory", "some", "--sources"]
+    words = ["mix", "--out", tmp_path / "out", "--shard", "big", "--memory", "some"]
+    words += ["--noise", "0.1", "--router-init", "centroids", "--sources"]
     words += [sources / "hf" / "seed", *(tmp_path / n for n in ("stretched", "pickled", "cut"))]
     assert main([str(word) for word in [*words, tmp_path / "empty"]]) == 2
     text = capsys.readouterr().err
@@ -74,6 +75,8 @@ def test_all_that_is_wrong_is_told_at_once_with_exit_code_2(sources, tmp_path, c
         "out: exists already",
         "--shard: 'big' is no size",
         "--memory: 'some' is no size",
+        "--noise: has no meaning for method btx",
+        "mix.router_init: is centroids, and needs the file",
         "rotary_base is 500000.0, that of seed is 10000.0",
         "model.bin: a pickle, which can run any code",
         "__0_1.distcp: truncated",
@@ -90,6 +93,7 @@ def test_what_is_wrong_with_every_source_is_told_at_once(sources, tmp_path):
     for stage in ("seed", "expert-code", "finetune"):
         (run / stage / "checkpoints" / "step_00000002").mkdir(parents=True)
     (run / "recipe.yaml").touch()
+    (tmp_path / "bad.yaml").write_text("workers: many\n")
     before = tree_hash(tmp_path)
     with pytest.raises(UserError) as caught:
         btx("mix", "--sources", tmp_path / "empty", tmp_path / "none", "--out", tmp_path / "out")
@@ -116,8 +120,10 @@ def test_what_is_wrong_with_every_source_is_told_at_once(sources, tmp_path):
     for words, found in cases:
         with pytest.raises(UserError, match=found):
             btx("mix", "--out", tmp_path / "out", *words)
-    with pytest.raises(UserError, match="missing"):
+    with pytest.raises(UserError, match="--sources missing"):
         btx("mix", "--out", tmp_path / "out")
+    with pytest.raises(UserError, match="(?s)workers: .*--sources and --out missing"):
+        btx("mix", "--config", tmp_path / "bad.yaml")
     assert tree_hash(tmp_path) == before
 
 

@@ -112,6 +112,21 @@ def test_a_mistake_is_told_and_nothing_written(there: Path, words: str, said: st
     assert tree_hash(there) == before
 
 
+def test_all_mistakes_are_told_at_once(there: Path, capsys) -> None:
+    words = "--seed nix --expert code=gone --expert code --data code.jsonl --data code=none.jsonl"
+    assert main(["init", *words.split(), "--gpus", "-1", "--out", "math.jsonl"]) == 2
+    told = [line for line in capsys.readouterr().err.splitlines() if "fix: " not in line]
+    assert told == [
+        "error: --gpus, --gpu-memory: are out of range",
+        "--expert: 'code' is no new NAME or NAME=DIR",
+        "--data: 'code.jsonl' is not NAME=FILE",
+        "math.jsonl: exists already",
+        "nix: does not exist",
+        "--expert code: gone: does not exist",
+        "--data code: none.jsonl does not exist",
+    ]
+
+
 SEVEN = Model(
     num_layers=32, hidden_size=4096, ffn_hidden_size=11008, num_attention_heads=32, seq_length=4096
 )
