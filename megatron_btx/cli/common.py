@@ -8,10 +8,51 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_btx.errors import UserError
 from megatron_btx.pipeline import graph
 from megatron_btx.pipeline.graph import Stage
 from megatron_btx.recipe.load import load_recipe
 from megatron_btx.recipe.schema import Recipe
+from megatron_btx.recipe.yaml_tree import read_tree
+
+
+def recipe_files(given: Sequence[Path]) -> list[Path]:
+    """The recipes; of a folder those in it that are no other's base."""
+    found: list[Path] = []
+    for path in given:
+        if not path.is_dir():
+            found.append(path)
+            continue
+        inside = sorted(path.glob("*.yaml"))
+        trees = {file: read_tree(file).value.get("base") for file in inside}
+        bases = {
+            (file.parent / base.value).resolve()
+            for file, base in trees.items()
+            if base is not None and isinstance(base.value, str)
+        }
+        recipes = [file for file in inside if file.resolve() not in bases]
+        if not recipes:
+            raise UserError(str(path), "has no recipe in it", "give a folder of *.yaml recipes")
+        found += recipes
+    return found
+
+
+def recipe_file(path: str) -> str:
+    """The recipe that is meant: the file itself, or the one in a folder, such as a run's directory.
+
+    Raises:
+        UserError: the folder has none, or several.
+    """
+    files = recipe_files([Path(path)])
+    if len(files) > 1:
+        what = f"has {len(files)} recipes in it"
+        raise UserError(path, what, f"give one of them, such as {files[0]}")
+    return str(files[0])
+
+
+def run_directory(path: str) -> Path:
+    """The run that is meant: its directory, given itself or by its recipe."""
+    return Path(load_recipe(path).run_dir) if Path(path).is_file() else Path(path)
 
 
 def command(
@@ -37,9 +78,11 @@ def command(
 
 
 def recipe_command(commands: Any, name: str, what: str, epilog: str) -> argparse.ArgumentParser:
-    """The parser of a command whose first argument is a recipe."""
+    """The parser of a command whose first argument is a recipe, or a run's directory."""
     parser = command(commands, name, what, epilog)
-    parser.add_argument("recipe", metavar="RECIPE", help="the recipe (YAML)")
+    parser.add_argument(
+        "recipe", metavar="RECIPE", type=recipe_file, help="the recipe (YAML), or a run's directory"
+    )
     return parser
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_btx.cli import model_flags
-from megatron_btx.cli.common import add_format_flag, command
+from megatron_btx.cli.common import add_format_flag, command, recipe_files
 from megatron_btx.errors import UserError
 from megatron_btx.files import check_directory, written
 from megatron_btx.pipeline import eval_ranks
@@ -87,7 +87,7 @@ def run(options: argparse.Namespace) -> int:
     if len(options.base) > 1 and options.tasks:
         raise UserError("--tasks", "are scored under one base", "give one --base")
     model_flags.check_numbers(options)
-    files = comparison_runs.recipe_files(options.recipes)
+    files = recipe_files(options.recipes)
     groups = comparison_runs.groups_of(files, options.base, options.seeds)
     runs = [one for group in groups.values() for one in group]
     out = options.out or _common([one.run_dir for one in runs])

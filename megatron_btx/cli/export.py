@@ -9,7 +9,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from megatron_btx.cli.common import command
+from megatron_btx.cli.common import command, run_directory
 from megatron_btx.errors import UserError
 from megatron_btx.pipeline import eval_ranks
 from megatron_btx.recipe.load import load_recipe
@@ -33,7 +33,9 @@ def add_parser(commands: Any) -> None:
     parser = command(
         commands, "export", "a finished model of a run for Hugging Face, with its card", _EPILOG
     )
-    parser.add_argument("run_dir", metavar="RUN", type=Path, help="the run's directory")
+    parser.add_argument(
+        "run_dir", metavar="RUN", type=run_directory, help="the run's directory, or its recipe"
+    )
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="the new directory")
     parser.add_argument(
         "--stage", default="", metavar="NAME", help="seed, expert:NAME, dense, finetune, btm"

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_btx.cli.common import recipe_files
 from megatron_btx.errors import UserError
 from megatron_btx.files import check_directory
 from megatron_btx.pipeline import graph, run_checks, state
@@ -22,8 +23,9 @@ from megatron_btx.report import comparison_runs
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """The recipes, and what makes several of them: as ``btx compare`` takes them."""
     parser.add_argument(
-        "recipes", metavar="RECIPE", nargs="+", type=Path, help="the recipe (YAML); or several, or "
-        "folders of them: shared stages run once, and the last job compares them"
+        "recipes", metavar="RECIPE", nargs="+", type=Path, help="the recipe (YAML), or a run's "
+        "directory; or several, or folders of them: shared stages run once, and the last job "
+        "compares them"
     )  # fmt: skip
     parser.add_argument("--base", metavar="RECIPE", help="replaces the `base:` of each recipe")
     parser.add_argument(
@@ -38,15 +40,16 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def alone(options: argparse.Namespace) -> bool:
-    """Whether one recipe is meant, as it is; it is ``options.recipe`` then.
+    """Whether one recipe is meant, as it is; it is ``options.recipe`` then. Folders among
+    ``options.recipes`` become the recipes in them.
 
     Raises:
-        UserError: flags do not go together.
+        UserError: flags do not go together, or a folder has no recipe in it.
     """
     if options.seeds < 1:
         raise UserError("--seeds", f"is {options.seeds}", "give at least 1")
-    one = len(options.recipes) == 1 and not options.recipes[0].is_dir()
-    if one and options.seeds == 1 and options.base is None:
+    options.recipes = recipe_files(options.recipes)
+    if len(options.recipes) == 1 and options.seeds == 1 and options.base is None:
         if options.out is not None:
             raise UserError("--out", "is for a comparison", "give several recipes")
         options.recipe = str(options.recipes[0])
@@ -58,9 +61,8 @@ def _members(options: argparse.Namespace) -> tuple[list[Any], Path]:
     """The runs, arranged, and where their comparison goes."""
     from megatron_btx.pipeline.slurm import several_recipes
 
-    files = comparison_runs.recipe_files(options.recipes)
     members = []
-    for run in comparison_runs.runs_of(files, options.base, options.seeds):
+    for run in comparison_runs.runs_of(options.recipes, options.base, options.seeds):
         run_dir = run.run_dir.absolute()
         stages = graph.of_run(run.recipe, run_dir)
         members.append(several_recipes.Member(recipe=run.recipe, run_dir=run_dir, stages=stages))

@@ -20,31 +20,9 @@ from megatron_btx.recipe.load import digest, load_recipe
 from megatron_btx.recipe.schema import Layout, Recipe
 from megatron_btx.recipe.stages import directory
 from megatron_btx.recipe.systems import SYSTEMS, TableRow, rows
-from megatron_btx.recipe.yaml_tree import read_tree
 from megatron_btx.report import comparison
 from megatron_btx.report.comparison import FinishedRun
 from megatron_btx.weights.find_checkpoint import find_checkpoint
-
-
-def recipe_files(given: Sequence[Path]) -> list[Path]:
-    """The recipes; of a folder those in it that are no other's base."""
-    found: list[Path] = []
-    for path in given:
-        if not path.is_dir():
-            found.append(path)
-            continue
-        inside = sorted(path.glob("*.yaml"))
-        trees = {file: read_tree(file).value.get("base") for file in inside}
-        bases = {
-            (file.parent / base.value).resolve()
-            for file, base in trees.items()
-            if base is not None and isinstance(base.value, str)
-        }
-        recipes = [file for file in inside if file.resolve() not in bases]
-        if not recipes:
-            raise UserError(str(path), "has no recipe in it", "give a folder of *.yaml recipes")
-        found += recipes
-    return found
 
 
 def runs_of(files: Sequence[Path], base: str | None, seeds: int) -> list[FinishedRun]:

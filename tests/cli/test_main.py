@@ -91,6 +91,7 @@ def test_dry_run_prints_the_graph_and_changes_nothing(tmp_path: Path) -> None:
         (f"base: {TINY}\nsed: {{}}\n", ["report"], "seed"),
         (f"base: {TINY}\n", ["report"], "nothing has been run"),
         (f"base: {TINY}\n", ["run", "--stop-after", "mux"], "there is no stage mux"),
+        (f"base: {TINY}\n", ["export", "--out", "x"], "is no run: it holds no recipe.yaml"),
         (f"base: {TINY}\n", ["stage", "mox"], "is not a stage of this recipe"),
         (f"base: {TINY}\n", ["stage", "seed"], "needs prepare first"),
         (f"base: {TINY}\n", ["stage", "finetune"], "2 rank(s), 1 were started"),

@@ -18,6 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from megatron_btx.cli.main import main
 from tests.pipeline.conftest import TINY, Run
 from tests.small import btx
 
@@ -391,6 +392,24 @@ def test_a_dry_run_looks_at_files(run: Run, command: str) -> None:
     assert "hf download meta-llama/Llama-3.1-8B --local-dir" in done.stderr
     assert f"tokenizer.path: {run.directory / 'tokenizer.model'} does not exist" in done.stderr
     assert "finetune" in done.stdout
+
+
+def test_a_run_s_directory_stands_for_its_recipe(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("--stop-after", "seed")[0] == 0
+    (run.run_dir / "seed" / "log" / "attempt-1.log").write_text("what a rank says\n")
+    for words in ("plan", "status", "logs seed", "run --dry-run", "submit --dry-run"):
+        command, *more = words.split()
+        told = []
+        for given in (run.recipe, run.run_dir):
+            assert main([command, str(given), *more]) == 0
+            told.append(capsys.readouterr().out)
+        assert told[0] == told[1], words
+    (run.directory / "other.yaml").write_text(run.recipe.read_text())
+    for folder, said in ((run.directory, "has 2 recipes in it"), (run.run_dir / "seed", "has no")):
+        assert main(["logs", str(folder), "seed"]) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_status_of_a_local_run_needs_no_slurm(run: Run) -> None:
