@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import sys
 import time
@@ -14,6 +15,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from megatron_btx.errors import shown
 from megatron_btx.pipeline import state
+from megatron_btx.train.goodput import read_attempts
 from megatron_btx.train.metrics import record_of
 from megatron_btx.train.summary import Summary
 
@@ -40,6 +42,10 @@ class StageProgress:
     bytes_per_second: float = 0.0
     """Of text that is tokenized."""
     _left: float | None = None
+    _began: float = 0.0
+    """The latest attempt."""
+    _recorded: float = 0.0
+    """When an attempt last wrote that it goes on from its checkpoint, or begins."""
     _inode: int = 0
     _offset: int = 0
     _times: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=30))
@@ -60,6 +66,8 @@ class StageProgress:
             for line in whole.splitlines():
                 with contextlib.suppress(ValueError):
                     self._take(record_of(line) or {})
+        attempts = read_attempts(self.directory)
+        self._began = attempts[-1]["time"] if attempts else 0.0
         progress = state.find_json(self.directory / "progress.json") or {}
         done = progress.get("done")
         if isinstance(done, int | float) and 0 <= done <= 1:  # a damaged one says nothing
@@ -76,6 +84,7 @@ class StageProgress:
             self.summary.add(record)
         if kind == "start":
             self.total = float(record.get("total_steps", 0))
+            self._recorded = float(record.get("time", math.inf))
             self._times.clear()  # the pause before a resume does not count
         elif kind == "train":
             self.done, self.loss = float(record["step"]), record.get("loss")
@@ -83,6 +92,11 @@ class StageProgress:
             self.mfu = record.get("throughput/device/MFU")
             if "time" in record:
                 self._times.append((float(record["step"]), float(record["time"])))
+
+    @property
+    def starting(self) -> bool:
+        """Whether the latest attempt has said nothing yet: the figures are of the one before."""
+        return not self.text and self._began > self._recorded
 
     @property
     def seconds_left(self) -> float | None:
@@ -99,7 +113,7 @@ class StageProgress:
         """``step 12/400  loss 3.214  10.1k tokens/s  1:05 left``."""
         if self.text:
             return self.text
-        if not self.total:
+        if self.starting or not self.total:
             return "starting"
         parts = [f"step {self.done:.0f}/{self.total:.0f}"]
         if self.loss is not None:
@@ -232,7 +246,7 @@ class Bars(ProgressView):
         for job in jobs:
             seen = self._standing[job.stage.name].read()
             row = self._rows[job.stage.name]
-            total = seen.total or None
+            total = None if seen.starting else seen.total or None
             # A full bar would stop its clock, and a stage is at work until it says otherwise.
             completed = min(seen.done, 0.999 * seen.total)
             self._bars.update(row, completed=completed, total=total, words=seen.words)

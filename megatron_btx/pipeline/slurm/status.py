@@ -77,6 +77,8 @@ def _row(run_dir: Path, stage: Stage, number: str | None, noted: dict[str, Any])
     word = _word(directory, job, done)
     if word == "ended" and _is_run(run_dir, directory):
         word = "running"
+    starting = word == "running" and seen.starting
+    running = word == "running" and not starting
     forgotten = job is not None and record is not None and _forgotten(job, record)
     active = job is not None and job.active and (not done or job.held or forgotten)
     if job is not None and forgotten:
@@ -94,11 +96,11 @@ def _row(run_dir: Path, stage: Stage, number: str | None, noted: dict[str, Any])
         job=number or "",
         state=word,
         nodes=job.nodes if job else "",
-        step=f"{seen.done:.0f}/{seen.total:.0f}" if seen.total and not seen.text else seen.text,
-        loss=seen.loss,
-        tokens_per_second=seen.tokens_per_second if word == "running" else None,
-        mfu=seen.mfu if word == "running" else None,
-        left=_left(seen, job) if word == "running" else "",
+        step=_step(seen, word),
+        loss=None if starting else seen.loss,
+        tokens_per_second=seen.tokens_per_second if running else None,
+        mfu=seen.mfu if running else None,
+        left=_left(seen, job) if running else "",
         restarts=job.restarts if job else 0,
         active=active,
         numbers=seen.summary.values(read_attempts(directory), _finished(record)),
@@ -106,6 +108,13 @@ def _row(run_dir: Path, stage: Stage, number: str | None, noted: dict[str, Any])
         experts=seen.summary.experts,
         note=note,
     )
+
+
+def _step(seen: StageProgress, word: str) -> str:
+    """How far a stage is; one that was begun again says nothing of it before it goes on."""
+    if word == "running" and seen.starting:
+        return "starting"
+    return f"{seen.done:.0f}/{seen.total:.0f}" if seen.total and not seen.text else seen.text
 
 
 def _word(directory: Path, job: commands.SlurmJob | None, done: bool) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_btx.files import append_line
 from megatron_btx.pipeline.local.progress import StageProgress, amount, clock
 from tests.pipeline.conftest import ROOT, Run
 
@@ -43,6 +44,21 @@ def test_standing_follows_the_metrics(tmp_path: Path) -> None:
     assert standing.read().done == 40  # a line that is being written
     _write(file, [start, *_steps(1, 30), {**start, "step": 30}, *_steps(31, 33)])
     assert standing.read().done == 33  # resumed: the file was cut and replaced
+
+
+def test_a_second_attempt_is_starting_until_it_says_more(tmp_path: Path) -> None:
+    """What the first has left in the log is not its own."""
+    standing = StageProgress(tmp_path)
+    start = {"kind": "start", "step": 0, "total_steps": 100, "time": 60.0}
+    append_line(tmp_path / "attempts.jsonl", {"attempt": 1, "time": 50.0})
+    assert standing.read().words == "starting"
+    _write(tmp_path / "metrics.jsonl", [start, *_steps(1, 40)])
+    assert standing.read().words.startswith("step 40/100")
+    append_line(tmp_path / "attempts.jsonl", {"attempt": 2, "time": 500.0})
+    assert standing.read().words == StageProgress(tmp_path).read().words == "starting"
+    again = {**start, "step": 40, "time": 510.0}
+    _write(tmp_path / "metrics.jsonl", [start, *_steps(1, 40), again])
+    assert standing.read().words.startswith("step 40/100")
 
 
 def test_standing_of_what_has_no_steps(tmp_path: Path) -> None:

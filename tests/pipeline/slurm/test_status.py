@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 
@@ -63,6 +64,27 @@ def test_a_local_preparation_on_its_way(tmp_path: Path) -> None:
         progress(what, 0.4, bytes_per_second=3e6, seconds_left=125.0)
         assert (row().state, row().step, row().left) == ("running", f"{what} 40%", "2:05")
     assert (row().state, row().left) == ("ended", "")
+
+
+def test_a_second_attempt_is_starting(tmp_path: Path) -> None:
+    """Not at the first one's step, with its loss; of one that is not at work those are told."""
+    stage = Stage(name="seed", kind="seed", key="k")
+    directory = tmp_path / "seed"
+    (directory / "log").mkdir(parents=True)
+    state.begin(directory, 1, 1)
+    records = [
+        {"kind": "start", "step": 0, "total_steps": 100, "time": time.time()},
+        {"kind": "train", "step": 40, "loss": 3.0, "tokens_per_second": 9.0, "time": time.time()},
+    ]
+    (directory / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    with locks.run_lock(tmp_path):
+        state.begin(directory, 2, 1)
+        (row,) = status.rows(tmp_path, (stage,))
+        assert (row.state, row.step, row.loss, row.tokens_per_second, row.left) == (
+            *("running", "starting", None, None, ""),
+        )
+    (row,) = status.rows(tmp_path, (stage,))
+    assert (row.state, row.step, row.loss) == ("ended", "40/100", 3.0)
 
 
 def test_an_array_in_one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
