@@ -76,6 +76,19 @@ def warnings(recipe: Recipe) -> Iterator[str]:
         yield tracking.NO_KEY
 
 
+def crowded(stages: tuple[Stage, ...], cores: int) -> Iterator[str]:
+    """A warning of the stages whose ranks and threads are more than this machine's cores: where
+    they run without GPUs."""
+    many = [stage for stage in stages if stage.cores > cores]
+    if many:
+        named = ", ".join(f"{one.name} ({one.world_size} x {one.num_threads})" for one in many)
+        yield (
+            f"{named}: more ranks x threads than the {cores} core{'s'[: cores - 1]} of this "
+            "machine: they take turns and wait for each other, so that a step takes longer than "
+            "with a rank for each core, and each rank needs its own memory; give smaller layouts"
+        )
+
+
 def _machine(recipe: Recipe, stage: Stage, gpus: int) -> None:
     """That this machine can run the stage's layout: better now than after days of other stages."""
     blocks = {"evaluate": recipe.evaluate.layout}

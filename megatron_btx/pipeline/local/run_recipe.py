@@ -43,8 +43,10 @@ def run_recipe(
         UserError: the input is wrong, jobs are at work in the directory, or another run is.
     """
     submit.refuse_beside_jobs(run_dir.absolute(), stages)
-    run_checks.check(recipe, run_dir, state.left(run_dir, stages), len(run_stages.gpus()))
-    for line in run_checks.warnings(recipe):
+    left, gpus = state.left(run_dir, stages), len(run_stages.gpus())
+    run_checks.check(recipe, run_dir, left, gpus)
+    crowded = () if gpus else run_checks.crowded(left, run_stages.cores())
+    for line in (*run_checks.warnings(recipe), *crowded):
         sys.stderr.write(f"warning: {line}\n")
     every = graph.of_run(recipe, run_dir)
 

@@ -334,6 +334,21 @@ def test_more_ranks_than_a_machine_holds_are_refused(run: Run) -> None:
     assert not run.run_dir.exists()
 
 
+def test_more_ranks_than_cores_are_one_warning(run: Run) -> None:
+    """On one core, of the stages of two ranks; no GPU runs them."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    try:
+        code, _, errors = run(wish={"prepare": {"fail": "user"}})
+    finally:
+        os.sched_setaffinity(0, cores)
+    assert code == 2
+    (warning,) = (line for line in errors.splitlines() if line.startswith("warning: "))
+    assert "finetune (2 x 1)" in warning
+    assert "more ranks x threads than the 1 core of this machine" in warning
+    assert "seed" not in warning
+
+
 def test_a_finished_stage_without_its_checkpoint_is_told_at_once(run: Run) -> None:
     assert run("--stop-after", "seed")[0] == 0
     (run.run_dir / "seed" / "checkpoints" / "step_00000020").rmdir()
