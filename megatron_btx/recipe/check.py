@@ -267,9 +267,10 @@ def _system(recipe: Recipe) -> Iterator[Problem]:
         yield Problem("mix.method", f"is {recipe.mix.method} in a system {recipe.system}", fix)
     if recipe.system == "dense" and recipe.dense is None:
         yield Problem("dense", "is missing, and is the system", "add `dense: {}`")
-    if "finetune" in systems.kinds(recipe) and recipe.finetune == Training():
+    if "finetune" in systems.kinds(recipe) and not recipe.finetune.tokens:
+        what = "is missing, or 0: a system with an MoE finetunes it"
         fix = "add `finetune: {tokens: 4M, data: {...}}`, or choose a system without one: "
-        yield Problem("finetune", "is missing", fix + "`system: experts`, `btm` or `dense`")
+        yield Problem("finetune.tokens", what, fix + "`system: experts`, `btm` or `dense`")
     if recipe.match == "compute" and not any(_model(recipe.model)):
         yield from _matched(recipe)
 

@@ -131,14 +131,25 @@ def test_weights_of_a_domain(good: str, tmp_path: Path) -> None:
     assert load_recipe(over).domains["math"].weights == (3.0,)
 
 
+TRAINING = """\
+training:
+  global_batch_size: 8
+  lr: 1e-3
+  layout: {num_threads: 2}
+"""
+
+
 def test_a_finetuning_begins_with_the_mix(good: str) -> None:
     """It is missed where the system has it, and cannot be of another model."""
     lines = good.splitlines()
     begin = next(n for n, line in enumerate(lines) if line.startswith("finetune:"))
     end = next(n for n in range(begin + 1, len(lines)) if lines[n][:1].strip(" #"))
     without = "\n".join([*lines[:begin], *lines[end:]]) + "\n"
-    with pytest.raises(UserErrors, match="finetune: is missing\n.*`system: experts`"):
-        parse_recipe(without)
+    assert TRAINING in without, "whose settings a block inherits, and is none the less missing"
+    for block in ("", "finetune: {}", "finetune: {tokens: 0}", "finetune: {lr: 1e-4}"):
+        for text in (without, without.replace(TRAINING, "")):
+            with pytest.raises(UserErrors, match=r"finetune.tokens: is missing, or 0.*\n.*experts"):
+                parse_recipe(text + block)
     other = f"{without}system: experts\n".replace("dense: {}\n", "")
     assert parse_recipe(other).finetune.tokens == 0
     with pytest.raises(UserErrors, match="finetune.from: a finetuning starts from the mix"):
