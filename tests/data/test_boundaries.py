@@ -114,5 +114,7 @@ def test_a_document_in_a_sequence_is_a_document_alone(ranks: Ranks) -> None:
 def test_transformer_engine_is_refused() -> None:
     check_attention(Platform(cuda=True, transformer_engine=False, apex=False))
     check_attention(Platform(cuda=False, transformer_engine=True, apex=False))
-    with pytest.raises(UserError, match="reset_attention_mask: is not supported with Transformer Engine"):
+    with pytest.raises(
+        UserError, match="reset_attention_mask: is not supported with Transformer Engine"
+    ):
         check_attention(Platform(cuda=True, transformer_engine=True, apex=False))
