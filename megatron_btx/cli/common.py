@@ -32,7 +32,7 @@ def recipe_files(given: Sequence[Path]) -> list[Path]:
         }
         recipes = [file for file in inside if file.resolve() not in bases]
         if not recipes:
-            raise UserError(str(path), "has no recipe in it", "give a folder of *.yaml recipes")
+            raise UserError(str(path), "has no recipe in it", "give a recipe, or a folder of them")
         found += recipes
     return found
 

@@ -110,6 +110,7 @@ def print_left(runs: Sequence[FinishedRun]) -> None:
     """
     wanted: dict[tuple[str, str], str] = {}
     unfinished: list[Recipe] = []
+    share = [str(one.run_dir) for one in runs]
     several = len({one.recipe.random_seed for one in runs}) > 1
     names = [
         f"{one.recipe.name}-{one.recipe.random_seed}" if several else one.recipe.name
@@ -120,7 +121,7 @@ def print_left(runs: Sequence[FinishedRun]) -> None:
         words, stages = [], graph.of_run(one.recipe, one.run_dir)
         unfinished += [one.recipe] if state.left(one.run_dir, stages) else []
         for stage in stages:
-            standing, why = state.status(one.run_dir, stage, one.recipe.share)
+            standing, why = state.status(one.run_dir, stage, (*one.recipe.share, *share))
             owner = wanted.setdefault((stage.name, stage.key), name)
             if standing != "done" and owner != name and state.may_take(one.run_dir, stage):
                 standing, why = "shared", f"from {owner}"

@@ -20,7 +20,6 @@ import pytest
 
 from megatron_btx.cli.main import main
 from tests.pipeline.conftest import TINY, Run
-from tests.small import btx
 
 ALL = "prepare seed expert:code expert:math expert:prose mix finetune dense evaluate export report"
 
@@ -375,26 +374,31 @@ def test_a_dry_run_says_why_a_stage_is_left(run: Run) -> None:
     assert not why["expert:prose"].startswith(("failed", "its part"))
 
 
-def test_a_dry_run_says_what_will_be_taken(run: Run) -> None:
+def test_a_dry_run_says_what_will_be_taken(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """From a run that ``share:`` names, where it was not begun here; ``btx compare`` says the
-    same."""
+    same, and shares among its runs without being told."""
     assert run("--stop-after", "seed")[0] == 0
-    second = run.directory / "second"
-    run.recipe.write_text(f"base: {TINY}\nrun_dir: {second}\nshare: {run.run_dir}\n")
-    (second / "seed").mkdir(parents=True)
+    monkeypatch.chdir(run.directory)
+    Path("second.yaml").write_text(f"base: {TINY}\nrun_dir: second\nshare: run\n")
+    Path("third.yaml").write_text(f"base: {TINY}\nname: third\nrun_dir: third\n")
+    Path("second/seed").mkdir(parents=True)
     for begun in (True, False):
         if not begun:
-            (second / "seed").rmdir()
-        code, output, errors = run("--dry-run", "--json")
-        assert code == 0, errors
-        stages = {stage["name"]: stage for stage in json.loads(output)["stages"]}
-        assert stages["prepare"]["why"].endswith("run/prepare")
+            Path("second/seed").rmdir()
+        assert main(["run", "second.yaml", "--dry-run", "--json"]) == 0
+        stages = {one["name"]: one for one in json.loads(capsys.readouterr().out)["stages"]}
+        assert stages["prepare"]["why"] == "from run/prepare"
         states = [stages[name]["state"] for name in ("prepare", "seed", "expert:code")]
         assert states == ["shared", "left" if begun else "shared", "left"]
-        compared = btx("compare", run.recipe, "--dry-run", cwd=run.directory)
+        assert main(["compare", "second.yaml", "--dry-run"]) == 0
         seed = "seed left" if begun else "seed from run/seed"
-        assert f"prepare from run/prepare, {seed}, expert:code left" in compared.stdout
-    assert not any(second.iterdir())
+        said = capsys.readouterr().out
+        assert f"prepare from run/prepare, {seed}, expert:code left" in said
+    assert not any(Path("second").iterdir())
+    assert main(["compare", "third.yaml", "recipe.yaml", "--dry-run"]) == 0
+    assert "prepare from run/prepare, seed from run/seed, expert:co" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("command", ["run", "submit", "compare"])
