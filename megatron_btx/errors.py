@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 EXIT_INTERRUPTED = 130
 """Of a process that Ctrl-C or another wish to stop has ended."""
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+"""Ctrl-C, the wish to stop, and a terminal that was closed."""
 _NAME, _TEXT = 200, 4000
 """Characters of a name, and of a whole message, at most."""
 

@@ -8,14 +8,16 @@ import json
 import os
 import re
 import shutil
+import signal
 import stat
+import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from megatron_btx.errors import UserError
+from megatron_btx.errors import STOPS, UserError
 
 JSON_LIMIT = 16 << 20
 """Bytes that a JSON file may have which describes a model or a run."""
@@ -25,9 +27,35 @@ _DEPTH = 64
 """Levels of lists and objects in such a file, far more than any of them has."""
 
 
-def unfinished(path: Path) -> Path:
-    """The name under which this process makes what is to be at ``path``: ``.NAME.PID.tmp``."""
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def unfinished(path: Path, process: int | None = None) -> Path:
+    """The name under which a process (this one) makes what is to be at ``path``:
+    ``.NAME.PID.tmp``."""
+    return path.with_name(f".{path.name}.{process or os.getpid()}.tmp")
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """What takes a moment and must not be left half done, as the removal of what is unfinished: a
+    wish to stop that comes meanwhile is heard behind the block."""
+    came: list[int] = []
+    former: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():  # no other may set handlers
+        former = {n: handler for n in STOPS if callable(handler := signal.getsignal(n))}
+    try:
+        for number in former:
+            signal.signal(number, lambda number, _frame: came.append(number))
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+        for number in came:
+            signal.raise_signal(number)
+
+
+def remove_tree(directory: Path) -> None:
+    """Delete a directory of ours with all that is in it, as far as that goes."""
+    with undisturbed():
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def sweep(directory: Path) -> None:

@@ -94,6 +94,7 @@ def run(options: argparse.Namespace) -> int:
     if options.out.exists():
         raise UserError(str(options.out), "exists already", "remove it, or give another name")
     check_file(options.out)
+    out, statistics = (path and str(path.absolute()) for path in (options.out, options.statistics))
     request = eval_ranks.request_of(
         "centroids",
         subjects,
@@ -101,8 +102,9 @@ def run(options: argparse.Namespace) -> int:
         data=model_flags.data_of(options.data),
         setting={**model_flags.setting_of(options), "tokens": options.tokens},
         how={name: getattr(options, name) for name in ("kind", "spread", "regularization")},
-        statistics=options.statistics and str(options.statistics.absolute()),
-        out=str(options.out.absolute()),
+        statistics=statistics,
+        out=out,
+        writes=[path for path in (out, statistics) if path],
     )
     try:
         found = eval_ranks.answer(request)

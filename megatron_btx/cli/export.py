@@ -13,8 +13,10 @@ from megatron_btx.cli.common import command, run_directory
 from megatron_btx.errors import UserError
 from megatron_btx.pipeline import eval_ranks
 from megatron_btx.recipe.load import load_recipe
+from megatron_btx.recipe.read_architecture import from_manifest
 from megatron_btx.recipe.schema import Layout
 from megatron_btx.recipe.systems import row_of
+from megatron_btx.report.model_card import run_card
 from megatron_btx.weights.directory import add_files
 from megatron_btx.weights.partial import claimed, unwritable
 
@@ -64,38 +66,42 @@ def run(options: argparse.Namespace) -> int:
     if not out.absolute().parent.is_dir():
         raise UserError(str(out.parent), "no such directory", "create it first")
     row_of(load_recipe(run_dir / "recipe.yaml"), options.stage)  # told before anything starts
-    # Nothing of an export that was killed is used: each has an identity of its own.
-    with claimed(out, f"export {uuid.uuid4()}") as partial:
-        place = partial.path.absolute() / "export"
-        asked = eval_ranks.request_of(
-            "export",
-            [],
-            Layout(),
-            run_dir=str(run_dir.absolute()),
-            stage=options.stage,
-            out=str(place),
-            check=options.check,
-        )
-        try:
-            found = eval_ranks.answer(asked)
-            made = _card(run_dir, options.stage, place, found)
-            with unwritable(out):
-                add_files(place, made)
-                partial.finish(place.name)
-        except eval_ranks.Ended as ended:
-            return ended.code
-        finally:
-            partial.discard()
+    try:
+        found = _exported(options)
+    except eval_ranks.Ended as ended:
+        return ended.code
     sys.stdout.writelines(f"llama.cpp: {line}\n" for line in found["llama_cpp"])
     sys.stdout.write(f"{out}: {len(found['claims'])} claims hold, see verification.json\n")
     return 0
 
 
+def _exported(options: argparse.Namespace) -> dict[str, Any]:
+    """Make the directory; what the ranks have found."""
+    # Nothing of an export that was killed is used: each has an identity of its own.
+    with claimed(options.out, f"export {uuid.uuid4()}") as partial:
+        place = partial.path.absolute() / "export"
+        try:
+            asked = eval_ranks.request_of(
+                "export",
+                [],
+                Layout(),
+                run_dir=str(options.run_dir.absolute()),
+                stage=options.stage,
+                out=str(place),
+                check=options.check,
+            )
+            found: dict[str, Any] = eval_ranks.answer(asked)
+            made = _card(options.run_dir, options.stage, place, found)
+            with unwritable(options.out):
+                add_files(place, made)
+                partial.finish(place.name)
+        finally:
+            partial.discard()
+    return found
+
+
 def _card(run_dir: Path, stage: str, place: Path, found: dict[str, Any]) -> dict[str, bytes]:
     """Card, verification and pictures, by their names."""
-    from megatron_btx.recipe.read_architecture import from_manifest
-    from megatron_btx.report.model_card import run_card
-
     recipe = load_recipe(run_dir / "recipe.yaml")
     architecture = from_manifest(found["architecture"], place)
     row, claims, told = row_of(recipe, stage), found["claims"], found["llama_cpp"]

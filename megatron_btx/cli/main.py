@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from types import FrameType
 
 from megatron_btx import __version__
-from megatron_btx.errors import EXIT_INTERRUPTED, UserError, coloured
+from megatron_btx.errors import EXIT_INTERRUPTED, STOPS, UserError, coloured
 
 EXIT_USER, EXIT_PIPE = 2, 141
 
@@ -86,8 +86,8 @@ def interruptible(*, once: bool) -> Iterator[None]:
         if count == 1:
             raise KeyboardInterrupt
 
-    former = {number: signal.getsignal(number) for number in _STOPS}
-    caught = [n for n in _STOPS if former[n] in (signal.SIG_DFL, signal.default_int_handler)]
+    former = {number: signal.getsignal(number) for number in STOPS}
+    caught = [n for n in STOPS if former[n] in (signal.SIG_DFL, signal.default_int_handler)]
     try:
         for number in caught:
             signal.signal(number, stop)
@@ -99,9 +99,6 @@ def interruptible(*, once: bool) -> Iterator[None]:
     finally:
         for number in caught:
             signal.signal(number, signal.SIG_DFL if once else former[number])
-
-
-_STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def _imports(frame: FrameType | None) -> bool:

@@ -7,6 +7,7 @@ are in fp64 and kept in a file, so that a domain can be added later without read
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,7 +104,8 @@ def version_of(path: Path | None) -> tuple[int, ...] | None:
 def write_results(
     out: Path, rows: bytes, statistics: Path | None, sums: Sums, version: tuple[int, ...] | None
 ) -> None:
-    """Write both files, or neither: sums that hold a domain say that its rows were written.
+    """Write both files, or neither: sums that hold a domain say that its rows were written. Both
+    are on the disk before either gets its name.
 
     Args:
         out: of the rows.
@@ -113,7 +115,7 @@ def write_results(
         version: of that file when it was read (:func:`version_of`).
 
     Raises:
-        UserError: somebody else has written the sums meanwhile: they would be lost.
+        UserError: somebody else has written the rows or the sums meanwhile: they would be lost.
     """
     with contextlib.ExitStack() as files:
         if statistics is not None:
@@ -122,10 +124,14 @@ def write_results(
             file = files.enter_context(written(statistics, "wb"))
             file.write(save(kept, metadata={"domains": "\n".join(sums.domains)}))
             file.flush()
+            os.fsync(file.fileno())
             if version_of(statistics) != version:
                 what = "was changed while the text was read: another process adds domains to it"
                 raise UserError(str(statistics), what, "run this again")
         files.enter_context(written(out, "wb")).write(rows)  # takes its name first
+        if out.exists():
+            what = "has appeared while the text was read: another process has written it"
+            raise UserError(str(out), what, "run this again with another name")
 
 
 def read_sums(path: Path, layers: int, hidden: int) -> Sums | None:

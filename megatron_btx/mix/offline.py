@@ -39,6 +39,7 @@ from megatron_btx.recipe.fields import out_of_range
 from megatron_btx.weights.directory import as_json
 from megatron_btx.weights.execute import ONE_BY_ONE, SLAB, Execution
 from megatron_btx.weights.manifest import FORMAT, MANIFEST
+from megatron_btx.weights.partial import Partial
 from megatron_btx.weights.plan import Checkpoint, Plan
 
 LINEAGE = "mix.json"
@@ -61,7 +62,7 @@ def run(request: MixRequest, out: TextIO, revision: str | None = None) -> Plan:
         return plan
     destination = Path(request.out)
     with (
-        goes_on(),
+        goes_on(destination),
         ThreadPoolExecutor(1) as pool,
         MixProgress(plan.nbytes, out) as watch,
     ):
@@ -80,12 +81,13 @@ def run(request: MixRequest, out: TextIO, revision: str | None = None) -> Plan:
 
 
 @contextlib.contextmanager
-def goes_on() -> Iterator[None]:
-    """Say so where Ctrl-C has ended the block."""
+def goes_on(out: Path) -> Iterator[None]:
+    """Say so where Ctrl-C has ended the block that makes ``out``, and files of it are left."""
     try:
         yield
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted: the same command goes on from the finished files\n")
+        if Partial.of(out).path.is_dir():
+            sys.stderr.write("interrupted: the same command goes on from the finished files\n")
         raise
 
 

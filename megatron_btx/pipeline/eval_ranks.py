@@ -15,21 +15,22 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from megatron_btx import engine
 from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.evaluate.model_spec import Subject
-from megatron_btx.files import find_json, write_json
+from megatron_btx.files import find_json, remove_tree, unfinished, write_json
 from megatron_btx.pipeline import failure
 from megatron_btx.pipeline.local import reaper, run_stages
 from megatron_btx.recipe.schema import Layout
 
 EvalRequest = Mapping[str, Any]
 """``{"what": "data", "tasks", "generate", "routing", "token_routing", "centroids" or "export",
-"layout": {...}, "subjects": [...], ...}`` and what that one takes."""
+"layout": {...}, "subjects": [...], ...}`` and what that one takes; ``"writes"``: files that a rank
+writes."""
 
 _PLACES = (
     ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
@@ -90,8 +91,7 @@ def _start(request: EvalRequest, world_size: int) -> Any:
             f"asks for {world_size} ranks, and this machine has {run_stages.cores()} core(s)",
             f"give a layout of {most} ranks or fewer, or start the command's ranks by srun",
         )
-    with tempfile.TemporaryDirectory(prefix="btx-") as name:
-        scratch = Path(name)
+    with _scratch() as scratch:
         write_json(scratch / "request.json", dict(request))
         threads = str(request["layout"].get("num_threads", 1))
         environment = {
@@ -102,9 +102,9 @@ def _start(request: EvalRequest, world_size: int) -> Any:
             "BTX_PARENT": str(os.getpid()),
             "OMP_NUM_THREADS": threads,
             "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
-            "TMPDIR": name,
+            "TMPDIR": str(scratch),
         }
-        command = [sys.executable, "-m", "megatron_btx.pipeline.eval_ranks", name]
+        command = [sys.executable, "-m", "megatron_btx.pipeline.eval_ranks", str(scratch)]
         ranks = [
             subprocess.Popen(
                 command,
@@ -122,6 +122,8 @@ def _start(request: EvalRequest, world_size: int) -> Any:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(rank.pid, signal.SIGKILL)
                 rank.wait()
+                for path in map(Path, request.get("writes", ())):
+                    unfinished(path, rank.pid).unlink(missing_ok=True)
         found = find_json(scratch / "error.json")
         if found is not None:
             raise _mistake(found["errors"])
@@ -129,6 +131,16 @@ def _start(request: EvalRequest, world_size: int) -> Any:
         if found is None:
             raise Ended(1)
         return found["answer"]
+
+
+@contextlib.contextmanager
+def _scratch() -> Iterator[Path]:
+    """A directory for as long as the block lasts."""
+    path = Path(tempfile.mkdtemp(prefix="btx-"))
+    try:
+        yield path
+    finally:
+        remove_tree(path)
 
 
 def _wait(ranks: list[subprocess.Popen[bytes]]) -> None:

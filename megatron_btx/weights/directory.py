@@ -7,6 +7,7 @@ the finished files and makes the others; the directory gets its own name last.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -14,7 +15,6 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -102,7 +102,7 @@ def _write_large(
     return hashes
 
 
-@contextmanager
+@contextlib.contextmanager
 def _stopped_on_error(pool: ThreadPoolExecutor, stop: threading.Event) -> Iterator[None]:
     """Where the block fails, also while it hands out the jobs, none is begun or goes on."""
     try:
@@ -115,17 +115,23 @@ def _stopped_on_error(pool: ThreadPoolExecutor, stop: threading.Event) -> Iterat
 
 def add_files(directory: Path, files: Mapping[str, bytes]) -> None:
     """Put small files into a directory that was written here, and their hashes beside the others'.
-    What is there of these names stays whole whenever this ends, also on a full disk.
+    What is there of these names stays whole whenever this ends, also on a full disk. While they
+    take their names ``hashes.json`` says nothing of them: killed in between, this leaves no file
+    that looks damaged.
 
     Raises:
         OSError: one cannot be written.
         UserError: its ``hashes.json`` is damaged.
     """
-    hashes = hashes_of(directory)
-    hashes |= {name: Hash(content).hexdigest() for name, content in files.items()}
-    for name, content in {**files, HASHES: hashes_json(hashes)}.items():
-        with written(directory / name, "wb") as file:
+    others = {name: found for name, found in hashes_of(directory).items() if name not in files}
+    hashes = {name: Hash(content).hexdigest() for name, content in files.items()}
+    with contextlib.ExitStack() as waiting:
+        for name, content in {**files, HASHES: hashes_json(others)}.items():  # which is named first
+            file = waiting.enter_context(written(directory / name, "wb"))
             file.write(content)
+            file.flush()
+    with written(directory / HASHES, "wb") as file:
+        file.write(hashes_json(others | hashes))
 
 
 def as_json(value: Any) -> bytes:
@@ -179,7 +185,7 @@ def _write_one(
     return digest
 
 
-@contextmanager
+@contextlib.contextmanager
 def _flushed_meanwhile(file: BinaryIO) -> Iterator[None]:
     """Keep the disk at work from the first byte. Left alone, the system begins to write when a
     tenth of memory waits, and all of that time is spent again in the last sync."""

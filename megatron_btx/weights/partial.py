@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO
 
 from megatron_btx.errors import UserError, shown
-from megatron_btx.files import sync_directory, try_lock, unfinished
+from megatron_btx.files import remove_tree, sync_directory, try_lock, undisturbed, unfinished
 
 MARK = ".btx-lock"
 _IDENTITY = ".btx-identity"
@@ -34,6 +34,11 @@ class Partial:
     path: Path
     out: Path
 
+    @classmethod
+    def of(cls, out: Path) -> Partial:
+        """That in which ``out`` is made."""
+        return cls(out.with_name(out.name + ".partial"), out)
+
     def finish(self, inner: str = "") -> None:
         """Give it its own name; or ``inner``, a directory in it, and delete what is beside that.
 
@@ -41,20 +46,19 @@ class Partial:
             UserError: something else has got that name meanwhile.
         """
         _refuse_existing(self.out)
-        if inner:
-            os.rename(self.path / inner, self.out)
-            sync_directory(self.out.parent)
-            self.discard()
-            return
         (self.path / _IDENTITY).unlink()
         sync_directory(self.path)
-        os.rename(self.path, self.out)
-        (self.out / MARK).unlink()
-        sync_directory(self.out.parent)
+        with undisturbed():  # a result is whole and holds nothing of ours, or it is not there
+            os.rename(self.path / inner, self.out)
+            if inner:
+                self.discard()
+            else:
+                (self.out / MARK).unlink()
+            sync_directory(self.out.parent)
 
     def discard(self) -> None:
         """Delete it."""
-        shutil.rmtree(self.path, ignore_errors=True)
+        remove_tree(self.path)
 
 
 @contextlib.contextmanager
@@ -66,15 +70,15 @@ def claimed(out: Path, identity: str) -> Iterator[Partial]:
         UserError: ``out`` exists, or another process writes it; there is something of that name
             that is not ours; or it cannot be made.
     """
-    partial = Partial(out.with_name(out.name + ".partial"), out)
+    partial = Partial.of(out)
     with contextlib.ExitStack() as held:
         with unwritable(out):
             held.enter_context(_claim(partial))
             if _text(partial.path / _IDENTITY) != identity:
-                _empty(partial.path)
                 try:
+                    _empty(partial.path)
                     write_small(partial.path / _IDENTITY, identity.encode())
-                except OSError:
+                except BaseException:
                     partial.discard()
                     raise
         yield partial
@@ -113,19 +117,21 @@ def _made(path: Path) -> IO[str] | None:
     _sweep(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = unfinished(path)
-    temporary.mkdir()
-    file = (temporary / MARK).open("w+", encoding="utf-8")
-    try:
-        try_lock(file)
-        _sign(file)
-        os.rename(temporary, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):  # on a full disk it fails again
-            file.close()
-        _remove(temporary)
-        if isinstance(error, OSError) and os.path.lexists(path):
-            return None
-        raise
+    with contextlib.ExitStack() as undone:
+        undone.callback(_remove, temporary)
+        try:
+            temporary.mkdir(exist_ok=True)
+            file = (temporary / MARK).open("w+", encoding="utf-8")
+            undone.callback(_close, file)
+            try_lock(file)
+            _sign(file)
+            os.rename(temporary, path)
+        except OSError as error:
+            # Or another's sweep has met it before its mark was there.
+            if isinstance(error, FileNotFoundError) or os.path.lexists(path):
+                return None
+            raise
+        undone.pop_all()
     return file
 
 
@@ -204,15 +210,22 @@ def _empty(path: Path) -> None:
 
 
 def _sweep(path: Path) -> None:
-    """Delete what was killed while it made ``path``: directories with nothing but a mark."""
+    """Delete what was killed while it made ``path``: directories with at most a mark in them."""
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with contextlib.suppress(OSError):
+            left.rmdir()
         with contextlib.suppress(OSError), (left / MARK).open("r+") as file:
             if try_lock(file):
                 _remove(left)
 
 
+def _close(file: IO[str]) -> None:
+    with contextlib.suppress(OSError):  # on a full disk it fails again
+        file.close()
+
+
 def _remove(directory: Path) -> None:
-    with contextlib.suppress(OSError):
+    with undisturbed(), contextlib.suppress(OSError):
         (directory / MARK).unlink(missing_ok=True)
         directory.rmdir()
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from megatron_btx.errors import UserError
 from megatron_btx.weights.directory import LargeFile, add_files, write_directory
-from megatron_btx.weights.integrity import HASHES
+from megatron_btx.weights.integrity import HASHES, difference, hashes_of
 from tests.bad import fill
 
 HOLD = """
@@ -167,11 +169,83 @@ def test_killed_while_it_claims_a_name_it_leaves_nothing_for_ever(tmp_path):
     left = tmp_path / ".out.partial.123.tmp"
     left.mkdir()
     (left / ".btx-lock").write_text("")
+    (tmp_path / ".out.partial.122.tmp").mkdir()  # before its mark was there
     foreign = tmp_path / ".out.partial.124.tmp"
     foreign.mkdir()
     (foreign / "notes.md").write_text("mine")
     put(tmp_path / "out")
     assert sorted(os.listdir(tmp_path)) == [".out.partial.124.tmp", "out"]
+
+
+AT_CALL = """
+import os, signal, sys
+from pathlib import Path
+from megatron_btx.cli.main import interruptible
+from megatron_btx.weights.directory import LargeFile, add_files, write_directory
+
+out, number, left = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+watched = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "open", "fcntl.flock")
+
+def hook(event, arguments):
+    global left
+    if event in watched and (event == "fcntl.flock" or "out" in str(arguments[0])):
+        left -= 1
+        if not left:
+            os.kill(os.getpid(), number)
+
+write = LargeFile("a", 1, lambda file: file.write(b"mine"))
+sys.addaudithook(hook)
+with interruptible(once=True):
+    if sys.argv[4] == "write":
+        write_directory(out, identity="1", large_files=[write], files=dict)
+    else:
+        add_files(out, {"README.md": b"new", "verification.json": b"new"})
+sys.exit(3 if left > 0 else 0)
+"""
+"""Write a directory, or add to one, with a signal just before the n-th call to the system."""
+
+
+def signalled(out: Path, what: str, number: signal.Signals) -> Iterator[None]:
+    """After a signal at each of its calls."""
+    for call in range(1, 100):
+        words = [sys.executable, "-c", AT_CALL, str(out), str(int(number)), str(call), what]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=600, check=False)
+        if done.returncode == 3:
+            assert call > 5, "it makes several calls"
+            return
+        assert (done.returncode, done.stderr) in ((130, ""), (-signal.SIGKILL, "")), call
+        yield
+    raise AssertionError("it makes no hundred calls")
+
+
+def test_a_wish_to_stop_at_any_moment_leaves_a_whole_result_or_what_goes_on(tmp_path):
+    out = tmp_path / "out"
+    for _ in signalled(out, "write", signal.SIGTERM):
+        left = os.listdir(tmp_path)
+        assert left in ([], ["out"], ["out.partial"])
+        if left == ["out"]:
+            assert sorted(os.listdir(out)) == ["a", HASHES]
+        for directory in left:
+            shutil.rmtree(tmp_path / directory)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_killed_while_files_are_added_it_leaves_none_that_looks_damaged(tmp_path, number):
+    """As `btx verify` sees it, and `btx verify --record` puts the rest right."""
+    out = tmp_path / "out"
+    put(out)
+    add_files(out, {"README.md": b"old", "verification.json": b"old"})
+    before = {name: (out / name).read_bytes() for name in os.listdir(out)}
+    for _ in signalled(out, "add", number):
+        hashes = hashes_of(out)
+        assert "a" in hashes
+        assert not [name for name in hashes if difference(out / name, hashes[name])]
+        for name in set(os.listdir(out)) - set(before):
+            assert name.endswith(".tmp"), name
+            assert number is signal.SIGKILL
+            (out / name).unlink()
+        for name, content in before.items():
+            (out / name).write_bytes(content)
 
 
 INTERRUPT = """
@@ -187,7 +261,7 @@ def write(file):
         file.write(b"x")
         time.sleep(0.1)
 
-with interruptible(once=True), offline.goes_on():
+with interruptible(once=True), offline.goes_on(Path(sys.argv[1])):
     files = [LargeFile("a", 1, write)]
     write_directory(Path(sys.argv[1]), identity="1", large_files=files, files=dict)
 """
