@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from megatron_btx.errors import UserError
-from megatron_btx.files import find_json, parse_json, read_json, write_json
+from megatron_btx.files import find_json, parse_json, read_json, undisturbed, write_json
 from megatron_btx.pipeline.failure import of_system
 from tests.bad import fill
 
@@ -92,3 +93,21 @@ def test_a_file_without_end(tmp_path: Path) -> None:
     path.write_text('{"a": 1}' + " " * 100)
     with pytest.raises(UserError, match="at most 20"):
         read_json(path, limit=20)
+
+
+def test_a_wish_to_stop_is_heard_behind_what_must_not_be_left_half_done() -> None:
+    done = []
+
+    def stop(_number: int, _frame: object) -> None:
+        raise KeyboardInterrupt
+
+    former = signal.signal(signal.SIGTERM, stop)
+    try:
+        stopped = pytest.raises(KeyboardInterrupt)
+        with stopped, undisturbed(), undisturbed():
+            signal.raise_signal(signal.SIGTERM)
+            done.append("all of it")
+        assert done == ["all of it"]
+        assert signal.getsignal(signal.SIGTERM) is stop
+    finally:
+        signal.signal(signal.SIGTERM, former)

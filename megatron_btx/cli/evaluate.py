@@ -96,13 +96,19 @@ def run(options: argparse.Namespace) -> int:
         return ended.code
     if result.get("data", result.get("tasks")) is None:  # a rank that is not the first
         return 0
-    if options.out is not None:
-        write_json(options.out, result)
-    if options.json:
-        sys.stdout.write(json.dumps(result, indent=1) + "\n")
-        return 0
-    if data:
-        sys.stdout.write(data_table(result["data"]))
-    if tasks:
-        sys.stdout.write(tasks_table(result["tasks"]))
+    try:
+        if options.out is not None:
+            write_json(options.out, result)
+    finally:  # what hours have measured is said also where it cannot be written
+        _say(result, as_json=options.json)
     return 0
+
+
+def _say(result: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        sys.stdout.write(json.dumps(result, indent=1) + "\n")
+        return
+    if "data" in result:
+        sys.stdout.write(data_table(result["data"]))
+    if "tasks" in result:
+        sys.stdout.write(tasks_table(result["tasks"]))

@@ -150,7 +150,8 @@ def test_ridge_solves_as_lstsq_does():
 
 
 def test_sums_and_rows_are_written_together_or_not_at_all(tmp_path, disk):
-    """On a full disk, and where another process has added a domain meanwhile: its sums stay."""
+    """On a full disk, and where another process has added a domain or written the rows meanwhile:
+    what it wrote stays."""
     sums = no_sums(("a", "b"), 2, 24, gram=True, device=torch.device("cpu"))
     place = disk("size=64k")
     fill(place)
@@ -162,7 +163,12 @@ def test_sums_and_rows_are_written_together_or_not_at_all(tmp_path, disk):
     out, kept = tmp_path / "out", tmp_path / "sums"
     write_results(out, b"rows", kept, sums, version_of(kept))
     assert read_sums(kept, 2, 24).domains == ("a", "b")
+    before = kept.read_bytes()
+    with pytest.raises(UserError, match="out: has appeared while the text was read"):
+        write_results(out, b"others", kept, sums, version_of(kept))
+    assert (out.read_bytes(), kept.read_bytes()) == (b"rows", before)
     version = version_of(kept)
+    out.unlink()
     write_results(out, b"rows", kept, sums, version)
     with pytest.raises(UserError, match="changed while the text was read"):
         write_results(tmp_path / "other", b"rows", kept, sums, version)

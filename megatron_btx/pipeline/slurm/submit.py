@@ -146,7 +146,11 @@ def submit(
         preflight.fits(recipe, chosen, commands.nodes())
         token, directory = uuid.uuid4().hex, _next(run_dir)
         scripts = prepared(recipe, run_dir, chosen, directory, token)
-        notes = preflight.accepted(scripts)
+        try:
+            notes = preflight.accepted(scripts)
+        except KeyboardInterrupt:  # perhaps while a job was there that is held for a trial
+            _take_back(run_dir, chosen, {})
+            raise
         directory.mkdir(parents=True)
         made.append(directory)
         with _restored(*(run_dir / name for name in _WRITTEN)):

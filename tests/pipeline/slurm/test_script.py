@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import pwd
 import re
 import shlex
 import subprocess
@@ -261,6 +262,40 @@ def test_without_slurm_the_error_says_so(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "Slurm's command is not on this machine" in done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+SLURM = {
+    "sinfo": "echo 'main*|4|64|infinite|gpu:8'",
+    "scontrol": "echo 'Slurmctld(primary) is UP'",
+    "squeue": "cat queue",
+    "scancel": 'for job; do sed -i "/^$job/d" queue; done',
+    "sbatch": """case $* in *--test-only*) exit 1;; esac
+if [ -s queue ]; then exit 1; fi
+place=$(sed -n 's/^#SBATCH --chdir=//p')
+printf '7\\037PENDING\\037Held\\037%s\\037prepare@tiny\\037%s\\037sbatch\\n' $USER $place >queue
+kill -TERM $PPID
+exec sleep 600""",
+}
+"""Commands of a cluster whose nodes are all down: a job is tried by holding it."""
+
+
+def test_a_wish_to_stop_leaves_no_job_that_was_held_for_a_trial(tmp_path: Path) -> None:
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    for name, text in SLURM.items():
+        (commands / name).write_text(f"#!/bin/bash\n{text}\n")
+        (commands / name).chmod(0o755)
+    (tmp_path / "queue").touch()
+    user = pwd.getpwuid(os.getuid()).pw_name
+    path = f"{commands}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": path, "USER": user}
+    command = [sys.executable, "-m", "megatron_btx.cli", "submit", str(TINY)]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
+    )
+    assert (done.returncode, done.stderr, done.stdout) == (130, "", "")
+    assert (tmp_path / "queue").read_text() == ""
+    assert sorted(os.listdir(tmp_path)) == ["bin", "queue"]
 
 
 def _begin(recipe: Path, restart: int, job: str = "7") -> subprocess.CompletedProcess[str]:
