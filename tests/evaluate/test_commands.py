@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -21,9 +22,11 @@ from megatron_btx.cli.main import main
 from megatron_btx.errors import UserError
 from megatron_btx.evaluate.model_spec import Subject, parse
 from megatron_btx.evaluate.models import load, opened
+from megatron_btx.pipeline import eval_ranks
 from megatron_btx.recipe.schema import Layout, Routing
 from megatron_btx.report import routing, table
 from megatron_btx.weights.find_checkpoint import find_checkpoint
+from tests.bad import fill
 from tests.evaluate import made, ranks_side
 from tests.ranks import Ranks
 from tests.report.made import make_run
@@ -83,6 +86,27 @@ def test_stopped_while_its_rank_is_at_work(here: Path, tmp_path: Path, signals: 
     assert not psutil.wait_procs(ranks, timeout=600)[1]
     assert [path.name for path in tmp_path.iterdir()] == ["tmp"]
     assert list(scratch.iterdir()) == []
+
+
+def test_what_was_measured_is_said_also_where_it_cannot_be_written(
+    tmp_path: Path,
+    disk: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    text = tmp_path / "x.jsonl"
+    text.touch()
+    (tmp_path / "config.json").touch()
+    place = disk("size=64k")
+    fill(place)
+    found = {"a": {"data": {"x": {"nats_per_token": 1.25, "bits_per_byte": 2.5}}}}
+    monkeypatch.setattr(eval_ranks, "answer", lambda _request: found)  # after hours
+    words = ["evaluate", f"a={tmp_path}", "--data", f"x={text}", "--out", str(place / "out.json")]
+    assert main(words) == 2
+    said = capsys.readouterr()
+    assert said.err.startswith(f"error: {place / 'out.json'}: no space left on device\n  fix: ")
+    assert "1.2500" in said.out
+    assert os.listdir(place) == ["filler"]
 
 
 def test_generate_on_two_ranks(here: Path, tmp_path: Path) -> None:
