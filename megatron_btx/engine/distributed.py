@@ -18,9 +18,9 @@ from megatron_btx.recipe.schema import Layout
 def initialize(layout: Layout, random_seed: int) -> None:
     """Join the job's ranks and lay Megatron's process groups over them.
 
-    The rendezvous is ``BTX_INIT_METHOD`` where a launcher of ours sets it (a file, so that no port
-    is raced for), else torch's environment variables. Calling it again lays new groups over the
-    same ranks.
+    The rendezvous is ``BTX_INIT_METHOD`` where a launcher of ours sets it (of several ranks a file,
+    so that no port is raced for), else torch's environment variables. Calling it again lays new
+    groups over the same ranks.
 
     Args:
         layout: how the ranks divide the model; ``layout.world_size`` ranks must have been started.

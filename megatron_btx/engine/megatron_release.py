@@ -87,6 +87,7 @@ _SILENCED_WARNINGS = (
     "Apex is not installed",
     "MimoModelConfig is experimental",  # imported by Megatron itself, of no use here (0.19)
     "full scope is deprecated",  # about the default of an option that was not set (0.19)
+    "Please use DTensor instead",  # torch, of Megatron's ShardedTensors, as a checkpoint is loaded
     "torch.distributed is disabled, unavailable or uninitialized",  # one rank reads for all
     # torch 2.13 has new names for them, which torch 2.10 lacks; Megatron calls them too.
     r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated",

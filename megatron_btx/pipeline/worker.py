@@ -14,7 +14,6 @@ import json
 import os
 import socket
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -257,14 +256,14 @@ def _check_port(rank: int) -> None:
 
 @contextlib.contextmanager
 def _rendezvous() -> Iterator[None]:
-    """A place where a rank that was started by hand, alone, meets itself."""
+    """Where a rank that was started by hand, alone, meets itself: at a port that the system
+    chooses. A file would stay behind a rank that is killed."""
     if _can_meet():
         yield
         return
-    with tempfile.TemporaryDirectory(prefix="btx-") as scratch:
-        os.environ["BTX_INIT_METHOD"] = f"file://{scratch}/rank"
-        yield
-        del os.environ["BTX_INIT_METHOD"]
+    os.environ["BTX_INIT_METHOD"] = "tcp://127.0.0.1:0"
+    yield
+    del os.environ["BTX_INIT_METHOD"]
 
 
 def _number(name: str) -> int:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -48,3 +51,13 @@ def test_a_port_in_use(two_ranks: pytest.MonkeyPatch) -> None:
         assert worker._place(STAGE) == 0
     two_ranks.delenv("TORCHELASTIC_USE_AGENT_STORE")
     assert worker._place(STAGE) == 0
+
+
+def test_a_rank_alone_has_nothing_that_would_stay_behind_it(
+    two_ranks: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """However it is killed; that it meets itself, tests/cli/test_main.py shows."""
+    two_ranks.setattr(tempfile, "tempdir", str(tmp_path))
+    with worker._rendezvous():
+        assert os.environ["BTX_INIT_METHOD"]
+        assert os.listdir(tmp_path) == []
