@@ -17,8 +17,8 @@ from megatron_btx.recipe.read_architecture import from_manifest
 from megatron_btx.recipe.schema import Layout
 from megatron_btx.recipe.systems import row_of
 from megatron_btx.report.model_card import run_card
+from megatron_btx.weights.claimed_directory import claimed, unwritable
 from megatron_btx.weights.directory import add_files
-from megatron_btx.weights.partial import claimed, unwritable
 
 _EPILOG = """examples:
   btx export runs/demo --out demo-moe                      the system itself: the finetuned MoE

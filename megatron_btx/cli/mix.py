@@ -15,7 +15,7 @@ from typing import Any, Literal
 from megatron_btx.cli.common import command
 from megatron_btx.errors import UserError, UserErrors, collect_errors
 from megatron_btx.files import named_path
-from megatron_btx.mix import mergekit
+from megatron_btx.mix import mergekit_config
 from megatron_btx.mix.request import MixRequest
 from megatron_btx.provenance import code_revision
 from megatron_btx.recipe.fields import beside, field_docs
@@ -92,8 +92,8 @@ def run(options: argparse.Namespace) -> int:
         return run_drift(options)
     config = None if options.config is None else _read(Path(options.config))
     gates = None
-    if config is not None and mergekit.is_mergekit(config):
-        config, gates = mergekit.read(config)
+    if config is not None and mergekit_config.is_mergekit(config):
+        config, gates = mergekit_config.read(config)
     request = _built(options, "btx mix", ("sources", "out"), config)
     # This forks (to ask git), and a fork needs as much memory as this process has: so first.
     revision = code_revision()
@@ -136,16 +136,16 @@ def request_of(options: argparse.Namespace, name: str, needed: Sequence[str]) ->
     return _built(options, name, needed, config)
 
 
-def _with_rows(request: MixRequest, gates: mergekit.PromptGates) -> MixRequest:
+def _with_rows(request: MixRequest, gates: mergekit_config.PromptGates) -> MixRequest:
     """With the routers' rows that a file's prompts give, kept beside the result."""
     out = Path(request.out)
     if os.path.lexists(out):
         raise UserError(str(out), "exists already", "remove it, or give another name")
     named = [named_path(source) for source in request.sources]
-    experts = [str(label) for label, _ in named if label != mergekit.BASE]
-    (base,) = (path for label, path in named if label == mergekit.BASE)
+    experts = [str(label) for label, _ in named if label != mergekit_config.BASE]
+    (base,) = (path for label, path in named if label == mergekit_config.BASE)
     rows = out.with_name(f"{out.name}.router.safetensors")
-    mergekit.write_rows(gates, base, experts, rows)
+    mergekit_config.write_rows(gates, base, experts, rows)
     return replace(request, router_init="centroids", centroids=str(rows))
 
 

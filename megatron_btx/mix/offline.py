@@ -36,10 +36,10 @@ from megatron_btx.mix.source_files import MixProgress
 from megatron_btx.provenance import versions
 from megatron_btx.recipe.count import parameters
 from megatron_btx.recipe.fields import out_of_range
+from megatron_btx.weights.claimed_directory import Partial
 from megatron_btx.weights.directory import as_json
 from megatron_btx.weights.execute import ONE_BY_ONE, SLAB, Execution
 from megatron_btx.weights.manifest import FORMAT, MANIFEST
-from megatron_btx.weights.partial import Partial
 from megatron_btx.weights.plan import Checkpoint, Plan
 
 LINEAGE = "mix.json"

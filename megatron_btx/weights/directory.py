@@ -1,8 +1,8 @@
 """Directories that appear whole or not at all, and go on where they were interrupted.
 
-Everything is written below ``NAME.partial`` (partial.py), which one process has at a time: each
-file under a name of its own until it is on disk, then renamed. Running the same plan again finds
-the finished files and makes the others; the directory gets its own name last.
+Everything is written below ``NAME.partial`` (claimed_directory.py), which one process has at a
+time: each file under a name of its own until it is on disk, then renamed. Running the same plan
+again finds the finished files and makes the others; the directory gets its own name last.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from typing import Any, BinaryIO, cast
 
 from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.files import written
+from megatron_btx.weights.claimed_directory import claimed, unwritable, write_small
 from megatron_btx.weights.integrity import HASHES, Hash, hash_file, hashes_json, hashes_of
-from megatron_btx.weights.partial import claimed, unwritable, write_small
 
 logger = logging.getLogger(__name__)
 
