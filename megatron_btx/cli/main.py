@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import errno
 import importlib
 import io
 import os
+import re
 import signal
 import sys
 import threading
@@ -38,7 +40,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(words: list[str]) -> int:
     try:
-        options = _parser(*words[:1]).parse_args(words)
+        options, unknown = _parser(*words[:1]).parse_known_args(words)
+        if unknown:
+            raise _unknown(options.parser, unknown)
         code: int = options.run(options)
         sys.stdout.flush()
         return code
@@ -59,6 +63,21 @@ def _run(words: list[str]) -> int:
             raise
         sys.stderr.write(f"{coloured('error')}: {problem}\n")
         return EXIT_USER
+
+
+def _unknown(parser: argparse.ArgumentParser, words: Sequence[str]) -> UserError:
+    """For what a command does not take: a flag, or a word too many."""
+    name = parser.prog
+    first = words[0].partition("=")[0]
+    if not first.startswith("-"):
+        fix = f"repeat its flag before each value, or see {name} --help"
+        return UserError(first, f"is a word too many for {name}", fix)
+    flags = re.findall(r"--[\w-]+", parser.format_usage())
+    word = first.replace("-", "")
+    close = [flag for flag in flags if word in flag.replace("-", "")]
+    close += difflib.get_close_matches(first, flags, n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    return UserError(first, f"is not a flag of {name}", f"{hint}see {name} --help")
 
 
 @contextlib.contextmanager

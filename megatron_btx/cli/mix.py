@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from megatron_btx.cli.common import command
 from megatron_btx.errors import UserError, UserErrors, collect_errors
-from megatron_btx.files import named_path
+from megatron_btx.files import named_path, newest_step
 from megatron_btx.mix import mergekit_config
 from megatron_btx.mix.request import MixRequest
 from megatron_btx.provenance import code_revision
@@ -76,7 +76,9 @@ def add_parser(commands: Any) -> None:
         _VERIFY,
         "Recompute a result of btx mix with plain loops, and compare.",
     )
-    parser.add_argument("result", metavar="RESULT", help="the directory that btx mix wrote")
+    parser.add_argument(
+        "result", metavar="RESULT", help="the directory that btx mix wrote, or a stage's"
+    )
     parser.add_argument(
         "--record",
         action="store_true",
@@ -118,7 +120,9 @@ def run_verify(options: argparse.Namespace) -> int:
     """``btx verify``: 0 where every tensor agrees, 1 where one does not."""
     from megatron_btx.mix.reference import verify
 
-    return verify.show(Path(options.result), sys.stdout, keep=options.record)
+    result = Path(options.result)
+    result = newest_step(result) or result  # a stage's directory stands for its last step
+    return verify.show(result, sys.stdout, keep=options.record)
 
 
 def request_of(options: argparse.Namespace, name: str, needed: Sequence[str]) -> MixRequest:

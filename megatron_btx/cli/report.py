@@ -50,9 +50,12 @@ def run(options: argparse.Namespace) -> int:
     again = f"btx run {shlex.quote(options.recipe)}"
     if not run_dir.is_dir():
         raise UserError(str(run_dir), "nothing has been run", again)
-    results = Results.read(run_dir)
+    results = run_data.results_of(run_dir, stages)
+    none = "no results yet"
+    if results is None and Results.read(run_dir) is not None:
+        none += ": results.json is of another recipe, or of this one before a change"
     if options.json and results is None:
-        raise UserError(str(run_dir), "has no results yet", again)
+        raise UserError(str(run_dir), f"has {none}", again)
     written = page.write(recipe, run_dir, stages)
     if formats:
         found = figure_files.of_run(run_data.gather(recipe, run_dir, stages))
@@ -61,9 +64,10 @@ def run(options: argparse.Namespace) -> int:
     if options.json and results is not None:
         sys.stdout.write(json.dumps(results.to_json(), indent=1) + "\n")
         return 0
-    print_results(run_dir)
     if results is None:
-        sys.stdout.write(f"no results yet; page so far: {written}\n")
+        sys.stdout.write(f"{none}; page so far: {written}\n")
+    else:
+        print_results(run_dir)
     return 0
 
 

@@ -192,7 +192,7 @@ def logs(options: argparse.Namespace) -> int:
     stage = prepare_array.find(stages, options.stage)
     path = status.log_file(run_dir, stage)
     if path is None and not options.follow:
-        raise UserError(stage.name, "has no log yet", f"btx status {shlex.quote(options.recipe)}")
+        raise _no_log(run_dir, stage, options.recipe)
     offset = 0
     while True:
         latest = status.log_file(run_dir, stage)
@@ -208,6 +208,16 @@ def logs(options: argparse.Namespace) -> int:
         if not options.follow or _over(run_dir, stage):
             return 0
         time.sleep(0.5)
+
+
+def _no_log(run_dir: Path, stage: Stage, recipe: str) -> UserError:
+    directory = run_dir / stage.directory
+    if state.done(run_dir, stage) is None and not (directory / "attempts.jsonl").exists():
+        return UserError(stage.name, "has no log yet", f"btx status {shlex.quote(recipe)}")
+    losses = directory / "metrics.jsonl"
+    fix = f"its losses, step by step, are in {losses}" if losses.exists() else ""
+    what = "has printed nothing: a log holds warnings and errors alone"
+    return UserError(stage.name, what, fix or f"btx status {shlex.quote(recipe)}")
 
 
 def _over(run_dir: Path, stage: Stage) -> bool:

@@ -226,7 +226,9 @@ class Reader:
                 return float(amount)
         if hint in (bool, str) and isinstance(value, hint):
             return value
-        fix = f"give {wanted}"
+        fix = f"give {wanted}" + (
+            ", such as 4096, 60k or 2.4M" if hint is int and is_number else ""
+        )
         if hint is str and value is not None and not isinstance(value, (dict, list)):
             fix = "put it in quotes if text is meant"
         return self.error(node, f"is {show(value)}, not {wanted}", fix)

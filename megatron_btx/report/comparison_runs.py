@@ -4,6 +4,7 @@ what they have in common. Imports no torch."""
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -127,6 +128,8 @@ def print_left(runs: Sequence[FinishedRun]) -> None:
                 standing, why = "shared", f"from {owner}"
             words.append(f"{stage.name} {why if standing == 'shared' else standing}")
         sys.stdout.write(f"{name:<{width}}  {', '.join(words)}\n")
+    for place in dict.fromkeys(os.path.relpath(one.run_dir.parent) for one in runs):
+        sys.stdout.write(f"runs go to {place}\n")
     check.files(*unfinished)
 
 

@@ -97,7 +97,7 @@ def gather(recipe: Recipe, run_dir: Path, graph_stages: Sequence[Stage] | None =
     """
     known = graph.of_run(recipe, run_dir) if graph_stages is None else graph_stages
     stages = [_stage(recipe, run_dir, stage) for stage in known]
-    results = Results.read(run_dir)
+    results = results_of(run_dir, known)
     return RunData(
         recipe=recipe,
         run_dir=run_dir,
@@ -105,6 +105,14 @@ def gather(recipe: Recipe, run_dir: Path, graph_stages: Sequence[Stage] | None =
         stages=stages,
         routing=_routing(recipe, stages, results),
     )
+
+
+def results_of(run_dir: Path, stages: Sequence[Stage]) -> Results | None:
+    """A run's, if they were measured for the recipe of these stages, not for another one or for
+    this one before it was changed."""
+    measured = [stage for stage in stages if stage.kind == "evaluate"]
+    done = all(state.done(run_dir, stage) is not None for stage in measured)
+    return Results.read(run_dir) if done else None
 
 
 def _stage(recipe: Recipe, run_dir: Path, stage: Stage) -> StageData:

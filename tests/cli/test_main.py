@@ -17,6 +17,7 @@ import pytest
 from megatron_btx import __version__
 from megatron_btx.cli.main import _COMMANDS, _parser, main
 from megatron_btx.cli.model_flags import counted
+from megatron_btx.pipeline import state
 from tests.bad import Bad, Commands
 from tests.report.made import make_run
 from tests.small import btx, write_small
@@ -118,6 +119,45 @@ def test_a_mistake_is_one_clear_error_and_leaves_nothing(
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (
+            "mix --top-k 2",
+            "--top-k: is not a flag of btx mix\n  fix: did you mean --moe-router-topk?",
+        ),
+        (
+            "generate A --max-tokens=3",
+            "--max-tokens: is not a flag of btx generate\n  fix: did you me",
+        ),
+        ("run r.yaml --xyz", "--xyz: is not a flag of btx run\n  fix: see btx run --help"),
+        ("generate A B", "B: is a word too many for btx generate\n  fix: repeat its flag before"),
+        ("convert megatron-lm-args A --x", "--x: is not a flag of btx convert megatron-lm-args"),
+    ],
+)
+def test_what_a_command_does_not_take(
+    words: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words.split()) == 2
+    assert f"error: {said}" in capsys.readouterr().err
+
+
+def test_a_stage_that_printed_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its losses are elsewhere; one that has not begun has no log yet."""
+    (tmp_path / "recipe.yaml").write_text(f"base: {TINY}\nrun_dir: {tmp_path / 'run'}\n")
+    words = ["logs", str(tmp_path / "recipe.yaml"), "seed"]
+    assert main(words) == 2
+    assert "seed: has no log yet" in capsys.readouterr().err
+    (tmp_path / "run" / "seed" / "log").mkdir(parents=True)
+    state.begin(tmp_path / "run" / "seed", 1, 1)
+    losses = tmp_path / "run" / "seed" / "metrics.jsonl"
+    losses.touch()
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert "seed: has printed nothing: a log holds warnings and errors alone" in said
+    assert f"step by step, are in {losses}" in said
+
+
 def test_old_names_of_flags_are_read_with_a_hint(tmp_path: Path) -> None:
     write_small(tmp_path)
     for flag in ("--stop-after", "--until"):
@@ -157,6 +197,19 @@ def test_report_prints_the_table_and_writes_the_page(tmp_path: Path) -> None:
     assert (run_dir / "report.html").stat().st_size > 50_000
     table = json.loads(_btx("report", "recipe.yaml", "--json", cwd=tmp_path).stdout)
     assert set(table["systems"]) >= {"seed", "dense", "btx"}
+
+
+def test_a_report_shows_no_other_recipes_results(tmp_path: Path) -> None:
+    _, run_dir = make_run(tmp_path)
+    text = (tmp_path / "recipe.yaml").read_text()
+    (tmp_path / "other.yaml").write_text(f"{text}finetune: {{lr: 1e-4}}\n")
+    done = _btx("report", "other.yaml", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("no results yet: results.json is of another recipe")
+    assert "Branch-Train-MiX is ahead" not in (run_dir / "report.html").read_text()
+    assert _btx("report", "other.yaml", "--json", cwd=tmp_path).returncode == 2
+    assert "Branch-Train-MiX is ahead" in _btx("report", "recipe.yaml", cwd=tmp_path).stdout
+    assert "Branch-Train-MiX is ahead" in (run_dir / "report.html").read_text()
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,14 @@ def weights(result):
     return sorted([*result.glob("*.safetensors"), *result.glob("*.distcp")])
 
 
+def test_a_stage_stands_for_its_last_step(results, tmp_path):
+    steps = tmp_path / "finetune" / "checkpoints"
+    shutil.copytree(results / "megatron", steps / "step_00000001")
+    assert btx("verify", tmp_path / "finetune")[0] == 0
+    weights(steps / "step_00000001")[0].write_bytes(b"")
+    assert btx("verify", tmp_path / "finetune")[0] == 1
+
+
 @pytest.mark.parametrize("hashed", [True, False])
 def test_a_removed_file_is_told(result, hashed):
     removed = weights(result)[1]

@@ -75,7 +75,7 @@ def _row(run_dir: Path, stage: Stage, number: str | None, noted: dict[str, Any])
         job = None  # Slurm counts anew: another run's job
     seen = StageProgress(directory).read()
     word = _word(directory, job, done)
-    if word == "ended" and _is_run(run_dir, directory):
+    if word == "interrupted" and _is_run(run_dir, directory):
         word = "running"
     starting = word == "running" and seen.starting
     running = word == "running" and not starting
@@ -149,7 +149,7 @@ def _ended(directory: Path, job: commands.SlurmJob | None) -> str:
         return "stopped"
     if job is not None:
         return "failed" if job.state == "FAILED" else job.state.lower().replace("_", " ")
-    return "ended" if (directory / "attempts.jsonl").exists() else "left"
+    return "interrupted" if (directory / "attempts.jsonl").exists() else "left"
 
 
 def _last_words(run_dir: Path, stage: Stage, word: str, job: commands.SlurmJob | None) -> str:

@@ -56,14 +56,14 @@ def test_a_local_preparation_on_its_way(tmp_path: Path) -> None:
         (found,) = status.rows(tmp_path, (stage,))
         return found
 
-    assert row().state == "ended"
+    assert row().state == "interrupted"
     with locks.run_lock(tmp_path):
         state.begin(directory, 2, 1)
         what = "tokens at 3.0 MB/s, 2 min left,"
         progress = worker.ProgressFile(directory / "progress.json")
         progress(what, 0.4, bytes_per_second=3e6, seconds_left=125.0)
         assert (row().state, row().step, row().left) == ("running", f"{what} 40%", "2:05")
-    assert (row().state, row().left) == ("ended", "")
+    assert (row().state, row().left) == ("interrupted", "")
 
 
 def test_a_second_attempt_is_starting(tmp_path: Path) -> None:
@@ -84,7 +84,7 @@ def test_a_second_attempt_is_starting(tmp_path: Path) -> None:
             *("running", "starting", None, None, ""),
         )
     (row,) = status.rows(tmp_path, (stage,))
-    assert (row.state, row.step, row.loss) == ("ended", "40/100", 3.0)
+    assert (row.state, row.step, row.loss) == ("interrupted", "40/100", 3.0)
 
 
 def test_an_array_in_one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
