@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_btx.errors import UserError
-from megatron_btx.evaluate.results import MEAN
+from megatron_btx.evaluate.results import MEAN, Results
 from megatron_btx.files import check_directory, check_file, written
 from megatron_btx.report import comparison_figures, run_figures, sweep, table
 from megatron_btx.report.comparison import Comparison
@@ -151,10 +151,8 @@ def of_run(run: RunData) -> list[Figure]:
         drawn = figure([("", panels)], run_figures.loss_legend(run), across=3)
         found.append(Figure(name="losses", svg=drawn, rows=_loss_rows(run)))
     if (picture := run_figures.compute(run)) is not None and run.results is not None:
-        rows: list[list[Any]] = [["system", "train_flops", "train_tokens", "mean_loss"]]
-        for row in table.rows(run.results):
-            rows.append([row.name, row.train_flops, row.train_tokens, row.loss.get(MEAN)])
-        found.append(Figure(name="compute", svg=figure([("", [("", picture)])]), rows=rows))
+        drawn, rows = figure([("", [("", picture)])]), _system_rows(run.results)
+        found.append(Figure(name="compute", svg=drawn, rows=rows))
     if run.routing is not None:
         view = RoutingView(
             name=run.recipe.name,
@@ -168,8 +166,20 @@ def of_run(run: RunData) -> list[Figure]:
     return found
 
 
+def _system_rows(results: Results) -> list[list[Any]]:
+    """The final evaluation of every system. The picture's dots: the mean at the compute after the
+    seed."""
+    head = ["system", "flops_after_seed", "train_flops", "train_tokens"]
+    rows: list[list[Any]] = [[*head, *(f"loss_{column}" for column in results.columns)]]
+    for row in table.rows(results):
+        after = 0 if row.name == "seed" else row.train_flops
+        losses = [row.loss.get(column) for column in results.columns]
+        rows.append([row.name, after, row.train_flops, row.train_tokens, *losses])
+    return rows
+
+
 def _loss_rows(run: RunData) -> list[list[Any]]:
-    rows: list[list[Any]] = [["stage", "step", "tokens", "loss", "nats_per_token"]]
+    rows: list[list[Any]] = [["stage", "step", "tokens", "curve", "nats_per_token"]]
     for stage in run.stages:
         name = stage.stage.name
         rows += [

@@ -72,8 +72,13 @@ def test_pictures_do_not_overlap(run: RunData) -> None:
 def test_the_numbers_behind_them(run: RunData, tmp_path: Path) -> None:
     for one in figure_files.of_run(run):
         one.save(tmp_path / f"{one.name}.csv")
-    found = {row["system"]: float(row["mean_loss"]) for row in rows(tmp_path / "compute.csv")}
-    assert found == pytest.approx({name: sum(loss.values()) / 4 for name, loss in FINAL.items()})
+    table = {row["system"]: row for row in rows(tmp_path / "compute.csv")}
+    assert set(table) == set(FINAL)
+    for name, loss in FINAL.items():
+        row = {column: float(value) for column, value in table[name].items() if column != "system"}
+        assert row["loss_mean"] == pytest.approx(sum(loss.values()) / 4)
+        assert {domain: row[f"loss_{domain}"] for domain in DOMAINS} == loss
+        assert row["flops_after_seed"] == (0 if name == "seed" else row["train_flops"])
     shares = rows(tmp_path / "routing.csv")
     assert run.routing is not None
     one = shares[5]
@@ -82,8 +87,10 @@ def test_the_numbers_behind_them(run: RunData, tmp_path: Path) -> None:
     layers = len(next(iter(run.routing.load.values())))
     assert len(shares) == len(DOMAINS) * layers * len(run.routing.experts)
     losses = rows(tmp_path / "losses.csv")
-    assert {row["loss"] for row in losses} == {"training", *DOMAINS, "mean"}
-    assert sum(row["loss"] == "training" for row in losses) == sum(len(s.train) for s in run.stages)
+    assert {row["curve"] for row in losses} == {"training", *DOMAINS, "mean"}
+    assert sum(row["curve"] == "training" for row in losses) == sum(
+        len(s.train) for s in run.stages
+    )
 
 
 def test_a_png_shows_the_same(run: RunData, tmp_path: Path) -> None:
