@@ -97,7 +97,9 @@ def usr1_over_two_hosts(around: Around) -> None:
     rows = [line.split() for line in seen.splitlines() if line.startswith("finetune")]
     assert all(row[1] == job for row in rows), seen
     assert {"running", "done"} <= {row[2] for row in rows}, seen
-    assert any(row[2:4] == ["running", "n[1-2]"] and row[4].endswith("/200") for row in rows), seen
+    at = {row[4] for row in rows if row[2:4] == ["running", "n[1-2]"]}
+    # On a slow machine an attempt takes longer to start than to train, and is seen then alone.
+    assert any(step == "starting" or step.endswith("/200") for step in at), seen
     assert rows[-1][2] == "done"
     assert run.steps("finetune") == around.undisturbed(a_finetuning)
     offline = list((run.run_dir / "finetune" / "wandb").glob("offline-run-*"))
