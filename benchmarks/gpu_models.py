@@ -372,7 +372,9 @@ def options_of(parser: argparse.ArgumentParser) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=4, help="sequences of 2048 tokens a step")
     parser.add_argument("--peak-tflops", type=float, help="of dense bf16 products")
     parser.add_argument("--folder", type=Path, help="for checkpoints (36 GB, deleted after)")
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.folder = options.folder and options.folder.absolute()  # it becomes a part of a URL
+    return options
 
 
 def main() -> None:

@@ -4,7 +4,7 @@
 #   benchmarks/gpu_wheels.sh DIR            where there is a network: 27 MB
 #   pip install --no-index --find-links DIR megatron-btx        on the machine
 #
-# The machine has Python 3.12, torch 2.11 and transformers: what these bring is left out, at
+# For a machine that has Python 3.12, torch 2.11 and transformers: what these bring is left out, at
 # whatever version it is there. TORCH=2.13.0 says another torch, PYTHON=3.13 another Python.
 set -euo pipefail
 if [ $# != 1 ]; then

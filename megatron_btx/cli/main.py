@@ -69,12 +69,12 @@ def _unknown(parser: argparse.ArgumentParser, words: Sequence[str]) -> UserError
     """For what a command does not take: a flag, or a word too many."""
     name = parser.prog
     first = words[0].partition("=")[0]
-    if not first.startswith("-"):
+    if not first.startswith("-") or first == "-":
         fix = f"repeat its flag before each value, or see {name} --help"
         return UserError(first, f"is a word too many for {name}", fix)
     flags = re.findall(r"--[\w-]+", parser.format_usage())
     word = first.replace("-", "")
-    close = [flag for flag in flags if word in flag.replace("-", "")]
+    close = [flag for flag in flags if len(word) > 1 and word in flag.replace("-", "")]
     close += difflib.get_close_matches(first, flags, n=1)
     hint = f"did you mean {close[0]}? " if close else ""
     return UserError(first, f"is not a flag of {name}", f"{hint}see {name} --help")

@@ -110,10 +110,11 @@ def run(options: argparse.Namespace) -> int:
 
 def _by_token(options: argparse.Namespace) -> int:
     """``--text``."""
-    formats = figure_files.check_formats(options.format, options.out)
+    figure_files.check_formats(options.format, options.out)
     given = {
         "--data": options.data,
-        "--format": formats,
+        "--format": options.format,
+        f"--out {options.out}": figure_files.suffix(options.out),
         "--wandb": options.wandb,
         "--tokens": options.tokens,
         "--seq-length": options.seq_length,

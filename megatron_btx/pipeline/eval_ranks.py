@@ -22,7 +22,7 @@ from typing import Any
 from megatron_btx import engine
 from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.evaluate.model_spec import Subject
-from megatron_btx.files import find_json, remove_tree, unfinished, write_json
+from megatron_btx.files import find_json, remove_tree, undisturbed, unfinished, write_json
 from megatron_btx.pipeline import failure
 from megatron_btx.pipeline.local import reaper, run_stages
 from megatron_btx.recipe.schema import Layout
@@ -105,25 +105,20 @@ def _start(request: EvalRequest, world_size: int) -> Any:
             "TMPDIR": str(scratch),
         }
         command = [sys.executable, "-m", "megatron_btx.pipeline.eval_ranks", str(scratch)]
-        ranks = [
-            subprocess.Popen(
-                command,
-                env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdin=subprocess.DEVNULL,
-                stdout=sys.stderr,
-                start_new_session=True,
-            )
-            for rank in range(world_size)
-        ]
+        ranks: list[subprocess.Popen[bytes]] = []
         try:
+            for rank in range(world_size):
+                own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                with undisturbed():  # a rank that runs is in the list
+                    ranks.append(_rank(command, own))
             _wait(ranks)
         finally:
-            for rank in ranks:
+            for process in ranks:
                 with contextlib.suppress(ProcessLookupError):
-                    os.killpg(rank.pid, signal.SIGKILL)
-                rank.wait()
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
                 for path in map(Path, request.get("writes", ())):
-                    unfinished(path, rank.pid).unlink(missing_ok=True)
+                    unfinished(path, process.pid).unlink(missing_ok=True)
         found = find_json(scratch / "error.json")
         if found is not None:
             raise _mistake(found["errors"])
@@ -131,6 +126,16 @@ def _start(request: EvalRequest, world_size: int) -> Any:
         if found is None:
             raise Ended(1)
         return found["answer"]
+
+
+def _rank(command: list[str], environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        command,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=sys.stderr,
+        start_new_session=True,
+    )
 
 
 @contextlib.contextmanager

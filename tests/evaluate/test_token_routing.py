@@ -100,7 +100,7 @@ def test_the_command(here: Path, tmp_path: Path, capfd: pytest.CaptureFixture[st
     ("arguments", "words"),
     [
         ("{here}/moe --text x --data x={here}/x.jsonl", "--data: does not go with --text"),
-        ("{here}/moe --text x --out {here}/y.svg", "--format: does not go with --text"),
+        ("{here}/moe --text x --out {here}/y.svg", "y.svg: does not go with --text"),
         ("{here}/moe --text x --out {here}/x.jsonl", "is not a directory"),
         ("{here}/moe {here}/a --text x", "--text looks at one model"),
         ("btm:{here}/a,{here}/b --text x", "is a set of models"),

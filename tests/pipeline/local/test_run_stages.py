@@ -333,8 +333,9 @@ def test_more_ranks_than_a_machine_holds_are_refused(run: Run) -> None:
     assert not run.run_dir.exists()
 
 
-def test_more_ranks_than_cores_are_one_warning(run: Run) -> None:
+def test_more_ranks_than_cores_are_one_warning(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """On one core, of the stages of two ranks; no GPU runs them."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(cores)})
     try:
