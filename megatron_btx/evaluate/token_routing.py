@@ -71,7 +71,7 @@ character."""
 
 
 def _text(predictor: Predictor, ids: Sequence[int], place: int) -> str:
-    """Of one token; what a special token is called."""
+    """Of one token; empty of one that is not decoded, such as the begin token."""
     decode = predictor.tokenizer.decode
     before = list(ids[max(0, place - _BEFORE) : place])
     return decode([*before, ids[place]])[len(decode(before)) :]

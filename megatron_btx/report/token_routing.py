@@ -45,7 +45,8 @@ def page(name: str, found: Mapping[str, Any]) -> str:
         for layer in layers_shown(len(text["gates"])):
             spans = []
             for token, gates in zip(text["tokens"], text["gates"][layer], strict=True):
-                (best, gate), *_ = gates.items()
+                # None of a token whose gates are no numbers: the model computes NaN.
+                best, gate = next(iter(gates.items()), (experts[0], 0.0))
                 spans.append((token, colours[best], round(100 * gate), _in_words(gates)))
             layers.append((layer + 1, spans))
         texts.append(layers)

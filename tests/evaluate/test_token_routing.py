@@ -94,6 +94,9 @@ def test_the_command(here: Path, tmp_path: Path, capfd: pytest.CaptureFixture[st
     tokens = sum(len(one["tokens"]) * 2 for one in found["texts"])  # in each of two layers
     assert page.count('<span class="token ') == tokens + 4  # and the legend
     assert "<b>" not in page
+    nothing = {"tokens": ["x"], "gates": [[{}]], "cut": 0}  # as a model that computes NaN
+    assert "--gate:0%" in token_routing.page("nan", {"experts": ["a"], "texts": [nothing]})
+    assert "'x'" in token_routing.table(nothing)
 
 
 @pytest.mark.parametrize(
