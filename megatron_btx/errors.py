@@ -1,4 +1,4 @@
-"""The one exception that a user is meant to see, and how a name from a file is shown."""
+"""The exception that a user is meant to see, and how a name from a file is shown."""
 
 from __future__ import annotations
 
@@ -71,6 +71,11 @@ class UserErrors(UserError):
     def __reduce__(self) -> tuple[object, ...]:
         """One rank's errors are told to the others."""
         return type(self), (self.errors,)
+
+
+class RanksCrashed(Exception):
+    """A rank that a command started ended by a bug of ours: its traceback is on stderr already, so
+    the command ends with exit code 1 and without another."""
 
 
 @contextmanager

@@ -106,10 +106,7 @@ def run(options: argparse.Namespace) -> int:
         out=out,
         writes=[path for path in (out, statistics) if path],
     )
-    try:
-        found = eval_ranks.answer(request)
-    except eval_ranks.Ended as ended:
-        return ended.code
+    found = eval_ranks.answer(request)
     if found is None:  # a rank that is not the first
         return 0
     if options.json:

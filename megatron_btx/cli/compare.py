@@ -14,7 +14,6 @@ from megatron_btx.cli import model_flags
 from megatron_btx.cli.common import add_format_flag, command, recipe_files
 from megatron_btx.errors import UserError
 from megatron_btx.files import check_directory, written
-from megatron_btx.pipeline import eval_ranks
 from megatron_btx.report import (
     comparison,
     comparison_page,
@@ -105,10 +104,7 @@ def run(options: argparse.Namespace) -> int:
             return code
     comparison.check_text(runs)
     made = {name: comparison.compare(group) for name, group in groups.items()}
-    try:
-        tasks = comparison_runs.measure_tasks(runs, asked, out / "tasks")
-    except eval_ranks.Ended as ended:
-        return ended.code
+    tasks = comparison_runs.measure_tasks(runs, asked, out / "tasks")
     title = out.name or "systems"
     if len(made) > 1:
         told = _sweep(made, options.against, title)

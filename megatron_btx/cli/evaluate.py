@@ -82,18 +82,15 @@ def run(options: argparse.Namespace) -> int:
     }
     if options.experts is not None:
         result["experts"] = list(subjects[0].experts)
-    try:
-        if data:
-            setting = model_flags.setting_of(options) | {"tokens": options.tokens}
-            asked = eval_ranks.request_of("data", subjects, layout, data=data, setting=setting)
-            result["data"] = eval_ranks.answer(asked)
-        if tasks:
-            asked = eval_ranks.request_of(
-                "tasks", subjects, layout, tasks=tasks, predictor=model_flags.predictor_of(options)
-            )
-            result["tasks"] = eval_ranks.answer(asked)
-    except eval_ranks.Ended as ended:
-        return ended.code
+    if data:
+        setting = model_flags.setting_of(options) | {"tokens": options.tokens}
+        asked = eval_ranks.request_of("data", subjects, layout, data=data, setting=setting)
+        result["data"] = eval_ranks.answer(asked)
+    if tasks:
+        asked = eval_ranks.request_of(
+            "tasks", subjects, layout, tasks=tasks, predictor=model_flags.predictor_of(options)
+        )
+        result["tasks"] = eval_ranks.answer(asked)
     if result.get("data", result.get("tasks")) is None:  # a rank that is not the first
         return 0
     try:

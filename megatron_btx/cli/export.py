@@ -66,10 +66,7 @@ def run(options: argparse.Namespace) -> int:
     if not out.absolute().parent.is_dir():
         raise UserError(str(out.parent), "no such directory", "create it first")
     row_of(load_recipe(run_dir / "recipe.yaml"), options.stage)  # told before anything starts
-    try:
-        found = _exported(options)
-    except eval_ranks.Ended as ended:
-        return ended.code
+    found = _exported(options)
     sys.stdout.writelines(f"llama.cpp: {line}\n" for line in found["llama_cpp"])
     sys.stdout.write(f"{out}: {len(found['claims'])} claims hold, see verification.json\n")
     return 0

@@ -99,10 +99,7 @@ def run(options: argparse.Namespace) -> int:
         decoding=decoding,
         predictor=model_flags.predictor_of(options),
     )
-    try:
-        found = eval_ranks.answer(asked)
-    except eval_ranks.Ended as ended:
-        return ended.code
+    found = eval_ranks.answer(asked)
     if found is None:
         return 0
     for number, one in enumerate(found, 1):

@@ -18,9 +18,9 @@ from collections.abc import Iterator, Sequence
 from types import FrameType
 
 from megatron_btx import __version__
-from megatron_btx.errors import EXIT_INTERRUPTED, STOPS, UserError, coloured
+from megatron_btx.errors import EXIT_INTERRUPTED, STOPS, RanksCrashed, UserError, coloured
 
-EXIT_USER, EXIT_PIPE = 2, 141
+EXIT_CRASH, EXIT_USER, EXIT_PIPE = 1, 2, 141
 
 _EPILOG = """examples:
   btx init --example demo                      write an example (without a checkout)
@@ -49,6 +49,8 @@ def _run(words: list[str]) -> int:
     except UserError as error:
         sys.stderr.write(f"{coloured('error')}: {error}\n")
         return EXIT_USER
+    except RanksCrashed:
+        return EXIT_CRASH
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except OSError as error:

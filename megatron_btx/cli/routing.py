@@ -82,10 +82,7 @@ def run(options: argparse.Namespace) -> int:
         raise UserError(of_no_run[0], what, "give text to measure it on: --data NAME=FILE")
     views = [view for run_dir in runs for view in of_run(run_dir)]
     if subjects:
-        try:
-            views += _measured(subjects, options)
-        except eval_ranks.Ended as ended:
-            return ended.code
+        views += _measured(subjects, options)
     if not views:  # a rank that is not the first
         return 0
     text = json.dumps([view.as_json() for view in views]) + "\n"
@@ -134,10 +131,7 @@ def _by_token(options: argparse.Namespace) -> int:
         texts=texts,
         predictor=model_flags.predictor_of(options),
     )
-    try:
-        found = eval_ranks.answer(asked)
-    except eval_ranks.Ended as ended:
-        return ended.code
+    found = eval_ranks.answer(asked)
     if found is None:  # a rank that is not the first
         return 0
     _show_tokens(subject.name, found, options)

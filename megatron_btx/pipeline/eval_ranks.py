@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_btx import engine
-from megatron_btx.errors import UserError, UserErrors
+from megatron_btx.errors import RanksCrashed, UserError, UserErrors
 from megatron_btx.evaluate.model_spec import Subject
 from megatron_btx.files import find_json, remove_tree, undisturbed, unfinished, write_json
 from megatron_btx.pipeline import failure
@@ -40,13 +40,6 @@ _PLACES = (
 script, which is no rank, has its job's number of tasks under another."""
 
 
-class Ended(Exception):
-    """The ranks ended without an answer; ``code`` is the exit code that says so."""
-
-    def __init__(self, code: int) -> None:
-        self.code = code
-
-
 def request_of(
     what: str, subjects: list[Subject], layout: Layout, **entries: Any
 ) -> dict[str, Any]:
@@ -63,7 +56,7 @@ def answer(request: EvalRequest) -> Any:
 
     Raises:
         UserError: as the ranks found it.
-        Ended: a rank crashed (its traceback is on stderr), or they were interrupted.
+        RanksCrashed: a rank ended without an answer.
     """
     world_size = Layout(**request["layout"]).world_size
     for rank, size, local_rank in _PLACES:
@@ -124,7 +117,7 @@ def _start(request: EvalRequest, world_size: int) -> Any:
             raise _mistake(found["errors"])
         found = find_json(scratch / "answer.json")
         if found is None:
-            raise Ended(1)
+            raise RanksCrashed
         return found["answer"]
 
 
