@@ -263,6 +263,7 @@ class _Builder(Reader):
         """A dataclass; a training stage may give ``steps`` instead of tokens."""
         if cls is Training:
             layers = self._take_steps([self._take_freeze_experts(one) for one in layers], key)
+            extra = (*extra, "steps")
         return super().instance(cls, layers, key, extra)
 
     def _take_freeze_experts(self, layer: Node) -> Node:
@@ -284,10 +285,13 @@ class _Builder(Reader):
         rest = []
         for layer in layers:
             entries = dict(layer.value)
-            steps = entries.pop("steps", None)
-            if steps is not None and "tokens" in entries:
+            written = "steps" in entries or "tokens" in entries
+            steps, tokens = entries.pop("steps", None), entries.get("tokens")
+            if steps is not None and steps.value is None:  # as if it were not there
+                steps = None
+            if steps is not None and tokens is not None and tokens.value is not None:
                 self.error(steps, "stands beside `tokens`", "give one of the two")
-            if steps is not None or "tokens" in entries:
+            if written:
                 given = steps
             rest.append(dataclasses.replace(layer, value=entries))
         if given is not None:

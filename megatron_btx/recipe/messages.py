@@ -14,6 +14,57 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from typing import Any, Literal
 
+ELSEWHERE = {
+    # transformers: TrainingArguments and config.json
+    "learning_rate": "lr",
+    "max_steps": "steps",
+    "warmup_steps": "lr_warmup_iters",
+    "lr_scheduler_type": "lr_decay_style",
+    "max_grad_norm": "clip_grad",
+    "per_device_train_batch_size": "micro_batch_size",
+    "adam_epsilon": "adam_eps",
+    "num_hidden_layers": "num_layers",
+    "intermediate_size": "ffn_hidden_size",
+    "num_key_value_heads": "num_query_groups",
+    "head_dim": "kv_channels",
+    "rope_theta": "rotary_base",
+    "rms_norm_eps": "layernorm_epsilon",
+    "sliding_window": "window_size",
+    "attention_bias": "add_qkv_bias",
+    "tie_word_embeddings": "untie_embeddings_and_output_weights",
+    "initializer_range": "init_method_std",
+    "num_experts_per_tok": "moe_router_topk",
+    "router_aux_loss_coef": "balance_loss_coeff",
+    # Megatron-LM's arguments, where ours is no argument of it
+    "train_iters": "steps",
+    "data_path": "train",
+    "bf16": "precision",
+    "fp16": "precision",
+    # common short forms
+    "seq_len": "seq_length",
+    "sequence_length": "seq_length",
+    "max_seq_length": "seq_length",
+    "batch_size": "global_batch_size",
+    "train_batch_size": "global_batch_size",
+    "micro_batch": "micro_batch_size",
+    "warmup": "lr_warmup_iters",
+    "lr_scheduler": "lr_decay_style",
+    "scheduler": "lr_decay_style",
+    "grad_clip": "clip_grad",
+    "wd": "weight_decay",
+    "dtype": "precision",
+    "tp": "tensor_model_parallel_size",
+    "pp": "pipeline_model_parallel_size",
+    "vpp": "virtual_pipeline_model_parallel_size",
+    "cp": "context_parallel_size",
+    "dp": "data_parallel_size",
+    "ep": "expert_model_parallel_size",
+    "etp": "expert_tensor_parallel_size",
+    "top_k": "moe_router_topk",
+    "topk": "moe_router_topk",
+    "num_tokens": "tokens",
+}
+"""The keys of a recipe that stand for what other trainers call otherwise."""
 SUFFIXES = {"K": 3, "M": 6, "B": 9, "G": 9, "T": 12}
 """What may follow a number, small or capital: the power of ten that it stands for."""
 
@@ -113,14 +164,18 @@ def near_key(name: str, keys: typing.Iterable[str]) -> str:
 def nearest(
     name: str, fields: typing.Iterable[str], key: str, homes: typing.Iterable[str] = ()
 ) -> str:
-    """What an unknown key may have meant: a key of another block (one of ``homes``, dotted), else
-    the nearest name."""
+    """What an unknown key may have meant: a key of another block (one of ``homes``, dotted), what
+    other trainers call so, or the nearest name."""
     here = list(fields)
     others = [home for home in homes if home.rsplit(".", 1)[-1] == name]
     if others:
         return "it belongs in " + " or ".join(f"`{home}`" for home in others[:3])
-    if near := _near(name, here):
+    ours = ELSEWHERE.get(name.lower().replace("-", "_"))
+    if ours not in here and (near := _near(name, here)):
         return f"did you mean `{near}`?"
+    places = [ours] if ours in here else [h for h in homes if h.rsplit(".", 1)[-1] == ours]
+    if places:
+        return "did you mean " + " or ".join(f"`{place}`" for place in places[:3]) + "?"
     return f"the keys {'of ' + key if key else 'here'} are: {', '.join(here[:100])}"
 
 

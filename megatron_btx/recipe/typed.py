@@ -81,7 +81,7 @@ class Reader:
         for layer in layers:
             known = {*fields, *extra}
             unknown = {name: node for name, node in layer.value.items() if name not in known}
-            self._refuse(unknown, fields, key)
+            self._refuse(unknown, [*fields, *extra], key)
         values: dict[str, Any] = {}
         for name, one in fields.items():
             given = [layer.value[name] for layer in layers if name in layer.value]
@@ -89,7 +89,7 @@ class Reader:
             if not given and _required(one):
                 where = Node(None, layers[-1].file, layers[-1].line, dotted)
                 self.error(where, "is missing", f"add `{name}:` ({describe(hints[one.name])})")
-            if not given:
+            if not given or (self._empty(given[-1], hints[one.name]) and not _required(one)):
                 continue
             value = self.value(hints[one.name], given, dotted)
             value = value if value is BAD else self._allowed(one, value, given[-1])
@@ -97,6 +97,11 @@ class Reader:
                 values[one.name] = value
         missing = any(_required(one) and one.name not in values for one in fields.values())
         return BAD if missing else cls(**values)
+
+    def _empty(self, node: Node, hint: Any) -> bool:
+        """Whether ``null`` is written where no type has a meaning for it: as if it were not there.
+        JSON, which no person writes, has none of that."""
+        return node.value is None and not self.strict and not _meant_by_null(hint)
 
     def value(self, hint: Any, layers: list[Node], key: str) -> Any:
         """A value of type ``hint``; ``BAD`` after noting an error."""
@@ -250,6 +255,14 @@ def read(cls: type[T], tree: Node, noun: str, *, strict: bool = False) -> T:
     found: T = reader.block(cls, [tree], tree.key)
     reader.raise_errors()
     return found
+
+
+def _meant_by_null(hint: Any) -> bool:
+    """Whether ``null`` is a value of a type, or stands for an empty block."""
+    kinds = options(hint)
+    return type(None) in kinds or all(
+        dataclasses.is_dataclass(kind) or typing.get_origin(kind) is dict for kind in kinds
+    )
 
 
 def _required(field: Any) -> bool:

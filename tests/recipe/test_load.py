@@ -38,6 +38,20 @@ def test_training_is_inherited_key_by_key(good: str) -> None:
     assert recipe.seed.adam_beta2 == Training().adam_beta2
 
 
+def test_null_is_the_default(good: str) -> None:
+    """Of a number, a choice and a list; of ``steps`` and ``tokens``, what the other says."""
+    empty = "  lr: null\n  steps: null\n  lr_decay_style: null\n  freeze: null"
+    text = good.replace("  lr: 1e-3", empty)
+    recipe = parse_recipe(f"{text}\nmix: {{average: null}}\n")
+    assert recipe.seed.lr == Training().lr
+    assert recipe.seed.lr_decay_style == Training().lr_decay_style
+    assert recipe.seed.freeze == ()
+    assert recipe.mix.average == "uniform"
+    assert recipe.seed.tokens == 4_000_000
+    other = parse_recipe(good.replace("tokens: 2e6", "tokens: null, steps: 3"))
+    assert other.experts["math"].tokens == 3 * 8 * 64
+
+
 def test_dense_tokens_are_those_of_experts_and_finetune(good: str) -> None:
     recipe = parse_recipe(good)
     assert recipe.dense is not None
@@ -118,7 +132,10 @@ def test_no_recipe_at_all(tmp_path: Path, content: bytes | None, words: str) -> 
 BAD = [
     ("hidden_size: 32", "hiden_size: 32", "model.hiden_size", "did you mean `hidden_size`"),
     ("hidden_size: 32", "num_layer: 2", "model.hidden_size", "is missing"),
-    ("  lr: 1e-3", "  learning_rate: 1e-3", "training.learning_rate", "not a key"),
+    ("  lr: 1e-3", "  learning_rate: 1e-3", "training.learning_rate", "did you mean `lr`?"),
+    ("  lr: 1e-3", "  seq_len: 64", "training.seq_len", "did you mean `model.seq_length`?"),
+    ("  lr: 1e-3", "  max_steps: 5", "training.max_steps", "did you mean `steps`?"),
+    ("  lr: 1e-3", "  zzz: 5", "training.zzz", "megatron, from, steps"),
     ("  lr: 1e-3", "  lr: fast", "training.lr", "not a number"),
     ("  lr: 1e-3", "  lr: -1", "training.lr", "out of range"),
     ("  lr: 1e-3", "  min_lr: 1", "training.min_lr", "above lr"),
