@@ -37,7 +37,7 @@ from megatron_btx.weights.execute import ONE_BY_ONE, Execution
 from megatron_btx.weights.expression import Expression
 from megatron_btx.weights.megatron import extra_states, second_names, stored
 from megatron_btx.weights.plan import Plan
-from megatron_btx.weights.torch_zip import ALIGN, Archive
+from megatron_btx.weights.write_torch_zip import ALIGN, Archive
 
 SHARD = 2 << 30
 """Bytes a file, about: what an interrupted run loses at most."""
