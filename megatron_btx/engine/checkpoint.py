@@ -41,7 +41,7 @@ from megatron_btx.files import sync_directory, write_json, written
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.read_architecture import ENTRIES, from_manifest
 from megatron_btx.weights.claimed_directory import write_small
-from megatron_btx.weights.integrity import HASHES, files_of, hash_file, hashes_json
+from megatron_btx.weights.file_hashes import HASHES, files_of, hash_file, hashes_json
 from megatron_btx.weights.manifest import FORMAT, MANIFEST, read_manifest
 from megatron_btx.weights.megatron import extra_states, second_names
 from megatron_btx.weights.torch_dist import read_metadata

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint import filesystem
 
 from megatron_btx.errors import UserError, UserErrors, capped, collect_errors
 from megatron_btx.weights import safe_unpickle
-from megatron_btx.weights.integrity import HASHES, difference, hashes_of
+from megatron_btx.weights.file_hashes import HASHES, difference, hashes_of
 
 _OWN = re.compile(r"__(\d+)_\d+\.distcp")
 _LISTED = {**safe_unpickle.METADATA_NAMES, **safe_unpickle.COMMON_NAMES}

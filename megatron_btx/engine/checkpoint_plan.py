@@ -43,7 +43,7 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import WriteResult
 
 from megatron_btx.engine.distributed import is_first_rank
-from megatron_btx.weights.integrity import hash_file
+from megatron_btx.weights.file_hashes import hash_file
 
 Shape = tuple[int, ...]
 

@@ -22,7 +22,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColu
 from rich.progress import TransferSpeedColumn as Speed
 
 from megatron_btx.errors import UserError, UserErrors, capped, shown
-from megatron_btx.weights.integrity import Hash, difference, hashes_of, is_edited
+from megatron_btx.weights.file_hashes import Hash, difference, hashes_of, is_edited
 from megatron_btx.weights.ops import takes
 from megatron_btx.weights.plan import Checkpoint
 from megatron_btx.weights.read_torch_zip import Checksum

@@ -21,8 +21,8 @@ from megatron_btx.report.routing import RoutingView
 from megatron_btx.report.table import title
 from megatron_btx.weights.card import Card, CardModel, Claim, cell, engines, table
 from megatron_btx.weights.directory import add_files
+from megatron_btx.weights.file_hashes import HASHES
 from megatron_btx.weights.find_checkpoint import find_checkpoint
-from megatron_btx.weights.integrity import HASHES
 from megatron_btx.weights.manifest import read_manifest
 
 PICTURE = "routing.svg"

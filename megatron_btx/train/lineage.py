@@ -11,8 +11,8 @@ from typing import Any
 
 from megatron_btx.files import find_json
 from megatron_btx.recipe.stages import directory
+from megatron_btx.weights.file_hashes import ALGORITHM, HASHES, hash_file, hashes_of
 from megatron_btx.weights.find_checkpoint import find_checkpoint
-from megatron_btx.weights.integrity import ALGORITHM, HASHES, hash_file, hashes_of
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,7 +25,7 @@ class Artifact:
     root: Path
     """The directory that the files' names are relative to; absolute."""
     files: Mapping[str, str]
-    """Name -> hash (weights/integrity.py)."""
+    """Name -> hash (weights/file_hashes.py)."""
     metadata: Mapping[str, Any]
 
 

@@ -22,7 +22,7 @@ from megatron_btx.files import written
 from megatron_btx.recipe.schema import Recipe, WandB
 from megatron_btx.recipe.stages import directory as stage_directory
 from megatron_btx.train import lineage
-from megatron_btx.weights.integrity import ALGORITHM
+from megatron_btx.weights.file_hashes import ALGORITHM
 
 logger = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO, cast
 from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.files import written
 from megatron_btx.weights.claimed_directory import claimed, unwritable, write_small
-from megatron_btx.weights.integrity import HASHES, Hash, hash_file, hashes_json, hashes_of
+from megatron_btx.weights.file_hashes import HASHES, Hash, hash_file, hashes_json, hashes_of
 
 logger = logging.getLogger(__name__)
 

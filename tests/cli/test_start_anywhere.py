@@ -18,7 +18,7 @@ from megatron_btx.recipe.load import dump, load_recipe, parse_recipe
 from megatron_btx.recipe.schema import BTM, Layout
 from megatron_btx.train.metrics import read
 from megatron_btx.weights.claimed_directory import claimed
-from megatron_btx.weights.integrity import files_of, hashes_of
+from megatron_btx.weights.file_hashes import files_of, hashes_of
 from megatron_btx.weights.source import read_whole
 from tests.ranks import Ranks
 from tests.small import Exported, btx

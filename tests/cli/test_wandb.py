@@ -21,8 +21,8 @@ from wandb.proto import wandb_internal_pb2
 
 from megatron_btx.train.metrics import read
 from megatron_btx.train.tracking import sync_command
+from megatron_btx.weights.file_hashes import hash_file, hashes_of
 from megatron_btx.weights.find_checkpoint import find_checkpoint
-from megatron_btx.weights.integrity import hash_file, hashes_of
 from tests.small import FAKE_KEY, ROOT, Exported, command, environ, write_small
 
 BLOCK, HEADER = 32768, 7

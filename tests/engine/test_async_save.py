@@ -15,7 +15,7 @@ import numpy as np
 import psutil
 import pytest
 
-from megatron_btx.weights.integrity import files_of, hash_file, hashes_of
+from megatron_btx.weights.file_hashes import files_of, hash_file, hashes_of
 from tests.engine.harness import DENSE, MOE, Case, Pieces, Session, assemble
 from tests.engine.test_checkpoint import DP2, EP2, session
 from tests.ranks import Ranks

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from megatron_btx.recipe.schema import Layout
-from megatron_btx.weights.integrity import HASHES, files_of, hash_file, hashes_of
+from megatron_btx.weights.file_hashes import HASHES, files_of, hash_file, hashes_of
 from megatron_btx.weights.manifest import MANIFEST
 from megatron_btx.weights.torch_dist import TorchDistSource
 from tests.engine.harness import DENSE, MOE, Case, Pieces, Session, assemble, pieces

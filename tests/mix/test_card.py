@@ -23,7 +23,7 @@ from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.schema import Model
 from megatron_btx.weights.card import Card, CardModel, Claim, hub_id, record
 from megatron_btx.weights.directory import add_files
-from megatron_btx.weights.integrity import hashes_of
+from megatron_btx.weights.file_hashes import hashes_of
 from tests.families.made import make
 from tests.families.tokenizers_made import TEXT
 

@@ -13,7 +13,7 @@ from megatron_btx.cli.main import main
 from megatron_btx.errors import UserError
 from megatron_btx.mix import offline
 from megatron_btx.mix.one_model import copy
-from megatron_btx.weights.integrity import HASHES, files_of, hash_file, hashes_of
+from megatron_btx.weights.file_hashes import HASHES, files_of, hash_file, hashes_of
 from megatron_btx.weights.megatron import open_megatron
 from megatron_btx.weights.write_safetensors import write_safetensors
 from megatron_btx.weights.write_torch_dist import write_torch_dist

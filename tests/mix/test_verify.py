@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from megatron_btx.errors import UserError
 from megatron_btx.mix.reference import reader
-from megatron_btx.weights.integrity import HASHES, hashes_of
+from megatron_btx.weights.file_hashes import HASHES, hashes_of
 from tests.mix.commands import btx, named, save
 from tests.weights.models import DENSE, dense
 

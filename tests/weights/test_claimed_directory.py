@@ -15,7 +15,7 @@ import pytest
 
 from megatron_btx.errors import UserError
 from megatron_btx.weights.directory import LargeFile, add_files, write_directory
-from megatron_btx.weights.integrity import HASHES, difference, hashes_of
+from megatron_btx.weights.file_hashes import HASHES, difference, hashes_of
 from tests.bad import fill
 
 HOLD = """

@@ -27,8 +27,8 @@ from megatron_btx.mix.reference.reader import names_of, open_plain
 from megatron_btx.mix.reference.rules import Rules
 from megatron_btx.recipe.read_architecture import from_manifest
 from megatron_btx.weights.card import Claim, record
+from megatron_btx.weights.file_hashes import HASHES, difference, files_of, hashes_of
 from megatron_btx.weights.find_checkpoint import is_hugging_face
-from megatron_btx.weights.integrity import HASHES, difference, files_of, hashes_of
 from megatron_btx.weights.manifest import read_manifest
 
 _UNREADABLE = (ValueError, RuntimeError, OSError, EOFError, pickle.UnpicklingError)
