@@ -9,7 +9,7 @@ import yaml
 
 from megatron_btx.errors import UserError
 from megatron_btx.families.hf_routing import HFRouting
-from megatron_btx.families.trainer_arguments import refuse_multipliers
+from megatron_btx.families.write_megatron_lm_args import refuse_multipliers
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.count import expert_width, kv_channels, query_groups
 

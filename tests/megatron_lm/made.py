@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_btx.families import trainer_arguments
+from megatron_btx.families import write_megatron_lm_args
 from megatron_btx.mix import offline
 from megatron_btx.mix.request import MixRequest
 from megatron_btx.weights.megatron import open_megatron
@@ -34,7 +34,7 @@ def words_for(step: Path, tp: int) -> list[str]:
     checkpoint = open_megatron(step, "model")
     words = [
         word
-        for name, value in trainer_arguments.arguments(checkpoint, tp)
+        for name, value in write_megatron_lm_args.arguments(checkpoint, tp)
         for word in (f"--{name}", *shlex.split(str(value)))
     ]
     load = step.parent / f"{step.name}.load"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_btx.errors import UserError
-from megatron_btx.families.trainer_arguments import check_names
+from megatron_btx.families.write_megatron_lm_args import check_names
 from megatron_btx.mix import offline
 from megatron_btx.mix.request import MixRequest
 from megatron_btx.recipe.schema import Layout
