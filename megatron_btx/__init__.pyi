@@ -13,7 +13,7 @@ from megatron_btx.engine.spec import layer_spec as layer_spec
 from megatron_btx.errors import UserError as UserError
 from megatron_btx.errors import UserErrors as UserErrors
 from megatron_btx.families.export import write_hf as write_hf
-from megatron_btx.families.open import open_checkpoint as open_checkpoint
+from megatron_btx.families.open_checkpoint import open_checkpoint as open_checkpoint
 from megatron_btx.mix.average import Averaging as Averaging
 from megatron_btx.mix.average import average as average
 from megatron_btx.mix.btx import btx as btx

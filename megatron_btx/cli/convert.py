@@ -110,7 +110,7 @@ def run_to_hf(options: argparse.Namespace) -> int:
 
 def run_arguments(options: argparse.Namespace) -> int:
     """``btx convert megatron-lm-args``."""
-    from megatron_btx.families.open import open_checkpoint
+    from megatron_btx.families.open_checkpoint import open_checkpoint
     from megatron_btx.families.write_megatron_lm_args import command_line
 
     checkpoint = open_checkpoint(Path(options.source), "model")

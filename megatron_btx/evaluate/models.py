@@ -14,7 +14,7 @@ from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.evaluate.btm_heldout import training_text
 from megatron_btx.evaluate.model_spec import Subject
 from megatron_btx.evaluate.tfidf import TfIdf
-from megatron_btx.families.open import open_checkpoint
+from megatron_btx.families.open_checkpoint import open_checkpoint
 from megatron_btx.mix.edit_experts import only
 from megatron_btx.mix.one_model import copy
 from megatron_btx.recipe import check_layout, count

@@ -21,7 +21,7 @@ from megatron_btx.families.export import carried, write_hf
 from megatron_btx.families.hf import family_of, to_hf
 from megatron_btx.families.llama_cpp import unlike
 from megatron_btx.families.megatron_bridge import RUN_CONFIG, run_config
-from megatron_btx.families.open import open_checkpoint
+from megatron_btx.families.open_checkpoint import open_checkpoint
 from megatron_btx.families.tokenizer_files import (
     described_whole,
     place_of,

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 
 from megatron_btx.errors import UserError, UserErrors, collect_errors
-from megatron_btx.families.open import open_checkpoint
+from megatron_btx.families.open_checkpoint import open_checkpoint
 from megatron_btx.files import named_path
 from megatron_btx.mix.align_vocab import align_vocab
 from megatron_btx.mix.anchored import own_expert

@@ -106,7 +106,7 @@ def aligned(recipe: Recipe) -> tuple[dict[str, Aligned], str]:
     Raises:
         UserErrors: their tokenizers differ by more than added tokens, or they have several dtypes.
     """
-    from megatron_btx.families.open import open_checkpoint
+    from megatron_btx.families.open_checkpoint import open_checkpoint
     from megatron_btx.mix.align_vocab import align_vocab
 
     errors: list[UserError] = []
@@ -189,7 +189,7 @@ def _convert(sources: tuple[str, ...], target: Path, told: dict[str, Any]) -> No
         target: the new step directory.
         told: what it does not say of itself.
     """
-    from megatron_btx.families.open import open_checkpoint
+    from megatron_btx.families.open_checkpoint import open_checkpoint
     from megatron_btx.mix import offline
     from megatron_btx.mix.request import MixRequest
 
@@ -258,7 +258,7 @@ def _said(recipe: Recipe, directory: Path) -> tuple[Architecture, dict[str, Any]
 
         _, architecture, _ = read_config(directory)
         return architecture, {"step": 0, "tokenizer": describe_tokenizer(place_of(directory))}
-    from megatron_btx.families.open import open_checkpoint
+    from megatron_btx.families.open_checkpoint import open_checkpoint
 
     tokenizer = recipe.tokenizer.path
     place = None if tokenizer is None else Path(tokenizer)

@@ -13,7 +13,7 @@ from megatron_btx.data.formats.compression import compression_of
 from megatron_btx.data.formats.token_pair import TokenPair
 from megatron_btx.data.tokenizer import Tokenizer, given_tokenizer, tokenizer_of
 from megatron_btx.errors import UserError, UserErrors, collect_errors, errors_of
-from megatron_btx.families.open import open_checkpoint
+from megatron_btx.families.open_checkpoint import open_checkpoint
 from megatron_btx.files import written
 from megatron_btx.pipeline import graph, import_checkpoint
 from megatron_btx.recipe import check

@@ -132,7 +132,7 @@ def evaluate(model: Path, layout: Layout, text: Any, micro_batch_size: int) -> A
     from megatron_btx.engine import distributed
     from megatron_btx.evaluate import heldout
     from megatron_btx.evaluate.models import load
-    from megatron_btx.families.open import open_checkpoint
+    from megatron_btx.families.open_checkpoint import open_checkpoint
 
     distributed.initialize(layout, 0)
     live = load(open_checkpoint(model, "model"), layout, "fp32")
@@ -146,7 +146,7 @@ def continued(models: dict[str, Path], precision: str) -> dict[str, float]:
     from megatron_btx.engine.decoding import KeyValueCache
     from megatron_btx.engine.moe.router import dropless
     from megatron_btx.evaluate.models import load
-    from megatron_btx.families.open import open_checkpoint
+    from megatron_btx.families.open_checkpoint import open_checkpoint
 
     distributed.initialize(Layout(), 0)
     draw = torch.Generator().manual_seed(0)

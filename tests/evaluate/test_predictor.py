@@ -17,7 +17,7 @@ from megatron_btx.evaluate import btm, model_spec
 from megatron_btx.evaluate.model_spec import Subject
 from megatron_btx.evaluate.packed_text import PackedText
 from megatron_btx.evaluate.tfidf import TfIdf
-from megatron_btx.families.open import open_checkpoint
+from megatron_btx.families.open_checkpoint import open_checkpoint
 from megatron_btx.mix import offline
 from megatron_btx.mix.edit_experts import drop
 from megatron_btx.mix.request import MixRequest

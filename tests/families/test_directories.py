@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from megatron_btx.data.tokenizer import read_tokenizer
 from megatron_btx.errors import UserError
 from megatron_btx.families import open_hf
-from megatron_btx.families.open import open_checkpoint
+from megatron_btx.families.open_checkpoint import open_checkpoint
 from megatron_btx.weights.find_checkpoint import INDEX, MODEL, foreign, weight_files
 from megatron_btx.weights.source import read_whole
 from tests.families.made import make
