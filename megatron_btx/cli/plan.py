@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_btx.cli.common import recipe_command
 from megatron_btx.errors import UserError
-from megatron_btx.recipe import check, chips, reading, run_plan
+from megatron_btx.recipe import check, chips, epochs, run_plan
 from megatron_btx.recipe.check import BadPath
 from megatron_btx.recipe.load import load_recipe
 from megatron_btx.recipe.run_plan import RunPlan
@@ -70,9 +70,9 @@ def run(options: argparse.Namespace) -> int:
     for line in run_plan.warnings(recipe):
         sys.stderr.write(f"warning: {line}\n")
     took = _estimate(options, made)
-    domains = reading.prepared(recipe)
+    domains = epochs.prepared(recipe)
     trained = [stage.name for stage in made.stages if stage.steps]
-    read = reading.reading(recipe, trained, domains)
+    read = epochs.reading(recipe, trained, domains)
     for line in chips.too_large(made, options.gpu or recipe.slurm.gpu_type):
         sys.stderr.write(f"warning: {line}\n")
     bad = check.bad_paths(recipe)
@@ -92,10 +92,10 @@ def run(options: argparse.Namespace) -> int:
         sys.stdout.write(run_plan.render(made) + "\n")
     if took is not None:
         sys.stdout.write(f"\n{chips.render(took)}\n")
-    sys.stdout.write("\n" + reading.render(read, domains) + "\n")
+    sys.stdout.write("\n" + epochs.render(read, domains) + "\n")
     for one in by_rank:
         sys.stdout.write(f"\n{one.render()}\n")
-    for line in reading.warnings(read):
+    for line in epochs.warnings(read):
         sys.stdout.write(f"\nwarning: {line}\n")
     return 0
 

@@ -15,7 +15,7 @@ from megatron_btx.files import written
 from megatron_btx.pipeline import stage_tables, state
 from megatron_btx.pipeline.graph import TRAINED, Stage
 from megatron_btx.pipeline.local.progress import amount, clock
-from megatron_btx.recipe import reading
+from megatron_btx.recipe import epochs
 from megatron_btx.recipe.load import dump
 from megatron_btx.recipe.schema import Recipe
 from megatron_btx.report import html, run_figures, table
@@ -207,14 +207,14 @@ def _data(facts: RunData) -> dict[str, Any] | None:
 def _reading(facts: RunData, domains: Mapping[str, Any]) -> dict[str, Any]:
     """Tokens and epochs of each domain in each stage."""
     trained = [stage.stage.name for stage in facts.stages if stage.stage.kind in TRAINED]
-    read = reading.reading(facts.recipe, trained, domains)
+    read = epochs.reading(facts.recipe, trained, domains)
     rows = []
     for one in read:
         epochs = "–" if one.epochs is None else f"{one.epochs:.2f}"
         cells = [(one.stage, ""), (one.domain, "left"), (f"{one.tokens:,}", ""), (epochs, "")]
         rows.append(("", cells))
     head = [("stage", ""), ("domain", "left"), ("tokens read", ""), ("epochs", "")]
-    return {"read_head": head, "read_rows": rows, "warnings": reading.warnings(read)}
+    return {"read_head": head, "read_rows": rows, "warnings": epochs.warnings(read)}
 
 
 def _lineage(facts: RunData) -> Iterable[tuple[str, str]]:

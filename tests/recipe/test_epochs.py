@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_btx.cli.main import main
-from megatron_btx.recipe import reading, run_plan
+from megatron_btx.recipe import epochs, run_plan
 from megatron_btx.recipe.load import dump, load_recipe
 from megatron_btx.recipe.schema import Recipe
 
@@ -28,7 +28,7 @@ def trained(recipe: Recipe) -> list[str]:
 def test_every_token_is_of_a_domain() -> None:
     recipe = load_recipe(TINY)
     made = run_plan.plan(recipe)
-    read = reading.reading(recipe, trained(recipe), domains_of(recipe, 1000))
+    read = epochs.reading(recipe, trained(recipe), domains_of(recipe, 1000))
     for stage in made.stages:
         mine = [one for one in read if one.stage == stage.name]
         assert abs(sum(one.tokens for one in mine) - stage.tokens) <= len(mine)
@@ -46,8 +46,8 @@ def test_part_that_is_read_most_counts() -> None:
     domains = domains_of(recipe, 1000)
     blend = {"blend": [[900, 0.5], [100, 0.5]]}
     both = {name: {"train": {**d["train"], **blend}} for name, d in domains.items()}
-    plain = reading.reading(recipe, ["seed"], domains)
-    for one, other in zip(plain, reading.reading(recipe, ["seed"], both), strict=True):
+    plain = epochs.reading(recipe, ["seed"], domains)
+    for one, other in zip(plain, epochs.reading(recipe, ["seed"], both), strict=True):
         assert other.epochs == pytest.approx(5 * (one.epochs or 0))
 
 
@@ -56,7 +56,7 @@ def test_warnings_and_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[
     (tmp_path / "r.yaml").write_text(dump(recipe))
     assert main(["plan", str(tmp_path / "r.yaml")]) == 0
     assert "Epochs are known when stage prepare is done." in capsys.readouterr().out
-    most = max(one.tokens for one in reading.reading(recipe, trained(recipe), None))
+    most = max(one.tokens for one in epochs.reading(recipe, trained(recipe), None))
     (tmp_path / "run" / "prepare").mkdir(parents=True)
 
     def said(tokens: int) -> str:
