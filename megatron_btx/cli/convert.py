@@ -88,7 +88,7 @@ def run_to_megatron(options: argparse.Namespace) -> int:
     """``btx convert hf-to-megatron``: the block of a recipe; with ``OUT`` the directory too."""
     from megatron_btx.families.hf import read_config
     from megatron_btx.families.tokenizer_files import describe_tokenizer
-    from megatron_btx.recipe.reference import model_block
+    from megatron_btx.recipe.key_reference import model_block
 
     family, architecture, _ = read_config(Path(options.source))
     if options.out:

@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_btx.cli.common import command
 from megatron_btx.errors import UserError
-from megatron_btx.recipe import reference
+from megatron_btx.recipe import key_reference
 from megatron_btx.recipe.messages import near_key
 
 _EPILOG = """examples:
@@ -36,13 +36,13 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         UserError: there is no such key.
     """
-    found = reference.matching(options.prefix)
+    found = key_reference.matching(options.prefix)
     if not found:
-        names = [key.name for key in reference.all_keys()]
+        names = [key.name for key in key_reference.all_keys()]
         near = near_key(options.prefix, [*names, *(name.rpartition(".")[2] for name in names)])
         raise UserError(options.prefix, "is no key of a recipe", f"see `btx keys`{near}")
     if options.json:
         sys.stdout.write(json.dumps([dataclasses.asdict(key) for key in found], indent=1) + "\n")
     else:
-        sys.stdout.write(reference.as_text(found))
+        sys.stdout.write(key_reference.as_text(found))
     return 0

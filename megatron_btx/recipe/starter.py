@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_btx.errors import UserError, UserErrors
+from megatron_btx.recipe.key_reference import model_block
 from megatron_btx.recipe.load import parse_recipe
-from megatron_btx.recipe.reference import model_block
 from megatron_btx.recipe.run_plan import human, plan
 from megatron_btx.recipe.schema import Layout, Model, Recipe
 

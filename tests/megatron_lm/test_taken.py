@@ -14,8 +14,8 @@ from torch import Tensor
 from megatron_btx.data import run_tokenizer
 from megatron_btx.data.tokenizer import read_tokenizer
 from megatron_btx.pipeline import graph, import_checkpoint
+from megatron_btx.recipe.key_reference import model_block
 from megatron_btx.recipe.load import load_recipe
-from megatron_btx.recipe.reference import model_block
 from megatron_btx.recipe.schema import Layout
 from megatron_btx.weights.megatron import open_megatron
 from tests.families import tokenizers_made

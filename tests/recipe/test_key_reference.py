@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_btx.cli.main import main
-from megatron_btx.recipe import reference
+from megatron_btx.recipe import key_reference
 from megatron_btx.recipe.messages import homes
 from megatron_btx.recipe.schema import Recipe
 
@@ -17,12 +17,12 @@ PAGE = Path(__file__).parents[2] / "docs" / "recipe.md"
 
 
 def test_the_page_is_current() -> None:
-    made = reference.as_markdown()
-    assert PAGE.read_text() == made, "python -m megatron_btx.recipe.reference > docs/recipe.md"
+    made = key_reference.as_markdown()
+    assert PAGE.read_text() == made, "python -m megatron_btx.recipe.key_reference > docs/recipe.md"
 
 
 def test_every_key_of_the_schema_is_there_once() -> None:
-    names = [key.name for key in reference.all_keys()]
+    names = [key.name for key in key_reference.all_keys()]
     assert len(set(names)) == len(names)
     shared = ("training.", "layout.", "megatron.", "job.")
     for home in homes(Recipe):
@@ -31,7 +31,7 @@ def test_every_key_of_the_schema_is_there_once() -> None:
 
 
 def test_every_key_says_what_it_is() -> None:
-    for key in reference.all_keys():
+    for key in key_reference.all_keys():
         assert key.meaning, key.name
         assert key.type, key.name
         assert "``" not in key.meaning
@@ -51,7 +51,7 @@ def test_every_key_says_what_it_is() -> None:
     ],
 )
 def test_some_of_them(prefix: str, names: list[str]) -> None:
-    assert [key.name for key in reference.matching(prefix)] == names
+    assert [key.name for key in key_reference.matching(prefix)] == names
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -60,6 +60,6 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert said.startswith("mix.dare: a number; default null; 0 to 0.999\n    Share of the diff")
     assert main(["keys", "--json"]) == 0
     every = json.loads(capsys.readouterr().out)
-    assert every == [dataclasses.asdict(key) for key in reference.all_keys()]
+    assert every == [dataclasses.asdict(key) for key in key_reference.all_keys()]
     assert main(["keys", "hiden_size"]) == 2
     assert "did you mean `hidden_size`?" in capsys.readouterr().err
