@@ -33,7 +33,7 @@ from megatron_btx.engine.moe.router_config import ROUTER_OPTIONS, transformer_fi
 from megatron_btx.engine.spec import block_spec
 from megatron_btx.engine.unsupported_options import TORCH_LAYERS, Supported
 from megatron_btx.errors import UserError, UserErrors, collect_errors
-from megatron_btx.recipe import upstream
+from megatron_btx.recipe import megatron_fields
 from megatron_btx.recipe.schema import Routing
 from megatron_btx.weights.megatron_lm_args import architecture_of
 
@@ -152,7 +152,7 @@ def _unfollowed(given: TransformerConfig, machine: platform.Platform) -> Iterato
     plain = TransformerConfig(num_layers=1, hidden_size=1, num_attention_heads=1)
     later = {
         name: (getattr(plain, name),)
-        for name in upstream.UNTRIED["transformer"]
+        for name in megatron_fields.UNTRIED["transformer"]
         if not name.endswith("_num_weight_shards")  # of TP, and of a field of its own
     }
     for name, values in (later | supported).items():

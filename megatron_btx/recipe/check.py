@@ -18,9 +18,9 @@ from megatron_btx.recipe import (
     check_mix,
     count,
     freezing,
+    megatron_fields,
     slurm,
     systems,
-    upstream,
 )
 from megatron_btx.recipe.check_layout import Problem
 from megatron_btx.recipe.messages import near_key, path_problem, show
@@ -355,9 +355,9 @@ def _stage(recipe: Recipe, key: str, stage: Training) -> Iterator[Problem]:
     yield from _learning_rate(key, stage, count.steps(stage, model) if trains else 0)
     if stage.eval_tokens < model.seq_length:
         yield Problem(f"{key}.eval_tokens", *_too_few(stage.eval_tokens, model))
-    for block in upstream.SOURCES:
+    for block in megatron_fields.SOURCES:
         for name, value in getattr(stage.megatron, block).items():
-            wrong = upstream.problem(block, name, value)
+            wrong = megatron_fields.problem(block, name, value)
             if wrong is not None:
                 yield Problem(f"{key}.megatron.{block}.{name}", *wrong)
 

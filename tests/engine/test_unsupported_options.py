@@ -11,7 +11,7 @@ from megatron_btx.engine.optimizer import optimizer_config
 from megatron_btx.engine.platform import detect
 from megatron_btx.engine.unsupported_options import TORCH_LAYERS
 from megatron_btx.errors import UserError
-from megatron_btx.recipe import upstream
+from megatron_btx.recipe import megatron_fields
 from megatron_btx.recipe.schema import Layout, MegatronOptions, Training
 from tests.engine.harness import DENSE, MOE, Case, train
 from tests.ranks import Ranks
@@ -28,7 +28,7 @@ ASKED: dict[str, Any] = {
 @pytest.mark.skipif(detect().use_transformer_engine, reason="its layers do these")
 @pytest.mark.parametrize("name", TORCH_LAYERS)
 def test_what_torchs_layers_do_not_do(name: str) -> None:
-    assert name in upstream.fields("transformer"), "gone from this Megatron-Core"
+    assert name in megatron_fields.fields("transformer"), "gone from this Megatron-Core"
     options = MegatronOptions(transformer={name: ASKED.get(name, True)})
     with pytest.raises(UserError, match=f"megatron.transformer.{name}: .* is not supported by"):
         transformer_config(MOE, Layout(), "bf16", options)
@@ -60,7 +60,7 @@ def test_megatrons_own_refusals_are_a_users_errors() -> None:
     ],
 )
 def test_what_would_be_another_computation(name: str, value: object) -> None:
-    problem = upstream.problem("transformer", name, value)
+    problem = megatron_fields.problem("transformer", name, value)
     assert problem is not None
     assert problem[0].startswith("cannot be set: ")
 

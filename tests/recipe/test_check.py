@@ -9,7 +9,7 @@ import pytest
 
 from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.pipeline import graph
-from megatron_btx.recipe import check, run_plan, upstream
+from megatron_btx.recipe import check, megatron_fields, run_plan
 from megatron_btx.recipe.load import load_recipe, parse_recipe
 from megatron_btx.recipe.schema import Layout, Recipe
 
@@ -84,7 +84,7 @@ def keys(recipe: Recipe) -> set[str]:
     return {stage.key for stage in graph.build(recipe) if stage.kind not in apart}
 
 
-@pytest.mark.parametrize("block", upstream.SOURCES)
+@pytest.mark.parametrize("block", megatron_fields.SOURCES)
 def test_fields_are_those_of_the_imported_classes(block: str) -> None:
     """The parsed source against the classes themselves."""
     import dataclasses
@@ -98,16 +98,16 @@ def test_fields_are_those_of_the_imported_classes(block: str) -> None:
         "ddp": DistributedDataParallelConfig,
         "optimizer": OptimizerConfig,
     }
-    found = upstream.fields(block)
+    found = megatron_fields.fields(block)
     assert found is not None
     names = {field.name for field in dataclasses.fields(classes[block])}
     assert set(found) == {name for name in names if not name.startswith("_")}
-    assert set(upstream.OWNED[block]) <= names
+    assert set(megatron_fields.OWNED[block]) <= names
 
 
 def test_values_of_megatrons_fields() -> None:
     def fine(block: str, key: str, value: object) -> bool:
-        return upstream.problem(block, key, value) is None
+        return megatron_fields.problem(block, key, value) is None
 
     assert fine("transformer", "recompute_granularity", "full")
     assert fine("transformer", "recompute_granularity", None)

@@ -15,7 +15,7 @@ from megatron.core.transformer.enums import AttnBackend
 
 from megatron_btx.errors import UserError
 from megatron_btx.mix.one_model import copy
-from megatron_btx.recipe import upstream
+from megatron_btx.recipe import megatron_fields
 from megatron_btx.recipe.schema import Routing
 from megatron_btx.weights import megatron_lm_args
 from megatron_btx.weights.megatron import open_megatron
@@ -164,7 +164,7 @@ def test_what_a_recipe_may_not_set_is_looked_at_here_too():
         "microbatch_group_size_per_vp_stage",
     )  # fmt: skip
     looked_at = {*megatron_lm_args._FIXED, *megatron_lm_args._SAME, "moe_layer_freq", *trained}
-    assert upstream._FIXED.keys() <= looked_at
+    assert megatron_fields._FIXED.keys() <= looked_at
 
 
 class Evil:
