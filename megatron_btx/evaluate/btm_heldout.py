@@ -18,7 +18,7 @@ from megatron_btx.engine.model import DTYPES, build_model
 from megatron_btx.errors import UserError
 from megatron_btx.evaluate import btm
 from megatron_btx.evaluate.btm import BtmMethod, Context
-from megatron_btx.evaluate.heldout import Batch, HeldOut, label_log_probs
+from megatron_btx.evaluate.heldout_loss import Batch, HeldOut, label_log_probs
 from megatron_btx.evaluate.tfidf import DOCUMENTS, TfIdf
 from megatron_btx.families.open_checkpoint import open_checkpoint
 from megatron_btx.mix.one_model import copy

@@ -27,7 +27,7 @@ from torch import Tensor
 from megatron_btx.engine.initializer import initialize
 from megatron_btx.engine.model import DTYPES, build_model, unwrap
 from megatron_btx.errors import UserError, UserErrors, collect_errors
-from megatron_btx.evaluate.heldout import Batch, Listener, evaluate
+from megatron_btx.evaluate.heldout_loss import Batch, Listener, evaluate
 from megatron_btx.evaluate.loss_on_text import EvalSetting, packed, whole_sequences
 from megatron_btx.evaluate.model_spec import Subject
 from megatron_btx.evaluate.models import opened, precision_of

@@ -18,7 +18,7 @@ from megatron_btx.engine import distributed
 from megatron_btx.engine.initializer import initialize
 from megatron_btx.engine.model import DTYPES, build_model
 from megatron_btx.evaluate.btm_heldout import btm_heldout, training_text
-from megatron_btx.evaluate.heldout import Batch, HeldOut, Listener, evaluate, text_of
+from megatron_btx.evaluate.heldout_loss import Batch, HeldOut, Listener, evaluate, text_of
 from megatron_btx.evaluate.results import Results, StageCost, SystemResult, total
 from megatron_btx.evaluate.routing_stats import expert_choice
 from megatron_btx.files import find_json, write_json, written

@@ -17,7 +17,7 @@ from megatron_btx.data.tokenizer import given_tokenizer, tokenizer_of
 from megatron_btx.errors import UserError
 from megatron_btx.evaluate import btm
 from megatron_btx.evaluate.btm_heldout import cost
-from megatron_btx.evaluate.heldout import label_log_probs
+from megatron_btx.evaluate.heldout_loss import label_log_probs
 from megatron_btx.evaluate.model_spec import Subject
 from megatron_btx.evaluate.models import (
     load,

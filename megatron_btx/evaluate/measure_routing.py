@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_btx.data.heldout import Sample, held_out
 from megatron_btx.errors import UserError
-from megatron_btx.evaluate.heldout import evaluate
+from megatron_btx.evaluate.heldout_loss import evaluate
 from megatron_btx.evaluate.loss_on_text import EvalSetting, packed, whole_sequences
 from megatron_btx.evaluate.model_spec import Subject, run_of
 from megatron_btx.evaluate.models import load, opened

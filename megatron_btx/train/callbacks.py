@@ -19,7 +19,7 @@ from megatron_btx.engine.distributed import is_first_rank
 from megatron_btx.engine.initializer import initialize
 from megatron_btx.engine.model import DTYPES
 from megatron_btx.evaluate import routing_stats
-from megatron_btx.evaluate.heldout import evaluate
+from megatron_btx.evaluate.heldout_loss import evaluate
 from megatron_btx.mix.average import mean_of
 from megatron_btx.recipe.schema import Precision, Training
 from megatron_btx.train import throughput

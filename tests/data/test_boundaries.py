@@ -18,7 +18,7 @@ from megatron_btx.data.mixture import stage_data
 from megatron_btx.data.tokenizer import load_tokenizer
 from megatron_btx.engine.platform import Platform
 from megatron_btx.errors import UserError
-from megatron_btx.evaluate.heldout import text_of
+from megatron_btx.evaluate.heldout_loss import text_of
 from megatron_btx.recipe.schema import Recipe
 from tests.engine.harness import DENSE, set_weights
 from tests.ranks import Ranks

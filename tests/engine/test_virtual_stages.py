@@ -71,7 +71,7 @@ def filled(layout: Layout) -> tuple[Pieces, float, list[list[float]]]:
     from megatron_btx.engine import distributed
     from megatron_btx.engine.initializer import initialize
     from megatron_btx.engine.model import build_model
-    from megatron_btx.evaluate.heldout import evaluate
+    from megatron_btx.evaluate.heldout_loss import evaluate
     from megatron_btx.train.replicas import check_replicas
 
     distributed.initialize(layout, 7)

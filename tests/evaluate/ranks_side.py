@@ -130,13 +130,13 @@ def route_tokens(subject: Subject, layout: Layout, texts: list[str]) -> Any:
 def evaluate(model: Path, layout: Layout, text: Any, micro_batch_size: int) -> Any:
     """Held-out loss and routing of a checkpoint on a text called ``t``."""
     from megatron_btx.engine import distributed
-    from megatron_btx.evaluate import heldout
+    from megatron_btx.evaluate import heldout_loss
     from megatron_btx.evaluate.models import load
     from megatron_btx.families.open_checkpoint import open_checkpoint
 
     distributed.initialize(layout, 0)
     live = load(open_checkpoint(model, "model"), layout, "fp32")
-    return heldout.evaluate(live.module, {"t": text}, micro_batch_size=micro_batch_size)
+    return heldout_loss.evaluate(live.module, {"t": text}, micro_batch_size=micro_batch_size)
 
 
 def continued(models: dict[str, Path], precision: str) -> dict[str, float]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_btx.evaluate.heldout import text_of
+from megatron_btx.evaluate.heldout_loss import text_of
 from megatron_btx.evaluate.packed_text import PackedText
 from megatron_btx.recipe.schema import Layout
 from tests.evaluate import made, ranks_side
