@@ -27,7 +27,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from megatron_btx.data.heldout import HeldOutText
+from megatron_btx.data.heldout_sequences import HeldOutText
 from megatron_btx.engine import distributed
 from megatron_btx.mix import offline
 from megatron_btx.mix.request import MixRequest

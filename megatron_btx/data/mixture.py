@@ -26,7 +26,7 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
 from megatron_btx.data.boundaries import Boundaries, boundaries_of
-from megatron_btx.data.heldout import Sample
+from megatron_btx.data.heldout_sequences import Sample
 from megatron_btx.data.prepare import prefix, tokenized_split
 from megatron_btx.data.tokenized import pairs
 from megatron_btx.data.tokenizer import Tokenizer, load_tokenizer

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
-from megatron_btx.data.heldout import HeldOutText, held_out
+from megatron_btx.data.heldout_sequences import HeldOutText, held_out
 from megatron_btx.data.tokenizer import load_tokenizer
 from megatron_btx.engine import distributed
 from megatron_btx.engine.initializer import initialize

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_btx.data.documents import find_files
-from megatron_btx.data.heldout import Sample
+from megatron_btx.data.heldout_sequences import Sample
 from megatron_btx.data.tokenizer import given_tokenizer, tokenizer_of
 from megatron_btx.errors import UserError
 from megatron_btx.evaluate import btm

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from megatron_btx.data.heldout import Sample, held_out
+from megatron_btx.data.heldout_sequences import Sample, held_out
 from megatron_btx.errors import UserError
 from megatron_btx.evaluate.heldout_loss import evaluate
 from megatron_btx.evaluate.loss_on_text import EvalSetting, packed, whole_sequences

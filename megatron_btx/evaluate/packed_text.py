@@ -13,7 +13,7 @@ import torch
 
 from megatron_btx.data.documents import read_documents
 from megatron_btx.data.formats import format_of, token_pair
-from megatron_btx.data.heldout import Sample
+from megatron_btx.data.heldout_sequences import Sample
 from megatron_btx.data.tokenizer import Tokenizer
 from megatron_btx.errors import UserError
 

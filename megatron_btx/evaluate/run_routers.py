@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_btx.data.heldout import HeldOutText
+from megatron_btx.data.heldout_sequences import HeldOutText
 from megatron_btx.data.prepare import train_pairs
 from megatron_btx.engine.model import DTYPES
 from megatron_btx.errors import UserError

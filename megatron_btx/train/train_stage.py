@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_btx.data.boundaries import check_attention
-from megatron_btx.data.heldout import held_out
+from megatron_btx.data.heldout_sequences import held_out
 from megatron_btx.data.mixture import stage_data
 from megatron_btx.data.tokenizer import load_tokenizer
 from megatron_btx.engine import distributed, platform

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from megatron.core.datasets.gpt_dataset import _get_ltor_masks_and_position_ids
 
 from megatron_btx.data.boundaries import Boundaries, check_attention, document_begins
-from megatron_btx.data.heldout import held_out
+from megatron_btx.data.heldout_sequences import held_out
 from megatron_btx.data.mixture import stage_data
 from megatron_btx.data.tokenizer import load_tokenizer
 from megatron_btx.engine.platform import Platform

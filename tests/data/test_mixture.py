@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-from megatron_btx.data.heldout import held_out
+from megatron_btx.data.heldout_sequences import held_out
 from megatron_btx.data.mixture import Interleaved, StageData, stage_data
 from megatron_btx.data.prepare import prefix
 from megatron_btx.data.tokenizer import load_tokenizer

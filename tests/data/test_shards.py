@@ -24,7 +24,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from pyarrow import parquet
 
 from megatron_btx.data import parallel, tokenize
-from megatron_btx.data.heldout import held_out
+from megatron_btx.data.heldout_sequences import held_out
 from megatron_btx.data.mixture import stage_data
 from megatron_btx.data.prepare import begin, check, make_share, prepare, train_pairs
 from megatron_btx.data.tokenizer import load_tokenizer
