@@ -19,7 +19,7 @@ from pathlib import Path
 from megatron_btx.engine.model import DTYPES
 from megatron_btx.engine.simulated_ranks import Held, held, optimizer_bytes, rank, simulated_model
 from megatron_btx.errors import UserError
-from megatron_btx.evaluate.run_routers import not_yet
+from megatron_btx.evaluate.router_init_run import not_yet
 from megatron_btx.families.open_checkpoint import open_checkpoint
 from megatron_btx.pipeline import graph
 from megatron_btx.pipeline.import_checkpoint import aligned

@@ -29,7 +29,7 @@ from megatron_btx.engine.model import (
 )
 from megatron_btx.engine.optimizer import min_lr, optimizer_config
 from megatron_btx.errors import UserError, UserErrors
-from megatron_btx.evaluate.run_routers import not_yet, run_routers
+from megatron_btx.evaluate.router_init_run import not_yet, run_routers
 from megatron_btx.families.open_checkpoint import open_checkpoint
 from megatron_btx.files import newest_step, write_json
 from megatron_btx.mix.anchored import branch
