@@ -142,7 +142,7 @@ def centroids(
     """The file of `btx centroids` for this rule and spread: 16384 training tokens of each domain,
     for the seed of the domain that no expert has."""
     from megatron_btx.evaluate.centroids import as_file, routers
-    from megatron_btx.evaluate.router_rows import centroid_rows, ridge_rows
+    from megatron_btx.evaluate.router_init_rows import centroid_rows, ridge_rows
     from megatron_btx.mix.plans import open_sources, plan_of
 
     if not torch.distributed.is_initialized():

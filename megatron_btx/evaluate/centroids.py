@@ -32,7 +32,7 @@ from megatron_btx.evaluate.loss_on_text import EvalSetting, packed, whole_sequen
 from megatron_btx.evaluate.model_spec import Subject
 from megatron_btx.evaluate.models import opened, precision_of
 from megatron_btx.evaluate.predictor import NO_PROGRESS
-from megatron_btx.evaluate.router_rows import (
+from megatron_btx.evaluate.router_init_rows import (
     REGULARIZATION,
     Sums,
     centroid_rows,

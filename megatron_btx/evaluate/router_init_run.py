@@ -14,7 +14,7 @@ from megatron_btx.data.prepare import train_pairs
 from megatron_btx.engine.model import DTYPES
 from megatron_btx.errors import UserError
 from megatron_btx.evaluate.centroids import SPREAD, routers
-from megatron_btx.evaluate.router_rows import centroid_rows, ridge_rows
+from megatron_btx.evaluate.router_init_rows import centroid_rows, ridge_rows
 from megatron_btx.mix.plans import mix_plan
 from megatron_btx.mix.router_init import RouterInit
 from megatron_btx.recipe.schema import Recipe, Training

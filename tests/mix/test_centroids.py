@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from megatron_btx.errors import UserError
 from megatron_btx.evaluate.model_spec import parse
 from megatron_btx.evaluate.packed_text import PackedText
-from megatron_btx.evaluate.router_rows import (
+from megatron_btx.evaluate.router_init_rows import (
     joined,
     no_sums,
     read_sums,
