@@ -26,10 +26,10 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.distributed import all_gather_into_tensor
 
-from megatron_btx.engine.moe import loss_tracker, noise, routing
+from megatron_btx.engine.moe import loss_tracker, noise, routing_functions
 from megatron_btx.engine.moe.loss_tracker import BALANCE_LOSS
 from megatron_btx.engine.moe.router_config import check_config
-from megatron_btx.engine.moe.routing import Routes
+from megatron_btx.engine.moe.routing_functions import Routes
 from megatron_btx.errors import UserError
 from megatron_btx.recipe.schema import Routing
 
@@ -71,7 +71,7 @@ class BTXRouter(TopKRouter):
         super().__init__(config, pg_collection)
         self.recipe = routing
         self.random_seed = random_seed
-        self.function: str = routing.type
+        self.function: str = routing_functions.type
         self.noise_key = 0
         self.forced_expert: int | None = None
         self.dropless = False
@@ -96,7 +96,7 @@ class BTXRouter(TopKRouter):
         length, batch, num_experts = logits.shape
         logits = logits.view(-1, num_experts)
         if self.forced_expert is not None:
-            return routing.forced(logits, self.forced_expert, self.topk)
+            return routing_functions.forced(logits, self.forced_expert, self.topk)
         logits = self.apply_z_loss(logits)
         gates, routing_map = self.routes(logits, length)
         if self.training and torch.is_grad_enabled():
@@ -127,14 +127,18 @@ class BTXRouter(TopKRouter):
             pre_softmax = self.recipe.moe_router_pre_softmax
             return megatron_topk(logits, self.topk, use_pre_softmax=pre_softmax, fused=True)
         if self.function == "topk":
-            function = routing.topk_of_all if self.recipe.moe_router_pre_softmax else routing.topk
+            function = (
+                routing_functions.topk_of_all
+                if self.recipe.moe_router_pre_softmax
+                else routing_functions.topk
+            )
             return function(logits, self.topk)
         if self.function == "switch":
-            return routing.switch(logits)
+            return routing_functions.switch(logits)
         if self.function == "soft":
-            return routing.soft(logits)
+            return routing_functions.soft(logits)
         if not self.training and self.recipe.greedy:
-            return routing.draw_top1(logits, noise=None)
+            return routing_functions.draw_top1(logits, noise=None)
         context = noise.routing_context()
         if len(context.sequences) * length != len(logits):
             told = f"set_routing_context got {len(context.sequences)} sequences"
@@ -143,18 +147,18 @@ class BTXRouter(TopKRouter):
         drawn = noise.gumbel(self.noise_key, context, positions, self.num_experts)
         drawn = drawn.view_as(logits).to(logits.dtype)
         if not self.training:
-            return routing.draw_top1(logits, drawn)
-        tau = routing.temperature(
+            return routing_functions.draw_top1(logits, drawn)
+        tau = routing_functions.temperature(
             context.step, self.recipe.temperature_min, self.recipe.temperature_rate
         )
-        return routing.sample_top1(logits, drawn, tau.to(logits))
+        return routing_functions.sample_top1(logits, drawn, tau.to(logits))
 
     def _attach_balance_losses(
         self, gates: Tensor, routing_map: Tensor, logits: Tensor, length: int, batch: int
     ) -> Tensor:
         """Attach the paper's loss, then Megatron's own, computed before tokens are dropped: a loss
         on what an expert's capacity leaves would not see that the expert overflows."""
-        probabilities = routing.softmax(logits)
+        probabilities = routing_functions.softmax(logits)
         if self.recipe.balance_loss_coeff:
             gates = self._attach_paper_loss(gates, probabilities)
         if self.is_aux_loss_enabled():
@@ -168,7 +172,7 @@ class BTXRouter(TopKRouter):
         alpha, tokens = self.recipe.balance_loss_coeff, len(gates) * self.tp_cp_group.size()
         sums = torch.stack([gates.sum(0), probabilities.sum(0)])
         u, p = reduce_from_tensor_model_parallel_region(sums, self.tp_cp_group) / tokens
-        loss = routing.balance_loss(u, p, alpha)
+        loss = routing_functions.balance_loss(u, p, alpha)
         loss_tracker.record(
             BALANCE_LOSS,
             loss / alpha,
@@ -187,7 +191,7 @@ class BTXRouter(TopKRouter):
         positions, two under context parallelism; the counts in all earlier ranges give its own
         tokens' places in the experts' queues."""
         group, runs = self.tp_cp_group, 1 if self.cp_group.size() == 1 else 2
-        limit = routing.capacity(
+        limit = routing_functions.capacity(
             len(routing_map) * group.size(),
             self.num_experts,
             self.recipe.moe_expert_capacity_factor,
@@ -201,11 +205,11 @@ class BTXRouter(TopKRouter):
             all_gather_into_tensor(every, mine, group=group)
         earlier = every[:, 0] < starts  # [runs, all runs]
         before = (earlier.unsqueeze(2) * every[:, 1:]).sum(1)
-        return routing.within_capacity(queues, before, limit).view_as(routing_map)
+        return routing_functions.within_capacity(queues, before, limit).view_as(routing_map)
 
     def _positions(self, length: int, device: torch.device) -> Tensor:
         tp, cp = self.tp_group, self.cp_group
-        return routing.token_positions(
+        return routing_functions.token_positions(
             length, tp=(tp.rank(), tp.size()), cp=(cp.rank(), cp.size())
         ).to(device)
 

@@ -132,10 +132,10 @@ def paper(routing: Routing, gumbel: Tensor) -> tuple[Tensor, float]:
                 "switch": [g if g == max(full) else 0.0 for g in full],
                 "sample_top1": paper_sample(row, noise_row, tau),
                 "soft": full,
-            }[routing.type]
+            }[routing_functions.type]
         )
     loss = paper_balance(gates, rows, 1.0)
-    if routing.type == "switch":
+    if routing_functions.type == "switch":
         taken, limit = [0] * EXPERTS, -(-len(rows) // EXPERTS)  # capacity factor 1
         for gate_row in gates:
             for expert, gate in enumerate(gate_row):
@@ -400,12 +400,12 @@ def test_options_that_are_transformer_engines(ranks: Ranks) -> None:
 
 @pytest.mark.parametrize("pre_softmax", [False, True])
 def test_what_the_fused_kernel_computes_is_our_topk(pre_softmax: bool) -> None:
-    from megatron_btx.engine.moe import routing
+    from megatron_btx.engine.moe import routing_functions
     from megatron_btx.engine.moe.router import megatron_topk
 
     logits = draw(3, 40, EXPERTS)
     gates, chosen = megatron_topk(logits, 2, use_pre_softmax=pre_softmax, fused=False)
-    ours = (routing.topk_of_all if pre_softmax else routing.topk)(logits, 2)
+    ours = (routing_functions.topk_of_all if pre_softmax else routing_functions.topk)(logits, 2)
     torch.testing.assert_close(gates, ours[0], rtol=1e-6, atol=1e-7)
     assert torch.equal(chosen, ours[1])
 

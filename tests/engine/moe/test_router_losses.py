@@ -108,9 +108,9 @@ def test_loss_per_token_keeps_alpha(ranks: Ranks) -> None:
     two = sum(ranks.run(loss_per_token, 2, Layout(tensor_model_parallel_size=2)))
     weight = WEIGHT.double().requires_grad_()
     logits = HIDDEN_STATES.double().view(-1, HIDDEN) @ weight.t()
-    from megatron_btx.engine.moe import routing
+    from megatron_btx.engine.moe import routing_functions
 
-    u, p = routing.topk(logits, 2)[0].mean(0), logits.softmax(1).mean(0)
-    routing.balance_loss(u, p, 0.5).backward()
+    u, p = routing_functions.topk(logits, 2)[0].mean(0), logits.softmax(1).mean(0)
+    routing_functions.balance_loss(u, p, 0.5).backward()
     torch.testing.assert_close(one.double(), weight.grad, atol=1e-7, rtol=1e-4)
     torch.testing.assert_close(two, one)

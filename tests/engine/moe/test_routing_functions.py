@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from megatron_btx.engine.moe import noise, routing
+from megatron_btx.engine.moe import noise, routing_functions
 
 TOKENS, EXPERTS = 37, 5
 
@@ -55,12 +55,12 @@ def paper_balance(gates: list[list[float]], logits: list[list[float]], alpha: fl
 
 LOGITS, NOISE = draw(0, TOKENS, EXPERTS), draw(1, TOKENS, EXPERTS)
 ROUTES = {
-    "topk": (lambda x: routing.topk(x, 2), lambda row, _: paper_topk(row, 2)),
-    "topk of all": (lambda x: routing.topk(x, EXPERTS), lambda row, _: paper_soft(row)),
-    "switch": (routing.switch, lambda row, _: paper_switch(row)),
-    "soft": (routing.soft, lambda row, _: paper_soft(row)),
+    "topk": (lambda x: routing_functions.topk(x, 2), lambda row, _: paper_topk(row, 2)),
+    "topk of all": (lambda x: routing_functions.topk(x, EXPERTS), lambda row, _: paper_soft(row)),
+    "switch": (routing_functions.switch, lambda row, _: paper_switch(row)),
+    "soft": (routing_functions.soft, lambda row, _: paper_soft(row)),
     "sample_top1": (
-        lambda x: routing.sample_top1(x, NOISE[: len(x), : x.shape[1]], 0.7),
+        lambda x: routing_functions.sample_top1(x, NOISE[: len(x), : x.shape[1]], 0.7),
         lambda row, noise_row: paper_sample(row, noise_row, 0.7),
     ),
 }
@@ -80,15 +80,15 @@ def test_gates_are_the_papers(name: str) -> None:
 @pytest.mark.parametrize("experts", [5, 40])  # both ways to take a softmax
 @pytest.mark.parametrize("k", [2, 3])
 def test_topk_gates_sum_to_one(k: int, experts: int) -> None:
-    gates, routing_map = routing.topk(draw(3, 100, experts).float(), k)
+    gates, routing_map = routing_functions.topk(draw(3, 100, experts).float(), k)
     torch.testing.assert_close(gates.sum(1), torch.ones(100))
     assert torch.equal(routing_map.sum(1), torch.full((100,), k))
 
 
 def test_equal_logits_go_to_the_lower_index() -> None:
-    _, routing_map = routing.topk(torch.zeros(3, 8), 2)
+    _, routing_map = routing_functions.topk(torch.zeros(3, 8), 2)
     assert routing_map.tolist() == [[True, True] + [False] * 6] * 3
-    _, routing_map = routing.topk(torch.tensor([[1.0, 2.0, 0.0, 2.0, 2.0]]), 2)
+    _, routing_map = routing_functions.topk(torch.tensor([[1.0, 2.0, 0.0, 2.0, 2.0]]), 2)
     assert routing_map.tolist() == [[False, True, False, True, False]]
 
 
@@ -103,31 +103,33 @@ def test_balance_loss_is_the_papers_with_both_gradients(name: str) -> None:
     ours, paper = ROUTES[name]
 
     def loss(logits: Tensor) -> Tensor:
-        u, p = ours(logits)[0].mean(0), routing.softmax(logits).mean(0)
-        return routing.balance_loss(u, p, 0.03)
+        u, p = ours(logits)[0].mean(0), routing_functions.softmax(logits).mean(0)
+        return routing_functions.balance_loss(u, p, 0.03)
 
     rows = LOGITS.tolist()
     gates = [paper(*pair) for pair in zip(rows, NOISE.tolist(), strict=True)]
     assert float(loss(LOGITS)) == pytest.approx(paper_balance(gates, rows, 0.03), rel=1e-12)
     assert gradcheck(loss, draw(5, 6, EXPERTS).requires_grad_())
     u, p = draw(6, EXPERTS).requires_grad_(), draw(7, EXPERTS).requires_grad_()
-    routing.balance_loss(u, p, 0.03).backward()
+    routing_functions.balance_loss(u, p, 0.03).backward()
     torch.testing.assert_close(u.grad, 0.03 * EXPERTS * p.detach())
     torch.testing.assert_close(p.grad, 0.03 * EXPERTS * u.detach())
 
 
 def test_balance_loss_of_uniform_use_is_alpha() -> None:
     cycle = torch.stack([torch.tensor([2.0, 1.0, 0.5, -1.0]).roll(i) for i in range(4)])
-    for gates, _ in (routing.topk(cycle, 2), routing.soft(cycle)):
-        loss = routing.balance_loss(gates.mean(0), routing.softmax(cycle).mean(0), 0.01)
+    for gates, _ in (routing_functions.topk(cycle, 2), routing_functions.soft(cycle)):
+        loss = routing_functions.balance_loss(
+            gates.mean(0), routing_functions.softmax(cycle).mean(0), 0.01
+        )
         assert float(loss) == pytest.approx(0.01, rel=1e-6)
     quarter = torch.full((4,), 0.25)
-    assert float(routing.balance_loss(quarter, quarter, 0.25)) == 0.25
+    assert float(routing_functions.balance_loss(quarter, quarter, 0.25)) == 0.25
 
 
 def test_temperature_anneals_as_jang_et_al() -> None:
     def tau(step: int) -> float:
-        return float(routing.temperature(torch.tensor(step), 0.5, 1e-4))
+        return float(routing_functions.temperature(torch.tensor(step), 0.5, 1e-4))
 
     assert tau(0) == 1.0
     assert tau(3000) == pytest.approx(math.exp(-0.3), rel=1e-15)
@@ -145,9 +147,9 @@ def test_samples_follow_the_softmax() -> None:
     probabilities = logits.double().softmax(0)
     sigma = (probabilities * (1 - probabilities) / draws).sqrt()
     for gates, routing_map in (
-        routing.sample_top1(rows, gumbel, 0.5),
-        routing.sample_top1(rows, gumbel, 1.0),
-        routing.draw_top1(rows, gumbel),
+        routing_functions.sample_top1(rows, gumbel, 0.5),
+        routing_functions.sample_top1(rows, gumbel, 1.0),
+        routing_functions.draw_top1(rows, gumbel),
     ):
         assert torch.equal(routing_map.sum(1), torch.ones(draws, dtype=torch.long))
         assert torch.equal(routing_map, gates > 0)
@@ -156,30 +158,33 @@ def test_samples_follow_the_softmax() -> None:
 
 
 def test_cooling_hardens_the_sample() -> None:
-    means = [float(routing.sample_top1(LOGITS, NOISE, t)[0].sum(1).mean()) for t in (1, 0.5, 1e-4)]
+    means = [
+        float(routing_functions.sample_top1(LOGITS, NOISE, t)[0].sum(1).mean())
+        for t in (1, 0.5, 1e-4)
+    ]
     assert means[0] < means[1] < means[2]
     assert means[2] == pytest.approx(1, abs=1e-6)
 
 
 def test_inference_runs_one_expert_with_weight_one() -> None:
     for drawn, scores in ((None, LOGITS), (NOISE, LOGITS + NOISE)):
-        gates, routing_map = routing.draw_top1(LOGITS, drawn)
+        gates, routing_map = routing_functions.draw_top1(LOGITS, drawn)
         assert torch.equal(routing_map.int().argmax(1), scores.argmax(1))
         assert torch.equal(gates, routing_map.double())
         assert torch.equal(gates.sum(1), torch.ones(TOKENS, dtype=torch.float64))
 
 
 def test_forced_routing() -> None:
-    gates, routing_map = routing.forced(LOGITS, 4, 2)
+    gates, routing_map = routing_functions.forced(LOGITS, 4, 2)
     assert gates.dtype == LOGITS.dtype
     assert gates.tolist() == [[0, 0, 0, 0, 1]] * TOKENS
     assert routing_map.tolist() == [[True, False, False, False, True]] * TOKENS
 
 
 def test_capacity() -> None:
-    assert routing.capacity(8, 4, 1.5) == 3
-    assert routing.capacity(9, 4, 1.5) == 4  # 3.375
-    assert routing.capacity(10, 4, 1.2) == 3
+    assert routing_functions.capacity(8, 4, 1.5) == 3
+    assert routing_functions.capacity(9, 4, 1.5) == 4  # 3.375
+    assert routing_functions.capacity(10, 4, 1.2) == 3
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 5])
@@ -195,7 +200,7 @@ def test_each_expert_keeps_its_first_tokens(ranks: int) -> None:
     assert not all(kept)
     slices = torch.nn.functional.one_hot(choices, experts).bool().view(ranks, -1, experts)
     counts = slices.sum(1)
-    ours = routing.within_capacity(slices, counts.cumsum(0) - counts, limit)
+    ours = routing_functions.within_capacity(slices, counts.cumsum(0) - counts, limit)
     assert torch.equal(ours.view(-1, experts), expected)
 
 
@@ -207,7 +212,7 @@ def test_positions_of_every_slice(tp: int, cp: int) -> None:
     for cp_rank in range(cp):
         whole = torch.cat([chunks[cp_rank], chunks[2 * cp - 1 - cp_rank]])
         for tp_rank, part in enumerate(whole.chunk(tp)):
-            ours = routing.token_positions(len(part), tp=(tp_rank, tp), cp=(cp_rank, cp))
+            ours = routing_functions.token_positions(len(part), tp=(tp_rank, tp), cp=(cp_rank, cp))
             assert torch.equal(ours, part)
             seen += ours.tolist()
     assert sorted(seen) == list(range(length))
