@@ -15,15 +15,15 @@ from megatron_btx.cli.common import add_format_flag, command, recipe_files
 from megatron_btx.errors import UserError
 from megatron_btx.files import check_directory, written
 from megatron_btx.report import (
+    compare_bases,
     comparison,
     comparison_page,
     comparison_runs,
     comparison_tables,
     figure_files,
-    sweep,
 )
+from megatron_btx.report.compare_bases import Sweep
 from megatron_btx.report.comparison import Comparison
-from megatron_btx.report.sweep import Sweep
 from megatron_btx.report.table import tasks_table
 
 _EPILOG = """examples:
@@ -148,11 +148,11 @@ def _one(made: Comparison, against: list[str], title: str, tasks: dict[str, Any]
 def _sweep(made: Sweep, against: list[str], title: str) -> _Told:
     """Of several bases."""
     return _Told(
-        plain=sweep.plain(made, against),
+        plain=compare_bases.plain(made, against),
         files={
-            "json": sweep.as_json(made, against),
-            "md": sweep.markdown(made, against),
-            "html": sweep.page(made, title, against),
+            "json": compare_bases.as_json(made, against),
+            "md": compare_bases.markdown(made, against),
+            "html": compare_bases.page(made, title, against),
         },
         figures=[figure_files.of_sweep(made)],
     )

@@ -14,13 +14,13 @@ from typing import Any
 from megatron_btx.errors import UserError
 from megatron_btx.evaluate.results import MEAN, Results
 from megatron_btx.files import check_directory, check_file, written
-from megatron_btx.report import comparison_figures, run_figures, sweep, table
+from megatron_btx.report import compare_bases, comparison_figures, run_figures, table
+from megatron_btx.report.compare_bases import Sweep
 from megatron_btx.report.comparison import Comparison
 from megatron_btx.report.comparison_figures import Cost
 from megatron_btx.report.figure_svg import figure
 from megatron_btx.report.routing import MEASURES, RoutingView, heatmaps
 from megatron_btx.report.run_data import RunData
-from megatron_btx.report.sweep import Sweep
 from megatron_btx.svg import document, element
 
 FORMATS = ("svg", "png", "csv")
@@ -229,8 +229,10 @@ def of_sweep(made: Sweep) -> Figure:
     """Mean score of every system and base."""
     rows: list[list[Any]] = [["base", "system", "runs", "train_flops", "loss_mean", "spread_mean"]]
     for base, comparison in made.items():
-        for system in map(comparison.named, sweep.names(made)):
+        for system in map(comparison.named, compare_bases.names(made)):
             cost, spread = system.result.train_flops, system.spread.get(MEAN)
             losses = [system.loss[MEAN], spread]
             rows.append([base, system.name, len(system.losses), cost, *losses])
-    return Figure(name="compare", svg=figure([("", [("", sweep.picture(made))])]), rows=rows)
+    return Figure(
+        name="compare", svg=figure([("", [("", compare_bases.picture(made))])]), rows=rows
+    )
