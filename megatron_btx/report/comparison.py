@@ -21,7 +21,7 @@ from megatron_btx.files import find_json
 from megatron_btx.recipe.schema import Recipe
 from megatron_btx.recipe.stages import directory, expert_stage
 from megatron_btx.recipe.systems import SYSTEMS, rows
-from megatron_btx.report.paired import Paired
+from megatron_btx.report.paired_differences import Paired
 from megatron_btx.train import goodput, metrics
 
 SecondsOfLog = Callable[[Path], float | None]

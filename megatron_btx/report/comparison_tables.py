@@ -12,7 +12,7 @@ from megatron_btx.evaluate.routing_stats import choice_in_words
 from megatron_btx.pipeline.local.progress import amount, clock
 from megatron_btx.recipe.messages import aligned
 from megatron_btx.report.comparison import Comparison, System
-from megatron_btx.report.paired import Paired
+from megatron_btx.report.paired_differences import Paired
 from megatron_btx.report.table import untold
 
 UNKNOWN = "?"

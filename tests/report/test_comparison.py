@@ -17,7 +17,7 @@ from megatron_btx.evaluate.results import SystemResult
 from megatron_btx.report import comparison, comparison_figures, comparison_tables, figure_files
 from megatron_btx.report.comparison import Comparison, FinishedRun, System
 from megatron_btx.report.comparison_figures import frontier
-from megatron_btx.report.paired import Paired, student_t
+from megatron_btx.report.paired_differences import Paired, student_t
 from megatron_btx.train import goodput
 from tests.report.made import DEMO, FINAL, make_run
 
