@@ -37,7 +37,7 @@ from megatron_btx.recipe.schema import Routing as Routing
 from megatron_btx.recipe.schema import Training as Training
 from megatron_btx.weights.plan import Checkpoint as Checkpoint
 from megatron_btx.weights.plan import Plan as Plan
-from megatron_btx.weights.sharded import load_into_sharded as load_into_sharded
+from megatron_btx.weights.write_sharded_model import load_into_sharded as load_into_sharded
 from megatron_btx.weights.write_torch_dist import write_torch_dist as write_torch_dist
 
 __version__: str

@@ -19,7 +19,12 @@ from megatron.core import parallel_state
 from megatron_btx.engine.checkpoint import model_sharded_state_dict
 from megatron_btx.engine.checkpoint_hashes import check_hashes
 from megatron_btx.weights.plan import Plan
-from megatron_btx.weights.sharded import Replicas, Slab, load_into_sharded, slabs_to_make
+from megatron_btx.weights.write_sharded_model import (
+    Replicas,
+    Slab,
+    load_into_sharded,
+    slabs_to_make,
+)
 
 
 def initialize(model: torch.nn.Module, plan: Plan) -> dict[str, int]:

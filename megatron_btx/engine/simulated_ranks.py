@@ -25,7 +25,7 @@ from megatron_btx.errors import UserError
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.schema import Layout, Training
 from megatron_btx.weights.plan import Plan
-from megatron_btx.weights.sharded import Slab
+from megatron_btx.weights.write_sharded_model import Slab
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]
 """Offset and extent in a global tensor."""
