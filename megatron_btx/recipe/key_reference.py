@@ -1,7 +1,8 @@
 """Every key of a recipe with its type, default, range and meaning, from the schema alone; and a
 model as a recipe's block.
 
-``python -m megatron_btx.recipe.key_reference`` prints docs/recipe.md; ``btx keys [PREFIX]`` some of it.
+``python -m megatron_btx.recipe.key_reference`` prints docs/recipe.md; ``btx keys [PREFIX]`` a part
+of it.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from megatron_btx.recipe.schema import Layout, MegatronOptions, Model, Recipe, S
 
 _HEAD = """# Every key of a recipe
 
-Made from the schema by `python -m megatron_btx.recipe.key_reference > docs/recipe.md`; a test holds it
-current. `btx keys finetune` prints a part of it in the terminal, `btx plan RECIPE` checks a recipe.
+Made from the schema by `python -m megatron_btx.recipe.key_reference > docs/recipe.md`; a test holds
+it current. `btx keys finetune` prints a part of it in the terminal, `btx plan RECIPE` checks a
+recipe.
 
 - **Numbers**: `4_000_000`, `4e6`, `1e-4`; counts also with a suffix, small or capital: `60k`, `4M`,
   `80B` (or `80G`), `2T`. A number outside its range is an error with the line where it stands.

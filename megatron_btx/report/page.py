@@ -210,8 +210,8 @@ def _reading(facts: RunData, domains: Mapping[str, Any]) -> dict[str, Any]:
     read = epochs.reading(facts.recipe, trained, domains)
     rows = []
     for one in read:
-        epochs = "–" if one.epochs is None else f"{one.epochs:.2f}"
-        cells = [(one.stage, ""), (one.domain, "left"), (f"{one.tokens:,}", ""), (epochs, "")]
+        times = "–" if one.epochs is None else f"{one.epochs:.2f}"
+        cells = [(one.stage, ""), (one.domain, "left"), (f"{one.tokens:,}", ""), (times, "")]
         rows.append(("", cells))
     head = [("stage", ""), ("domain", "left"), ("tokens read", ""), ("epochs", "")]
     return {"read_head": head, "read_rows": rows, "warnings": epochs.warnings(read)}

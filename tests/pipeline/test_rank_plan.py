@@ -19,7 +19,7 @@ from megatron_btx.recipe.names import canonical_tensors
 from megatron_btx.recipe.schema import Training
 from megatron_btx.weights.plan import Checkpoint, Plan
 from megatron_btx.weights.source import Unread
-from tests.engine.test_thousand_ranks import JOBS, job
+from tests.engine.test_simulated_ranks import JOBS, job
 from tests.pipeline.conftest import TINY
 from tests.small import btx as run_btx
 

@@ -71,7 +71,7 @@ class BTXRouter(TopKRouter):
         super().__init__(config, pg_collection)
         self.recipe = routing
         self.random_seed = random_seed
-        self.function: str = routing_functions.type
+        self.function: str = routing.type
         self.noise_key = 0
         self.forced_expert: int | None = None
         self.dropless = False

@@ -132,10 +132,10 @@ def paper(routing: Routing, gumbel: Tensor) -> tuple[Tensor, float]:
                 "switch": [g if g == max(full) else 0.0 for g in full],
                 "sample_top1": paper_sample(row, noise_row, tau),
                 "soft": full,
-            }[routing_functions.type]
+            }[routing.type]
         )
     loss = paper_balance(gates, rows, 1.0)
-    if routing_functions.type == "switch":
+    if routing.type == "switch":
         taken, limit = [0] * EXPERTS, -(-len(rows) // EXPERTS)  # capacity factor 1
         for gate_row in gates:
             for expert, gate in enumerate(gate_row):
