@@ -67,7 +67,7 @@ def make_tokenizer(
     if seed is not None:
         given = _seeds_tokenizer(seed, given, wanted.path)
     if given is not None:
-        key = given.sha256
+        key = given.identity
     else:
         readers = {name: texts[name] for name in recipe.seed.data or texts}
         key = digest([wanted.vocab_size, wanted.train_bytes, sorted(readers),

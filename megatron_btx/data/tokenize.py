@@ -40,7 +40,7 @@ class TokenizeJob:
 
     def key(self, split: str, tokenizer: Tokenizer) -> str:
         """The key of the pair of a split."""
-        return digest([self.text.key(split, self.group.files), tokenizer.sha256])
+        return digest([self.text.key(split, self.group.files), tokenizer.identity])
 
     def shards(self, tokenizer: Tokenizer) -> list[Shard]:
         """Its shards, in order."""

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
 
 from megatron_btx.errors import UserError, shown
 from megatron_btx.files import write_json
+from megatron_btx.recipe.load import digest
 
 INFO = "tokenizer_info.json"
 """File beside the tokenizer's own, with the content of :meth:`Tokenizer.describe`."""
@@ -24,6 +26,8 @@ class Tokenizer(ABC):
     """Name of its defining file."""
     sha256: str
     """Of that file's bytes."""
+    settings: Mapping[str, str] = MappingProxyType({})
+    """Name -> sha256 of the files beside it that count."""
     vocab_size: int
     """One more than the largest id."""
     bos_id: int | None
@@ -31,6 +35,11 @@ class Tokenizer(ABC):
     """Ends every document."""
     begin_id: int | None
     """The token it adds before a text if special tokens are requested; ``None``: none."""
+
+    @property
+    def identity(self) -> str:
+        """Hash (hex) of all that decides the ids of a text and of its end."""
+        return digest([self.sha256, dict(self.settings)]) if self.settings else self.sha256
 
     @property
     def start_id(self) -> int:

@@ -78,6 +78,9 @@ class SentencePiece(Tokenizer):
             raise UserErrors(errors)
         there = {name: settings.directory / name for name in FILES}
         self._beside = {name: path.read_bytes() for name, path in there.items() if path.exists()}
+        self.settings = {
+            name: hashlib.sha256(data).hexdigest() for name, data in self._beside.items()
+        }
         found = {
             name: self._processor.piece_to_id(token.content)
             for name, token in settings.named.items()

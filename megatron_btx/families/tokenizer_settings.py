@@ -14,6 +14,7 @@ from megatron_btx.files import read_json
 CONFIG, MAP, ADDED = "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"
 FILES = (CONFIG, MAP, ADDED)
 
+_MODELS = ("tokenizer.json", "tokenizer.model")
 _EXTRA = ("additional_special_tokens", "extra_special_tokens")
 _FLAGS = {"lstrip", "rstrip", "single_word", "normalized", "special"}
 
@@ -70,6 +71,14 @@ class TokenizerSettings:
     def tokens(self) -> tuple[Token, ...]:
         """All tokens that the files name."""
         return (*self.added, *self.named.values(), *self.extra)
+
+
+def files_beside(path: Path) -> list[Path]:
+    """The files that count beside a tokenizer that is given by one of its files."""
+    if path.name not in (*_MODELS, CONFIG):
+        return []
+    names = [name for name in (*_MODELS[:1], *FILES) if name != path.name]
+    return [path.parent / name for name in names if (path.parent / name).is_file()]
 
 
 def read_settings(directory: Path) -> TokenizerSettings:

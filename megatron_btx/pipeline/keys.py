@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_btx.data.formats.part import pair_files
+from megatron_btx.families.tokenizer_settings import files_beside
 from megatron_btx.files import written
 from megatron_btx.recipe.load import digest
 from megatron_btx.recipe.schema import Recipe, Training
@@ -86,7 +87,9 @@ class StageKeys:
     def _tokenizer_part(self) -> list[Any]:
         recipe = self.recipe
         if recipe.tokenizer.path is not None:
-            return [recipe.tokenizer.type, self.memo.paths([recipe.tokenizer.path])]
+            given = Path(recipe.tokenizer.path)
+            files = [given, *files_beside(given)]
+            return [recipe.tokenizer.type, self.memo.paths(list(map(str, files)))]
         if recipe.mix.align_vocab:
             return self._aligned()
         if recipe.seed.from_ is not None:  # it comes along with the seed

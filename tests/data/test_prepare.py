@@ -22,6 +22,7 @@ from megatron_btx.data.prepare import check, prefix, prepare
 from megatron_btx.data.tokenized import read_tokenized
 from megatron_btx.data.tokenizer import load_tokenizer
 from megatron_btx.errors import UserError, UserErrors
+from megatron_btx.pipeline.keys import Memo, StageKeys
 from megatron_btx.recipe.schema import Domain, Model, Recipe, TokenizerBlock, Training
 from tests.data.conftest import TINY
 from tests.data.oracle import texts
@@ -219,6 +220,27 @@ def test_given_and_inherited_tokenizers(prepared: Prepared, tmp_path: Path) -> N
     bare = Training(from_=str(tmp_path / "bare"))
     with pytest.raises(UserError, match="without its tokenizer"):
         prepare(recipe_of(domains, seed=bare), tmp_path / "none")
+
+
+@pytest.mark.parametrize("given", ["", "tokenizer.json"])
+def test_the_files_beside_a_tokenizer_are_a_part_of_it(tmp_path: Path, given: str) -> None:
+    """Another end token in tokenizer_config.json: other tokens, and other keys of all stages."""
+    place = qwen(tmp_path / "theirs")
+    domains = {"a": Domain(train=(write(tmp_path / "a.jsonl", story(1, 200)),))}
+    block = TokenizerBlock(type="huggingface", path=str(place / given))
+    recipe = recipe_of(domains, tokenizer=block, seed=Training(tokens=1, data={"a": 1.0}))
+    keys, ends, last = set(), [], []
+    for end in ("<|endoftext|>", "<|im_end|>"):
+        config = json.loads((place / "tokenizer_config.json").read_text())
+        (place / "tokenizer_config.json").write_text(json.dumps({**config, "eos_token": end}))
+        keys.add(StageKeys(recipe, Memo()).key("seed", "seed", {}))
+        prepare(recipe, tmp_path / "out")
+        ends.append(load_tokenizer(tmp_path / "out" / "tokenizer").eos_id)
+        indexed = IndexedDataset(str(tmp_path / "out" / "data" / "a" / "train"))
+        last.append(int(indexed[0][-1]))
+    assert len(keys) == 2
+    assert last == ends
+    assert ends[0] != ends[1]
 
 
 def test_everything_wrong_is_said_at_once(tmp_path: Path) -> None:
