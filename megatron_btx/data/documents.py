@@ -29,12 +29,14 @@ SUFFIXES = (*_JSON, ".parquet", ".arrow", ".idx")
 by its content, not its name. The ``.idx`` of a Megatron pair stands for both files."""
 
 _COMPANIONS = re.compile(
-    r"readme.*|licen[cs]e.*|notice.*|copying.*|authors.*|citation.*|changelog.*|.*\.(md|rst|log)"
+    r"(readme|licen[cs]e|notice|copying|authors|citation|changelog).*|.*\.(md|rst|log)"
     r"|_success|_metadata|_common_metadata|.*\.(md5|sha1|sha256|sha512|crc|sig|asc|lock)"
     r"|(md5|sha1|sha256|sha512)sums?(\.txt)?|checksums?(\.txt)?"
-    r"|dataset_infos?\.json|dataset_dict\.json|state\.json|cache-.*\.arrow"
 )
-"""Files in a data directory that hold no text and are skipped, as hidden files are."""
+"""Files in a data directory that hold no text and are skipped, as hidden files are; unless they end
+in one of ``SUFFIXES``: ``citations.jsonl`` may well be text."""
+_OF_DATASETS = re.compile(r"dataset_infos?\.json|dataset_dict\.json|cache-.*\.arrow")
+"""Likewise, what the library ``datasets`` writes beside its data; and its state.json."""
 
 
 def find_files(paths: Sequence[str | Path], *, where: str) -> list[Path]:
@@ -104,10 +106,8 @@ def _in_directory(directory: Path, where: str) -> list[Path]:
     found: list[Path] = []
     others: list[Path] = []
     for file in sorted(_walk(directory, where)):
-        name = file.name.lower()
-        if _COMPANIONS.fullmatch(name) or (name.endswith(".bin") and is_prefix(file)):
-            continue
-        (found if name.endswith(SUFFIXES) else others).append(file)
+        if not _is_companion(file):
+            (found if file.name.lower().endswith(SUFFIXES) else others).append(file)
     if others:
         names = ", ".join(str(file.relative_to(directory)) for file in others[:5])
         more = f" and {len(others) - 5} more" if len(others) > 5 else ""
@@ -123,6 +123,21 @@ def _in_directory(directory: Path, where: str) -> list[Path]:
             "name a directory with such files, or the files themselves",
         )
     return _as_saved(directory, found, where)
+
+
+def _is_companion(file: Path) -> bool:
+    """Whether a file is skipped: it says something of others, or belongs to an ``.idx``."""
+    name = file.name.lower()
+    if name == "state.json" and _is_saved(file.parent):
+        return True
+    if name.endswith(SUFFIXES):
+        return _OF_DATASETS.fullmatch(name) is not None
+    return _COMPANIONS.fullmatch(name) is not None or (name.endswith(".bin") and is_prefix(file))
+
+
+def _is_saved(place: Path) -> bool:
+    """Whether ``datasets.save_to_disk`` wrote a directory."""
+    return all((place / name).is_file() for name in ("state.json", "dataset_info.json"))
 
 
 def _walk(directory: Path, where: str) -> Iterator[Path]:
@@ -156,7 +171,7 @@ def _as_saved(directory: Path, found: list[Path], where: str) -> list[Path]:
                 f"{place} is a DatasetDict with the splits {splits}",
                 "give the directory of one split",
             )
-        state = read_json(place / "state.json") if (place / "state.json").is_file() else {}
+        state = read_json(place / "state.json") if _is_saved(place) else {}
         if "_data_files" not in state:
             continue
         if state.get("_indices_data_files"):

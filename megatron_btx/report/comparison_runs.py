@@ -31,10 +31,11 @@ def runs_of(files: Sequence[Path], base: str | None, seeds: int) -> list[Finishe
     share is so trained by the simplest of them.
 
     Raises:
-        UserError: two would run in one directory; or under another random seed the held-out text
-            would be another.
+        UserError: two would run in one directory or be one row of the tables; or under another
+            random seed the held-out text would be another.
     """
     recipes = [load_recipe(file, base) for file in files]
+    _check_names(files, recipes)
     if seeds > 1:
         for recipe in recipes:
             _same_text(recipe)
@@ -52,6 +53,27 @@ def runs_of(files: Sequence[Path], base: str | None, seeds: int) -> list[Finishe
             what = f"two recipes of the comparison run in {place}"
             raise UserError("run_dir", what, "give each a `name:` of its own")
     return runs
+
+
+def _check_names(files: Sequence[Path], recipes: Sequence[Recipe]) -> None:
+    """That a row of the tables, which has a recipe's name, is one system: the same recipe under
+    other random seeds, and no ``btx`` of the name ``dense``."""
+    first: dict[str, tuple[Path, Recipe]] = {}
+    for file, recipe in zip(files, recipes, strict=True):
+        fix = "give it a `name:` of its own"
+        if recipe.name in _ROWS and recipe.system != recipe.name:
+            what = f"{recipe.name} is the name of another system's row, and this is {recipe.system}"
+            raise UserError(f"{file}: name", what, fix)
+        other, known = first.setdefault(recipe.name, (file, recipe))
+        if known is recipe:
+            continue
+        like = dataclasses.replace(known, run_dir=recipe.run_dir, random_seed=recipe.random_seed)
+        if like != recipe or known.random_seed == recipe.random_seed:
+            raise UserError(f"{file}: name", f"is {recipe.name}, as that of {other}", fix)
+
+
+_ROWS = ("seed", "dense")
+"""Of models that many systems have beside their own."""
 
 
 def _same_text(recipe: Recipe) -> None:

@@ -250,9 +250,12 @@ def test_what_a_directory_holds_is_read_or_refused(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"x")
     for name in ("README.md", "LICENSE", "SHA256SUMS", "_SUCCESS", ".hidden", "dataset_infos.json"):
         (tmp_path / name).write_bytes(b"x")
+    texts = ["citations.jsonl", "readmes.parquet", "changelog-2.jsonl.gz", "state.json"]
+    for name in texts:
+        (tmp_path / name).write_bytes(b"x")
     found = find_files([tmp_path], where="x")
     names = ["a.jsonl", "b.json.gz", "c.jsonl.zst", "d.json", "e.JSONL", "g.parquet"]
-    assert [file.name for file in found] == names
+    assert [file.name for file in found] == sorted([*names, *texts], key=str)
     for name in ("a.txt", "b.csv", "c.tar", "d.jsonl.lz4", "e.bin", "f"):
         (tmp_path / name).write_bytes(b"x")
         with pytest.raises(UserError, match=f"type: {name}"):

@@ -280,3 +280,31 @@ def test_time_in_training_steps() -> None:
     system = System(name="a", system="btx", result=SystemResult(name="btx", loss={}), losses={})
     assert system.train_seconds is None
     assert dataclasses.replace(system, seconds={1: 30.0, 2: 20.0}).train_seconds == 20.0
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "words"),
+    [
+        ("name: mine, system: btm", "name: mine, system: btx", "name: is mine, as that of"),
+        (
+            "name: mine",
+            "name: mine, random_seed: 2, mix: {router_init: zeros}",
+            "name: is mine, as that of",
+        ),
+        ("name: dense, system: btx", "name: b", "another system's row, and this is btx"),
+        ("name: mine", "name: mine, random_seed: 2", ""),
+    ],
+)
+def test_a_row_is_one_system(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], first: str, second: str, words: str
+) -> None:
+    """Recipes of one name are one row where they differ by their random seed alone."""
+    files = []
+    for number, keys in enumerate((first, second)):
+        files.append(tmp_path / f"{number}.yaml")
+        files[-1].write_text(f"{{base: {DEMO}, run_dir: runs/{number}, {keys}}}\n")
+    code = main(["compare", *map(str, files), "--out", str(tmp_path / "out"), "--dry-run"])
+    said = capsys.readouterr().err
+    assert code == (2 if words else 0), said
+    assert words in said
+    assert not (tmp_path / "out").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import re
 import signal
@@ -15,7 +16,7 @@ from megatron_btx.files import find_json
 from megatron_btx.recipe.load import load_recipe
 from megatron_btx.recipe.systems import rows
 from tests.slurm.cluster import wait
-from tests.slurm.conftest import branch, longer_finetune
+from tests.slurm.conftest import Run, branch, longer_finetune
 
 if TYPE_CHECKING:
     from tests.slurm.test_disturbed import Around
@@ -23,28 +24,30 @@ if TYPE_CHECKING:
 
 def a_rank_hangs(around: Around) -> None:
     """One of two is stopped: both say where they are, and the job is requeued."""
-    run = longer_finetune(around.whole, around.place("hangs"), "hang_minutes: 1\n")
+    minutes = _patience(around.whole, "finetune")
+    run = longer_finetune(around.whole, around.place("hangs"), f"hang_minutes: {minutes}\n")
     job = run.submit("--only", "finetune")["finetune"]
     run.training("finetune", job)
     os.kill(run.ranks("finetune")[-1], signal.SIGSTOP)
-    wait(lambda: "requeued: a rank hangs: rank " in run.out(), 300, "the requeue")
+    wait(lambda: "requeued: a rank hangs: rank " in run.out(), 240 + 60 * minutes, "the requeue")
     run.finished()
     row = run.status()["finetune"]
     assert (row["state"], row["restarts"] > 0) == ("done", True), run.out()
     first = (run.run_dir / "finetune" / "log" / "attempt-1.log").read_text()
     for rank in (0, 1):
-        assert f"{rank}: rank {rank}: nothing done for 1." in first
+        assert f"{rank}: rank {rank}: nothing done for " in first
     assert run.steps("finetune") == around.futures["a_finetuning"].result()
 
 
 def a_rank_hangs_as_it_evaluates(around: Around) -> None:
     """One of four is stopped in the middle of a model's text, and gives no sign; the others say in
     which function of the evaluation they wait for it."""
+    whole = around.whole
+    minutes = _patience(whole, "evaluate")
     text = (
-        "hang_minutes: 1\nevaluate: {tokens: 32_768, micro_batch_size: 1, "
+        f"hang_minutes: {minutes}\nevaluate: {{tokens: 32_768, micro_batch_size: 1, "
         "layout: {data_parallel_size: 4}}\n"
     )
-    whole = around.whole
     stages = ["prepare", "seed", "finetune", "dense"]
     stages += [f"expert-{domain}" for domain in ("code", "math", "prose")]
     run = branch(whole, around.place("hangs evaluating"), text, *stages)
@@ -57,14 +60,22 @@ def a_rank_hangs_as_it_evaluates(around: Around) -> None:
 
     wait(in_the_text, 600, "the evaluation to begin")
     os.kill(run.ranks("evaluate")[-1], signal.SIGSTOP)
-    wait(lambda: "requeued: a rank hangs: rank " in run.out(), 300, "the requeue")
+    wait(lambda: "requeued: a rank hangs: rank " in run.out(), 240 + 60 * minutes, "the requeue")
     run.finished()
     row = run.status()["evaluate"]
     assert (row["state"], row["restarts"] > 0) == ("done", True), run.out()
     first = (run.run_dir / "evaluate" / "log" / "attempt-1.log").read_text()
-    assert "nothing done for 1." in first
-    assert re.search(r'/evaluate/heldout\.py", line \d+ in evaluate\n', first), first
+    assert "nothing done for " in first
+    assert re.search(r'/evaluate/heldout_loss\.py", line \d+ in evaluate\n', first), first
     assert (run.run_dir / "results.json").exists()
+
+
+def _patience(whole: Run, stage: str) -> int:
+    """Minutes after which a rank hangs: one, or more where this machine is so busy that four ranks
+    need as long to start as the whole stage of two took."""
+    done = find_json(whole.run_dir / stage / "done.json")
+    assert done is not None
+    return max(1, math.ceil(2 * done["seconds"] / 60))
 
 
 def a_slow_rank(around: Around) -> None:
