@@ -4,15 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from megatron_btx.errors import UserError
 from megatron_btx.files import read_json
 from megatron_btx.recipe.architecture import Architecture
+from megatron_btx.recipe.fields import UTMOST, Range
 from megatron_btx.recipe.read_architecture import from_manifest
+from megatron_btx.recipe.typed import BAD, Reader
+from megatron_btx.recipe.yaml_tree import Node, tree_of
 
 FORMAT = "megatron_btx/1"
 MANIFEST = "manifest.json"
+
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+"""Special tokens of a ``config.json``, of which ``huggingface`` of a manifest keeps a copy."""
+_COUNTS = ("step", "consumed_samples", "tokens")
+_BESIDE: Mapping[str, Any] = {
+    **dict.fromkeys(_COUNTS, int | None),
+    "has_optimizer": bool,
+    "layout": dict[str, Any],
+    "tokenizer": dict[str, Any] | None,
+    "tokenizer.type": Literal["huggingface", "sentencepiece"],
+    "tokenizer.file": str,
+    "tokenizer.sha256": str | None,
+    "huggingface": dict[str, Any] | None,
+    "huggingface.model_type": str | None,
+}
+"""Types of what is read of a manifest beside the architecture, by its dotted key."""
+_NEEDED = ("tokenizer.type", "tokenizer.file")
+"""Of those, what a block must have that is there."""
 
 
 def read_manifest(
@@ -37,7 +58,44 @@ def read_manifest(
     manifest = read_json(path)
     if manifest.get("format") != FORMAT:
         raise UserError(str(path), f"not of the format {FORMAT}", again)
-    return from_manifest(manifest, path), manifest
+    architecture = from_manifest(manifest, path)
+    _check_beside(manifest, path)
+    return architecture, manifest
+
+
+def no_token(value: Any) -> tuple[str, str] | None:
+    """What is wrong with a value, and the fix, where it is no token's id, list of some, or null."""
+    ids = value if isinstance(value, list) else [value]
+    if value is None or all(type(n) is int and -1 <= n <= UTMOST for n in ids):
+        return None
+    return f"is {value!r:.60}, no token's id", "give a number, or null"
+
+
+def _check_beside(manifest: Mapping[str, Any], path: Path) -> None:
+    """That what a manifest says beside the architecture is of the types that it is used as: some
+    of it goes into a result that is hours away.
+
+    Raises:
+        UserErrors: everything that is not.
+    """
+    reader, nodes = Reader(noun="a manifest", strict=True), tree_of(manifest, path)
+    for key, hint in _BESIDE.items():
+        block, _, name = key.rpartition(".")
+        inside = nodes.value.get(block) if block else nodes
+        if inside is None or not isinstance(inside.value, dict):
+            continue
+        node = inside.value.get(name)
+        if node is None and key in _NEEDED:
+            reader.error(Node(None, path, 0, key), "is missing", "copy the file again")
+        elif node is not None and reader.value(hint, [node], key) is not BAD and key in _COUNTS:
+            wrong = None if node.value is None else Range(0, UTMOST).problem(node.value)
+            if wrong is not None:
+                reader.error(node, *wrong)
+    kept = nodes.value.get("huggingface")
+    for name in TOKENS if kept is not None and isinstance(kept.value, dict) else ():
+        if (wrong := no_token(manifest["huggingface"].get(name))) is not None:
+            reader.error(kept.value[name], *wrong)
+    reader.raise_errors()
 
 
 def _declared(directory: Path, given: Mapping[str, Any]) -> tuple[Architecture, dict[str, Any]]:

@@ -114,6 +114,16 @@ def manifest_cases() -> list[tuple[str, Any, str]]:
         ("moe.routing.moe_router_topk", "2", "moe.routing.moe_router_topk: is '2'"),
         ("format", "megatron_btx/9", "not of the format megatron_btx/1"),
         ("format", ["x"], "not of the format"),
+        ("huggingface", ["x"], "huggingface: is a list, not a mapping"),
+        ("huggingface", {"model_type": ["x"]}, "huggingface.model_type: is a list, not text"),
+        ("huggingface", {"eos_token_id": "x"}, "huggingface.eos_token_id: is 'x', no token's id"),
+        ("tokenizer", "x", "tokenizer: is text, not a mapping"),
+        ("tokenizer", {}, "tokenizer.type: is missing"),
+        ("tokenizer", {"type": "foo", "file": "x"}, "tokenizer.type: is 'foo'"),
+        ("tokenizer", {"type": "sentencepiece", "file": 3}, "tokenizer.file: is 3, not text"),
+        ("tokens", "abc", "tokens: is 'abc', not a whole number"),
+        ("tokens", -1, "tokens: is -1, out of range"),
+        ("layout", [], "layout: is a list, not a mapping"),
     ]
     return found
 
