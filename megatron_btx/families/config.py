@@ -20,6 +20,7 @@ from megatron_btx.recipe.count import resolved
 from megatron_btx.recipe.fields import UTMOST, Range
 from megatron_btx.recipe.typed import BAD, Reader
 from megatron_btx.recipe.yaml_tree import Node, tree_of
+from megatron_btx.weights.manifest import TOKENS, no_token
 
 OTHER = "convert a model whose config.json has no such value"
 
@@ -54,7 +55,6 @@ _IGNORED = {
     "how long the texts of training were; nothing reads it": "max_sequence_length",
 }
 """Reason -> keys that change nothing of what a model computes from tokens."""
-TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 HARMLESS = frozenset(key for keys in _IGNORED.values() for key in keys.split())
 """Those keys. An unknown one that is null, false or empty counts as absent."""
 
@@ -114,10 +114,8 @@ class ConfigReading:
     def tokens(self) -> None:
         """Note every special token that is no id, nor a list of some: they go into the result."""
         for key in TOKENS:
-            value = self.config.get(key)
-            ids = value if isinstance(value, list) else [value]
-            if value is not None and not all(type(n) is int and -1 <= n <= UTMOST for n in ids):
-                self.refuse(f"{key} is {value!r:.60}, no token's id", "give a number, or null")
+            if (wrong := no_token(self.config.get(key))) is not None:
+                self.refuse(f"{key} {wrong[0]}", wrong[1])
 
     def unknown(self) -> None:
         """Note every unknown field."""
@@ -148,9 +146,13 @@ class Field:
     required: bool = False
     default: Any = None
     """What an absent key means; ``None``: our own default."""
+    nullable: bool = False
+    """Whether null, unlike an absent key, means our own default."""
 
     def read(self, reading: ConfigReading) -> None:
         """The value as it is."""
+        if self.nullable and self.key in reading.config and reading.take(self.key) is None:
+            return
         value = reading.need(self.key) if self.required else reading.take(self.key, self.default)
         if value is not None:
             reading.model[self.ours] = value
@@ -163,16 +165,37 @@ class Field:
 
 
 @dataclass(frozen=True)
+class HeadDim:
+    """``head_dim`` in a family whose configuration does not have it: some makers write the one that
+    is computed without. Another is refused, as not every loader of the family reads the key."""
+
+    def read(self, reading: ConfigReading) -> None:
+        """Nothing else than ``hidden_size / num_attention_heads``."""
+        given = reading.typed(int, "head_dim", None)
+        width = reading.typed(int, "hidden_size", 0)
+        heads = reading.typed(int, "num_attention_heads", 0)
+        if given is not None and given * heads != width:
+            what = f"head_dim is {given}, for {heads} heads and hidden_size {width}"
+            reading.refuse(f"{what}; only hidden_size / num_attention_heads is supported")
+
+    def write(self, architecture: Architecture) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+
+@dataclass(frozen=True)
 class Fixed:
     """A key of one value, the only one that Megatron computes."""
 
     key: str
     value: Any
+    also: tuple[Any, ...] = ()
+    """Other words for the same, which are read and not written."""
 
     def read(self, reading: ConfigReading) -> None:
         """Absent, it has that value."""
         found = reading.take(self.key, self.value)
-        if found != self.value:
+        if found != self.value and found not in self.also:
             reading.refuse(f"{self.key} is {found!r}; only {self.value!r} is supported")
 
     def write(self, architecture: Architecture) -> dict[str, Any]:
@@ -193,6 +216,29 @@ class Stated:
         found = reading.take(self.key, self.value)
         if found != self.value:
             reading.refuse(f"{self.key} is {found!r}; only {self.value!r} is computed")
+
+    def write(self, architecture: Architecture) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+
+@dataclass(frozen=True)
+class OwnCode:
+    """``auto_map``: the makers' own code, where it is that of ``transformers``. It is not
+    written."""
+
+    names: Mapping[str, str]
+    """Auto class -> module and class in the makers' directory."""
+
+    def read(self, reading: ConfigReading) -> None:
+        """Each class by its name, without the repository that it would be loaded from."""
+        found = reading.typed(dict[str, str], "auto_map", {})
+        for auto, name in found.items():
+            own = name.rpartition("--")[2]
+            if self.names.get(auto) != own:
+                what = f"auto_map names {own} as its {auto}, which is not known to be "
+                fix = "remove auto_map from a copy of the directory's config.json if the weights "
+                reading.refuse(f"{what}transformers' own class", f"{fix}are of transformers' class")
 
     def write(self, architecture: Architecture) -> dict[str, Any]:
         """Nothing."""

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from megatron_btx.errors import UserError
-from megatron_btx.families.config import TOKENS
 from megatron_btx.families.hf import family_of, to_hf, wanted
 from megatron_btx.families.llama_cpp import without_misread
 from megatron_btx.weights.directory import as_json
 from megatron_btx.weights.execute import ONE_BY_ONE, Execution
+from megatron_btx.weights.manifest import TOKENS
 from megatron_btx.weights.megatron import open_megatron
 from megatron_btx.weights.plan import Checkpoint, Plan
 from megatron_btx.weights.write_safetensors import SHARD, write_safetensors

@@ -3,7 +3,17 @@
 
 from __future__ import annotations
 
-from megatron_btx.families.config import Always, ConfigPart, Field, Fixed, Stated, Tied, Unread
+from megatron_btx.families.config import (
+    Always,
+    ConfigPart,
+    Field,
+    Fixed,
+    HeadDim,
+    OwnCode,
+    Stated,
+    Tied,
+    Unread,
+)
 from megatron_btx.families.family import Family
 from megatron_btx.families.positions import LayerWindows, NoRope, Positions, Rope, Window
 from megatron_btx.families.table import Row, Table, fused_qkv, gate_up, qkv
@@ -64,14 +74,15 @@ _FIELDS: tuple[ConfigPart, ...] = (
     Field("rms_norm_eps", "layernorm_epsilon", required=True),
     Field("initializer_range", "init_method_std"),
     Positions(),
-    Fixed("hidden_act", "silu"),
+    Fixed("hidden_act", "silu", also=("swish",)),  # one function in ACT2FN
     Stated("is_causal", True),  # transformers 5 masks nothing where it is false
 )
 FIELDS: tuple[ConfigPart, ...] = (*_FIELDS, Tied())
 """What all of them have."""
 WIDTH = Field("intermediate_size", "ffn_hidden_size", required=True)
-GROUPS = Field("num_key_value_heads", "num_query_groups", required=True)
-"""Not required of Llama: where it is absent, each of the others has another number."""
+GROUPS = Field("num_key_value_heads", "num_query_groups", required=True, nullable=True)
+"""Where it is null, there are as many as heads; where absent, each family has another number, but
+for Llama, Phi-3 and Granite, of which it is not required."""
 HEAD_DIM = Field("head_dim", "kv_channels")
 
 LLAMA = Family(
@@ -138,9 +149,9 @@ PHI3 = Family(
         Stated("attention_bias", False),
         Stated("partial_rotary_factor", 1.0),
         Unread("original_max_position_embeddings"),  # only longrope's
+        HeadDim(),
         # Its makers' own code, which is that of transformers.
-        Stated(
-            "auto_map",
+        OwnCode(
             {
                 "AutoConfig": "configuration_phi3.Phi3Config",
                 "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM",
@@ -163,6 +174,7 @@ GRANITE = Family(
         *FIELDS,
         WIDTH,
         Field("num_key_value_heads", "num_query_groups"),
+        HeadDim(),
         Rope(1e4),
         *MULTIPLIERS,
         Fixed("attention_bias", False),
@@ -178,6 +190,7 @@ SMOLLM3 = Family(
         Tied(absent=True),
         WIDTH,
         GROUPS,
+        HeadDim(),
         Rope(2e6),
         NoRope(),
         LayerWindows(from_layer=False, absent=None),

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from megatron_btx.families.config import Always, ConfigReading, Field, Fixed
+from megatron_btx.families.config import Always, ConfigReading, Field, Fixed, HeadDim, Unread
 from megatron_btx.families.family import Family
 from megatron_btx.families.hf_routing import HFRouting
 from megatron_btx.families.llama import (
@@ -149,6 +149,8 @@ class Experts:
 
 
 _QWEN_EXPERTS = experts("mlp", "gate_proj", "up_proj", "down_proj")
+_STATED_GROUPS = replace(GROUPS, nullable=False)
+"""No version of ``transformers`` computes one of Qwen's mixtures where it is null."""
 _EVERY_LAYER = (Fixed("decoder_sparse_step", 1), Fixed("mlp_only_layers", []))
 
 
@@ -169,7 +171,7 @@ MIXTRAL = Family(
         Rope(1e6),
         Window(),
         Experts(("num_local_experts",), normalised=True),
-        Fixed("router_jitter_noise", 0.0),
+        Unread("router_jitter_noise"),  # of training alone
     ),
 )
 QWEN2_MOE = Family(
@@ -187,7 +189,7 @@ QWEN2_MOE = Family(
         ),
         Always("moe_shared_expert_gate", True),
         Field("qkv_bias", "add_qkv_bias", default=True),
-        GROUPS,
+        _STATED_GROUPS,
         HEAD_DIM,
         Rope(1e4),
         LayerWindows(from_layer=False),
@@ -206,7 +208,7 @@ QWEN3_MOE = Family(
         ExpertWidth("moe_intermediate_size"),
         Always("qk_layernorm", True),
         Fixed("attention_bias", False),
-        GROUPS,
+        _STATED_GROUPS,
         HEAD_DIM,
         Rope(1e4),
         Window(absent=4096, switch=True),
@@ -223,6 +225,7 @@ GRANITEMOE = Family(
         *FIELDS,
         ExpertWidth("intermediate_size"),
         Field("num_key_value_heads", "num_query_groups"),
+        HeadDim(),
         Rope(1e4),
         Experts(("num_local_experts",), normalised=True),
         *MULTIPLIERS,

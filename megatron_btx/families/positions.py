@@ -138,6 +138,22 @@ class NoRope:
         return {"no_rope_layers": [1 - each for each in skipped]}
 
 
+def _read_window(reading: ConfigReading, absent: int | None) -> int | None:
+    """``sliding_window``, of which null is no window; ``absent``: what ``transformers`` takes where
+    the key is not there."""
+    seen: int | None = reading.typed(int, "sliding_window", None)
+    return seen if "sliding_window" in reading.config else absent
+
+
+def _set_window(reading: ConfigReading, seen: int) -> None:
+    """As Megatron's ``window_size``, which does not count the token itself."""
+    if seen == 0:  # where it counts: Qwen2-MoE's says 0 where it is switched off
+        reading.refuse("sliding_window is 0", "give at least 1, or null for no window")
+        return
+    reading.model["window_size"] = (seen - 1, 0)
+    reading.keys["window_size"] = "sliding_window"
+
+
 @dataclass(frozen=True)
 class Window:
     """``sliding_window`` of every layer: W tokens, itself among them; null: no window."""
@@ -148,20 +164,17 @@ class Window:
     """Whether it counts only under ``use_sliding_window``."""
 
     def read(self, reading: ConfigReading) -> None:
-        """As Megatron's ``window_size``, which does not count the token itself."""
-        seen = reading.typed(int, "sliding_window", None)
-        if "sliding_window" not in reading.config:
-            seen = self.absent
+        """Of every layer."""
+        seen = _read_window(reading, self.absent)
         if self.switch:
             first = reading.typed(int, "max_window_layers", 0)
             if not reading.typed(bool, "use_sliding_window", False):
                 seen = None
-            elif first != 0:
+            elif first != 0 and seen is not None:
                 what = f"use_sliding_window is on and max_window_layers {first!r}"
                 reading.refuse(f"{what}: the versions of transformers disagree about what it means")
         if seen is not None:
-            reading.model["window_size"] = (seen - 1, 0)
-            reading.keys["window_size"] = "sliding_window"
+            _set_window(reading, seen)
 
     def write(self, architecture: Architecture) -> dict[str, Any]:
         """The window, where all layers have it."""
@@ -185,12 +198,14 @@ class LayerWindows:
         """``window_size``, and which layers where not all have it."""
         types = reading.typed(tuple[str, ...], "layer_types", None)
         on = reading.typed(bool, "use_sliding_window", False)
-        seen = reading.typed(int, "sliding_window", self.absent)
+        seen = _read_window(reading, self.absent)
         full = reading.typed(int, "max_window_layers", 28)
         layers = reading.typed(int, "num_hidden_layers", 0, high=10_000)
         if not on:
             if types and set(types) != {"full_attention"}:
                 reading.refuse("layer_types has windows, use_sliding_window is not on")
+            return
+        if types is None and seen is None:
             return
         if types is None:
             if not self.from_layer:
@@ -204,9 +219,8 @@ class LayerWindows:
         freq = tuple(int(kind == "sliding_attention") for kind in types)
         if any(freq) and seen is None:
             reading.refuse("layer_types has windows, and there is no sliding_window")
-        elif any(freq):
-            reading.model["window_size"] = (seen - 1, 0)
-            reading.keys["window_size"] = "sliding_window"
+        elif seen is not None and any(freq):
+            _set_window(reading, seen)
         if any(freq) and not all(freq):
             reading.model["window_attn_skip_freq"] = freq
 
