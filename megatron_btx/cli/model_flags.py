@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_btx.cli.common import renamed
-from megatron_btx.errors import UserError, UserErrors
+from megatron_btx.errors import UserError, UserErrors, shown
 from megatron_btx.pipeline import eval_ranks
 from megatron_btx.recipe.messages import number
 from megatron_btx.recipe.schema import Layout
@@ -83,13 +83,18 @@ def add_task_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
+_DIGITS = 100
+"""Of a number, far more than any has: Python reads no more than some thousand."""
+
+
 def layout_of(words: Sequence[str]) -> Layout:
     """``--layout``.
 
     Raises:
-        UserErrors: unknown keys and values that are no positive number.
+        UserErrors: unknown keys, and values that are no positive number or out of the key's range.
     """
-    fields = {one.name for one in dataclasses.fields(Layout)} - {"sequence_parallel"}
+    fields = {one.name: one for one in dataclasses.fields(Layout)}
+    del fields["sequence_parallel"]
     given: dict[str, Any] = {}
     errors = []
     for word in words:
@@ -97,10 +102,12 @@ def layout_of(words: Sequence[str]) -> Layout:
         if key not in fields:
             fix = f"use {', '.join(sorted(fields))}"
             errors.append(UserError("--layout", f"{key} is not a key of a layout", fix))
-        elif not value.isdecimal() or int(value) < 1:
+        elif not value.isdecimal() or len(value) > _DIGITS or int(value) < 1:
             errors.append(
-                UserError("--layout", f"{word} is not a positive number", f"write {key}=2")
+                UserError("--layout", f"{shown(word)} is not a positive number", f"write {key}=2")
             )
+        elif (wrong := fields[key].metadata["range"].problem(int(value))) is not None:
+            errors.append(UserError(f"--layout {key}", *wrong))
         else:
             given[key] = int(value)
     if errors:
@@ -181,7 +188,7 @@ def data_of(words: Sequence[str]) -> dict[str, list[str]]:
     """``--data``: files by name, absolute.
 
     Raises:
-        UserErrors: no name, or a file that is not there.
+        UserErrors: no name, no file, or a file that is not there.
     """
     found: dict[str, list[str]] = {}
     errors = []
@@ -192,7 +199,10 @@ def data_of(words: Sequence[str]) -> dict[str, list[str]]:
             errors.append(UserError("--data", f"{word} has no name", fix))
             continue
         for file in files.split(","):
-            if not Path(file).exists():
+            if not file:  # it would be the current directory
+                fix = f"write {name}=FILE,FILE"
+                errors.append(UserError(f"--data {name}", f"{word} has an empty file name", fix))
+            elif not Path(file).exists():
                 errors.append(UserError(f"--data {name}", f"{file} does not exist"))
             found.setdefault(name, []).append(str(Path(file).absolute()))
     if errors:

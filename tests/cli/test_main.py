@@ -16,7 +16,8 @@ import pytest
 
 from megatron_btx import __version__
 from megatron_btx.cli.main import _COMMANDS, _parser, main
-from megatron_btx.cli.model_flags import counted
+from megatron_btx.cli.model_flags import counted, data_of, layout_of
+from megatron_btx.errors import UserError
 from megatron_btx.pipeline import state
 from tests.bad import Bad, Commands
 from tests.report.made import make_run
@@ -178,6 +179,31 @@ def test_counts_are_written_as_in_recipes() -> None:
     for text in ("1.5", "k", "many", "nan"):
         with pytest.raises(argparse.ArgumentTypeError, match="whole number"):
             counted(text)
+
+
+@pytest.mark.parametrize("entry", ["code=", "code={here},", "code=,{here}", "code={here},,{here}"])
+def test_no_file_is_not_the_current_directory(entry: str, tmp_path: Path) -> None:
+    assert data_of([f"code={tmp_path}"]) == {"code": [str(tmp_path)]}
+    with pytest.raises(UserError, match="--data code: code=.* has an empty file name"):
+        data_of([entry.format(here=tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("word", "words"),
+    [
+        ("data_parallel_size=" + "9" * 5000, r"5,019 characters\) .* is not a positive number"),
+        ("data_parallel_size=1000000000", "--layout data_parallel_size: is 1000000000, out of"),
+        (
+            "virtual_pipeline_model_parallel_size=1",
+            "virtual_pipeline_model_parallel_size: is 1, out",
+        ),
+        ("num_threads=0", "num_threads=0 is not a positive number"),
+        ("sequence_parallel=1", "sequence_parallel is not a key of a layout"),
+    ],
+)
+def test_a_layout_on_the_command_line_has_the_ranges_of_a_recipe(word: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        layout_of([word])
 
 
 def test_stages_by_hand(tmp_path: Path) -> None:
