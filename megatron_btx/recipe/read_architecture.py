@@ -23,6 +23,9 @@ _MOST_FFNS = 10**6
 """Layers times experts, far above all that exists: a plan of more would not end."""
 
 
+_VOCABULARY: Range = like(TokenizerBlock, "vocab_size").metadata["range"]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _MoE:
     num_moe_experts: int | None = within(1, MOST_EXPERTS, default=None)
@@ -33,7 +36,7 @@ class _MoE:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Entries:
     model: Model
-    vocab_size: int = within(1, like(TokenizerBlock, "vocab_size").metadata["range"].high)
+    vocab_size: int = within(1, _VOCABULARY.high)
     padded_vocab_size: int | None = within(1, 10**9, default=None)
     moe: _MoE | None
 
@@ -129,6 +132,7 @@ def stated_vocabulary(seed: Path) -> int | None:
     try:
         directory = seed if (seed / "manifest.json").exists() else newest_step(seed) or seed
         manifest = find_json(directory / "manifest.json")
-        return int((manifest or find_json(directory / "config.json") or {})["vocab_size"])
-    except (OSError, KeyError, ValueError, TypeError):
+        stated = (manifest or find_json(directory / "config.json") or {}).get("vocab_size")
+    except (OSError, ValueError):
         return None
+    return stated if type(stated) is int and _VOCABULARY.problem(stated) is None else None

@@ -15,6 +15,7 @@ import yaml
 from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.families.hf import FAMILIES, read_config
 from megatron_btx.recipe.architecture import Architecture
+from megatron_btx.recipe.read_architecture import stated_vocabulary
 from megatron_btx.recipe.schema import Model, Routing
 from megatron_btx.weights.manifest import FORMAT, read_manifest
 from megatron_btx.weights.megatron_lm_args import architecture_of, settings_of
@@ -159,6 +160,23 @@ def test_entries_that_are_missing(tmp_path: Path) -> None:
     path.write_text("[]")
     with pytest.raises(UserError, match="holds no JSON object"):
         read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("32000", 32000), ("1e999", None), ("-5", None), ("0", None), ("1e3", None), ("3.7", None),
+        ("true", None), ('"32000"', None), ("1" + "0" * 90, None), ("1" + "0" * 5000, None),
+        ("100000001", None), ("[5]", None),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("file", ["config.json", "manifest.json"])
+def test_a_stated_vocabulary_is_a_number_of_tokens(
+    file: str, text: str, size: int | None, tmp_path: Path
+) -> None:
+    """What a recipe is planned with before its seed is opened."""
+    (tmp_path / file).write_text(f'{{"vocab_size": {text}}}')
+    assert stated_vocabulary(tmp_path) == size
 
 
 SETTINGS = {**asdict(MODEL), "vocab_size": 100}
