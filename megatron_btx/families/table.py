@@ -14,9 +14,8 @@ from itertools import accumulate
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.count import expert_width, kv_channels, query_groups
 from megatron_btx.recipe.schema import Model
-from megatron_btx.weights.arrange import Cat
 from megatron_btx.weights.expression import Expression
-from megatron_btx.weights.ops import item, reshape, rows, stack
+from megatron_btx.weights.ops import cat, item, reshape, rows, stack
 
 
 @dataclass(frozen=True)
@@ -31,13 +30,13 @@ class Interleave:
     def join(self, parts: Sequence[Expression]) -> Expression:
         """``[groups * size, ...]`` of each part -> ``[groups * sum(sizes), ...]``."""
         if self.groups == 1:
-            return Cat(tuple(parts), 0)
+            return cat(parts)
         rest = parts[0].shape[1:]
         grouped = tuple(
             reshape(part, (self.groups, size, *rest))
             for part, size in zip(parts, self.sizes, strict=True)
         )
-        return reshape(Cat(grouped, 1), (self.groups * sum(self.sizes), *rest))
+        return reshape(cat(grouped, 1), (self.groups * sum(self.sizes), *rest))
 
     def split(self, whole: Expression) -> list[Expression]:
         """The parts of what :meth:`join` joined."""

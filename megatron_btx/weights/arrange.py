@@ -98,8 +98,10 @@ class Cat:
     def __post_init__(self) -> None:
         rest = {_without(part.shape, self.dim) for part in self.parts}
         kinds = {part.dtype for part in self.parts}
-        if len(rest) != 1 or len(kinds) != 1:
-            raise ValueError(f"cannot concatenate shapes {rest} of dtypes {kinds}")
+        flat = any(len(part.shape) <= self.dim for part in self.parts)
+        if flat or len(rest) != 1 or len(kinds) != 1:
+            shapes = sorted({part.shape for part in self.parts})
+            raise ValueError(f"cannot concatenate shapes {shapes} of dtypes {kinds}")
 
     @property
     def shape(self) -> Shape:

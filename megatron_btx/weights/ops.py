@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from math import prod
@@ -55,9 +56,16 @@ def item(of: Expression, index: int) -> Expression:
     return reshape(rows(of, index, index + 1), of.shape[1:])
 
 
+def cat(parts: Sequence[Expression], dim: int = 0) -> Expression:
+    """Expressions side by side along ``dim``; of several dtypes, in the one that holds the values
+    of all of them (``torch.promote_types``), so that nothing is rounded."""
+    common = functools.reduce(torch.promote_types, (part.dtype for part in parts))
+    return Cat(tuple(part.to(common) for part in parts), dim)
+
+
 def stack(parts: Sequence[Expression]) -> Expression:
-    """Expressions of one shape along a new first dimension."""
-    return Cat(tuple(reshape(part, (1, *part.shape)) for part in parts), 0)
+    """Expressions of one shape along a new first dimension, of dtypes as :func:`cat`."""
+    return cat([reshape(part, (1, *part.shape)) for part in parts])
 
 
 def mean(

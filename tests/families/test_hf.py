@@ -12,6 +12,7 @@ from megatron_btx.errors import UserError
 from megatron_btx.families import open_hf
 from megatron_btx.families.export import write_hf
 from megatron_btx.mix.one_model import copy
+from megatron_btx.weights.box import whole
 from megatron_btx.weights.source import read_whole
 from tests.families.made import LLAMA3, make
 
@@ -118,6 +119,38 @@ def models(tmp_path_factory):
     for name, place in places.items():
         make(name, place)
     return places
+
+
+MIXED = [
+    ("llama", "q_proj", torch.float32),
+    ("llama", "k_proj", torch.float16),
+    ("mixtral", "experts.0.w1", torch.float32),
+    ("qwen3 moe", "gate_proj", torch.float32),
+]
+
+
+@pytest.mark.parametrize(("name", "part", "dtype"), MIXED)
+def test_parts_of_several_dtypes_are_rounded_once(models, tmp_path, name, part, dtype):
+    """bf16 but for some parts of what Megatron fuses: in fp32 as they are, and in bf16 as if each
+    had been rounded before they were joined."""
+    tensors = load_file(models[name] / "model.safetensors")
+    tensors = {key: t.to(dtype if part in key else torch.bfloat16) for key, t in tensors.items()}
+    assert {tensor.dtype for tensor in tensors.values()} == {dtype, torch.bfloat16}
+
+    def opened(case, to):
+        (tmp_path / case).mkdir()
+        (tmp_path / case / "config.json").symlink_to(models[name] / "config.json")
+        cast = {key: t.to(to) if to else t for key, t in tensors.items()}
+        save_file(cast, tmp_path / case / "model.safetensors")
+        return open_hf(tmp_path / case, "m")
+
+    mixed = opened("mixed", None)
+    for to in (torch.float32, torch.bfloat16):
+        plan, oracle = copy(mixed, dtype=to), copy(opened(str(to), to), dtype=to)
+        for key, target in plan.targets.items():
+            box, stored = whole(target.shape), plan.resolved(target)
+            assert torch.equal(plan.evaluate(key), oracle.evaluate(key)), key
+            assert torch.equal(stored.evaluate(box, plan.read_stored), oracle.evaluate(key)), key
 
 
 @pytest.mark.parametrize(("name", "change", "found"), BAD)
