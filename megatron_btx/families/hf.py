@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def open_hf(path: Path | str, label: str) -> Checkpoint:
     """
     path = Path(path)
     family, architecture, config = read_config(path)
-    source = SafetensorsSource(path)
+    source = SafetensorsSource(path, ignored=IGNORED)
     if (unlike := not_as_saved(source.tensors, str(path))) is not None:
         raise unlike
     untied = architecture.model.untie_embeddings_and_output_weights
@@ -187,9 +188,11 @@ def _check_tied(source: SafetensorsSource, path: Path) -> None:
     stored = source.tensors
     if HEAD not in stored or EMBEDDING not in stored:
         return
-    same = stored[HEAD][0] == stored[EMBEDDING][0]
     shape = stored[HEAD][0]
-    rows = max(1, (1 << 22) // max(1, *shape[1:]))  # 16 MiB of fp32 at a time
+    same = shape == stored[EMBEDDING][0]
+    if same and len(shape) != 2:
+        return  # the embedding's own shape is told
+    rows = max(1, (1 << 22) // max(1, prod(shape[1:])))  # 16 MiB of fp32 at a time
     for first in range(0, shape[0] if same else 0, rows):
         box = ((first, min(first + rows, shape[0])), *((0, size) for size in shape[1:]))
         head, embedding = (source.read(name, box) for name in (HEAD, EMBEDDING))

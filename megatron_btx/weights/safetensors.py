@@ -6,7 +6,8 @@ range) and the tensors' bytes; nothing in it can run code.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -20,6 +21,7 @@ from megatron_btx.files import parse_json
 from megatron_btx.weights.box import Box, Shape, sizes
 from megatron_btx.weights.find_checkpoint import index_of, weight_files
 from megatron_btx.weights.mmap_io import read_box
+from megatron_btx.weights.plan import Ignore
 from megatron_btx.weights.source import FileSource
 
 DTYPES = {
@@ -28,6 +30,8 @@ DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
+_NUMBERS = ("I64", "BOOL")
+"""Of no quantised weight: indices and masks."""
 _MAX_HEADER = 16 << 20
 """Bytes: 100,000 tensors. The format allows 100 MB, which would take gigabytes as JSON."""
 
@@ -49,18 +53,22 @@ class _Stored:
 class SafetensorsSource(FileSource[_Stored]):
     """The tensors of a ``.safetensors`` file, or of a model's directory.
 
+    Args:
+        path: the file or the directory.
+        ignored: tensors that are no weights. Of a dtype that no weight has, they are left out.
+
     Raises:
         UserErrors: a shard missing, truncated or corrupt, a tensor of an index that no file holds
             (or twice); all of them at once.
     """
 
-    def __init__(self, path: Path | str) -> None:
+    def __init__(self, path: Path | str, ignored: Sequence[Ignore] = ()) -> None:
         super().__init__(path)
         errors: list[UserError] = []
         for file in weight_files(self.path):
             self._open(file)
             try:
-                found = _header(file)
+                found = _header(file, ignored)
             except UserError as error:
                 errors.append(error)
                 continue
@@ -71,6 +79,8 @@ class SafetensorsSource(FileSource[_Stored]):
             errors = _missing(self.path, self._stored)
         if errors:
             raise UserErrors(capped(errors))
+        kinds = DTYPES.values()
+        self._stored = {name: one for name, one in self._stored.items() if one.dtype in kinds}
 
     def read(self, name: str, box: Box) -> Tensor:
         """A view of the file's pages."""
@@ -81,7 +91,7 @@ class SafetensorsSource(FileSource[_Stored]):
 _LFS = b"version https://git-lfs.github.com/"
 
 
-def _header(path: Path) -> dict[str, _Stored]:
+def _header(path: Path, ignored: Sequence[Ignore]) -> dict[str, _Stored]:
     """Parse and check one file's header against the file's size."""
     fix = "copy or download the file again"
     if not path.is_file():
@@ -100,7 +110,7 @@ def _header(path: Path) -> dict[str, _Stored]:
     header = parse_json(raw, f"{path}: its header")
     header.pop("__metadata__", None)
     try:
-        found = {name: _stored(path, name, entry) for name, entry in header.items()}
+        found = {name: _stored(path, name, entry, ignored) for name, entry in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(str(path), f"corrupt header: {error}", fix) from error
     end = _end(path, found)
@@ -113,14 +123,19 @@ def _header(path: Path) -> dict[str, _Stored]:
     return {name: replace(one, offset=8 + length + one.offset) for name, one in found.items()}
 
 
-def _stored(path: Path, name: str, entry: Any) -> _Stored:
+def _stored(path: Path, name: str, entry: Any, ignored: Sequence[Ignore]) -> _Stored:
     """What the header says of one tensor, its offset counted from the end of the header."""
     start, stop = sizes(entry["data_offsets"])
     shape = sizes(entry["shape"])
     kind = entry["dtype"]
     if not isinstance(kind, str) or kind not in DTYPES:
+        if any(re.fullmatch(one.pattern, name) for one in ignored):
+            return _Stored(path, start, torch.uint8, (stop - start,), (1,))
         what = f"tensor {shown(name)} has dtype {shown(kind)}, not one of {', '.join(DTYPES)}"
         fix = "give the model before it was quantised: weights are fp32, bf16 or fp16"
+        if kind in _NUMBERS:
+            fix = "if it is no weight, write the files again without it, else give the weights as"
+            fix += " fp32, bf16 or fp16"
         raise UserError(str(path), what, fix)
     dtype = DTYPES[kind]
     if stop - start != prod(shape) * dtype.itemsize:

@@ -234,6 +234,34 @@ def test_a_pointer_of_git_lfs_is_named(models, tmp_path):
     assert "git lfs pull" in str(caught.value)
 
 
+@pytest.mark.parametrize("shape", [(), (5,)])
+def test_a_tied_model_without_a_matrix_of_an_embedding(models, tmp_path, shape):
+    tensors = copied(models, tmp_path, "llama 3.2, tied")
+    same = {name: torch.zeros(shape) for name in (EMBEDDING, "lm_head.weight")}
+    save_file(tensors | same, tmp_path / MODEL)
+    with pytest.raises(UserError, match=r"embed_tokens.weight has shape \(.*\), not \(70, 32\)"):
+        open_hf(tmp_path, "m")
+
+
+BUFFERS = [
+    ("model.layers.0.self_attn.rotary_emb.inv_freq", torch.int64, ""),
+    ("model.layers.0.self_attn.bias", torch.bool, "bias has dtype BOOL.*write the files again"),
+    ("model.position_ids", torch.int64, "position_ids has dtype I64.*write the files again"),
+    ("model.layers.0.mlp.up_proj.codes", torch.int8, "dtype I8.*before it was quantised"),
+]
+
+
+@pytest.mark.parametrize(("name", "dtype", "words"), BUFFERS)
+def test_numbers_of_another_kind_are_left_out_or_named(models, tmp_path, name, dtype, words):
+    tensors = copied(models, tmp_path)
+    save_file(tensors | {name: torch.ones(3, dtype=dtype)}, tmp_path / MODEL)
+    if not words:
+        assert torch.equal(ours(tmp_path), tensors[EMBEDDING])
+        return
+    with pytest.raises(UserError, match=f"(?s){words}"):
+        open_hf(tmp_path, "m")
+
+
 @pytest.mark.parametrize("value", ["2", 2.0, True, [1, "2"], {}, -2, 10**30])
 def test_a_special_token_is_an_id(models, tmp_path, value):
     """It would go into the result, and fail whoever reads that."""
