@@ -40,11 +40,12 @@ _ARGUMENTS = """examples:
   btx convert megatron-lm-args STEP_DIR
   btx convert megatron-lm-args STEP_DIR --tensor-model-parallel-size 2
 
-STEP_DIR is a Megatron step directory, or a Hugging Face one to be converted. What decides the model
-is printed and nothing else: batches, schedules and the layout are yours. Megatron-LM pads the
-vocabulary to a multiple that grows with tensor parallelism, and its softmax runs over the padding:
-hence the option, and the smallest padding that tensor parallelism allows. Any mismatch of names
-is an error on its side, with its local layers as with Transformer Engine's; docs/megatron.md."""
+STEP_DIR is a Megatron step directory or a Hugging Face one. What decides the model is printed and
+nothing else: batches, schedules and the layout are yours; of a directory that is no torch_dist, the
+command that converts it too. Megatron-LM pads the vocabulary to a multiple that grows with tensor
+parallelism, and its softmax runs over the padding: hence the option, and the smallest padding that
+tensor parallelism allows. Any mismatch of names is an error on its side, with its local layers as
+with Transformer Engine's; docs/megatron.md."""
 
 
 def add_parser(commands: Any) -> None:

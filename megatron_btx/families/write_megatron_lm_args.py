@@ -12,9 +12,12 @@ from megatron_btx.families.hf_routing import HFRouting
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.count import expert_width, kv_channels, query_groups
 from megatron_btx.recipe.schema import Model
+from megatron_btx.weights.find_checkpoint import is_hugging_face
 from megatron_btx.weights.manifest import MANIFEST
 from megatron_btx.weights.megatron import names_lacking
+from megatron_btx.weights.mp_rank import is_mp_rank
 from megatron_btx.weights.plan import Checkpoint
+from megatron_btx.weights.torch_dcp import is_torch_dcp
 
 _TOKENIZERS = {"huggingface": "HuggingFaceTokenizer", "sentencepiece": "GPTSentencePieceTokenizer"}
 
@@ -32,15 +35,26 @@ def command_line(checkpoint: Checkpoint, tp: int) -> str:
     words = [f"--{name} {value}".rstrip() for name, value in arguments(checkpoint, tp)]
     assert checkpoint.path is not None
     check_names(checkpoint.path, checkpoint.architecture)
-    step = shlex.quote(str(checkpoint.path.resolve()))
     return (
         "# Megatron-LM looks for a directory of a fixed name below --load:\n"
-        f"#   mkdir load && ln -s {step} load/release\n"
+        f"#   mkdir load && {_release(checkpoint.path.resolve())}\n"
         "#   echo release > load/latest_checkpointed_iteration.txt\n"
         + "".join(f"# {line}\n" for line in notes(checkpoint.architecture, tp))
         + " \\\n".join(words)
         + "\n"
     )
+
+
+def _release(step: Path) -> str:
+    """The command that makes ``load/release``: what ``--ckpt-format torch_dist`` reads. Any other
+    form is converted to it."""
+    where = shlex.quote(str(step))
+    if is_hugging_face(step):
+        return f"btx convert hf-to-megatron {where} load/release"
+    if is_mp_rank(step) or is_torch_dcp(step):
+        copy = "btx mix --method copy --format megatron"
+        return f"{copy} --sources model={where} --out load/release"
+    return f"ln -s {where} load/release"
 
 
 def arguments(checkpoint: Checkpoint, tp: int) -> Iterator[tuple[str, Any]]:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from megatron_btx.errors import UserError
 from megatron_btx.families import open_hf
 from megatron_btx.families.export import write_hf
+from megatron_btx.families.write_megatron_lm_args import command_line
 from megatron_btx.mix.one_model import copy
 from megatron_btx.weights.box import whole
 from megatron_btx.weights.source import read_whole
@@ -184,6 +185,11 @@ def test_every_wrong_tensor_is_named_at_once(tmp_path):
         open_hf(tmp_path / "in", "model")
     for name in ("model.norm.weight is", "0.self_attn.k_proj", "q_proj.bias", "(70, 31)"):
         assert name in str(caught.value)
+
+
+def test_the_arguments_of_megatron_lm_name_its_conversion(models):
+    said = command_line(open_hf(models["llama"], "m"), 1)
+    assert f"mkdir load && btx convert hf-to-megatron {models['llama']} load/release\n" in said
 
 
 def test_pickles_are_refused(tmp_path):

@@ -13,6 +13,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from megatron_btx.errors import UserError
+from megatron_btx.families.write_megatron_lm_args import command_line
 from megatron_btx.mix.one_model import copy
 from megatron_btx.mix.reference.reader import open_plain
 from megatron_btx.weights.megatron import open_megatron
@@ -69,6 +70,13 @@ def test_it_is_the_same_model(form: str, experts: bool, tmp_path: Path) -> None:
         assert torch.equal(read_whole(found.source, name), read_whole(expected.source, name)), name
     with pytest.raises(UserError, match="torch_dcp or fsdp_dtensor: the second implementation"):
         open_plain(tmp_path / "iter", {})
+
+
+def test_how_it_becomes_what_megatron_lm_loads_is_printed(tmp_path: Path) -> None:
+    save(tmp_path / "iter", "torch_dcp", dense("a", 1))
+    said = command_line(open_megatron(tmp_path / "iter", "m"), 1)
+    copied = f"btx mix --method copy --format megatron --sources model={tmp_path / 'iter'}"
+    assert f"mkdir load && {copied} --out load/release\n" in said
 
 
 def test_what_is_no_weight_and_no_state_is_named(tmp_path: Path) -> None:
