@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from megatron_btx.errors import UserError, UserErrors
+from megatron_btx.errors import UserError, UserErrors, shown
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.names import (
     DENSE_NORM,
@@ -27,13 +27,12 @@ from megatron_btx.recipe.names import (
     canonical_tensors,
 )
 from megatron_btx.weights import mp_rank, torch_dcp
-from megatron_btx.weights.arrange import Cat
 from megatron_btx.weights.box import Shape
 from megatron_btx.weights.expression import Expression
-from megatron_btx.weights.manifest import read_manifest
-from megatron_btx.weights.megatron_lm_args import settings_of
+from megatron_btx.weights.manifest import MANIFEST, read_manifest
+from megatron_btx.weights.megatron_lm_args import check_own_vocabulary, settings_of
 from megatron_btx.weights.mp_rank import MpRankSource, is_mp_rank
-from megatron_btx.weights.ops import item, rows, stack
+from megatron_btx.weights.ops import cat, item, rows, stack
 from megatron_btx.weights.plan import Checkpoint, Ignore, mismatches, unmatched
 from megatron_btx.weights.random_fill import Fill
 from megatron_btx.weights.source import View, read_whole, take_all
@@ -146,7 +145,7 @@ def open_megatron(
     architecture, manifest = read_manifest(path, given)
     weights = set(unmatched([*source.tensors, *source.objects], IGNORED))
     stored = {name: take for name, take in take_all(label, source).items() if name in weights}
-    named = canonical(stored, architecture)
+    named = _canonical(path, stored, architecture, given)
     errors = mismatches(
         named,
         canonical_tensors(architecture),
@@ -182,7 +181,7 @@ def _open_numbered(
     """A form that keeps modules one by one under their own names."""
     architecture, manifest = read_manifest(path, given)
     stored = {name: stored[name] for name in unmatched(stored, IGNORED)}
-    named = canonical(stored, architecture)
+    named = _canonical(path, stored, architecture, given)
     view = View(source, named)
     tied = not architecture.model.untie_embeddings_and_output_weights
     if tied and HEAD in named and torch.equal(*(read_whole(view, n) for n in (HEAD, EMBEDDING))):
@@ -203,31 +202,50 @@ def _equal(source: TorchDistSource, *names: str) -> bool:
     return torch.equal(one, other)
 
 
+def _canonical(
+    path: Path, stored: Named, architecture: Architecture, given: Mapping[str, Any] | None
+) -> dict[str, Expression]:
+    """:func:`canonical` of what a directory stores."""
+    told = (given or {}).get("vocab_size") is not None or (path / MANIFEST).exists()
+    if EMBEDDING in stored and not told:
+        check_own_vocabulary(path, next(iter(stored[EMBEDDING].shape), None))
+    try:
+        return canonical(stored, architecture)
+    except ValueError as error:
+        fix = "copy the checkpoint again, or take an earlier step"
+        raise UserError(str(path), f"corrupt: {error}", fix) from error
+
+
 def canonical(stored: Named, architecture: Architecture) -> dict[str, Expression]:
-    """Canonical expressions over stored ones, in the architecture's order."""
-    named = _join_halves(_number_experts(_number_layers(stored)))
+    """Canonical expressions over stored ones, in the architecture's order.
+
+    Raises:
+        ValueError: two that belong together do not fit.
+    """
+    layers, experts = architecture.model.num_layers, len(architecture.experts)
+    named = _join_halves(_number_experts(_number_layers(stored, layers), experts))
     named = {_norm_name(name, moe=bool(architecture.experts)): e for name, e in named.items()}
     for name in {EMBEDDING, HEAD} & named.keys():
-        if named[name].shape[0] > architecture.vocab_size:
+        if named[name].shape[:1] > (architecture.vocab_size,):
             named[name] = rows(named[name], 0, architecture.vocab_size)
     order = {name: at for at, name in enumerate(canonical_tensors(architecture))}
     return dict(sorted(named.items(), key=lambda entry: order.get(entry[0], len(order))))
 
 
-def _number_layers(stored: Named) -> dict[str, Expression]:
+def _number_layers(stored: Named, layers: int) -> dict[str, Expression]:
     """``decoder.layers.X [L, ...]`` -> ``decoder.layers.{i}.X [...]``."""
     named = {}
     for name, expression in stored.items():
         match = _STACKED_LAYERS.fullmatch(name)
-        if match is None:
+        if match is None or not expression.shape:
             named[name] = expression
             continue
-        for layer in range(expression.shape[0]):
+        for layer in range(min(expression.shape[0], layers + 1)):  # one more is an error enough
             named[f"{match[1]}{layer}.{match[2]}"] = item(expression, layer)
     return named
 
 
-def _number_experts(stored: Named) -> dict[str, Expression]:
+def _number_experts(stored: Named, experts: int) -> dict[str, Expression]:
     """``mlp.experts.experts.X [E, ...]`` and ``mlp.experts.experts.{e}.X`` ->
     ``mlp.experts.{e}.X``."""
     named = {}
@@ -235,8 +253,8 @@ def _number_experts(stored: Named) -> dict[str, Expression]:
         stacked, numbered = _STACKED_EXPERTS.fullmatch(name), _NUMBERED_EXPERT.fullmatch(name)
         if numbered:
             named[f"{numbered[1]}{numbered[2]}"] = expression
-        elif stacked:
-            for expert in range(expression.shape[0]):
+        elif stacked and expression.shape:
+            for expert in range(min(expression.shape[0], experts + 1)):
                 named[f"{stacked[1]}{expert}.{stacked[2]}"] = item(expression, expert)
         else:
             named[name] = expression
@@ -244,14 +262,22 @@ def _number_experts(stored: Named) -> dict[str, Expression]:
 
 
 def _join_halves(stored: Named) -> dict[str, Expression]:
-    """``linear_fc1.weight_w`` (gate) and ``_v`` (up) -> ``linear_fc1.weight``."""
+    """``linear_fc1.weight_w`` (gate) and ``_v`` (up) -> ``linear_fc1.weight``.
+
+    Raises:
+        ValueError: the two have different widths.
+    """
     named = {}
     for name, expression in stored.items():
         match = _HALF.fullmatch(name)
         if match is None or f"{match[1]}_v" not in stored or f"{match[1]}_w" not in stored:
             named[name] = expression
         elif match[2] == "w":
-            named[match[1]] = Cat((expression, stored[f"{match[1]}_v"]), 0)
+            try:
+                named[match[1]] = cat((expression, stored[f"{match[1]}_v"]))
+            except ValueError as error:
+                what = f"tensors {shown(name)} and {shown(match[1])}_v: {error}"
+                raise ValueError(what) from error
     return named
 
 
@@ -277,7 +303,7 @@ def stored(name: str, shape: Shape, named: Named) -> Expression:
         found = named[name]
         if name in (EMBEDDING, HEAD) and shape[0] > found.shape[0]:
             padding = Fill(0.0, (shape[0] - found.shape[0], *found.shape[1:]), found.dtype)
-            found = Cat((found, padding), 0)
+            found = cat((found, padding))
         return found
     if layers := _STACKED_LAYERS.fullmatch(name):
         return stack(

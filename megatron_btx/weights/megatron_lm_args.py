@@ -11,7 +11,6 @@ from __future__ import annotations
 import io
 import math
 import os
-import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -24,11 +23,14 @@ from megatron_btx.recipe.messages import near_key
 from megatron_btx.recipe.read_architecture import MOST_EXPERTS, integer, read_architecture
 from megatron_btx.recipe.yaml_tree import Node, read_tree, tree_of
 from megatron_btx.weights import safe_unpickle
-from megatron_btx.weights.mp_rank import arguments_of, is_mp_rank
+from megatron_btx.weights.mp_rank import content_of, first_file, is_mp_rank
+from megatron_btx.weights.read_torch_zip import DAMAGED, MALFORMED, Chunk, StoredArchive
 from megatron_btx.weights.torch_dcp import ARGUMENTS, is_torch_dcp
 from megatron_btx.weights.torch_dist import read_object
 
 Settings = Mapping[str, Any]
+BRIDGE = "run_config.yaml"
+"""Megatron-Bridge's configuration."""
 
 _SAME = (
     "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups",
@@ -105,50 +107,70 @@ def settings_of(directory: Path) -> dict[str, Any] | None:
     Raises:
         UserError: a file that is damaged, or a pickle that names what no such file needs.
     """
-    config = directory / "run_config.yaml"
+    config = directory / BRIDGE
     if config.is_file():
         return _from_bridge(config)
-    content = _common_of(directory)
-    args = content.get("args") if isinstance(content, dict) else None
-    if args is None:
+    found = safe_unpickle.arguments(*_common_of(directory))
+    if found is None:
         return None
-    if not isinstance(args, safe_unpickle.StubObject):
-        what = f"its args are of type {type(args).__name__}, no arguments of Megatron-LM"
-        raise UserError(str(directory / "common.pt"), what, "copy the checkpoint again")
-    found = dict(vars(args))
     if not found.get("group_query_attention", True):
         found["num_query_groups"] = None  # the flag's own default, 1, means something else
     if found.get("use_rope_scaling") and found.get("rope_scaling_factor") not in (None, 8):
         found[_DROPPED] = found.pop("rope_scaling_factor")
     seen, length = found.get("consumed_train_samples"), found.get("seq_length")
     found["tokens"] = seen * length if type(seen) is int and type(length) is int else None
+    found["vocab_size"] = _counted(found)
     return found
 
 
-def _common_of(directory: Path) -> Any:
-    """What Megatron-LM stored once for all ranks: in ``common.pt`` up to 0.18, from 0.19 on as an
-    object beside the tensors, a list of one; ``None``: nothing."""
+def _counted(found: Settings) -> Any:
+    """``--vocab-size`` as a number of tokens. Of a ``NullTokenizer`` it is one less, without the
+    end of a document, up to the release that knows ``--null-tokenizer-eod-id`` (0.16.1 and 0.19.2
+    of Megatron-Core's ``null_tokenizer.py``); where that does not fit the padding, it is what
+    ``--padded-vocab-size`` was given for."""
+    said = found.get("vocab_size")
+    if found.get("tokenizer_type") != "NullTokenizer" or "null_tokenizer_eod_id" in found:
+        return said
+    if type(said) is not int:
+        return said
+    rows = found.get("padded_vocab_size")
+    fits = [n for n in (said + 1, said) if _padding_problem(found, n, rows) is None]
+    return fits[0] if fits else said + 1
+
+
+def _common_of(directory: Path) -> tuple[Any, str]:
+    """What Megatron-LM stored once for all ranks, and where: in ``common.pt`` up to 0.18, from 0.19
+    on as an object beside the tensors, a list of one; ``None``: nothing."""
     if is_mp_rank(directory):
-        return arguments_of(directory)
+        file = first_file(directory)
+        return content_of(file), str(file)
     path = directory / "common.pt"
-    file: Path | io.BytesIO = path
     where = str(path)
-    if not path.is_file():
+    if path.is_file():
+        header = _header(path, where)
+    else:
         key = ARGUMENTS if is_torch_dcp(directory) else "common_state"
+        where = f"{directory}: {key}"
         stored = read_object(directory, key)
         if stored is None:
-            return None
-        file, where = io.BytesIO(stored), f"{directory}: {key}"
+            return None, where
+        header = _header(io.BytesIO(stored), where)
+    content = safe_unpickle.loads(header, where, safe_unpickle.COMMON_NAMES)
+    if isinstance(content, safe_unpickle.StubObject):  # the arguments themselves
+        return {"args": content}, where
+    return content[0] if isinstance(content, list) and len(content) == 1 else content, where
+
+
+def _header(file: Path | io.BytesIO, where: str) -> bytes:
+    """The pickle in what ``torch.save`` wrote."""
     try:
-        with zipfile.ZipFile(file) as archive:
-            (name,) = (n for n in archive.namelist() if n.endswith("/data.pkl"))
-            content = safe_unpickle.loads(archive.read(name), where, safe_unpickle.COMMON_NAMES)
-    except (zipfile.BadZipFile, ValueError, OSError) as error:
+        with file.open("rb") if isinstance(file, Path) else file as opened:
+            size = opened.seek(0, io.SEEK_END)
+            archive = StoredArchive(opened, Chunk((), Path(where), 0, size))
+            return archive.read("data.pkl", safe_unpickle.LIMIT)
+    except (*DAMAGED, *MALFORMED, OSError) as error:
         what = f"not what torch.save writes: {error}"
         raise UserError(where, what, "copy the checkpoint again") from error
-    if isinstance(content, safe_unpickle.StubObject):  # the arguments themselves
-        return {"args": content}
-    return content[0] if isinstance(content, list) and len(content) == 1 else content
 
 
 def architecture_of(settings: Settings, where: str) -> Architecture:
@@ -277,6 +299,7 @@ _GIVE = (
     "say it under `model:` in a file, and copy the checkpoint with that: btx mix --method copy "
     "--format megatron --config FILE"
 )
+_SAY_SIZE = _GIVE.replace("it", "the tokenizer's own size (`vocab_size`)", 1)
 _TOKENIZERS = (
     "HuggingFaceTokenizer", "SentencePieceTokenizer", "GPTSentencePieceTokenizer", "Llama2Tokenizer"
 )  # fmt: skip
@@ -301,17 +324,42 @@ def check_padding(directory: Path, vocab_size: int) -> None:
         UserError: it has not: it is not the vocabulary that was trained with.
     """
     found = settings_of(directory) or {}
-    names = ("make_vocab_size_divisible_by", "tensor_model_parallel_size", "padded_vocab_size")
-    sizes = [n for n in map(found.get, names) if type(n) is int and n > 0]
-    if len(sizes) < len(names):
-        return
-    multiple, tp, rows = sizes
-    if -(-vocab_size // (multiple * tp)) * multiple * tp != rows:
-        what = (
-            f"was padded to {rows} rows by multiples of {multiple} x {tp}, which a tokenizer of "
-            f"{vocab_size} tokens is not"
-        )
+    what = _padding_problem(found, vocab_size, found.get("padded_vocab_size"))
+    if what is not None:
+        what += f", which a tokenizer of {vocab_size} tokens is not"
         raise UserError(str(directory), what, "give the tokenizer that it was trained with")
+
+
+def check_own_vocabulary(directory: Path, rows: int | None) -> None:
+    """That ``vocab_size`` of Megatron-LM's arguments, padded, has as many rows as they say, and as
+    are stored. Megatron-Bridge's is padded by other rules, or not at all.
+
+    Args:
+        directory: of a step that is not ours.
+        rows: of the embedding as it is stored; ``None``: it is of no shape that has some.
+
+    Raises:
+        UserError: it has not: some tokenizers' own size counts, whatever the argument says.
+    """
+    if (directory / BRIDGE).is_file() or (found := settings_of(directory)) is None:
+        return
+    own = found.get("vocab_size")
+    for each in (found.get("padded_vocab_size"), None if rows == own else rows):
+        what = _padding_problem(found, own, each) if type(own) is int else None
+        if what is not None:
+            raise UserError(str(directory), f"{what}, which its vocab_size {own} is not", _SAY_SIZE)
+
+
+def _padding_problem(settings: Settings, vocab_size: int, rows: object) -> str | None:
+    """How a vocabulary was padded, if not from that size; ``None`` also where nothing says it."""
+    names = ("make_vocab_size_divisible_by", "tensor_model_parallel_size")
+    sizes = [n for n in (*map(settings.get, names), rows) if type(n) is int and n > 0]
+    if len(sizes) < 3 or settings.get("pad_vocab_size") is False:
+        return None
+    multiple, tp, padded = sizes
+    if -(-vocab_size // (multiple * tp)) * multiple * tp == padded:
+        return None
+    return f"was padded to {padded} rows by multiples of {multiple} x {tp}"
 
 
 def tokenizer_named(directory: Path) -> Path | None:

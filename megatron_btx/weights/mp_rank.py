@@ -21,14 +21,15 @@ from typing import Any
 
 from torch import Tensor, dtype
 
-from megatron_btx.errors import UserError, UserErrors, shown
+from megatron_btx.errors import UserError, UserErrors, capped, shown
 from megatron_btx.recipe.names import EMBEDDING, HEAD
+from megatron_btx.recipe.read_architecture import MOST_EXPERTS
 from megatron_btx.weights import safe_unpickle
-from megatron_btx.weights.arrange import Cat, Take
+from megatron_btx.weights.arrange import Take
 from megatron_btx.weights.box import Box, Shape, sizes
 from megatron_btx.weights.expression import Expression
 from megatron_btx.weights.mmap_io import read_box
-from megatron_btx.weights.ops import rows
+from megatron_btx.weights.ops import cat, rows
 from megatron_btx.weights.read_torch_zip import DAMAGED, MALFORMED, Chunk, StoredArchive
 from megatron_btx.weights.source import FileSource
 
@@ -40,9 +41,16 @@ Place = tuple[Rank, int]
 """A rank, and which of its virtual pipeline stages."""
 
 _AGAIN = "copy the checkpoint again, or take an earlier step"
-_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.*)")
-_LOCAL_EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.(.*)")
-_GROUPED_EXPERT = re.compile(r"mlp\.experts\.(linear_fc[12]\.weight)(\d+)(_[wv]|)")
+_MOST_RANKS = 1 << 17
+"""Far above all that a model was divided over: a name is made for each."""
+_LEGACY = "is of Megatron-LM's legacy model format, from before Megatron-Core"
+_TO_CORE = (
+    "convert it with Megatron-LM's own tools/checkpoint/convert.py (--loader legacy --saver core), "
+    "of a release that has them"
+)
+_LAYER = re.compile(r"decoder\.layers\.(\d{1,9})\.(.*)")
+_LOCAL_EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d{1,9})\.(.*)")
+_GROUPED_EXPERT = re.compile(r"mlp\.experts\.(linear_fc[12]\.weight)(\d{1,9})(_[wv]|)")
 _GATED = "linear_fc1.weight"
 _ROWS = (EMBEDDING, HEAD, "linear_qkv.weight", "linear_qkv.bias")
 """Ends of names of what tensor parallelism divides along the first dimension."""
@@ -64,9 +72,14 @@ def is_mp_rank(directory: Path) -> bool:
     return any(directory.glob(f"mp_rank_*/{FILE}"))
 
 
-def arguments_of(directory: Path) -> Any:
-    """What its first rank stores beside the tensors: a mapping with the trainer's ``args``."""
-    return _content(min(directory.glob(f"mp_rank_*/{FILE}")))
+def first_file(directory: Path) -> Path:
+    """That of the first rank, which has the trainer's ``args`` beside its tensors."""
+    return min(directory.glob(f"mp_rank_*/{FILE}"))
+
+
+def content_of(file: Path) -> Any:
+    """What a rank's file says, tensors as stubs."""
+    return _read(file)[0]
 
 
 class MpRankSource(FileSource[_Stored]):
@@ -86,16 +99,21 @@ class MpRankSource(FileSource[_Stored]):
         super().__init__(path)
         self.objects: list[str] = []
         """Nothing: what is no tensor is not listed in this form."""
-        first = arguments_of(self.path)
-        args = vars(first["args"]) if isinstance(first, dict) and "args" in first else {}
+        first = first_file(self.path)
+        args = safe_unpickle.arguments(content_of(first), first)
+        if args is None and len(list(self.path.glob(f"mp_rank_*/{FILE}"))) > 1:
+            what = "holds no arguments of Megatron-LM, which say how the ranks divide the model"
+            raise UserError(str(first), what, _AGAIN)
+        args = args or {}
         self.sizes = self._sizes(args)
         self.virtual_stages = self._size(args, "virtual_pipeline_model_parallel_size")
-        self.local_experts = (args.get("num_experts") or 0) // self.sizes[2]
+        experts = self._size(args, "num_experts") if args.get("num_experts") else 0
+        self.local_experts = experts // self.sizes[2]
         tp, pp, ep = map(range, self.sizes)
         files = {rank: self._file(rank) for rank in itertools.product(tp, pp, ep)}
         missing = [UserError(str(f), "missing", _AGAIN) for f in files.values() if not f.is_file()]
         if missing:
-            raise UserErrors(missing)
+            raise UserErrors(capped(missing))
         for rank, file in files.items():
             self._open(file)
             for stage, name, stored in _tensors(file, self.virtual_stages):
@@ -104,6 +122,9 @@ class MpRankSource(FileSource[_Stored]):
     def _sizes(self, args: Mapping[str, Any]) -> Rank:
         kinds = ("tensor", "pipeline", "expert")
         tp, pp, ep = (self._size(args, f"{kind}_model_parallel_size") for kind in kinds)
+        if tp * pp * ep > _MOST_RANKS:
+            what = f"was saved by {tp} x {pp} x {ep} ranks, by its arguments"
+            raise UserError(str(self.path), what, _AGAIN)
         etp = args.get("expert_tensor_parallel_size") or tp
         if args.get("num_experts") and etp != tp:
             what = f"has experts of tensor-parallel size {etp}, and all else of {tp}"
@@ -112,7 +133,7 @@ class MpRankSource(FileSource[_Stored]):
 
     def _size(self, args: Mapping[str, Any], name: str) -> int:
         size = args.get(name) or 1
-        if not isinstance(size, int) or not 0 < size < 10_000:
+        if type(size) is not int or not 0 < size <= MOST_EXPERTS:
             raise UserError(str(self.path), f"has an invalid {name}: {shown(repr(size))}", _AGAIN)
         return size
 
@@ -134,7 +155,7 @@ def joined(label: str, source: MpRankSource) -> dict[str, Expression]:
     numbered.
 
     Raises:
-        UserError: a rank lacks what its neighbours have.
+        UserError: a rank lacks what its neighbours have, or has it in another shape.
     """
     parts: dict[str, dict[int, Expression]] = defaultdict(dict)
     offset = 0
@@ -152,26 +173,41 @@ def joined(label: str, source: MpRankSource) -> dict[str, Expression]:
                 parts[name].setdefault(tp, Take(label, stored, shape, kind))
         offset += layers
     wanted = set(range(source.sizes[0]))
+    errors = []
+    whole = {}
     for name, found in parts.items():
-        if set(found) != wanted:
-            what = f"{shown(name)} is missing on some tensor-parallel ranks"
-            raise UserError(str(source.path), what, _AGAIN)
-    return {
-        name: _whole(name, [found[tp] for tp in sorted(found)]) for name, found in parts.items()
-    }
+        shapes = sorted({part.shape for part in found.values()})
+        try:
+            if set(found) != wanted:
+                raise ValueError("is missing on some tensor-parallel ranks")
+            if len(shapes) > 1:
+                raise ValueError(f"has several shapes on its tensor-parallel ranks: {shapes}")
+            whole[name] = _whole(name, [found[tp] for tp in sorted(found)])
+        except ValueError as error:
+            errors.append(UserError(str(source.path), f"tensor {shown(name)} {error}", _AGAIN))
+    if errors:
+        raise UserErrors(capped(errors))
+    return whole
 
 
 def _whole(name: str, parts: list[Expression]) -> Expression:
+    """A tensor from what each tensor-parallel rank has of it.
+
+    Raises:
+        ValueError: parts of that shape make up none.
+    """
     if len(parts) == 1:
         return parts[0]
+    shape = parts[0].shape
     if name.endswith(_GATED):  # each rank has its rows of the gate, then its rows of the up matrix
-        half = parts[0].shape[0] // 2
-        return Cat(
-            (*(rows(p, 0, half) for p in parts), *(rows(p, half, 2 * half) for p in parts)), 0
-        )
-    if name.endswith(_ROWS):
-        return Cat(tuple(parts), 0)
-    return Cat(tuple(parts), 1) if name.endswith(_COLUMNS) else parts[0]
+        if not shape or shape[0] % 2 or not shape[0]:
+            raise ValueError(f"has the shape {shape} on a rank, which is no gate above an up part")
+        half = shape[0] // 2
+        return cat([*(rows(p, 0, half) for p in parts), *(rows(p, half, 2 * half) for p in parts)])
+    dim = 0 if name.endswith(_ROWS) else 1 if name.endswith(_COLUMNS) else None
+    if dim is not None and len(shape) <= dim:
+        raise ValueError(f"has the shape {shape} on a rank, which is no part of a matrix")
+    return parts[0] if dim is None else cat(parts, dim)
 
 
 def _parsed(stored: str) -> tuple[Place, str]:
@@ -196,16 +232,14 @@ def global_name(name: str, layers: int = 0, experts: int = 0) -> tuple[str, bool
     return f"{stem}mlp.experts.experts.{experts + expert}.{inner}", True
 
 
-def _content(file: Path) -> Any:
-    return _read(file)[0]
-
-
 def _tensors(file: Path, stages: int) -> Iterator[tuple[int, str, _Stored]]:
     """The tensors of the model in a rank's file, or of each of its virtual stages: where their
     elements lie."""
     content, members = _read(file)
     for stage, key in enumerate(["model"] if stages == 1 else [f"model{n}" for n in range(stages)]):
         model = content.get(key) if isinstance(content, dict) else None
+        if isinstance(model, dict) and "language_model" in model:
+            raise UserError(str(file), _LEGACY, _TO_CORE)
         if not isinstance(model, dict):
             raise UserError(str(file), f"holds no `{key}`, which its arguments speak of", _AGAIN)
         for name, tensor in model.items():
@@ -232,8 +266,7 @@ def _read(file: Path) -> tuple[Any, dict[str, tuple[int, int]]]:
     try:
         with file.open("rb") as opened:
             archive = StoredArchive(opened, Chunk((), file, 0, file.stat().st_size))
-            if archive.read("byteorder") != b"little":
-                raise UserError(str(file), "big-endian", "save it on a little-endian machine")
+            archive.check_order(str(file))
             header = archive.read("data.pkl", safe_unpickle.LIMIT)
             members = {name: archive.member(name)[:2] for name in archive.names}
     except OSError as error:

@@ -10,6 +10,7 @@ import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
@@ -21,7 +22,7 @@ _AGAIN = "copy the checkpoint again, or take an earlier step"
 _SMALL = 1 << 20
 """Bytes of an archive's members beside the data, at most."""
 DAMAGED = (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, OverflowError)
-MALFORMED = (LookupError, ValueError, AttributeError, TypeError, struct.error)
+MALFORMED = (LookupError, ValueError, AttributeError, TypeError, struct.error, RecursionError)
 """What zipfile, and what looking for something in a header, makes of a damaged archive."""
 
 
@@ -38,7 +39,7 @@ class Chunk:
 class _FileSection(io.RawIOBase):
     """Bytes ``offset .. offset + length`` of a file, as a file."""
 
-    def __init__(self, file: io.BufferedReader, offset: int, length: int) -> None:
+    def __init__(self, file: BinaryIO, offset: int, length: int) -> None:
         self._file, self._offset, self._length, self._at = file, offset, length, 0
 
     def seekable(self) -> bool:
@@ -88,7 +89,7 @@ class Payload:
 class StoredArchive:
     """The zip that ``torch.save`` makes, inside a file."""
 
-    def __init__(self, file: io.BufferedReader, chunk: Chunk) -> None:
+    def __init__(self, file: BinaryIO, chunk: Chunk) -> None:
         self._file, self._chunk = file, chunk
         archive = zipfile.ZipFile(_FileSection(file, chunk.offset, chunk.length))
         self._members = {e.filename.partition("/")[2]: e for e in archive.infolist()}
@@ -106,6 +107,16 @@ class StoredArchive:
         if entry.header_offset < 0 or start + entry.file_size > self._chunk.length:
             raise ValueError(f"{shown(name)} reaches past the end")
         return self._chunk.offset + start, entry.file_size, entry.CRC
+
+    def check_order(self, where: str) -> None:
+        """That numbers in it are little-endian, as those of torch before 2.1 are, which does not
+        say it.
+
+        Raises:
+            UserError: they are not.
+        """
+        if "byteorder" in self._members and self.read("byteorder") != b"little":
+            raise UserError(where, "big-endian", "save it on a little-endian machine")
 
     @property
     def names(self) -> list[str]:
@@ -134,8 +145,7 @@ def payload_of(name: str, dtype: torch.dtype, chunk: Chunk) -> Payload:
     try:
         with chunk.path.open("rb") as file:
             archive = StoredArchive(file, chunk)
-            if archive.read("byteorder") != b"little":
-                raise UserError(where, "big-endian", "save it on a little-endian machine")
+            archive.check_order(where)
             header = archive.read("data.pkl")
             tensor = safe_unpickle.loads(header, where, safe_unpickle.TENSOR_NAMES)
             (_, stored_dtype, key, _, _), first, size, strides = tensor.arguments[:4]

@@ -8,6 +8,7 @@ inert :class:`StubObject`, so nothing of torch.distributed or Megatron is import
 from __future__ import annotations
 
 import io
+import itertools
 import pickle
 import re
 from collections.abc import Iterable, Mapping
@@ -137,6 +138,45 @@ COMMON_NAMES: Mapping[tuple[str, str], Any] = {
 arguments there."""
 
 
+_DEPTH, _VALUES = 64, 100_000
+"""Levels of lists and mappings in one argument of a trainer, and values in it, those counted as
+often as they are met that stand in several places."""
+
+
+def arguments(content: Any, where: Path | str) -> dict[str, Any] | None:
+    """The trainer's arguments in what a checkpoint says beside its tensors; ``None``: there are
+    none.
+
+    Raises:
+        UserError: what is there are no arguments, or one is nested or larger beyond all sense.
+    """
+    args = content.get("args") if isinstance(content, dict) else None
+    if args is None:
+        return None
+    if not isinstance(args, StubObject):
+        what = f"its args are of type {type(args).__name__}, no arguments of Megatron-LM"
+        raise UserError(str(where), what, "copy the checkpoint again")
+    found = {str(name): value for name, value in vars(args).items()}
+    for name, value in found.items():
+        if not _plain(value):
+            what = f"{shown(name)} of its args is nested more than {_DEPTH} deep, or has more than "
+            raise UserError(str(where), f"{what}{_VALUES:,} values", "copy the checkpoint again")
+    return found
+
+
+def _plain(value: Any) -> bool:
+    """Whether a value, which may hold itself, can be walked through."""
+    level, count = [value], 0
+    for _ in range(_DEPTH):
+        inner = (each.values() if isinstance(each, dict) else each for each in level
+                 if isinstance(each, dict | list | tuple | set | frozenset))  # fmt: skip
+        level = list(itertools.islice(itertools.chain.from_iterable(inner), _VALUES + 1 - count))
+        count += len(level)
+        if not level or count > _VALUES:
+            return not level
+    return False
+
+
 class _Dict(dict[Any, Any]):
     """A dictionary with attributes: of a module's state, ``_metadata``."""
 
@@ -145,6 +185,7 @@ MP_RANK_NAMES: Mapping[tuple[str, str], Any] = {
     **COMMON_NAMES,
     ("collections", "OrderedDict"): _Dict,
     ("_codecs", "encode"): StubObject,
+    ("megatron.model.enums", "ModelType"): StubObject,  # of the legacy models, which are refused
     ("_io", "BytesIO"): StubObject,
     **{
         (f"numpy{core}.multiarray", name): StubObject

@@ -193,6 +193,25 @@ def test_a_malicious_archive_is_refused(tmp_path):
     assert not (tmp_path / "owned").exists()
 
 
+@pytest.mark.parametrize("order", [None, "little", "big"])
+def test_the_byte_order_of_an_archive(tmp_path, order):
+    """Torch before 2.1 does not say it: little, as on every machine that it trained on."""
+    torch.save(torch.arange(4.0), tmp_path / "new.pt")
+    path = tmp_path / "__0_0.distcp"
+    with zipfile.ZipFile(tmp_path / "new.pt") as new, zipfile.ZipFile(path, "w") as archive:
+        for name in ("data.pkl", "data/0"):
+            archive.writestr(f"archive/{name}", new.read(f"new/{name}"))
+        if order is not None:
+            archive.writestr("archive/byteorder", order)
+    chunk = Chunk(((0, 4),), path, 0, path.stat().st_size)
+    if order == "big":
+        with pytest.raises(UserError, match="big-endian"):
+            payload_of("tensor", torch.float32, chunk)
+        return
+    at = payload_of("tensor", torch.float32, chunk).offset
+    assert path.read_bytes()[at : at + 16] == torch.arange(4.0).numpy().tobytes()
+
+
 def test_everything_is_found_at_once(good, tmp_path):
     directory = tmp_path / "step"
     shutil.copytree(good, directory)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import importlib
+import inspect
 import pickle
 import signal
+import zipfile
 from dataclasses import asdict, replace
+from random import Random
 
 import pytest
 import torch
@@ -19,7 +23,7 @@ from megatron_btx.recipe import megatron_fields
 from megatron_btx.recipe.schema import Routing
 from megatron_btx.weights import megatron_lm_args
 from megatron_btx.weights.megatron import open_megatron
-from megatron_btx.weights.megatron_lm_args import architecture_of
+from megatron_btx.weights.megatron_lm_args import architecture_of, settings_of
 from megatron_btx.weights.source import read_whole
 from megatron_btx.weights.write_torch_dist import write_torch_dist
 from tests.mix.commands import btx
@@ -105,6 +109,76 @@ def test_what_the_arguments_leave_out_is_given(tmp_path):
         open_megatron(tmp_path / "iter", "m")
     given = {"vocab_size": 100, "group_query_attention": True, "num_query_groups": 2}
     assert open_megatron(tmp_path / "iter", "m", given).architecture == DENSE
+
+
+PADDED = {"make_vocab_size_divisible_by": 128, "tensor_model_parallel_size": 1}
+NULL = PADDED | {"tokenizer_type": "NullTokenizer"}
+
+
+@pytest.mark.parametrize(
+    ("args", "size"),
+    [
+        ({"vocab_size": 128, "padded_vocab_size": 256}, 129),
+        ({"vocab_size": 128, "padded_vocab_size": 128}, 128),  # as --padded-vocab-size says
+        ({"vocab_size": 100, "padded_vocab_size": 128}, 101),
+        ({"vocab_size": 128, "padded_vocab_size": 128, "null_tokenizer_eod_id": None}, 128),
+        ({"vocab_size": 100, "padded_vocab_size": 128, "null_tokenizer_eod_id": 0}, 100),
+        ({"vocab_size": None, "padded_vocab_size": 128}, None),
+    ],
+)
+def test_a_null_tokenizer_s_end_of_a_document_counts(args, size, tmp_path):
+    """Megatron-Core's own class says how many tokens that are: of this release, or of the other."""
+    torch.save({"args": argparse.Namespace(**NULL, **args)}, tmp_path / "common.pt")
+    assert settings_of(tmp_path)["vocab_size"] == size
+    library = importlib.import_module("megatron.core.tokenizers.text.libraries.null_tokenizer")
+    known = "eod_id" in inspect.signature(library.NullTokenizer).parameters
+    if size not in (None, args["padded_vocab_size"]) and known == ("null_tokenizer_eod_id" in args):
+        assert library.NullTokenizer(args["vocab_size"]).vocab_size == size
+
+
+def test_a_vocabulary_of_its_own_arguments_fits_their_padding(tmp_path):
+    args = ARGS | PADDED | {"tokenizer_type": "HuggingFaceTokenizer"}
+    for own, padded in ((100, 256), (300, 128)):
+        wrong = argparse.Namespace(**(args | {"vocab_size": own, "padded_vocab_size": padded}))
+        megatron_lm(tmp_path / str(own), wrong)
+        with pytest.raises(UserError, match=f"padded to {padded} rows .* vocab_size {own} is not"):
+            open_megatron(tmp_path / str(own), "m")
+    fitting = args | {"vocab_size": 200, "padded_vocab_size": 256}
+    megatron_lm(tmp_path / "stored", argparse.Namespace(**fitting))  # 128 rows
+    with pytest.raises(UserError, match="padded to 128 rows by multiples of 128 x 1, which its"):
+        open_megatron(tmp_path / "stored", "m")
+    assert open_megatron(tmp_path / "100", "m", {"vocab_size": 100}).architecture.vocab_size == 100
+
+
+def flipped(content, at, bits):
+    made = bytearray(content)
+    made[at] ^= bits
+    return bytes(made)
+
+
+def test_a_damaged_common_file_is_one_error(tmp_path):
+    """Bytes of its directory and of headers turned over; and a bomb, which nobody unpacks."""
+    torch.save({"args": argparse.Namespace(**ARGS)}, tmp_path / "common.pt")
+    content = (tmp_path / "common.pt").read_bytes()
+    central = content.index(b"PK\1\2")
+    random = Random(1)
+    places = [*range(30), *range(central, central + 46), len(content) - 1]
+    places += [random.randrange(len(content)) for _ in range(200)]
+    read, refused = 0, list[str]()
+    for at in places:
+        (tmp_path / "common.pt").write_bytes(flipped(content, at, 1 << random.randrange(8)))
+        try:
+            settings_of(tmp_path)
+            read += 1  # a byte that nobody looks at
+        except UserError as error:
+            refused.append(error.where)
+    assert read > 0
+    assert len(refused) > 50
+    assert set(refused) == {str(tmp_path / "common.pt")}
+    with zipfile.ZipFile(tmp_path / "common.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(1 << 24))
+    with pytest.raises(UserError, match="data.pkl is compressed"):
+        settings_of(tmp_path)
 
 
 def test_models_that_we_would_compute_wrongly_are_refused_at_once(tmp_path):

@@ -7,6 +7,7 @@ from itertools import product
 import pytest
 import torch
 
+from megatron_btx.weights.arrange import Take
 from megatron_btx.weights.box import whole
 from megatron_btx.weights.megatron import canonical, stored
 from megatron_btx.weights.source import MemorySource, read_whole, take_all
@@ -79,6 +80,43 @@ def test_any_way_of_storing_there_and_back(kind, layers, experts, halves, local)
             whole(expression.shape), lambda _, name, box: source.read(name, box)
         )
         assert torch.equal(got, tensors[name]), name
+
+
+LAYERS, HALF = "decoder.layers.mlp.linear_fc2.weight", "decoder.layers.0.mlp.linear_fc1.weight"
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("embedding.word_embeddings.weight", ()),
+        ("output_layer.weight", ()),
+        (LAYERS, ()),
+        (LAYERS, (1 << 50, 0)),
+        ("decoder.layers.0.mlp.experts.experts.linear_fc1.weight", ()),
+        ("decoder.layers.0.mlp.experts.experts.linear_fc1.weight", (1 << 50, 0)),
+        (HALF + "_w", ()),
+    ],
+)
+def test_a_shape_that_no_tensor_of_a_model_has(name, shape):
+    """It gets a name, and that a message (``mismatches``)."""
+    takes = {name: Take("m", name, shape, torch.float32)}
+    assert 0 < len(canonical(takes, dense("a", 1).architecture)) < 10
+
+
+@pytest.mark.parametrize("shapes", [((4, 3), (4, 5)), ((), (4, 5)), ((), ())])
+def test_halves_that_do_not_fit_are_named(shapes):
+    names = (HALF + "_w", HALF + "_v")
+    takes = {n: Take("m", n, s, torch.float32) for n, s in zip(names, shapes, strict=True)}
+    with pytest.raises(ValueError, match="linear_fc1.weight_w and .*weight_v: cannot concatenate"):
+        canonical(takes, dense("a", 1).architecture)
+
+
+def test_halves_of_two_dtypes_are_joined_in_the_wider():
+    halves = {HALF + "_w": torch.rand(48, 32), HALF + "_v": torch.rand(48, 32).bfloat16()}
+    source = MemorySource(halves)
+    (joined,) = canonical(take_all("m", source), dense("a", 1).architecture).values()
+    found = joined.evaluate(whole(joined.shape), lambda _, name, box: source.read(name, box))
+    assert torch.equal(found, torch.cat([half.float() for half in halves.values()]))
 
 
 def test_a_name_that_nobody_knows():

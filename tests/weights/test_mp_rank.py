@@ -4,7 +4,11 @@
 from __future__ import annotations
 
 import argparse
+import re
+import shlex
+import zipfile
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,8 @@ import pytest
 import torch
 
 from megatron_btx.errors import UserError
+from megatron_btx.families.open_checkpoint import open_checkpoint
+from megatron_btx.families.write_megatron_lm_args import command_line
 from megatron_btx.mix.reference.reader import open_plain
 from megatron_btx.weights.find_checkpoint import find_checkpoint
 from megatron_btx.weights.megatron import open_megatron
@@ -128,6 +134,162 @@ def test_a_damaged_shard_is_one_error(damage: str, words: str, tmp_path: Path) -
     with pytest.raises(UserError) as caught:
         open_megatron(tmp_path / "iter", "m")
     assert words in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("good") / "iter"
+    write(directory)
+    return directory
+
+
+def edited(good: Path, out: Path, edit: Callable[[str, dict[str, Any]], None]) -> Path:
+    """A copy in which ``edit`` has changed what every rank's file says."""
+    for file in good.glob("*/model_optim_rng.pt"):
+        content = torch.load(file, weights_only=False)
+        edit(file.parent.name, content)
+        (out / file.parent.name).mkdir(parents=True)
+        torch.save(content, out / file.parent.name / file.name)
+    return out
+
+
+def arguments(**changes: Any) -> Callable[[str, dict[str, Any]], None]:
+    return lambda _, content: vars(content["args"]).update(changes)
+
+
+def tensor(name: str, made: Callable[[], Any], ranks: str = "") -> Any:
+    """A tensor of the model put, or another put in its place, on some ranks."""
+
+    def edit(rank: str, content: dict[str, Any]) -> None:
+        if rank.startswith(ranks):
+            content["model"][name] = made()
+
+    return edit
+
+
+def itself() -> list[Any]:
+    found: list[Any] = []
+    found.append(found)
+    return found
+
+
+def repeated() -> list[Any]:
+    """A thousand million values in some hundred bytes."""
+    found: list[Any] = [1]
+    for _ in range(9):
+        found = [found] * 10
+    return [found]
+
+
+def deep() -> list[Any]:
+    found: list[Any] = [1]
+    for _ in range(90):
+        found = [found]
+    return found
+
+
+LAYER = "decoder.layers.0."
+QKV, FC1, FC2 = (
+    LAYER + name
+    for name in (
+        "self_attention.linear_qkv.weight",
+        "mlp.linear_fc1.weight",
+        "mlp.linear_fc2.weight",
+    )
+)
+RANK_0 = r"mp_rank_00_000/model_optim_rng.pt"
+SIZES = ("tensor", "pipeline", "expert")
+DAMAGES: dict[str, tuple[Any, str]] = {
+    "no arguments": (lambda _, c: c.update(args=None), "no arguments of Megatron-LM"),
+    "a mapping": (lambda _, c: c.update(args={}), f"{RANK_0}: its args are of type dict"),
+    "text": (arguments(num_experts="8"), "invalid num_experts: '8'"),
+    "a list": (arguments(num_experts=[8]), r"invalid num_experts: \[8\]"),
+    "true": (arguments(pipeline_model_parallel_size=True), "invalid pipeline_model_parallel_size"),
+    "itself": (arguments(window_size=itself()), f"{RANK_0}: window_size of its args is nested"),
+    "repeated": (arguments(normalization=repeated()), "normalization of its args is nested"),
+    "deep": (arguments(expert_tensor_parallel_size=deep()), "expert_tensor_parallel_size of its"),
+    "millions of ranks": (
+        arguments(**{f"{kind}_model_parallel_size": 9999 for kind in SIZES}),
+        "9999 x 9999 x 9999 ranks",
+    ),
+    "many ranks": (
+        arguments(tensor_model_parallel_size=8, pipeline_model_parallel_size=16),
+        "and 116 more like these",
+    ),
+    "another width": (tensor(QKV, lambda: torch.ones(32, 16), "mp_rank_01"), "has several shapes"),
+    "another height": (tensor(FC1, lambda: torch.ones(50, 32), "mp_rank_01"), "has several shapes"),
+    "odd rows": (tensor(FC1, lambda: torch.ones(49, 32)), "no gate above an up part"),
+    "one row": (tensor(FC1, lambda: torch.ones(1, 32)), "no gate above an up part"),
+    "fc1 a number": (tensor(FC1, lambda: torch.ones(())), "no gate above an up part"),
+    "fc2 a vector": (tensor(FC2, lambda: torch.ones(32)), "no part of a matrix"),
+    "embedding": (
+        tensor("embedding.word_embeddings.weight", lambda: torch.ones(())), "no part of a matrix",
+    ),
+    "a long number": (
+        tensor(f"decoder.layers.{'9' * 5000}.x", lambda: torch.ones(2)), "is unexpected",
+    ),
+    "legacy": (lambda _, c: c["model"].update(language_model={}), "legacy model format.*convert"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damaged_content_is_one_error(good: Path, name: str, tmp_path: Path) -> None:
+    edit, words = DAMAGES[name]
+    with pytest.raises(UserError, match=f"(?s){words}") as caught:
+        open_checkpoint(edited(good, tmp_path / "iter", edit), "m")
+    assert len(str(caught.value)) < 20_000
+
+
+@pytest.mark.parametrize("directory", ["mp_rank_00", "mp_rank_01"])
+def test_shards_of_several_dtypes_are_joined_in_the_wider(
+    good: Path, directory: str, tmp_path: Path
+) -> None:
+    def narrow(rank: str, content: dict[str, Any]) -> None:
+        if rank.startswith(directory):
+            content["model"] = {
+                k: v if v is None else v.bfloat16() for k, v in content["model"].items()
+            }
+
+    def rounded(rank: str, content: dict[str, Any]) -> None:
+        narrow(rank, content)
+        content["model"] = {k: v if v is None else v.float() for k, v in content["model"].items()}
+
+    found = open_megatron(edited(good, tmp_path / "found", narrow), "m")
+    expected = open_megatron(edited(good, tmp_path / "expected", rounded), "m")
+    for name in expected.tensors:
+        one, other = (read_whole(each.source, name) for each in (found, expected))
+        assert torch.equal(one.float(), other), name
+
+
+def test_the_command_that_is_printed_makes_what_megatron_lm_loads(
+    good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its torch_dist: of no other form there is a link that works."""
+    monkeypatch.chdir(tmp_path)
+    said = command_line(open_megatron(good, "m"), 1)
+    (command,) = re.findall(r"mkdir load && btx (.*)", said)
+    assert "ln -s" not in said
+    assert "--ckpt-format torch_dist" in said
+    (tmp_path / "load").mkdir()
+    assert btx(*shlex.split(command))[0] == 0
+    made = tmp_path / "load" / "release"
+    assert f"mkdir load && ln -s {made} load/release\n" in command_line(open_megatron(made, "m"), 1)
+
+
+def test_files_of_torch_before_2_1_do_not_say_their_byte_order(good: Path, tmp_path: Path) -> None:
+    old = tmp_path / "iter"
+    for file in good.glob("*/model_optim_rng.pt"):
+        (old / file.parent.name).mkdir(parents=True)
+        with (
+            zipfile.ZipFile(file) as new,
+            zipfile.ZipFile(old / file.parent.name / file.name, "w") as made,
+        ):
+            for entry in new.namelist():
+                if entry.endswith(("/data.pkl", "/version")) or "/data/" in entry:
+                    made.writestr(entry, new.read(entry))
+    found, expected = open_megatron(old, "m"), dense("a", 1)
+    for name in expected.tensors:
+        assert torch.equal(read_whole(found.source, name), read_whole(expected.source, name)), name
 
 
 def test_what_is_divided_otherwise_is_refused(tmp_path: Path) -> None:
