@@ -16,6 +16,13 @@ Box = tuple[tuple[int, int], ...]
 """One ``(start, stop)`` per dimension; never empty."""
 
 
+def told(value: object) -> str:
+    """A value from a pickle as errors show it: of what holds others, and perhaps itself, the type
+    alone."""
+    holds = isinstance(value, (list, tuple, dict, set, frozenset))
+    return f"a {type(value).__name__}" if holds else shown(value)
+
+
 def sizes(values: Iterable[object]) -> Shape:
     """Values from a file as sizes: whole numbers from zero on, and nothing else.
 
@@ -25,7 +32,8 @@ def sizes(values: Iterable[object]) -> Shape:
     given = tuple(values)
     found = tuple(value for value in given if type(value) is int and 0 <= value < 1 << 60)
     if len(found) < len(given):
-        raise ValueError(f"{shown(given)}: not sizes")
+        some = ", ".join(map(told, given[:8])) + (", ..." if len(given) > 8 else "")
+        raise ValueError(f"({some}): not sizes")
     return found
 
 

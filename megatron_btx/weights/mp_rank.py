@@ -26,7 +26,7 @@ from megatron_btx.recipe.names import EMBEDDING, HEAD
 from megatron_btx.recipe.read_architecture import MOST_EXPERTS
 from megatron_btx.weights import safe_unpickle
 from megatron_btx.weights.arrange import Take
-from megatron_btx.weights.box import Box, Shape, sizes
+from megatron_btx.weights.box import Box, Shape, sizes, told
 from megatron_btx.weights.expression import Expression
 from megatron_btx.weights.mmap_io import read_box
 from megatron_btx.weights.ops import cat, rows
@@ -257,7 +257,7 @@ def _stored(file: Path, tensor: Any, members: Mapping[str, tuple[int, int]]) -> 
     first, shape, strides = sizes((first,))[0], sizes(shape), sizes(strides)
     last = first + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
     if not isinstance(kind, dtype) or (last + 1) * kind.itemsize > nbytes:
-        raise ValueError(f"{shown(kind)} {shape} in {nbytes} bytes")
+        raise ValueError(f"{told(kind)} {shape} in {nbytes} bytes")
     return _Stored(shape, kind, file, begin + first * kind.itemsize, strides)
 
 

@@ -16,7 +16,7 @@ import torch
 
 from megatron_btx.errors import UserError, shown
 from megatron_btx.weights import safe_unpickle
-from megatron_btx.weights.box import Box, Shape, extent, sizes
+from megatron_btx.weights.box import Box, Shape, extent, sizes, told
 
 _AGAIN = "copy the checkpoint again, or take an earlier step"
 _SMALL = 1 << 20
@@ -163,7 +163,7 @@ def payload_of(name: str, dtype: torch.dtype, chunk: Chunk) -> Payload:
         and (last + 1) * dtype.itemsize <= nbytes
     )
     if not sound:
-        what = f"holds {shown(stored_dtype)} {tuple(size)}: not what .metadata says"
+        what = f"holds {told(stored_dtype)} {tuple(size)}: not what .metadata says"
         raise UserError(where, what, _AGAIN)
     # Axes of length one may be in the chunk's box and not in the tensor: any stride will do.
     left = iter(stride for n, stride in zip(size, strides, strict=True) if n != 1)

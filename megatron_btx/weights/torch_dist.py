@@ -23,7 +23,7 @@ from torch import Tensor
 
 from megatron_btx.errors import UserError, UserErrors, capped, shown
 from megatron_btx.weights import safe_unpickle
-from megatron_btx.weights.box import Box, Shape, extent, intersection, shifted, sizes, slices
+from megatron_btx.weights.box import Box, Shape, extent, intersection, shifted, sizes, slices, told
 from megatron_btx.weights.mmap_io import read_box
 from megatron_btx.weights.read_torch_zip import Checksum, Chunk, Payload, payload_of
 from megatron_btx.weights.source import FileSource
@@ -90,7 +90,7 @@ class TorchDistSource(FileSource[_Stored]):
         self._archives: dict[Chunk, Payload] = {}
         try:
             self._fill(metadata)
-        except (AttributeError, LookupError, TypeError, ValueError) as error:
+        except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
             raise UserError(
                 str(self.path / ".metadata"), f"not a checkpoint's metadata: {error}", _AGAIN
             ) from error
@@ -138,12 +138,14 @@ class TorchDistSource(FileSource[_Stored]):
             if index.fqn in metadata.state_dict_metadata:
                 places[index.fqn, tuple(getattr(index, "offset", None) or ())] = info
         for name, entry in metadata.state_dict_metadata.items():
+            if not isinstance(name, str):
+                raise TypeError(f"{told(name)} is no name")
             if not hasattr(entry, "chunks"):
                 self.objects.append(name)
                 continue
             shape, dtype = sizes(entry.size), entry.properties.state[0]
-            if not isinstance(name, str) or not isinstance(dtype, torch.dtype):
-                raise TypeError(f"{shown(name)} is of type {shown(dtype)}")
+            if not isinstance(dtype, torch.dtype):
+                raise TypeError(f"{shown(name)} is of type {told(dtype)}")
             chunks = []
             for chunk in entry.chunks:
                 offsets, lengths = sizes(chunk.offsets), sizes(chunk.sizes)
@@ -215,7 +217,7 @@ def read_object(directory: Path, key: str) -> bytes | None:
             return None
         offset, length = sizes((found[0].offset, found[0].length))
         path = directory / Path(found[0].relative_path).name
-    except (AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
         raise UserError(
             str(directory / ".metadata"), f"not a checkpoint's metadata: {error}", _AGAIN
         ) from error

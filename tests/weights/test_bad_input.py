@@ -112,7 +112,28 @@ def misplace(metadata) -> None:
             info.offset = -64
 
 
+def nest(key: str, times: int):
+    """In place of a tensor's size or dtype a list of itself, in lists of lists."""
+
+    def damage(metadata) -> None:
+        found = []
+        found.append(found)
+        for _ in range(times):
+            found = [found]
+        entry = metadata.state_dict_metadata[ROUTER]
+        setattr(*((entry, "size") if key == "size" else (entry.properties, "dtype")), found)
+
+    return damage
+
+
 DAMAGES = {
+    "a size that holds itself": (edit_metadata(nest("size", 0)), "(a list): not sizes"),
+    "a size of lists of lists": (edit_metadata(nest("size", 90)), "(a list): not sizes"),
+    "a name that is none": (
+        edit_metadata(lambda m: m.state_dict_metadata.update({("a", 1): "an object"})),
+        "a tuple is no name",
+    ),
+    "a dtype that holds itself": (edit_metadata(nest("dtype", 0)), "is of type a list"),
     "a chunk twice": (edit_metadata(repeat_a_chunk), "some elements are stored twice"),
     "a tensor of petabytes": (edit_metadata(enlarge), "a chunk ((0, 1099511627776)"),
     "a negative offset": (edit_metadata(misplace), "not sizes"),
