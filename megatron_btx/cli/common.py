@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ def recipe_files(given: Sequence[Path]) -> list[Path]:
         inside = sorted(path.glob("*.yaml"))
         trees = {file: read_tree(file).value.get("base") for file in inside}
         bases = {
-            (file.parent / base.value).resolve()
+            (file.parent / os.path.expanduser(base.value)).resolve()
             for file, base in trees.items()
             if base is not None and isinstance(base.value, str)
         }

@@ -4,6 +4,7 @@ it looks at a checkpoint."""
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -223,7 +224,7 @@ def _files(name: str) -> Iterator[Path]:
             base = read_tree(path).value.get("base")
             if base is None:
                 break
-            path = (path.parent / base.value).resolve()
+            path = (path.parent / os.path.expanduser(base.value)).resolve()
             yield path
 
 

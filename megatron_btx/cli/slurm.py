@@ -18,6 +18,7 @@ from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.pipeline import graph, prepare_array, state
 from megatron_btx.pipeline.graph import Stage
 from megatron_btx.recipe import check
+from megatron_btx.recipe.messages import number
 
 
 def add_parser(commands: Any) -> None:
@@ -76,7 +77,7 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--watch",
         metavar="SECONDS",
-        type=float,
+        type=_seconds,
         nargs="?",
         const=10.0,
         help="repeat until no job is left",
@@ -143,6 +144,13 @@ def submit(options: argparse.Namespace) -> int:
         f"everything goes to {run_dir}; see btx status {shlex.quote(options.recipe)}\n"
     )
     return 0
+
+
+def _seconds(text: str) -> float:
+    value = number(text)
+    if value is None or not 0.1 <= value <= 86_400:
+        raise argparse.ArgumentTypeError(f"{text!r} is not between 0.1 and 86400 seconds")
+    return float(value)
 
 
 def status(options: argparse.Namespace) -> int:

@@ -16,6 +16,7 @@ from megatron_btx.data.parallel import cores, run_all
 from megatron_btx.data.shards import Counts, Shard, cut, dtype_of, make, read, set_up
 from megatron_btx.data.tokenized import TokenizedSplit, read_tokenized, write_tokenized
 from megatron_btx.data.tokenizer import Tokenizer
+from megatron_btx.errors import UserError
 
 SHARD = 64 << 20
 """Bytes of input of a shard; if all input is smaller, no processes are started."""
@@ -165,6 +166,8 @@ def finish(
     found = [one for one in made if one is not None]
     assert len(found) == len(jobs)  # run made them
     whole = found[0]
+    if split == "train" and text.domain.weights:
+        _refuse_empty(text, jobs, found)
     if jobs[0].names[split] != split:
         counts = total([
             Counts(documents=p.documents, tokens=p.tokens, bytes=p.bytes, sha256=p.sha256)
@@ -186,6 +189,19 @@ def finish(
         if file.suffix in (".bin", ".idx", ".json") and file.stem not in ours:
             file.unlink()
     return whole
+
+
+def _refuse_empty(
+    text: DomainText, jobs: Sequence[TokenizeJob], made: Sequence[TokenizedSplit]
+) -> None:
+    """That no path has a weight and no tokens."""
+    tokens = [0] * len(text.domain.train)
+    for job, one in zip(jobs, made, strict=True):
+        tokens[job.group.path] += one.tokens
+    if 0 in tokens:
+        where, path = f"domains.{text.name}.weights", text.domain.train[tokens.index(0)]
+        what = f"{path} has a weight, and holds no tokens"
+        raise UserError(where, what, "remove it from `train:`, or give it text")
 
 
 def _is_done(job: TokenizeJob, tokenizer: Tokenizer) -> bool:

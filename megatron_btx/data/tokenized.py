@@ -69,14 +69,16 @@ def _is_whole(prefix: Path, tokens: int) -> bool:
 
 
 def pairs(prefix: Path, made: TokenizedSplit) -> list[tuple[Path, float]]:
-    """The pairs of the split at ``prefix``: their prefixes, and each one's share of samples."""
+    """The pairs of the split at ``prefix`` that hold text: their prefixes, and each one's share of
+    samples."""
     if not made.blend:
         return [(prefix if made.prefix is None else Path(made.prefix), 1.0)]
     found = []
     for name, share in made.blend:
         part = read_tokenized(prefix.with_name(name))
         assert part is not None  # read_tokenized looked
-        found.append((pairs(prefix.with_name(name), part)[0][0], share))
+        if part.tokens:  # else there is nothing to map, and Megatron takes no weight of 0
+            found.append((pairs(prefix.with_name(name), part)[0][0], share))
     return found
 
 

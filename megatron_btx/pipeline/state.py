@@ -46,12 +46,24 @@ def done(run_dir: Path, stage: Stage) -> dict[str, Any] | None:
         path = run_dir / name / "done.json"
         record = find_json(path)
         if record is not None and record.get("key") == stage.key:
-            outputs, seconds = record.get("outputs", {}), record.get("seconds", 0.0)
-            if not isinstance(outputs, dict) or type(seconds) not in (int, float):
+            if wrong := _damage(record):
                 fix = "remove it; the stage then goes on from its last checkpoint"
-                raise UserError(str(path), "is damaged: its outputs or seconds are none", fix)
+                raise UserError(str(path), f"is damaged: {wrong}", fix)
+            outputs = record.get("outputs", {})
             return record if _has_what_it_made(run_dir, stage, outputs) else None
     return None
+
+
+def _damage(record: dict[str, Any]) -> str:
+    """Which entry of a ``done.json`` cannot be what a stage wrote; empty: none."""
+    for name in ("outputs", "versions"):
+        if not isinstance(record.get(name, {}), dict):
+            return f"`{name}` is not a mapping"
+    for name in ("seconds", "finished"):
+        value = record.get(name, 0.0)
+        if type(value) not in (int, float) or not 0 <= value < 1e11:
+            return f"`{name}` is not a number of seconds"
+    return ""
 
 
 def _has_what_it_made(run_dir: Path, stage: Stage, outputs: dict[str, Any]) -> bool:
@@ -171,9 +183,10 @@ def claim(run_dir: Path, stage: Stage) -> Path | None:
             moved = _unused(_shelf(run_dir, stage.directory, str(former)))
             moved.parent.mkdir(exist_ok=True)
             os.rename(directory, moved)
-            shelved = _shelf(run_dir, stage.directory, stage.key)
-            if shelved.is_dir():
-                os.rename(shelved, directory)
+    shelved = _shelf(run_dir, stage.directory, stage.key)
+    # Here too where the process that shelved the former one ended before it came to this.
+    if not os.path.lexists(directory) and shelved.is_dir():
+        os.rename(shelved, directory)
     (directory / "log").mkdir(parents=True, exist_ok=True)
     if former != stage.key:
         write_json(directory / "stage.json", {"name": stage.name, "key": stage.key})

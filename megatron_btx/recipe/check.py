@@ -24,6 +24,7 @@ from megatron_btx.recipe import (
 )
 from megatron_btx.recipe.check_layout import Problem
 from megatron_btx.recipe.messages import near_key, path_problem, show
+from megatron_btx.recipe.names import is_part
 from megatron_btx.recipe.schema import Layout, Model, Recipe, Training
 from megatron_btx.recipe.stages import (
     architecture,
@@ -174,6 +175,8 @@ def _names(recipe: Recipe) -> Iterator[Problem]:
     elif wrong := _variable(Path(recipe.run_dir)):
         what = f"{wrong} is no variable here: a directory of that name would be made"
         yield Problem("run_dir", what, "write the path itself; `~` stands for your home")
+    if wrong := _project(recipe.wandb.project):
+        yield Problem("wandb.project", wrong, "give a plain name; a team is `wandb.entity`")
     for wrong in filter(None, map(path_problem, recipe.share)):
         yield Problem("share", wrong, "correct the path")
     for key, names in (("domains", recipe.domains), ("experts", recipe.experts)):
@@ -189,6 +192,11 @@ def _names(recipe: Recipe) -> Iterator[Problem]:
                     "choose another name"
                     + ("; the seed is an expert by `mix.include_seed`" if name == "seed" else ""),
                 )
+    for name in recipe.experts:
+        for other in recipe.experts:
+            if name != other and is_part(name, other):
+                what = f"is what a part of expert {other} is called"
+                yield Problem(f"experts.{name}", what, "choose another name")
     for name, domain in recipe.domains.items():
         if bool(domain.train) == (domain.builtin is not None):
             what = "has both files and built-in text" if domain.train else "has no text"
@@ -197,6 +205,14 @@ def _names(recipe: Recipe) -> Iterator[Problem]:
         if weights and len(weights) != len(domain.train):
             what = f"are {len(weights)} for the {len(domain.train)} paths of train"
             yield Problem(f"domains.{name}.weights", what, "give one for each path, or none")
+
+
+def _project(name: str) -> str | None:
+    """What W&B has against a project's name."""
+    if not 1 <= len(name) <= 128:
+        return f"{show(name)} has {len(name)} characters, and W&B takes 1 to 128"
+    taken = [c for c in name if c in "/\\#?%:" or not c.isprintable()]
+    return f"{show(name)} holds {taken[0]!r}, which W&B refuses" if taken else None
 
 
 def _model(model: Model) -> Iterator[Problem]:
@@ -321,10 +337,11 @@ def _stage(recipe: Recipe, key: str, stage: Training) -> Iterator[Problem]:
         fix = "remove it; give the experts instead (`experts: {code: {from: DIR}}`), or mix anew"
         yield Problem("finetune.from", what, fix)
     trains = stage.tokens > 0 and stage.from_ is None
+    read = trains or (stage.tokens > 0 and key.startswith("experts.") and _is_matched(recipe))
     if key != "dense":
         if stage.data:
             yield from check_mix.weights(f"{key}.data", stage.data, recipe.domains, "domain")
-        elif trains:
+        elif read:
             name = key.removeprefix("experts.")
             hint = near_key(name, recipe.domains) if key.startswith("experts.") else ""
             yield Problem(
@@ -415,6 +432,12 @@ def _widths(key: str, stage: Training, model: Model, chunks: int) -> Iterator[Pr
                 f"use a multiple of {multiple}"
                 + (f" x {parts}" if what == "ffn_hidden_size" else ""),
             )
+
+
+def _is_matched(recipe: Recipe) -> bool:
+    """Whether another system reads the text of the experts, those that are taken among them."""
+    upcycled = recipe.system == "upcycling" and recipe.match == "data"
+    return recipe.dense is not None or upcycled
 
 
 def _too_few(tokens: int, model: Model) -> tuple[str, str]:

@@ -72,6 +72,19 @@ def misplaced(mix: Mix, method: str) -> Iterator[tuple[str, str, str]]:
         if method not in methods and getattr(mix, name) != getattr(default, name):
             what = f"has no meaning for method {method}"
             yield name, what, f"leave it out, or use method {' or '.join(methods)}"
+    if mix.dare is not None and mix.ties is not None and method in _AVERAGING:
+        yield "ties", BOTH, "choose one"
+
+
+BOTH = "stands beside dare, and each is a way to average by itself"
+"""What is wrong with TIES together with DARE."""
+
+
+def cut_groups(mix: Mix, k: int) -> Iterator[tuple[str, str]]:
+    """Whether top-k takes whole virtual groups of a granular upcycled model: what is wrong, fix."""
+    if mix.method == "upcycle" and mix.chunks > 1 and k % mix.chunks:
+        what = f"top-{k} of virtual groups of {mix.chunks} chunks takes part of a group"
+        yield what, f"use a multiple of {mix.chunks}"
 
 
 def _averages(mix: Mix, models: tuple[str, ...]) -> Iterator[Problem]:
@@ -93,8 +106,6 @@ def _averages(mix: Mix, models: tuple[str, ...]) -> Iterator[Problem]:
         if getattr(mix, name) is not None and "seed" not in models:
             what = "is about differences from the seed, which is not mixed"
             yield Problem(f"mix.{name}", what, "set include_seed, or remove it")
-    if mix.dare is not None and mix.ties is not None:
-        yield Problem("mix.ties", "and mix.dare are two ways to average", "choose one")
 
 
 def _chunks(recipe: Recipe) -> Iterator[Problem]:
@@ -105,10 +116,9 @@ def _chunks(recipe: Recipe) -> Iterator[Problem]:
     if ffn % count:
         what = f"an FFN of {ffn} does not divide into {count} parts"
         yield Problem("mix.num_chunks", what, "choose a divisor of model.ffn_hidden_size")
-    k = recipe.routing.moe_router_topk
-    if mix.method == "upcycle" and recipe.routing.type == "topk" and k % mix.chunks:
-        what = f"top-{k} of virtual groups of {mix.chunks} chunks takes part of a group"
-        yield Problem("routing.moe_router_topk", what, f"use a multiple of {mix.chunks}")
+    if recipe.routing.type == "topk":
+        for what, fix in cut_groups(mix, recipe.routing.moe_router_topk):
+            yield Problem("routing.moe_router_topk", what, fix)
 
 
 def weights(

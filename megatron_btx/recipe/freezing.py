@@ -16,7 +16,7 @@ from megatron_btx.recipe import count
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.check_layout import Problem
 from megatron_btx.recipe.messages import near_key, show
-from megatron_btx.recipe.names import EMBEDDING, HEAD, ROUTER, canonical_tensors, group_of
+from megatron_btx.recipe.names import EMBEDDING, HEAD, ROUTER, canonical_tensors, group_of, is_part
 from megatron_btx.recipe.schema import Model, Training
 
 WORDS = ("embeddings", "attention", "norms", "ffn", "experts", "router", "head")
@@ -34,7 +34,7 @@ def named(architecture: Architecture, word: str) -> frozenset[str]:
     """The canonical tensors that a word of ``freeze`` names; none: it says nothing here.
 
     ``head`` is the embedding where the two are tied; ``experts.math`` also names what became of an
-    expert's parts or copies (``math.0``, ``math.1``).
+    expert's parts or copies (``math.0``, ``math.1``), and no other expert (``math.proofs``).
     """
     names = canonical_tensors(architecture)
     if word == "head" and HEAD not in names:
@@ -45,7 +45,7 @@ def named(architecture: Architecture, word: str) -> frozenset[str]:
     numbers = [
         number
         for number, own in enumerate(architecture.experts)
-        if word.startswith("experts.") and (own == expert or own.startswith(f"{expert}."))
+        if word.startswith("experts.") and is_part(own, expert)
     ]
     if numbers:
         ends = tuple(f".mlp.experts.{number}." for number in numbers)

@@ -31,8 +31,8 @@ from megatron_btx.recipe.fields import Range, beside
 from megatron_btx.recipe.messages import homes, path_problem, yaml_name
 from megatron_btx.recipe.read_architecture import stated_vocabulary
 from megatron_btx.recipe.schema import Recipe, Training
-from megatron_btx.recipe.typed import BAD, Reader
-from megatron_btx.recipe.yaml_tree import Node, parse_tree, read_tree
+from megatron_btx.recipe.typed import BAD, Reader, since_null
+from megatron_btx.recipe.yaml_tree import EXPONENT, Node, parse_tree, read_tree
 
 
 def load_recipe(path: str | Path, base: str | Path | None = None) -> Recipe:
@@ -57,7 +57,19 @@ def parse_recipe(text: str, path: str | Path = "recipe.yaml") -> Recipe:
 
 def dump(recipe: Recipe) -> str:
     """The recipe as YAML with every default resolved; ``parse_recipe(dump(r)) == r``."""
-    return yaml.safe_dump(_plain(recipe), sort_keys=False, allow_unicode=True, width=100)
+    return yaml.dump(_plain(recipe), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Puts text in quotes that is a number for us and, without a point, none for PyYAML: 1e5."""
+
+
+def _text(dumper: yaml.SafeDumper, value: str) -> yaml.Node:
+    style = "'" if EXPONENT.fullmatch(value) else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
+
+
+_Dumper.add_representer(str, _text)
 
 
 def dump_kept(recipe: Recipe, run_dir: Path) -> str:
@@ -76,7 +88,8 @@ def digest(part: Any) -> str:
     """
     plain = _plain(part, written=_differs, entry=_hashed)
     text = json.dumps(plain, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
+    # A file's name may be no UTF-8: Python has lone surrogates for its bytes.
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def different(recipe: Recipe) -> dict[str, Any]:
@@ -137,7 +150,7 @@ def _with_bases(tree: Node, seen: tuple[Path, ...]) -> list[Node]:
         raise UserError(base.where, wrong, "base: other.yaml")
     assert tree.file is not None
     seen = (*seen, tree.file.resolve())
-    path = tree.file.parent / base.value
+    path = tree.file.parent / os.path.expanduser(base.value)
     if path.resolve() in seen:
         raise UserError(base.where, f"{base.value} starts from this recipe", "remove one `base:`")
     return [*_with_bases(read_tree(path), seen), tree]
@@ -235,10 +248,11 @@ class _Builder(Reader):
     def block(self, cls: Any, layers: list[Node], key: str) -> Any:
         """A block; one of training has under it what ``training:`` says."""
         if cls is Training:
-            above = [root.value["training"] for root in self.roots if "training" in root.value]
+            above = since_null([r.value["training"] for r in self.roots if "training" in r.value])
             if key.startswith("experts."):
-                above += [node.value[_EVERY] for node in self._experts() if _EVERY in node.value]
-            layers = [*(node for node in above if node.value is not None), *layers]
+                every = [node.value[_EVERY] for node in self._experts() if _EVERY in node.value]
+                above += since_null(every)
+            layers = [*above, *layers]
         return super().block(cls, layers, key)
 
     def _experts(self) -> list[Node]:

@@ -131,6 +131,8 @@ def show(value: Any) -> str:
 
 def path_problem(text: str) -> str | None:
     """Why no file system has a place for a path, if none has."""
+    if not text:
+        return "is empty"
     try:
         names = os.fsencode(text).split(b"/")
     except UnicodeEncodeError:

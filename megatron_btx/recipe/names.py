@@ -7,6 +7,7 @@ seen under these names; whatever a plan builds, it builds these.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from megatron_btx.recipe.architecture import Architecture
@@ -28,6 +29,11 @@ MOE_NORM = "pre_mlp_layernorm.weight"
 ROUTER = "mlp.router.weight"
 SHARED = "mlp.shared_experts"
 SHARED_GATE = f"{SHARED}.gate_weight"
+
+
+def is_part(expert: str, model: str) -> bool:
+    """Whether an expert of the MoE is a model's: of its name, or a part or copy (``math.0.1``)."""
+    return expert == model or re.fullmatch(rf"{re.escape(model)}(\.\d+)+", expert) is not None
 
 
 def canonical_tensors(architecture: Architecture) -> dict[str, Shape]:

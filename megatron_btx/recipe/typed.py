@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 import typing
 from collections.abc import Iterable, Sequence
@@ -107,9 +108,7 @@ class Reader:
         """A value of type ``hint``; ``BAD`` after noting an error."""
         last = layers[-1]
         self.marks[key] = last
-        nulls = [i for i, layer in enumerate(layers) if layer.value is None]
-        if nulls:  # an empty key forgets what the layers below say
-            layers = layers[nulls[-1] + 1 :]
+        layers = since_null(layers)
         if last.value is None and type(None) in options(hint):
             return None
         kinds = [kind for kind in options(hint) if kind is not type(None)]
@@ -205,10 +204,18 @@ class Reader:
         for name, nodes in merged.items():
             if item is Any:
                 self.marks[f"{key}.{name}"] = nodes[-1]
-                values[name] = nodes[-1].plain()
+                values[name] = self._plain(nodes[-1])
             else:
                 values[name] = self.value(item, nodes, f"{key}.{name}")
         return BAD if any(value is BAD for value in values.values()) else values
+
+    def _plain(self, node: Node) -> Any:
+        """A value that has no type here."""
+        for part in node.parts():
+            value = part.plain() if not isinstance(part.value, (dict, list)) else None
+            if isinstance(value, float) and not math.isfinite(value):
+                return self.error(part, f"is {value}", "give a finite number")
+        return node.plain()
 
     def _scalar(self, hint: Any, node: Node, wanted: str) -> Any:
         value = node.value
@@ -255,6 +262,12 @@ def read(cls: type[T], tree: Node, noun: str, *, strict: bool = False) -> T:
     found: T = reader.block(cls, [tree], tree.key)
     reader.raise_errors()
     return found
+
+
+def since_null(layers: list[Node]) -> list[Node]:
+    """The layers that count: an empty key forgets what those below it say."""
+    nulls = [i for i, layer in enumerate(layers) if layer.value is None]
+    return layers[nulls[-1] + 1 :] if nulls else layers
 
 
 def _meant_by_null(hint: Any) -> bool:

@@ -27,7 +27,8 @@ _VALUES = 50_000
 """Values in a file, those that an alias repeats counted as often as they are repeated."""
 _DIGITS = 3000
 """Of an integer: Python reads no longer ones."""
-_EXPONENT = re.compile(r"[-+]?(\d[\d_]*)?\.?\d[\d_]*[eE][-+]?\d+")
+EXPONENT = re.compile(r"[-+]?(\d[\d_]*)?\.?\d[\d_]*[eE][-+]?\d+")
+"""Text that YAML 1.1 has no number in, and a recipe has: :meth:`Node.plain`."""
 _PLAIN_TAGS = {f"tag:yaml.org,2002:{name}" for name in ("str", "int", "float", "bool", "null")}
 _MERGE = "tag:yaml.org,2002:merge"
 
@@ -62,13 +63,20 @@ class Node:
         }  # fmt: skip
         return names.get(type(self.value), f"a {type(self.value).__name__}")
 
+    def parts(self) -> Iterator[Node]:
+        """This value and all within it."""
+        yield self
+        inside = self.value.values() if isinstance(self.value, dict) else self.value
+        for node in inside if isinstance(self.value, (dict, list)) else ():
+            yield from node.parts()
+
     def plain(self) -> Any:
         """The value without positions; ``1e-4``, text for YAML 1.1, is a number."""
         if isinstance(self.value, dict):
             return {name: node.plain() for name, node in self.value.items()}
         if isinstance(self.value, list):
             return [node.plain() for node in self.value]
-        if isinstance(self.value, str) and not self.quoted and _EXPONENT.fullmatch(self.value):
+        if isinstance(self.value, str) and not self.quoted and EXPONENT.fullmatch(self.value):
             return float(self.value.replace("_", ""))
         return self.value
 
@@ -133,6 +141,9 @@ def parse_tree(text: str, path: Path, wanted: str = "a recipe") -> Node:
             f"is not YAML: it has the control character U+{error.character:04X}",
             "remove it",
         ) from None
+    except (ValueError, OverflowError) as error:  # an escape beyond Unicode, a version of digits
+        what = f"is not YAML: {str(error)[:100]}"
+        raise UserError(str(path), what, "look for a `\\U` or a `%` that is not meant") from None
     except RecursionError:
         raise UserError(str(path), "is nested too deep", "write it without aliases") from None
     if not isinstance(tree.value, dict):

@@ -115,6 +115,9 @@ def record_of(line: bytes) -> dict[str, Any] | None:
         for name in ("load", "gate"):
             _check_numbers(record.get(name, {}), name, 3)
         return record
+    ranks = record.get("world_size", 1)
+    if record["kind"] == "start" and (type(ranks) is not int or ranks < 1):
+        raise ValueError(f"world_size is {ranks!r:.60}")
     for name in _NUMBERS:
         if name in record:
             _check_numbers(record[name], name, 0)

@@ -51,37 +51,8 @@ class Tracker:
         except ImportError:
             logger.warning("wandb is not installed: metrics are in %s only", directory)
             return
-        settings = wandb.Settings(
-            console="off",
-            silent=True,
-            x_disable_stats=True,
-            init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT", 60)),
-            finish_timeout=300,  # a network that went away must not hold the next stage
-            disable_git=True,
-        )
-        arguments: dict[str, Any] = {
-            "project": recipe.wandb.project,
-            "entity": recipe.wandb.entity,
-            "group": recipe.name,
-            "job_type": stage.partition(":")[0],
-            "name": stage,
-            # The same for every attempt, so that offline pieces sync into one run.
-            "id": _run_id(recipe, stage, directory),
-            "resume": "allow",
-            "dir": str(directory),
-            "config": config,
-            "settings": settings,
-        }
-        mode = _mode(recipe.wandb)
-        # A launcher's signals reach every process of a task, and SIGUSR1 kills its service, which
-        # handles SIGTERM by itself.
-        with child_processes.block_signals():
-            try:
-                self._run = wandb.init(mode=mode, **arguments)
-            except (wandb.errors.Error, OSError) as error:
-                logger.warning("W&B cannot be reached (%s): logging offline", error)
-                wandb.teardown()  # its service still has the id
-                self._run = wandb.init(mode="offline", **arguments)
+        with self._unstopped():
+            self._run = _begun(wandb, recipe, stage, directory, config)
 
     def log(self, record: dict[str, Any]) -> None:
         """One record of ``metrics.jsonl``, nested mappings and lists flattened into names. A name
@@ -136,6 +107,41 @@ class Tracker:
 
             with contextlib.suppress(Exception):  # else it tries to end its service once more
                 wandb.teardown()
+
+
+def _begun(wandb: Any, recipe: Recipe, stage: str, directory: Path, config: dict[str, Any]) -> Any:
+    """A run of W&B's, offline where its server does not answer."""
+    settings = wandb.Settings(
+        console="off",
+        silent=True,
+        x_disable_stats=True,
+        init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT", 60)),
+        finish_timeout=300,  # a network that went away must not hold the next stage
+        disable_git=True,
+    )
+    arguments: dict[str, Any] = {
+        "project": recipe.wandb.project,
+        "entity": recipe.wandb.entity,
+        "group": recipe.name,
+        "job_type": stage.partition(":")[0],
+        "name": stage,
+        # The same for every attempt, so that offline pieces sync into one run.
+        "id": _run_id(recipe, stage, directory),
+        "resume": "allow",
+        "dir": str(directory),
+        "config": config,
+        "settings": settings,
+    }
+    mode = _mode(recipe.wandb)
+    # A launcher's signals reach every process of a task, and SIGUSR1 kills its service, which
+    # handles SIGTERM by itself.
+    with child_processes.block_signals():
+        try:
+            return wandb.init(mode=mode, **arguments)
+        except (wandb.errors.Error, OSError) as error:
+            logger.warning("W&B cannot be reached (%s): logging offline", error)
+            wandb.teardown()  # its service still has the id
+            return wandb.init(mode="offline", **arguments)
 
 
 def _looked_at(artifact: Callable[[], lineage.Artifact]) -> lineage.Artifact | None:
@@ -226,10 +232,10 @@ def has_key() -> bool:
 
 
 def _netrc() -> bool:
-    path = Path(os.environ.get("NETRC", Path.home() / ".netrc"))
     try:
+        path = Path(os.environ.get("NETRC") or Path.home() / ".netrc")
         return "wandb" in path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
+    except (OSError, RuntimeError):  # no such file; no home
         return False
 
 

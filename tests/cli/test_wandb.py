@@ -7,6 +7,7 @@ log: blocks of 32 KiB, each record behind its checksum, length and kind) around 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import struct
 import subprocess
@@ -17,10 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import pytest
 from wandb.proto import wandb_internal_pb2
 
+from megatron_btx.recipe.load import load_recipe
+from megatron_btx.recipe.schema import WandB
 from megatron_btx.train.metrics import read
-from megatron_btx.train.tracking import sync_command
+from megatron_btx.train.tracking import Tracker, sync_command
 from megatron_btx.weights.file_hashes import hash_file, hashes_of
 from megatron_btx.weights.find_checkpoint import find_checkpoint
 from tests.small import FAKE_KEY, ROOT, Exported, command, environ, write_small
@@ -338,6 +342,29 @@ def wait(condition: Callable[[], bool], timeout: float = 600) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"WANDB_INIT_TIMEOUT": "60s"},
+        {"WANDB_BASE_URL": "http://127.0.0.1:port", "WANDB_API_KEY": "0" * 40},
+    ],
+)
+def test_whatever_is_wrong_with_it_training_goes_on(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    environment: dict[str, str],
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    recipe = load_recipe(ROOT / "examples/tiny/recipe.yaml")
+    recipe = dataclasses.replace(recipe, wandb=WandB(mode="online"))
+    tracker = Tracker(recipe, "seed", tmp_path, {})
+    tracker.log({"kind": "train", "step": 1, "loss": 1.0})
+    tracker.close()
+    assert "W&B has failed" in caplog.text
 
 
 def test_an_artifact_that_is_not_there_costs_nothing_else(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import pickle
@@ -24,9 +25,17 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from pyarrow import parquet
 
 from megatron_btx.data import parallel, tokenize
+from megatron_btx.data.domain_text import HELD_OUT, document_hash
 from megatron_btx.data.heldout_sequences import held_out
 from megatron_btx.data.mixture import stage_data
-from megatron_btx.data.prepare import begin, check, make_share, prepare, train_pairs
+from megatron_btx.data.prepare import (
+    begin,
+    check,
+    make_share,
+    prepare,
+    tokenized_split,
+    train_pairs,
+)
 from megatron_btx.data.tokenizer import load_tokenizer
 from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.pipeline.keys import Memo
@@ -314,6 +323,22 @@ def test_weights_of_text(tmp_path: Path, tokenizer: TokenizerBlock) -> None:
     assert sorted(file.name for file in (tmp_path / "out" / "data" / "a").iterdir()) == sorted(
         f"{split}.{kind}" for split in ("train", "valid") for kind in ("bin", "idx", "json")
     )
+
+
+def test_a_path_without_tokens(tmp_path: Path, tokenizer: TokenizerBlock) -> None:
+    """Is nothing to read in held-out text, and an error where training text has a weight."""
+    texts = itertools.chain.from_iterable(story(i, 60) for i in itertools.count(1))
+    kept = list(itertools.islice((text for text in texts if document_hash(text) % HELD_OUT), 12))
+    paths = (write(tmp_path / "a.jsonl", story(3, 400)), write(tmp_path / "b.jsonl", kept))
+    domain = Domain(train=paths, weights=(3.0, 1.0))
+    recipe = recipe_of({"a": domain}, tokenizer=tokenizer)
+    prepare(recipe, tmp_path / "run" / "prepare")
+    split = tokenized_split(tmp_path / "run", "a", "valid")
+    assert len(split.blend) == 2
+    assert len(held_out(recipe, tmp_path / "run", 10**6)["a"]) > 0
+    write(Path(paths[1]), [""])
+    with pytest.raises(UserError, match=r"(?s)domains\.a\.weights.*b\.jsonl has a weight"):
+        prepare(recipe, tmp_path / "run" / "prepare")
 
 
 def test_pairs_without_held_out_text_are_split(

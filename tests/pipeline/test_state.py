@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megatron_btx.data.tokenized import TokenizedSplit, write_tokenized
+from megatron_btx.errors import UserError
 from megatron_btx.pipeline import state
 from megatron_btx.pipeline.graph import Stage
 from megatron_btx.pipeline.keys import Memo
@@ -105,6 +108,40 @@ def test_a_memo_that_finds_no_room_stops_nobody(
     memo.file(text)
     memo.save()
     assert [path.name for path in place.iterdir()] == ["filler"]
+
+
+@pytest.mark.parametrize("reached", ["first rename", "second rename"])
+def test_a_killed_claim_forgets_no_model(tmp_path: Path, reached: str) -> None:
+    """What the recipe of before made comes back, wherever the process was that shelved it."""
+    of = {key: Stage(name="seed", kind="seed", key=key) for key in ("a" * 64, "b" * 64)}
+    first, second = of.values()
+    for stage in (first, second):
+        state.claim(tmp_path, stage)
+        state.begin(tmp_path / "seed", 1, 1)
+        state.finish(tmp_path / "seed", stage, {})
+    # what it does for the first one again, to the kill
+    os.rename(tmp_path / "seed", tmp_path / "old" / f"seed-{'b' * 12}")
+    if reached == "second rename":
+        (shelved,) = (tmp_path / "old").glob(f"seed-{'a' * 12}*")
+        os.rename(shelved, tmp_path / "seed")
+    state.claim(tmp_path, first)
+    assert state.done(tmp_path, first) is not None
+    state.claim(tmp_path, second)
+    assert state.done(tmp_path, second) is not None
+
+
+@pytest.mark.parametrize(
+    "entry", [{"finished": "x"}, {"finished": math.nan}, {"seconds": 1e300}, {"versions": []}]
+)
+def test_a_damaged_record_is_named(tmp_path: Path, entry: dict[str, Any]) -> None:
+    stage = Stage(name="seed", kind="seed", key="k")
+    state.claim(tmp_path, stage)
+    state.begin(tmp_path / "seed", 1, 1)
+    state.finish(tmp_path / "seed", stage, {})
+    path = tmp_path / "seed" / "done.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | entry))
+    with pytest.raises(UserError, match=rf"done\.json: is damaged: `{next(iter(entry))}`"):
+        state.done(tmp_path, stage)
 
 
 def test_token_files_that_were_removed_are_made_again(tmp_path: Path) -> None:

@@ -98,6 +98,34 @@ def test_base(good: str, tmp_path: Path) -> None:
     assert recipe.domains["math"].train == (str(tmp_path / "up/data/math.jsonl"),)
 
 
+def test_an_empty_training_block_forgets_that_of_the_base(good: str, tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text(good)
+    (tmp_path / "child.yaml").write_text("base: base.yaml\nname: child\ntraining:\n")
+    assert load_recipe(tmp_path / "base.yaml").seed.lr == 1e-3
+    assert load_recipe(tmp_path / "child.yaml").seed.lr == Training().lr
+
+
+def test_home_in_a_base(good: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "base.yaml").write_text(good)
+    (tmp_path / "child.yaml").write_text("base: ~/base.yaml\nname: child\n")
+    assert load_recipe(tmp_path / "child.yaml").name == "child"
+
+
+def test_text_that_looks_like_a_number_stays_text(good: str) -> None:
+    """A run's kept recipe says the same as the one that it was begun with."""
+    text = f"{good}slurm: {{environment: {{A: '1e5', B: '12e45678', C: '1_0e3', D: x, E: 1e5}}}}\n"
+    recipe = parse_recipe(text)
+    given = {"A": "1e5", "B": "12e45678", "C": "1_0e3", "D": "x", "E": 1e5}
+    assert parse_recipe(dump(recipe)).slurm.environment == recipe.slurm.environment == given
+
+
+def test_names_that_are_no_utf8_have_a_hash() -> None:
+    """Python's text for the bytes of a file's name."""
+    assert digest(["caf\udce9"]) != digest(["caf\u00e9"])
+
+
 def test_base_that_starts_from_itself(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("base: b.yaml\n")
     (tmp_path / "b.yaml").write_text("base: a.yaml\n")
@@ -116,6 +144,9 @@ def test_base_that_starts_from_itself(tmp_path: Path) -> None:
         (b"name: a\nname: b\n", "2: name: is set twice (also in line 1)"),
         (b"name: a\non: b\n", 'write "on" in quotes'),
         (b"name: &a [*a]\n", "contains itself"),
+        (b'name: "\\UFFFFFFFF"\n', "is not YAML"),
+        (b'name: "\\U00110000"\n', "is not YAML"),
+        (b"%YAML 1." + b"9" * 5000 + b"\n---\nname: a\n", "is not YAML"),
     ],
 )
 def test_no_recipe_at_all(tmp_path: Path, content: bytes | None, words: str) -> None:
@@ -137,6 +168,22 @@ BAD = [
     ("  lr: 1e-3", "  max_steps: 5", "training.max_steps", "did you mean `steps`?"),
     ("  lr: 1e-3", "  zzz: 5", "training.zzz", "megatron, from, steps"),
     ("  lr: 1e-3", "  lr: fast", "training.lr", "not a number"),
+    ("train: data/math.jsonl", "train: ''", "domains.math.train", "is empty"),
+    ("dense: {}", "run_dir: ''", "run_dir", "is empty"),
+    ("dense: {}", "wandb: {project: team/llm}", "wandb.project", "which W&B refuses"),
+    (
+        "  lr: 1e-3",
+        "  megatron: {transformer: {attention_dropout: .nan}}",
+        "attention_dropout",
+        "finite",
+    ),
+    ("dense: {}", "slurm: {environment: {A: [1, 1e999]}}", "slurm.environment.A", "finite"),
+    (
+        "experts:",
+        "experts:\n  other: {tokens: 64, from: there}",
+        "experts.other.data",
+        "which domains",
+    ),
     ("  lr: 1e-3", "  lr: -1", "training.lr", "out of range"),
     ("  lr: 1e-3", "  min_lr: 1", "training.min_lr", "above lr"),
     ("  lr: 1e-3", "  lr_decay_style: WSD", "training.lr_decay_style", "how many steps"),
@@ -310,8 +357,8 @@ def test_experts_without_tokens_are_sparse_upcycling(good: str) -> None:
 def test_the_room_loads_no_torch() -> None:
     code = (
         "import sys; from megatron_btx.recipe import check, check_layout, count, load; "
-        "from megatron_btx.recipe import memory, run_plan; "
-        "from megatron_btx.recipe import upstream; assert upstream.fields('transformer'); "
+        "from megatron_btx.recipe import megatron_fields, memory, run_plan; "
+        "assert megatron_fields.fields('transformer'); "
         "print(sorted({'torch', 'numpy', 'megatron.core'} & set(sys.modules)))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

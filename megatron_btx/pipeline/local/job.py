@@ -45,7 +45,7 @@ class StageJob:
     its own, so that Ctrl-C in the terminal reaches this program alone.
     """
 
-    def __init__(self, stage: Stage, setting: RunSetting, gpus: Sequence[int] = ()) -> None:
+    def __init__(self, stage: Stage, setting: RunSetting, gpus: Sequence[str] = ()) -> None:
         self.stage, self.gpus = stage, tuple(gpus)
         self.directory = setting.run_dir / stage.directory
         self.attempt = state.next_attempt(self.directory)
@@ -79,7 +79,7 @@ class StageJob:
             "TMPDIR": str(setting.scratch),
         }
         if self.gpus:
-            shared["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, self.gpus))
+            shared["CUDA_VISIBLE_DEVICES"] = ",".join(self.gpus)
         self.ranks: list[subprocess.Popen[bytes]] = []
         with self.log.open("ab") as log:
             for rank in range(stage.world_size):

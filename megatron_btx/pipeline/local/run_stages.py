@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
+import re
 import shutil
 import signal
 import sys
@@ -203,7 +205,7 @@ class _Runner:
             return False
         return sum(job.stage.cores for job in self.jobs) + stage.cores <= self.cores
 
-    def _free_gpus(self) -> list[int]:
+    def _free_gpus(self) -> list[str]:
         taken = {gpu for job in self.jobs for gpu in job.gpus}
         return [gpu for gpu in self.gpus if gpu not in taken]
 
@@ -295,12 +297,14 @@ def most_ranks() -> int:
     return max(16, 4 * cores())
 
 
-def gpus() -> list[int]:
-    """Numbers of the GPUs this process may use, without asking CUDA."""
+def gpus() -> list[str]:
+    """The GPUs this process may use, without asking CUDA: numbers, or names of GPUs or of their
+    parts (``GPU-...``, ``MIG-...``) as CUDA_VISIBLE_DEVICES has them, to the first that is none."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        return [int(part) for part in visible.split(",") if part.strip().isdigit()]
-    return sorted(_devices())
+        each = (part.strip() for part in visible.split(","))
+        return list(itertools.takewhile(re.compile(r"\d+|(GPU|MIG)-.+").fullmatch, each))
+    return [str(number) for number in sorted(_devices())]
 
 
 def _devices() -> Iterator[int]:

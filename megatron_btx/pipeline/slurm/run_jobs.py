@@ -81,7 +81,7 @@ def _ended(directory: Path) -> bool:
 
 def _stage(job: SlurmJob, run_dir: Path, noted: dict[str, dict[str, Any]]) -> str | None:
     """The stage of this run that a job is for."""
-    if job.directory == str(run_dir):
+    if "@" in job.name and job.directory and _same(job.directory, run_dir):
         return job.name.partition("@")[0]
     by_hand = _SCRIPT.fullmatch(job.command)
     if by_hand is not None:
@@ -89,9 +89,15 @@ def _stage(job: SlurmJob, run_dir: Path, noted: dict[str, dict[str, Any]]) -> st
         if stage == "expert":
             recipe, _, domain = recipe.rpartition(" ")
             stage = f"expert:{domain}"
-        if _run_dir(Path(job.directory, recipe)) == run_dir:
+        theirs = _run_dir(Path(job.directory, recipe))
+        if theirs is not None and _same(theirs, run_dir):
             return stage
     return next((name for name, line in noted.items() if same(job, line)), None)
+
+
+def _same(one: str | Path, other: Path) -> bool:
+    """Whether two paths are one directory: a home is often a link to another file system."""
+    return str(one) == str(other) or os.path.realpath(one) == os.path.realpath(other)
 
 
 def same(job: SlurmJob, line: dict[str, Any]) -> bool:

@@ -19,6 +19,7 @@ import psutil
 import pytest
 
 from megatron_btx.cli.main import main
+from megatron_btx.pipeline.local import run_stages
 from tests.pipeline.conftest import TINY, Run
 
 ALL = "prepare seed expert:code expert:math expert:prose mix finetune dense evaluate export report"
@@ -443,3 +444,22 @@ def test_status_of_a_local_run_needs_no_slurm(run: Run) -> None:
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert re.search(r"^seed +done", done.stdout, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("visible", "found"),
+    [
+        ("0,1", ["0", "1"]),
+        ("GPU-5f3a, GPU-77", ["GPU-5f3a", "GPU-77"]),
+        ("MIG-9c", ["MIG-9c"]),
+        ("2,-1,3", ["2"]),
+        ("", []),
+        ("NoDevFiles", []),
+    ],
+)
+def test_the_gpus_that_are_visible(
+    monkeypatch: pytest.MonkeyPatch, visible: str, found: list[str]
+) -> None:
+    """As CUDA reads the variable: what follows an entry that is no GPU is not visible."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert run_stages.gpus() == found
