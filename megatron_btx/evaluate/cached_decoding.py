@@ -63,11 +63,10 @@ class Remembered:
         answers = torch.zeros(len(rows), self._predictor.vocab_size)
         if mine:
             answers[mine] = self._look([rows[place] for place in mine]).cpu()
-        if size == 1:
-            return answers
-        answers = answers.to(torch.cuda.current_device())
-        dist.all_reduce(answers)  # each row is some one rank's, the others add zero
-        return answers.cpu()
+        if size > 1:
+            answers = answers.to(torch.cuda.current_device())
+            dist.all_reduce(answers)  # each row is some one rank's, the others add zero
+        return self._predictor.numbers(answers.cpu())
 
     def _look(self, rows: list[ScoredText]) -> Tensor:
         before = {row.number: place for place, row in enumerate(self._rows)}

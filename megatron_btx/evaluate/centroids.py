@@ -196,6 +196,9 @@ def routers(
         micro_batch_size: sequences a rank runs at once.
         before: sums over the domains that are not in ``texts``.
         progress: told how much is done.
+
+    Raises:
+        UserError: the model computes NaN or infinity.
     """
     names = moe.architecture.experts
     layers, hidden = moe.architecture.model.num_layers, moe.architecture.model.hidden_size
@@ -230,6 +233,9 @@ def routers(
     for tensor in sums.tensors:
         dist.all_reduce(tensor)
     every = joined(sums, before, names)
+    if not all(tensor.isfinite().all() for tensor in every.tensors):  # the same on every rank
+        what = f"computes NaN or infinity on the text of {', '.join(texts)}"
+        raise UserError("the mixed model", what, "look at its weights, or compute in fp32")
     rows = rule(every)
 
     seen = torch.zeros(layers, len(texts), 3, dtype=torch.float64, device=device)

@@ -98,13 +98,27 @@ def with_experts(subjects: list[Subject], given: str) -> list[Subject]:
     return [replace(subject, experts=names) for subject in subjects]
 
 
-def _parse(word: str) -> Subject:
+def set_files(words: list[str]) -> list[Path]:
+    """The files among the words of a command line that describe sets."""
+    rests = [_named(word)[1] for word in words]
+    return [Path(rest) for rest in rests if rest.endswith(_SUFFIXES)]
+
+
+_SUFFIXES = (".yaml", ".yml")
+
+
+def _named(word: str) -> tuple[str, str]:
+    """The name in front, if any, and the rest."""
     is_path = os.path.lexists(word)  # an `=` in a directory's name is no label
     named = None if is_path else re.fullmatch(r"([\w.+-]+)=(.+)", word)
-    name, rest = (named[1], named[2]) if named else ("", word)
+    return (named[1], named[2]) if named else ("", word)
+
+
+def _parse(word: str) -> Subject:
+    name, rest = _named(word)
     if rest.startswith("btm:"):
         return _listed(name or "btm", rest.removeprefix("btm:"))
-    if rest.endswith((".yaml", ".yml")):
+    if rest.endswith(_SUFFIXES):
         return _described(name or Path(rest).stem, Path(rest))
     path = find_checkpoint(rest)
     return Subject(name=name or name_of(path), models={"model": path})
@@ -113,14 +127,32 @@ def _parse(word: str) -> Subject:
 def _listed(name: str, rest: str) -> Subject:
     if "," not in rest and (Path(rest) / "recipe.yaml").is_file():
         return _of_run(name, Path(rest))
-    models: dict[str, Path] = {}
+    labels, checkpoints = [], []
     for word in rest.split(","):
-        label, path = named_path(word)
-        checkpoint = find_checkpoint(path)
-        models[label or name_of(checkpoint)] = checkpoint
-    if len(models) < 2:
+        label, _ = named_path(word)
+        labels.append(label)
+        checkpoints.append(find_checkpoint(word.partition("=")[2] if label else word))
+    if len(set(checkpoints)) < 2:
         raise UserError(f"btm:{rest}", "names fewer than two different models", "give two or more")
-    return Subject(name=name, models=models, method="posterior")
+    return Subject(name=name, models=_members(labels, checkpoints), method="posterior")
+
+
+def _members(labels: list[str], checkpoints: list[Path]) -> dict[str, Path]:
+    """A set's models by name: the label, or the directory's; equal ones get their parents' in
+    front, as :func:`_told_apart` has it.
+
+    Raises:
+        UserError: two have one name still.
+    """
+    short = [label or name_of(path) for label, path in zip(labels, checkpoints, strict=True)]
+    models: dict[str, Path] = {}
+    for label, name, path in zip(labels, short, checkpoints, strict=True):
+        name = name if label or short.count(name) == 1 else _with_parents(path, name)
+        if name in models:
+            what = f"is the name of both {models[name]} and {path}"
+            raise UserError(name, what, "write NAME=DIR, each name once")
+        models[name] = path
+    return models
 
 
 def _of_run(name: str, run_dir: Path) -> Subject:
@@ -201,10 +233,7 @@ def _told_apart(subjects: list[Subject]) -> list[Subject]:
     double = {name for name in names if names.count(name) > 1}
     if not double:
         return subjects
-    longer = []
-    for subject in subjects:
-        parents = [part for part in subject.first.absolute().parts if part != "checkpoints"]
-        longer.append("/".join(parts) if (parts := parents[-3:]) else subject.name)
+    longer = [_with_parents(subject.first, subject.name) for subject in subjects]
     renamed = [
         Subject(**{**_fields(subject), "name": name}) if subject.name in double else subject
         for subject, name in zip(subjects, longer, strict=True)
@@ -214,6 +243,12 @@ def _told_apart(subjects: list[Subject]) -> list[Subject]:
             "checkpoints", f"{sorted(double)[0]} is named twice", "write NAME=CHECKPOINT"
         )
     return renamed
+
+
+def _with_parents(checkpoint: Path, name: str) -> str:
+    """A checkpoint's name with its parents' in front; ``name`` where it has no parent."""
+    parts = [part for part in checkpoint.absolute().parts if part != "checkpoints"]
+    return "/".join(parts[-3:]) or name
 
 
 def _fields(subject: Subject) -> dict[str, Any]:

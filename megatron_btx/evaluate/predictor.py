@@ -26,7 +26,7 @@ from torch import Tensor
 from megatron_btx.data.tokenizer import Tokenizer, given_tokenizer, tokenizer_of
 from megatron_btx.engine.moe.noise import set_routing_context
 from megatron_btx.engine.moe.router import dropless
-from megatron_btx.errors import shown
+from megatron_btx.errors import UserError, shown
 from megatron_btx.evaluate import btm
 from megatron_btx.evaluate.model_spec import Subject
 from megatron_btx.evaluate.models import (
@@ -125,7 +125,11 @@ class Predictor:
         self, rows: Sequence[ScoredText], progress: Callable[[float], None] = NO_PROGRESS
     ) -> list[Score]:
         """How likely the scored tokens of each row are. No row is longer than ``seq_length + 1``:
-        its last token is predicted, not read."""
+        its last token is predicted, not read.
+
+        Raises:
+            UserError: the model computes NaN; every rank raises it.
+        """
         answers = self._each(rows, 2, self._scored, progress, drop_last=True)
         return [Score(total, greedy > 0.5) for total, greedy in answers.tolist()]
 
@@ -133,6 +137,9 @@ class Predictor:
         """Log-probabilities of what follows each row, fp32 [rows, V] on the CPU.
 
         No row is longer than ``seq_length``.
+
+        Raises:
+            UserError: the model computes NaN; every rank raises it.
         """
         width = self.vocab_size
         return self._each(rows, width, self._following, NO_PROGRESS, drop_last=False).float()
@@ -165,7 +172,19 @@ class Predictor:
             progress(min(1.0, (start + step) / len(order)))
         answers = answers.to(torch.cuda.current_device())
         dist.all_reduce(answers)  # each row is some one rank's, the others add zero
-        return answers.cpu()
+        return self.numbers(answers.cpu())
+
+    def numbers(self, answers: Tensor) -> Tensor:
+        """Answers, the same on every rank, of which each is a number.
+
+        Raises:
+            UserError: one is NaN: no score and no token could be made of it.
+        """
+        if not answers.isnan().any():
+            return answers
+        what = "computes NaN: its weights hold NaN or infinity, or its activations overflow"
+        fix = "compare it with what it was made of (btx verify), or try --precision fp32"
+        raise UserError(self.subject.name, what, fix)
 
     @torch.no_grad()
     def _run(self, rows: Sequence[ScoredText], longest: int) -> dict[str, Tensor]:

@@ -128,6 +128,9 @@ def _build(asked: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         )
     if not asked["files"] and not own:
         raise UserError(f"--tasks {name}", "has no items", f"write {name}=FILE.jsonl")
+    if asked["shots"] and not asked["files"]:  # its items may lie in files of another kind
+        what = f"is given examples alone ({', '.join(asked['shots'])}): its items are its own"
+        raise UserError(f"--tasks {name}", what, f"write {given}=ITEMS.jsonl,shots=FILE.jsonl")
     if asked["files"]:
         config |= _items(asked["files"], asked["shots"])
     if own and not asked["allow_code"]:

@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_btx.data.tokenizer import SentencePiece, train_tokenizer
@@ -18,6 +19,7 @@ from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.names import canonical_tensors
 from megatron_btx.recipe.schema import Model, Routing
 from megatron_btx.weights.directory import as_json
+from megatron_btx.weights.file_hashes import HASHES
 from megatron_btx.weights.manifest import FORMAT, MANIFEST
 from megatron_btx.weights.plan import Checkpoint, Plan
 from megatron_btx.weights.source import MemorySource
@@ -126,6 +128,15 @@ def write(model: Checkpoint | Plan, path: Path, tokenizer: SentencePiece) -> Non
     plan = model if isinstance(model, Plan) else copy(model, dtype=torch.float32)
     write_hf(plan, path)
     tokenizer.save(path / "tokenizer")
+
+
+def with_nan(path: Path) -> None:
+    """One number of a Hugging Face model's first norm is none any more."""
+    file = path / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.0.input_layernorm.weight"][0] = float("nan")
+    save_file(tensors, file, {"format": "pt"})
+    (path / HASHES).unlink(missing_ok=True)
 
 
 @functools.cache

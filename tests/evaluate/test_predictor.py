@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -76,6 +77,17 @@ def test_a_model_predicts_as_in_transformers(here: Path, ranks: Ranks, name: str
     answers = ranks.run(ranks_side.predict, layout.world_size, one(here / "a"), layout, rows())
     for found in answers:  # every rank has them
         check(found, [made.log_probs(here / "a", ids) for ids, _ in rows()])
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_nan_is_no_answer(here: Path, ranks: Ranks, tmp_path: Path, name: str) -> None:
+    """Every rank says so: none waits for one that has stopped."""
+    layout = LAYOUTS[name]
+    made.with_nan(shutil.copytree(here / "a", tmp_path / "a"))
+    answers = ranks.run(
+        ranks_side.refused, layout.world_size, one(tmp_path / "a"), layout, rows()[:3]
+    )
+    assert answers == [["one"] * 3] * layout.world_size
 
 
 def test_a_mixture_under_expert_parallelism(here: Path, ranks: Ranks) -> None:

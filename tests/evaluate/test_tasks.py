@@ -174,6 +174,9 @@ def test_contexts_that_are_cut_are_counted(here: Path, ranks: Ranks, tmp_path: P
     (task,) = asked(tmp_path, "mmlu")  # 32 tokens are what this model takes
     (found,) = ranks.run(ranks_side.tasks, 1, one(here / "a"), Layout(), [task])
     assert found["tasks"]["mmlu"]["cut"] == 4 * 5  # each choice of each item
+    whole = {**found, "tasks": {"mmlu": {**found["tasks"]["mmlu"], "cut": 0}}}
+    assert "\nmmlu: 20 contexts were longer" in tasks_table({"a": found, "b": found})
+    assert "\nmmlu (b, c): 20 contexts" in tasks_table({"a": whole, "b": found, "c": found})
 
 
 def test_whole_texts(here: Path, ranks: Ranks) -> None:
@@ -240,7 +243,9 @@ def test_mistakes_are_told_all_at_once(here: Path, ranks: Ranks, tmp_path: Path)
         {**task, "task": "arc"},
         {**task, "task": "gsm8k", "files": []},
         {**others, "task": "mmlu"},
+        {**others, "task": str(tmp_path / "mine.yaml"), "shots": others["files"], "files": []},
     ]
+    (tmp_path / "mine.yaml").write_text(TASK.format(more="test_split: test"))
     with pytest.raises(AssertionError) as raised:
         ranks.run(ranks_side.tasks, 1, one(here / "uniform"), Layout(), wrong)
     for words in (
@@ -248,6 +253,7 @@ def test_mistakes_are_told_all_at_once(here: Path, ranks: Ranks, tmp_path: Path)
         "there is no such task",
         "has no items",
         "its items do not fit",
+        "--tasks mine: is given examples alone",
     ):
         assert words in str(raised.value)
 
