@@ -71,15 +71,19 @@ def sweep(directory: Path) -> None:
 
 
 @contextmanager
-def written(path: Path, mode: str = "w", *, durable: bool = True) -> Iterator[IO[Any]]:
+def written(
+    path: Path, mode: str = "w", *, durable: bool = True, replace: bool = True
+) -> Iterator[IO[Any]]:
     """A file to write; it takes the place of ``path`` when the block ends well, else it is gone.
 
     Args:
         path: the final name; its directory exists.
         mode: ``"w"`` (UTF-8) or ``"wb"``.
         durable: wait until it is on the disk. What is written anew all the time need not be.
+        replace: whether it may take the place of another file.
 
     Raises:
+        FileExistsError: it may not, and somebody has made ``path``, even a moment ago.
         OSError: it cannot be written; it names ``path``, also where the system names no file.
     """
     temporary = unfinished(path)
@@ -89,13 +93,29 @@ def written(path: Path, mode: str = "w", *, durable: bool = True) -> Iterator[IO
             file.flush()
             if durable:
                 os.fsync(file.fileno())
-        os.replace(temporary, path)
+        if replace:
+            os.replace(temporary, path)
+        else:
+            _link(temporary, path)
     except OSError as error:
         if error.filename in (None, str(temporary)):  # a write does not know whose file it is
             error.filename = str(path)
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _link(temporary: Path, path: Path) -> None:
+    """The name ``path`` for a file, unless there is one: in one step, where the file system has
+    hard links."""
+    try:
+        os.link(temporary, path)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        if os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+        os.replace(temporary, path)
 
 
 def write_json(path: Path, content: Any) -> None:

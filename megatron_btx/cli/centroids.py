@@ -91,6 +91,9 @@ def run(options: argparse.Namespace) -> int:
             raise UserError(f"--{name}", f"is {value}", "give a positive number")
     if options.statistics is not None and options.kind != "ridge":
         raise UserError("--statistics", "is for ridge only", "add --kind ridge, or leave it out")
+    if options.statistics is not None and options.out.resolve() == options.statistics.resolve():
+        what = "is the file of --out too, and holds other numbers"
+        raise UserError(f"--statistics {options.statistics}", what, "give two names")
     if options.out.exists():
         raise UserError(str(options.out), "exists already", "remove it, or give another name")
     check_file(options.out)

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,7 +20,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from megatron_btx.errors import UserError
-from megatron_btx.files import check_file, written
+from megatron_btx.files import check_file, try_lock, written
 
 REGULARIZATION = 1e-3
 """lambda of ridge, as a share of the mean diagonal of X^T X."""
@@ -105,7 +107,8 @@ def write_results(
     out: Path, rows: bytes, statistics: Path | None, sums: Sums, version: tuple[int, ...] | None
 ) -> None:
     """Write both files, or neither: sums that hold a domain say that its rows were written. Both
-    are on the disk before either gets its name.
+    are on the disk before either gets its name. Of processes that write one file at the same time,
+    the first wins: a new name is taken by one of them, and sums that are there are locked.
 
     Args:
         out: of the rows.
@@ -117,21 +120,55 @@ def write_results(
     Raises:
         UserError: somebody else has written the rows or the sums meanwhile: they would be lost.
     """
-    with contextlib.ExitStack() as files:
-        if statistics is not None:
-            tensors = {"count": sums.count, "first": sums.first, "gram": sums.gram}
-            kept = {name: t.contiguous().cpu() for name, t in tensors.items() if t is not None}
-            file = files.enter_context(written(statistics, "wb"))
-            file.write(save(kept, metadata={"domains": "\n".join(sums.domains)}))
-            file.flush()
-            os.fsync(file.fileno())
-            if version_of(statistics) != version:
-                what = "was changed while the text was read: another process adds domains to it"
-                raise UserError(str(statistics), what, "run this again")
-        files.enter_context(written(out, "wb")).write(rows)  # takes its name first
-        if out.exists():
+    try:
+        with contextlib.ExitStack() as files:
+            if statistics is not None:
+                files.enter_context(_unchanged(statistics, version))
+                _write_sums(files.enter_context(_new(statistics, version)), sums)
+            files.enter_context(_new(out, None)).write(rows)  # takes its name first
+    except FileExistsError as error:
+        if error.filename == str(out):
             what = "has appeared while the text was read: another process has written it"
-            raise UserError(str(out), what, "run this again with another name")
+            raise UserError(str(out), what, "run this again with another name") from None
+        out.unlink()  # ours, of a moment ago
+        assert statistics is not None
+        raise _changed(statistics) from None
+
+
+def _new(path: Path, version: tuple[int, ...] | None) -> AbstractContextManager[IO[Any]]:
+    """A file to write: in the place of the one that was read, or where none was."""
+    return written(path, "wb", replace=version is not None)
+
+
+def _write_sums(file: IO[Any], sums: Sums) -> None:
+    tensors = {"count": sums.count, "first": sums.first, "gram": sums.gram}
+    kept = {name: t.contiguous().cpu() for name, t in tensors.items() if t is not None}
+    file.write(save(kept, metadata={"domains": "\n".join(sums.domains)}))
+    file.flush()
+    os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def _unchanged(path: Path, version: tuple[int, ...] | None) -> Iterator[None]:
+    """A block in which a file is the one that was read, if one was: nobody else writes it."""
+    if version_of(path) != version:
+        raise _changed(path)
+    if version is None:
+        yield
+        return
+    with path.open("r+b") as file:  # a network's file system locks only what may be written
+        try:
+            alone = try_lock(file)
+        except UserError:  # a file system without locks: hours of work are not lost for that
+            alone = True
+        if not alone or version_of(path) != version:  # another may have come before the lock
+            raise _changed(path)
+        yield
+
+
+def _changed(path: Path) -> UserError:
+    what = "was changed while the text was read: another process adds domains to it"
+    return UserError(str(path), what, "run this again")
 
 
 def read_sums(path: Path, layers: int, hidden: int) -> Sums | None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
+import multiprocessing
 import os
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -29,7 +32,7 @@ from megatron_btx.mix.one_model import copy, forced
 from megatron_btx.recipe.schema import Layout
 from tests.bad import fill
 from tests.engine.test_layouts import PP2, TP2
-from tests.evaluate.made import TEXTS, moe, random_model, tokenizer, write
+from tests.evaluate.made import TEXTS, moe, random_model, tokenizer, with_nan, write
 from tests.mix.commands import btx
 from tests.mix.ranks_side import measure_centroids
 
@@ -173,6 +176,68 @@ def test_sums_and_rows_are_written_together_or_not_at_all(tmp_path, disk):
     with pytest.raises(UserError, match="changed while the text was read"):
         write_results(tmp_path / "other", b"rows", kept, sums, version)
     assert sorted(os.listdir(tmp_path)) == sorted(["out", "sums", place.name])
+
+
+def _write_at_once(start, out, number, statistics, version):
+    """What a process does: its exit code tells whether it has written."""
+    sums = no_sums((f"{number}",), 2, 24, gram=True, device=torch.device("cpu"))
+    start.wait()
+    try:
+        write_results(out, b"%d" % number, statistics, sums, version)
+    except UserError:
+        os._exit(3)
+    os._exit(0)
+
+
+@pytest.mark.parametrize("shared", ["new sums", "sums", "rows"])
+def test_of_processes_that_write_one_file_at_once_one_does(tmp_path, shared):
+    """The others say so, and leave nothing."""
+    context = multiprocessing.get_context("fork")
+    for turn in range(5):
+        place = tmp_path / str(turn)
+        place.mkdir()
+        kept = None if shared == "rows" else place / "sums"
+        if shared == "sums":
+            before = no_sums(("x",), 2, 24, gram=True, device=torch.device("cpu"))
+            write_results(place / "first", b"", kept, before, None)
+        outs = [place / ("out" if shared == "rows" else f"out-{n}") for n in range(3)]
+        start, version = context.Barrier(3), version_of(kept)
+        asked = [(start, out, number, kept, version) for number, out in enumerate(outs)]
+        workers = [context.Process(target=_write_at_once, args=one) for one in asked]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+        assert sorted(worker.exitcode for worker in workers) == [0, 3, 3]
+        (winner,) = (number for number, worker in enumerate(workers) if not worker.exitcode)
+        assert outs[winner].read_bytes() == b"%d" % winner
+        there = {outs[winner].name, *(["sums"] if kept else []), *(["first"] * (shared == "sums"))}
+        assert set(os.listdir(place)) == there
+        assert kept is None or read_sums(kept, 2, 24).domains == (f"{winner}",)
+
+
+def test_a_file_system_without_hard_links_keeps_what_is_there(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    sums = no_sums(("a",), 2, 24, gram=True, device=torch.device("cpu"))
+    write_results(tmp_path / "out", b"rows", tmp_path / "sums", sums, None)
+    with pytest.raises(UserError, match="out: has appeared"):
+        write_results(tmp_path / "out", b"others", None, sums, None)
+    assert (tmp_path / "out").read_bytes() == b"rows"
+    assert sorted(os.listdir(tmp_path)) == ["out", "sums"]
+
+
+def test_an_moe_that_computes_nan_has_no_rows(ranks, made, tmp_path):
+    given = shutil.copytree(made / "moe", tmp_path / "moe")
+    with_nan(given)
+    files = {name: [str(made / f"{name}.jsonl")] for name in NAMES}
+    out, how = tmp_path / "out", {"kind": "ridge", "statistics": tmp_path / "sums"}
+    (subject,) = parse([str(given)])
+    (found,) = ranks.run(measure_centroids, 1, subject, Layout(), files, out, LENGTH, how)
+    assert "computes NaN or infinity on the text of a, b, c, d" in found["error"]
+    assert sorted(os.listdir(tmp_path)) == ["moe"]
 
 
 def test_a_domain_added_later_is_as_if_it_had_been_there(ranks, made, tmp_path):
