@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import sys
 from pathlib import Path
@@ -11,9 +10,11 @@ from typing import Any
 
 from megatron_btx.cli import model_flags
 from megatron_btx.cli.common import command
+from megatron_btx.data.documents import find_files
 from megatron_btx.errors import UserError
-from megatron_btx.evaluate import model_spec
-from megatron_btx.files import check_file, check_not_read, write_json
+from megatron_btx.evaluate import model_spec, task_files
+from megatron_btx.evaluate.model_spec import Subject
+from megatron_btx.files import check_file, check_not_read, find_json, write_json
 from megatron_btx.pipeline import eval_ranks
 from megatron_btx.report.table import data_table, tasks_table
 
@@ -73,9 +74,9 @@ def run(options: argparse.Namespace) -> int:
     if not options.data and not options.tasks:
         raise UserError("btx evaluate", "neither --data nor --tasks", "give at least one of them")
     data, tasks = model_flags.data_of(options.data), model_flags.tasks_of(options)
-    if options.out is not None:
-        items = [file for one in tasks for file in (*one["files"], *one["shots"])]
-        check_not_read(options.out, [*itertools.chain(*data.values()), *items])
+    if options.out is not None and options.out.exists() and not _is_result(options.out):
+        texts = _files_of_text(data, tasks)
+        check_not_read(options.out, [*texts, *_files_of_models(options, subjects)])
     layout = model_flags.layout_of(options.layout)
     result: dict[str, Any] = {
         "checkpoints": {one.name: {k: str(v) for k, v in one.models.items()} for one in subjects}
@@ -99,6 +100,40 @@ def run(options: argparse.Namespace) -> int:
     finally:  # what hours have measured is said also where it cannot be written
         _say(result, as_json=options.json)
     return 0
+
+
+def _is_result(path: Path) -> bool:
+    """Whether a file is what this command wrote before, and so no input: it may lie in a model's
+    directory."""
+    try:
+        return "checkpoints" in (find_json(path) or {})
+    except UserError:  # too large
+        return False
+
+
+def _files_of_text(data: dict[str, list[str]], tasks: list[dict[str, Any]]) -> list[Path]:
+    """Text, tasks and their items: every file that is read."""
+    files: list[Path] = []
+    for name, paths in data.items():
+        found = find_files(paths, where=f"--data {name}")
+        files += [*found, *(file.with_suffix(".bin") for file in found if file.suffix == ".idx")]
+    for one in tasks:
+        files += map(Path, (*one["files"], *one["shots"]))
+        if one["task"].endswith((".yaml", ".yml")) and Path(one["task"]).is_file():
+            files += task_files.files_named(Path(one["task"]))
+    return files
+
+
+def _files_of_models(options: argparse.Namespace, subjects: list[Subject]) -> list[Path]:
+    """Models, the files that describe sets of them and what these name, and a tokenizer."""
+    places = [path for one in subjects for path in one.models.values()]
+    places += [one.run_dir / "prepare" for one in subjects if one.run_dir is not None]
+    places += [Path(options.tokenizer)] if options.tokenizer else []
+    files = model_spec.set_files(options.checkpoints)
+    for one in subjects:
+        for name, paths in one.text.items():
+            files += find_files(paths, where=f"text of {name}")
+    return files + [file for place in places for file in (place, *place.rglob("*"))]
 
 
 def _say(result: dict[str, Any], *, as_json: bool) -> None:

@@ -76,9 +76,11 @@ def run(options: argparse.Namespace) -> int:
     runs = [Path(source) for source in options.sources if _is_run(Path(source))]
     others = [source for source in options.sources if not _is_run(Path(source))]
     subjects = model_spec.parse(others)
+    if not subjects:
+        _refuse_of_runs(options)
     of_no_run = [one.name for one in subjects if model_spec.run_of(one.first) is None]
     if of_no_run and not options.data:
-        what = "is a checkpoint of no run"
+        what = "lies in no run's directory, so there is no held-out text to measure it on"
         raise UserError(of_no_run[0], what, "give text to measure it on: --data NAME=FILE")
     views = [view for run_dir in runs for view in of_run(run_dir)]
     if subjects:
@@ -103,6 +105,20 @@ def run(options: argparse.Namespace) -> int:
     if directory is not None and not options.json:
         sys.stdout.write(f"page: {directory / 'routing.html'}\n")
     return 0
+
+
+_COMPUTING = ("data", "tokens", "text_key", "seq_length", "layout", "precision",
+              "micro_batch_size", "tokenizer")  # fmt: skip
+"""Flags that say how a checkpoint is measured."""
+
+
+def _refuse_of_runs(options: argparse.Namespace) -> None:
+    """Where nothing but runs is shown, which have measured their routing: flags that say how."""
+    for name in _COMPUTING:
+        if getattr(options, name) != options.parser.get_default(name):
+            what = "is about a measurement, and a run has made its own while it trained"
+            fix = f"leave it out, or give a checkpoint: {Path(options.sources[0]) / 'finetune'}"
+            raise UserError("--" + name.replace("_", "-"), what, fix)
 
 
 def _by_token(options: argparse.Namespace) -> int:

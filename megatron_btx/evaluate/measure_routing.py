@@ -75,7 +75,8 @@ def _held_out(subject: Subject, setting: EvalSetting) -> Mapping[str, Sequence[S
     run_dir = run_of(subject.first)
     if run_dir is None:
         fix = "give text to measure it on: --data NAME=FILE"
-        raise UserError(subject.name, "is not a checkpoint of a run", fix)
+        what = "lies in no run's directory, so there is no held-out text to measure it on"
+        raise UserError(subject.name, what, fix)
     if setting.seq_length is not None:
         raise UserError("--seq-length", "is the run's own here", "leave it out, or give --data")
     recipe = load_recipe(run_dir / "recipe.yaml")

@@ -8,7 +8,7 @@ internals. All three need the user's consent (``--allow-code-execution``).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,35 @@ def check_config(path: Path, config: dict[str, Any]) -> None:
         ):
             what = f"metric {name!r} is not one of lm-eval's own and may run code"
             raise UserError(str(path), what, CONSENT)
+
+
+def files_named(path: Path) -> list[Path]:
+    """A task file, those that it includes, and all other files that a text in them names."""
+    found: list[Path] = []
+    left = [path]
+    while left:
+        file = left.pop()
+        if file.resolve() in found:
+            continue
+        found.append(file.resolve())
+        if file.suffix in (".yaml", ".yml"):
+            left += _named_in(file)
+    return found
+
+
+def _named_in(file: Path) -> Iterator[Path]:
+    """The files that a YAML file names, from its directory or from here; of what is no YAML none:
+    whoever reads the task says so."""
+    try:
+        root = yaml.compose(read_bytes(file, _BYTES), Loader=yaml.SafeLoader)
+    except (yaml.YAMLError, UnicodeDecodeError, ValueError, RecursionError, UserError):
+        return
+    for node in _nodes(root) if root is not None else ():
+        if isinstance(node, yaml.ScalarNode) and 0 < len(node.value) < 4096:
+            for path in (Path(node.value), file.parent / node.value):
+                with suppress(OSError, ValueError):  # of texts that could be no file's name
+                    if path.is_file():
+                        yield path
 
 
 @contextmanager

@@ -140,6 +140,11 @@ def test_help_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> 
         ("evaluate {here}/a --data x={here}/x.jsonl --out no/x.json", "no: no such directory"),
         ("evaluate {here}/a --data x={here}/x.jsonl --out {here}/b", "b: is there and is no file"),
         ("evaluate {here}/a --data x={here}/x.jsonl --out {here}/b/../x.jsonl", "is read here"),
+        ("evaluate {here}/a --data x={here}/x.jsonl --out {here}/a/config.json", "is read here"),
+        (
+            "evaluate btm:x={here}/a,x={here}/b,{here}/c --data x={here}/x.jsonl",
+            "x: is the name of both",
+        ),
         ("evaluate {here}/a --data x={here}/x.jsonl --seq-length 0", "--seq-length: is 0"),
         ("evaluate {here}/a --data x={here}/x.jsonl --tokens -1", "--tokens: is -1"),
         (
@@ -164,6 +169,10 @@ def test_help_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> 
             "x.jsonl: is not a directory",
         ),
         ("centroids {here}/moe --data x={here}/x.jsonl --out no/c", "no: no such directory"),
+        (
+            "centroids {here}/moe --data x={here}/x.jsonl --kind ridge --out c --statistics ./c",
+            "--statistics c: is the file of --out too",
+        ),
     ],
 )
 def test_mistakes(
@@ -176,6 +185,45 @@ def test_mistakes(
     assert words in said.err
     assert said.out == ""
     assert tree_hash(here) == before
+
+
+def test_a_result_replaces_nothing_that_is_read(
+    here: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file in a directory of text, one that describes a set or names its text, a task's file and
+    what that names. A former result is written anew."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text").mkdir()
+    for name in ("text/x.jsonl", "y.jsonl", "items.jsonl", "more.yaml"):
+        shutil.copy(here / "x.jsonl", tmp_path / name)
+    (tmp_path / "set.yaml").write_text(
+        f"method: top1\nmodels: {{a: {here / 'a'}, b: {here / 'b'}}}\n"
+        "text: {a: y.jsonl, b: text}\n"
+    )
+    (tmp_path / "task.yaml").write_text(
+        "include: more.yaml\ndataset_kwargs: {data_files: {test: items.jsonl}}\n"
+    )
+    shutil.copytree(here / "a", tmp_path / "model")
+    before = tree_hash(tmp_path)
+    asked = ["evaluate", "set.yaml", "model", "--data", "x=text", "--tasks", "task.yaml", "--out"]
+    for name in ("text/x.jsonl", "y.jsonl", "items.jsonl", "more.yaml", "set.yaml", "task.yaml"):
+        assert main([*asked, name]) == 2
+        assert f"{name}: is read here" in capsys.readouterr().err
+    assert tree_hash(tmp_path) == before
+    monkeypatch.setattr(eval_ranks, "answer", lambda _request: {})
+    words = ["evaluate", "model", "--data", "x=text", "--json", "--out", "model/found.json"]
+    for _ in range(2):
+        assert main(words) == 0
+
+
+def test_models_of_one_name_are_told_apart_by_their_parents(tmp_path: Path) -> None:
+    for name in ("x/hf", "y/hf", "z/final"):
+        (tmp_path / name).mkdir(parents=True)
+        (tmp_path / name / "config.json").touch()
+    (subject,) = parse([f"btm:{tmp_path}/x/hf,{tmp_path}/y/hf,{tmp_path}/z/final"])
+    root = tmp_path.name
+    assert list(subject.models) == [f"{root}/x/hf", f"{root}/y/hf", "final"]
+    assert subject.models[f"{root}/y/hf"] == tmp_path / "y" / "hf"
 
 
 @pytest.mark.parametrize(
@@ -271,6 +319,11 @@ def test_routing_of_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert found == json.loads((tmp_path / "out" / "routing.json").read_text())
     assert found[0]["dead"] == {"seed": [1]}
     assert found[1]["balance_loss_coeff"] == 0.01
+    for words in (["--tokens", "5"], ["--data", f"x={log}"], ["--layout", "data_parallel_size=2"]):
+        assert main(["routing", str(run_dir), *words]) == 2
+        said = capsys.readouterr().err
+        assert f"{words[0]}: is about a measurement" in said
+        assert f"give a checkpoint: {run_dir / 'finetune'}" in said
     page = (tmp_path / "out" / "routing.html").read_text()
     assert page.count("<svg") == 2 * sum(len(view.load) for view in views)
 
