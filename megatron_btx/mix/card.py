@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from megatron_btx.mix.plans import mix_of
 from megatron_btx.mix.request import MixRequest
 from megatron_btx.weights.card import Card, CardModel, Claim, engines
 from megatron_btx.weights.plan import Checkpoint, Plan
@@ -111,7 +112,8 @@ def _weights(name: str) -> bool:
 def _what(name: str, experts: tuple[str, ...], request: MixRequest) -> str:
     if name == request.base:
         return "all that is no expert"
-    places = [str(i) for i, expert in enumerate(experts) if expert.split(".")[0] == name]
+    own = mix_of(request).expert_names([name])
+    places = [str(i) for i, expert in enumerate(experts) if expert in own]
     if request.method in ("btx", "split", "upcycle") and places:
         return f"expert{'s'[: len(places) - 1]} {', '.join(places)}"
     return {"copy": "the model", "average": "averaged", "blend": "a part of every expert"}.get(

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from megatron_btx.data.tokenizer_sentencepiece import train_tokenizer
 from megatron_btx.errors import UserError
 from megatron_btx.mix import offline
-from megatron_btx.mix.card import _METHODS
+from megatron_btx.mix.card import _METHODS, _what
+from megatron_btx.mix.plans import mix_of
 from megatron_btx.mix.reference import verify
 from megatron_btx.mix.request import MixMethod, MixRequest
 from megatron_btx.recipe.architecture import Architecture
@@ -135,6 +136,20 @@ def test_names_are_no_markup() -> None:
     assert len(re.split(r"(?<!\\)\|", row)) == 5, "three cells"
     assert "| one | x 0.123457 | true |" in text
     assert hub.ModelCard(text).data.to_dict()["library_name"] == "transformers"
+
+
+def test_an_expert_is_of_the_model_of_its_name() -> None:
+    """A name may have dots in it, as experts' numbers have one in front."""
+    models = ("Code-3.1-8B", "Code-3")
+    granular = MixRequest(method="upcycle", copies=2, num_chunks=2)
+    for request, wanted in (
+        (MixRequest(), ["expert 0", "expert 1"]),
+        (MixRequest(method="split", num_chunks=2), ["experts 0, 1", "experts 2, 3"]),
+        (granular, ["experts 0, 1, 2, 3", "experts 4, 5, 6, 7"]),
+        (MixRequest(method="append"), ["a source"] * 2),
+    ):
+        experts = mix_of(request).expert_names(models)
+        assert [_what(name, experts, request) for name in models] == wanted
 
 
 def test_every_method_is_told() -> None:
