@@ -66,6 +66,14 @@ def is_branch(model: Checkpoint) -> bool:
     return "anchor" in model.manifest and len(model.architecture.experts) == 2
 
 
+def not_branches(models: Sequence[Checkpoint], seed_model: str) -> list[str]:
+    """Labels of the models that are no branches and of which a mix of branches needs one each: all
+    but the seed's, which is their anchor, where there is any branch."""
+    plain = [model.label for model in models if not is_branch(model)]
+    of_some = len(plain) < len(models)
+    return [label for label in plain if not (of_some and label == seed_model)]
+
+
 def own_expert(model: Checkpoint) -> Checkpoint:
     """A branch as the dense model of its own expert, with the two rows of each router beside it
     (``.../own``, ``.../anchor``); any other checkpoint as it is."""

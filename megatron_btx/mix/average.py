@@ -10,7 +10,7 @@ import torch
 
 from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.mix.compatibility import disagreements, labels_of
-from megatron_btx.recipe.check_mix import AVERAGED, GROUPS
+from megatron_btx.recipe.check_mix import AVERAGED, BOTH, GROUPS
 from megatron_btx.recipe.names import canonical_tensors, group_of
 from megatron_btx.weights.arithmetic import Product, Ties, WeightedSum
 from megatron_btx.weights.arrange import Take
@@ -21,8 +21,8 @@ from megatron_btx.weights.random_fill import Draw
 from megatron_btx.weights.source import Source
 from megatron_btx.weights.statistics import thresholds
 
-THRESHOLDS = "thresholds"
-"""Label of their source in a plan."""
+THRESHOLDS = "mix/thresholds"
+"""Label of their source in a plan: with a ``/``, as no model's name has one."""
 _GIVE = "give weights instead: its manifest counts no tokens"
 
 
@@ -167,6 +167,8 @@ class Averaging:
         if self.ties is not None and self.seed_model not in labels:
             what = f"there is no model {self.seed_model} to compare with"
             found.append(UserError("mix.ties", what, "name the seed, and mix it too"))
+        if self.dare is not None and self.ties is not None:
+            found.append(UserError("mix.ties", BOTH, "choose one"))
         return found
 
 

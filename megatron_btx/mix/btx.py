@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from megatron_btx.errors import UserError, UserErrors
-from megatron_btx.mix.anchored import own_expert, unused_rows, weighed
+from megatron_btx.mix.anchored import not_branches, own_expert, unused_rows, weighed
 from megatron_btx.mix.average import UNIFORM, Averaging
 from megatron_btx.mix.compatibility import disagreements, labels_of
 from megatron_btx.mix.parts import moe_targets
@@ -51,6 +51,9 @@ def btx(
     Raises:
         UserErrors: everything in which the models differ but must not; a gain of zero to fold by.
     """
+    if router.kind == "branches" and (plain := not_branches(models, router.seed_model)):
+        what = f"is branches, and {', '.join(plain)} {'is none' if len(plain) == 1 else 'are none'}"
+        raise UserError("mix.router_init", what, "mix anchored branches, or choose another")
     branches = unused_rows(models, router)
     averaging = weighed(averaging, models, averaging.seed_model)
     models = [own_expert(model) for model in models]

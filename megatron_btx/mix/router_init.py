@@ -17,8 +17,8 @@ from megatron_btx.weights.ops import mean, stack
 from megatron_btx.weights.random_fill import Draw, Fill
 from megatron_btx.weights.source import Source
 
-CENTROIDS = "centroids"
-"""Label of their source in a plan."""
+CENTROIDS = "mix/centroids"
+"""Label of their source in a plan: with a ``/``, as no model's name has one."""
 OWN, ANCHOR = "own", "anchor"
 """The rows of an anchored branch's router: ``NAME/own``, ``NAME/anchor`` (mix/anchored.py)."""
 
@@ -39,7 +39,7 @@ class RouterInit:
     def draw(self, name: str, shape: Shape, dtype: torch.dtype) -> Expression:
         """The router ``name``: a function of seed and name alone."""
         if self.kind == "centroids" or self.kind == "ridge" or self.kind == "branches":
-            raise UserError("router_init", f"{self.kind} is for method btx", "choose another")
+            raise UserError("mix.router_init", f"{self.kind} is for method btx", "choose another")
         if self.kind == "zeros":
             return Fill(0.0, shape, dtype)
         return Draw(self.kind, self.scale, self.seed, name, shape, dtype)

@@ -110,6 +110,6 @@ def _check(models: Sequence[Checkpoint], chunks: int, averaging: Averaging) -> N
     size = models[0].architecture.model.ffn_hidden_size
     if size % chunks:
         what = f"an FFN of {size} does not divide into {chunks} chunks"
-        errors.append(UserError("num_chunks", what, "choose a divisor"))
+        errors.append(UserError("mix.num_chunks", what, "choose a divisor"))
     if errors:
         raise UserErrors(errors)

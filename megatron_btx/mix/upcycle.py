@@ -74,7 +74,7 @@ def upcycle(
     ffn_size = model.architecture.model.ffn_hidden_size
     if ffn_size % num_chunks:
         what = f"an FFN of {ffn_size} does not divide into {num_chunks} chunks"
-        errors.append(UserError("num_chunks", what, "choose a divisor"))
+        errors.append(UserError("mix.num_chunks", what, "choose a divisor"))
     if errors:
         raise UserErrors(errors)
     mix = Mix(method="upcycle", copies=copies, num_chunks=num_chunks)

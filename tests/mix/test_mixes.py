@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megatron_btx.errors import UserError
+from megatron_btx.mix.average import Averaging
 from megatron_btx.mix.btx import btx
 from megatron_btx.mix.one_model import copy, fresh
 from megatron_btx.mix.router_init import RouterInit
@@ -223,6 +224,28 @@ def test_the_share_of_redrawn_units_is_rounded_to_the_nearest(ratio, units):
     new = plan.evaluate("decoder.layers.1.mlp.experts.0.linear_fc2.weight")
     assert old.shape[1] == 48
     assert int((old != new).any(0).sum()) == units
+
+
+def test_no_models_name_is_a_word_of_the_plan():
+    """Its thresholds (TIES) and router rows lie under names that no model has."""
+    rows = {
+        f"decoder.layers.{layer}.mlp.router.weight/{place}": torch.full((32,), float(place))
+        for layer in range(DENSE.model.num_layers)
+        for place in range(3)
+    }
+    found = []
+    for labels in (("seed", "b", "c"), ("seed", "thresholds", "centroids")):
+        named = {key[:-1] + labels[int(key[-1])]: row for key, row in rows.items()}
+        plan = btx(
+            [dense(label, i) for i, label in enumerate(labels)],
+            routing=TOP2,
+            dtype=F64,
+            averaging=Averaging(ties=0.5),
+            router=RouterInit("centroids", centroids=MemorySource(named)),
+        )
+        found.append({name: plan.evaluate(name) for name in plan.targets})
+    for name, tensor_ in found[0].items():
+        assert torch.equal(tensor_, found[1][name]), name
 
 
 def test_how_routers_begin():
