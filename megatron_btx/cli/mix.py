@@ -95,16 +95,28 @@ def run(options: argparse.Namespace) -> int:
     config = None if options.config is None else _read(Path(options.config))
     gates = None
     if config is not None and mergekit_config.is_mergekit(config):
+        _refuse_beside_mergekit(options)
         config, gates = mergekit_config.read(config)
     request = _built(options, "btx mix", ("sources", "out"), config)
     # This forks (to ask git), and a fork needs as much memory as this process has: so first.
     revision = code_revision()
-    if gates is not None:
-        request = _with_rows(request, gates)
     from megatron_btx.mix import offline
 
-    offline.run(request, sys.stdout, revision)
+    offline.run(request, sys.stdout, revision, gates)
     return 0
+
+
+def _refuse_beside_mergekit(options: argparse.Namespace) -> None:
+    """Flags that would say again, or otherwise, what a file of mergekit's says.
+
+    Raises:
+        UserErrors: all that are given.
+    """
+    said = ("sources", "base", "router_init", "router_init_std", "centroids")
+    what, fix = f"is what {options.config} says", "leave the flag out, or change the file"
+    given = [name for name in said if getattr(options, name) is not None]
+    if given:
+        raise UserErrors([UserError("--" + n.replace("_", "-"), what, fix) for n in given])
 
 
 def run_drift(options: argparse.Namespace) -> int:
@@ -140,19 +152,6 @@ def request_of(options: argparse.Namespace, name: str, needed: Sequence[str]) ->
     return _built(options, name, needed, config)
 
 
-def _with_rows(request: MixRequest, gates: mergekit_config.PromptGates) -> MixRequest:
-    """With the routers' rows that a file's prompts give, kept beside the result."""
-    out = Path(request.out)
-    if os.path.lexists(out):
-        raise UserError(str(out), "exists already", "remove it, or give another name")
-    named = [named_path(source) for source in request.sources]
-    experts = [str(label) for label, _ in named if label != mergekit_config.BASE]
-    (base,) = (path for label, path in named if label == mergekit_config.BASE)
-    rows = out.with_name(f"{out.name}.router.safetensors")
-    mergekit_config.write_rows(gates, base, experts, rows)
-    return replace(request, router_init="centroids", centroids=str(rows))
-
-
 def _built(
     options: argparse.Namespace, name: str, needed: Sequence[str], config: Node | None
 ) -> MixRequest:
@@ -184,7 +183,23 @@ def _read(config: Path) -> Node:
         name: _anchored(node) if name in ("sources", "out", "centroids") else node
         for name, node in tree.value.items()
     }
+    for name in ("average", "average_groups"):
+        if name in entries:
+            entries[name] = _weights(entries[name])
     return replace(tree, value=entries)
+
+
+def _weights(node: Node) -> Node:
+    """A mapping of weights, as a recipe has them, in the words of the flag: ``NAME=WEIGHT``, and
+    ``GROUP:NAME=WEIGHT`` of a mapping of such mappings."""
+    if not isinstance(node.value, dict):
+        return node
+    words = []
+    for name, one in node.value.items():
+        for below, weight in one.value.items() if isinstance(one.value, dict) else [("", one)]:
+            word = f"{name}:{below}" if below else name
+            words.append(replace(weight, value=f"{word}={weight.plain()}"))
+    return replace(node, value=words)
 
 
 def _anchored(node: Node) -> Node:
@@ -215,7 +230,7 @@ def _add_flags(parser: argparse.ArgumentParser, names: Sequence[str] = ()) -> No
                 flag, action=argparse.BooleanOptionalAction, default=None, help=helps[one.name]
             )
             continue
-        options: dict[str, Any] = {"default": None, "help": helps[one.name]}
+        options: dict[str, Any] = {"default": None, "help": _help(one, helps[one.name])}
         choices = [c for c in _choices(hint) if c is not None]
         if choices:
             options["choices"] = choices
@@ -225,6 +240,12 @@ def _add_flags(parser: argparse.ArgumentParser, names: Sequence[str] = ()) -> No
             options["type"] = next(k for k in (int, float, str) if k in (hint, *_members(hint)))
             options["metavar"] = one.name.upper()
         parser.add_argument(flag, **options)
+
+
+def _help(one: dataclasses.Field[Any], doc: str) -> str:
+    """A flag's line, with the default where the line does not tell it and there is one."""
+    unsaid = "(default:" not in doc and one.default not in (None, "", (), dataclasses.MISSING)
+    return (f"{doc} (default: {one.default})" if unsaid else doc).replace("%", "%%")
 
 
 def _choices(hint: Any) -> tuple[Any, ...]:

@@ -7,19 +7,23 @@ beyond that is refused, with the reason. Imports no torch until rows are made.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_btx.errors import UserError, UserErrors
+from megatron_btx.errors import UserError, UserErrors, shown
+from megatron_btx.files import check_file, written
 from megatron_btx.recipe.yaml_tree import Node, tree_of
 
 BASE = "base"
 """Label of the base model among a mix's sources."""
 
 _DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
-_MODES = ("hidden", "cheap_embed", "random")
+_OF_PROMPTS = ("hidden", "cheap_embed")
+_MODES = (*_OF_PROMPTS, "random", "uniform_random")
 _KEYS = ("base_model", "experts", "gate_mode", "dtype", "experts_per_token")
 _EXPERT_KEYS = ("source_model", "positive_prompts", "negative_prompts")
 _REFUSED = {
@@ -27,17 +31,18 @@ _REFUSED = {
     "architecture": "the family is the one that computes the mix; --family chooses another",
 }
 _EXPERT_REFUSED = {
-    "noise_scale": "no noise is added to experts that differ already",
-    "residual_scale": "down projections are not scaled",
+    "noise_scale": (0, "no noise is added to experts that differ already"),
+    "residual_scale": (1, "down projections are not scaled"),
 }
+"""What is not done to an expert: the value that asks for nothing, and why."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class PromptGates:
+class Gates:
     """How the routers' rows come about."""
 
     mode: str
-    """``hidden`` or ``cheap_embed``."""
+    """``hidden``, ``cheap_embed`` or, without prompts, ``uniform_random``."""
     positive: tuple[tuple[str, ...], ...]
     """Of each expert."""
     negative: tuple[tuple[str, ...], ...]
@@ -48,9 +53,9 @@ def is_mergekit(tree: Node) -> bool:
     return "base_model" in tree.value
 
 
-def read(tree: Node) -> tuple[Node, PromptGates | None]:
-    """What a file asks for, in the words of ``btx mix``, and how its routers begin; ``None``: at
-    random.
+def read(tree: Node) -> tuple[Node, Gates | None]:
+    """What a file asks for, in the words of ``btx mix``, and how its routers begin; ``None``: as
+    those words say.
 
     Raises:
         UserErrors: everything in it that is wrong, or that cannot be meant here.
@@ -82,7 +87,7 @@ def read(tree: Node) -> tuple[Node, PromptGates | None]:
         # Theirs are drawn with deviation 1; rows of prompts come out of a file.
         **({"router_init": "normal", "router_init_std": 1.0} if mode == "random" else {}),
     }
-    gates = PromptGates(mode=mode, positive=positive, negative=negative)
+    gates = Gates(mode=mode, positive=positive, negative=negative)
     return tree_of(asked, tree.file), None if mode == "random" else gates
 
 
@@ -95,37 +100,46 @@ def _experts(
         where = tree.where if node is None else node.where
         errors.append(UserError(where, "experts are missing", "list at least two"))
         return [], (), ()
-    sources, prompts, seen = [], [], dict[str, int]()
+    sources, prompts, taken = [], [], {BASE}
     for place, entry in enumerate(node.value):
         entries = entry.value if isinstance(entry.value, dict) else {}
         if "source_model" not in entries:
             errors.append(UserError(entry.where, "names no source_model", "add it"))
             continue
         for key, one in entries.items():
-            if key in _EXPERT_REFUSED and one.value is not None:
-                what = f"is refused: {_EXPERT_REFUSED[key]}"
-                errors.append(UserError(one.where, what, "remove it"))
+            if key in _EXPERT_REFUSED:
+                nothing, why = _EXPERT_REFUSED[key]
+                if one.value is not None and one.plain() != nothing:
+                    errors.append(UserError(one.where, f"is refused: {why}", "remove it"))
             elif key not in (
                 "source_model",
                 "positive_prompts",
                 "negative_prompts",
-                *_EXPERT_REFUSED,
             ):
                 errors.append(UserError(one.where, "is no key of an expert", "remove it"))
         path = _path(entries["source_model"], errors)
-        name = Path(path).name or f"expert-{place}"
-        seen[name] = seen.get(name, 0) + 1
-        label = name if seen[name] == 1 and name != BASE else f"{name}-{place}"
+        label = _label(path, place, taken)
         sources.append(f"{label}={path}")
         both = [_prompts(entries.get(k), errors) for k in ("positive_prompts", "negative_prompts")]
-        if mode != "random" and not both[0]:
+        if mode in _OF_PROMPTS and not both[0]:
             what = "has no positive_prompts, which its router's row is made of"
             errors.append(UserError(entry.where, what, "add some, or gate_mode: random"))
         prompts.append(both)
-    if mode != "random" and len(prompts) > 1 and all(one == prompts[0] for one in prompts[1:]):
+    if mode in _OF_PROMPTS and len(prompts) > 1 and all(one == prompts[0] for one in prompts[1:]):
         what = "have the same prompts, so that no router could tell them apart"
         errors.append(UserError(node.where, what, "give each expert its own, or gate_mode: random"))
     return sources, tuple(p for p, _ in prompts), tuple(n for _, n in prompts)
+
+
+def _label(path: str, place: int, taken: set[str]) -> str:
+    """An expert's name, which no other has, nor the base: its directory's, as ``NAME=DIR`` can have
+    it."""
+    name = Path(path).name.replace("=", "-") or "expert"
+    label = name
+    while label in taken:
+        label, place = f"{name}-{place}", place + 1
+    taken.add(label)
+    return label
 
 
 def _path(node: Node, errors: list[UserError]) -> str:
@@ -155,20 +169,65 @@ def _plain(tree: Node) -> dict[str, Any]:
     return {key: node.value for key, node in tree.value.items()}
 
 
-def write_rows(gates: PromptGates, base: Path, experts: Sequence[str], file: Path) -> None:
-    """The routers' rows, as ``btx centroids`` would write them.
+_MADE_FOR = "mergekit"
+"""Key, in the metadata of a file of rows, of what they were made for."""
+
+
+def write_rows(gates: Gates, base: Path, experts: Sequence[str], file: Path) -> None:
+    """The routers' rows, as ``btx centroids`` would write them. Those that were made for the same
+    are written anew; where they are equal, the file stays, and an interrupted mix goes on.
 
     Args:
         gates: the prompts.
         base: the base model, a Hugging Face directory.
         experts: the experts' labels.
-        file: the new file, of fp32 rows [H], of unit length.
+        file: of fp32 rows [H], of unit length.
 
     Raises:
-        UserError: transformers is missing, or the base model is no such directory.
+        UserError: another file has this name, or as of :func:`rows_of`.
+    """
+    from safetensors.torch import load_file, save
+
+    asked = json.dumps([astuple(gates), str(base.resolve()), *experts])
+    made_for = hashlib.sha256(asked.encode()).hexdigest()
+    check_file(file)
+    if file.exists() and _made_for(file) != made_for:
+        what = "exists already, and holds no router rows of these prompts, which are kept there"
+        raise UserError(str(file), what, "remove it, or give --out another name")
+    rows = rows_of(gates, base, experts)
+    if file.exists() and _equal(rows, load_file(file)):
+        return
+    with written(file, "wb") as new:
+        new.write(save(rows, {"router_init": "centroids", _MADE_FOR: made_for}))
+
+
+def _equal(some: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
+    """Whether tensors are the same; the bytes of a file of them need not be."""
+    import torch
+
+    same = some.keys() == others.keys()
+    return same and all(torch.equal(some[name], others[name]) for name in some)
+
+
+def _made_for(file: Path) -> str | None:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(file), "pt") as opened:
+            metadata: dict[str, str] = opened.metadata() or {}
+    except (SafetensorError, OSError):
+        return None
+    return metadata.get(_MADE_FOR)
+
+
+def rows_of(gates: Gates, base: Path, experts: Sequence[str]) -> dict[str, Any]:
+    """The routers' rows, fp32 [H], under the names that ``btx centroids`` gives them.
+
+    Raises:
+        UserError: transformers is missing or cannot read the base model, or the model makes no
+            direction of a prompt.
     """
     import torch
-    from safetensors.torch import save_file
 
     from megatron_btx.recipe.names import ROUTER
 
@@ -181,8 +240,9 @@ def write_rows(gates: PromptGates, base: Path, experts: Sequence[str], file: Pat
         direction = direction / direction.norm(dim=-1, keepdim=True).clamp(min=1e-8)
         for layer, row in enumerate(direction.float()):
             rows[f"decoder.layers.{layer}.{ROUTER}/{label}"] = row.contiguous()
-    assert all(torch.isfinite(row).all() for row in rows.values())
-    save_file(rows, file, {"router_init": "centroids"})
+    if not all(torch.isfinite(row).all() for row in rows.values()):
+        raise UserError("base_model", f"{base} computes NaN on the prompts", "give another")
+    return rows
 
 
 def _read_model(base: Path) -> tuple[Any, Any]:
@@ -193,15 +253,29 @@ def _read_model(base: Path) -> tuple[Any, Any]:
         raise UserError("gate_mode", what, "pip install 'megatron-btx[hf]', or random") from None
     if not (base / "config.json").is_file():
         raise UserError("base_model", f"{base} is no Hugging Face directory", "give one")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
-    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype="auto").eval()
-    return tokenizer, model
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(base, trust_remote_code=False)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            base, dtype="auto", trust_remote_code=False
+        )
+    except Exception as error:  # what transformers raises of a directory has many types
+        reason = shown((str(error).strip() or type(error).__name__).splitlines()[0])
+        what = f"transformers cannot read {base}, which reads the prompts: {reason}"
+        fix = "give a model with its tokenizer, or gate_mode: random"
+        raise UserError("base_model", what, fix) from error
+    return tokenizer, model.eval()
 
 
-def _ids(tokenizer: Any, prompt: str) -> Any:
+def _ids(tokenizer: Any, model: Any, prompt: str) -> Any:
     """[1, tokens]: the begin token, where there is one, and the prompt's own."""
     text = (tokenizer.bos_token or "") + prompt
-    return tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    if not ids.numel():
+        raise UserError("positive_prompts", f"{shown(prompt)!r} has no token", "write another")
+    if int(ids.max()) >= len(model.get_input_embeddings().weight):
+        what = f"of {shown(prompt)!r} has a token for which the base model has no row"
+        raise UserError("base_model", f"the tokenizer {what}", "give the model's own tokenizer")
+    return ids
 
 
 def _hidden(base: Path) -> Any:
@@ -214,7 +288,7 @@ def _hidden(base: Path) -> Any:
     def of(prompts: Sequence[str]) -> Any:
         each = []
         for prompt in prompts:
-            states = model(_ids(tokenizer, prompt), output_hidden_states=True).hidden_states
+            states = model(_ids(tokenizer, model, prompt), output_hidden_states=True).hidden_states
             each.append(torch.stack([state[0, -1] for state in states[:-1]]).float())
         return torch.stack(each).mean(0)
 
@@ -229,7 +303,8 @@ def _embedded(base: Path) -> Any:
     table = model.get_input_embeddings().weight.detach().float()
 
     def of(prompts: Sequence[str]) -> Any:
-        total = torch.stack([table[_ids(tokenizer, prompt)[0]].sum(0) for prompt in prompts]).sum(0)
+        each = [table[_ids(tokenizer, model, prompt)[0]].sum(0) for prompt in prompts]
+        total = torch.stack(each).sum(0)
         row = total / total.norm().clamp(min=1e-8)
         return row.expand(model.config.num_hidden_layers, -1)
 

@@ -18,7 +18,7 @@ import torch
 
 from megatron_btx.errors import UserError, UserErrors, collect_errors
 from megatron_btx.families.export import carried, write_hf
-from megatron_btx.families.hf import family_of, to_hf
+from megatron_btx.families.hf import family_of, to_hf, wanted
 from megatron_btx.families.llama_cpp import unlike
 from megatron_btx.families.megatron_bridge import RUN_CONFIG, run_config
 from megatron_btx.families.open_checkpoint import open_checkpoint
@@ -28,9 +28,11 @@ from megatron_btx.families.tokenizer_files import (
     token_ids,
     tokenizer_files,
 )
+from megatron_btx.mix import mergekit_config
 from megatron_btx.mix.card import mix_card
 from megatron_btx.mix.compatibility import speaker_of, tokenizer_words
-from megatron_btx.mix.plans import DTYPES, misfits, open_sources, plan_of
+from megatron_btx.mix.mergekit_config import Gates
+from megatron_btx.mix.plans import DTYPES, as_flag, misfits, open_sources, plan_of
 from megatron_btx.mix.request import MixRequest
 from megatron_btx.mix.source_files import MixProgress
 from megatron_btx.provenance import versions
@@ -41,22 +43,31 @@ from megatron_btx.weights.directory import as_json
 from megatron_btx.weights.execute import ONE_BY_ONE, SLAB, Execution
 from megatron_btx.weights.manifest import FORMAT, MANIFEST
 from megatron_btx.weights.plan import Checkpoint, Plan
+from megatron_btx.weights.source import MemorySource
 
 LINEAGE = "mix.json"
 
 
-def run(request: MixRequest, out: TextIO, revision: str | None = None) -> Plan:
+def run(
+    request: MixRequest,
+    out: TextIO,
+    revision: str | None = None,
+    gates: Gates | None = None,
+) -> Plan:
     """Do what is asked: print the plan, or write the result.
 
     Args:
         request: what.
         out: where to say so.
         revision: of our code, for the lineage.
+        gates: how a file of mergekit's has the routers begin; ``None``: as the request says.
 
     Raises:
         UserErrors: everything wrong with the request, the sources and their tensors.
     """
     request, models, plan, execution = _prepared(request)
+    if gates is not None:
+        request, plan = _with_gates(request, models, gates)
     if request.dry_run:
         out.write(describe(plan, request, models, execution) + "\n")
         return plan
@@ -116,9 +127,43 @@ def _prepared(request: MixRequest) -> tuple[MixRequest, list[Checkpoint], Plan, 
         if not wrong:
             plan = plan_of(request, models)
             errors += _not_computed(plan, request)
+            errors += _not_written(plan, request)
     if errors:
-        raise UserErrors(errors)
+        raise UserErrors([UserError(as_flag(e.where), e.what, e.fix) for e in errors])
     return request, models, plan, execution
+
+
+def _with_gates(
+    request: MixRequest, models: list[Checkpoint], gates: Gates
+) -> tuple[MixRequest, Plan]:
+    """With the routers that a file of mergekit's asks for. Rows made of prompts are kept beside the
+    result, where ``btx verify`` reads them; a dry run keeps none."""
+    if gates.mode == "uniform_random":  # as torch begins a linear layer
+        width = models[0].architecture.model.hidden_size
+        request = dataclasses.replace(request, router_init="uniform", router_init_std=width**-0.5)
+        return request, plan_of(request, models)
+    (base,) = (model.path for model in models if model.label == request.base)
+    assert base is not None
+    experts = [model.label for model in models if model.label != request.base]
+    if request.dry_run:
+        rows = MemorySource(mergekit_config.rows_of(gates, base, experts))
+        return request, plan_of(request, models, rows)
+    out = Path(request.out)
+    file = out.with_name(f"{out.name}.router.safetensors")
+    mergekit_config.write_rows(gates, base, experts, file)
+    request = dataclasses.replace(request, router_init="centroids", centroids=str(file))
+    return request, plan_of(request, models)
+
+
+def _not_written(plan: Plan, request: MixRequest) -> list[UserError]:
+    """Options that do not fit the result, as it turns out."""
+    errors: list[UserError] = []
+    if request.format == "hf" and request.family:
+        with collect_errors(errors):
+            wanted(plan.architecture, request.family)
+    if request.fused and not plan.architecture.experts:
+        errors.append(UserError("--fused", "the result has no experts to stack", "leave it out"))
+    return errors
 
 
 def _not_computed(plan: Plan, request: MixRequest) -> list[UserError]:
@@ -231,7 +276,10 @@ def describe(
     plan: Plan, request: MixRequest, models: list[Checkpoint], execution: Execution
 ) -> str:
     """What ``--dry-run`` prints."""
-    shown = to_hf(plan, fused=request.fused) if request.format == "hf" else plan
+    shown = plan
+    if request.format == "hf":
+        family = wanted(plan.architecture, _written_as(plan, request, models))
+        shown = to_hf(plan, family, fused=request.fused)
     count = parameters(plan.architecture)
     free = shutil.disk_usage(_existing(Path(request.out))).free
     peak = _resident() + execution.workers * 8 * execution.slab

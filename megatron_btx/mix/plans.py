@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -26,11 +27,12 @@ from megatron_btx.mix.request import MixRequest
 from megatron_btx.mix.router_init import RouterInit
 from megatron_btx.mix.split import blend, split
 from megatron_btx.mix.upcycle import upcycle
-from megatron_btx.recipe.check_mix import FROM_FILE, misplaced, weights
+from megatron_btx.recipe.check_mix import FROM_FILE, cut_groups, misplaced, weights
 from megatron_btx.recipe.schema import Mix, Routing
 from megatron_btx.weights.find_checkpoint import name_of
 from megatron_btx.weights.plan import Checkpoint, Plan
 from megatron_btx.weights.safetensors import SafetensorsSource
+from megatron_btx.weights.source import Source
 
 SEED = "seed"
 """What recipes call the model from which the others were branched."""
@@ -64,7 +66,7 @@ def mix_plan(
     experts = mix.expert_names(labels_of(models))
     if routing.type == "topk" and routing.moe_router_topk > len(experts):
         what = f"a token cannot take {routing.moe_router_topk} of {len(experts)} experts"
-        raise UserError("moe_router_topk", what, f"choose at most {len(experts)}")
+        raise UserError("routing.moe_router_topk", what, f"choose at most {len(experts)}")
     new: dict[str, Any] = {
         "routing": routing,
         "dtype": dtype,
@@ -101,9 +103,7 @@ def router_of(mix: Mix, random_seed: int, seed_model: str = SEED) -> RouterInit:
         kind = (file.metadata() or {}).get("router_init", "centroids")
     if kind != mix.router_init:
         what = f"holds router rows of {kind}, and router_init is {mix.router_init}"
-        raise UserError(
-            mix.centroids, what, f"set router_init to {kind}, or give a file of {mix.router_init}"
-        )
+        raise UserError(mix.centroids, what, f"choose {kind}, or give a file of {mix.router_init}")
     return RouterInit(mix.router_init, mix.router_init_std, random_seed, rows)
 
 
@@ -112,9 +112,10 @@ def _check_router_file(mix: Mix) -> None:
         return
     if mix.centroids is None:
         what = f"is {mix.router_init}, and needs the file that `btx centroids` writes"
-        raise UserError("mix.router_init", what, "give it (`mix.centroids`, --centroids FILE)")
-    fix = f"give `router_init: {' or '.join(FROM_FILE)}` too, or remove it"
-    raise UserError("mix.centroids", f"is not used by router_init: {mix.router_init}", fix)
+        raise UserError("mix.router_init", what, "give it: --centroids FILE")
+    what = f"is not used where the routers begin by {mix.router_init}"
+    fix = f"begin them by {' or '.join(FROM_FILE)}, or leave the file out"
+    raise UserError("mix.centroids", what, fix)
 
 
 def averaging_of(mix: Mix, random_seed: int, seed_model: str = SEED) -> Averaging:
@@ -144,8 +145,9 @@ def open_sources(request: MixRequest) -> tuple[MixRequest, list[Checkpoint]]:
         label, path = named_path(source)
         dense = at > 0 or request.method not in _FIRST_MAY_BE_MOE
         with collect_errors(errors):
+            given = source.partition("=")[2] if label else source  # `./` is none of a path's parts
             label = label or name_of(path)
-            models.append(open_checkpoint(path, label, request.model, dense=dense))
+            models.append(open_checkpoint(given, label, request.model, dense=dense))
     if not errors and request.align_vocab:
         aligned, most = align_vocab(models, request.seed_model)
         models = [*aligned]
@@ -173,19 +175,64 @@ def misfits(request: MixRequest) -> list[UserError]:
         errors.append(UserError("--tokenizer", what, "leave one of the two out"))
     with collect_errors(errors):
         mix = mix_of(request)
-        for name, what, fix in misplaced(mix, request.method):
-            errors.append(UserError("--" + name.replace("_", "-"), what, fix))
+        for name, what, fix in (*misplaced(mix, request.method), *_misplaced(request)):
+            errors.append(UserError(_flag(name), what, fix))
+        for what, fix in cut_groups(mix, request.moe_router_topk):
+            errors.append(UserError("--moe-router-topk", what, fix))
         if request.method not in ("average", "drop", "replace", "copy"):  # which make no router
             _check_router_file(mix)
     return errors
+
+
+_NEEDS = {
+    "moe_router_topk": ("btx", "upcycle", "split", "blend"),
+    "expert": ("drop", "replace"),
+}
+_OF_HF = ("family", "fused")
+"""Options of a result in Hugging Face's format."""
+
+
+def _misplaced(request: MixRequest) -> Iterator[tuple[str, str, str]]:
+    """Options of ``btx mix`` alone that its method, or the result's format, does not look at."""
+    default = MixRequest()
+    given = {one for one in (*_NEEDS, *_OF_HF) if getattr(request, one) != getattr(default, one)}
+    for name, methods in _NEEDS.items():
+        if name in given and request.method not in methods:
+            what = f"has no meaning for method {request.method}"
+            yield name, what, f"leave it out, or use method {' or '.join(methods)}"
+    for name in _OF_HF:
+        if name in given and request.format != "hf":
+            what = f"has no meaning for format {request.format}"
+            yield name, what, "leave it out, or write format hf"
+
+
+_RECIPES_KEY = re.compile(r"(?:mix|routing)\.(\w+)(?:\.(.+))?")
+
+
+def as_flag(key: str) -> str:
+    """What errors of ``btx mix`` call an option where the rule is a recipe's: ``--average-groups
+    norms`` for ``mix.average_groups.norms``."""
+    match = _RECIPES_KEY.fullmatch(key)
+    if match is None or match[1] not in {one.name for one in dataclasses.fields(MixRequest)}:
+        return key
+    return " ".join(filter(None, (_flag(match[1]), match[2])))
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 _SOURCES = {"upcycle": 1, "drop": 1, "copy": 1, "append": 2, "replace": 2}
 """How many sources a method takes that does not take any number of them."""
 
 
-def plan_of(request: MixRequest, models: list[Checkpoint]) -> Plan:
+def plan_of(request: MixRequest, models: list[Checkpoint], rows: Source | None = None) -> Plan:
     """The plan that a request asks for, in which nothing is amiss by :func:`misfits`.
+
+    Args:
+        request: what.
+        models: its sources, opened.
+        rows: beside a base, of the routers, in place of those that the request asks for.
 
     Raises:
         UserErrors: everything that is wrong with the models and what is asked of them.
@@ -193,7 +240,7 @@ def plan_of(request: MixRequest, models: list[Checkpoint]) -> Plan:
     dtype = DTYPES[request.dtype] if request.dtype else _common_dtype(models)
     mix = mix_of(request)
     if request.base:
-        return _of_base(request, mix, models, dtype)
+        return _of_base(request, mix, models, dtype, rows)
     match request.method:
         case "average":
             averaging = averaging_of(mix, request.random_seed, request.seed_model)
@@ -217,7 +264,13 @@ def plan_of(request: MixRequest, models: list[Checkpoint]) -> Plan:
     )
 
 
-def _of_base(request: MixRequest, mix: Mix, models: list[Checkpoint], dtype: torch.dtype) -> Plan:
+def _of_base(
+    request: MixRequest,
+    mix: Mix,
+    models: list[Checkpoint],
+    dtype: torch.dtype,
+    rows: Source | None,
+) -> Plan:
     """Experts beside a model that gives all else."""
     if request.base not in (labels := labels_of(models)):
         raise UserError("--base", f"there is no source {request.base}", f"one of {labels}")
@@ -232,7 +285,9 @@ def _of_base(request: MixRequest, mix: Mix, models: list[Checkpoint], dtype: tor
         what = f"a token cannot take {k} of {len(experts)} experts"
         raise UserError("--moe-router-topk", what, f"choose at most {len(experts)}")
     routing = Routing(type="topk", moe_router_topk=k)
-    router = router_of(mix, request.random_seed)
+    router = router_of(mix, request.random_seed, request.seed_model)
+    if rows is not None:
+        router = RouterInit("centroids", centroids=rows)
     return btx(experts, routing=routing, dtype=dtype, router=router, base=base)
 
 

@@ -28,12 +28,17 @@ sys.exit(options.run(options))
 
 def btx(*words: str) -> tuple[int, str]:
     """Run ``btx mix ...``; exit code and output."""
-    parser = argparse.ArgumentParser()
-    mix.add_parser(parser.add_subparsers(required=True))
-    options = parser.parse_args([str(word) for word in words])
+    options = parsed(*words)
     with contextlib.redirect_stdout(io.StringIO()) as out:
         code = options.run(options)
     return code, out.getvalue()
+
+
+def parsed(*words: str) -> argparse.Namespace:
+    """The options of ``btx mix ...``."""
+    parser = argparse.ArgumentParser()
+    mix.add_parser(parser.add_subparsers(required=True))
+    return parser.parse_args([str(word) for word in words])
 
 
 def save(model, path, form: str, dtype=torch.bfloat16) -> None:

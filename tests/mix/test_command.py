@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 
+from megatron_btx.cli.main import main
 from megatron_btx.errors import UserError
 from megatron_btx.families import open_hf
 from megatron_btx.recipe.names import group_of
@@ -88,7 +89,7 @@ UPCYCLES = {
     "drop": ["--drop-ratio", "0.4"],
     "granular": ["--num-chunks", "4", "--moe-router-topk", "8"],
     "cube root": ["--num-chunks", "2", "--scale", "cube_root", "--dtype", "fp32"],
-    "everything": ["--num-chunks", "3", "--drop-ratio", "0.5", "--noise", "0.1"],
+    "everything": ["--num-chunks", "2", "--drop-ratio", "0.5", "--noise", "0.1"],
 }
 
 
@@ -189,6 +190,15 @@ def test_a_dry_run_prints_and_writes_nothing(sources, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_help_tells_the_defaults(capsys):
+    with pytest.raises(SystemExit):
+        main(["mix", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    for told in ("the mix (default: btx)", "experts per token (default: 2)", "to write, by its "):
+        assert told in said
+    assert said.count("(default: the first that computes it)") == 1
+
+
 def test_options_from_a_file(sources, tmp_path):
     config = tmp_path / "mix.yaml"
     config.write_text(
@@ -209,6 +219,15 @@ def test_options_from_a_file(sources, tmp_path):
     ):
         assert found in str(caught.value)
     assert "noise: " not in str(caught.value), "1e-4 is a number"
+    said = {}
+    for form in (
+        {"average": {"code": 1, "math": 2}, "average_groups": {"norms": {"code": 1, "math": 0.5}}},
+        {"average": ["code=1", "math=2"], "average_groups": ["norms:code=1", "norms:math=0.5"]},
+    ):
+        config.write_text(yaml.safe_dump({"sources": named(sources)[:2], **form}))
+        plan = btx("mix", "--config", config, "--out", tmp_path / "x", "--dry-run")[1]
+        said[str(form)] = plan.partition("memory:")[0]
+    assert len(set(said.values())) == 1, "as a recipe has weights, and as the flags"
     config.write_text("method: copy\nmethod: drop\n")
     with pytest.raises(UserError, match="2: method: is set twice"):
         btx("mix", "--config", config, "--out", tmp_path / "x")

@@ -4,6 +4,7 @@ plain loops; where it is installed, its own result is compared too."""
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,8 @@ import yaml
 from safetensors.torch import load_file
 
 from megatron_btx.cli.main import main
+from megatron_btx.errors import UserError
+from megatron_btx.mix.mergekit_config import Gates, rows_of
 from tests.families.made import make
 from tests.families.tokenizers_made import llama3
 from tests.small import tree_hash
@@ -142,9 +145,93 @@ def test_random_routers_a_dtype_and_the_base_as_an_expert(models: Path, tmp_path
     assert float(gates.std()) == pytest.approx(1, abs=0.15)
 
 
+def test_rows_as_torch_begins_a_linear_layer(models: Path, tmp_path: Path) -> None:
+    """And what asks for nothing is not refused."""
+    content = config(models, gate_mode="uniform_random")
+    content["experts"] = [
+        {"source_model": str(models / name), "noise_scale": 0.0, "residual_scale": 1.0}
+        for name in ("code", "math")
+    ]
+    result = mix(content, tmp_path / "x")
+    for name, tensor in copied(models, torch.float32).items():
+        assert torch.equal(result[name], tensor), name
+    gates = torch.cat([v.flatten() for k, v in result.items() if "gate.weight" in k])
+    bound = result["model.norm.weight"].numel() ** -0.5
+    assert 0.98 * bound < float(gates.abs().max()) <= bound
+    assert float(gates.std()) == pytest.approx(bound / 3**0.5, rel=0.1)
+
+
+def test_rows_stand_beside_the_result_and_replace_no_other_file(
+    models: Path, tmp_path: Path, capsys
+) -> None:
+    """A dry run keeps none; equal ones stay; ``btx verify`` knows whether they are what was mixed.
+    The directory of an expert has an equals sign in its name."""
+    (tmp_path / "lr=1e-4").symlink_to(models / "code")
+    content = config(models, gate_mode="cheap_embed")
+    content["experts"][0]["source_model"] = str(tmp_path / "lr=1e-4")
+    asked, out = tmp_path / "moe.yaml", tmp_path / "out"
+    asked.write_text(yaml.safe_dump(content))
+    rows = tmp_path / "out.router.safetensors"
+    rows.write_bytes(b"mine")
+    words = ["mix", "--config", str(asked), "--out"]
+    assert main([*words, str(out), "--dry-run"]) == 0
+    assert "router.weight/lr=1e-4" not in (said := capsys.readouterr().out)
+    assert "router.weight/lr-1e-4" in said
+    assert main([*words, str(tmp_path / "no" / "out")]) == 2
+    assert "no: no such directory" in capsys.readouterr().err
+    assert main([*words, str(out)]) == 2
+    assert f"{rows}: exists already, and holds no router rows of these" in capsys.readouterr().err
+    assert rows.read_bytes() == b"mine"
+    rows.unlink()
+    assert main([*words, str(out)]) == 0
+    first = rows.stat()
+    shutil.rmtree(out)
+    assert main([*words, str(out)]) == 0
+    assert (rows.stat().st_ino, rows.stat().st_mtime_ns) == (first.st_ino, first.st_mtime_ns)
+    capsys.readouterr()
+    for change, told in (
+        (lambda: rows.write_bytes(rows.read_bytes()[:-1] + b"?"), "has changed since its router"),
+        (rows.unlink, "the router rows that were mixed are not there"),
+    ):
+        change()
+        assert main(["verify", str(out)]) == 2
+        assert f"error: {rows}: {told}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--sources a=x b=y",
+        "--base a",
+        "--router-init zeros",
+        "--router-init-std 1",
+        "--centroids x",
+    ],
+)
+def test_a_flag_does_not_say_what_the_file_says(models, tmp_path, words, capsys) -> None:
+    (tmp_path / "moe.yaml").write_text(yaml.safe_dump(config(models)))
+    asked = ["mix", "--config", str(tmp_path / "moe.yaml"), "--out", str(tmp_path / "out")]
+    assert main([*asked, *words.split()]) == 2
+    assert f"error: {words.split()[0]}: is what {tmp_path}" in capsys.readouterr().err
+
+
+def test_prompts_that_the_base_cannot_read(models: Path, tmp_path: Path) -> None:
+    """Whatever transformers raises of a directory, and prompts without a token."""
+    gates = Gates(mode="cheap_embed", positive=(("x",),), negative=((),))
+    (tmp_path / "config.json").write_text('{"model_type": "nonesuch"}')
+    with pytest.raises(UserError, match="^base_model: transformers cannot read"):
+        rows_of(gates, tmp_path, ["a"])
+    tokens = 300  # fewer than the tokenizer's
+    make("llama", tmp_path / "small", vocab_size=tokens)
+    llama3(tmp_path / "small")
+    with pytest.raises(UserError, match="has a token for which the base model has no row"):
+        rows_of(gates, tmp_path / "small", ["a"])
+
+
 REFUSED = {
     "shared": ({"shared_experts": [{"source_model": "x"}]}, "shared_experts: is refused"),
-    "mode": ({"gate_mode": "hidden_avg"}, "'hidden_avg' is not read"),
+    "mode": ({"gate_mode": "hidden_avg", "experts": [{"source_model": "a"}, {"source_model": "b"}]},
+             "'hidden_avg' is not read"),
     "dtype": ({"dtype": "int8"}, "'int8' is not read"),
     "unknown": ({"slices": []}, "slices: is no key of mergekit-moe"),
     "no experts": ({"experts": []}, "experts are missing"),
@@ -166,7 +253,9 @@ def test_what_cannot_be_meant_is_refused(models: Path, tmp_path: Path, name: str
     before = tree_hash(tmp_path)
     words = ["mix", "--config", str(tmp_path / "moe.yaml"), "--out", str(tmp_path / "out")]
     assert main(words) == 2
-    assert said in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert said in told
+    assert told.count("\n  fix: ") == 1, "of each mistake one error"
     assert tree_hash(tmp_path) == before
 
 

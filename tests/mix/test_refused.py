@@ -10,10 +10,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from megatron_btx.cli import mix
 from megatron_btx.cli.main import main
 from megatron_btx.errors import UserError
+from megatron_btx.mix.plans import misfits
 from megatron_btx.weights.source import read_whole
-from tests.mix.commands import btx, named, save
+from tests.mix.commands import btx, named, parsed, save
 from tests.weights.models import dense
 from tests.weights.test_directories import tree_hash
 
@@ -76,7 +78,7 @@ def test_all_that_is_wrong_is_told_at_once_with_exit_code_2(sources, tmp_path, c
         "--shard: 'big' is no size",
         "--memory: 'some' is no size",
         "--noise: has no meaning for method btx",
-        "mix.router_init: is centroids, and needs the file",
+        "--router-init: is centroids, and needs the file",
         "rotary_base is 500000.0, that of seed is 10000.0",
         "model.bin: a pickle, which can run any code",
         "__0_1.distcp: truncated",
@@ -111,7 +113,46 @@ def test_what_is_wrong_with_every_source_is_told_at_once(sources, tmp_path):
             ["--sources", *named(sources), "--noise", "0.1"],
             "--noise: has no meaning for method btx",
         ),
-        (["--sources", *named(sources), "--moe-router-topk", "5"], "cannot take 5 of 4 experts"),
+        (
+            ["--sources", *named(sources), "--moe-router-topk", "5"],
+            "--moe-router-topk: a token cannot take 5 of 4 experts",
+        ),
+        (
+            ["--sources", *named(sources), "--router-init", "branches"],
+            "^--router-init: is branches, and code, math, prose, seed are none\n  fix: .*other$",
+        ),
+        (["--sources", *named(sources), "--dare", "0.5", "--ties", "0.5"], "--ties: stands beside"),
+        (["--sources", *named(sources), "--average", "a=1"], "--average: weights for a; the mix"),
+        (
+            ["--sources", *named(sources), "--average-groups", "ffn:code=1"],
+            "--average-groups ffn: there is no group ffn",
+        ),
+        (
+            ["--method", "blend", "--sources", *named(sources)[:1], "--num-chunks", 5],
+            "--num-chunks",
+        ),
+        (
+            ["--method", "split", "--sources", *named(sources), "--num-chunks", 5],
+            "^--num-chunks: an",
+        ),
+        (
+            ["--method", "split", "--num-chunks", 2, "--scale", "cube_root"]
+            + ["--sources", *named(sources)],
+            "^--scale: cube_root is for upcycle",
+        ),
+        (
+            ["--method", "upcycle", "--num-chunks", 4, "--sources", named(sources)[0]],
+            "^--moe-router-topk: top-2 of virtual groups of 4 chunks takes part of a group",
+        ),
+        (["--sources", *named(sources), "--family", "nonesuch"], "nonesuch: is no known family"),
+        (
+            ["--sources", *named(sources), "--family", "nonesuch", "--dry-run"],
+            "nonesuch: is no known family",
+        ),
+        (
+            ["--method", "average", "--fused", "--sources", *named(sources)],
+            "--fused: the result has no experts to stack",
+        ),
         (["--sources", f"seed={run}"], f"such as {run}/seed$"),
         (["--sources", f"code={run}"], f"such as {run}/expert-code$"),
         (["--method", "drop", "--sources", run], "checkpoints are in expert-code, finetune"),
@@ -138,6 +179,26 @@ def test_a_truncated_source(sources, tmp_path, capsys, form, payload):
     assert main([*words, "--out", str(tmp_path / "out")]) == 2
     assert f"{file}: truncated: " in capsys.readouterr().err
     assert tree_hash(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        ("--method append --moe-router-topk 3", "--moe-router-topk: has no meaning for method app"),
+        ("--method drop --moe-router-topk 3", "--moe-router-topk: has no meaning for method drop"),
+        ("--method replace --moe-router-topk 3", "--moe-router-topk: has no meaning for method re"),
+        ("--method copy --moe-router-topk 3", "--moe-router-topk: has no meaning for method copy"),
+        ("--method average --moe-router-topk 3", "--moe-router-topk: has no meaning for method av"),
+        ("--method average --expert code", "--expert: has no meaning for method average"),
+        ("--expert code", "--expert: has no meaning for method btx"),
+        ("--format megatron --fused", "--fused: has no meaning for format megatron"),
+        ("--format megatron --family mixtral", "--family: has no meaning for format megatron"),
+    ],
+)
+def test_an_option_that_nothing_looks_at_is_refused(words, found):
+    options = parsed("mix", "--sources", "a", "b", "--out", "o", *words.split())
+    request = mix.request_of(options, "btx mix", ("sources", "out"))
+    assert found in "\n".join(map(str, misfits(request)))
 
 
 RANGES = {

@@ -61,7 +61,7 @@ class Rules:
     """What every tensor of one result should be.
 
     Raises:
-        UserError: a source is not there any more.
+        UserError: a source is not there any more, or the file of router rows is not what it was.
     """
 
     def __init__(self, lineage: Mapping[str, Any]) -> None:
@@ -87,6 +87,8 @@ class Rules:
         self.experts: list[str] = moe["experts"] if moe else []
         self.dtype = _DTYPES[lineage["dtype"]]
         self.centroids: str | None = self.asked.get("centroids")
+        if self.centroids is not None:
+            _check_rows(Path(self.centroids), lineage.get("centroids_sha256"))
 
     def tensor(self, name: str) -> Tensor:
         """A tensor of the result: in fp64 where it is computed, in its source's dtype where it is
@@ -359,6 +361,16 @@ class Rules:
         if match is None or match[2] == "down":
             return fused
         return fused.chunk(2)[match[2] == "up"]
+
+
+def _check_rows(file: Path, digest: str | None) -> None:
+    """That the file of router rows is the one that was mixed."""
+    if not file.is_file():
+        what = "the router rows that were mixed are not there"
+        raise UserError(str(file), what, "put the file back to verify")
+    if digest is not None and hashlib.sha256(file.read_bytes()).hexdigest() != digest:
+        what = "has changed since its router rows were mixed"
+        raise UserError(str(file), what, "put the file back to verify")
 
 
 def _chunk(whole: Tensor, kind: str, index: int, count: int) -> Tensor:
