@@ -34,13 +34,14 @@ def find_checkpoint(path: str | Path, dense: str | None = None) -> Path:
     Raises:
         UserError: there is none. Of a run's directory it says which stages it holds that would do.
     """
-    path = Path(path)
+    is_local, path = str(path).startswith("./"), Path(path)
     if is_checkpoint(path):
         return path
     if (newest := newest_step(path)) is not None:
         return newest
     if not path.exists():
-        raise foreign(path) or UserError(str(path), "does not exist", _GIVE)
+        hub = None if is_local else foreign(path)
+        raise hub or UserError(str(path), "does not exist", _GIVE)
     if (path / "recipe.yaml").is_file():
         raise _run(path, dense)
     if (path / "done.json").is_file():
@@ -187,10 +188,11 @@ def foreign(path: Path) -> UserError | None:
 
 
 def _absent(path: Path) -> UserError | None:
-    """``ORG/NAME``, as given or below a directory that is there: a recipe's paths are absolute."""
-    above = path.absolute().parent
-    name = f"{above.name}/{path.name}"
-    if above.exists() or not above.parent.is_dir() or not _HUB.fullmatch(name):
+    """``ORG/NAME`` as given, or below the current directory: a recipe's paths are absolute. Any
+    other path was meant for one of this machine."""
+    here = Path.cwd()
+    name = str(path.relative_to(here) if path.is_relative_to(here) else path)
+    if path.absolute().parent.exists() or not _HUB.fullmatch(name):
         return None
     return UserError(
         str(path),

@@ -74,6 +74,9 @@ def test_what_is_none_is_named(run_dir: Path, tmp_path: Path) -> None:
         find_checkpoint(run_dir / "prepare")
     with pytest.raises(UserError, match="Hugging Face Hub"):
         find_checkpoint("meta-llama/Llama-3.1-8B")
+    for local in ("./meta-llama/x", "../meta-llama/x", "a/b/c", f"{tmp_path}/meta-llama/x"):
+        with pytest.raises(UserError, match="does not exist"):
+            find_checkpoint(local)
     (run_dir / "prepare" / "done.json").touch()
     with pytest.raises(UserError, match="holds no checkpoint any more") as found:
         find_checkpoint(run_dir / "prepare")
