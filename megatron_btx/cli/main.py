@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from types import FrameType
 
 from megatron_btx import __version__
-from megatron_btx.errors import EXIT_INTERRUPTED, STOPS, RanksCrashed, UserError, coloured
+from megatron_btx.errors import EXIT_INTERRUPTED, STOPS, RanksCrashed, UserError, coloured, shown
 
 EXIT_CRASH, EXIT_USER, EXIT_PIPE = 1, 2, 141
 
@@ -40,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(words: list[str]) -> int:
     try:
+        _check_command(words)
         options, unknown = _parser(*words[:1]).parse_known_args(words)
         if unknown:
             raise _unknown(options.parser, unknown)
@@ -65,6 +66,15 @@ def _run(words: list[str]) -> int:
             raise
         sys.stderr.write(f"{coloured('error')}: {problem}\n")
         return EXIT_USER
+
+
+def _check_command(words: list[str]) -> None:
+    """That the first word, where it is no flag, is a command."""
+    names = [name for each in _COMMANDS.values() for name in each]
+    if words and not words[0].startswith("-") and words[0] not in names:
+        near = difflib.get_close_matches(words[0], names, n=1)
+        hint = f"did you mean `btx {near[0]}`? " if near else ""
+        raise UserError(shown(words[0]), "is not a command of btx", f"{hint}see btx --help")
 
 
 def _unknown(parser: argparse.ArgumentParser, words: Sequence[str]) -> UserError:

@@ -12,10 +12,10 @@ from typing import Any
 
 from megatron_btx.cli.common import open_recipe, recipe_command, renamed
 from megatron_btx.cli.report import print_results
-from megatron_btx.errors import EXIT_INTERRUPTED, coloured
+from megatron_btx.errors import EXIT_INTERRUPTED, UserError, coloured
 from megatron_btx.pipeline import graph, run_checks, state
 from megatron_btx.pipeline.graph import Stage
-from megatron_btx.recipe import check
+from megatron_btx.recipe import check, load
 from megatron_btx.recipe.schema import Recipe
 
 
@@ -47,6 +47,8 @@ def run(options: argparse.Namespace) -> int:
     left = state.left(run_dir, stages)
     if options.dry_run:
         _print_stages(recipe, run_dir, stages, options.json)
+        if left and not options.json:
+            _print_changes(recipe, run_dir)
         if left:  # what a run would be refused for, though it is read in seconds
             check.files(recipe)
             run_checks.keeps_recipe(run_dir, Path(options.recipe), recipe)
@@ -81,6 +83,18 @@ def _run_recipe(
         again = f"btx run {shlex.quote(options.recipe)}"
         sys.stderr.write(f"stopped; run again to continue: {again}\n")
     return outcome.code, outcome.problem
+
+
+def _print_changes(recipe: Recipe, run_dir: Path) -> None:
+    """What the recipe says otherwise than the one that the run was made for last."""
+    kept = run_dir / "recipe.yaml"
+    try:
+        changed = load.changes(load.load_recipe(kept), recipe) if kept.is_file() else []
+    except UserError:  # of another release
+        return
+    more = f" and {len(changed) - 8} more" if len(changed) > 8 else ""
+    if changed:
+        sys.stdout.write(f"changed since then: {'; '.join(changed[:8])}{more}\n")
 
 
 def _print_sync(run_dir: Path) -> None:

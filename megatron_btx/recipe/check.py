@@ -137,8 +137,28 @@ def files(*recipes: Recipe) -> None:
     Raises:
         UserErrors: all that are missing, each once.
     """
-    if bad := dict.fromkeys(one for recipe in recipes for one in bad_paths(recipe)):
-        raise UserErrors([UserError(one.key, f"{one.path} {one.what}", one.fix) for one in bad])
+    bad = dict.fromkeys(one for recipe in recipes for one in bad_paths(recipe))
+    directories: dict[Path, list[BadPath]] = {}
+    for one in bad:
+        if not Path(one.path).parent.exists():
+            directories.setdefault(Path(one.path).parent, []).append(one)
+    many = {place: those for place, those in directories.items() if len(those) > 2}
+    errors = [_no_directory(place, those) for place, those in many.items()]
+    errors += [
+        UserError(one.key, f"{one.path} {one.what}", one.fix)
+        for one in bad
+        if Path(one.path).parent not in many
+    ]
+    if errors:
+        raise UserErrors(errors)
+
+
+def _no_directory(place: Path, missing: list[BadPath]) -> UserError:
+    """One error for several files of a directory that does not exist."""
+    names = [Path(one.path).name for one in missing]
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    what = f"{place} does not exist, of which the recipe names {', '.join(names[:3])}{more}"
+    return UserError(missing[0].key, what, missing[0].fix)
 
 
 def refuse_on_gloo(layout: Layout, key: str = "layout") -> None:

@@ -25,7 +25,7 @@ from typing import Any
 
 import yaml
 
-from megatron_btx.errors import UserError, notice
+from megatron_btx.errors import UserError, notice, shown
 from megatron_btx.recipe import check, stages
 from megatron_btx.recipe.fields import Range, beside
 from megatron_btx.recipe.messages import homes, path_problem, yaml_name
@@ -96,6 +96,32 @@ def different(recipe: Recipe) -> dict[str, Any]:
     """The recipe as plain values, without fields at their defaults."""
     found: dict[str, Any] = _plain(recipe, written=_differs)
     return found
+
+
+def changes(before: Recipe, after: Recipe) -> list[str]:
+    """What one recipe says otherwise than another: ``finetune.lr: 0.001 -> 0.002``. Where runs lie
+    is not compared."""
+    old, new = ({**_flat(_plain(one), ""), "run_dir": 0, "share": 0} for one in (before, after))
+    keys = [*old, *(key for key in new if key not in old)]
+    return [
+        f"{key}: {_shown(old.get(key))} -> {_shown(new.get(key))}"
+        for key in keys
+        if old.get(key) != new.get(key)
+    ]
+
+
+def _flat(value: Any, key: str) -> dict[str, Any]:
+    """The values of nested mappings by their dotted keys."""
+    if not isinstance(value, dict) or not value:
+        return {key: value}
+    found: dict[str, Any] = {}
+    for name, part in value.items():
+        found |= _flat(part, f"{key}.{name}".lstrip("."))
+    return found
+
+
+def _shown(value: Any) -> str:
+    return "nothing" if value in (None, {}, []) else shown(value, 60)
 
 
 def _hashed(field: Any, value: Any) -> tuple[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_btx.errors import UserError
+from megatron_btx.recipe.messages import guess
 from megatron_btx.recipe.schema import Recipe
 from megatron_btx.recipe.stages import expert_stage
 
@@ -75,7 +76,10 @@ def row_of(recipe: Recipe, name: str) -> TableRow:
     if not name:
         row = found[-1]
     if row is None:
-        fix = f"use one of {', '.join(row.name for row in found)}"
+        names = [row.name for row in found]
+        fix = f"use one of {', '.join(names)}"
+        near = [one for one in names if one.partition(":")[2] == name.removeprefix("expert-")]
+        fix = f"did you mean {near[0]}? {fix}" if near else fix + guess(name, names)
         raise UserError(f"--stage {name}", "this run has no such model", fix)
     if len(row.models) > 1 and recipe.btm.method != "average":
         what = f"is a set of models ({recipe.btm.method}), which no one directory holds"

@@ -241,11 +241,17 @@ def tasks_table(result: Mapping[str, Any]) -> str:
     )
     text = columns(["score (%)", *names, "average"], rows) + said + "\n"
     text += _answer_bits(result, names)
+    return text + "".join(_cut(result, name) for name in names) + _choices(result)
+
+
+def _cut(result: Mapping[str, Any], task: str) -> str:
+    """How many of a task's contexts were too long; models of one tokenizer have one line."""
+    models: dict[int, list[str]] = {}
     for checkpoint, found in result.items():
-        for name, entry in found["tasks"].items():
-            if entry["cut"]:
-                text += (
-                    f"{checkpoint}, {name}: {entry['cut']} contexts were longer than the model's "
-                    "and lost their beginning\n"
-                )
-    return text + _choices(result)
+        models.setdefault(found["tasks"][task]["cut"], []).append(checkpoint)
+    lines = []
+    for number, those in models.items():
+        whose = "" if len(models) == 1 else f" ({', '.join(those)})"
+        lost = f"{number} contexts were longer than the model's and lost their beginning"
+        lines += [f"{task}{whose}: {lost}\n"] if number else []
+    return "".join(lines)

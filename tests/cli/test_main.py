@@ -133,6 +133,8 @@ def test_a_mistake_is_one_clear_error_and_leaves_nothing(
         ),
         ("run r.yaml --xyz", "--xyz: is not a flag of btx run\n  fix: see btx run --help"),
         ("generate A B", "B: is a word too many for btx generate\n  fix: repeat its flag before"),
+        ("rnu r.yaml", "rnu: is not a command of btx\n  fix: did you mean `btx run`? see btx"),
+        ("zzz", "zzz: is not a command of btx\n  fix: see btx --help"),
         ("convert megatron-lm-args A --x", "--x: is not a flag of btx convert megatron-lm-args"),
     ],
 )

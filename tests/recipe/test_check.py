@@ -9,7 +9,7 @@ import pytest
 
 from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.pipeline import graph
-from megatron_btx.recipe import check, megatron_fields, run_plan
+from megatron_btx.recipe import check, megatron_fields, run_plan, systems
 from megatron_btx.recipe.load import load_recipe, parse_recipe
 from megatron_btx.recipe.schema import Layout, Recipe
 
@@ -29,6 +29,23 @@ def test_files(good: str, tmp_path: Path) -> None:
     assert "is empty" in str(caught.value)
     (data / "math.jsonl").write_text('{"text": "a"}\n')
     check.files(recipe)
+
+
+def test_a_directory_that_is_missing_is_one_error(good: str, tmp_path: Path) -> None:
+    text = good.replace("[data/held.jsonl]", "[data/a.jsonl, data/b.jsonl, data/c.jsonl]")
+    recipe = parse_recipe(text, tmp_path / "recipe.yaml")
+    with pytest.raises(UserError) as caught:
+        check.files(recipe)
+    said = str(caught.value)
+    assert said.count("does not exist") == 1
+    assert f"{tmp_path / 'data'} does not exist, of which the recipe names math.jsonl, " in said
+    assert "b.jsonl and 1 more" in said
+
+
+@pytest.mark.parametrize("name", ["code", "expert-code", "expert:cod"])
+def test_a_model_of_another_name_is_guessed(good: str, name: str) -> None:
+    with pytest.raises(UserError, match="did you mean expert:code"):
+        systems.row_of(parse_recipe(good), name)
 
 
 def test_gloo() -> None:

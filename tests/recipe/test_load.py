@@ -11,7 +11,7 @@ import pytest
 
 from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.pipeline import graph
-from megatron_btx.recipe import run_plan
+from megatron_btx.recipe import load, run_plan
 from megatron_btx.recipe.load import digest, dump, dump_kept, load_recipe, parse_recipe
 from megatron_btx.recipe.schema import Layout, Training
 
@@ -119,6 +119,16 @@ def test_text_that_looks_like_a_number_stays_text(good: str) -> None:
     recipe = parse_recipe(text)
     given = {"A": "1e5", "B": "12e45678", "C": "1_0e3", "D": "x", "E": 1e5}
     assert parse_recipe(dump(recipe)).slurm.environment == recipe.slurm.environment == given
+
+
+def test_what_a_recipe_says_otherwise(good: str) -> None:
+    other = good.replace("tokens: 2e6", "tokens: 3e6").replace("name: small", "run_dir: x\nname: b")
+    changed = load.changes(parse_recipe(good), parse_recipe(other + "mix: {ties: 0.5}\n"))
+    assert changed[0] == "name: small -> b"
+    assert "experts.math.tokens: 2000000 -> 3000000" in changed
+    assert "mix.ties: nothing -> 0.5" in changed
+    assert not any("run_dir" in one or "seed" in one for one in changed)
+    assert load.changes(parse_recipe(good), parse_recipe(good)) == []
 
 
 def test_names_that_are_no_utf8_have_a_hash() -> None:

@@ -45,7 +45,9 @@ def run_recipe(
     submit.refuse_beside_jobs(run_dir.absolute(), stages)
     left, gpus = state.left(run_dir, stages), len(run_stages.gpus())
     run_checks.check(recipe, run_dir, left, gpus)
-    crowded = () if gpus else run_checks.crowded(left, run_stages.cores())
+    shared = (*recipe.share, *share)
+    own = tuple(one for one in left if state.find_shared(run_dir, one, shared) is None)
+    crowded = () if gpus else run_checks.crowded(own, run_stages.cores())
     for line in (*run_checks.warnings(recipe), *crowded):
         sys.stderr.write(f"warning: {line}\n")
     every = graph.of_run(recipe, run_dir)
@@ -62,7 +64,7 @@ def run_recipe(
                 view=view(),
                 max_parallel=recipe.max_parallel_jobs,
                 inline={"report": written},
-                share=(*recipe.share, *share),
+                share=shared,
             )
     except OSError as error:
         if error.filename is None:  # a write that failed does not know whose file it was

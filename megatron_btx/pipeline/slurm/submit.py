@@ -86,6 +86,9 @@ def dry_run(
     run_dir = run_dir.absolute()
     scripts = prepared(recipe, run_dir, chosen, _next(run_dir), "0" * 32)
     lines = ["##### the graph", *graph_lines(recipe, chosen)]
+    for stage in chosen:
+        if (place := state.find_shared(run_dir, stage, recipe.share)) is not None:
+            lines.append(f"{stage.name}: its job only makes a link to {place}")
     for name, text in scripts.items():
         lines += ["", f"##### {name}"]
         lines += [line for line in text.split("\n") if line.startswith("#SBATCH ")]

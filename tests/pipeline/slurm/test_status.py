@@ -11,7 +11,7 @@ import pytest
 from megatron_btx.files import write_json
 from megatron_btx.pipeline import locks, state, worker
 from megatron_btx.pipeline.graph import Stage
-from megatron_btx.pipeline.slurm import commands, status, status_table
+from megatron_btx.pipeline.slurm import commands, run_jobs, status, status_table
 from megatron_btx.pipeline.slurm.commands import SlurmJob
 
 
@@ -114,3 +114,15 @@ def test_an_array_in_one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert row.note == "prepare:shards/1: /d/a.jsonl:7: is broken"
     text = line.format(10, 1, 0, "FAILED", "None", "n2") + line.format(8, 2, 0, "COMPLETED", "", "")
     assert status.array_row(tmp_path, stage, "8", 5).state == "failed"
+
+
+def test_a_run_directory_behind_a_link_is_the_same_run(tmp_path: Path) -> None:
+    """As of a home that is a link to a parallel file system."""
+    (tmp_path / "gpfs" / "runs" / "x").mkdir(parents=True)
+    (tmp_path / "home").symlink_to(tmp_path / "gpfs")
+    real, link = tmp_path / "gpfs/runs/x", tmp_path / "home/runs/x"
+    for submitted, asked in ((real, link), (link, real), (real, real)):
+        job = SlurmJob(number="5", name="seed@x", state="PENDING", directory=str(submitted))
+        seed = Stage(name="seed", kind="seed", key="k")
+        assert run_jobs.is_of(job, asked, seed, {})
+        assert not run_jobs.is_of(job, asked / "y", seed, {})
