@@ -12,7 +12,12 @@ from torch import Tensor
 
 from megatron_btx.recipe.schema import Layout, MegatronOptions, Routing
 from tests.engine.harness import MOE, Case, train
-from tests.engine.moe.test_routing_functions import paper_balance, paper_sample, paper_soft, paper_topk
+from tests.engine.moe.test_routing_functions import (
+    paper_balance,
+    paper_sample,
+    paper_soft,
+    paper_topk,
+)
 from tests.ranks import Ranks
 
 LENGTH, BATCH, HIDDEN, EXPERTS, LAYERS = 12, 3, 16, 4, 3
