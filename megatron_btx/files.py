@@ -292,7 +292,7 @@ def check_file(path: Path) -> None:
         UserError: something else is there, or no directory that would hold it.
     """
     if path.exists() and not path.is_file():
-        raise UserError(str(path), "is there and is no file", "give the name of a file")
+        raise UserError(str(path), "exists and is not a file", "give the name of a file")
     parent = path.absolute().parent
     if not parent.is_dir():
         raise UserError(str(path.parent), "no such directory", "make it first")

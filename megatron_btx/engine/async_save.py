@@ -133,8 +133,8 @@ def _gradients(model: torch.nn.Module) -> list[torch.Tensor]:
 
 @contextlib.contextmanager
 def _left_out(tensors: Sequence[torch.Tensor]) -> Iterator[None]:
-    """A process that is forked within does not have these: what a fork takes is the number of
-    pages that it hands on."""
+    """Leave these out of a process that is forked within (MADV_DONTFORK): the time of a fork grows
+    with the number of pages that it copies."""
     if not sys.platform.startswith("linux"):
         yield
         return

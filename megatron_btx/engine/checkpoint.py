@@ -47,8 +47,8 @@ from megatron_btx.weights.megatron import extra_states, second_names
 from megatron_btx.weights.torch_dist import read_metadata
 
 _agreed: WeakKeyDictionary[object, checkpoint_plan.Agreed] = WeakKeyDictionary()
-"""Of models and optimizers that were saved once: what the ranks write, which Megatron found then to
-make up every tensor."""
+"""Cache: the plan of what the ranks write, by model or optimizer, once Megatron has found that it
+covers every tensor."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -55,7 +55,8 @@ def check_hashes(directory: Path, only: Iterable[str] | None = None) -> None:
 
 
 def _share(names: list[str]) -> list[str]:
-    """This rank's: what it wrote itself is in its machine's memory; the rest goes round."""
+    """The files that this rank checks: those that it wrote, still in its machine's memory, and its
+    share of the others."""
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     written = {name: int(match[1]) for name in names if (match := _OWN.fullmatch(name))}
     owner = {name: written.get(name, at) % world for at, name in enumerate(names)}

@@ -126,8 +126,8 @@ def transformer_config(
     if layout.chunks > 1 and (config.batch_p2p_comm or not config.overlap_p2p_comm):
         raise UserError(
             "megatron.transformer.overlap_p2p_comm",
-            "under virtual pipeline stages only overlapped sends keep apart what goes to the stage "
-            "before and to the one behind, which are one rank where PP is 2",
+            "virtual pipeline stages need it: with PP 2 the stages before and after are the same "
+            "rank, and only overlapped sends keep their messages apart",
             "remove overlap_p2p_comm and batch_p2p_comm",
         )
     if architecture.routing is not None:

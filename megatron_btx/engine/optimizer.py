@@ -100,7 +100,8 @@ def _by_rate(model: torch.nn.Module, rates: Mapping[str, float]) -> dict[float, 
 
 
 def learning_rate(optimizer: MegatronOptimizer) -> float:
-    """That of the parameters that have none of their own; where all have, the first's."""
+    """The rate of the parameters without one of their own (``lr_groups``); if there are none, of
+    the first group."""
     groups = optimizer.param_groups
     plain = [group for group in groups if group.get("default_config", True)]
     return float((plain or groups)[0]["lr"])

@@ -1,6 +1,6 @@
 """The layer specification: which module computes which part of a transformer layer.
 
-One page for both worlds. With Transformer Engine it is Megatron's own specification with our
+With Transformer Engine it is Megatron's own specification with our
 router in it; without, Megatron's layers with torch's kernels.
 """
 

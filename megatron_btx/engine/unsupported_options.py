@@ -54,7 +54,7 @@ def refuse_unfollowed(options: Mapping[str, Any], supported: Supported, who: str
 
 @contextmanager
 def megatron_errors(block: str) -> Iterator[None]:
-    """A block that hands ``megatron.<block>`` to Megatron: what it refuses is the user's to mend.
+    """Turn what Megatron refuses of ``megatron.<block>`` into an error for the user.
 
     Raises:
         UserError: Megatron's own words.

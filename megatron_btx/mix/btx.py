@@ -99,7 +99,8 @@ def _of_base(base: Checkpoint | None) -> dict[str, Source]:
 def _left_out(
     models: Sequence[Checkpoint], base: Checkpoint, branches: Mapping[str, tuple[Ignore, ...]]
 ) -> dict[str, tuple[Ignore, ...]]:
-    """What is taken of no expert, and what of the base."""
+    """The tensors of each source that the mix does not use: of a model all but its FFN, of the base
+    its FFN."""
     ffn = r".*\.mlp\.linear_fc[12]\.weight"
     rest = Ignore(rf"(?!{ffn}$).*", f"copied from {base.label} instead")
     return {model.label: (*branches.get(model.label, ()), rest) for model in models} | {

@@ -50,7 +50,7 @@ def show(request: MixRequest, out: TextIO) -> None:
     the one file that its name says: ``.json``, ``.svg`` or ``.csv``.
 
     Raises:
-        UserError: ``--out`` cannot be written, or what is there is none of ours.
+        UserError: ``--out`` cannot be written, or what is there was not written by ``btx drift``.
     """
     if len(request.sources) < 2:
         raise UserError(
@@ -87,7 +87,9 @@ def _files(out: Path) -> dict[str, Path]:
         files = {kind: out / f"drift{kind}" for kind in (".json", ".svg")}
     for kind, path in files.items():
         if os.path.lexists(path) and _MARKS[kind].encode() not in read_bytes(path, 1 << 30):
-            raise UserError(str(path), "is there and is none of ours", "give another name")
+            raise UserError(
+                str(path), "exists and was not written by btx drift", "choose another --out"
+            )
     return files
 
 

@@ -28,7 +28,7 @@ _KEYS = ("base_model", "experts", "gate_mode", "dtype", "experts_per_token")
 _EXPERT_KEYS = ("source_model", "positive_prompts", "negative_prompts")
 _REFUSED = {
     "shared_experts": "a Mixtral has none, and the mix of Branch-Train-MiX makes none",
-    "architecture": "the family is the one that computes the mix; --family chooses another",
+    "architecture": "the output family is chosen automatically; --family chooses another",
 }
 _EXPERT_REFUSED = {
     "noise_scale": (0, "no noise is added to experts that differ already"),
@@ -70,10 +70,12 @@ def read(tree: Node) -> tuple[Node, Gates | None]:
     mode, dtype = plain.get("gate_mode", "hidden"), plain.get("dtype")
     if mode not in _MODES:
         fix = f"use one of {', '.join(_MODES)}"
-        errors.append(UserError(tree.value["gate_mode"].where, f"{mode!r:.40} is not read", fix))
+        errors.append(
+            UserError(tree.value["gate_mode"].where, f"{mode!r:.40} is not supported", fix)
+        )
     if dtype is not None and dtype not in _DTYPES:
         fix = f"use one of {', '.join(_DTYPES)}"
-        errors.append(UserError(tree.value["dtype"].where, f"{dtype!r:.40} is not read", fix))
+        errors.append(UserError(tree.value["dtype"].where, f"{dtype!r:.40} is not supported", fix))
     base = _path(tree.value["base_model"], errors)
     sources, positive, negative = _experts(tree, mode, errors)
     if errors:

@@ -373,7 +373,7 @@ def parse_bytes(text: str, where: str = "--memory") -> int:
             raise ValueError
         return size
     except (ValueError, OverflowError):
-        raise UserError(where, f"{text!r} is no size", "write 2GiB or 500MiB") from None
+        raise UserError(where, f"{text!r} is not a size", "write 2GiB or 500MiB") from None
 
 
 def _resident() -> int:

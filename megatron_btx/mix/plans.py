@@ -171,8 +171,10 @@ def misfits(request: MixRequest) -> list[UserError]:
         what = f"{request.method} takes {wanted} source{'s'[: wanted - 1]}, not {given}"
         errors.append(UserError("--sources", what, "see btx mix --help"))
     if request.align_vocab and request.tokenizer:
-        what = "is the source of the most tokens under --align-vocab"
-        errors.append(UserError("--tokenizer", what, "leave one of the two out"))
+        what = (
+            "cannot be combined with --align-vocab, which takes the tokenizer with the most tokens"
+        )
+        errors.append(UserError("--tokenizer", what, "remove one of the two"))
     with collect_errors(errors):
         mix = mix_of(request)
         for name, what, fix in (*misplaced(mix, request.method), *_misplaced(request)):
@@ -343,6 +345,6 @@ def _common_dtype(models: list[Checkpoint]) -> torch.dtype:
         raise UserError("--dtype", what, "say which the result shall have")
     (dtype,) = dtypes
     if dtype not in DTYPES.values():
-        what = f"the sources are {dtype}, which no result is"
+        what = f"the sources are {dtype}, which is not an output dtype"
         raise UserError("--dtype", what, f"say which it shall have: {', '.join(DTYPES)}")
     return dtype

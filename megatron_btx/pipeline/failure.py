@@ -39,7 +39,7 @@ def leave(directory: Path, rank: int, error: Exception) -> Exception:
 
 
 def as_seen(directory: Path, error: Exception) -> Exception:
-    """``error``, or the disk's that is behind it."""
+    """The error of a full or failing disk that caused ``error``, else ``error``."""
     chain = list(_chain(error))
     texts = [str(link) for link in chain if not isinstance(link, UserError)]
     full = any(isinstance(link, OSError) and link.errno in _FULL for link in chain)
@@ -47,7 +47,7 @@ def as_seen(directory: Path, error: Exception) -> Exception:
     if full or any(map(_SAYS_FULL.search, texts)) or (unwritten and not has_space(directory)):
         return UserError(str(directory), "no space left on its disk", "free some and run again")
     if unwritten:
-        what = f"a file could not be written (torch: {unwritten[0]}): its disk was full, or fails"
+        what = f"a file could not be written (torch: {unwritten[0]}): the disk is full or failing"
         return UserError(str(directory), what, "see `df` and the system's log, and run again")
     return error
 

@@ -35,9 +35,9 @@ NEEDS: dict[str, tuple[str, ...]] = {
 """What each kind of stage waits for; ``expert`` stands for every one of them."""
 
 LOOKS_AHEAD = {"mix": "finetune"}
-"""Kinds that make nothing: one rank finds out in seconds what another stage would meet at its
-start, before that one waits for its nodes. They have that stage's key, are done when it is, and
-nothing reads what they leave. (The weights are mixed where they are trained, each rank its part.)
+"""Kinds that check another stage's inputs: one rank finds in seconds what that stage would fail on
+at its start, before it waits for its nodes. They have that stage's key, are done when it is, and
+nothing reads their output. (The weights are mixed where they are trained, each rank its part.)
 """
 
 TRAINED = ("seed", "expert", "finetune", "dense")

@@ -226,7 +226,9 @@ def _read(recipe: Recipe, name: str, path: Path) -> tuple[Path, dict[str, Any]]:
     with errors_of(where):
         architecture, manifest = _said(recipe, directory)
     if _is_ours(directory) and not (directory / ".metadata").is_file():
-        raise UserError(where, f"{directory} is not whole", "copy the checkpoint again")
+        raise UserError(
+            where, f"{directory} is incomplete: .metadata is missing", "copy the checkpoint again"
+        )
     if architecture.experts:
         raise UserError(where, f"{directory} is a mixture of experts", "give a dense checkpoint")
     different = [

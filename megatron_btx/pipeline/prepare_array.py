@@ -90,7 +90,7 @@ def share(recipe: Recipe, stage: Stage, run_dir: Path) -> tuple[int, int] | None
     if not slash:
         return None
     if int(number) >= tasks(recipe):
-        what = f"is not one of the {tasks(recipe)} of slurm.stages.prepare.tasks"
+        what = f"is not below slurm.stages.prepare.tasks ({tasks(recipe)})"
         raise UserError(stage.name, what, "correct the number, or the recipe")
     first = dataclasses.replace(stage, name=BEGIN)
     record = find_json(run_dir / first.directory / "done.json") or {}

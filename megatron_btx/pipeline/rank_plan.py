@@ -227,7 +227,8 @@ def _plan(recipe: Recipe, name: str, training: Training) -> Plan:
     router = not_yet(recipe, recipe.model_names) if routers_of_run(recipe, name) else None
     plan = from_models(recipe, name, training, model, router)
     if computed := [one for one, of in plan.sources.items() if isinstance(of, Statistics)]:
-        what = f"needs {computed[0]}: statistics of whole models, whose reading is not counted"
+        of = computed[0].rpartition("/")[2]
+        what = f"needs {of}: statistics of whole models, whose reading is not counted"
         raise UserError("mix", what, "plan without --ranks, or mix without them")
     return plan
 
@@ -242,7 +243,7 @@ def _model(recipe: Recipe, label: str) -> Checkpoint:
         if not Path(source).exists():
             where = f"{of_recipe.recipe_key(stage)}.from"
             what = f"{source} is not there, so what a rank would read of it is not known"
-            raise UserError(where, what, "put it there, or leave --ranks away")
+            raise UserError(where, what, "create it first, or run without --ranks")
         if recipe.mix.align_vocab:
             return aligned(recipe)[0][label]
         return open_checkpoint(source, label)

@@ -153,7 +153,7 @@ def keeps_recipe(run_dir: Path, given: Path, recipe: Recipe) -> None:
         return
     raise UserError(
         str(copy),
-        "is the recipe itself" if itself else "was written by no run",
+        "is the recipe itself" if itself else "exists and was not written by a run",
         "a run writes the resolved recipe under this name: give another `run_dir:`",
     )
 

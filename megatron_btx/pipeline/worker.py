@@ -256,7 +256,7 @@ def _check_port(rank: int) -> None:
 
 @contextlib.contextmanager
 def _rendezvous() -> Iterator[None]:
-    """Where a rank that was started by hand, alone, meets itself: at a port that the system
+    """Rendezvous of a single rank that was started by hand: at a port that the system
     chooses. A file would stay behind a rank that is killed."""
     if _can_meet():
         yield
@@ -281,7 +281,11 @@ def _begin_unaided(recipe: Recipe, stage: Stage, run_dir: Path, rank: int) -> No
         deadline = time.monotonic() + 120
         while (state.find_json(directory / "stage.json") or {}).get("key") != stage.key:
             if time.monotonic() > deadline:
-                raise UserError(str(directory), "rank 0 has not made it", "look at rank 0's log")
+                raise UserError(
+                    str(directory),
+                    "rank 0 did not prepare this stage within 120 s",
+                    "see rank 0's log",
+                )
             time.sleep(0.2)
         return
     needs = graph.read_by(stage, graph.of_run(recipe, run_dir))

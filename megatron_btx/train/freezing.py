@@ -187,8 +187,8 @@ def _set(owner: Any, parameter: torch.nn.Parameter, whole: Tensor) -> None:
 
 
 def _let_go(model: Any) -> None:
-    """Let nothing of a wrapper reach its parameters any more: a graph that is still in memory keeps
-    its hooks alive."""
+    """Remove a wrapper's hooks from its parameters: a graph that is still in memory keeps them
+    alive."""
     if model.use_forward_hook:
         model.disable_forward_pre_hook(param_sync=False)
     model.param_to_bucket_group.clear()

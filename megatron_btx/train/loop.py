@@ -48,9 +48,9 @@ class Run:
     averaged: tuple[int, ...] = ()
     """The steps whose mean the model has become, behind the last step."""
     thaws_at: int | None = None
-    """After how many steps what was frozen begins to learn."""
+    """Number of steps after which the frozen parameters are unfrozen."""
     thaw: Callable[[Run], None] = lambda _: None
-    """Lets it: another wrapper, optimizer and schedule."""
+    """Unfreezes them: another wrapper, optimizer and schedule."""
 
     @property
     def tokens_per_step(self) -> int:

@@ -74,7 +74,7 @@ def read(path: Path, *, strict: bool = True) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     if not path.is_file():
-        raise UserError(str(path), "is no file", "remove it")
+        raise UserError(str(path), "is not a regular file", "move it away")
     records = []
     with path.open("rb") as file:
         for number, line in enumerate(iter(lambda: file.readline(_LINE), b""), 1):

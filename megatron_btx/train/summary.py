@@ -30,7 +30,7 @@ the router's load that of the last evaluation."""
 
 
 class Summary:
-    """What a stage's records come to. Cheap to add to; what it keeps is a few numbers a step."""
+    """A running summary of a stage's records, which keeps a few numbers a step."""
 
     def __init__(self, records: Iterable[Mapping[str, Any]] = ()) -> None:
         self._seen: dict[str, list[float]] = {}

@@ -97,7 +97,7 @@ class Tracker:
 
     @contextlib.contextmanager
     def _unstopped(self) -> Iterator[None]:
-        """A service that has died costs what it would have logged, and no more."""
+        """Whatever W&B raises costs what would have been logged, never the run."""
         try:
             yield
         except Exception as error:  # whatever W&B raises: training goes on
@@ -181,7 +181,7 @@ def track(recipe: Recipe, stage: str, needs: Iterable[str], run_dir: Path) -> No
 def artifacts(
     recipe: Recipe, stages: Iterable[str], run_dir: Path
 ) -> list[Callable[[], lineage.Artifact]]:
-    """What stages have made, to be looked at when it is told."""
+    """The artifacts of stages, each described when it is called."""
     return [
         functools.partial(lineage.made_by, stage, recipe.name, run_dir.absolute())
         for stage in stages

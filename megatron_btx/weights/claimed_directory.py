@@ -107,7 +107,7 @@ def _claim(partial: Partial) -> IO[str]:
         time.sleep(0.1)  # another process is making it, or giving it its name
     raise UserError(
         str(partial.path),
-        "is there and is none of ours (it does not hold our mark), so it is left alone",
+        "exists and was not written by btx (it does not hold our mark), so it is left alone",
         "move it away, or give another name",
     )
 

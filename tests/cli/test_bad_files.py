@@ -120,7 +120,7 @@ def remove(name: str) -> Callable[[Path], None]:
 CHECKPOINTS: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "missing": (shutil.rmtree, ("does not exist", "correct the path")),
     "without manifest": (remove("manifest.json"), ("has no manifest.json", "fix: give")),
-    "without metadata": (remove(".metadata"), ("is not whole", "copy the checkpoint again")),
+    "without metadata": (remove(".metadata"), ("is incomplete", "copy the checkpoint again")),
     "manifest cut off": (cut("manifest.json", 40), ("manifest.json: is damaged", "fix:")),
     "data cut off": (cut("*.distcp", 5000), (".distcp", "fix:")),
     "data missing": (remove("__0_0.distcp"), ("__0_0.distcp", "fix:")),

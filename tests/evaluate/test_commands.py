@@ -138,7 +138,7 @@ def test_help_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> 
         ("evaluate btm:{here}/a --data x={here}/x.jsonl", "fewer than two"),
         ("evaluate x={here}/a x={here}/a --data x={here}/x.jsonl", "named twice"),
         ("evaluate {here}/a --data x={here}/x.jsonl --out no/x.json", "no: no such directory"),
-        ("evaluate {here}/a --data x={here}/x.jsonl --out {here}/b", "b: is there and is no file"),
+        ("evaluate {here}/a --data x={here}/x.jsonl --out {here}/b", "b: exists and is not a file"),
         ("evaluate {here}/a --data x={here}/x.jsonl --out {here}/b/../x.jsonl", "is read here"),
         ("evaluate {here}/a --data x={here}/x.jsonl --out {here}/a/config.json", "is read here"),
         (

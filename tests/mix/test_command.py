@@ -304,7 +304,7 @@ def test_how_far_models_have_drifted(sources, tmp_path):
         assert [line["model"], line["other"]] == row["models"]
         assert float(line["relative_l2"]) == row["relative_l2"]
     (tmp_path / "mine.csv").write_text("a,b\n")
-    with pytest.raises(UserError, match="is there and is none of ours"):
+    with pytest.raises(UserError, match="exists and was not written by btx"):
         btx("drift", *words[:-1], tmp_path / "mine.csv")
     assert (tmp_path / "mine.csv").read_text() == "a,b\n"
 

@@ -231,8 +231,8 @@ def test_prompts_that_the_base_cannot_read(models: Path, tmp_path: Path) -> None
 REFUSED = {
     "shared": ({"shared_experts": [{"source_model": "x"}]}, "shared_experts: is refused"),
     "mode": ({"gate_mode": "hidden_avg", "experts": [{"source_model": "a"}, {"source_model": "b"}]},
-             "'hidden_avg' is not read"),
-    "dtype": ({"dtype": "int8"}, "'int8' is not read"),
+             "'hidden_avg' is not supported"),
+    "dtype": ({"dtype": "int8"}, "'int8' is not supported"),
     "unknown": ({"slices": []}, "slices: is no key of mergekit-moe"),
     "no experts": ({"experts": []}, "experts are missing"),
     "same prompts": ({"experts": [{"source_model": "a", **OTHER}, {"source_model": "b", **OTHER}]},

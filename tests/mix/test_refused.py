@@ -75,8 +75,8 @@ def test_all_that_is_wrong_is_told_at_once_with_exit_code_2(sources, tmp_path, c
     text = capsys.readouterr().err
     for found in (
         "out: exists already",
-        "--shard: 'big' is no size",
-        "--memory: 'some' is no size",
+        "--shard: 'big' is not a size",
+        "--memory: 'some' is not a size",
         "--noise: has no meaning for method btx",
         "--router-init: is centroids, and needs the file",
         "rotary_base is 500000.0, that of seed is 10000.0",
@@ -107,7 +107,7 @@ def test_what_is_wrong_with_every_source_is_told_at_once(sources, tmp_path):
         (["--sources", *named(sources), "--dare", "0.5", "--seed-model", "z"], "no model z"),
         (["--method", "upcycle", "--sources", *named(sources)], "takes 1 source"),
         (["--method", "blend", "--sources", *named(sources)[:2], "--memory", "1MiB"], "too little"),
-        (["--sources", *named(sources), "--memory", "much"], "no size"),
+        (["--sources", *named(sources), "--memory", "much"], "not a size"),
         (["--sources", sources / "hf"], "not a checkpoint"),
         (
             ["--sources", *named(sources), "--noise", "0.1"],
@@ -213,8 +213,8 @@ RANGES = {
     "--drop-ratio 3": "is 3.0, out of range",
     "--noise -3": "is -3.0, out of range",
     "--workers 0": "is 0, out of range",
-    "--shard 0": "'0' is no size",
-    "--shard inf": "'inf' is no size",
+    "--shard 0": "'0' is not a size",
+    "--shard inf": "'inf' is not a size",
     "--average code=-1 math=2 prose=1 seed=1": "the weight -1.0 is negative",
     "--average code=0 math=0 prose=0 seed=0": "every weight is zero",
     "--average code=nan math=0 prose=0 seed=0": "is not NAME=WEIGHT",

@@ -51,7 +51,7 @@ def test_a_fitting_checkpoint_passes(tmp_path: Path) -> None:
         ("missing", "does not exist"),
         ("no manifest", "truncated or corrupt"),
         ("damaged", "is damaged"),
-        ("half", "is not whole"),
+        ("half", "is incomplete"),
         ("moe", "is a mixture of experts"),
         ("shape", r"hidden_size: 64 there, 32 here"),
     ],

@@ -87,7 +87,7 @@ def test_each_part_by_hand(
     for name in ("prepare:begin", "prepare:shards/1", "prepare:shards/2", "prepare:shards/1"):
         assert run(name) == 0
     assert run("prepare:shards/3") == 2
-    assert "is not one of the 3" in capsys.readouterr().err
+    assert "is not below slurm.stages.prepare.tasks (3)" in capsys.readouterr().err
     shares = [("prepare:shards/1", (1, 3)), ("prepare:shards/2", (2, 3))]
     assert ran == [("prepare:begin", None), *shares, shares[0]]
     (stage,) = (stage for stage in graph.of_run(recipe, run_dir) if stage.name == "prepare")

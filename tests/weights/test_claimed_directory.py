@@ -96,7 +96,7 @@ def test_a_partial_of_the_users_is_left_alone(tmp_path, kind):
     elif kind in ("link", "dangling"):
         partial.symlink_to(elsewhere if kind == "link" else tmp_path / "nowhere")
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(UserError, match="none of ours"):
+    with pytest.raises(UserError, match="was not written by btx"):
         put(tmp_path / "out")
     assert sorted(tmp_path.rglob("*")) == before
 

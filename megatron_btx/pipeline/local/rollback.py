@@ -1,4 +1,5 @@
-"""A failed run has changed nothing, unless it has made what is worth keeping. Imports no torch."""
+"""Undo what a failed run has changed, unless it has made something worth keeping. Imports no
+torch."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ WITHOUT_PROGRESS = 3
 """Restarts without progress after which a job gives up."""
 
 _LINGERING = 60.0
-"""Seconds in which the processes of another job, which has ended, are gone."""
+"""Seconds that the processes of another job, which has ended, get to exit."""
 _OWN_LINGERING = 10.0
 """The same of this job's: Slurm ends them all before it starts the job again."""
 _OUTLIVED = 600.0
@@ -177,7 +177,7 @@ def _wait_until_idle(directory: Path) -> None:
 
 
 def progress(directory: Path) -> str:
-    """How far a stage has come on the disk: what a restart without it has not changed."""
+    """A stage's progress on the disk; a restart that leaves it unchanged has made none."""
     steps = sorted(path.name for path in directory.glob("checkpoints/step_????????"))
     pairs, shards = (  # of prepare
         sum(1 for _ in directory.glob(f"data/*/{made}")) for made in ("*.json", ".shards*/*.json")

@@ -83,7 +83,7 @@ while :; do
   say "the controller does not answer; it is asked again until it does"
   sleep 5
 done
-if [ "$asked" = USR1 ]; then requeue "nothing had begun"; fi
+if [ "$asked" = USR1 ]; then requeue "the time limit came before the stage began"; fi
 if grep -q '^busy$' <<<"$begun"; then requeue "ranks live on, on a node that was lost"; fi
 if [ "$code" != 0 ]; then
   tell "$(grep -m 1 '^error: ' <<<"$begun" | cut -c 8-)"

@@ -22,7 +22,7 @@ _HELD = re.compile(r"JobHeld|\bheld\b", re.IGNORECASE)
 _GONE = re.compile(r"Invalid job id", re.IGNORECASE)
 _FIELD = re.compile(r"(?:^| )(\w+)=(.*?)(?= [A-Z][\w:/]*=| *$)")
 _BETWEEN = "\x1f"
-"""What separates the fields that we ask for: in no name of a job's, unlike what can be typed."""
+"""Separates the fields that we ask for; it cannot occur in a job's name."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

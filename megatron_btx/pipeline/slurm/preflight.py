@@ -107,7 +107,7 @@ def accepted(scripts: dict[str, str]) -> list[str]:
 
 
 def probe(recipe: Recipe, run_dir: Path, chosen: tuple[Stage, ...], token: str) -> list[str]:
-    """Let a node of every partition look at the run's directory and start the interpreter.
+    """Run a job on a node of every partition that looks for the run's directory and starts Python.
 
     Returns:
         What could not be found out: nothing is free at the moment.

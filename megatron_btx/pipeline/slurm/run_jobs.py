@@ -144,7 +144,7 @@ def refuse_active(run_dir: Path, stages: Iterable[Stage]) -> None:
     if hidden:
         raise UserError(
             str(run_dir),
-            f"was submitted by {hidden}, and this cluster shows nobody another user's jobs",
+            f"was submitted by {hidden}, and this cluster hides other users' jobs (PrivateData)",
             f"ask {hidden} whether any is left; if none is, remove {run_dir}/slurm/jobs.json",
         )
 

@@ -127,7 +127,7 @@ def link(member: Member) -> None:
         if here.is_symlink():
             here.unlink()
         elif here.exists():
-            what = f"was begun there, and {there} makes the same now"
+            what = f"already holds a stage that this submission makes in {there}"
             raise UserError(str(here), what, "remove it, or submit its recipe alone")
         here.symlink_to(os.path.relpath(there, member.run_dir))
 

@@ -163,7 +163,7 @@ def _last_words(run_dir: Path, stage: Stage, word: str, job: commands.SlurmJob |
 
 
 _FORGOTTEN = """\
-the stage is done, and Slurm takes its job for running: its controller was killed as it ended.
+the stage is done, but Slurm still lists its job as running: slurmctld was killed as the job ended.
 fix: `scontrol requeue %s` lets it end anew, and what waits for it go on"""
 _ENDING = 60.0
 """Seconds from a stage's ``done.json`` to the end of its job, and more than enough of them."""
@@ -184,8 +184,8 @@ def _finished(record: dict[str, Any] | None) -> float | None:
 
 _HELD = """\
 Slurm holds it (%s) until it is told otherwise.
-fix: mend the cause (a launch that failed is in slurmd's log on the node: ask the administrators), \
-then `scontrol release %s`; or `btx cancel`"""
+fix: remove the cause (of a failed launch it is in slurmd's log on the node: ask the \
+administrators), then `scontrol release %s`; or `btx cancel`"""
 
 
 def _waits(job: commands.SlurmJob, done: bool) -> str:

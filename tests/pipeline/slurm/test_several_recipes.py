@@ -52,7 +52,7 @@ def test_links_are_made_before_there_is_anything_in_them(members: list[Member]) 
         assert (btm.run_dir / "seed").readlink() == Path("../dense/seed")
     (btm.run_dir / "seed").unlink()
     (btm.run_dir / "seed").mkdir()
-    with pytest.raises(UserError, match="was begun there"):
+    with pytest.raises(UserError, match="already holds a stage"):
         several_recipes.link(btm)
 
 
