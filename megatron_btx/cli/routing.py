@@ -15,6 +15,8 @@ from megatron_btx.evaluate import model_spec
 from megatron_btx.evaluate.model_spec import Subject
 from megatron_btx.files import written
 from megatron_btx.pipeline import eval_ranks
+from megatron_btx.recipe.load import load_recipe
+from megatron_btx.recipe.schema import WandB
 from megatron_btx.report import figure_files, token_routing
 from megatron_btx.report.routing import RoutingView, log, of_run, page, table
 
@@ -100,11 +102,18 @@ def run(options: argparse.Namespace) -> int:
         )
         sys.stderr.write("".join(f"figure: {path}\n" for path in made))
     if options.wandb is not None:
-        log(views, options.wandb, directory or Path())
+        log(views, options.wandb, directory or Path(), _wandb_of(runs, subjects))
     sys.stdout.write(text if options.json else "\n".join(map(table, views)))
     if directory is not None and not options.json:
         sys.stdout.write(f"page: {directory / 'routing.html'}\n")
     return 0
+
+
+def _wandb_of(runs: list[Path], subjects: list[Subject]) -> WandB:
+    """Project and entity: of the first run that is shown, or that a model is of."""
+    of_models = [run_dir for one in subjects if (run_dir := model_spec.run_of(one.first))]
+    found = [*runs, *of_models]
+    return load_recipe(found[0] / "recipe.yaml").wandb if found else WandB()
 
 
 _COMPUTING = ("data", "tokens", "text_key", "seq_length", "layout", "precision",

@@ -16,7 +16,7 @@ from megatron_btx.evaluate.results import Matrix, Results
 from megatron_btx.evaluate.routing_stats import DEAD, choice_in_words, expert_choice
 from megatron_btx.pipeline.stage_tables import columns
 from megatron_btx.recipe.load import load_recipe
-from megatron_btx.recipe.schema import Recipe
+from megatron_btx.recipe.schema import Recipe, WandB
 from megatron_btx.report import html
 from megatron_btx.report.figure_svg import heatmap
 from megatron_btx.train import metrics
@@ -186,8 +186,18 @@ def heatmaps(views: Sequence[RoutingView], key: str) -> list[list[tuple[str, Mar
     ]
 
 
-def log(views: Sequence[RoutingView], mode: str, directory: Path) -> None:
-    """One W&B run with every number and the page."""
+def log(views: Sequence[RoutingView], mode: str, directory: Path, block: WandB) -> None:
+    """One W&B run with every number and the page.
+
+    Args:
+        views: what it shows.
+        mode: ``offline`` or ``online``.
+        directory: for offline files.
+        block: project and entity.
+
+    Raises:
+        UserError: W&B fails.
+    """
     import wandb
 
     from megatron_btx.train import tracking
@@ -206,13 +216,19 @@ def log(views: Sequence[RoutingView], mode: str, directory: Path) -> None:
     ]
     head = ["model", "moment", "domain", "layer", "expert", "share", "gate"]
     settings = wandb.Settings(console="off", silent=True, x_disable_stats=True, disable_git=True)
-    started = wandb.init(
-        project="megatron-btx",
-        job_type="routing",
-        name="routing of " + ", ".join(dict.fromkeys(view.name for view in views)),
-        mode="online" if mode == "online" else "offline",
-        dir=str(directory),
-        settings=settings,
-    )
-    started.log({"routing": wandb.Table(columns=head, data=rows), "page": wandb.Html(page(views))})
-    started.finish()
+    try:
+        started = wandb.init(
+            project=block.project,
+            entity=block.entity,
+            job_type="routing",
+            name="routing of " + ", ".join(dict.fromkeys(view.name for view in views)),
+            mode="online" if mode == "online" else "offline",
+            dir=str(directory),
+            settings=settings,
+        )
+        logged = {"routing": wandb.Table(columns=head, data=rows), "page": wandb.Html(page(views))}
+        started.log(logged)
+        started.finish()
+    except (wandb.errors.Error, ValueError) as error:
+        what = f"W&B has failed: {error}"
+        raise UserError(f"--wandb {mode}", what, "use --wandb offline, or --out alone") from None
