@@ -33,7 +33,10 @@ def recipe_files(given: Sequence[Path]) -> list[Path]:
         }
         recipes = [file for file in inside if file.resolve() not in bases]
         if not recipes:
-            raise UserError(str(path), "has no recipe in it", "give a recipe, or a folder of them")
+            fix = "give a recipe, or a folder of them"
+            if (path.parent / "recipe.yaml").is_file():  # a stage's directory
+                fix = f"give the run: {path.parent}"
+            raise UserError(str(path), "has no recipe in it", fix)
         found += recipes
     return found
 

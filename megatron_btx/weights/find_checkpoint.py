@@ -10,6 +10,7 @@ the same model under its maker's names, ``adapter_model.safetensors`` a part of 
 
 from __future__ import annotations
 
+import difflib
 import re
 from pathlib import Path, PurePosixPath
 
@@ -39,6 +40,8 @@ def find_checkpoint(path: str | Path, dense: str | None = None) -> Path:
         return path
     if (newest := newest_step(path)) is not None:
         return newest
+    if not path.exists() and (path.parent / "recipe.yaml").is_file():
+        raise _no_stage(path)
     if not path.exists():
         hub = None if is_local else foreign(path)
         raise hub or UserError(str(path), "does not exist", _GIVE)
@@ -75,6 +78,20 @@ def name_of(path: Path) -> str:
     if path.parent.name == "checkpoints":
         return path.parent.parent.name
     return path.resolve().name
+
+
+def _no_stage(path: Path) -> UserError:
+    """For what is not there in a run's directory: the stage that may be meant. ``expert:code`` is
+    in ``expert-code``."""
+    names = [one.name for one in sorted(path.parent.iterdir()) if newest_step(one) is not None]
+    if not names:
+        return UserError(str(path), "does not exist, and no stage of that run has a checkpoint yet")
+    name = path.name.replace(":", "-")
+    near = [one for one in names if one in (name, f"expert-{name}")]
+    near += difflib.get_close_matches(name, names, n=1)
+    what = f"does not exist; checkpoints of that run are in {', '.join(names)}"
+    fix = f"did you mean {path.with_name(near[0])}?" if near else "give one of them"
+    return UserError(str(path), what, fix)
 
 
 _MIXED = ("finetune", "export/hf")

@@ -61,6 +61,25 @@ def test_a_run_offers_no_mixture_for_a_dense_model(run_dir: Path, dense: str, be
     assert found.value.fix == f"give one of them, such as {run_dir / best}"
 
 
+@pytest.mark.parametrize(
+    ("given", "fix"),
+    [
+        ("expert:math", "did you mean {}/expert-math?"),
+        ("math", "did you mean {}/expert-math?"),
+        ("sed", "did you mean {}/seed?"),
+        ("other", "give one of them"),
+    ],
+)
+def test_a_stage_that_is_not_there(run_dir: Path, given: str, fix: str) -> None:
+    """Stages are called ``expert:math``, and their directories ``expert-math``."""
+    (run_dir / "expert-math" / "checkpoints" / "step_00000002").mkdir(parents=True)
+    with pytest.raises(
+        UserError, match="checkpoints of that run are in expert-math, seed"
+    ) as found:
+        find_checkpoint(run_dir / given)
+    assert found.value.fix == fix.format(run_dir)
+
+
 def test_a_run_without_a_dense_model(run_dir: Path) -> None:
     (run_dir / "seed").rename(run_dir / "finetune")
     with pytest.raises(UserError, match="no stage has a dense checkpoint yet"):
