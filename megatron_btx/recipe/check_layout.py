@@ -162,7 +162,7 @@ def _experts(experts: Sequence[str], key: str, layout: Layout) -> Iterator[Probl
         yield Problem(
             ep_key,
             f"{ep} does not divide the {len(experts)} experts ({', '.join(experts)})",
-            "choose a divisor",
+            f"choose one of {', '.join(str(n) for n in _divisors(len(experts)))}",
         )
     if world % (etp * ep * pp):
         yield Problem(

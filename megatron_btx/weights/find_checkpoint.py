@@ -85,7 +85,8 @@ def _no_stage(path: Path) -> UserError:
     in ``expert-code``."""
     names = [one.name for one in sorted(path.parent.iterdir()) if newest_step(one) is not None]
     if not names:
-        return UserError(str(path), "does not exist, and no stage of that run has a checkpoint yet")
+        what = "does not exist, and no stage of that run has a checkpoint yet"
+        return UserError(str(path), what, f"run it first: btx run {path.parent}")
     name = path.name.replace(":", "-")
     near = [one for one in names if one in (name, f"expert-{name}")]
     near += difflib.get_close_matches(name, names, n=1)
@@ -106,7 +107,8 @@ def _run(path: Path, dense: str | None) -> UserError:
     if dense is not None:
         names = [name for name in names if name not in _MIXED]
     if not names:
-        return UserError(str(path), f"is a run's directory, and no stage has a {kind} yet")
+        what = f"is a run's directory, and no stage has a {kind} yet"
+        return UserError(str(path), what, f"run it first: btx run {path}")
     likely = [name for name in names if dense is not None and name.startswith("expert-")]
     likely += [name for name in names if name in (dense, f"expert-{dense}")]
     what = f"is a run's directory; {kind}s are in {', '.join(names)}"
