@@ -74,9 +74,10 @@ def run(options: argparse.Namespace) -> int:
     if not options.data and not options.tasks:
         raise UserError("btx evaluate", "neither --data nor --tasks", "give at least one of them")
     data, tasks = model_flags.data_of(options.data), model_flags.tasks_of(options)
-    if options.out is not None and options.out.exists() and not _is_result(options.out):
-        texts = _files_of_text(data, tasks)
-        check_not_read(options.out, [*texts, *_files_of_models(options, subjects)])
+    if options.out is not None and options.out.exists():
+        check_not_read(options.out, _files_of_text(data, tasks) + _files_of_sets(options, subjects))
+        if not _is_result(options.out):
+            check_not_read(options.out, _files_of_models(options, subjects))
     layout = model_flags.layout_of(options.layout)
     result: dict[str, Any] = {
         "checkpoints": {one.name: {k: str(v) for k, v in one.models.items()} for one in subjects}
@@ -124,16 +125,21 @@ def _files_of_text(data: dict[str, list[str]], tasks: list[dict[str, Any]]) -> l
     return files
 
 
-def _files_of_models(options: argparse.Namespace, subjects: list[Subject]) -> list[Path]:
-    """Models, the files that describe sets of them and what these name, and a tokenizer."""
-    places = [path for one in subjects for path in one.models.values()]
-    places += [one.run_dir / "prepare" for one in subjects if one.run_dir is not None]
-    places += [Path(options.tokenizer)] if options.tokenizer else []
+def _files_of_sets(options: argparse.Namespace, subjects: list[Subject]) -> list[Path]:
+    """The files that describe sets of models, and the text that these name."""
     files = model_spec.set_files(options.checkpoints)
     for one in subjects:
         for name, paths in one.text.items():
             files += find_files(paths, where=f"text of {name}")
-    return files + [file for place in places for file in (place, *place.rglob("*"))]
+    return files
+
+
+def _files_of_models(options: argparse.Namespace, subjects: list[Subject]) -> list[Path]:
+    """All that lies in the models' directories, and in a tokenizer's."""
+    places = [path for one in subjects for path in one.models.values()]
+    places += [one.run_dir / "prepare" for one in subjects if one.run_dir is not None]
+    places += [Path(options.tokenizer)] if options.tokenizer else []
+    return [file for place in places for file in (place, *place.rglob("*"))]
 
 
 def _say(result: dict[str, Any], *, as_json: bool) -> None:

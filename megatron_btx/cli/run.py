@@ -94,7 +94,7 @@ def _print_changes(recipe: Recipe, run_dir: Path) -> None:
         return
     more = f" and {len(changed) - 8} more" if len(changed) > 8 else ""
     if changed:
-        sys.stdout.write(f"changed since then: {'; '.join(changed[:8])}{more}\n")
+        sys.stdout.write(f"changed since the last run: {'; '.join(changed[:8])}{more}\n")
 
 
 def _print_sync(run_dir: Path) -> None:

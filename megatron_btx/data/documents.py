@@ -33,8 +33,8 @@ _COMPANIONS = re.compile(
     r"|_success|_metadata|_common_metadata|.*\.(md5|sha1|sha256|sha512|crc|sig|asc|lock)"
     r"|(md5|sha1|sha256|sha512)sums?(\.txt)?|checksums?(\.txt)?"
 )
-"""Files in a data directory that hold no text and are skipped, as hidden files are; unless they end
-in one of ``SUFFIXES``: ``citations.jsonl`` may well be text."""
+"""Files in a data directory that hold no text and are skipped, as hidden files are; unless they are
+tables or lines of text by their endings: ``citations.jsonl`` may well be a corpus."""
 _OF_DATASETS = re.compile(r"dataset_infos?\.json|dataset_dict\.json|cache-.*\.arrow")
 """Likewise, what the library ``datasets`` writes beside its data; and its state.json."""
 
@@ -130,9 +130,10 @@ def _is_companion(file: Path) -> bool:
     name = file.name.lower()
     if name == "state.json" and _is_saved(file.parent):
         return True
-    if name.endswith(SUFFIXES):
+    if name.endswith(SUFFIXES) and not name.endswith(".json"):
         return _OF_DATASETS.fullmatch(name) is not None
-    return _COMPANIONS.fullmatch(name) is not None or (name.endswith(".bin") and is_prefix(file))
+    known = _COMPANIONS.fullmatch(name) or _OF_DATASETS.fullmatch(name)
+    return known is not None or (name.endswith(".bin") and is_prefix(file))
 
 
 def _is_saved(place: Path) -> bool:

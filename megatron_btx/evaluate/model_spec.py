@@ -148,7 +148,7 @@ def _members(labels: list[str], checkpoints: list[Path]) -> dict[str, Path]:
     models: dict[str, Path] = {}
     for label, name, path in zip(labels, short, checkpoints, strict=True):
         name = name if label or short.count(name) == 1 else _with_parents(path, name)
-        if name in models:
+        if models.get(name, path) != path:
             what = f"is the name of both {models[name]} and {path}"
             raise UserError(name, what, "write NAME=DIR, each name once")
         models[name] = path

@@ -156,7 +156,8 @@ def _unchanged(path: Path, version: tuple[int, ...] | None) -> Iterator[None]:
     if version is None:
         yield
         return
-    with path.open("r+b") as file:  # a network's file system locks only what may be written
+    # A network's file system locks only what may be written.
+    with path.open("r+b" if os.access(path, os.W_OK) else "rb") as file:
         try:
             alone = try_lock(file)
         except UserError:  # a file system without locks: hours of work are not lost for that

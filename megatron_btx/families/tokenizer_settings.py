@@ -77,7 +77,8 @@ def files_beside(path: Path) -> list[Path]:
     """The files that count beside a tokenizer that is given by one of its files."""
     if path.name not in (*_MODELS, CONFIG):
         return []
-    names = [name for name in (*_MODELS[:1], *FILES) if name != path.name]
+    # tokenizer_config.json may stand for the directory: its tokenizer.json is read then.
+    names = ["tokenizer.json", *FILES[1:]] if path.name == CONFIG else FILES
     return [path.parent / name for name in names if (path.parent / name).is_file()]
 
 

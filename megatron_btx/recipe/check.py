@@ -195,7 +195,7 @@ def _names(recipe: Recipe) -> Iterator[Problem]:
     elif wrong := _variable(Path(recipe.run_dir)):
         what = f"{wrong} is no variable here: a directory of that name would be made"
         yield Problem("run_dir", what, "write the path itself; `~` stands for your home")
-    if wrong := _project(recipe.wandb.project):
+    if recipe.wandb.mode != "disabled" and (wrong := _project(recipe.wandb.project)):
         yield Problem("wandb.project", wrong, "give a plain name; a team is `wandb.entity`")
     for wrong in filter(None, map(path_problem, recipe.share)):
         yield Problem("share", wrong, "correct the path")
@@ -212,7 +212,7 @@ def _names(recipe: Recipe) -> Iterator[Problem]:
                     "choose another name"
                     + ("; the seed is an expert by `mix.include_seed`" if name == "seed" else ""),
                 )
-    for name in recipe.experts:
+    for name in recipe.experts if recipe.mix.chunks > 1 else ():
         for other in recipe.experts:
             if name != other and is_part(name, other):
                 what = f"is what a part of expert {other} is called"

@@ -41,11 +41,13 @@ def named(architecture: Architecture, word: str) -> frozenset[str]:
         return frozenset([EMBEDDING])
     if word in WORDS:
         return frozenset(name for name in names if kind_of(name) == word)
-    expert = word.removeprefix("experts.")
+    expert, every = word.removeprefix("experts."), architecture.experts
+    # An expert of that very name hides what would be called like parts of it (Llama-3, Llama-3.1).
+    parts = [expert] if expert in every else [own for own in every if is_part(own, expert)]
     numbers = [
         number
         for number, own in enumerate(architecture.experts)
-        if word.startswith("experts.") and is_part(own, expert)
+        if word.startswith("experts.") and own in parts
     ]
     if numbers:
         ends = tuple(f".mlp.experts.{number}." for number in numbers)

@@ -19,7 +19,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -98,30 +98,29 @@ def different(recipe: Recipe) -> dict[str, Any]:
     return found
 
 
+WHERE_IT_RUNS = ("run_dir", "share", "slurm", "wandb", "max_parallel_jobs", "hang_minutes")
+"""Keys that decide where and how a recipe runs, and nothing of its result."""
+
+
 def changes(before: Recipe, after: Recipe) -> list[str]:
-    """What one recipe says otherwise than another: ``finetune.lr: 0.001 -> 0.002``. Where runs lie
-    is not compared."""
-    old, new = ({**_flat(_plain(one), ""), "run_dir": 0, "share": 0} for one in (before, after))
-    keys = [*old, *(key for key in new if key not in old)]
-    return [
-        f"{key}: {_shown(old.get(key))} -> {_shown(new.get(key))}"
-        for key in keys
-        if old.get(key) != new.get(key)
-    ]
+    """The keys whose values decide a result and differ: ``finetune.lr: 0.001 -> 0.002``."""
+    old, new = ({**_plain(one), **dict.fromkeys(WHERE_IT_RUNS)} for one in (before, after))
+    return list(_changes(old, new, ""))
 
 
-def _flat(value: Any, key: str) -> dict[str, Any]:
-    """The values of nested mappings by their dotted keys."""
-    if not isinstance(value, dict) or not value:
-        return {key: value}
-    found: dict[str, Any] = {}
-    for name, part in value.items():
-        found |= _flat(part, f"{key}.{name}".lstrip("."))
-    return found
+def _changes(old: Any, new: Any, key: str) -> Iterator[str]:
+    """Of two values; of mappings, part by part."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in [*old, *(name for name in new if name not in old)]:
+            yield from _changes(old.get(name), new.get(name), f"{key}.{name}".lstrip("."))
+    elif old != new:
+        yield f"{key}: {_shown(old)} -> {_shown(new)}"
 
 
 def _shown(value: Any) -> str:
-    return "nothing" if value in (None, {}, []) else shown(value, 60)
+    if isinstance(value, dict):
+        return "a block"
+    return "nothing" if value in (None, []) else shown(value, 60)
 
 
 def _hashed(field: Any, value: Any) -> tuple[str, Any]:

@@ -31,7 +31,6 @@ ELSEWHERE = {
     "rms_norm_eps": "layernorm_epsilon",
     "sliding_window": "window_size",
     "attention_bias": "add_qkv_bias",
-    "tie_word_embeddings": "untie_embeddings_and_output_weights",
     "initializer_range": "init_method_std",
     "num_experts_per_tok": "moe_router_topk",
     "router_aux_loss_coef": "balance_loss_coeff",

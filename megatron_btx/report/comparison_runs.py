@@ -17,7 +17,7 @@ from megatron_btx.files import find_json, write_json
 from megatron_btx.pipeline import eval_ranks, graph, state
 from megatron_btx.pipeline.keys import Memo
 from megatron_btx.recipe import check
-from megatron_btx.recipe.load import digest, load_recipe
+from megatron_btx.recipe.load import WHERE_IT_RUNS, digest, load_recipe
 from megatron_btx.recipe.schema import Layout, Recipe
 from megatron_btx.recipe.stages import directory
 from megatron_btx.recipe.systems import SYSTEMS, TableRow, rows
@@ -67,7 +67,8 @@ def _check_names(files: Sequence[Path], recipes: Sequence[Recipe]) -> None:
         other, known = first.setdefault(recipe.name, (file, recipe))
         if known is recipe:
             continue
-        like = dataclasses.replace(known, run_dir=recipe.run_dir, random_seed=recipe.random_seed)
+        elsewhere = {key: getattr(recipe, key) for key in (*WHERE_IT_RUNS, "random_seed")}
+        like = dataclasses.replace(known, **elsewhere)
         if like != recipe or known.random_seed == recipe.random_seed:
             raise UserError(f"{file}: name", f"is {recipe.name}, as that of {other}", fix)
 

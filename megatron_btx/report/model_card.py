@@ -12,7 +12,7 @@ import yaml
 from megatron_btx.evaluate.results import Results, SystemResult
 from megatron_btx.provenance import code_revision, versions
 from megatron_btx.recipe.architecture import Architecture
-from megatron_btx.recipe.load import different
+from megatron_btx.recipe.load import WHERE_IT_RUNS, different
 from megatron_btx.recipe.schema import Recipe
 from megatron_btx.recipe.stages import directory
 from megatron_btx.recipe.systems import TableRow, row_of
@@ -26,8 +26,6 @@ from megatron_btx.weights.find_checkpoint import find_checkpoint
 from megatron_btx.weights.manifest import read_manifest
 
 PICTURE = "routing.svg"
-_ELSEWHERE = ("run_dir", "share", "slurm", "wandb", "max_parallel_jobs", "hang_minutes")
-"""Keys that decide where a run is, and nothing of its result."""
 
 _METHODS = {
     "btx": "Branch-Train-MiX ([arXiv 2403.07816](https://arxiv.org/abs/2403.07816)): experts were "
@@ -128,7 +126,7 @@ def complete_export(recipe: Recipe, run_dir: Path, done: Mapping[str, Any]) -> N
 def _recipe(recipe: Recipe) -> str:
     """What differs from the defaults and decides the result; of a path its last part. A fence
     inside it would end the block."""
-    said = {key: value for key, value in different(recipe).items() if key not in _ELSEWHERE}
+    said = {key: value for key, value in different(recipe).items() if key not in WHERE_IT_RUNS}
     text = yaml.safe_dump(_without_places(said), sort_keys=False, allow_unicode=True, width=100)
     return str(text).replace("```", "'''")
 

@@ -40,7 +40,8 @@ def find_checkpoint(path: str | Path, dense: str | None = None) -> Path:
         return path
     if (newest := newest_step(path)) is not None:
         return newest
-    if not path.exists() and (path.parent / "recipe.yaml").is_file():
+    is_run = (path.parent / "recipe.yaml").is_file() and any(path.parent.glob("*/stage.json"))
+    if not path.exists() and is_run:
         raise _no_stage(path)
     if not path.exists():
         hub = None if is_local else foreign(path)

@@ -344,8 +344,11 @@ def check_own_vocabulary(directory: Path, rows: int | None) -> None:
     if (directory / BRIDGE).is_file() or (found := settings_of(directory)) is None:
         return
     own = found.get("vocab_size")
-    for each in (found.get("padded_vocab_size"), None if rows == own else rows):
-        what = _padding_problem(found, own, each) if type(own) is int else None
+    if type(own) is not int:
+        return
+    for each in (found.get("padded_vocab_size"), rows):
+        # Of equal sizes nothing was padded, as by Megatron-LM's converter of older releases.
+        what = _padding_problem(found, own, each) if each != own else None
         if what is not None:
             raise UserError(str(directory), f"{what}, which its vocab_size {own} is not", _SAY_SIZE)
 

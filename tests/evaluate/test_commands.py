@@ -325,11 +325,11 @@ def test_routing_of_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
         assert f"{words[0]}: is about a measurement" in said
         assert f"give a checkpoint: {run_dir / 'finetune'}" in said
     (run_dir / "recipe.yaml").write_text(
-        (tmp_path / "recipe.yaml").read_text() + "wandb: {project: mine}\n"
+        (tmp_path / "recipe.yaml").read_text() + "wandb: {project: of-this-run}\n"
     )
     assert main(["routing", str(run_dir), "--out", str(tmp_path / "out"), "--wandb=offline"]) == 0
     (logged,) = (tmp_path / "out" / "wandb").glob("offline-run-*/run-*.wandb")
-    assert b"mine" in logged.read_bytes()
+    assert b"of-this-run" in logged.read_bytes()
     page = (tmp_path / "out" / "routing.html").read_text()
     assert page.count("<svg") == 2 * sum(len(view.load) for view in views)
 

@@ -181,7 +181,7 @@ def test_sums_and_rows_are_written_together_or_not_at_all(tmp_path, disk):
 def _write_at_once(start, out, number, statistics, version):
     """What a process does: its exit code tells whether it has written."""
     sums = no_sums((f"{number}",), 2, 24, gram=True, device=torch.device("cpu"))
-    start.wait()
+    start.wait(600)
     try:
         write_results(out, b"%d" % number, statistics, sums, version)
     except UserError:
@@ -207,7 +207,7 @@ def test_of_processes_that_write_one_file_at_once_one_does(tmp_path, shared):
         for worker in workers:
             worker.start()
         for worker in workers:
-            worker.join()
+            worker.join(600)
         assert sorted(worker.exitcode for worker in workers) == [0, 3, 3]
         (winner,) = (number for number, worker in enumerate(workers) if not worker.exitcode)
         assert outs[winner].read_bytes() == b"%d" % winner

@@ -107,22 +107,20 @@ def test_refused(good: str, stage: str, keys: str, words: list[str]) -> None:
         assert word in str(error)
 
 
-def test_an_expert_is_no_part_of_another(good: str) -> None:
-    """``code.python`` is not a part of ``code``, as ``code.0`` would be."""
-    text = good.replace("  math: {tokens: 2e6", "  code.python: {data: {math: 1}, tokens: 2e6")
+@pytest.mark.parametrize("other", ["code.python", "code.7"])
+def test_an_expert_is_no_part_of_another(good: str, other: str) -> None:
+    """As Llama-3.1 is not of Llama-3. Where experts are cut into parts, these are called so."""
+    text = good.replace("  math: {tokens: 2e6", f"  {other}: {{data: {{math: 1}}, tokens: 2e6")
     recipe = parse_recipe(text)
     mixed = stages.architecture(recipe, "finetune")
-    assert mixed.experts == ("code", "code.python", "seed")
+    assert mixed.experts == ("code", other, "seed")
     for number, name in enumerate(mixed.experts):
-        words = [
-            f".mlp.experts.{number}." in one for one in freezing.named(mixed, f"experts.{name}")
-        ]
-        assert words
-        assert all(words)
-    with pytest.raises(
-        UserErrors, match=r"experts\.code\.7: is what a part of expert code is called"
-    ):
-        parse_recipe(text.replace("code.python", "code.7"))
+        named = freezing.named(mixed, f"experts.{name}")
+        assert named
+        assert all(f".mlp.experts.{number}." in tensor for tensor in named)
+    several = text.replace(other, "code.7") + "mix: {method: split, num_chunks: 2}\n"
+    with pytest.raises(UserErrors, match=r"code\.7: is what a part of expert code is called"):
+        parse_recipe(several)
 
 
 def test_until_behind_the_end(good: str) -> None:

@@ -292,7 +292,7 @@ def test_time_in_training_steps() -> None:
             "name: is mine, as that of",
         ),
         ("name: dense, system: btx", "name: b", "another system's row, and this is btx"),
-        ("name: mine", "name: mine, random_seed: 2", ""),
+        ("name: mine", "name: mine, random_seed: 2, share: elsewhere, hang_minutes: 3", ""),
     ],
 )
 def test_a_row_is_one_system(

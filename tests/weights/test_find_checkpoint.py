@@ -73,6 +73,7 @@ def test_a_run_offers_no_mixture_for_a_dense_model(run_dir: Path, dense: str, be
 def test_a_stage_that_is_not_there(run_dir: Path, given: str, fix: str) -> None:
     """Stages are called ``expert:math``, and their directories ``expert-math``."""
     (run_dir / "expert-math" / "checkpoints" / "step_00000002").mkdir(parents=True)
+    (run_dir / "seed" / "stage.json").touch()
     with pytest.raises(
         UserError, match="checkpoints of that run are in expert-math, seed"
     ) as found:

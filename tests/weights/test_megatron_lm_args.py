@@ -148,6 +148,10 @@ def test_a_vocabulary_of_its_own_arguments_fits_their_padding(tmp_path):
     with pytest.raises(UserError, match="padded to 128 rows by multiples of 128 x 1, which its"):
         open_megatron(tmp_path / "stored", "m")
     assert open_megatron(tmp_path / "100", "m", {"vocab_size": 100}).architecture.vocab_size == 100
+    # Not padded at all, whatever the multiples say.
+    plain = {"vocab_size": 128, "padded_vocab_size": 128, "tensor_model_parallel_size": 8}
+    megatron_lm(tmp_path / "plain", argparse.Namespace(**(args | plain)))
+    assert open_megatron(tmp_path / "plain", "m").architecture.vocab_size == 128
 
 
 def flipped(content, at, bits):

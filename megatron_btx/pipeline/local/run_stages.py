@@ -303,7 +303,9 @@ def gpus() -> list[str]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
         each = (part.strip() for part in visible.split(","))
-        return list(itertools.takewhile(re.compile(r"\d+|(GPU|MIG)-.+").fullmatch, each))
+        found = list(itertools.takewhile(re.compile(r"\d+|(GPU|MIG)-.+").fullmatch, each))
+        # Of the parts of GPUs a process sees the first alone.
+        return found[:1] if found and found[0].startswith("MIG-") else found
     return [str(number) for number in sorted(_devices())]
 
 

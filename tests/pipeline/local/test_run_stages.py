@@ -451,7 +451,7 @@ def test_status_of_a_local_run_needs_no_slurm(run: Run) -> None:
     [
         ("0,1", ["0", "1"]),
         ("GPU-5f3a, GPU-77", ["GPU-5f3a", "GPU-77"]),
-        ("MIG-9c", ["MIG-9c"]),
+        ("MIG-9c,MIG-10", ["MIG-9c"]),
         ("2,-1,3", ["2"]),
         ("", []),
         ("NoDevFiles", []),
