@@ -13,6 +13,7 @@ from megatron_btx.cli.evaluate import CHECKPOINT
 from megatron_btx.errors import UserError
 from megatron_btx.evaluate import model_spec
 from megatron_btx.pipeline import eval_ranks
+from megatron_btx.recipe.messages import flag_of
 
 _EPILOG = f"""examples:
   btx generate runs/demo/finetune --prompt "def area(radius):"
@@ -82,7 +83,7 @@ def run(options: argparse.Namespace) -> int:
     ):
         if not good:
             what = f"{getattr(options, flag)} is out of range"
-            raise UserError("--" + flag.replace("_", "-"), what, "see btx generate --help")
+            raise UserError(flag_of(flag), what, "see btx generate --help")
     prompts = [model_flags.text_of("--prompt", prompt) for prompt in options.prompt]
     decoding = {
         "max_new_tokens": options.max_new_tokens,

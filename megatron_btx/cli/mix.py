@@ -19,6 +19,7 @@ from megatron_btx.mix import mergekit_config
 from megatron_btx.mix.request import MixRequest
 from megatron_btx.provenance import code_revision
 from megatron_btx.recipe.fields import beside, field_docs
+from megatron_btx.recipe.messages import flag_of
 from megatron_btx.recipe.typed import Reader
 from megatron_btx.recipe.yaml_tree import Node, read_tree, tree_of
 
@@ -116,7 +117,7 @@ def _refuse_beside_mergekit(options: argparse.Namespace) -> None:
     what, fix = f"is what {options.config} says", "leave the flag out, or change the file"
     given = [name for name in said if getattr(options, name) is not None]
     if given:
-        raise UserErrors([UserError("--" + n.replace("_", "-"), what, fix) for n in given])
+        raise UserErrors([UserError(flag_of(n), what, fix) for n in given])
 
 
 def run_drift(options: argparse.Namespace) -> int:
@@ -157,7 +158,7 @@ def _built(
 ) -> MixRequest:
     layers = [] if config is None else [config]
     flags = {
-        one.name: replace(tree_of(value, None), key="--" + one.name.replace("_", "-"))
+        one.name: replace(tree_of(value, None), key=flag_of(one.name))
         for one in dataclasses.fields(MixRequest)
         if (value := getattr(options, one.name, None)) is not None
     }
@@ -222,7 +223,7 @@ def _add_flags(parser: argparse.ArgumentParser, names: Sequence[str] = ()) -> No
     for one, hint in zip(dataclasses.fields(MixRequest), _hints(), strict=True):
         if names and one.name not in names:
             continue
-        flag = "--" + one.name.replace("_", "-")
+        flag = flag_of(one.name)
         if typing.get_origin(hint) is dict:  # in a file only
             continue
         if hint is bool:

@@ -12,7 +12,7 @@ from typing import Any
 from megatron_btx.cli.common import renamed
 from megatron_btx.errors import UserError, UserErrors, shown
 from megatron_btx.pipeline import eval_ranks
-from megatron_btx.recipe.messages import number
+from megatron_btx.recipe.messages import flag_of, number
 from megatron_btx.recipe.schema import Layout
 
 
@@ -140,7 +140,7 @@ def check_numbers(options: argparse.Namespace) -> None:
     """
     given = {name: getattr(options, name, None) for name in _LEAST}
     errors = [
-        UserError("--" + name.replace("_", "-"), f"is {value}", f"give at least {_LEAST[name]}")
+        UserError(flag_of(name), f"is {value}", f"give at least {_LEAST[name]}")
         for name, value in given.items()
         if value is not None and value < _LEAST[name]
     ]

@@ -16,6 +16,7 @@ from megatron_btx.evaluate.model_spec import Subject
 from megatron_btx.files import written
 from megatron_btx.pipeline import eval_ranks
 from megatron_btx.recipe.load import load_recipe
+from megatron_btx.recipe.messages import flag_of
 from megatron_btx.recipe.schema import WandB
 from megatron_btx.report import figure_files, token_routing
 from megatron_btx.report.routing import RoutingView, log, of_run, page, table
@@ -127,7 +128,7 @@ def _refuse_of_runs(options: argparse.Namespace) -> None:
         if getattr(options, name) != options.parser.get_default(name):
             what = "is about a measurement, and a run has made its own while it trained"
             fix = f"leave it out, or give a checkpoint: {Path(options.sources[0]) / 'finetune'}"
-            raise UserError("--" + name.replace("_", "-"), what, fix)
+            raise UserError(flag_of(name), what, fix)
 
 
 def _by_token(options: argparse.Namespace) -> int:

@@ -13,7 +13,7 @@ from megatron_btx.data import word_cache
 from megatron_btx.data.tokenizer_base import Tokenizer
 from megatron_btx.errors import UserError
 from megatron_btx.families.tokenizer_libraries import begin_token, no_panic, open_fast
-from megatron_btx.families.tokenizer_settings import CONFIG, FILES, read_settings
+from megatron_btx.families.tokenizer_settings import CONFIG, hashes, read_settings
 
 
 class HuggingFace(Tokenizer):
@@ -48,11 +48,7 @@ class HuggingFace(Tokenizer):
         self._words = word_cache.of_fast(self._tokenizer)
         self._directory = directory
         self.sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-        self.settings = {
-            name: hashlib.sha256((directory / name).read_bytes()).hexdigest()
-            for name in FILES
-            if (directory / name).is_file()
-        }
+        self.settings = hashes(directory)
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
         ids = {name: vocabulary[token.content] for name, token in settings.named.items()}

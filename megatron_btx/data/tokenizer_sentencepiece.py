@@ -23,7 +23,13 @@ from megatron_btx.data.tokenizer_base import Tokenizer
 from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.families.tokenizer_export import huggingface_files
 from megatron_btx.families.tokenizer_libraries import open_slow
-from megatron_btx.families.tokenizer_settings import CONFIG, FILES, TokenizerSettings, read_settings
+from megatron_btx.families.tokenizer_settings import (
+    CONFIG,
+    FILES,
+    TokenizerSettings,
+    hashes,
+    read_settings,
+)
 
 _PLAIN = {
     "LlamaTokenizer", "LlamaTokenizerFast", "CodeLlamaTokenizer", "CodeLlamaTokenizerFast",
@@ -78,9 +84,7 @@ class SentencePiece(Tokenizer):
             raise UserErrors(errors)
         there = {name: settings.directory / name for name in FILES}
         self._beside = {name: path.read_bytes() for name, path in there.items() if path.exists()}
-        self.settings = {
-            name: hashlib.sha256(data).hexdigest() for name, data in self._beside.items()
-        }
+        self.settings = hashes(settings.directory)
         found = {
             name: self._processor.piece_to_id(token.content)
             for name, token in settings.named.items()

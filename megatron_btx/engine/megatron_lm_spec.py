@@ -34,6 +34,7 @@ from megatron_btx.engine.spec import block_spec
 from megatron_btx.engine.unsupported_options import TORCH_LAYERS, Supported
 from megatron_btx.errors import UserError, UserErrors, collect_errors
 from megatron_btx.recipe import megatron_fields
+from megatron_btx.recipe.messages import flag_of
 from megatron_btx.recipe.schema import Routing
 from megatron_btx.weights.megatron_lm_args import architecture_of
 
@@ -159,7 +160,7 @@ def _unfollowed(given: TransformerConfig, machine: platform.Platform) -> Iterato
         if hasattr(given, name) and getattr(given, name) not in values:
             who = "our layers without Transformer Engine" if torch_layers else "our layers"
             what = f"{getattr(given, name)!r} is not followed by {who}"
-            yield UserError(_flag(name), what, f"only {' or '.join(map(str, values))}")
+            yield UserError(flag_of(name), what, f"only {' or '.join(map(str, values))}")
 
 
 def _disagreeing(routing: Routing, given: TransformerConfig) -> Iterator[UserError]:
@@ -176,21 +177,17 @@ def _disagreeing(routing: Routing, given: TransformerConfig) -> Iterator[UserErr
     for name, value in wanted.items():
         if name != "moe_router_dtype" and getattr(given, name) != value:
             what = f"is {getattr(given, name)!r}, and {routing.type} routes with {value!r}"
-            yield UserError(_flag(name), what, _said(name, value))
+            yield UserError(flag_of(name), what, _said(name, value))
     if given.tensor_model_parallel_size > 1 and not given.sequence_parallel:
         what = "experts under tensor parallelism need it: else every rank routes the same tokens"
         yield UserError("--sequence-parallel", what, "say --sequence-parallel")
 
 
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
 def _said(name: str, value: Any) -> str:
     """How an argument is given that value."""
     if value is None or value is False:
-        return f"remove {_flag(name)}"
-    return f"say {_flag(name)}" + ("" if value is True else f" {value}")
+        return f"remove {flag_of(name)}"
+    return f"say {flag_of(name)}" + ("" if value is True else f" {value}")
 
 
 def _script() -> Any:

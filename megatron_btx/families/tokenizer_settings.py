@@ -3,6 +3,7 @@ put before a text. Read by the rules of ``transformers`` (``PreTrainedTokenizerB
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,6 +81,12 @@ def files_beside(path: Path) -> list[Path]:
     # tokenizer_config.json may stand for the directory: its tokenizer.json is read then.
     names = ["tokenizer.json", *FILES[1:]] if path.name == CONFIG else FILES
     return [path.parent / name for name in names if (path.parent / name).is_file()]
+
+
+def hashes(directory: Path) -> dict[str, str]:
+    """Name -> sha256 of the files in a directory that :func:`read_settings` reads."""
+    there = [name for name in FILES if (directory / name).is_file()]
+    return {name: hashlib.sha256((directory / name).read_bytes()).hexdigest() for name in there}
 
 
 def read_settings(directory: Path) -> TokenizerSettings:

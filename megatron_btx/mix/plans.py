@@ -28,6 +28,7 @@ from megatron_btx.mix.router_init import RouterInit
 from megatron_btx.mix.split import blend, split
 from megatron_btx.mix.upcycle import upcycle
 from megatron_btx.recipe.check_mix import FROM_FILE, cut_groups, misplaced, weights
+from megatron_btx.recipe.messages import flag_of
 from megatron_btx.recipe.schema import Mix, Routing
 from megatron_btx.weights.find_checkpoint import name_of
 from megatron_btx.weights.plan import Checkpoint, Plan
@@ -178,7 +179,7 @@ def misfits(request: MixRequest) -> list[UserError]:
     with collect_errors(errors):
         mix = mix_of(request)
         for name, what, fix in (*misplaced(mix, request.method), *_misplaced(request)):
-            errors.append(UserError(_flag(name), what, fix))
+            errors.append(UserError(flag_of(name), what, fix))
         for what, fix in cut_groups(mix, request.moe_router_topk):
             errors.append(UserError("--moe-router-topk", what, fix))
         if request.method not in ("average", "drop", "replace", "copy"):  # which make no router
@@ -217,11 +218,7 @@ def as_flag(key: str) -> str:
     match = _RECIPES_KEY.fullmatch(key)
     if match is None or match[1] not in {one.name for one in dataclasses.fields(MixRequest)}:
         return key
-    return " ".join(filter(None, (_flag(match[1]), match[2])))
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
+    return " ".join(filter(None, (flag_of(match[1]), match[2])))
 
 
 _SOURCES = {"upcycle": 1, "drop": 1, "copy": 1, "append": 2, "replace": 2}

@@ -73,6 +73,11 @@ def yaml_name(field_name: str) -> str:
     return field_name.rstrip("_")
 
 
+def flag_of(field_name: str) -> str:
+    """A field as a flag: ``router_init`` is ``--router-init``."""
+    return "--" + field_name.replace("_", "-")
+
+
 def options(hint: Any) -> tuple[Any, ...]:
     """The members of a union type, or the type itself."""
     is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)

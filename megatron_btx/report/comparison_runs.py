@@ -67,6 +67,8 @@ def _check_names(files: Sequence[Path], recipes: Sequence[Recipe]) -> None:
         other, known = first.setdefault(recipe.name, (file, recipe))
         if known is recipe:
             continue
+        if file.resolve() == other.resolve():
+            raise UserError(str(file), "is named twice", "name each recipe once")
         elsewhere = {key: getattr(recipe, key) for key in (*WHERE_IT_RUNS, "random_seed")}
         like = dataclasses.replace(known, **elsewhere)
         if like != recipe or known.random_seed == recipe.random_seed:

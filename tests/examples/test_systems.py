@@ -425,7 +425,7 @@ def test_scores_on_tasks(
     ("arguments", "words"),
     [
         (["{tmp}"], "has no recipe in it"),
-        (["{recipe}", "{recipe}"], "give each a `name:` of its own"),
+        (["{recipe}", "{recipe}"], "is named twice"),
         (["{recipe}", "--seeds", "0"], "give at least 1"),
         (["{recipe}", "--seeds", "2"], "is made anew for each random seed"),
         (["{recipe}", "--tasks", "arc_easy={tmp}/none.jsonl"], "none.jsonl does not exist"),
