@@ -102,15 +102,15 @@ def run(options: argparse.Namespace) -> int:
             [figure_files.of_routing(views)], formats, options.out or Path()
         )
         sys.stderr.write("".join(f"figure: {path}\n" for path in made))
-    if options.wandb is not None:
-        log(views, options.wandb, directory or Path(), _wandb_of(runs, subjects))
     sys.stdout.write(text if options.json else "\n".join(map(table, views)))
     if directory is not None and not options.json:
         sys.stdout.write(f"page: {directory / 'routing.html'}\n")
+    if options.wandb is not None:
+        log(views, options.wandb, directory or Path(), wandb_of(runs, subjects))
     return 0
 
 
-def _wandb_of(runs: list[Path], subjects: list[Subject]) -> WandB:
+def wandb_of(runs: list[Path], subjects: list[Subject]) -> WandB:
     """Project and entity: of the first run that is shown, or that a model is of."""
     of_models = [run_dir for one in subjects if (run_dir := model_spec.run_of(one.first))]
     found = [*runs, *of_models]

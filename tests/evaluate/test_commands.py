@@ -19,11 +19,12 @@ import pytest
 import torch
 
 from megatron_btx.cli.main import main
+from megatron_btx.cli.routing import wandb_of
 from megatron_btx.errors import UserError
 from megatron_btx.evaluate.model_spec import Subject, parse
 from megatron_btx.evaluate.models import load, opened
 from megatron_btx.pipeline import eval_ranks
-from megatron_btx.recipe.schema import Layout, Routing
+from megatron_btx.recipe.schema import Layout, Routing, WandB
 from megatron_btx.report import routing, table
 from megatron_btx.weights.find_checkpoint import find_checkpoint
 from tests.bad import fill
@@ -327,9 +328,8 @@ def test_routing_of_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     (run_dir / "recipe.yaml").write_text(
         (tmp_path / "recipe.yaml").read_text() + "wandb: {project: of-this-run}\n"
     )
-    assert main(["routing", str(run_dir), "--out", str(tmp_path / "out"), "--wandb=offline"]) == 0
-    (logged,) = (tmp_path / "out" / "wandb").glob("offline-run-*/run-*.wandb")
-    assert b"of-this-run" in logged.read_bytes()
+    assert wandb_of([run_dir], []).project == "of-this-run"
+    assert wandb_of([], []) == WandB()
     page = (tmp_path / "out" / "routing.html").read_text()
     assert page.count("<svg") == 2 * sum(len(view.load) for view in views)
 
