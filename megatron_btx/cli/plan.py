@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_btx.cli.common import recipe_command
 from megatron_btx.errors import UserError
-from megatron_btx.recipe import check, chips, epochs, run_plan
-from megatron_btx.recipe.check import BadPath
+from megatron_btx.recipe import check_paths, chips, epochs, run_plan
+from megatron_btx.recipe.check_paths import BadPath
 from megatron_btx.recipe.load import load_recipe
 from megatron_btx.recipe.run_plan import RunPlan
 from megatron_btx.recipe.schema import Recipe
@@ -75,7 +75,7 @@ def run(options: argparse.Namespace) -> int:
     read = epochs.reading(recipe, trained, domains)
     for line in chips.too_large(made, options.gpu or recipe.slurm.gpu_type):
         sys.stderr.write(f"warning: {line}\n")
-    bad = check.bad_paths(recipe)
+    bad = check_paths.bad_paths(recipe)
     for line in _of_files(bad):
         sys.stderr.write(f"warning: {line}\n")
     by_rank = _by_rank(recipe, trained) if options.ranks else []

@@ -15,7 +15,7 @@ from megatron_btx.cli.report import print_results
 from megatron_btx.errors import EXIT_INTERRUPTED, UserError, coloured
 from megatron_btx.pipeline import graph, run_checks, state
 from megatron_btx.pipeline.graph import Stage
-from megatron_btx.recipe import check, load
+from megatron_btx.recipe import check_paths, load
 from megatron_btx.recipe.schema import Recipe
 
 
@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> int:
         if left and not options.json:
             _print_changes(recipe, run_dir)
         if left:  # what a run would be refused for, though it is read in seconds
-            check.files(recipe)
+            check_paths.files(recipe)
             run_checks.keeps_recipe(run_dir, Path(options.recipe), recipe)
         return 0
     code, problem = 0, ""

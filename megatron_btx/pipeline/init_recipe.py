@@ -16,7 +16,7 @@ from megatron_btx.errors import UserError, UserErrors, collect_errors, errors_of
 from megatron_btx.families.open_checkpoint import open_checkpoint
 from megatron_btx.files import written
 from megatron_btx.pipeline import graph, import_checkpoint
-from megatron_btx.recipe import check
+from megatron_btx.recipe import check_paths
 from megatron_btx.recipe.load import parse_recipe
 from megatron_btx.recipe.schema import Model
 from megatron_btx.recipe.starter import Start, Text, compose
@@ -68,7 +68,7 @@ def begin(asked: Asked, wrong: Sequence[UserError] = ()) -> str:
     )
     text = compose(start, asked.out)
     recipe = parse_recipe(text, asked.out)
-    check.files(recipe)
+    check_paths.files(recipe)
     import_checkpoint.check_all(recipe, graph.build(recipe))
     asked.out.parent.mkdir(parents=True, exist_ok=True)
     with written(asked.out) as file:

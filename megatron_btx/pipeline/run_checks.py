@@ -13,7 +13,7 @@ from megatron_btx.pipeline import graph, import_checkpoint
 from megatron_btx.pipeline.graph import Stage
 from megatron_btx.pipeline.local import run_stages
 from megatron_btx.recipe import check as recipe_check
-from megatron_btx.recipe import run_plan
+from megatron_btx.recipe import check_paths, run_plan
 from megatron_btx.recipe.load import dump, dump_kept
 from megatron_btx.recipe.run_plan import human
 from megatron_btx.recipe.schema import Recipe
@@ -38,7 +38,7 @@ def check(recipe: Recipe, run_dir: Path, left: tuple[Stage, ...], gpus: int | No
     Raises:
         UserErrors: all that is wrong. Nothing has been written.
     """
-    recipe_check.files(recipe)
+    check_paths.files(recipe)
     errors: list[UserError] = []
     if gpus is not None:
         for stage in left:

@@ -16,7 +16,7 @@ from megatron_btx.evaluate.model_spec import Subject
 from megatron_btx.files import find_json, write_json
 from megatron_btx.pipeline import eval_ranks, graph, state
 from megatron_btx.pipeline.keys import Memo
-from megatron_btx.recipe import check
+from megatron_btx.recipe import check_paths
 from megatron_btx.recipe.load import WHERE_IT_RUNS, digest, load_recipe
 from megatron_btx.recipe.schema import Layout, Recipe
 from megatron_btx.recipe.stages import directory
@@ -155,7 +155,7 @@ def print_left(runs: Sequence[FinishedRun]) -> None:
         sys.stdout.write(f"{name:<{width}}  {', '.join(words)}\n")
     for place in dict.fromkeys(os.path.relpath(one.run_dir.parent) for one in runs):
         sys.stdout.write(f"runs go to {place}\n")
-    check.files(*unfinished)
+    check_paths.files(*unfinished)
 
 
 def measure_tasks(

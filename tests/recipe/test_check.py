@@ -9,7 +9,7 @@ import pytest
 
 from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.pipeline import graph
-from megatron_btx.recipe import check, megatron_fields, run_plan, systems
+from megatron_btx.recipe import check, check_paths, megatron_fields, run_plan, systems
 from megatron_btx.recipe.load import load_recipe, parse_recipe
 from megatron_btx.recipe.schema import Layout, Recipe
 
@@ -17,25 +17,25 @@ from megatron_btx.recipe.schema import Layout, Recipe
 def test_files(good: str, tmp_path: Path) -> None:
     recipe = parse_recipe(good)
     with pytest.raises(UserErrors, match=r"domains\.math\.train: .*does not exist"):
-        check.files(recipe)
+        check_paths.files(recipe)
     data = tmp_path / "data"
     data.mkdir()
     (data / "math.jsonl").write_text("")
     (data / "held.jsonl").write_text('{"text": "a"}\n')
     recipe = parse_recipe(good, tmp_path / "recipe.yaml")
     with pytest.raises(UserErrors) as caught:
-        check.files(recipe)
+        check_paths.files(recipe)
     assert [error.where for error in caught.value.errors] == ["domains.math.train"]
     assert "is empty" in str(caught.value)
     (data / "math.jsonl").write_text('{"text": "a"}\n')
-    check.files(recipe)
+    check_paths.files(recipe)
 
 
 def test_a_directory_that_is_missing_is_one_error(good: str, tmp_path: Path) -> None:
     text = good.replace("[data/held.jsonl]", "[data/a.jsonl, data/b.jsonl, data/c.jsonl]")
     recipe = parse_recipe(text, tmp_path / "recipe.yaml")
     with pytest.raises(UserError) as caught:
-        check.files(recipe)
+        check_paths.files(recipe)
     said = str(caught.value)
     assert said.count("does not exist") == 1
     assert f"{tmp_path / 'data'} does not exist, of which the recipe names math.jsonl, " in said
