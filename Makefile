@@ -11,7 +11,7 @@ PYTHON ?=
 BIN := $(VENV)/bin
 DEMO := examples/demo/recipe.yaml
 
-.PHONY: help demo test test-upstream test-slurm check format clean
+.PHONY: help demo test test-upstream test-slurm compiled check format clean
 
 help:
 	@sed -n 's/^# make /make /p' Makefile
@@ -19,18 +19,23 @@ help:
 demo: $(VENV)/.installed
 	$(BIN)/btx run $(DEMO)
 
-test: $(VENV)/.installed-dev
+test: compiled
 	$(BIN)/python -m pytest -rs -n 3 --dist loadfile --no-loadscope-reorder
 
 UPSTREAM := tests/cli/test_run.py tests/engine tests/megatron_lm tests/weights tests/families tests/mix tests/train \
   tests/tools/test_convert.py tests/examples/test_by_hand.py tests/evaluate tests/recipe tests/data
 
-test-upstream: $(VENV)/.installed-dev
+test-upstream: compiled
 	$(BIN)/python -m pytest -rs -n 2 --dist loadfile --no-loadscope-reorder $(UPSTREAM)
 
-test-slurm: $(VENV)/.installed-dev
+test-slurm: compiled
 	$(BIN)/python -m tests.slurm.cluster --install
 	BTX_TEST_SLURM=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/slurm
+
+# The tests start hundreds of processes. Where PYTHONDONTWRITEBYTECODE is set, each would compile all
+# of our modules again, which is a sixth of a rank's start.
+compiled: $(VENV)/.installed-dev
+	$(BIN)/python -m compileall -q megatron_btx tests
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -292,6 +292,9 @@ def _begin_unaided(recipe: Recipe, stage: Stage, run_dir: Path, rank: int) -> No
     missing = [need.name for need in state.missing(run_dir, needs)]
     if missing:
         raise UserError(stage.name, f"needs {', '.join(missing)} first", "run those, or `btx run`")
+    # Of several ranks the others may hold the lock already; there the port tells (_check_port).
+    if stage.world_size == 1 and directory.is_dir():
+        locks.wait_until_idle(directory)
     run_dir.mkdir(parents=True, exist_ok=True)
     prepare_array.claim(run_dir, stage)
     attempt = state.next_attempt(directory)

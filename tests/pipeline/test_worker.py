@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from megatron_btx.errors import UserError
-from megatron_btx.pipeline import worker
+from megatron_btx.pipeline import locks, worker
 from megatron_btx.pipeline.graph import Stage
 
 STAGE = Stage(name="seed", kind="seed", world_size=2)
@@ -61,3 +61,17 @@ def test_a_rank_alone_has_nothing_that_would_stay_behind_it(
     with worker._rendezvous():
         assert os.environ["BTX_INIT_METHOD"]
         assert os.listdir(tmp_path) == []
+
+
+def test_a_stage_that_another_rank_is_at_work_in(
+    two_ranks: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Started twice by hand: the second changes nothing, and is told how to find the first."""
+    stage = Stage(name="prepare", kind="prepare", world_size=1)
+    directory = tmp_path / stage.directory
+    directory.mkdir()
+    two_ranks.setattr(worker.graph, "of_run", lambda *_: (stage,))
+    two_ranks.setattr(worker.locks.wait_until_idle, "__defaults__", (0.2,))
+    with locks.stage_lock(directory), pytest.raises(locks.Busy, match="fuser"):
+        worker._begin_unaided(None, stage, tmp_path, 0)  # type: ignore[arg-type]
+    assert [path.name for path in directory.iterdir()] == ["lock"]
