@@ -114,7 +114,7 @@ class ConfigReading:
     def tokens(self) -> None:
         """Note every special token that is no id, nor a list of some: they go into the result."""
         for key in TOKENS:
-            if (wrong := no_token(self.config.get(key))) is not None:
+            if (wrong := no_token(key, self.config.get(key))) is not None:
                 self.refuse(f"{key} {wrong[0]}", wrong[1])
 
     def unknown(self) -> None:

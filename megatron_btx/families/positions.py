@@ -63,7 +63,7 @@ class Rope:
             reading.refuse(f"{what}: other positions in other layers")
             return
         kinds = {str(rope.pop(key, None)) for key in ("rope_type", "type")} - {"None"}
-        kind = " and ".join(sorted(kinds)) or "default"
+        kind = " and ".join(sorted(kinds)) if kinds else "default"
         rope = {key: value for key, value in rope.items() if value is not None}
         for key, value in (("partial_rotary_factor", 1.0), ("attention_factor", 1.0)):
             if rope.pop(key, value) != value:

@@ -36,7 +36,7 @@ class Model:
     """Epsilon of RMSNorm."""
     untie_embeddings_and_output_weights: bool = True
     """Whether the output layer has its own weights; `false`: it uses the embedding."""
-    init_method_std: float = within(0, 10, default=0.02)
+    init_method_std: float = within(0, 1, default=0.02)
     """Standard deviation of the normal distribution that weights are initialised from."""
     make_vocab_size_divisible_by: int = within(1, 10**6, default=128)
     """The vocabulary is padded to a multiple of this only, so that the shapes in a checkpoint do

@@ -63,9 +63,10 @@ def read_manifest(
     return architecture, manifest
 
 
-def no_token(value: Any) -> tuple[str, str] | None:
-    """What is wrong with a value, and the fix, where it is no token's id, list of some, or null."""
-    ids = value if isinstance(value, list) else [value]
+def no_token(key: str, value: Any) -> tuple[str, str] | None:
+    """What is wrong with the value of one of ``TOKENS``, and the fix, where it is no token's id, nor
+    null, nor a list of some: a text may end with several tokens, and has one of the others."""
+    ids = value if isinstance(value, list) and key == "eos_token_id" else [value]
     if value is None or all(type(n) is int and -1 <= n <= UTMOST for n in ids):
         return None
     return f"is {value!r:.60}, no token's id", "give a number, or null"
@@ -93,7 +94,7 @@ def _check_beside(manifest: Mapping[str, Any], path: Path) -> None:
                 reader.error(node, *wrong)
     kept = nodes.value.get("huggingface")
     for name in TOKENS if kept is not None and isinstance(kept.value, dict) else ():
-        if (wrong := no_token(manifest["huggingface"].get(name))) is not None:
+        if (wrong := no_token(name, manifest["huggingface"].get(name))) is not None:
             reader.error(kept.value[name], *wrong)
     reader.raise_errors()
 

@@ -271,6 +271,15 @@ def test_a_special_token_is_an_id(models, tmp_path, value):
         open_hf(tmp_path, "m")
 
 
+@pytest.mark.parametrize("key", ["bos_token_id", "pad_token_id"])
+def test_a_text_ends_with_several_tokens_and_begins_with_one(models, tmp_path, key):
+    """transformers reads a list as the end alone."""
+    config = json.loads((models["llama"] / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {key: [1], "eos_token_id": [1, 2]}))
+    with pytest.raises(UserError, match=rf"{key} is \[1\], no token's id"):
+        open_hf(tmp_path, "m")
+
+
 def test_a_flood_is_cut_off_with_its_count(models, tmp_path):
     tensors = copied(models, tmp_path)
     save_file({f"x.{name}": tensor for name, tensor in tensors.items()}, tmp_path / MODEL)

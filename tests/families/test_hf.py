@@ -71,6 +71,7 @@ BAD = [
     ("llama", {"mlp_bias": True}, "mlp_bias is True"),
     ("llama", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
     ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 8.0}}, "of type yarn"),
+    ("llama", {"rope_parameters": {"rope_type": ""}}, "rope_scaling of type "),
     ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "of type dynamic"),
     (
         "llama",
