@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from tests.bad import Commands
@@ -23,6 +24,12 @@ from tests.small import FAKE_KEY, Exported, btx, export, write_small
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Until the tests are collected: half a million objects are imported, and none of them is garbage.
 gc.disable()
+
+# Beside other work everything takes its time, an example and drawing it too.
+hypothesis.settings.register_profile(
+    "btx", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("btx")
 
 LONGEST = (
     "tests/cli/test_run.py",

@@ -291,7 +291,7 @@ def test_missing_and_short_text(prepared: Prepared, tmp_path: Path) -> None:
 SIZES = st.lists(st.integers(0, 400), min_size=1, max_size=6).filter(any)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(sizes=SIZES, data=st.data())
 def test_interleaving_against_the_whole_order(sizes: list[int], data: st.DataObject) -> None:
     keys = [((j + 0.5) / size, part, j) for part, size in enumerate(sizes) for j in range(size)]

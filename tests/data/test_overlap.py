@@ -13,7 +13,7 @@ LINES = st.lists(WORDS, min_size=1, max_size=20).map(" ".join)
 TEXTS = st.lists(LINES, min_size=1, max_size=30).map("\n".join)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(TEXTS, min_size=1, max_size=4), TEXTS)
 def test_what_is_left_shares_nothing(held_out: list[str], text: str) -> None:
     pieces = list(HeldOutRuns(held_out).clean(text))
@@ -25,7 +25,7 @@ def test_what_is_left_shares_nothing(held_out: list[str], text: str) -> None:
     assert all(line in lines for line in kept)  # whole lines, in their order
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(TEXTS)
 def test_a_document_shares_all_of_itself(text: str) -> None:
     held_out = HeldOutRuns([text])

@@ -78,7 +78,7 @@ ANY = st.characters(exclude_categories=["Cs"], exclude_characters="\u2581")  # i
 TEXT = st.text(PLAIN | ANY, max_size=60)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(text=TEXT)
 @example("<|end|>")
 @example(" a<|begin|>b <|unknown|>\n<|end|><|end|>")

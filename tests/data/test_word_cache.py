@@ -68,7 +68,7 @@ def test_ids_by_word_are_those_of_the_text(documents: list[str], name: str) -> N
     assert (word_cache.of_sentencepiece(model.getvalue()) is not None) == (name in BY_WORD)
     plain = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
 
-    @settings(max_examples=60, deadline=None, derandomize=True)
+    @settings(max_examples=60, derandomize=True)
     @given(_texts(_PARTS))
     @example(["", " ", "  ", "\n", "\n\n", " a", "a ", "a  b", "  if", "\u2581a \u2581"])
     def same(texts: list[str]) -> None:
@@ -158,7 +158,7 @@ def test_ids_by_word_are_those_of_tokenizers(
         wanted = [row.ids for row in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
         assert [ids.tolist() for ids in cache.encode(texts)] == wanted
 
-    @settings(max_examples=60, deadline=None, derandomize=True)
+    @settings(max_examples=60, derandomize=True)
     @given(st.lists(st.lists(st.sampled_from(_MARKS) | st.characters(codec="utf-8")).map("".join)))
     @example(
         ["", " ", "\n", "1\n   \n a", "):\n\n   a", "(\n\n  x", "a<|end|> \n b", "\u2019\n \nb"]

@@ -21,7 +21,7 @@ from tests.mix.test_mixes import memory
 from tests.weights.models import dense
 from tests.weights.test_expression import boxes
 
-FEW = settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+FEW = settings(max_examples=30, suppress_health_check=list(HealthCheck))
 METHODS = ["btx", "split", "blend", "upcycle", "average", "append", "drop"]
 
 

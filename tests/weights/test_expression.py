@@ -101,7 +101,7 @@ def read_from(source):
     return lambda _, name, box: source.read(name, box)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.data())
 def test_a_box_is_that_box_of_the_whole(data):
     expression = data.draw(expressions())
@@ -117,7 +117,7 @@ def test_a_box_is_that_box_of_the_whole(data):
     assert torch.equal(part, everything[tuple(slice(*ends) for ends in box)])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.data(), DTYPES)
 def test_another_dtype_is_one_rounding_of_the_same_values(data, dtype):
     """Where nothing on the way rounds to fp32, ``to`` equals rounding the exact result once."""
@@ -131,7 +131,7 @@ def test_another_dtype_is_one_rounding_of_the_same_values(data, dtype):
     assert torch.equal(got, want.to(dtype).double())
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.data())
 def test_only_what_a_box_needs_is_read(data):
     """Without arithmetic every element of a box is read exactly once."""
@@ -236,7 +236,7 @@ def test_draws_never_change():
     ]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.data())
 def test_boxes_partition(data):
     shape = data.draw(SHAPES)

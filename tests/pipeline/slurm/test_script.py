@@ -43,7 +43,7 @@ def _stage(name: str) -> graph.Stage:
     return graph.find(STAGES, name)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, suppress_health_check=list(HealthCheck))
 @given(partition=NASTY, value=NASTY, module=NASTY, prefix=NASTY, python=NASTY, place=NASTY)
 def test_no_value_runs_a_command(
     tmp_path: Path, partition: str, value: str, module: str, prefix: str, python: str, place: str
