@@ -1,5 +1,5 @@
 """``btx plan``: what every stage of a recipe will cost, before anything runs. Imports no torch, but
-for ``--ranks``."""
+for ``--ranks`` and to look at checkpoints of others that a recipe takes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from megatron_btx.cli.common import recipe_command
-from megatron_btx.errors import UserError
+from megatron_btx.errors import UserError, collect_errors
+from megatron_btx.pipeline import graph, import_checkpoint
 from megatron_btx.recipe import check_paths, chips, epochs, run_plan
 from megatron_btx.recipe.check_paths import BadPath
 from megatron_btx.recipe.load import load_recipe
@@ -76,7 +77,7 @@ def run(options: argparse.Namespace) -> int:
     for line in chips.too_large(made, options.gpu or recipe.slurm.gpu_type):
         sys.stderr.write(f"warning: {line}\n")
     bad = check_paths.bad_paths(recipe)
-    for line in _of_files(bad):
+    for line in (*_of_files(bad), *_of_checkpoints(recipe, bad)):
         sys.stderr.write(f"warning: {line}\n")
     by_rank = _by_rank(recipe, trained) if options.ranks else []
     if options.json:
@@ -112,6 +113,15 @@ def _of_files(bad: Sequence[BadPath]) -> Iterator[str]:
             dots = ", ..." if len(others) > _NAMED else ""
             what += f"\n  and {len(others)} more like it: {', '.join(named)}{dots}"
         yield str(UserError(first.key, what, fix))
+
+
+def _of_checkpoints(recipe: Recipe, bad: Sequence[BadPath]) -> Iterator[str]:
+    """What a run will refuse of the checkpoints that it takes, if they are there."""
+    errors: list[UserError] = []
+    if not any(one.key.endswith(".from") for one in bad):
+        with collect_errors(errors):
+            import_checkpoint.check_all(recipe, graph.outline(recipe))
+    yield from map(str, errors)
 
 
 def _by_rank(recipe: Recipe, trained: list[str]) -> list[RankPlan]:

@@ -15,7 +15,7 @@ from megatron_btx.cli.report import print_results
 from megatron_btx.errors import EXIT_INTERRUPTED, UserError, coloured
 from megatron_btx.pipeline import graph, run_checks, state
 from megatron_btx.pipeline.graph import Stage
-from megatron_btx.recipe import check_paths, load
+from megatron_btx.recipe import load
 from megatron_btx.recipe.schema import Recipe
 
 
@@ -50,7 +50,7 @@ def run(options: argparse.Namespace) -> int:
         if left and not options.json:
             _print_changes(recipe, run_dir)
         if left:  # what a run would be refused for, though it is read in seconds
-            check_paths.files(recipe)
+            run_checks.check_inputs((recipe, run_dir, left))
             run_checks.keeps_recipe(run_dir, Path(options.recipe), recipe)
         return 0
     code, problem = 0, ""
@@ -114,9 +114,9 @@ def _print_stages(
     code: int = 0,
     problem: str = "",
 ) -> None:
-    rows = []
+    rows, statuses = [], state.statuses(run_dir, stages, recipe.share)
     for stage in stages:
-        standing, why = state.status(run_dir, stage, recipe.share)
+        standing, why = statuses[stage.name]
         record = state.done(run_dir, stage)
         spent = record.get("seconds") if record else None
         row = {**dataclasses.asdict(stage), "state": standing, "why": why, "seconds": spent}
@@ -132,11 +132,11 @@ def _print_stages(
         }
         sys.stdout.write(json.dumps(outcome, indent=1) + "\n")
         return
-    width = max(len(stage.name) for stage in stages)
+    width, wide = (max(len(row[key]) for row in rows) for key in ("name", "state"))
     for stage, row in zip(stages, rows, strict=True):
         size = f"{stage.world_size} x {stage.num_threads}"
         after = f"after {', '.join(stage.needs)}" if stage.needs else ""
         taken = " (taken from a checkpoint)" if stage.kind == "import" else ""
-        line = f"{stage.name:<{width}}  {row['state']:<7}  {size:>7}  {after}{taken}"
+        line = f"{stage.name:<{width}}  {row['state']:<{wide}}  {size:>7}  {after}{taken}"
         sys.stdout.write(line.rstrip() + "\n" + (f"    {row['why']}\n" if row["why"] else ""))
     sys.stdout.write(f"ranks x threads; everything goes to {run_dir}\n")

@@ -16,7 +16,6 @@ from megatron_btx.cli.common import recipe_files
 from megatron_btx.errors import UserError
 from megatron_btx.files import check_directory
 from megatron_btx.pipeline import graph, run_checks, state
-from megatron_btx.recipe import check_paths
 from megatron_btx.report import comparison_runs
 
 
@@ -89,7 +88,9 @@ def submit(options: argparse.Namespace) -> int:
         sys.stdout.write(f"{several_recipes.COMPARE} of {len(members)} runs, in {out}\n")
         if options.scripts:
             sys.stdout.write(f"\n{several_recipes.compare_script(members, out)}")
-        check_paths.files(*(member.recipe for member in members if member.chosen))
+        run_checks.check_inputs(
+            *((one.recipe, one.run_dir, state.left(one.run_dir, one.stages)) for one in members)
+        )
         return 0
     for member in members:
         run_checks.keeps_recipe(member.run_dir, Path(os.devnull), member.recipe)

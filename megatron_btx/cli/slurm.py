@@ -17,7 +17,6 @@ from megatron_btx.cli.common import command, open_recipe, recipe_command, rename
 from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.pipeline import graph, prepare_array, state
 from megatron_btx.pipeline.graph import Stage
-from megatron_btx.recipe import check_paths
 from megatron_btx.recipe.messages import number
 
 
@@ -127,7 +126,7 @@ def submit(options: argparse.Namespace) -> int:
     if options.dry_run:
         sys.stdout.write(submit.dry_run(recipe, run_dir, chosen, whole=options.scripts))
         if chosen:
-            check_paths.files(recipe)
+            run_checks.check_inputs((recipe, run_dir, left))
             run_checks.keeps_recipe(run_dir, Path(options.recipe), recipe)
         return 0
     if not chosen:

@@ -45,9 +45,7 @@ def check(recipe: Recipe, run_dir: Path, left: tuple[Stage, ...], gpus: int | No
             with collect_errors(errors):
                 _machine(recipe, stage, gpus)
     with collect_errors(errors):
-        import_checkpoint.check_all(recipe, left)
-    with collect_errors(errors):
-        _sources(run_dir, left)
+        check_inputs((recipe, run_dir, left))
     if any(stage.kind == "prepare" for stage in left):
         from megatron_btx.data import prepare
 
@@ -57,6 +55,25 @@ def check(recipe: Recipe, run_dir: Path, left: tuple[Stage, ...], gpus: int | No
         _space(recipe, run_dir, left)
     if errors:
         raise UserErrors(errors)
+
+
+def check_inputs(*runs: tuple[Recipe, Path, tuple[Stage, ...]]) -> None:
+    """What is read in a moment, of any number of runs, each with the stages that are left: that
+    what their recipes name is there, that checkpoints which they take are of their models, and that
+    finished stages still have theirs.
+
+    Raises:
+        UserErrors: all that is wrong.
+    """
+    check_paths.files(*(recipe for recipe, _, left in runs if left))
+    errors: list[UserError] = []
+    for recipe, run_dir, left in runs:
+        with collect_errors(errors):
+            import_checkpoint.check_all(recipe, left)
+        with collect_errors(errors):
+            _sources(run_dir, left)
+    if errors:
+        raise UserErrors(list({str(error): error for error in errors}.values()))
 
 
 def warnings(recipe: Recipe) -> Iterator[str]:

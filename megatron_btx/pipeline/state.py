@@ -98,29 +98,42 @@ def _has_been(run_dir: Path, stage: Stage) -> bool:
     return stage.kind == "prepare" and record is not None and record.get("key") == stage.key
 
 
-def status(run_dir: Path, stage: Stage, share: Sequence[str] = ()) -> tuple[str, str]:
-    """``done``, ``stopped``, ``shared`` or ``left``, and of what is not done why: that it was
-    stopped or has failed, that what it was made from has changed, which directory of another run
-    (as of :func:`link_shared`) it will be, or nothing where it was never begun."""
+def statuses(
+    run_dir: Path, stages: tuple[Stage, ...], share: Sequence[str] = ()
+) -> dict[str, tuple[str, str]]:
+    """How each of a run's stages stands, by name, and what there is to say of it: ``done``,
+    ``shared`` (from another run, as of :func:`link_shared`), ``out of date`` (it was made for
+    another recipe, text or stage before it), ``removed`` (what it had made), ``failed``,
+    ``stopped`` (it has saved), ``interrupted`` or ``not started``."""
+    waiting = {stage.name for stage in left(run_dir, stages)}
+    return {
+        stage.name: _status(run_dir, stage, share, is_left=stage.name in waiting)
+        for stage in stages
+    }
+
+
+def _status(run_dir: Path, stage: Stage, share: Sequence[str], *, is_left: bool) -> tuple[str, str]:
     directory = run_dir / stage.directory
     if done(run_dir, stage) is not None:
         return "done", ""
+    if not is_left:
+        return "done", "its token files were removed, and nothing that is left reads them"
     if (shared := find_shared(run_dir, stage, share)) is not None:
         return "shared", f"from {os.path.relpath(shared)}"
     made_for, step = (find_json(directory / "stage.json") or {}).get("key"), newest_step(directory)
     if made_for is not None and made_for != stage.key:
         if (_shelf(run_dir, stage.directory, stage.key) / "done.json").exists():
-            return "left", "was made for this recipe before: will be taken back from old/"
-        return "left", "its part of the recipe, its text or a stage before it has changed"
+            return "out of date", "was made for this recipe before: will be taken back from old/"
+        return "out of date", "its part of the recipe, its text or a stage before it has changed"
     if (directory / "done.json").exists():
-        return "left", "what it had made is no longer there"
-    if (directory / "stopped.json").exists():
-        return "stopped", f"goes on from {step.name}" if step else ""
+        return "removed", "what it had made is no longer there: will be made again"
     if (error := find_json(directory / "error.json")) is not None:
-        return "left", "failed: " + (str(error.get("message")).splitlines() or [""])[0]
-    if made_for is None:
-        return "left", ""
-    return "left", f"was interrupted; goes on from {step.name}" if step else "was interrupted"
+        return "failed", (str(error.get("message")).splitlines() or [""])[0]
+    goes_on = f"goes on from {step.name}" if step else ""
+    if (directory / "stopped.json").exists():
+        return "stopped", goes_on
+    begun = (directory / "attempts.jsonl").exists()
+    return ("interrupted", goes_on) if begun else ("not started", "")
 
 
 def make(run_dir: Path) -> list[Path]:

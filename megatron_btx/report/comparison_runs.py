@@ -14,9 +14,9 @@ from megatron_btx.errors import UserError
 from megatron_btx.evaluate import model_spec
 from megatron_btx.evaluate.model_spec import Subject
 from megatron_btx.files import find_json, write_json
-from megatron_btx.pipeline import eval_ranks, graph, state
+from megatron_btx.pipeline import eval_ranks, graph, run_checks, state
+from megatron_btx.pipeline.graph import Stage
 from megatron_btx.pipeline.keys import Memo
-from megatron_btx.recipe import check_paths
 from megatron_btx.recipe.load import WHERE_IT_RUNS, digest, load_recipe
 from megatron_btx.recipe.schema import Layout, Recipe
 from megatron_btx.recipe.stages import directory
@@ -135,7 +135,7 @@ def print_left(runs: Sequence[FinishedRun]) -> None:
         UserErrors: files that they need are missing.
     """
     wanted: dict[tuple[str, str], str] = {}
-    unfinished: list[Recipe] = []
+    unfinished: list[tuple[Recipe, Path, tuple[Stage, ...]]] = []
     share = [str(one.run_dir) for one in runs]
     several = len({one.recipe.random_seed for one in runs}) > 1
     names = [
@@ -145,9 +145,10 @@ def print_left(runs: Sequence[FinishedRun]) -> None:
     width = max(map(len, names))
     for one, name in zip(runs, names, strict=True):
         words, stages = [], graph.of_run(one.recipe, one.run_dir)
-        unfinished += [one.recipe] if state.left(one.run_dir, stages) else []
+        unfinished.append((one.recipe, one.run_dir, state.left(one.run_dir, stages)))
+        statuses = state.statuses(one.run_dir, stages, (*one.recipe.share, *share))
         for stage in stages:
-            standing, why = state.status(one.run_dir, stage, (*one.recipe.share, *share))
+            standing, why = statuses[stage.name]
             owner = wanted.setdefault((stage.name, stage.key), name)
             if standing != "done" and owner != name and state.may_take(one.run_dir, stage):
                 standing, why = "shared", f"from {owner}"
@@ -155,7 +156,7 @@ def print_left(runs: Sequence[FinishedRun]) -> None:
         sys.stdout.write(f"{name:<{width}}  {', '.join(words)}\n")
     for place in dict.fromkeys(os.path.relpath(one.run_dir.parent) for one in runs):
         sys.stdout.write(f"runs go to {place}\n")
-    check_paths.files(*unfinished)
+    run_checks.check_inputs(*unfinished)
 
 
 def measure_tasks(

@@ -64,8 +64,9 @@ def read_manifest(
 
 
 def no_token(key: str, value: Any) -> tuple[str, str] | None:
-    """What is wrong with the value of one of ``TOKENS``, and the fix, where it is no token's id, nor
-    null, nor a list of some: a text may end with several tokens, and has one of the others."""
+    """What is wrong with the value of one of ``TOKENS``, and the fix, where it is neither a token's
+    id nor null, nor a list of some: a text may end with several tokens, and has one of the
+    others."""
     ids = value if isinstance(value, list) and key == "eos_token_id" else [value]
     if value is None or all(type(n) is int and -1 <= n <= UTMOST for n in ids):
         return None

@@ -81,7 +81,7 @@ def test_dry_run_prints_the_graph_and_changes_nothing(tmp_path: Path) -> None:
     assert "after prepare, seed" in lines[2]
     assert list(tmp_path.iterdir()) == []
     stages = json.loads(_btx("run", TINY, "--dry-run", "--json", cwd=tmp_path).stdout)["stages"]
-    assert {stage["state"] for stage in stages} == {"left"}
+    assert {stage["state"] for stage in stages} == {"not started"}
 
 
 @pytest.mark.parametrize(

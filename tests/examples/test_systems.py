@@ -378,7 +378,7 @@ def test_the_command(systems: Systems, tmp_path: Path, capsys: pytest.CaptureFix
     assert again.err == ""
     assert json.loads(again.out) == json.loads((tmp_path / "compare.json").read_text())
     assert main([*arguments, "--dry-run"]) == 0
-    assert "left" not in capsys.readouterr().out
+    assert "not started" not in capsys.readouterr().out
     # Of a base that shares with them, what lies in their directories is taken, and said.
     other = tmp_path / "other.yaml"
     other.write_text(f"base: {base}\nrun_dir: {tmp_path}/{{name}}\nshare: {base.parent}/runs/*\n")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_btx.cli.main import main
 from megatron_btx.errors import UserError
 from megatron_btx.mix.one_model import fresh
 from megatron_btx.pipeline import graph, import_checkpoint
@@ -128,6 +129,21 @@ def test_another_trainers_checkpoint_becomes_ours(tmp_path: Path) -> None:
     assert theirs.tensors.keys() == ours.tensors.keys()
     for name in ours.tensors:
         assert torch.equal(read_whole(theirs.source, name), read_whole(ours.source, name)), name
+
+
+def test_a_plan_and_a_dry_run_look_at_what_is_taken(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A plan warns of what the run will refuse."""
+    _of_megatron_lm(tmp_path / "iter", load_recipe(TINY))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"base: {TINY}\nmodel: {{num_layers: 3}}\nseed: {{from: iter}}\n")
+    assert main(["plan", str(recipe)]) == 0
+    assert "is of another model (num_layers: 2 there, 3 here)" in capsys.readouterr().err
+    assert main(["run", str(recipe), "--dry-run"]) == 2
+    said = capsys.readouterr()
+    assert "is of another model (num_layers: 2 there, 3 here)" in said.err
+    assert "not started" in said.out
 
 
 def test_another_vocabulary_than_the_recipes_is_refused(tmp_path: Path) -> None:

@@ -170,13 +170,18 @@ def test_token_files_that_were_removed_are_made_again(tmp_path: Path) -> None:
         lose()
         assert state.left(run_dir, both) == state.missing(run_dir, both) == both
         assert state.missing(run_dir, (prepare,)) == state.left(run_dir, (prepare,)) == (prepare,)
-        assert "no longer there" in state.status(run_dir, prepare)[1]
+        word, why = state.statuses(run_dir, both)["prepare"]
+        assert (word, "no longer there" in why) == ("removed", True)
         ids.write_bytes(bytes(8))
     ids.unlink()
     state.claim(run_dir, seed)
     state.begin(run_dir / "seed", 1, 1)
     state.finish(run_dir / "seed", seed, {})
     assert state.left(run_dir, both) == ()  # nobody reads them any more
+    assert {name: word for name, (word, _) in state.statuses(run_dir, both).items()} == {
+        "prepare": "done",
+        "seed": "done",
+    }
     state.claim(run_dir, prepare)
     assert not (run_dir / "prepare" / "done.json").exists()
 
@@ -188,3 +193,25 @@ def test_token_files_that_were_removed_are_made_again(tmp_path: Path) -> None:
     state.claim(linked, prepare)
     assert not (linked / "prepare").is_symlink()
     assert (other / "prepare" / "done.json").exists()
+
+
+def test_how_a_stage_stands(tmp_path: Path) -> None:
+    """The words of `btx run --dry-run` and `btx status`."""
+    directory = tmp_path / "seed"
+
+    def stands(key: str = "a") -> tuple[str, str]:
+        return state.statuses(tmp_path, (Stage(name="seed", kind="seed", key=key),))["seed"]
+
+    assert stands() == ("not started", "")
+    state.claim(tmp_path, Stage(name="seed", kind="seed", key="a"))
+    assert stands() == ("not started", "")
+    state.begin(directory, 1, 1)
+    assert stands() == ("interrupted", "")
+    (directory / "checkpoints" / "step_00000004").mkdir(parents=True)
+    assert stands() == ("interrupted", "goes on from step_00000004")
+    (directory / "stopped.json").write_text("{}")
+    assert stands() == ("stopped", "goes on from step_00000004")
+    (directory / "error.json").write_text('{"message": "no memory\\nat all"}')
+    assert stands() == ("failed", "no memory")
+    word, why = stands("b")
+    assert (word, "has changed" in why) == ("out of date", True)

@@ -86,7 +86,7 @@ def test_a_job_by_hand_is_known_while_it_waits(cluster: Cluster, tmp_path: Path)
     job = output.strip()
     row = run.status()["expert:math"]
     assert (row["job"], row["state"], row["note"]) == (job, "pending", "BeginTime")
-    assert {row["state"] for row in other.status().values()} == {"left"}
+    assert {row["state"] for row in other.status().values()} == {"not started"}
     refused = run.btx("submit", "--no-probe")
     assert refused.returncode == 2
     assert f"jobs of this run are in the queue: {job} (expert:math)" in refused.stderr

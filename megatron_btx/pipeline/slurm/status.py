@@ -37,12 +37,14 @@ def rows(run_dir: Path, stages: tuple[Stage, ...]) -> list[StageStatus]:
         if known or any("job" in run_jobs.begun(run_dir / stage.directory) for stage in stages):
             raise
     found = []
+    standing = state.statuses(run_dir, stages)
     for stage in stages:
         found += _parts(run_dir, stage, known)
         noted = run_jobs.begun(run_dir / stage.directory)
         numbers = [str(line["job"]) for line in (known.get(stage.name, {}), noted) if "job" in line]
         latest = max(filter(str.isdecimal, numbers), key=int, default=None)
-        found.append(_row(run_dir, stage, queued.get(stage.name) or latest, noted))
+        number = queued.get(stage.name) or latest
+        found.append(_row(run_dir, stage, number, noted, standing[stage.name]))
     return found
 
 
@@ -60,21 +62,29 @@ def _parts(run_dir: Path, stage: Stage, known: dict[str, dict[str, Any]]) -> lis
     for name, number in numbers.items():
         part = dataclasses.replace(stage, name=name)
         if name == prepare_array.BEGIN:
-            found.append(_row(run_dir, part, number, run_jobs.begun(run_dir / part.directory)))
+            noted = run_jobs.begun(run_dir / part.directory)
+            standing = state.statuses(run_dir, (part,))[name]
+            found.append(_row(run_dir, part, number, noted, standing))
         else:
             found.append(array_row(run_dir, part, number, int(known[name]["tasks"])))
     return found
 
 
-def _row(run_dir: Path, stage: Stage, number: str | None, noted: dict[str, Any]) -> StageStatus:
+def _row(
+    run_dir: Path,
+    stage: Stage,
+    number: str | None,
+    noted: dict[str, Any],
+    standing: tuple[str, str],
+) -> StageStatus:
     directory = run_dir / stage.directory
     job = commands.show(number) if number else None
     record = state.done(run_dir, stage)
-    done = record is not None
+    done = standing[0] == "done"
     if job is not None and not run_jobs.is_of(job, run_dir, stage, noted):
         job = None  # Slurm counts anew: another run's job
     seen = StageProgress(directory).read()
-    word = _word(directory, job, done)
+    word = _word(job, standing[0])
     if word == "interrupted" and _is_run(run_dir, directory):
         word = "running"
     starting = word == "running" and seen.starting
@@ -85,12 +95,14 @@ def _row(run_dir: Path, stage: Stage, number: str | None, noted: dict[str, Any])
         note = _FORGOTTEN % job.number
     elif job is not None and active:
         note = _waits(job, done) or slow_in_words(seen.summary.slow_ranks)
-    elif word == "left" and number:  # its controller was killed before it had written it down
+    elif word == "not started" and number:  # its controller was killed before it had noted it
         note = f"Slurm no longer knows its job {number}: submit again"
-    elif word == "left" and directory.is_symlink():
+    elif word == "not started" and directory.is_symlink():
         note = f"is made in {directory.resolve()}"
+    elif word in ("running", "failed") or job is not None:
+        note = "" if done else _last_words(run_dir, stage, word, job)
     else:
-        note = "" if done or word == "left" else _last_words(run_dir, stage, word, job)
+        note = standing[1]
     return StageStatus(
         stage=stage.name,
         job=number or "",
@@ -117,13 +129,13 @@ def _step(seen: StageProgress, word: str) -> str:
     return f"{seen.done:.0f}/{seen.total:.0f}" if seen.total and not seen.text else seen.text
 
 
-def _word(directory: Path, job: commands.SlurmJob | None, done: bool) -> str:
-    """Where a stage stands, in one word."""
+def _word(job: commands.SlurmJob | None, standing: str) -> str:
+    """Where a stage stands: what its job does, or how the stage ended (``state.statuses``)."""
     if job is not None and job.active and job.held:
         return "held"
-    if done:
-        return "done"
-    return job.state.lower() if job is not None and job.active else _ended(directory, job)
+    if standing == "done" or job is None:
+        return standing
+    return job.state.lower() if job.active else _ended(job, standing)
 
 
 def _is_run(run_dir: Path, directory: Path) -> bool:
@@ -139,17 +151,13 @@ def _left(seen: StageProgress, job: commands.SlurmJob | None) -> str:
     return limit if seen.seconds_left is None else f"{clock(seen.seconds_left)} of {limit}"
 
 
-def _ended(directory: Path, job: commands.SlurmJob | None) -> str:
-    """How a stage that is neither done nor in the queue ended."""
-    if (directory / "error.json").exists():
-        return "failed"
-    if job is not None and job.state.startswith("CANCELLED"):
+def _ended(job: commands.SlurmJob, standing: str) -> str:
+    """How a stage ended whose job is over, and which is not done."""
+    if standing in ("out of date", "failed"):
+        return standing
+    if job.state.startswith("CANCELLED"):
         return "cancelled"
-    if (directory / "stopped.json").exists():
-        return "stopped"
-    if job is not None:
-        return "failed" if job.state == "FAILED" else job.state.lower().replace("_", " ")
-    return "interrupted" if (directory / "attempts.jsonl").exists() else "left"
+    return standing if standing == "stopped" else job.state.lower().replace("_", " ")
 
 
 def _last_words(run_dir: Path, stage: Stage, word: str, job: commands.SlurmJob | None) -> str:

@@ -20,8 +20,7 @@ class StageStatus:
     stage: str
     job: str = ""
     state: str = ""
-    """Slurm's word for an active job, or ``held``; else ``done``, ``failed``, ``stopped``,
-    ``cancelled``, ``left``."""
+    """Slurm's word for its job, or ``held``; else as of ``state.statuses``."""
     nodes: str = ""
     step: str = ""
     loss: float | None = None
