@@ -285,6 +285,13 @@ def check_not_read(path: Path, inputs: Iterable[str | Path]) -> None:
         raise UserError(str(path), "is read here, and would be replaced", "give another name")
 
 
+def no_directory(path: Path) -> UserError:
+    """That something was to lie in what is no directory."""
+    if path.exists():
+        return UserError(str(path), "is not a directory", "give another place, or move it away")
+    return UserError(str(path), "no such directory", "make it first")
+
+
 def check_file(path: Path) -> None:
     """Before any work: that a file can be written at ``path``.
 
@@ -295,7 +302,7 @@ def check_file(path: Path) -> None:
         raise UserError(str(path), "exists and is not a file", "give the name of a file")
     parent = path.absolute().parent
     if not parent.is_dir():
-        raise UserError(str(path.parent), "no such directory", "make it first")
+        raise no_directory(path.parent)
     _check_writable(parent)
 
 

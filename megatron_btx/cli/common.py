@@ -34,7 +34,7 @@ def recipe_files(given: Sequence[Path]) -> list[Path]:
         recipes = [file for file in inside if file.resolve() not in bases]
         if not recipes:
             fix = "give a recipe, or a folder of them"
-            if (path.parent / "recipe.yaml").is_file():  # a stage's directory
+            if all((path.parent / own).is_file() for own in ("recipe.yaml", "lock")):  # a stage's
                 fix = f"give the run: {path.parent}"
             raise UserError(str(path), "has no recipe in it", fix)
         found += recipes

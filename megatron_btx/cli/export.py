@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_btx.cli.common import command, run_directory
 from megatron_btx.errors import UserError
+from megatron_btx.files import no_directory
 from megatron_btx.pipeline import eval_ranks
 from megatron_btx.recipe.load import load_recipe
 from megatron_btx.recipe.read_architecture import from_manifest
@@ -64,7 +65,7 @@ def run(options: argparse.Namespace) -> int:
     if os.path.lexists(out):
         raise UserError(str(out), "exists already", "remove it, or give another name")
     if not out.absolute().parent.is_dir():
-        raise UserError(str(out.parent), "no such directory", "create it first")
+        raise no_directory(out.parent)
     row_of(load_recipe(run_dir / "recipe.yaml"), options.stage)  # told before anything starts
     found = _exported(options)
     sys.stdout.writelines(f"llama.cpp: {line}\n" for line in found["llama_cpp"])

@@ -64,7 +64,7 @@ def add_parser(commands: Any) -> None:
         type=int,
         help="sequence length in training (the model's, at most 4096)",
     )
-    parser.add_argument("--name", default="mine", help="name of the run (mine)")
+    parser.add_argument("--name", help="name of the run (that of --out; of recipe.yaml: mine)")
     parser.add_argument(
         "--example", metavar="NAME", nargs="+", default=[], help="write these examples"
     )
@@ -126,7 +126,7 @@ def _begin(options: argparse.Namespace) -> int:
     out = options.out or Path("recipe.yaml")
     asked = Asked(
         out=out,
-        name=options.name,
+        name=options.name or ("mine" if out.stem == "recipe" else out.stem),
         seed=options.seed,
         experts=experts,
         train=_by_name("--data", options.data, errors),
@@ -137,6 +137,11 @@ def _begin(options: argparse.Namespace) -> int:
         seq_length=options.seq_length,
     )
     begin(asked, errors)
+    for name in sorted(asked.experts.keys() - asked.train.keys()):
+        sys.stderr.write(
+            f"warning: --expert {name} has no --data {name}=FILE: no text of its domain is in the "
+            "finetuning, and none is held out to measure it\n"
+        )
     sys.stdout.write(f"{out}\n\nnext: btx plan {out}\n")
     return 0
 

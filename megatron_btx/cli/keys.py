@@ -11,7 +11,7 @@ from typing import Any
 from megatron_btx.cli.common import command
 from megatron_btx.errors import UserError
 from megatron_btx.recipe import key_reference
-from megatron_btx.recipe.messages import near_key
+from megatron_btx.recipe.messages import ELSEWHERE, near_key
 
 _EPILOG = """examples:
   btx keys                     every key
@@ -39,7 +39,10 @@ def run(options: argparse.Namespace) -> int:
     found = key_reference.matching(options.prefix)
     if not found:
         names = [key.name for key in key_reference.all_keys()]
-        near = near_key(options.prefix, [*names, *(name.rpartition(".")[2] for name in names)])
+        last = {name.rpartition(".")[2] for name in names}
+        elsewhere = ELSEWHERE.get(options.prefix.lower().replace("-", "_"))
+        near = f"; did you mean `{elsewhere}`?" if elsewhere in last else ""
+        near = near or near_key(options.prefix, [*names, *last])
         raise UserError(options.prefix, "is no key of a recipe", f"see `btx keys`{near}")
     if options.json:
         sys.stdout.write(json.dumps([dataclasses.asdict(key) for key in found], indent=1) + "\n")

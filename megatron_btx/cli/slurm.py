@@ -60,7 +60,7 @@ def add_parser(commands: Any) -> None:
     parser = command(
         commands,
         "status",
-        "show the state of every stage of a submitted recipe",
+        "show the state of every stage of a run, on this machine or under Slurm",
         "examples:\n"
         "  btx status recipe.yaml\n"
         "  btx status recipe.yaml --watch\n"

@@ -12,6 +12,7 @@ from megatron_btx.families.tokenizer_files import (
     has_chat_template,
     place_of,
 )
+from megatron_btx.families.tokenizer_identity import FAST
 from megatron_btx.recipe.count import resolved
 from megatron_btx.recipe.schema import Model
 from megatron_btx.weights.plan import Checkpoint
@@ -31,8 +32,20 @@ def labels_of(models: Sequence[Checkpoint]) -> list[str]:
     return [model.label for model in models]
 
 
-def disagreements(models: Sequence[Checkpoint]) -> list[UserError]:
-    """Everything in which the models differ and must not: shape, positions, norms, tokenizer."""
+_ONE_SEED = "mix models that were branched from one seed"
+_VOUCH = (
+    "mix models of one tokenizer; where the ids that the text uses mean the same in both, say "
+    "whose tokenizer the result gets: btx mix --tokenizer NAME"
+)
+_ALIGN = (
+    "one has all tokens of the other and some more: --align-vocab (mix.align_vocab in a recipe) "
+    "gives each model a row for every token"
+)
+
+
+def disagreements(models: Sequence[Checkpoint], *, alignable: bool = True) -> list[UserError]:
+    """Everything in which the models differ and must not: shape, positions, norms, tokenizer;
+    ``alignable``: whether what asks can be given ``--align-vocab``."""
     first, *others = models
     errors = []
     labels = labels_of(models)
@@ -42,20 +55,31 @@ def disagreements(models: Sequence[Checkpoint]) -> list[UserError]:
         if model.architecture.experts:
             errors.append(UserError(_where(model), "already an MoE", "give dense models"))
     for other in others:
-        errors += differences(first, other)
+        errors += differences(first, other, alignable=alignable)
     return errors
 
 
-def differences(one: Checkpoint, other: Checkpoint) -> list[UserError]:
+def differences(one: Checkpoint, other: Checkpoint, *, alignable: bool = False) -> list[UserError]:
     """Everything in which a second model differs from a first and must not."""
+    align = alignable and _differ_in_added_tokens(one, other)
     return [
         UserError(
             _where(other),
             f"{what} is {theirs}, that of {one.label} is {mine}",
-            "mix models that were branched from one seed",
+            _ALIGN if align and what == "vocab_size" else _ONE_SEED,
         )
         for what, mine, theirs in _differing(one, other)
-    ] + _tokenizers(one, other)
+    ] + _tokenizers(one, other, _ALIGN if align else _VOUCH)
+
+
+def _differ_in_added_tokens(one: Checkpoint, other: Checkpoint) -> bool:
+    """Whether one tokenizer is the other with more added tokens."""
+    places = {m.label: place_of(m.path) for m in (one, other) if m.path is not None}
+    if len(places) < 2 or not all((place / FAST).is_file() for place in places.values()):
+        return False
+    most = places[tokenizer_identity.most_tokens(places)]
+    (fewer,) = (place for place in places.values() if place != most)
+    return not tokenizer_identity.beyond_added(fewer, most)
 
 
 def _differing(one: Checkpoint, other: Checkpoint) -> list[tuple[str, object, object]]:
@@ -122,7 +146,7 @@ def _vouched(models: Sequence[Checkpoint], speaker: Checkpoint) -> list[str]:
     return said
 
 
-def _tokenizers(one: Checkpoint, other: Checkpoint) -> list[UserError]:
+def _tokenizers(one: Checkpoint, other: Checkpoint, fix: str) -> list[UserError]:
     """In what the tokenizers differ, where both models come with one: files of other bytes may be
     one tokenizer."""
     mine, theirs = (model.manifest.get("tokenizer") or {} for model in (one, other))
@@ -135,10 +159,6 @@ def _tokenizers(one: Checkpoint, other: Checkpoint) -> list[UserError]:
         unlike = tokenizer_identity.differences(*there)
     else:
         unlike = [f"sha256 is {hashes[1][1]}, not {hashes[0][1]}"]
-    fix = (
-        "mix models of one tokenizer; where the ids that the text uses mean the same in both, say "
-        "whose tokenizer the result gets: btx mix --tokenizer NAME"
-    )
     if not unlike:
         return []
     what = f"its tokenizer is not that of {one.label}: {'; '.join(unlike)}"

@@ -16,6 +16,7 @@ from typing import Any
 
 from megatron_btx.errors import UserError, UserErrors, shown
 from megatron_btx.files import check_file, written
+from megatron_btx.recipe.messages import near_key
 from megatron_btx.recipe.yaml_tree import Node, tree_of
 
 BASE = "base"
@@ -30,6 +31,10 @@ _REFUSED = {
     "shared_experts": "a Mixtral has none, and the mix of Branch-Train-MiX makes none",
     "architecture": "the output family is chosen automatically; --family chooses another",
 }
+_MERGES = (
+    "average the models by flags: btx mix --method average --sources NAME=DIR ... [--average "
+    "NAME=WEIGHT ...] [--ties SHARE | --dare SHARE] (docs/coming-from-mergekit.md)"
+)
 _EXPERT_REFUSED = {
     "noise_scale": (0, "no noise is added to experts that differ already"),
     "residual_scale": (1, "down projections are not scaled"),
@@ -50,7 +55,7 @@ class Gates:
 
 def is_mergekit(tree: Node) -> bool:
     """Whether a file is one of theirs, by its keys."""
-    return "base_model" in tree.value
+    return "base_model" in tree.value or "merge_method" in tree.value
 
 
 def read(tree: Node) -> tuple[Node, Gates | None]:
@@ -60,12 +65,17 @@ def read(tree: Node) -> tuple[Node, Gates | None]:
     Raises:
         UserErrors: everything in it that is wrong, or that cannot be meant here.
     """
+    if "merge_method" in tree.value:
+        method = tree.value["merge_method"]
+        what = f"{method.value!r:.40}: a file of mergekit-yaml, which makes no MoE"
+        raise UserErrors([UserError(method.where, what, _MERGES)])
     errors: list[UserError] = []
     for key, node in tree.value.items():
         if key in _REFUSED and node.value:
             errors.append(UserError(node.where, f"is refused: {_REFUSED[key]}", "remove it"))
         elif key not in (*_KEYS, *_REFUSED):
-            errors.append(UserError(node.where, "is no key of mergekit-moe", "remove it"))
+            near = near_key(key, _KEYS).removeprefix("; ") or "remove it"
+            errors.append(UserError(node.where, "is no key of mergekit-moe", near))
     plain = _plain(tree)
     mode, dtype = plain.get("gate_mode", "hidden"), plain.get("dtype")
     if mode not in _MODES:
@@ -113,12 +123,9 @@ def _experts(
                 nothing, why = _EXPERT_REFUSED[key]
                 if one.value is not None and one.plain() != nothing:
                     errors.append(UserError(one.where, f"is refused: {why}", "remove it"))
-            elif key not in (
-                "source_model",
-                "positive_prompts",
-                "negative_prompts",
-            ):
-                errors.append(UserError(one.where, "is no key of an expert", "remove it"))
+            elif key not in _EXPERT_KEYS:
+                near = near_key(key, _EXPERT_KEYS).removeprefix("; ") or "remove it"
+                errors.append(UserError(one.where, "is no key of an expert", near))
         path = _path(entries["source_model"], errors)
         label = _label(path, place, taken)
         sources.append(f"{label}={path}")

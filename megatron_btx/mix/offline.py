@@ -28,6 +28,7 @@ from megatron_btx.families.tokenizer_files import (
     token_ids,
     tokenizer_files,
 )
+from megatron_btx.files import no_directory
 from megatron_btx.mix import mergekit_config
 from megatron_btx.mix.card import mix_card
 from megatron_btx.mix.compatibility import speaker_of, tokenizer_words
@@ -112,7 +113,7 @@ def _prepared(request: MixRequest) -> tuple[MixRequest, list[Checkpoint], Plan, 
             UserError(str(destination), "exists already", "remove it, or give another name")
         )
     elif not request.dry_run and not destination.absolute().parent.is_dir():
-        errors.append(UserError(str(destination.parent), "no such directory", "make it first"))
+        errors.append(no_directory(destination.parent))
     execution = ONE_BY_ONE
     with collect_errors(errors):
         execution = _execution(request)

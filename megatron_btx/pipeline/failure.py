@@ -73,6 +73,11 @@ def of_system(error: OSError) -> UserError | None:
     named = error.filename is not None or error.errno in _FULL
     if fix is None or not named:
         return None
+    if error.errno in (errno.ENOTDIR, errno.EEXIST):
+        for place in Path(str(error.filename)).parents:
+            if place.is_file():
+                what = "is a file, where a directory should be"
+                return UserError(str(place), what, f"move it away, {_PLACE}")
     return UserError(str(error.filename or "the disk"), str(error.strerror).lower(), fix)
 
 

@@ -187,8 +187,8 @@ def _space(recipe: Recipe, run_dir: Path, left: tuple[Stage, ...]) -> None:
     there = run_dir.absolute()
     while not there.exists():
         there = there.parent
-    free = shutil.disk_usage(there).free
-    if needed > free:
+    total, _, free = shutil.disk_usage(there)  # a total of 0: of files that are no disk's
+    if needed > free and total:
         raise UserError(
             str(run_dir),
             f"its checkpoints need {human(needed, 'B')}, {human(free, 'B')} are free: "

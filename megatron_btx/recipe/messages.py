@@ -22,6 +22,7 @@ ELSEWHERE = {
     "lr_scheduler_type": "lr_decay_style",
     "max_grad_norm": "clip_grad",
     "per_device_train_batch_size": "micro_batch_size",
+    "gradient_accumulation_steps": "global_batch_size",
     "adam_epsilon": "adam_eps",
     "num_hidden_layers": "num_layers",
     "intermediate_size": "ffn_hidden_size",
@@ -47,6 +48,7 @@ ELSEWHERE = {
     "train_batch_size": "global_batch_size",
     "micro_batch": "micro_batch_size",
     "warmup": "lr_warmup_iters",
+    "warmup_ratio": "lr_warmup_iters",
     "lr_scheduler": "lr_decay_style",
     "scheduler": "lr_decay_style",
     "grad_clip": "clip_grad",
@@ -62,8 +64,13 @@ ELSEWHERE = {
     "top_k": "moe_router_topk",
     "topk": "moe_router_topk",
     "num_tokens": "tokens",
+    "epochs": "tokens",
+    "num_epochs": "tokens",
+    "num_train_epochs": "tokens",
 }
 """The keys of a recipe that stand for what other trainers call otherwise."""
+MEANT = {("seed", int): "random_seed"}
+"""A block, and the type of a value in its place: the key that such a value is probably for."""
 SUFFIXES = {"K": 3, "M": 6, "B": 9, "G": 9, "T": 12}
 """What may follow a number, small or capital: the power of ten that it stands for."""
 

@@ -18,6 +18,7 @@ from typing import Any, Literal, TypeVar
 
 from megatron_btx.errors import UserError, UserErrors, notice
 from megatron_btx.recipe.messages import (
+    MEANT,
     describe,
     guess,
     homes,
@@ -36,6 +37,23 @@ BAD: Any = object()
 """Stands for a value whose error has been noted."""
 _MOST, _MOST_KEYS = 50, 20
 """Errors that are told, and unknown keys of a block among them."""
+
+
+def _block_of(cls: Any, node: Node, key: str) -> str:
+    """What to write instead of a value that stands where a block should."""
+    fields = dataclasses.fields(cls)
+    names = ", ".join(yaml_name(one.name) for one in fields[:4])
+    fix = f"give keys under it: {names}, ..."
+    if node.value is True and all(_may_be_left_out(one) for one in fields):
+        return f"`{key}: {{}}` has its defaults; or {fix}"
+    if (meant := MEANT.get((key, type(node.value)))) is not None:
+        return f"did you mean `{meant}`? Else {fix}"
+    return fix
+
+
+def _may_be_left_out(one: dataclasses.Field[Any]) -> bool:
+    missing = dataclasses.MISSING
+    return one.default is not missing or one.default_factory is not missing
 
 
 @dataclass
@@ -124,11 +142,8 @@ class Reader:
         """A dataclass from what should be blocks of keys."""
         wrong = [layer for layer in layers if not isinstance(layer.value, dict)]
         if wrong:
-            names = ", ".join(yaml_name(one.name) for one in dataclasses.fields(cls)[:4])
             return self.error(
-                wrong[0],
-                f"is {wrong[0].kind}, not a block",
-                f"give keys under it: {names}, ...",
+                wrong[0], f"is {wrong[0].kind}, not a block", _block_of(cls, wrong[0], key)
             )
         if not layers:  # an empty block, nothing to inherit
             layers = [dataclasses.replace(self.marks[key], value={})]

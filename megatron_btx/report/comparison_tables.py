@@ -11,6 +11,7 @@ from megatron_btx.evaluate.results import MEAN
 from megatron_btx.evaluate.routing_stats import choice_in_words
 from megatron_btx.pipeline.local.progress import amount, clock
 from megatron_btx.recipe.messages import aligned
+from megatron_btx.recipe.stages import expert_stage
 from megatron_btx.report.comparison import Comparison, System
 from megatron_btx.report.paired_differences import Paired
 from megatron_btx.report.table import untold
@@ -127,11 +128,15 @@ def retention(comparison: Comparison) -> Table | None:
         if system.name != "seed":
             kept = [comparison.retained(system, domain) for domain in domains]
             rows.append([system.name, *map(_kept, kept)])
+    known = {system.name for system in comparison.systems}
+    without = [c for c in comparison.columns if expert_stage(c) in known and c not in domains]
     what = (
         "Retention: of the loss that a domain's expert gained over the seed on its own domain, the "
         "share that a system keeps, (seed - system) / (seed - expert), mean over the random seeds; "
         "in brackets the nats per token that it is behind the expert"
     )
+    if without:
+        what += f"; not of {', '.join(without)}, whose expert gained nothing over the seed"
     return what, rows
 
 

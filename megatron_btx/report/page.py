@@ -81,6 +81,7 @@ def render(facts: RunData) -> str:
         lineage=list(_lineage(facts)),
         keys=[(stage.stage.name, stage.stage.key) for stage in facts.stages],
         recipe=dump(facts.recipe),
+        seeds_tokenizer=facts.recipe.seed.from_ and facts.recipe.tokenizer.path is None,
     )
 
 

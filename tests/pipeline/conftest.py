@@ -19,6 +19,17 @@ ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "examples" / "tiny" / "recipe.yaml"
 
 
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """As it was before each test: a rank completes its own (``RANK``, ``BTX_ATTEMPT``, ...), and
+    what one that is called in this process has set would reach the processes of later tests."""
+    before = dict(os.environ)
+    yield
+    for name in os.environ.keys() - before.keys():
+        del os.environ[name]
+    os.environ.update(before)
+
+
 class Run:
     """``btx run`` on the tiny recipe, its ranks fake; ``wish`` says how they behave."""
 

@@ -24,8 +24,6 @@ def two_ranks(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     known = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     for name, value in known.items():
         monkeypatch.setenv(name, value)
-    for name in (*worker._THREADS, "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):  # set by it: undone after
-        monkeypatch.setenv(name, "1")
     return monkeypatch
 
 

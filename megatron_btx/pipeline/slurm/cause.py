@@ -22,6 +22,8 @@ _KILLED = re.compile(
 )
 _LAUNCHER = re.compile(r"(srun|slurmstepd|scontrol): |slurmstepd-\S+: ")
 _ERROR = re.compile(r"(\d+: )?(error: .*|[\w.]*(Error|Exception|Interrupt)\b.*)")
+_WARNING = re.compile(r"\s|.*\b\w*Warning: ")
+"""A line of Python's for a warning, and its line of code."""
 _LOOKED_AT = 400
 
 
@@ -55,7 +57,8 @@ def cause(directory: Path, job: SlurmJob | None, log: Path | None) -> str:
         disk = os.statvfs(directory if directory.exists() else directory.parent)
         if disk.f_bavail * disk.f_frsize < 1 << 20:
             return f"no space left on the disk of {directory}: free some and submit again"
-    return (own or lines or [""])[-1]
+    plain = [line for line in own if not _WARNING.match(line)]
+    return (plain or lines or [""])[-1]
 
 
 def _told(directory: Path, job: SlurmJob | None) -> tuple[str, str] | None:

@@ -99,7 +99,9 @@ def _row(
         note = f"Slurm no longer knows its job {number}: submit again"
     elif word == "not started" and directory.is_symlink():
         note = f"is made in {directory.resolve()}"
-    elif word in ("running", "failed") or job is not None:
+    elif word == "running":
+        note = slow_in_words(seen.summary.slow_ranks)
+    elif word == "failed" or job is not None:
         note = "" if done else _last_words(run_dir, stage, word, job)
     else:
         note = standing[1]
