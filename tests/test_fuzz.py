@@ -159,6 +159,9 @@ def _run(root: Path) -> None:
     for step in range(1, 4):
         metrics.write("train", step, loss=3.0 / step, lr=1e-3, tokens=512 * step)
     metrics.close()
+    step = directory / "checkpoints" / "step_00000012"
+    step.mkdir(parents=True)
+    (step / ".metadata").touch()  # a dry run sees that there is one
     other = root / "runs" / "small" / "finetune"
     other.mkdir()
     state.begin(other, 1, 1)

@@ -74,12 +74,11 @@ def differences(one: Checkpoint, other: Checkpoint, *, alignable: bool = False) 
 
 def _differ_in_added_tokens(one: Checkpoint, other: Checkpoint) -> bool:
     """Whether one tokenizer is the other with more added tokens."""
-    places = {m.label: place_of(m.path) for m in (one, other) if m.path is not None}
+    places = {str(place_of(m.path)): place_of(m.path) for m in (one, other) if m.path is not None}
     if len(places) < 2 or not all((place / FAST).is_file() for place in places.values()):
         return False
-    most = places[tokenizer_identity.most_tokens(places)]
-    (fewer,) = (place for place in places.values() if place != most)
-    return not tokenizer_identity.beyond_added(fewer, most)
+    most = places.pop(tokenizer_identity.most_tokens(places))
+    return not any(tokenizer_identity.beyond_added(fewer, most) for fewer in places.values())
 
 
 def _differing(one: Checkpoint, other: Checkpoint) -> list[tuple[str, object, object]]:

@@ -45,7 +45,7 @@ def _block_of(cls: Any, node: Node, key: str) -> str:
     names = ", ".join(yaml_name(one.name) for one in fields[:4])
     fix = f"give keys under it: {names}, ..."
     if node.value is True and all(_may_be_left_out(one) for one in fields):
-        return f"`{key}: {{}}` has its defaults; or {fix}"
+        return f"`{key.rpartition('.')[2]}: {{}}` has its defaults; or {fix}"
     if (meant := MEANT.get((key, type(node.value)))) is not None:
         return f"did you mean `{meant}`? Else {fix}"
     return fix
@@ -76,13 +76,15 @@ class Reader:
         return BAD
 
     def raise_errors(self) -> None:
-        """All of them, each once, in the order of the file.
+        """All of them, each once, in the order of the file: what a block says that several others
+        inherit is met with each of them.
 
         Raises:
             UserErrors: there are some.
         """
         ordered = sorted(self.errors, key=lambda pair: (str(pair[0].file), pair[0].line))
-        found = list({str(error): error for _, error in ordered}.values())
+        found = list({(error.where, error.what): error for _, error in reversed(ordered)}.values())
+        found.reverse()
         if len(found) > _MOST:
             left = f"{len(found) - _MOST:,} more errors"
             found = [

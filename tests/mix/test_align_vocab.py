@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
 
 from megatron_btx.data.run_tokenizer import make_tokenizer
-from megatron_btx.errors import UserError
+from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.families import open_hf
 from megatron_btx.mix.plans import open_sources, plan_of
 from megatron_btx.mix.request import MixRequest
@@ -185,5 +185,8 @@ def test_a_recipe_refuses_other_tokenizers(sources, tmp_path):
 
 def test_without_the_flag_it_is_refused_as_ever(sources, tmp_path):
     asked = [word for word in words(sources, tmp_path / "out") if word != "--align-vocab"]
-    with pytest.raises(UserError, match="vocab_size is 71, that of code is 73"):
+    with pytest.raises(UserErrors, match="vocab_size is 71, that of code is 73") as caught:
         btx(*asked, "--dry-run")
+    about = [error for error in caught.value.errors if "vocab" in error.what]
+    assert about
+    assert all("--align-vocab" in error.fix for error in about), "the way that leads on"

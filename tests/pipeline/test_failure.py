@@ -70,3 +70,13 @@ def test_what_the_system_says_of_a_file_is_the_user_s_error() -> None:
         assert words in found.fix
     assert failure.of_system(OSError(errno.ENOENT, "none")) is None
     assert failure.of_system(OSError(errno.ECONNRESET, "reset", "there")) is None
+
+
+def test_a_file_where_a_directory_should_be(tmp_path: Path) -> None:
+    """Leaving it alone would not help."""
+    (tmp_path / "finetune").touch()
+    with pytest.raises(OSError, match="directory") as caught:
+        (tmp_path / "finetune" / "log").mkdir(parents=True)
+    found = failure.of_system(caught.value)
+    assert found is not None
+    assert (found.where, "move it away" in found.fix) == (str(tmp_path / "finetune"), True)

@@ -74,6 +74,24 @@ def test_what_it_writes_is_a_recipe_as_it_is(there: Path, tmp_path: Path, capsys
     assert "warning" not in said.err
 
 
+def test_a_run_is_called_as_its_file_and_an_expert_without_text_is_told(
+    there: Path, tmp_path: Path, capsys
+) -> None:
+    words = [
+        "--seed",
+        "seed",
+        "--expert",
+        "code=code",
+        "--expert",
+        "math=code",
+        "--data",
+        "code=code.jsonl",
+    ]
+    assert main(["init", *words, "--out", str(tmp_path / "second.yaml")]) == 0
+    assert load_recipe(tmp_path / "second.yaml").name == "second"
+    assert "warning: --expert math has no --data math=FILE" in capsys.readouterr().err
+
+
 def test_names_that_yaml_would_read_otherwise(there: Path, tmp_path: Path) -> None:
     out = tmp_path / "recipe.yaml"
     words = [*ASKED.split(), "--expert", "quoted=a b: 'c'", "--out", str(out)]

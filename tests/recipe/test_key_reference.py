@@ -63,3 +63,5 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert every == [dataclasses.asdict(key) for key in key_reference.all_keys()]
     assert main(["keys", "hiden_size"]) == 2
     assert "did you mean `hidden_size`?" in capsys.readouterr().err
+    assert main(["keys", "learning_rate"]) == 2
+    assert "did you mean `lr`?" in capsys.readouterr().err

@@ -214,6 +214,8 @@ BAD = [
     ("  lr: 1e-3", "  tokens: 4X", "training.tokens", "a whole number"),
     ("  lr: 1e-3", "  use_distributed_optimizer: 1", "training.use_distributed", "true or false"),
     ("layout: {num_threads: 2}", "layout: 3", "training.layout", "not a block"),
+    ("layout: {num_threads: 2}", "layout: true", "training.layout", "`layout: {}`"),
+    ("  lr: 1e-3", "  warmup_ratio: 0.1", "training.warmup_ratio", "mean `lr_warmup_iters`?"),
     ("  lr: 1e-3", "  layout: {}", "training.layout", "set twice"),
     ("num_layers: 4", "num_layers: 0", "model.num_layers", "at least 1"),
     ("num_layers: 4", "num_layers: true", "model.num_layers", "is true"),
@@ -466,3 +468,10 @@ def test_the_former_name_of_the_method(good: str, capsys: pytest.CaptureFixture[
     assert "btm.select is called `method` now" in capsys.readouterr().err
     assert "method: top1" in dump(old)
     assert [s.key for s in graph.build(old)] == [s.key for s in graph.build(new)]
+
+
+def test_what_several_stages_inherit_is_told_once(good: str) -> None:
+    """Of each key of `training:` one error, not one a stage."""
+    with pytest.raises(UserErrors) as caught:
+        parse_recipe(good.replace("  lr: 1e-3", "  nonsense: 1\n  layers: 3"), "recipe.yaml")
+    assert len(caught.value.errors) == 2

@@ -182,6 +182,22 @@ def test_retention(three: Comparison) -> None:
     assert comparison_tables.retention(dataclasses.replace(three, systems=systems)) is None
 
 
+def test_a_domain_without_retention_is_named(three: Comparison) -> None:
+    """Its expert is no better than the seed there."""
+    losses = {n: {**row, "code": row["math"]} for n, row in three.named("seed").losses.items()}
+    useless = dataclasses.replace(three.named("seed"), name="expert:code", losses=losses)
+    systems = tuple(
+        dataclasses.replace(one, losses={n: {**row, "code": 1.0} for n, row in one.losses.items()})
+        for one in three.systems
+    )
+    made = dataclasses.replace(
+        three, systems=(*systems, useless), columns=("math", "code", *three.columns[1:])
+    )
+    what, (head, *_) = comparison_tables.retention(made)  # type: ignore[misc]
+    assert head == ["system", "math"]
+    assert "not of code, whose expert gained nothing" in what
+
+
 def test_several_bases_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The command reads the runs under each base; nothing is left to run."""
     for name in ("short", "long"):
