@@ -26,7 +26,7 @@ UPSTREAM := tests/cli/test_run.py tests/engine tests/megatron_lm tests/weights t
   tests/tools/test_convert.py tests/examples/test_by_hand.py tests/evaluate tests/recipe tests/data
 
 test-upstream: compiled
-	$(BIN)/python -m pytest -rs -n 2 --dist loadfile --no-loadscope-reorder $(UPSTREAM)
+	$(BIN)/python -m pytest -rs -n 3 --dist loadfile --no-loadscope-reorder $(UPSTREAM)
 
 test-slurm: compiled
 	$(BIN)/python -m tests.slurm.cluster --install
