@@ -107,6 +107,11 @@ def _cost(btx: SystemResult, dense: SystemResult) -> str:
     return f"{text}, on {amount(ours)} tokens, the dense baseline on {amount(theirs)}."
 
 
+SHORT = 10_000
+"""Tokens of held-out text. Losses of single tokens have a standard deviation of 2 to 3 nats, so the
+mean of fewer is uncertain by some hundredths."""
+
+
 def notes(results: Results) -> list[str]:
     """What must be known to read the table."""
     lines = [
@@ -114,8 +119,16 @@ def notes(results: Results) -> list[str]:
         for system in results.systems.values()
         if system.expert_choice
     ]
-    taken = unknown(results.systems.values())
-    return [*lines, untold(taken)] if taken else lines
+    if taken := unknown(results.systems.values()):
+        lines.append(untold(taken))
+    tokens = {name: text.get("tokens") for name, text in results.text.items()}
+    short = [f"{name} {n:,}" for name, n in tokens.items() if n is not None and n < SHORT]
+    if short:
+        lines.append(
+            f"Held-out text is short: {', '.join(short)} tokens. Differences of a few hundredths "
+            "may be chance."
+        )
+    return lines
 
 
 def untold(taken: Iterable[str]) -> str:

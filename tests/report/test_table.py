@@ -139,3 +139,9 @@ def test_thinning_keeps_the_course_and_the_end() -> None:
     assert len(kept) == 100
     assert kept[-1][0] == 9999
     assert thin(points[:50], 100) == points[:50]
+
+
+def test_short_heldout_text_is_told() -> None:
+    text = {"code": {"tokens": 3120}, "math": {"tokens": 131_072}, "web": {}}
+    (line,) = table.notes(Results(recipe="r", domains=(), systems={}, text=text))
+    assert line.startswith("Held-out text is short: code 3,120 tokens.")
