@@ -40,8 +40,7 @@ def add_parser(commands: Any) -> None:
         "--max-new-tokens",
         metavar="N",
         type=int,
-        default=64,
-        help="maximum number of new tokens (64)",
+        help="maximum number of new tokens (64, or half of the model's context)",
     )
     parser.add_argument(
         "--temperature",
@@ -75,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
     if not options.prompt:
         raise UserError("--prompt", "is missing", "give the text to continue")
     for flag, good in (
-        ("max_new_tokens", options.max_new_tokens >= 1),
+        ("max_new_tokens", options.max_new_tokens is None or options.max_new_tokens >= 1),
         ("temperature", options.temperature >= 0),
         ("top_p", 0 < options.top_p <= 1),
         ("random_seed", 0 <= options.random_seed < 2**31),

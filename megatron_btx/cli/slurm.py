@@ -86,7 +86,7 @@ def add_parser(commands: Any) -> None:
     parser = recipe_command(
         commands,
         "logs",
-        "print the log of a stage's latest attempt",
+        "print what a stage's latest attempt has logged: warnings and errors",
         "examples:\n  btx logs recipe.yaml finetune\n  btx logs recipe.yaml expert:math -f",
     )
     parser.add_argument("stage", metavar="STAGE", help="seed, expert:math, finetune, ...")
@@ -123,11 +123,10 @@ def submit(options: argparse.Namespace) -> int:
     left = state.left(run_dir, chosen)
     check_needs(run_dir, stages, left)
     chosen = prepare_array.expand(recipe, left)
-    if options.dry_run:
+    if options.dry_run and chosen:
         sys.stdout.write(submit.dry_run(recipe, run_dir, chosen, whole=options.scripts))
-        if chosen:
-            run_checks.check_inputs((recipe, run_dir, left))
-            run_checks.keeps_recipe(run_dir, Path(options.recipe), recipe)
+        run_checks.check_inputs((recipe, run_dir, left))
+        run_checks.keeps_recipe(run_dir, Path(options.recipe), recipe)
         return 0
     if not chosen:
         sys.stdout.write(f"{recipe.name}: all selected stages are done ({run_dir})\n")
@@ -199,7 +198,7 @@ def logs(options: argparse.Namespace) -> int:
     stage = prepare_array.find(stages, options.stage)
     path = status.log_file(run_dir, stage)
     if path is None and not options.follow:
-        raise _no_log(run_dir, stage, options.recipe)
+        return _no_log(run_dir, stage, options.recipe)
     offset = 0
     while True:
         latest = status.log_file(run_dir, stage)
@@ -217,14 +216,20 @@ def logs(options: argparse.Namespace) -> int:
         time.sleep(0.5)
 
 
-def _no_log(run_dir: Path, stage: Stage, recipe: str) -> UserError:
+def _no_log(run_dir: Path, stage: Stage, recipe: str) -> int:
+    """Say why there is nothing to print; exit code 0 where a stage had nothing to say.
+
+    Raises:
+        UserError: it has not been begun.
+    """
     directory = run_dir / stage.directory
     if state.done(run_dir, stage) is None and not (directory / "attempts.jsonl").exists():
-        return UserError(stage.name, "has no log yet", f"btx status {shlex.quote(recipe)}")
+        raise UserError(stage.name, "has no log yet", f"btx status {shlex.quote(recipe)}")
     losses = directory / "metrics.jsonl"
-    fix = f"its losses, step by step, are in {losses}" if losses.exists() else ""
-    what = "has printed nothing: a log holds warnings and errors alone"
-    return UserError(stage.name, what, fix or f"btx status {shlex.quote(recipe)}")
+    more = f"; its losses, step by step, are in {losses}" if losses.exists() else ""
+    said = "has printed nothing: a log holds warnings and errors alone"
+    sys.stderr.write(f"{stage.name} {said}{more}\n")
+    return 0
 
 
 def _over(run_dir: Path, stage: Stage) -> bool:

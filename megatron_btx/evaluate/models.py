@@ -133,5 +133,7 @@ def similarity_index(subject: Subject, random_seed: int = 0) -> TfIdf | None:
             random_seed=random_seed,
         )
     if index.empty:
-        raise UserError(subject.name, f"no training text of {', '.join(index.empty)}")
+        what = f"no training text of {', '.join(index.empty)} to compare contexts with (tf-idf)"
+        fix = "give a set of models with their text, or with `method: posterior` (docs/evaluate.md)"
+        raise UserError(subject.name, what, fix)
     return index

@@ -86,7 +86,7 @@ def blend(
         UserErrors: models that differ, or an FFN that cannot be cut so.
     """
     count = len(models)
-    _check(models, count, averaging)
+    _check(models, count, averaging, blend=True)
     mix = Mix(method="blend")
     architecture = models[0].architecture.mixture(labels_of(models), mix, routing)
     tensors = [model.tensors for model in models]
@@ -105,11 +105,14 @@ def blend(
     )
 
 
-def _check(models: Sequence[Checkpoint], chunks: int, averaging: Averaging) -> None:
+def _check(
+    models: Sequence[Checkpoint], chunks: int, averaging: Averaging, *, blend: bool = False
+) -> None:
     errors = disagreements(models) + averaging.errors(models)
     size = models[0].architecture.model.ffn_hidden_size
     if size % chunks:
         what = f"an FFN of {size} does not divide into {chunks} chunks"
-        errors.append(UserError("mix.num_chunks", what, "choose a divisor"))
+        blended = "blend cuts it into as many as there are models: mix another number of them"
+        errors.append(UserError("mix.num_chunks", what, blended if blend else "choose a divisor"))
     if errors:
         raise UserErrors(errors)

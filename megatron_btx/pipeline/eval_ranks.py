@@ -237,8 +237,13 @@ def _generate(request: EvalRequest, layout: Layout) -> list[dict[str, Any]]:
 
     (subject,) = _subjects(request)
     predictor = _predictor(request, layout, subject)
-    decoding = request["decoding"]
-    decoding = Decoding(**{**decoding, "until": tuple(decoding["until"])})
+    asked, context = dict(request["decoding"]), predictor.seq_length
+    if asked["max_new_tokens"] is None:
+        asked["max_new_tokens"] = max(1, min(64, context // 2))
+    elif asked["max_new_tokens"] >= context:
+        what = f"is {asked['max_new_tokens']}, and the model's context has {context} tokens"
+        raise UserError("--max-new-tokens", what, "give fewer: the prompt needs room too")
+    decoding = Decoding(**{**asked, "until": tuple(asked["until"])})
     found = generate(predictor, request["prompts"], decoding, ProgressLine("generating"))
     return [dataclasses.asdict(one) for one in found]
 

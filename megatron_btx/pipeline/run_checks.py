@@ -14,11 +14,12 @@ from megatron_btx.pipeline.graph import Stage
 from megatron_btx.pipeline.local import run_stages
 from megatron_btx.recipe import check as recipe_check
 from megatron_btx.recipe import check_paths, run_plan
-from megatron_btx.recipe.load import dump, dump_kept
+from megatron_btx.recipe.load import KEPT, dump, dump_kept, is_run
 from megatron_btx.recipe.run_plan import human
 from megatron_btx.recipe.schema import Recipe
 from megatron_btx.recipe.stages import directory as stage_directory
 from megatron_btx.recipe.stages import recipe_key, stage_of_key
+from megatron_btx.recipe.yaml_tree import read_tree
 from megatron_btx.weights.find_checkpoint import find_checkpoint
 
 _READ_AHEAD = 2 << 30
@@ -159,20 +160,26 @@ def keeps_recipe(run_dir: Path, given: Path, recipe: Recipe) -> None:
     Raises:
         UserError: a ``recipe.yaml`` is there that no run has written, or it is the recipe itself.
     """
-    copy = run_dir / "recipe.yaml"
+    copy = run_dir / KEPT
     if not copy.exists():
         return
-    begun = (run_dir / "lock").exists() or any(run_dir.glob("*/stage.json"))
     itself = copy.resolve() == given.resolve()
-    earlier = dump(dataclasses.replace(recipe, run_dir=str(run_dir.absolute())))
-    resolved = (dump_kept(recipe, run_dir), earlier)  # of a release that kept `share` as it stood
-    if begun and not (itself and copy.read_text(encoding="utf-8") not in resolved):
+    if is_run(run_dir) and not (itself and not _was_kept(copy, recipe)):
         return
     raise UserError(
         str(copy),
         "is the recipe itself" if itself else "exists and was not written by a run",
         "a run writes the resolved recipe under this name: give another `run_dir:`",
     )
+
+
+def _was_kept(copy: Path, recipe: Recipe) -> bool:
+    """Whether a run has written this recipe, wherever that was."""
+    text = copy.read_text(encoding="utf-8")
+    there = read_tree(copy).value.get("run_dir")
+    run_dir = Path(str(there.value)) if there is not None else copy.parent.absolute()
+    earlier = dump(dataclasses.replace(recipe, run_dir=str(run_dir)))
+    return text in (dump_kept(recipe, run_dir), earlier)  # of a release that kept `share` as it was
 
 
 def _space(recipe: Recipe, run_dir: Path, left: tuple[Stage, ...]) -> None:

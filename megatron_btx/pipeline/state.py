@@ -115,7 +115,8 @@ def statuses(
 def _status(run_dir: Path, stage: Stage, share: Sequence[str], *, is_left: bool) -> tuple[str, str]:
     directory = run_dir / stage.directory
     if done(run_dir, stage) is not None:
-        return "done", ""
+        lost = stage.kind in graph.TRAINED and newest_step(directory) is None
+        return "done", "its checkpoints were removed" if lost else ""
     if not is_left:
         return "done", "its token files were removed, and nothing that is left reads them"
     if (shared := find_shared(run_dir, stage, share)) is not None:

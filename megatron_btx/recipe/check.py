@@ -29,6 +29,7 @@ from megatron_btx.recipe.stages import (
     architecture,
     expert_stage,
     mismatches,
+    model_stage,
     recipe_key,
     stage_of_key,
     training,
@@ -220,6 +221,15 @@ def _system(recipe: Recipe) -> Iterator[Problem]:
         what = "is missing, or 0: a system with an MoE finetunes it"
         fix = "add `finetune: {tokens: 4M, data: {...}}`, or choose a system without one: "
         yield Problem("finetune.tokens", what, fix + "`system: experts`, `btm` or `dense`")
+    if recipe.system == "btm" and recipe.btm.method in ("top1", "top2"):
+        for name in ("seed", *recipe.experts):
+            key = f"experts.{name}" if name in recipe.experts else name
+            if not training(recipe, model_stage(name)).data:
+                what = (
+                    f"is missing: btm.method {recipe.btm.method} compares contexts with the text "
+                )
+                fix = "say what it was trained on, or choose `btm: {method: posterior}`"
+                yield Problem(f"{key}.data", what + "that a model was trained on (tf-idf)", fix)
     if recipe.match == "compute" and not any(_model(recipe.model)):
         yield from _matched(recipe)
 

@@ -8,7 +8,8 @@ Five conveniences, all resolved on reading (``dump`` writes the result out in fu
 - ``training:`` at the top gives defaults that every stage inherits key by key; the blocks inside
   (``layout``, ``megatron``) merge, a mixture (``data``) is one value and replaces.
 - ``"*":`` in ``experts`` gives defaults that every expert inherits in the same way.
-- ``base: other.yaml`` starts from another recipe, key by key in the same way.
+- ``base: other.yaml`` starts from another recipe, key by key in the same way; an expert, a domain
+  or another entry of a mapping that is null here is left out.
 - ``steps: 200`` says the tokens of a stage by its batch and sequence length.
 - Counts may be written ``4_000_000``, ``4e6``, ``60k``, ``4M`` or ``80B``.
 """
@@ -46,8 +47,27 @@ def load_recipe(path: str | Path, base: str | Path | None = None) -> Recipe:
         UserErrors: everything that is wrong with it, at once.
     """
     tree = read_tree(Path(path))
-    bases = [] if base is None else _with_bases(read_tree(Path(base)), ())
-    return _build([*bases, tree] if bases else _with_bases(tree, ()))
+    if base is not None:
+        return _build([*_with_bases(read_tree(Path(base)), ()), tree])
+    return _where_it_lies(_build(_with_bases(tree, ())), Path(path).absolute())
+
+
+def _where_it_lies(recipe: Recipe, path: Path) -> Recipe:
+    """The recipe that a run keeps in its directory, of that directory: the run may have been moved
+    or copied since."""
+    here, said = path.parent, Path(recipe.run_dir)
+    if path.name != KEPT or not is_run(here) or (said.exists() and here.samefile(said)):
+        return recipe
+    return dataclasses.replace(recipe, run_dir=str(here))
+
+
+KEPT = "recipe.yaml"
+"""What a run's copy of its recipe is called."""
+
+
+def is_run(directory: Path) -> bool:
+    """Whether a run has been begun in a directory."""
+    return (directory / "lock").exists() or any(directory.glob("*/stage.json"))
 
 
 def parse_recipe(text: str, path: str | Path = "recipe.yaml") -> Recipe:
@@ -187,6 +207,7 @@ def _build(layers: list[Node]) -> Recipe:
     if recipe is not BAD:
         recipe = _derive(builder.with_steps(recipe))
         builder.check(recipe)
+        builder.look_for_tokens(recipe)
         if not builder.errors:
             recipe = _anchored(builder.match_dense(recipe), builder)
     builder.raise_errors()
@@ -250,6 +271,16 @@ class _Builder(Reader):
             written = node.key + key.removeprefix(near)
             if not broken & {written.split(".")[0], key.split(".")[0]}:
                 self.error(Node(None, node.file, node.line, written), what, fix)
+
+    def look_for_tokens(self, recipe: Recipe) -> None:
+        """An expert that is not trained says so: forgotten, it would be a copy of the seed."""
+        for name, expert in recipe.experts.items():
+            key = f"experts.{name}"
+            told = f"{key}.tokens" in self.marks or key in self.steps
+            if expert.from_ is None and not told and key in self.marks:
+                where = dataclasses.replace(self.marks[key], value=None, key=f"{key}.tokens")
+                fix = "add `tokens:` or `steps:`, or `from: DIR`; `tokens: 0` is a copy of the seed"
+                self.error(where, "is missing", fix)
 
     def match_dense(self, recipe: Recipe) -> Recipe:
         """Give the dense baseline the tokens of all it is compared with. Its mixtures are those of

@@ -180,6 +180,10 @@ def nearest(
     """What an unknown key may have meant: a key of another block (one of ``homes``, dotted), what
     other trainers call so, or the nearest name."""
     here = list(fields)
+    if name in homes:  # dotted, as errors and `btx keys` write it
+        first, *inner = name.split(".")
+        nested = "".join(f"{{{part}: " for part in inner)
+        return f"write it under its block: `{first}: {nested}...{'}' * len(inner)}`"
     others = [home for home in homes if home.rsplit(".", 1)[-1] == name]
     if others:
         return "it belongs in " + " or ".join(f"`{home}`" for home in others[:3])

@@ -222,6 +222,8 @@ class Reader:
             if item is Any:
                 self.marks[f"{key}.{name}"] = nodes[-1]
                 values[name] = self._plain(nodes[-1])
+            elif nodes[-1].value is None and len(nodes) > 1:
+                continue  # what a base has is left out
             else:
                 values[name] = self.value(item, nodes, f"{key}.{name}")
         return BAD if any(value is BAD for value in values.values()) else values

@@ -160,6 +160,7 @@ def test_help_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> 
         ("generate {here}/a --prompt x --random-seed -1", "out of range"),
         ("generate {here}/a", "--prompt: is missing"),
         ("generate {here}/a --prompt x --top-p 0", "out of range"),
+        ("generate {here}/a --prompt x --max-new-tokens 0", "out of range"),
         ("generate {here}/a --prompt x --stop=", "--stop: "),
         ("generate {here}/a --prompt x\udcff", "--prompt: is not UTF-8"),
         ("routing {here}/a", "give text to measure it on"),
@@ -253,6 +254,10 @@ def test_a_mistake_that_a_rank_finds(here: Path, tmp_path: Path) -> None:
     assert done.stderr.startswith("error: ")
     assert "bad.jsonl:1: has no text under 'text'" in done.stderr
     assert "Traceback" not in done.stderr
+    room = ("--prompt", "x", "--max-new-tokens", "100000")
+    done = btx("generate", here / "a", *room, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "--max-new-tokens: is 100000, and the model's context has" in done.stderr
 
 
 @pytest.mark.parametrize(("model", "payload"), [("switch", "*.distcp"), ("a", "*.safetensors")])

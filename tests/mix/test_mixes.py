@@ -200,6 +200,14 @@ def test_chunks_of_a_split_sum_to_the_ffn():
         split(models, num_chunks=5, routing=TOP2, dtype=F64)
 
 
+def test_a_blend_of_a_number_of_models_that_does_not_divide_the_ffn():
+    """The fix names what a blend has: it takes no ``num_chunks``."""
+    models = [dense(label, at) for at, label in enumerate("abcde")]
+    with pytest.raises(UserError) as caught:
+        blend(models, routing=TOP2, dtype=F64)
+    assert "mix another number of them" in str(caught.value)
+
+
 def test_blended_experts():
     models = [replace(dense("a", 1), label=label) for label in "abc"]
     plan = blend(models, routing=Routing(type="soft"), dtype=F64)

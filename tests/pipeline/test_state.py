@@ -213,5 +213,11 @@ def test_how_a_stage_stands(tmp_path: Path) -> None:
     assert stands() == ("stopped", "goes on from step_00000004")
     (directory / "error.json").write_text('{"message": "no memory\\nat all"}')
     assert stands() == ("failed", "no memory")
+    for name in ("error.json", "stopped.json"):
+        (directory / name).unlink()
+    state.finish(directory, Stage(name="seed", kind="seed", key="a"), {})
+    assert stands() == ("done", "")
+    (directory / "checkpoints" / "step_00000004").rmdir()
+    assert stands() == ("done", "its checkpoints were removed")
     word, why = stands("b")
     assert (word, "has changed" in why) == ("out of date", True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -475,3 +476,47 @@ def test_what_several_stages_inherit_is_told_once(good: str) -> None:
     with pytest.raises(UserErrors) as caught:
         parse_recipe(good.replace("  lr: 1e-3", "  nonsense: 1\n  layers: 3"), "recipe.yaml")
     assert len(caught.value.errors) == 2
+
+
+def test_an_expert_says_what_it_is_trained_on(good: str) -> None:
+    """Forgotten tokens would make it a copy of the seed; 0 is written by who means one."""
+    for nothing in ("tokens: null", "lr: 1e-4"):
+        with pytest.raises(UserErrors, match=r"experts.code.tokens: is missing") as caught:
+            parse_recipe(good.replace("tokens: 1_000_000", nothing), "recipe.yaml")
+        assert "`tokens: 0` is a copy of the seed" in str(caught.value)
+    steps = parse_recipe(good.replace("tokens: 1_000_000", "steps: 3"), "recipe.yaml")
+    assert steps.experts["code"].tokens > 0
+
+
+def test_what_a_base_has_is_left_out_by_null(good: str, tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text(good)
+    fewer = tmp_path / "fewer.yaml"
+    fewer.write_text("base: base.yaml\nexperts: {math: null}\n")
+    assert list(load_recipe(fewer).experts) == ["code"]
+    fewer.write_text("base: base.yaml\nexperts: {law: null}\n")  # which none has
+    with pytest.raises(UserErrors, match=r"experts.law.tokens: is missing"):
+        load_recipe(fewer)
+
+
+def test_a_dotted_key_goes_under_its_block(good: str) -> None:
+    with pytest.raises(
+        UserErrors, match=r"write it under its block: `mix: \{router_init: \.\.\.\}`"
+    ):
+        parse_recipe(f"{good}mix.router_init: zeros\n", "recipe.yaml")
+
+
+def test_a_run_is_where_its_directory_lies(good: str, tmp_path: Path) -> None:
+    """Moved or copied, its kept recipe still says where it was."""
+    made = tmp_path / "made"
+    made.mkdir()
+    (made / "recipe.yaml").write_text(f"{good}run_dir: {made}\n")
+    (made / "lock").touch()
+    assert load_recipe(made / "recipe.yaml").run_dir == str(made)
+    (tmp_path / "link").symlink_to(made)
+    assert load_recipe(tmp_path / "link" / "recipe.yaml").run_dir == str(made)
+    shutil.copytree(made, tmp_path / "copy")
+    assert load_recipe(tmp_path / "copy" / "recipe.yaml").run_dir == str(tmp_path / "copy")
+    made.rename(tmp_path / "moved")
+    assert load_recipe(tmp_path / "moved" / "recipe.yaml").run_dir == str(tmp_path / "moved")
+    (tmp_path / "moved" / "lock").unlink()  # a recipe of that name that no run has written
+    assert load_recipe(tmp_path / "moved" / "recipe.yaml").run_dir == str(made)

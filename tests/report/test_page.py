@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 import time
 from html.parser import HTMLParser
 from pathlib import Path
@@ -12,14 +13,17 @@ from xml.etree import ElementTree
 
 import pytest
 
+from megatron_btx.cli.main import main
 from megatron_btx.evaluate.results import SystemResult
 from megatron_btx.pipeline.local.run_recipe import _kept_current
+from megatron_btx.recipe.load import dump_kept
 from megatron_btx.recipe.schema import Recipe
 from megatron_btx.report import comparison_page, page, routing, run_figures
 from megatron_btx.report.comparison import Comparison, System
 from megatron_btx.report.routing import RoutingView
 from megatron_btx.report.run_data import gather
 from tests.report.made import FINAL, make_run
+from tests.small import tree_hash
 
 
 class _Reader(HTMLParser):
@@ -195,3 +199,26 @@ def test_btx_run_writes_it_anew(tmp_path: Path) -> None:
     path.unlink()
     time.sleep(0.05)
     assert not path.exists(), "it ends with the run"
+
+
+def test_a_run_that_was_copied_is_the_copy(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is said of its directory reads and writes there, and nothing in the one it came from."""
+    recipe, run_dir = make_run(tmp_path)
+    (run_dir / "recipe.yaml").write_text(dump_kept(recipe, run_dir))
+    (run_dir / "lock").touch()
+    copy = tmp_path / "copy"
+    shutil.copytree(run_dir, copy)
+    before = tree_hash(run_dir)
+    assert main(["report", str(copy)]) == 0
+    assert (copy / "report.html").exists()
+    capsys.readouterr()
+    assert main(["run", str(copy), "--dry-run", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["run_dir"], {one["state"] for one in told["stages"]}) == (str(copy), {"done"})
+    assert tree_hash(run_dir) == before
+    shutil.rmtree(run_dir)
+    assert main(["status", str(copy), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert {row["state"] for row in rows} == {"done"}

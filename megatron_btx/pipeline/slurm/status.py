@@ -101,8 +101,8 @@ def _row(
         note = f"is made in {directory.resolve()}"
     elif word == "running":
         note = slow_in_words(seen.summary.slow_ranks)
-    elif word == "failed" or job is not None:
-        note = "" if done else _last_words(run_dir, stage, word, job)
+    elif not done and (word == "failed" or job is not None):
+        note = _last_words(run_dir, stage, word, job)
     else:
         note = standing[1]
     return StageStatus(
