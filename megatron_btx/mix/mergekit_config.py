@@ -68,7 +68,9 @@ def read(tree: Node) -> tuple[Node, Gates | None]:
     if "merge_method" in tree.value:
         method = tree.value["merge_method"]
         what = f"{method.value!r:.40}: a file of mergekit-yaml, which makes no MoE"
-        raise UserErrors([UserError(method.where, what, _MERGES)])
+        ours = str(method.value).startswith(("linear", "ties", "dare"))
+        fix = _MERGES if ours else "merge with mergekit, and give its result as a source"
+        raise UserErrors([UserError(method.where, what, fix)])
     errors: list[UserError] = []
     for key, node in tree.value.items():
         if key in _REFUSED and node.value:

@@ -237,7 +237,8 @@ def find_shared(run_dir: Path, stage: Stage, share: Sequence[str]) -> Path | Non
         return None
     found = sorted(Path(path).resolve() for pattern in share for path in glob.glob(pattern))
     for other in found:
-        if other != run_dir.resolve() and done(other, stage) is not None:
+        has = stage.kind not in graph.TRAINED or newest_step(other / stage.directory) is not None
+        if other != run_dir.resolve() and has and done(other, stage) is not None:
             return (other / stage.directory).resolve()
     return None
 

@@ -180,7 +180,9 @@ def nearest(
     """What an unknown key may have meant: a key of another block (one of ``homes``, dotted), what
     other trainers call so, or the nearest name."""
     here = list(fields)
-    if name in homes:  # dotted, as errors and `btx keys` write it
+    if (meant := MEANT.get((name, int))) is not None and name not in here:
+        return f"did you mean `{meant}`, at the top of the recipe?"
+    if "." in name and name in homes:  # dotted, as errors and `btx keys` write it
         first, *inner = name.split(".")
         nested = "".join(f"{{{part}: " for part in inner)
         return f"write it under its block: `{first}: {nested}...{'}' * len(inner)}`"

@@ -46,6 +46,8 @@ def _block_of(cls: Any, node: Node, key: str) -> str:
     fix = f"give keys under it: {names}, ..."
     if node.value is True and all(_may_be_left_out(one) for one in fields):
         return f"`{key.rpartition('.')[2]}: {{}}` has its defaults; or {fix}"
+    if node.value is False:
+        return f"`{key.rpartition('.')[2]}: null` is as if it were not there; or {fix}"
     if (meant := MEANT.get((key, type(node.value)))) is not None:
         return f"did you mean `{meant}`? Else {fix}"
     return fix

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from megatron_btx.evaluate.results import Results, SystemResult
+from megatron_btx.files import newest_step
 from megatron_btx.provenance import code_revision, versions
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.load import WHERE_IT_RUNS, different
@@ -150,7 +151,12 @@ def _models(recipe: Recipe, run_dir: Path, row: TableRow) -> list[CardModel]:
         kinds = ["averaged" if len(stages) > 1 else "the model"] * len(stages)
     found = []
     for stage, kind in zip(stages, kinds, strict=True):
-        path = find_checkpoint(directory(run_dir, stage))
+        own = directory(run_dir, stage)
+        if row.models == ("finetune",) and newest_step(own) is None:  # what it was mixed of
+            named, what = f"{stage}{_taken(recipe, stage)}", f"{kind}; its checkpoint was removed"
+            found.append(CardModel(name=named, what=what, path=own.name, sha256={}))
+            continue
+        path = find_checkpoint(own)
         place = str(path.relative_to(run_dir)) if path.is_relative_to(run_dir) else path.name
         taken = "" if stage == "finetune" else _taken(recipe, stage)
         found.append(CardModel(name=f"{stage}{taken}", what=kind, path=place, sha256=_hash(path)))

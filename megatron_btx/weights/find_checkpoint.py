@@ -53,6 +53,8 @@ def find_checkpoint(path: str | Path, dense: str | None = None) -> Path:
             what = "is a stage that writes no weights: the finetuning mixes them"
             raise UserError(str(path), what, f"give {path.with_name('finetune')}")
         again = f"put it back, or remove {path / 'done.json'} and run again to train it anew"
+        if path.is_symlink():
+            again = f"put it back there, or remove the link {path} and run again to train it anew"
         raise UserError(str(path), "is a finished stage, and holds no checkpoint any more", again)
     theirs = sorted(path.glob("iter_???????"))  # Megatron-LM's
     inside = path.is_file() and is_checkpoint(path.parent)

@@ -385,7 +385,9 @@ def test_the_command(systems: Systems, tmp_path: Path, capsys: pytest.CaptureFix
     dense = ["compare", str(FILES["dense"]), "--base", str(other), "--dry-run"]
     assert main(dense) == 0
     out = capsys.readouterr().out
-    assert re.search("prepare from .*/prepare, seed from .*, dense from .*, evaluate not started", out)
+    assert re.search(
+        "prepare from .*/prepare, seed from .*, dense from .*, evaluate not started", out
+    )
 
 
 @pytest.mark.parametrize("name", ["upcycling_cm", "btx_split_top2", "btx_top2"])

@@ -236,6 +236,7 @@ REFUSED = {
     "unknown": ({"slices": []}, "slices: is no key of mergekit-moe"),
     "near": ({"expert_per_token": 2}, "did you mean `experts_per_token`?"),
     "a merge": ({"merge_method": "ties", "models": []}, "'ties': a file of mergekit-yaml"),
+    "no merge of ours": ({"merge_method": "slerp"}, "fix: merge with mergekit"),
     "no experts": ({"experts": []}, "experts are missing"),
     "same prompts": ({"experts": [{"source_model": "a", **OTHER}, {"source_model": "b", **OTHER}]},
                      "have the same prompts"),

@@ -221,3 +221,15 @@ def test_how_a_stage_stands(tmp_path: Path) -> None:
     assert stands() == ("done", "its checkpoints were removed")
     word, why = stands("b")
     assert (word, "has changed" in why) == ("out of date", True)
+
+
+def test_what_holds_no_checkpoint_is_not_shared(tmp_path: Path) -> None:
+    """It was thinned out since: something here may start from it."""
+    stage = Stage(name="seed", kind="seed", key="a")
+    other, run_dir = tmp_path / "other", tmp_path / "run"
+    state.claim(other, stage)
+    state.begin(other / "seed", 1, 1)
+    state.finish(other / "seed", stage, {})
+    assert state.find_shared(run_dir, stage, [str(other)]) is None
+    (other / "seed" / "checkpoints" / "step_00000004").mkdir(parents=True)
+    assert state.find_shared(run_dir, stage, [str(other)]) == other / "seed"

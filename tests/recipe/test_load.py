@@ -216,6 +216,8 @@ BAD = [
     ("  lr: 1e-3", "  use_distributed_optimizer: 1", "training.use_distributed", "true or false"),
     ("layout: {num_threads: 2}", "layout: 3", "training.layout", "not a block"),
     ("layout: {num_threads: 2}", "layout: true", "training.layout", "`layout: {}`"),
+    ("layout: {num_threads: 2}", "layout: false", "training.layout", "`layout: null`"),
+    ("  lr: 1e-3", "  seed: 3", "training.seed", "did you mean `random_seed`, at the top"),
     ("  lr: 1e-3", "  warmup_ratio: 0.1", "training.warmup_ratio", "mean `lr_warmup_iters`?"),
     ("  lr: 1e-3", "  layout: {}", "training.layout", "set twice"),
     ("num_layers: 4", "num_layers: 0", "model.num_layers", "at least 1"),

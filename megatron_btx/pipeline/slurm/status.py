@@ -98,7 +98,10 @@ def _row(
     elif word == "not started" and number:  # its controller was killed before it had noted it
         note = f"Slurm no longer knows its job {number}: submit again"
     elif word == "not started" and directory.is_symlink():
-        note = f"is made in {directory.resolve()}"
+        place = directory.resolve()
+        note = (
+            f"is made in {place}" if place.parent.is_dir() else f"its link leads nowhere: {place}"
+        )
     elif word == "running":
         note = slow_in_words(seen.summary.slow_ranks)
     elif not done and (word == "failed" or job is not None):
