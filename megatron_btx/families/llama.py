@@ -160,7 +160,7 @@ PHI3 = Family(
     ),
 )
 MULTIPLIERS: tuple[ConfigPart, ...] = (
-    Field("attention_multiplier", "softmax_scale", default=1.0),
+    Field("attention_multiplier", "softmax_scale", default=1.0, nullable=True),  # null: 1 / sqrt(d)
     Field("embedding_multiplier", "embedding_multiplier", default=1.0),
     Field("residual_multiplier", "residual_multiplier", default=1.0),
     Field("logits_scaling", "logits_scaling", default=1.0),

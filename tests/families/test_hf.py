@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from megatron_btx.errors import UserError
 from megatron_btx.families import open_hf
 from megatron_btx.families.export import write_hf
+from megatron_btx.families.hf import read_config
 from megatron_btx.families.write_megatron_lm_args import command_line
 from megatron_btx.mix.one_model import copy
 from megatron_btx.weights.box import whole
@@ -199,3 +200,16 @@ def test_pickles_are_refused(tmp_path):
     torch.save({}, tmp_path / "in" / "pytorch_model.bin")
     with pytest.raises(UserError, match="pickle"):
         open_hf(tmp_path / "in", "model")
+
+
+def test_granites_attention_multiplier_of_null_is_no_multiplier(tmp_path):
+    """transformers hands null on to ``scaled_dot_product_attention``, and takes 1 where it is
+    absent; both logits were compared."""
+    make("granite moe", tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"attention_multiplier": None}))
+    assert read_config(tmp_path)[1].model.softmax_scale is None
+    del config["attention_multiplier"]
+    path.write_text(json.dumps(config))
+    assert read_config(tmp_path)[1].model.softmax_scale == 1
