@@ -12,7 +12,7 @@ from typing import Any
 from megatron_btx.errors import UserError
 from megatron_btx.pipeline import graph
 from megatron_btx.pipeline.graph import Stage
-from megatron_btx.recipe.load import load_recipe
+from megatron_btx.recipe.load import KEPT, is_run, load_recipe
 from megatron_btx.recipe.schema import Recipe
 from megatron_btx.recipe.yaml_tree import read_tree
 
@@ -34,7 +34,7 @@ def recipe_files(given: Sequence[Path]) -> list[Path]:
         recipes = [file for file in inside if file.resolve() not in bases]
         if not recipes:
             fix = "give a recipe, or a folder of them"
-            if all((path.parent / own).is_file() for own in ("recipe.yaml", "lock")):  # a stage's
+            if (path.parent / KEPT).is_file() and is_run(path.parent):  # a stage's directory
                 fix = f"give the run: {path.parent}"
             raise UserError(str(path), "has no recipe in it", fix)
         found += recipes

@@ -61,15 +61,22 @@ def disagreements(models: Sequence[Checkpoint], *, alignable: bool = True) -> li
 
 def differences(one: Checkpoint, other: Checkpoint, *, alignable: bool = False) -> list[UserError]:
     """Everything in which a second model differs from a first and must not."""
-    align = alignable and _differ_in_added_tokens(one, other)
-    return [
+    differing, unlike = _differing(one, other), _unlike_tokenizers(one, other)
+    about_tokens = bool(unlike) or any(what == "vocab_size" for what, *_ in differing)
+    # Only then: the files of two tokenizers may be megabytes.
+    align = alignable and about_tokens and _differ_in_added_tokens(one, other)
+    errors = [
         UserError(
             _where(other),
             f"{what} is {theirs}, that of {one.label} is {mine}",
             _ALIGN if align and what == "vocab_size" else _ONE_SEED,
         )
-        for what, mine, theirs in _differing(one, other)
-    ] + _tokenizers(one, other, _ALIGN if align else _VOUCH)
+        for what, mine, theirs in differing
+    ]
+    if unlike:
+        what = f"its tokenizer is not that of {one.label}: {'; '.join(unlike)}"
+        errors.append(UserError(_where(other), what, _ALIGN if align else _VOUCH))
+    return errors
 
 
 def _differ_in_added_tokens(one: Checkpoint, other: Checkpoint) -> bool:
@@ -145,7 +152,7 @@ def _vouched(models: Sequence[Checkpoint], speaker: Checkpoint) -> list[str]:
     return said
 
 
-def _tokenizers(one: Checkpoint, other: Checkpoint, fix: str) -> list[UserError]:
+def _unlike_tokenizers(one: Checkpoint, other: Checkpoint) -> list[str]:
     """In what the tokenizers differ, where both models come with one: files of other bytes may be
     one tokenizer."""
     mine, theirs = (model.manifest.get("tokenizer") or {} for model in (one, other))
@@ -155,13 +162,8 @@ def _tokenizers(one: Checkpoint, other: Checkpoint, fix: str) -> list[UserError]
     places = [place_of(model.path) for model in (one, other) if model.path is not None]
     there = [place for place in places if describe_tokenizer(place) is not None]
     if len(there) == 2:
-        unlike = tokenizer_identity.differences(*there)
-    else:
-        unlike = [f"sha256 is {hashes[1][1]}, not {hashes[0][1]}"]
-    if not unlike:
-        return []
-    what = f"its tokenizer is not that of {one.label}: {'; '.join(unlike)}"
-    return [UserError(_where(other), what, fix)]
+        return tokenizer_identity.differences(*there)
+    return [f"sha256 is {hashes[1][1]}, not {hashes[0][1]}"]
 
 
 def _where(model: Checkpoint) -> str:

@@ -60,6 +60,7 @@ _FIXES = {
     errno.EROFS: f"make it writable, {_PLACE}",
     **dict.fromkeys((errno.ENAMETOOLONG, errno.ELOOP), "correct the path"),
     **dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ESTALE), _WHILE_READ),
+    errno.EEXIST: f"move it away, {_PLACE}",
     errno.EIO: "see the disk and the system's log, and start again",
 }
 """What a person can do about a disk that refuses, a path that cannot be, and a file that went away
@@ -74,7 +75,8 @@ def of_system(error: OSError) -> UserError | None:
     if fix is None or not named:
         return None
     if error.errno in (errno.ENOTDIR, errno.EEXIST):
-        for place in Path(str(error.filename)).parents:
+        named_path = Path(str(error.filename))
+        for place in (named_path, *named_path.parents):
             if place.is_file():
                 what = "is a file, where a directory should be"
                 return UserError(str(place), what, f"move it away, {_PLACE}")

@@ -223,13 +223,11 @@ def _system(recipe: Recipe) -> Iterator[Problem]:
         yield Problem("finetune.tokens", what, fix + "`system: experts`, `btm` or `dense`")
     if recipe.system == "btm" and recipe.btm.method in ("top1", "top2"):
         for name in ("seed", *recipe.experts):
-            key = f"experts.{name}" if name in recipe.experts else name
-            if not training(recipe, model_stage(name)).data:
-                what = (
-                    f"is missing: btm.method {recipe.btm.method} compares contexts with the text "
-                )
-                fix = "say what it was trained on, or choose `btm: {method: posterior}`"
-                yield Problem(f"{key}.data", what + "that a model was trained on (tf-idf)", fix)
+            stage = model_stage(name)
+            if not training(recipe, stage).data:
+                what = f"is missing: btm.method {recipe.btm.method} compares contexts with it"
+                fix = "say what the model was trained on, or choose `btm: {method: posterior}`"
+                yield Problem(f"{recipe_key(stage)}.data", what, fix)
     if recipe.match == "compute" and not any(_model(recipe.model)):
         yield from _matched(recipe)
 

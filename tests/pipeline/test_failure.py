@@ -80,3 +80,9 @@ def test_a_file_where_a_directory_should_be(tmp_path: Path) -> None:
     found = failure.of_system(caught.value)
     assert found is not None
     assert (found.where, "move it away" in found.fix) == (str(tmp_path / "finetune"), True)
+    (tmp_path / "log").touch()
+    with pytest.raises(FileExistsError) as caught:
+        (tmp_path / "log").mkdir(exist_ok=True)
+    found = failure.of_system(caught.value)
+    assert found is not None
+    assert (found.where, "move it away" in found.fix) == (str(tmp_path / "log"), True)

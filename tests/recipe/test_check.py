@@ -185,7 +185,9 @@ def test_an_ensemble_by_text_needs_all_models_text(good: str) -> None:
     """A seed that was taken does not say what it was trained on; told before anything is run."""
     taken = good.replace("seed: {tokens: 4M, data: {code: 0.5, math: 0.5}}", "seed: {from: there}")
     text = taken.replace("dense: {}\n", "") + "system: btm\n"
-    with pytest.raises(UserErrors, match=r"seed.data: is missing: btm.method top2 compares"):
+    with pytest.raises(
+        UserErrors, match=r"seed.data: is missing: btm.method top2 compares contexts"
+    ):
         parse_recipe(text)
     parse_recipe(text + "btm: {method: posterior}\n")
     parse_recipe(text.replace("{from: there}", "{from: there, data: {code: 1}}"))
