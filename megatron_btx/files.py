@@ -285,6 +285,12 @@ def check_not_read(path: Path, inputs: Iterable[str | Path]) -> None:
         raise UserError(str(path), "is read here, and would be replaced", "give another name")
 
 
+def seen_from_here(path: Path) -> Path:
+    """A path as a user would write it: relative where it lies below the current directory."""
+    path = Path(os.path.abspath(path))
+    return path.relative_to(here) if path.is_relative_to(here := Path.cwd()) else path
+
+
 def no_directory(path: Path) -> UserError:
     """That something was to lie in what is no directory."""
     if path.exists():

@@ -104,8 +104,9 @@ def run(options: argparse.Namespace) -> int:
         return 0
     for number, one in enumerate(found, 1):
         if one["cut"]:
-            what = f"its first {one['cut']} tokens are dropped, to leave room for "
-            sys.stderr.write(f"hint: prompt {number}: {what}--max-new-tokens\n")
+            what = f"its first {one['cut']} tokens do not fit the model's context and are dropped"
+            room = "" if options.max_new_tokens == 1 else "; fewer --max-new-tokens leave more room"
+            sys.stderr.write(f"warning: prompt {number}: {what}{room}\n")
     if options.json:
         rows = [{"prompt": prompt} | one for prompt, one in zip(prompts, found, strict=True)]
         shows_all = (sys.stdout.encoding or "").lower().startswith("utf")

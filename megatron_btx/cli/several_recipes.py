@@ -123,7 +123,7 @@ def standing(options: argparse.Namespace) -> tuple[str, bool]:
     from megatron_btx.pipeline.slurm import several_recipes, status, status_table
 
     members, out = _members(options)
-    rows = {member.run_dir: status.rows(member.run_dir, member.stages) for member in members}
+    rows = {one.run_dir: status.rows(one.run_dir, one.stages, one.recipe.share) for one in members}
     last = several_recipes.row(out)
     texts = []
     content: dict[str, Any] = {}

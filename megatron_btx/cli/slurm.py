@@ -178,8 +178,8 @@ def _standing(options: argparse.Namespace) -> tuple[str, bool]:
 
     if not several_recipes.alone(options):
         return several_recipes.standing(options)
-    _, run_dir, stages = open_recipe(options.recipe)
-    rows = status.rows(run_dir.absolute(), stages)
+    recipe, run_dir, stages = open_recipe(options.recipe)
+    rows = status.rows(run_dir.absolute(), stages, recipe.share)
     if options.json:
         text = json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n"
     else:

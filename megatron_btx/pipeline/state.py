@@ -23,7 +23,7 @@ from typing import Any
 
 from megatron_btx.data.tokenized import all_tokenized
 from megatron_btx.errors import UserError
-from megatron_btx.files import append_line, find_json, newest_step, write_json
+from megatron_btx.files import append_line, find_json, newest_step, seen_from_here, write_json
 from megatron_btx.pipeline import graph
 from megatron_btx.pipeline.graph import Stage
 from megatron_btx.provenance import code_revision, versions
@@ -120,7 +120,7 @@ def _status(run_dir: Path, stage: Stage, share: Sequence[str], *, is_left: bool)
     if not is_left:
         return "done", "its token files were removed, and nothing that is left reads them"
     if (shared := find_shared(run_dir, stage, share)) is not None:
-        return "shared", f"from {os.path.relpath(shared)}"
+        return "shared", f"from {seen_from_here(shared)}"
     made_for, step = (find_json(directory / "stage.json") or {}).get("key"), newest_step(directory)
     if made_for is not None and made_for != stage.key:
         if (_shelf(run_dir, stage.directory, stage.key) / "done.json").exists():

@@ -4,7 +4,6 @@ what they have in common. Imports no torch."""
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 from megatron_btx.errors import UserError
 from megatron_btx.evaluate import model_spec
 from megatron_btx.evaluate.model_spec import Subject
-from megatron_btx.files import find_json, write_json
+from megatron_btx.files import find_json, seen_from_here, write_json
 from megatron_btx.pipeline import eval_ranks, graph, run_checks, state
 from megatron_btx.pipeline.graph import Stage
 from megatron_btx.pipeline.keys import Memo
@@ -154,7 +153,7 @@ def print_left(runs: Sequence[FinishedRun]) -> None:
                 standing, why = "shared", f"from {owner}"
             words.append(f"{stage.name} {why if standing == 'shared' else standing}")
         sys.stdout.write(f"{name:<{width}}  {', '.join(words)}\n")
-    for place in dict.fromkeys(os.path.relpath(one.run_dir.parent) for one in runs):
+    for place in dict.fromkeys(seen_from_here(one.run_dir.parent) for one in runs):
         sys.stdout.write(f"runs go to {place}\n")
     run_checks.check_inputs(*unfinished)
 

@@ -41,6 +41,10 @@ def find_checkpoint(path: str | Path, dense: str | None = None) -> Path:
     if (newest := newest_step(path)) is not None:
         return newest
     is_run = (path.parent / "recipe.yaml").is_file() and any(path.parent.glob("*/stage.json"))
+    if path.is_symlink() and not path.exists():
+        what = f"is a link to {path.readlink()}, where nothing is"
+        again = f"put that back, or run again, which links or trains it anew: btx run {path.parent}"
+        raise UserError(str(path), what, again if is_run else "put that back, or remove the link")
     if not path.exists() and is_run:
         raise _no_stage(path)
     if not path.exists():

@@ -17,7 +17,7 @@ from megatron_btx.errors import UserError
 from megatron_btx.pipeline import state
 from megatron_btx.pipeline.graph import Stage
 from megatron_btx.pipeline.keys import Memo
-from megatron_btx.pipeline.slurm import run_jobs
+from megatron_btx.pipeline.slurm import run_jobs, status
 from megatron_btx.train import metrics
 from megatron_btx.train.goodput import read_attempts
 from tests.bad import fill
@@ -223,7 +223,9 @@ def test_how_a_stage_stands(tmp_path: Path) -> None:
     assert (word, "has changed" in why) == ("out of date", True)
 
 
-def test_what_holds_no_checkpoint_is_not_shared(tmp_path: Path) -> None:
+def test_what_holds_no_checkpoint_is_not_shared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It was thinned out since: something here may start from it."""
     stage = Stage(name="seed", kind="seed", key="a")
     other, run_dir = tmp_path / "other", tmp_path / "run"
@@ -233,3 +235,7 @@ def test_what_holds_no_checkpoint_is_not_shared(tmp_path: Path) -> None:
     assert state.find_shared(run_dir, stage, [str(other)]) is None
     (other / "seed" / "checkpoints" / "step_00000004").mkdir(parents=True)
     assert state.find_shared(run_dir, stage, [str(other)]) == other / "seed"
+    for here, seen in ((tmp_path, "other/seed"), (other / "seed" / "log", f"{other}/seed")):
+        monkeypatch.chdir(here)
+        (row,) = status.rows(run_dir, (stage,), [str(other)])
+        assert (row.state, row.note) == ("shared", f"from {seen}")

@@ -61,6 +61,15 @@ def test_a_run_offers_no_mixture_for_a_dense_model(run_dir: Path, dense: str, be
     assert found.value.fix == f"give one of them, such as {run_dir / best}"
 
 
+def test_a_link_that_leads_nowhere(run_dir: Path) -> None:
+    """A stage shared with another run, in a run's directory that was moved."""
+    (run_dir / "finetune").symlink_to("../other/finetune")
+    (run_dir / "seed" / "stage.json").touch()
+    with pytest.raises(UserError, match="link to ../other/finetune, where nothing is") as found:
+        find_checkpoint(run_dir / "finetune")
+    assert f"btx run {run_dir}" in found.value.fix
+
+
 @pytest.mark.parametrize(
     ("given", "fix"),
     [

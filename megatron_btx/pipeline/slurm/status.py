@@ -21,8 +21,8 @@ from megatron_btx.train.goodput import read_attempts
 from megatron_btx.train.summary import slow_in_words
 
 
-def rows(run_dir: Path, stages: tuple[Stage, ...]) -> list[StageStatus]:
-    """A row a stage; ``run_dir`` is absolute.
+def rows(run_dir: Path, stages: tuple[Stage, ...], share: Sequence[str] = ()) -> list[StageStatus]:
+    """A row a stage; ``run_dir`` is absolute. ``share`` is the recipe's.
 
     Raises:
         Silent: the controller does not answer.
@@ -37,7 +37,7 @@ def rows(run_dir: Path, stages: tuple[Stage, ...]) -> list[StageStatus]:
         if known or any("job" in run_jobs.begun(run_dir / stage.directory) for stage in stages):
             raise
     found = []
-    standing = state.statuses(run_dir, stages)
+    standing = state.statuses(run_dir, stages, share)
     for stage in stages:
         found += _parts(run_dir, stage, known)
         noted = run_jobs.begun(run_dir / stage.directory)
