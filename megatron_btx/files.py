@@ -11,6 +11,7 @@ import shutil
 import signal
 import stat
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -123,6 +124,25 @@ def write_json(path: Path, content: Any) -> None:
     with written(path) as file:
         json.dump(content, file, indent=1)
         file.write("\n")
+
+
+class ProgressFile:
+    """Writes how far a stage is to ``progress.json``, a few times a second at most."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._next = path, 0.0
+
+    def __call__(self, what: str, done: float, **speed: float) -> None:
+        """``what`` is being done, how much of it is, from 0 to 1, and how fast."""
+        now = time.monotonic()
+        if now >= self._next or done >= 1:
+            self._next = now + 0.2
+            with written(self.path, durable=False) as file:
+                json.dump({"what": what, "done": done, **speed}, file)
+
+    def forget(self) -> None:
+        """Remove it: the stage goes on to what tells of itself elsewhere."""
+        self.path.unlink(missing_ok=True)
 
 
 def read_bytes(path: Path, limit: int, wanted: str = "a file that can be read") -> bytes:

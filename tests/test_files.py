@@ -7,11 +7,20 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from megatron_btx import files
 from megatron_btx.errors import UserError
-from megatron_btx.files import find_json, parse_json, read_json, undisturbed, write_json
+from megatron_btx.files import (
+    ProgressFile,
+    find_json,
+    parse_json,
+    read_json,
+    undisturbed,
+    write_json,
+)
 from megatron_btx.pipeline.failure import of_system
 from tests.bad import fill
 
@@ -111,3 +120,17 @@ def test_a_wish_to_stop_is_heard_behind_what_must_not_be_left_half_done() -> Non
         assert signal.getsignal(signal.SIGTERM) is stop
     finally:
         signal.signal(signal.SIGTERM, former)
+
+
+def test_how_far_a_stage_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first word and the last; what comes at once between them is not worth a write."""
+    monkeypatch.setattr(files, "time", SimpleNamespace(monotonic=lambda: 5.0))
+    progress = ProgressFile(tmp_path / "progress.json")
+    for done in (0.0, 0.5):
+        progress("tokens", done)
+        assert find_json(progress.path) == {"what": "tokens", "done": 0.0}
+    progress("tokens", 1.0, bytes_per_second=2.0)
+    assert find_json(progress.path) == {"what": "tokens", "done": 1.0, "bytes_per_second": 2.0}
+    progress.forget()
+    progress.forget()
+    assert not progress.path.exists()

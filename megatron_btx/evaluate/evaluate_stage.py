@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 
+from megatron_btx.data import Progress
 from megatron_btx.data.heldout_sequences import HeldOutText, held_out
 from megatron_btx.data.tokenizer import load_tokenizer
 from megatron_btx.engine import distributed
@@ -21,7 +20,7 @@ from megatron_btx.evaluate.btm_heldout import btm_heldout, training_text
 from megatron_btx.evaluate.heldout_loss import Batch, HeldOut, Listener, evaluate, text_of
 from megatron_btx.evaluate.results import Results, StageCost, SystemResult, total
 from megatron_btx.evaluate.routing_stats import expert_choice
-from megatron_btx.files import find_json, write_json, written
+from megatron_btx.files import ProgressFile, find_json, write_json
 from megatron_btx.mix.average import average
 from megatron_btx.mix.one_model import copy
 from megatron_btx.recipe import count, freezing
@@ -54,12 +53,12 @@ def run(recipe: Recipe, run_dir: Path) -> dict[str, Any]:
     distributed.initialize(settings.layout, recipe.random_seed)
     domains = held_out(recipe, run_dir, tokens=settings.tokens)
     text = distributed.from_first_rank(text_of(domains) if distributed.is_first_rank() else None)
-    progress = directory(run_dir, "evaluate") / "progress.json"
+    progress = ProgressFile(directory(run_dir, "evaluate") / "progress.json")
     table: dict[str, SystemResult] = {}
     systems = rows(recipe)
     for index, row in enumerate(systems):
         if distributed.is_first_rank():
-            write_json(progress, {"what": row.name, "done": index / len(systems)})
+            progress(row.name, index / len(systems))
         if recipe.system == row.name == "btm":
             measured = _ensemble(recipe, run_dir, row, domains)
         else:
@@ -74,23 +73,21 @@ def run(recipe: Recipe, run_dir: Path) -> dict[str, Any]:
 
 
 class _Through:
-    """Says in ``progress.json``, a few times a second at most, how much of a model's text has been
-    through it. The first rank does, of its share."""
+    """Tells ``progress`` how much of a model's text has been through it. The first rank does, of
+    its share."""
 
-    def __init__(self, path: Path, what: str, domains: Domains, place: tuple[int, int]) -> None:
-        self.path, self.what, self.place = path, what, place
+    def __init__(
+        self, progress: Progress, what: str, domains: Domains, place: tuple[int, int]
+    ) -> None:
+        self.progress, self.what, self.place = progress, what, place
         self.left = self.all = sum(len(one) for one in domains.values())
-        self.next = 0.0
 
     def __call__(self, batch: Batch) -> None:
         """A micro-batch has been."""
         self.left -= len(batch["tokens"]) * parallel_state.get_data_parallel_world_size()
-        if distributed.is_first_rank() and self.left > 0 and time.monotonic() >= self.next:
-            self.next = time.monotonic() + 0.2
+        if distributed.is_first_rank() and self.left > 0:
             index, count = self.place
-            done = (index + 1 - self.left / self.all) / count
-            with written(self.path, durable=False) as file:
-                json.dump({"what": self.what, "done": done}, file)
+            self.progress(self.what, (index + 1 - self.left / self.all) / count)
 
 
 def evaluate_plan(

@@ -3,7 +3,7 @@ its finetuning begins: without a file, so that every random seed has its own."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from megatron_btx.data.prepare import train_pairs
 from megatron_btx.engine.model import DTYPES
 from megatron_btx.errors import UserError
 from megatron_btx.evaluate.centroids import SPREAD, routers
+from megatron_btx.evaluate.predictor import NO_PROGRESS
 from megatron_btx.evaluate.router_init_rows import centroid_rows, ridge_rows
 from megatron_btx.mix.plans import mix_plan
 from megatron_btx.mix.router_init import RouterInit
@@ -23,12 +24,16 @@ from megatron_btx.weights.source import MemorySource
 
 
 def run_routers(
-    recipe: Recipe, run_dir: Path, models: Sequence[Checkpoint], training: Training
+    recipe: Recipe,
+    run_dir: Path,
+    models: Sequence[Checkpoint],
+    training: Training,
+    progress: Callable[[float], None] = NO_PROGRESS,
 ) -> RouterInit:
     """The rows of the mixed model's routers. Every rank of the finetuning calls it.
 
     Each expert reads ``mix.router_init_tokens`` of its domain, evenly taken from the training text
-    of :func:`domain_of`.
+    of :func:`domain_of`; ``progress`` is told how much of it has been read.
 
     Raises:
         UserError: a domain has less than one sequence of text.
@@ -51,6 +56,7 @@ def run_routers(
         gram=mix.router_init == "ridge",
         spread=None if mix.router_init == "ridge" else SPREAD,
         micro_batch_size=training.micro_batch_size,
+        progress=progress,
     )
     rows = {
         f"decoder.layers.{layer}.mlp.router.weight/{name}": found.rows[layer, expert].contiguous()

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import json
 import os
 import socket
 import sys
@@ -22,7 +21,7 @@ from typing import Any
 
 from megatron_btx import engine
 from megatron_btx.errors import UserError
-from megatron_btx.files import write_json, written
+from megatron_btx.files import ProgressFile, write_json
 from megatron_btx.pipeline import (
     failure,
     graph,
@@ -42,21 +41,6 @@ from megatron_btx.train import tracking
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
 _ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-
-
-class ProgressFile:
-    """Writes how far a stage is to ``progress.json``, a few times a second at most."""
-
-    def __init__(self, path: Path) -> None:
-        self.path, self._next = path, 0.0
-
-    def __call__(self, what: str, done: float, **speed: float) -> None:
-        """``what`` is being done, how much of it is, from 0 to 1, and how fast."""
-        now = time.monotonic()
-        if now >= self._next or done >= 1:
-            self._next = now + 0.2
-            with written(self.path, durable=False) as file:
-                json.dump({"what": what, "done": done, **speed}, file)
 
 
 def _prepare(recipe: Recipe, stage: Stage, run_dir: Path) -> Any:

@@ -31,7 +31,7 @@ from megatron_btx.engine.optimizer import min_lr, optimizer_config
 from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.evaluate.router_init_run import not_yet, run_routers
 from megatron_btx.families.open_checkpoint import open_checkpoint
-from megatron_btx.files import newest_step, write_json
+from megatron_btx.files import ProgressFile, newest_step, write_json
 from megatron_btx.mix.anchored import branch
 from megatron_btx.mix.one_model import copy, fresh
 from megatron_btx.mix.plans import mix_plan
@@ -196,7 +196,7 @@ def starting_point(
     if routers_of_run(recipe, name):
         models = [model(label) for label in recipe.model_names]
         labels = recipe.model_names
-        router = not_yet(recipe, labels) if look else run_routers(recipe, run_dir, models, training)
+        router = not_yet(recipe, labels) if look else _routers(recipe, run_dir, models, training)
     return from_models(recipe, name, training, model, router)
 
 
@@ -204,6 +204,23 @@ def routers_of_run(recipe: Recipe, name: str) -> bool:
     """Whether a stage begins with routers that are computed from the run's own text."""
     mix = recipe.mix
     return name == "finetune" and mix.router_init in FROM_FILE and mix.centroids is None
+
+
+def _routers(
+    recipe: Recipe, run_dir: Path, models: Sequence[Checkpoint], training: Training
+) -> RouterInit:
+    """Computed where the finetuning begins, which says so until its first step."""
+    progress = ProgressFile(stage_directory(run_dir, "finetune") / "progress.json")
+
+    def told(done: float) -> None:
+        if distributed.is_first_rank():
+            progress(f"{recipe.mix.router_init} of the routers,", done)
+
+    told(0.0)
+    found = run_routers(recipe, run_dir, models, training, told)
+    if distributed.is_first_rank():
+        progress.forget()
+    return found
 
 
 def from_models(

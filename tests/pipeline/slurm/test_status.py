@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_btx.files import write_json
-from megatron_btx.pipeline import locks, state, worker
+from megatron_btx.files import ProgressFile, write_json
+from megatron_btx.pipeline import locks, state
 from megatron_btx.pipeline.graph import Stage
 from megatron_btx.pipeline.slurm import commands, run_jobs, status, status_table
 from megatron_btx.pipeline.slurm.commands import SlurmJob
@@ -60,7 +60,7 @@ def test_a_local_preparation_on_its_way(tmp_path: Path) -> None:
     with locks.run_lock(tmp_path):
         state.begin(directory, 2, 1)
         what = "tokens at 3.0 MB/s, 2 min left,"
-        progress = worker.ProgressFile(directory / "progress.json")
+        progress = ProgressFile(directory / "progress.json")
         progress(what, 0.4, bytes_per_second=3e6, seconds_left=125.0)
         assert (row().state, row().step, row().left) == ("running", f"{what} 40%", "2:05")
     assert (row().state, row().left) == ("interrupted", "")
@@ -102,7 +102,7 @@ def test_an_array_in_one_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         place.mkdir(parents=True)
     write_json(places[0] / "done.json", {"key": "k"})
     for place, done, left in ((places[1], 0.5, 60.0), (places[2], 0.25, 90.0)):
-        progress = worker.ProgressFile(place / "progress.json")
+        progress = ProgressFile(place / "progress.json")
         progress("tokens", done, bytes_per_second=2e6, seconds_left=left)
     row = status.array_row(tmp_path, stage, "8", 5)
     assert (row.state, row.nodes, row.restarts, row.active) == ("running", "n1,n2", 1, True)
