@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_btx.weights.box import Box, Shape, extent, slabs
-from megatron_btx.weights.expression import Expression, Read, Reading
+from megatron_btx.weights.expression import Expression, Read, Reading, rounded
 
 _BLOCK = 1 << 22
 """Elements of each part that are read at a time."""
@@ -201,7 +201,7 @@ def _by_block(
             values.append(value.expand(size).reshape(-1))
         for start in range(0, prod(size), _CACHED):
             piece = compute([value[start : start + _CACHED] for value in values])
-            flat[at : at + len(piece)] = piece
+            flat[at : at + len(piece)] = rounded(piece, dtype)
             at += len(piece)
     return out
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from megatron_btx.weights.box import Box, Shape, contiguous, extent, runs, shifted, slices
-from megatron_btx.weights.expression import Expression, Read, Reading
+from megatron_btx.weights.expression import Expression, Read, Reading, rounded
 
 
 @dataclass(frozen=True)
@@ -224,7 +224,7 @@ class Cast:
 
     def evaluate(self, box: Box, read: Read) -> Tensor:
         """The box in the other dtype."""
-        return self.of.evaluate(box, read).to(self.dtype)
+        return rounded(self.of.evaluate(box, read), self.dtype)
 
     def reads(self, box: Box) -> Iterator[Reading]:
         """Those of what is cast."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_btx.weights.box import Box, Shape, extent, position, slices
-from megatron_btx.weights.expression import Expression, Read, Reading
+from megatron_btx.weights.expression import Expression, Read, Reading, rounded
 
 _DRAW_BLOCK = 1 << 16
 """Elements drawn by one generator. Part of the definition of every draw: never change it."""
@@ -43,7 +43,7 @@ class Draw:
     def evaluate(self, box: Box, read: Read) -> Tensor:
         """The blocks from the box's first element to its last, cut to the box."""
         if self.kind == "subset":
-            return self._subset()[slices(box)].to(self.dtype)
+            return rounded(self._subset()[slices(box)], self.dtype)
         start = position(self.shape, tuple(start for start, _ in box))
         last = position(self.shape, tuple(stop - 1 for _, stop in box))
         first = start // _DRAW_BLOCK
@@ -51,7 +51,7 @@ class Draw:
         flat = torch.from_numpy(numpy.concatenate(blocks))
         strides = tuple(prod(self.shape[axis + 1 :]) for axis in range(len(self.shape)))
         at = start - first * _DRAW_BLOCK
-        return flat.as_strided(extent(box), strides, at).to(self.dtype)
+        return rounded(flat.as_strided(extent(box), strides, at), self.dtype)
 
     def _block(self, block: int) -> numpy.ndarray:
         key = hashlib.sha256(f"{self.seed}/{self.name}/{block}".encode()).digest()

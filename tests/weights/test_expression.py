@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_btx.mix.reference.rules import nearest
 from megatron_btx.weights.arithmetic import Product
 from megatron_btx.weights.arrange import Cast, Cat, Reshape, Take
 from megatron_btx.weights.box import contiguous, extent, runs, slabs, whole
-from megatron_btx.weights.expression import Expression
+from megatron_btx.weights.expression import Expression, rounded
 from megatron_btx.weights.ops import item, mean, nbytes, rows, scaled, stack, takes
 from megatron_btx.weights.random_fill import Draw, Fill
 from megatron_btx.weights.source import MemorySource
@@ -128,7 +130,7 @@ def test_another_dtype_is_one_rounding_of_the_same_values(data, dtype):
     read = read_from(source_of(expression))
     got = moved.evaluate(whole(moved.shape), read).double()
     want = expression.to(torch.float64).evaluate(whole(expression.shape), read)
-    assert torch.equal(got, want.to(dtype).double())
+    assert torch.equal(got, nearest(want, dtype).double())
 
 
 @settings(max_examples=200)
@@ -193,8 +195,44 @@ def test_the_mean_is_the_exact_one_rounded_once():
         sum(w * Fraction(x) for w, x in zip(weights, column, strict=True)) / 7
         for column in zip(*values, strict=True)
     ]
-    want = torch.tensor([float(x) for x in exact], dtype=torch.float64).to(torch.bfloat16)
+    want = nearest(torch.tensor([float(x) for x in exact], dtype=torch.float64), torch.bfloat16)
     assert torch.equal(average.evaluate(whole((7, 5)), read).flatten(), want)
+
+
+HALF = st.sampled_from([torch.bfloat16, torch.float16])
+
+
+@settings(max_examples=200)
+@given(HALF, st.integers(0, 2**31), st.sampled_from([1e-40, 1e-7, 1e-5, 1e-3, 1.0, 1e4]))
+def test_fp64_is_rounded_to_the_nearest(dtype, seed, scale):
+    """Beside points halfway between two neighbours too, nearer to them than fp32 can tell."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(400, generator=generator, dtype=torch.float64) * scale
+    lower = values.to(dtype)
+    upper = (lower.view(torch.int16) + 1).view(dtype)  # away from zero
+    middle = (lower.double() + upper.double()) / 2
+    off = torch.tensor([0, 1e-9, -1e-9, 1e-12, -1e-12], dtype=torch.float64)
+    values = torch.cat([values, (middle[:, None] * (1 + off)).flatten()])
+    values = values[values.abs() < 6e4]
+    found = rounded(values, dtype)
+    assert torch.equal(found, nearest(values, dtype))
+    if dtype == torch.float16:  # which rounds once
+        assert np.array_equal(found.numpy(), values.numpy().astype(np.float16))
+    error = (found.double() - values).abs()
+    for step in (-1, 1):  # to the left and to the right there is none that is nearer
+        beside = (found.view(torch.int16) + step).view(dtype).double()
+        further = (beside - values).abs()
+        even = found.view(torch.int16) % 2 == 0
+        assert ((error < further) | ((error == further) & even) | beside.isnan()).all()
+
+
+def test_a_mean_beside_the_middle_of_two_bf16_numbers():
+    """Of 1 + 2^-7 twice, 2 and 2^-30 it is 2^-32 above the middle of 1 and 1 + 2^-7."""
+    ours = [torch.tensor([x]).bfloat16() for x in (1 + 2**-7, 1 + 2**-7, 2.0, 2**-30)]
+    source = MemorySource({f"{index}/1": value for index, value in enumerate(ours)})
+    parts = [leaf((1,), index, torch.bfloat16) for index in range(4)]
+    found = mean(parts, torch.bfloat16).evaluate(whole((1,)), read_from(source))
+    assert found.item() == 1.0078125
 
 
 def test_draws_depend_on_seed_and_name_alone():

@@ -191,7 +191,7 @@ class Rules:
             return self._upcycled(own, dense, layer, expert, kind, chunks)
         if self.method == "btx" and self.asked["fold_norms"] and kind != "down":
             gain = f"model.layers.{layer}.post_attention_layernorm.weight"
-            averaged = self._average(gain).to(self.dtype).double()
+            averaged = nearest(self._average(gain), self.dtype).double()
             return own.double() * self.models[model].get(gain).double() / averaged
         if chunks > 1 and self.asked["scale"] == "down" and kind == "down":
             return own.double() * chunks
@@ -386,6 +386,17 @@ def _group(name: str) -> str:
     if name.startswith("lm_head"):
         return "head"
     return "attention" if ".self_attn." in name else "ffn"
+
+
+def nearest(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """The nearest number of ``dtype``, ties to even, of fp64: torch's own goes through fp32 to 16
+    bits, and rounds twice. Here: to whole multiples of the last digit, in fp64, which is exact."""
+    if values.dtype != torch.float64 or dtype == torch.float64:
+        return values.to(dtype)
+    kind, exact = torch.finfo(dtype), values.numpy()
+    _, exponent = numpy.frexp(exact)
+    digit = numpy.maximum(numpy.ldexp(kind.eps / 2, exponent), kind.tiny * kind.eps)
+    return torch.as_tensor(numpy.rint(exact / digit) * digit).to(dtype)
 
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}

@@ -24,7 +24,7 @@ from megatron_btx.families.family import computed
 from megatron_btx.families.hf import read_config
 from megatron_btx.files import read_json
 from megatron_btx.mix.reference.reader import names_of, open_plain
-from megatron_btx.mix.reference.rules import Rules
+from megatron_btx.mix.reference.rules import Rules, nearest
 from megatron_btx.recipe.read_architecture import from_manifest
 from megatron_btx.weights.card import Claim, record
 from megatron_btx.weights.file_hashes import HASHES, difference, files_of, hashes_of
@@ -187,7 +187,7 @@ def _agrees(got: torch.Tensor, want: torch.Tensor) -> bool:
         values += [want - slack, want + slack]
     same = torch.zeros(got.shape, dtype=torch.bool)
     for value in values:
-        same |= got == value.to(got.dtype)
+        same |= got == nearest(value, got.dtype)
     return bool(same.all())
 
 
