@@ -123,6 +123,7 @@ def taken(exported: Exported, shared: Shared) -> Path:
             f"seed: {{from: {exported.run_dir / 'seed'}}}\n"
             f"experts: {{math: {{from: {exported.run_dir / 'expert-math'}}}}}\n"
             "finetune: {layout: {data_parallel_size: 2, expert_model_parallel_size: 2}}\n"
+            "evaluate: {layout: {data_parallel_size: 2, expert_model_parallel_size: 2}}\n"
             "wandb: {mode: offline}\n"
         )
         done = btx("run", "recipe.yaml", cwd=directory, environment={"WANDB_API_KEY": FAKE_KEY})

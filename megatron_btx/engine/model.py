@@ -160,6 +160,8 @@ def build_model(
     Raises:
         UserError: the experts do not divide over the layout's ranks.
     """
+    if not architecture.experts:  # the groups of experts may be there for the job's other models
+        layout = layout.dense
     experts, over = len(architecture.experts), layout.expert_model_parallel_size
     if experts % over:
         what = f"is {over}, which does not divide {experts} experts"

@@ -47,12 +47,8 @@ def load(
         UserError: the layout cannot hold it.
     """
     precision = precision or precision_of(checkpoint)
-    if not checkpoint.architecture.experts:  # the groups of experts may be there for other models
-        layout = dataclasses.replace(
-            layout, expert_model_parallel_size=1, expert_tensor_parallel_size=None
-        )
-    _check_layout(checkpoint.architecture, layout)
     architecture = checkpoint.architecture
+    _check_layout(architecture, layout if architecture.experts else layout.dense)
     module = build_model(architecture, layout, precision, random_seed=random_seed)
     initialize(module, copy(checkpoint, dtype=DTYPES[precision]))
     return Live(architecture, module.eval())

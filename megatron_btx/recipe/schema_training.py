@@ -3,7 +3,7 @@ training stage with the layout of its ranks. Their rules are those of :mod:`.sch
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from megatron_btx.recipe.fields import of_before, path, within
@@ -135,7 +135,8 @@ class Layout:
     data_parallel_size: int = within(1, 10**6, default=1)
     """DP: number of replicas of the model."""
     expert_model_parallel_size: int = within(1, 10**6, default=1)
-    """EP: number of ranks that share the experts; finetuning only."""
+    """EP: number of ranks that share the experts, in finetuning and evaluation (dense models of the
+    same job have none)."""
     expert_tensor_parallel_size: int | None = within(1, 10**6, default=None)
     """Tensor parallel size of the experts; ``None``: ``tensor_model_parallel_size``, as in
     Megatron."""
@@ -163,6 +164,11 @@ class Layout:
     def etp(self) -> int:
         """Expert tensor parallel size with its default resolved."""
         return self.expert_tensor_parallel_size or self.tensor_model_parallel_size
+
+    @property
+    def dense(self) -> Layout:
+        """The same ranks as a model without experts has them."""
+        return replace(self, expert_model_parallel_size=1, expert_tensor_parallel_size=None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
