@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_btx.cli.common import command, run_directory
-from megatron_btx.errors import UserError
+from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.files import no_directory
-from megatron_btx.pipeline import eval_ranks
+from megatron_btx.pipeline import eval_ranks, graph, state
 from megatron_btx.recipe.load import load_recipe
 from megatron_btx.recipe.read_architecture import from_manifest
-from megatron_btx.recipe.schema import Layout
-from megatron_btx.recipe.systems import row_of
+from megatron_btx.recipe.schema import Layout, Recipe
+from megatron_btx.recipe.stages import directory
+from megatron_btx.recipe.systems import TableRow, row_of
 from megatron_btx.report.model_card import run_card
 from megatron_btx.weights.claimed_directory import claimed, unwritable
 from megatron_btx.weights.directory import add_files
@@ -66,11 +67,39 @@ def run(options: argparse.Namespace) -> int:
         raise UserError(str(out), "exists already", "remove it, or give another name")
     if not out.absolute().parent.is_dir():
         raise no_directory(out.parent)
-    row_of(load_recipe(run_dir / "recipe.yaml"), options.stage)  # told before anything starts
+    recipe = load_recipe(run_dir / "recipe.yaml")
+    _check_finished(recipe, run_dir, row_of(recipe, options.stage))  # before anything starts
     found = _exported(options)
     sys.stdout.writelines(f"llama.cpp: {line}\n" for line in found["llama_cpp"])
     sys.stdout.write(f"{out}: {len(found['claims'])} claims hold, see verification.json\n")
     return 0
+
+
+def _check_finished(recipe: Recipe, run_dir: Path, row: TableRow) -> None:
+    """That the stages of a row are done: what the card says of them is what the recipe says.
+
+    Raises:
+        UserErrors: those that are not, or were done for another recipe.
+    """
+    standing = state.statuses(run_dir, graph.of_run(recipe, run_dir))
+    errors = []
+    for name in row.models:
+        word, why = standing[name]
+        # Of a run that was moved away from its text, whose content is in every key.
+        kept = (directory(run_dir, name) / "done.json").exists() and not _has_text(recipe)
+        if word != "done" and not kept:
+            what = f"is {word}: {why}" if why else f"is {word}"
+            errors.append(UserError(name, what, f"finish it first: btx run {run_dir}"))
+    if errors:
+        raise UserErrors(errors)
+
+
+def _has_text(recipe: Recipe) -> bool:
+    return all(
+        os.path.exists(path)
+        for domain in recipe.domains.values()
+        for path in domain.train + domain.valid
+    )
 
 
 def _exported(options: argparse.Namespace) -> dict[str, Any]:

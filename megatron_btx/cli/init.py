@@ -54,6 +54,11 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--tokenizer", metavar="PATH", type=Path, help="tokenizer, if the seed has none"
     )
+    parser.add_argument(
+        "--align-vocab",
+        action="store_true",
+        help="tokenizers differ by added tokens only: the run gets the largest vocabulary",
+    )
     parser.add_argument("--gpus", metavar="N", type=int, default=0, help="number of GPUs (0: CPUs)")
     parser.add_argument(
         "--gpu-memory", metavar="GB", type=float, default=80.0, help="memory per GPU in GB (80)"
@@ -132,6 +137,7 @@ def _begin(options: argparse.Namespace) -> int:
         train=_by_name("--data", options.data, errors),
         valid=_by_name("--valid", options.valid, errors),
         tokenizer=options.tokenizer,
+        align_vocab=options.align_vocab,
         gpus=options.gpus,
         gpu_bytes=options.gpu_memory * 1e9,
         seq_length=options.seq_length,

@@ -23,7 +23,7 @@ from megatron_btx.data.tokenizer import (
     train_tokenizer,
 )
 from megatron_btx.errors import UserError, collect_errors
-from megatron_btx.families.tokenizer_files import place_of
+from megatron_btx.families.tokenizer_files import describe_tokenizer, place_of
 from megatron_btx.families.tokenizer_identity import differences, most_tokens
 from megatron_btx.files import find_json, unfinished, write_json
 from megatron_btx.recipe.schema import Recipe, TokenizerBlock
@@ -128,13 +128,8 @@ def _seeds_tokenizer(seed: Path, given: Tokenizer | None, path: str | None) -> T
             f"{checkpoint} comes without its tokenizer",
             "give the tokenizer it was trained with as tokenizer.path",
         )
-    unlike = differences(place, Path(path)) if theirs and path else []
-    if unlike:
-        raise UserError(
-            "tokenizer.path",
-            "is not the tokenizer that the seed was trained with (seed.from): " + "; ".join(unlike),
-            "remove tokenizer.path: then the seed's own tokenizer is used",
-        )
+    if theirs and path:
+        check_given(checkpoint, Path(path))
     manifest = (
         find_json(checkpoint / "manifest.json") or find_json(checkpoint / "config.json") or {}
     )
@@ -142,6 +137,22 @@ def _seeds_tokenizer(seed: Path, given: Tokenizer | None, path: str | None) -> T
     if size is not None:
         check_vocabulary(tokenizer, size, where="tokenizer.path")
     return tokenizer
+
+
+def check_given(seed: Path, path: Path) -> None:
+    """That the tokenizer at ``path`` is that of the seed's checkpoint, where it has one.
+
+    Raises:
+        UserError: it is another.
+    """
+    place = place_of(seed)
+    unlike = differences(place, path) if describe_tokenizer(place) is not None else []
+    if unlike:
+        raise UserError(
+            "tokenizer.path",
+            "is not the tokenizer that the seed was trained with (seed.from): " + "; ".join(unlike),
+            "remove tokenizer.path: then the seed's own tokenizer is used",
+        )
 
 
 def _sample(texts: dict[str, DomainText], size: int) -> Iterator[str]:

@@ -89,6 +89,15 @@ def beyond_added(one: Path, more: Path) -> list[str]:
     return said
 
 
+def differ_in_added_tokens(one: Path, other: Path) -> bool:
+    """Whether one tokenizer is the other with more added tokens, as their tokenizer.json say."""
+    places = {str(place): place for place in (one, other)}
+    if len(places) < 2 or not all((place / FAST).is_file() for place in places.values()):
+        return False
+    most = places.pop(most_tokens(places))
+    return not any(beyond_added(fewer, most) for fewer in places.values())
+
+
 def _files(place: Path) -> dict[str, Path]:
     if place.is_file():
         return {FAST if place.suffix == ".json" else SLOW: place}

@@ -12,7 +12,6 @@ from megatron_btx.families.tokenizer_files import (
     has_chat_template,
     place_of,
 )
-from megatron_btx.families.tokenizer_identity import FAST
 from megatron_btx.recipe.count import resolved
 from megatron_btx.recipe.schema import Model
 from megatron_btx.weights.plan import Checkpoint
@@ -80,12 +79,10 @@ def differences(one: Checkpoint, other: Checkpoint, *, alignable: bool = False) 
 
 
 def _differ_in_added_tokens(one: Checkpoint, other: Checkpoint) -> bool:
-    """Whether one tokenizer is the other with more added tokens."""
-    places = {str(place_of(m.path)): place_of(m.path) for m in (one, other) if m.path is not None}
-    if len(places) < 2 or not all((place / FAST).is_file() for place in places.values()):
+    if one.path is None or other.path is None:
         return False
-    most = places.pop(tokenizer_identity.most_tokens(places))
-    return not any(tokenizer_identity.beyond_added(fewer, most) for fewer in places.values())
+    places = place_of(one.path), place_of(other.path)
+    return tokenizer_identity.differ_in_added_tokens(*places)
 
 
 def _differing(one: Checkpoint, other: Checkpoint) -> list[tuple[str, object, object]]:

@@ -21,8 +21,9 @@ from megatron_btx.provenance import code_revision
 from megatron_btx.recipe import count
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.schema import Model, Recipe
+from megatron_btx.recipe.stages import architecture, imported, recipe_key, taken
 from megatron_btx.recipe.stages import directory as stage_directory
-from megatron_btx.recipe.stages import imported, recipe_key, taken
+from megatron_btx.recipe.systems import kinds
 from megatron_btx.weights.find_checkpoint import find_checkpoint, is_hugging_face
 from megatron_btx.weights.manifest import MANIFEST, read_manifest
 
@@ -47,7 +48,8 @@ def check(recipe: Recipe, name: str) -> None:
 
 def check_all(recipe: Recipe, stages: Iterable[Stage]) -> None:
     """``check`` for every checkpoint that these stages take, and that they go together: a model's
-    rows are its tokenizer's pieces, so all of a mix have one tokenizer.
+    rows are its tokenizer's pieces, so all of a mix have one tokenizer, which is the recipe's. And
+    where they are to leave as one model for Hugging Face, that there is one which computes it.
 
     Raises:
         UserErrors: all that is wrong.
@@ -65,6 +67,9 @@ def check_all(recipe: Recipe, stages: Iterable[Stage]) -> None:
             errors.append(error)
             continue
         tokenizers[where] = directory
+        if stage.name == "seed" and recipe.tokenizer.path is not None:
+            with collect_errors(errors):
+                _check_given(directory, recipe.tokenizer.path)
         lacking = stage.name == "seed" and manifest.get("tokenizer", "") is None
         if recipe.tokenizer.path is None and lacking:
             errors.append(
@@ -85,18 +90,52 @@ def check_all(recipe: Recipe, stages: Iterable[Stage]) -> None:
             )
         elif recipe.mix.align_vocab:
             continue  # asked below, of all of them
-        elif unlike := _other_tokenizer(next(iter(tokenizers.values())), directory):
-            errors.append(
-                UserError(
-                    where,
-                    f"{directory} has another tokenizer than {next(iter(tokenizers))}: {unlike}",
-                    "take models that were trained with one tokenizer",
-                )
-            )
+        elif unlike := _other_tokenizer(first := next(iter(tokenizers.values())), directory):
+            what = f"{directory} has another tokenizer than {next(iter(tokenizers))}: {unlike}"
+            fix = "take models that were trained with one tokenizer"
+            errors.append(UserError(where, what, _align(first, directory) or fix))
     if recipe.mix.align_vocab and tokenizers and not errors:
         aligned(recipe)
+    if tokenizers and not errors:
+        check_export(recipe)
     if errors:
         raise UserErrors(errors)
+
+
+def check_export(recipe: Recipe) -> None:
+    """That what a recipe's run will export is computed by a Hugging Face family: known before
+    anything is trained.
+
+    Raises:
+        UserError: there is none.
+    """
+    from megatron_btx.families.hf import family_of
+
+    if "export" in kinds(recipe) and recipe.export.format == "hf":
+        try:
+            family_of(architecture(recipe, "finetune"))
+        except UserError as error:
+            fix = "set `export: {format: none}`: the mixture stays in Megatron's format"
+            raise UserError("export.format", error.what, fix) from None
+
+
+def _check_given(seed: Path, tokenizer: str) -> None:
+    from megatron_btx.data.run_tokenizer import check_given
+
+    check_given(seed, Path(tokenizer))
+
+
+def _align(one: Path, other: Path) -> str:
+    """What to do where one tokenizer has all tokens of the other and some more."""
+    from megatron_btx.families.tokenizer_files import place_of
+    from megatron_btx.families.tokenizer_identity import differ_in_added_tokens
+
+    if not differ_in_added_tokens(place_of(one), place_of(other)):
+        return ""
+    return (
+        "one has all tokens of the other and some more: `mix: {align_vocab: true}` (btx init "
+        "--align-vocab) gives each model a row for every token"
+    )
 
 
 def aligned(recipe: Recipe) -> tuple[dict[str, Aligned], str]:
@@ -236,13 +275,13 @@ def _read(recipe: Recipe, name: str, path: Path) -> tuple[Path, dict[str, Any]]:
         for field, theirs, ours in _differences(architecture.model, recipe.model)
     ]
     if different:
-        raise UserError(
-            where,
-            f"{directory} is of another model ({'; '.join(different)})",
-            f"write what `btx convert hf-to-megatron {directory}` prints"
-            if there
-            else "change `model:` to the checkpoint's, or take another checkpoint",
-        )
+        fix = "change `model:` to the checkpoint's, or take another checkpoint"
+        if name != "seed" and recipe.seed.from_ is not None:
+            fix = "give an expert that was branched from the seed"
+        elif there:
+            fix = f"write what `btx convert hf-to-megatron {directory}` prints"
+        what = f"{directory} is of another model ({'; '.join(different)})"
+        raise UserError(where, what, fix)
     return directory, manifest
 
 

@@ -39,6 +39,7 @@ class Asked:
     train: Mapping[str, Sequence[Path]]
     valid: Mapping[str, Sequence[Path]]
     tokenizer: Path | None
+    align_vocab: bool
     gpus: int
     gpu_bytes: float
     seq_length: int | None
@@ -62,12 +63,18 @@ def begin(asked: Asked, wrong: Sequence[UserError] = ()) -> str:
         experts=dict(asked.experts),
         domains=_domains(asked, tokenizer),
         tokenizer=asked.tokenizer,
+        align_vocab=asked.align_vocab,
         gpus=asked.gpus,
         gpu_bytes=asked.gpu_bytes,
         cores=len(os.sched_getaffinity(0)),
     )
     text = compose(start, asked.out)
     recipe = parse_recipe(text, asked.out)
+    try:
+        import_checkpoint.check_export(recipe)
+    except UserError:
+        text = compose(replace(start, exported=False), asked.out)
+        recipe = parse_recipe(text, asked.out)
     check_paths.files(recipe)
     import_checkpoint.check_all(recipe, graph.build(recipe))
     asked.out.parent.mkdir(parents=True, exist_ok=True)

@@ -56,6 +56,7 @@ def _prepare(recipe: Recipe, stage: Stage, run_dir: Path) -> Any:
         from megatron_btx.train.train_stage import check_options
 
     check_options(recipe)
+    import_checkpoint.check_export(recipe)
     if stage.name == prepare_array.BEGIN:
         return prepare.begin(recipe, out, progress)
     return prepare.prepare(recipe, out, progress)

@@ -31,6 +31,7 @@ OWN = 0.95
 """An expert's own domain in its mixture; the rest keeps what the seed knows (table 7)."""
 FITS = 0.9
 """Share of a GPU's memory that the planned peak may take."""
+_NOT_EXPORTED = "export: {format: none} # no Hugging Face family computes the mixture"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +57,9 @@ class Start:
     domains: dict[str, Text]
     tokenizer: Path | None = None
     """``None``: the seed's own."""
+    align_vocab: bool = False
+    exported: bool = True
+    """``False``: no Hugging Face family computes the mixture."""
     gpus: int = 0
     """Ranks, a GPU each; 0: ranks of ``cores`` cores."""
     gpu_bytes: float = 80e9
@@ -191,6 +195,7 @@ def _text(start: Start, layout: Layout, path: Path) -> str:
         "experts: # in the order of the mixture's experts; the seed is the last",
         *(_expert(start, name, schedule, here) for name in start.experts),
         "",
+        *(["mix: {align_vocab: true} # the largest of the vocabularies", ""] * start.align_vocab),
         "routing: {type: topk, moe_router_topk: 2}",
         "",
         f"finetune: # {schedule.steps(schedule.finetune, seq):,} steps",
@@ -203,6 +208,7 @@ def _text(start: Start, layout: Layout, path: Path) -> str:
         "  micro_batch_size: 1" if start.gpus else "  micro_batch_size: 8",
         f"  layout: {_layout(layout, experts=True)}",
         "",
+        *([_NOT_EXPORTED, ""] * (not start.exported)),
         "# dense: {} # the seed trained on the same tokens without experts, to compare with",
         '# slurm: {partition: NAME, gpus_per_node: 8, time: "24:00:00"} # for `btx submit`',
     ]

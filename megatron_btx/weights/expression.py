@@ -74,8 +74,9 @@ def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
     """
     if values.dtype != torch.float64 or dtype not in _BETWEEN:
         return values.to(dtype)
-    single = values.float(memory_format=torch.contiguous_format)
-    exact, flat = values.contiguous().view(-1).numpy(), single.view(-1).numpy()
+    values = values.contiguous()
+    single = values.float()
+    exact, flat = values.view(-1).numpy(), single.view(-1).numpy()
     pattern, mask = _BETWEEN[dtype]
     halves = (flat.view(numpy.int32) & mask) == pattern
     halves &= flat != exact

@@ -112,6 +112,14 @@ def test_what_cannot_go_out_is_told(
         assert main(["export", *words]) == 2
         assert said in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+    run_dir = tmp_path / "run"
+    shutil.copytree(taken, run_dir, symlinks=True)
+    (run_dir / "finetune" / "done.json").rename(run_dir / "finetune" / "stopped.json")
+    assert main(["export", str(run_dir), "--out", str(tmp_path / "x")]) == 2
+    told = capsys.readouterr().err
+    assert "error: finetune: is stopped: goes on from step_" in told
+    assert f"finish it first: btx run {run_dir}" in told
+    shutil.rmtree(run_dir)
     with claimed(tmp_path / "x", "another"):
         assert main(["export", str(taken), "--out", str(tmp_path / "x")]) == 2
         assert f"written by another process: pid {os.getpid()} on" in capsys.readouterr().err

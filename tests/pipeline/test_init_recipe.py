@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 
 from megatron_btx import cpu_info
 from megatron_btx.cli.main import main
+from megatron_btx.data.tokenizer import train_tokenizer
 from megatron_btx.errors import UserErrors
 from megatron_btx.pipeline import doctor, graph, import_checkpoint
 from megatron_btx.recipe import run_plan, starter
@@ -30,6 +32,14 @@ def material(tmp_path_factory: pytest.TempPathFactory) -> Path:
         made.write(made.random_model(tokenizer, number), root / name, tokenizer)
     made.write(made.random_model(tokenizer, 3, seq_length=32), root / "a b: 'c'", tokenizer)
     made.write(made.moe(tokenizer), root / "moe", tokenizer)
+    for name, changed in {"nope": {"no_rope_freq": (0, 1)}, "base": {"rotary_base": 5e5}}.items():
+        plain = made.random_model(tokenizer, 4)
+        model = replace(plain.architecture.model, **changed)
+        other = replace(plain, architecture=replace(plain.architecture, model=model))
+        made.write(other, root / name, tokenizer)
+    lines = [text for texts in made.TEXTS.values() for text in texts]
+    lines += [text.upper() for text in lines]
+    train_tokenizer(lines, made.VOCABULARY, where="test").save(root / "speech")
     for stage in ("seed", "expert-code", "finetune"):
         (root / "run" / stage / "checkpoints" / "step_00000002").mkdir(parents=True)
     (root / "run" / "recipe.yaml").touch()
@@ -99,9 +109,47 @@ def test_names_that_yaml_would_read_otherwise(there: Path, tmp_path: Path) -> No
     assert load_recipe(out).experts["quoted"].from_ == str(there / "a b: 'c'")
 
 
+def test_what_no_family_computes_stays_in_megatrons_format(
+    there: Path, tmp_path: Path, capsys
+) -> None:
+    """Known before anything is trained: in a layer of each of these, nothing is rotated."""
+    out = tmp_path / "recipe.yaml"
+    words = "--seed nope --expert code=nope --data code=code.jsonl --data math=math.jsonl"
+    assert main(["init", *words.split(), "--out", str(out)]) == 0
+    assert load_recipe(out).export.format == "none"
+    out.write_text(out.read_text().replace("export: {format: none}", "export: {format: hf}"))
+    capsys.readouterr()
+    assert main(["run", str(out), "--dry-run"]) == 2
+    told = capsys.readouterr().err
+    assert "export.format: no Hugging Face family computes this model" in told
+    assert "fix: set `export: {format: none}`" in told
+
+
+def test_a_tokenizer_that_is_not_the_seeds_is_told_by_the_plan(
+    there: Path, tmp_path: Path, capsys
+) -> None:
+    out = tmp_path / "recipe.yaml"
+    assert main(["init", *ASKED.split(), "--out", str(out)]) == 0
+    out.write_text(f"{out.read_text()}tokenizer: {{path: {there / 'speech'}}}\n")
+    capsys.readouterr()
+    assert main(["run", str(out), "--dry-run"]) == 2
+    told = capsys.readouterr().err
+    assert "tokenizer.path: is not the tokenizer that the seed was trained with" in told
+
+
+def test_vocabularies_to_be_aligned(there: Path, tmp_path: Path, capsys) -> None:
+    """Asked of the models as of a recipe's: these have no tokenizer.json."""
+    out = tmp_path / "recipe.yaml"
+    assert main(["init", *ASKED.split(), "--align-vocab", "--out", str(out)]) == 2
+    assert "mix.align_vocab: seed: comes without a tokenizer.json" in capsys.readouterr().err
+    recipe = parse_recipe(starter.compose(start(align_vocab=True), out))
+    assert recipe.mix.align_vocab
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        ("--seed seed --expert code=base --data code=code.jsonl", "branched from the seed"),
         ("--seed seed --data code=code.jsonl", "--expert: is missing"),
         ("--seed seed --expert code=code", "--data: is missing"),
         ("--seed seed --expert prose --data code=code.jsonl", "prose has neither"),
