@@ -16,6 +16,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from types import FrameType
+from typing import NoReturn
 
 from megatron_btx import __version__
 from megatron_btx.errors import EXIT_INTERRUPTED, STOPS, RanksCrashed, UserError, coloured, shown
@@ -179,9 +180,19 @@ _COMMANDS = {
 """Modules of ``cli/`` and the commands whose parsers each adds, in the order of ``btx --help``."""
 
 
+class _Parser(argparse.ArgumentParser):
+    """Its errors are like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        """Of a flag's value, a missing word, ...; without the usage's many lines."""
+        found = re.fullmatch(r"argument ([^:]+): (.+)", message, re.DOTALL)
+        where, what = found.groups() if found else (self.prog, message)
+        raise UserError(where, what, f"see {self.prog} --help")
+
+
 def _parser(command: str = "") -> argparse.ArgumentParser:
     """The parser of ``command``, whose module alone is imported; of all where it is not one."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="btx",
         description="Branch-Train-MiX on Megatron-Core: from one recipe to a mixture of experts.",
         epilog=_EPILOG,

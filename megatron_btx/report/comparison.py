@@ -24,6 +24,9 @@ from megatron_btx.recipe.systems import SYSTEMS, rows
 from megatron_btx.report.paired_differences import Paired
 from megatron_btx.train import goodput, metrics
 
+LEAST_GAIN = 0.01
+"""Nats per token: shares of less than an expert gained so are noise."""
+
 SecondsOfLog = Callable[[Path], float | None]
 
 
@@ -118,7 +121,7 @@ class Comparison:
         """What a system keeps of the loss that the domain's expert gained over the seed on its own
         domain, under each random seed: the share (seed - system) / (seed - expert), and how far it
         is behind, system - expert, in nats per token. ``None`` where the domain has no expert, or
-        that gained nothing.
+        that gained too little to take shares of.
 
         The expert is the row ``expert:DOMAIN`` for every system, so that shares of one domain
         compare: also for a system that has longer or anchored branches of its own.
@@ -132,7 +135,7 @@ class Comparison:
             self.difference(seed, system, domain),
             self.difference(system, expert, domain),
         )
-        if gained is None or kept is None or behind is None or min(gained.values) <= 0:
+        if gained is None or kept is None or behind is None or min(gained.values) < LEAST_GAIN:
             return None
         shares = [a / b for a, b in zip(kept.values, gained.values, strict=True)]
         return Paired(tuple(shares)), behind

@@ -12,7 +12,7 @@ from megatron_btx.evaluate.routing_stats import choice_in_words
 from megatron_btx.pipeline.local.progress import amount, clock
 from megatron_btx.recipe.messages import aligned
 from megatron_btx.recipe.stages import expert_stage
-from megatron_btx.report.comparison import Comparison, System
+from megatron_btx.report.comparison import LEAST_GAIN, Comparison, System
 from megatron_btx.report.paired_differences import Paired
 from megatron_btx.report.table import untold
 
@@ -136,7 +136,7 @@ def retention(comparison: Comparison) -> Table | None:
         "in brackets the nats per token that it is behind the expert"
     )
     if without:
-        what += f"; not of {', '.join(without)}, whose expert gained nothing over the seed"
+        what += f"; not of {', '.join(without)}, whose expert gained less than {LEAST_GAIN} nats"
     return what, rows
 
 

@@ -133,9 +133,12 @@ def notes(results: Results) -> list[str]:
 
 def untold(taken: Iterable[str]) -> str:
     """Why numbers are missing."""
+    *names, last = map(title, taken)
+    several = f"{', '.join(names)} and {last} do" if names else f"{last} does"
+    it = "they were" if names else "it was"
     return (
-        f"What was taken as {' and '.join(map(title, taken))} does not say how many tokens it was "
-        "trained on: tokens and FLOPs of what was made of it are not known."
+        f"What was taken as {several} not say how many tokens {it} trained on: tokens and FLOPs of "
+        f"what was made of {'them' if names else 'it'} are not known."
     )
 
 

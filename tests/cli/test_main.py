@@ -62,6 +62,24 @@ def test_every_command_is_described_and_shows_examples(command: str) -> None:
         assert " RECIPE" in usage
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["evaluate", "x", "--tokens", "abc"], "--tokens: 'abc' is no whole number"),
+        (["run"], "btx run: the following arguments are required: RECIPE"),
+        (["mix", "--method", "btz"], "--method: invalid choice: 'btz'"),
+        (["generate", "x", "--prompt"], "--prompt: expected one argument"),
+    ],
+)
+def test_a_flags_mistake_is_an_error_like_any_other(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"error: {said}")
+    assert told.endswith(f"  fix: see btx {words[0]} --help\n")
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--version"])
