@@ -17,7 +17,14 @@ from megatron_btx.engine import distributed
 from megatron_btx.engine.initializer import initialize
 from megatron_btx.engine.model import DTYPES, build_model
 from megatron_btx.evaluate.btm_heldout import btm_heldout, training_text
-from megatron_btx.evaluate.heldout_loss import Batch, HeldOut, Listener, evaluate, text_of
+from megatron_btx.evaluate.heldout_loss import (
+    Batch,
+    HeldOut,
+    Listener,
+    check_finite,
+    evaluate,
+    text_of,
+)
 from megatron_btx.evaluate.results import Results, StageCost, SystemResult, total
 from megatron_btx.evaluate.routing_stats import expert_choice
 from megatron_btx.files import ProgressFile, find_json, write_json
@@ -47,7 +54,8 @@ def run(recipe: Recipe, run_dir: Path) -> dict[str, Any]:
         ``{"results": "results.json"}``.
 
     Raises:
-        UserError: a checkpoint or the held-out text is missing or damaged.
+        UserError: a checkpoint or the held-out text is missing or damaged, or a model computes NaN
+            or infinity on it.
     """
     settings = recipe.evaluate
     distributed.initialize(settings.layout, recipe.random_seed)
@@ -142,6 +150,7 @@ def _single(
         architecture, found = evaluate_checkpoint(
             checkpoint, domains, recipe.evaluate, precision, recipe.random_seed, listener
         )
+        check_finite(row.name, found)
         if distributed.is_first_rank():
             kept.parent.mkdir(exist_ok=True)
             write_json(kept, asdict(found))
@@ -151,6 +160,7 @@ def _single(
 
 
 def _measured(row: TableRow, architecture: Architecture, found: HeldOut) -> SystemResult:
+    check_finite(row.name, found)
     parameters = count.parameters(architecture)
     return SystemResult(
         name=row.name,
@@ -189,6 +199,7 @@ def _ensemble(recipe: Recipe, run_dir: Path, row: TableRow, domains: Domains) ->
         precision=precision,
         random_seed=recipe.random_seed,
     )
+    check_finite(row.name, ensemble.heldout)
     cost = ensemble.cost
     return SystemResult(
         name=row.name,

@@ -46,6 +46,29 @@ class HeldOut:
     """MoE: the same, the mean gate weight over all tokens."""
 
 
+def check_finite(model: str, found: HeldOut) -> None:
+    """That what was measured are numbers. Every rank has the same, so all of them raise.
+
+    Raises:
+        UserError: ``model`` computes NaN or infinity; it names the domains.
+    """
+    wrong = {
+        domain: None
+        for measured in (found.loss, found.load or {}, found.gate or {})
+        for domain, values in measured.items()
+        if domain in list(found.loss)[:-1] and not torch.tensor(values).isfinite().all()
+    }
+    if wrong:
+        raise not_finite(model, f" on the text of {', '.join(wrong)}")
+
+
+def not_finite(model: str, where: str = "") -> UserError:
+    """For a model whose predictions are no numbers, ``where``: on which text."""
+    why = "its weights hold NaN or infinity, or its activations overflow"
+    fix = "compare it with what it was made of (btx verify), or compute in fp32"
+    return UserError(model, f"computes NaN or infinity{where}: {why}", fix)
+
+
 def evaluate(
     model: torch.nn.Module,
     domains: Mapping[str, Sequence[Batch]],

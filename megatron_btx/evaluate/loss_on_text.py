@@ -17,7 +17,7 @@ from megatron_btx.data.tokenizer import given_tokenizer, tokenizer_of
 from megatron_btx.errors import UserError
 from megatron_btx.evaluate import btm
 from megatron_btx.evaluate.btm_heldout import cost
-from megatron_btx.evaluate.heldout_loss import label_log_probs
+from megatron_btx.evaluate.heldout_loss import label_log_probs, not_finite
 from megatron_btx.evaluate.model_spec import Subject
 from megatron_btx.evaluate.models import (
     load,
@@ -72,6 +72,9 @@ def evaluate_data(
         "mean": of nats per token over the texts, "seq_length", "inference_flops_per_token",
         "params_active", "params_total"}``, of a set the mean ``weights`` of its models by text, and
         of Sample Top-1 the ``expert_choice``.
+
+    Raises:
+        UserError: the model computes NaN or infinity; every rank raises it.
     """
     checkpoints = opened(subject, setting.tokenizer)
     tp = setting.layout.tensor_model_parallel_size
@@ -103,6 +106,8 @@ def evaluate_data(
             used = weights[:, counts.bool()]
             result.setdefault("weights", {})[name] = dict(btm.named(used, list(checkpoints)))
         nats = -(log_probs * counts).sum().item()
+        if not math.isfinite(nats):
+            raise not_finite(subject.name, f" on the text of {name}")
         result["data"][name] = {
             "nats_per_token": nats / text.size.tokens,
             "bits_per_byte": nats / math.log(2) / max(text.size.bytes, 1),

@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_btx.data.heldout_sequences import Sample, held_out
 from megatron_btx.errors import UserError
-from megatron_btx.evaluate.heldout_loss import evaluate
+from megatron_btx.evaluate.heldout_loss import check_finite, evaluate
 from megatron_btx.evaluate.loss_on_text import EvalSetting, packed, whole_sequences
 from megatron_btx.evaluate.model_spec import Subject, run_of
 from megatron_btx.evaluate.models import load, opened
@@ -37,7 +37,7 @@ def measure(
         "expert_choice": of Sample Top-1}``.
 
     Raises:
-        UserError: it has no experts, or a text is too short.
+        UserError: it has no experts, a text is too short, or it computes NaN or infinity.
     """
     (checkpoint,) = opened(subject, setting.tokenizer).values()
     architecture = checkpoint.architecture
@@ -58,6 +58,7 @@ def measure(
     }
     for number, (name, text) in enumerate(texts.items(), 1):
         found = evaluate(live.module, {name: text}, micro_batch_size=setting.micro_batch_size)
+        check_finite(subject.name, found)
         assert found.load is not None
         assert found.gate is not None
         result["load"] |= found.load

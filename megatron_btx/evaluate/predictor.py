@@ -26,8 +26,9 @@ from torch import Tensor
 from megatron_btx.data.tokenizer import Tokenizer, given_tokenizer, tokenizer_of
 from megatron_btx.engine.moe.noise import set_routing_context
 from megatron_btx.engine.moe.router import dropless
-from megatron_btx.errors import UserError, shown
+from megatron_btx.errors import shown
 from megatron_btx.evaluate import btm
+from megatron_btx.evaluate.heldout_loss import not_finite
 from megatron_btx.evaluate.model_spec import Subject
 from megatron_btx.evaluate.models import (
     Live,
@@ -128,7 +129,7 @@ class Predictor:
         its last token is predicted, not read.
 
         Raises:
-            UserError: the model computes NaN; every rank raises it.
+            UserError: the model computes NaN or infinity; every rank raises it.
         """
         answers = self._each(rows, 2, self._scored, progress, drop_last=True)
         return [Score(total, greedy > 0.5) for total, greedy in answers.tolist()]
@@ -139,7 +140,7 @@ class Predictor:
         No row is longer than ``seq_length``.
 
         Raises:
-            UserError: the model computes NaN; every rank raises it.
+            UserError: the model computes NaN or infinity; every rank raises it.
         """
         width = self.vocab_size
         return self._each(rows, width, self._following, NO_PROGRESS, drop_last=False).float()
@@ -175,16 +176,14 @@ class Predictor:
         return self.numbers(answers.cpu())
 
     def numbers(self, answers: Tensor) -> Tensor:
-        """Answers, the same on every rank, of which each is a number.
+        """Answers, the same on every rank, of which each is a finite number.
 
         Raises:
-            UserError: one is NaN: no score and no token could be made of it.
+            UserError: one is not: no score and no token could be made of it.
         """
-        if not answers.isnan().any():
+        if answers.isfinite().all():
             return answers
-        what = "computes NaN: its weights hold NaN or infinity, or its activations overflow"
-        fix = "compare it with what it was made of (btx verify), or try --precision fp32"
-        raise UserError(self.subject.name, what, fix)
+        raise not_finite(self.subject.name)
 
     @torch.no_grad()
     def _run(self, rows: Sequence[ScoredText], longest: int) -> dict[str, Tensor]:

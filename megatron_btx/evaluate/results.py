@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_btx.errors import UserError
+from megatron_btx.evaluate.routing_stats import CHOICES
 from megatron_btx.files import parse_json, read_bytes, write_json
 
 MEAN = "mean"
@@ -18,6 +18,8 @@ Matrix = list[list[float]]
 """``[layer][expert]``."""
 
 _BYTES = 256 << 20
+_MOST = 3e38
+"""Above it is nothing that fp32 can have measured, and sums of two overflow."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,16 +94,19 @@ class SystemResult:
         several = read.content.get("checkpoint") or []
         if not isinstance(several, str | list):
             raise damaged(where, f"checkpoint is {_shown(several)}")
+        experts = tuple(map(str, read.value("experts", list, [])))
+        load, gate = read.mapping("load", _matrix), read.mapping("gate", _matrix)
+        _check_routing(where, load, gate, len(experts))
         return cls(
             name=name,
             loss=read.mapping("loss", _number, needed=True),
             **{key: read.count(key) for key in _COUNTS},
             stages=read.mapping("stages", _cost),
             checkpoint=(several,) if isinstance(several, str) else tuple(map(str, several)),
-            experts=tuple(map(str, read.value("experts", list, []))),
-            load=read.mapping("load", _matrix),
-            gate=read.mapping("gate", _matrix),
-            expert_choice=read.value("expert_choice", str, None),
+            experts=experts,
+            load=load,
+            gate=gate,
+            expert_choice=read.one_of("expert_choice", CHOICES),
         )
 
 
@@ -143,7 +148,7 @@ class Results:
             UserError: it is damaged.
         """
         read = _Reader(content, where)
-        if not isinstance(content.get("systems"), dict):
+        if not isinstance(content.get("systems"), dict) or not content["systems"]:
             raise damaged(where, "it holds no systems")
         systems = {
             name: SystemResult.from_json(name, entry, f"{where}: systems.{name}")
@@ -202,14 +207,19 @@ class _Reader:
             raise damaged(self.where, f"{key} is {_shown(found)}")
         return found
 
+    def one_of(self, key: str, known: Collection[str]) -> str | None:
+        """One of the ``known`` words."""
+        found: str | None = self.value(key, str, None)
+        if found is not None and found not in known:
+            raise damaged(self.where, f"{key} is {_shown(found)}")
+        return found
+
     def count(self, key: str) -> int | None:
         """A whole number, not negative."""
         found = self.content.get(key)
         if found is None:
             return None
-        number = isinstance(found, int | float) and not isinstance(found, bool)
-        if not number or not math.isfinite(found) or found < 0:
-            raise damaged(self.where, f"{key} is {_shown(found)}, no number")
+        _share(found, f"{self.where}.{key}")
         return int(found)
 
     def mapping(
@@ -227,7 +237,15 @@ class _Reader:
 def _number(value: Any, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise damaged(where, f"it is {_shown(value)}, no number")
+    if not abs(value) <= _MOST:  # NaN is not
+        raise damaged(where, f"it is {_shown(value)}, which nothing that was measured can be")
     return float(value)
+
+
+def _share(value: Any, where: str) -> float:
+    if (number := _number(value, where)) < 0:
+        raise damaged(where, f"it is {_shown(value)}, which is negative")
+    return number
 
 
 def _cost(value: Any, where: str) -> StageCost:
@@ -237,16 +255,26 @@ def _cost(value: Any, where: str) -> StageCost:
 
 def _text(value: Any, where: str) -> dict[str, Any]:
     read = _Reader(value, where)
-    return {"tokens": read.count("tokens"), "sha256": read.value("sha256", str, "")}
+    tokens = read.count("tokens")
+    if tokens is None:
+        raise damaged(where, "it has no tokens")
+    return {"tokens": tokens, "sha256": read.value("sha256", str, "")}
 
 
 def _matrix(value: Any, where: str) -> Matrix:
     if not isinstance(value, list) or not all(isinstance(row, list) for row in value):
         raise damaged(where, f"it is {_shown(value)}, no matrix")
-    rows = [[_number(each, where) for each in row] for row in value]
-    if len({len(row) for row in rows}) > 1 or not all(rows):
+    rows = [[_share(each, where) for each in row] for row in value]
+    if not rows or len({len(row) for row in rows}) > 1 or not all(rows):
         raise damaged(where, "its rows are not equally long")
     return rows
+
+
+def _check_routing(where: str, load: Any, gate: Any, experts: int) -> None:
+    """That both are of the same domains, layers and experts."""
+    shapes = {(len(matrix), len(matrix[0])) for matrix in (*load.values(), *gate.values())}
+    if load.keys() != gate.keys() or len(shapes) > 1 or any(e != experts for _, e in shapes):
+        raise damaged(where, "load, gate and experts do not belong to one model")
 
 
 def _shown(value: Any) -> str:

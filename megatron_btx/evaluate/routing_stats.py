@@ -65,7 +65,7 @@ def percentile(ordered: Sequence[float], share: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 
-_CHOICES = {"drawn": "drawn with seeded noise", "argmax": "the argmax of its logits"}
+CHOICES = {"drawn": "drawn with seeded noise", "argmax": "the argmax of its logits"}
 
 
 def expert_choice(routing: Routing | None) -> str | None:
@@ -83,5 +83,5 @@ def expert_choices(routings: Iterable[Routing | None]) -> str | None:
 
 def choice_in_words(choice: str) -> str:
     """For people."""
-    words = " and ".join(_CHOICES[one] for one in choice.split(" and "))
+    words = " and ".join(CHOICES[one] for one in choice.split(" and "))
     return f"one expert a token, {words}"

@@ -24,27 +24,32 @@ def predict(subject: Subject, layout: Layout, rows: list[tuple[list[int], int]])
     return [(s.log_prob, s.is_greedy) for s in scores], predictor.next(asked)
 
 
-def refused(subject: Subject, layout: Layout, rows: list[tuple[list[int], int]]) -> list[str]:
-    """What scores, predictions and continuations of a model end with instead."""
+def refused(
+    subject: Subject, layout: Layout, rows: list[tuple[list[int], int]], files: dict[str, list[str]]
+) -> list[str]:
+    """What scores, predictions, continuations and losses of a model end with instead."""
     from megatron_btx.engine import distributed
     from megatron_btx.errors import UserError
     from megatron_btx.evaluate.generate import Decoding
     from megatron_btx.evaluate.generate import generate as run
+    from megatron_btx.evaluate.loss_on_text import EvalSetting, evaluate_data
     from megatron_btx.evaluate.predictor import Predictor, ScoredText
 
     distributed.initialize(layout, 0)
     predictor = Predictor(subject, layout, micro_batch_size=2)
+    setting = EvalSetting(layout=layout, micro_batch_size=2)
     asked = [ScoredText(tuple(ids), first, number) for number, (ids, first) in enumerate(rows)]
     found = []
     for ask in (
         lambda: predictor.score(asked),
         lambda: predictor.next(asked),
         lambda: run(predictor, ["a", "b", "c"], Decoding(max_new_tokens=2)),
+        lambda: evaluate_data(subject, files, setting),
     ):
         try:
             ask()
         except UserError as error:
-            found.append(error.where)
+            found.append(f"{error.where}: {error.what.partition(':')[0]}")
     return found
 
 

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from megatron_btx.evaluate.heldout_loss import text_of
+from megatron_btx.errors import UserError
+from megatron_btx.evaluate.evaluate_stage import _measured
+from megatron_btx.evaluate.heldout_loss import HeldOut, text_of
 from megatron_btx.evaluate.packed_text import PackedText
+from megatron_btx.evaluate.results import SystemResult
 from megatron_btx.recipe.schema import Layout
+from megatron_btx.recipe.systems import TableRow
 from tests.evaluate import made, ranks_side
 from tests.ranks import Ranks
 
@@ -75,3 +82,22 @@ def test_the_identity_of_a_text() -> None:
         changed[9][key] = 1 - changed[9][key]
         assert text_of({"t": changed})["t"]["sha256"] != first["sha256"]
     assert text_of({"t": rows[:-1]})["t"] != first
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("of", ["loss", "load", "gate"])
+def test_what_the_reader_of_results_refuses_is_not_written(of: str, value: float) -> None:
+    """The evaluation stage looks at every system so, before it keeps or writes anything."""
+    loss, share = {"a": 1.0, "b": 2.0, "mean": 1.5}, {"a": [[0.5, 0.5]], "b": [[0.5, 0.5]]}
+    good: dict[str, Any] = {"loss": loss, "load": share, "gate": share}
+    row = TableRow(name="btx", models=("finetune",), made_by=("finetune",))
+    architecture = made.moe(made.tokenizer(), names="xy").architecture
+    measured = _measured(row, architecture, HeldOut(**good))
+    assert SystemResult.from_json("btx", measured.to_json(), "") is not None
+    bad = {**good, of: {**good[of], "b": value if of == "loss" else [[0.5, value]]}}
+    if of == "loss":
+        bad["loss"]["mean"] = value  # as it is computed of them
+    with pytest.raises(UserError, match="btx: computes NaN or infinity on the text of b:"):
+        _measured(row, architecture, HeldOut(**bad))
+    with pytest.raises(UserError, match="is damaged"):
+        SystemResult.from_json("btx", replace(measured, **bad).to_json(), "")

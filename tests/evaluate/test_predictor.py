@@ -84,10 +84,12 @@ def test_nan_is_no_answer(here: Path, ranks: Ranks, tmp_path: Path, name: str) -
     """Every rank says so: none waits for one that has stopped."""
     layout = LAYOUTS[name]
     made.with_nan(shutil.copytree(here / "a", tmp_path / "a"))
+    files = {"x": [str(here / "x.jsonl")]}
     answers = ranks.run(
-        ranks_side.refused, layout.world_size, one(tmp_path / "a"), layout, rows()[:3]
+        ranks_side.refused, layout.world_size, one(tmp_path / "a"), layout, rows()[:3], files
     )
-    assert answers == [["one"] * 3] * layout.world_size
+    said = "one: computes NaN or infinity"
+    assert answers == [[said] * 3 + [f"{said} on the text of x"]] * layout.world_size
 
 
 def test_a_mixture_under_expert_parallelism(here: Path, ranks: Ranks) -> None:

@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from megatron_btx.cli import compare
 from megatron_btx.errors import UserError
 from megatron_btx.evaluate.results import Results
-from megatron_btx.report import page
+from megatron_btx.recipe.schema import Recipe
+from megatron_btx.report import comparison, figure_files, page, run_data, table
+from megatron_btx.report.comparison import FinishedRun
 from megatron_btx.train import metrics
 from tests.report.made import make_run
 
-VALUES = [None, True, -1, "x", [], {}, [[1]], {"a": {}}, 1e400, "\x1b[31m"]
+VALUES = [None, True, -1, 0, "x", [], {}, [[1]], [[0.5, 0.5]], {"a": {}}, {"tokens": 1}, "\x1b[31m"]
+NUMBERS = [1e400, -1e400, math.nan, 1e308, 10**308, 3e38, 1e-300]
+RESULTS = "results.json"
 
 
 @pytest.fixture(scope="module")
-def content(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    _, run_dir = make_run(tmp_path_factory.mktemp("made"))
-    found: dict[str, Any] = json.loads((run_dir / "results.json").read_text())
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path]:
+    return make_run(tmp_path_factory.mktemp("made"))
+
+
+@pytest.fixture(scope="module")
+def content(made: tuple[Recipe, Path]) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((made[1] / RESULTS).read_text())
     routed = {"load": {"code": [[0.5, 0.5]]}, "gate": {"code": [[0.5, 0.5]]}, "experts": ["a", "b"]}
     found["systems"]["btx"] |= {**routed, "expert_choice": "drawn", "checkpoint": ["a", "b"]}
     return found
@@ -36,27 +49,57 @@ def _places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return [path, *(place for key, part in items for place in _places(part, (*path, key)))]
 
 
-def test_results_with_any_value_in_any_place(content: dict[str, Any]) -> None:
-    """Read as a value of the right kind, or refused by name; never another exception."""
+def test_results_with_any_value_in_any_place(
+    made: tuple[Recipe, Path], content: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read as a value of the right kind, or refused by name; never another exception. What is read
+    is shown: as table, page, figures and comparison, and in strict JSON."""
+    recipe, run_dir = made
+    facts, finished = run_data.gather(recipe, run_dir), FinishedRun(recipe=recipe, run_dir=run_dir)
+    monkeypatch.setattr(comparison, "_seconds_of_log", lambda log: 1.0)
     read = Results.from_json(content, "results.json")
     assert Results.from_json(read.to_json(), "again") == read
     assert read.systems["btx"].loss == content["systems"]["btx"]["loss"]
     assert read.systems["btx"].load["code"] == [[0.5, 0.5]]
     said: list[UserError] = []
-    places = [place for place in _places(content) if place and place[:2] != ("systems", "dense")]
+    looked_at = {"code", "seed", "btx", "expert:math"}  # of what is of one kind, a part
+    alike = {*content["text"], *content["systems"]} - looked_at
+    places = [place for place in _places(content) if place and not alike & set(place)]
     for place in places:
-        for value in VALUES:
+        at = content
+        for key in place:
+            at = at[key]
+        number = isinstance(at, int | float)
+        for value in (*VALUES, *(NUMBERS if number else ())):
             changed = copy.deepcopy(content)
             at = changed
             for key in place[:-1]:
                 at = at[key]
+            if value == at[place[-1]]:
+                continue
             at[place[-1]] = value
             try:
-                Results.from_json(changed, "results.json").to_json()
+                read = Results.from_json(changed, RESULTS)
             except UserError as error:
                 said.append(error)
-    assert all(one.where.startswith("results.json") and "btx run" in one.fix for one in said)
+                continue
+            _show(replace(facts, results=read))
+            monkeypatch.setattr(Results, "read", lambda _, read=read: read)
+            with contextlib.suppress(UserError):  # a column without its losses
+                one = compare._one(comparison.compare([finished]), [], "all", {})
+                json.loads(one.files["json"], parse_constant=pytest.fail)
+    assert all(one.where.startswith(RESULTS) and "btx run" in one.fix for one in said)
     assert len(said) > 3 * len(places)
+
+
+def _show(facts: run_data.RunData) -> None:
+    assert facts.results is not None
+    page._results(facts, facts.results)
+    page._routing(facts)
+    table.show(facts.results, io.StringIO())
+    table._rich(facts.results, io.StringIO())
+    figure_files.of_run(facts)
+    json.dumps(facts.results.to_json(), allow_nan=False)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "5", '{"systems": []}', "[" * 100_000, "{}"])
