@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import math
 import os
 import re
 import shutil
@@ -124,6 +125,24 @@ def write_json(path: Path, content: Any) -> None:
     with written(path) as file:
         json.dump(content, file, indent=1)
         file.write("\n")
+
+
+def json_text(content: Any, **options: Any) -> str:
+    """``content`` as JSON for any reader: a number that is not finite is ``null`` there.
+
+    Args:
+        content: of mappings, lists, text and numbers.
+        options: of ``json.dumps``.
+    """
+    return json.dumps(_finite(content), allow_nan=False, **options)
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 class ProgressFile:

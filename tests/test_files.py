@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 from collections.abc import Callable
@@ -11,11 +12,13 @@ from types import SimpleNamespace
 
 import pytest
 
+import megatron_btx
 from megatron_btx import files
 from megatron_btx.errors import UserError
 from megatron_btx.files import (
     ProgressFile,
     find_json,
+    json_text,
     parse_json,
     read_json,
     undisturbed,
@@ -134,3 +137,12 @@ def test_how_far_a_stage_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     progress.forget()
     progress.forget()
     assert not progress.path.exists()
+
+
+def test_json_that_is_printed_is_strict() -> None:
+    """Python's own writes NaN and Infinity, which other readers refuse."""
+    content = {"a": [math.nan, (1.5, -math.inf)], "b": {"c": math.inf, "d": 10**30, "e": None}}
+    expected = {"a": [None, [1.5, None]], "b": {"c": None, "d": 10**30, "e": None}}
+    assert json.loads(json_text(content, indent=1), parse_constant=pytest.fail) == expected
+    commands = list((Path(megatron_btx.__file__).parent / "cli").glob("*.py"))
+    assert not [path.name for path in commands if "json.dump" in path.read_text()]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from megatron_btx.cli import model_flags
 from megatron_btx.cli.common import command
 from megatron_btx.errors import UserError
 from megatron_btx.evaluate import model_spec
-from megatron_btx.files import check_file
+from megatron_btx.files import check_file, json_text
 from megatron_btx.pipeline import eval_ranks
 
 _EPILOG = """examples:
@@ -113,7 +112,7 @@ def run(options: argparse.Namespace) -> int:
     if found is None:  # a rank that is not the first
         return 0
     if options.json:
-        sys.stdout.write(json.dumps(found, indent=1) + "\n")
+        sys.stdout.write(json_text(found, indent=1) + "\n")
         return 0
     for name in found["loss"]:
         home = f"{found['own'][name]:6.1%} of its tokens to its own expert by the largest logit"

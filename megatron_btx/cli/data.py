@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_btx.cli.common import command, recipe_command
-from megatron_btx.files import check_directory, check_file, check_not_read, written
+from megatron_btx.files import check_directory, check_file, check_not_read, json_text, written
 from megatron_btx.recipe.load import load_recipe
 
 _EPILOG = """examples:
@@ -79,7 +78,7 @@ def run(options: argparse.Namespace) -> int:
     with nullcontext() if options.out is None else written(options.out) as file:
         for found in told():
             if file is not None:
-                file.write(json.dumps(asdict(found), ensure_ascii=False) + "\n")
+                file.write(json_text(asdict(found), ensure_ascii=False) + "\n")
     if options.clean is not None:
         write_clean(recipe, out_dir, tokenizer, shared, options.clean)
     rows = [
@@ -88,7 +87,7 @@ def run(options: argparse.Namespace) -> int:
         for (domain, kind, other), count in sorted(counts.items())
     ]  # fmt: skip
     if options.json:
-        sys.stdout.write(json.dumps({"shared": rows}, indent=1) + "\n")
+        sys.stdout.write(json_text({"shared": rows}, indent=1) + "\n")
     else:
         sys.stdout.write(_text(rows, options.out))
     return 1 if rows else 0

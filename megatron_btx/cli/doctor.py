@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from megatron_btx.cli.common import command
+from megatron_btx.files import json_text
 
 _EPILOG = """examples:
   btx doctor                       what is here, and what that gives
@@ -47,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
     facts, features = found["facts"], found["features"]
     if options.json:
         listed = [dataclasses.asdict(feature) for feature in features]
-        sys.stdout.write(json.dumps({"facts": facts, "features": listed}, indent=1) + "\n")
+        sys.stdout.write(json_text({"facts": facts, "features": listed}, indent=1) + "\n")
     else:
         wide = max(len(feature.name) for feature in features)
         lines = [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from megatron_btx.data.documents import find_files
 from megatron_btx.errors import UserError
 from megatron_btx.evaluate import model_spec, task_files
 from megatron_btx.evaluate.model_spec import Subject
-from megatron_btx.files import check_file, check_not_read, find_json, write_json
+from megatron_btx.files import check_file, check_not_read, find_json, json_text, write_json
 from megatron_btx.pipeline import eval_ranks
 from megatron_btx.report.table import data_table, tasks_table
 
@@ -144,7 +143,7 @@ def _files_of_models(options: argparse.Namespace, subjects: list[Subject]) -> li
 
 def _say(result: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
-        sys.stdout.write(json.dumps(result, indent=1) + "\n")
+        sys.stdout.write(json_text(result, indent=1) + "\n")
         return
     if "data" in result:
         sys.stdout.write(data_table(result["data"]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from typing import Any
 
@@ -12,6 +11,7 @@ from megatron_btx.cli.common import command, renamed
 from megatron_btx.cli.evaluate import CHECKPOINT
 from megatron_btx.errors import UserError
 from megatron_btx.evaluate import model_spec
+from megatron_btx.files import json_text
 from megatron_btx.pipeline import eval_ranks
 from megatron_btx.recipe.messages import flag_of
 
@@ -110,7 +110,7 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         rows = [{"prompt": prompt} | one for prompt, one in zip(prompts, found, strict=True)]
         shows_all = (sys.stdout.encoding or "").lower().startswith("utf")
-        sys.stdout.write(json.dumps(rows, indent=1, ensure_ascii=not shows_all) + "\n")
+        sys.stdout.write(json_text(rows, indent=1, ensure_ascii=not shows_all) + "\n")
         return 0
     for number, (prompt, one) in enumerate(zip(prompts, found, strict=True)):
         sys.stdout.write(("\n" if number else "") + prompt + one["text"] + "\n")

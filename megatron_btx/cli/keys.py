@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 from typing import Any
 
 from megatron_btx.cli.common import command
 from megatron_btx.errors import UserError
+from megatron_btx.files import json_text
 from megatron_btx.recipe import key_reference
 from megatron_btx.recipe.messages import ELSEWHERE, near_key
 
@@ -45,7 +45,7 @@ def run(options: argparse.Namespace) -> int:
         near = near or near_key(options.prefix, [*names, *last])
         raise UserError(options.prefix, "is no key of a recipe", f"see `btx keys`{near}")
     if options.json:
-        sys.stdout.write(json.dumps([dataclasses.asdict(key) for key in found], indent=1) + "\n")
+        sys.stdout.write(json_text([dataclasses.asdict(key) for key in found], indent=1) + "\n")
     else:
         sys.stdout.write(key_reference.as_text(found))
     return 0

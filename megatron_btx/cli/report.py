@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from megatron_btx.cli.common import add_format_flag, open_recipe, recipe_command
 from megatron_btx.errors import UserError
 from megatron_btx.evaluate.results import Results
+from megatron_btx.files import json_text
 
 
 def add_parser(commands: Any) -> None:
@@ -62,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
         paths = figure_files.save_all(found, formats, options.out or run_dir / "figures")
         sys.stderr.write("".join(f"figure: {path}\n" for path in paths))
     if options.json and results is not None:
-        sys.stdout.write(json.dumps(results.to_json(), indent=1) + "\n")
+        sys.stdout.write(json_text(results.to_json(), indent=1) + "\n")
         return 0
     if results is None:
         sys.stdout.write(f"{none}; page so far: {written}\n")

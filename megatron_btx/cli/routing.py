@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from megatron_btx.cli.common import add_format_flag, command
 from megatron_btx.errors import UserError
 from megatron_btx.evaluate import model_spec
 from megatron_btx.evaluate.model_spec import Subject
-from megatron_btx.files import written
+from megatron_btx.files import json_text, written
 from megatron_btx.pipeline import eval_ranks
 from megatron_btx.recipe.load import load_recipe
 from megatron_btx.recipe.messages import flag_of
@@ -90,7 +89,7 @@ def run(options: argparse.Namespace) -> int:
         views += _measured(subjects, options)
     if not views:  # a rank that is not the first
         return 0
-    text = json.dumps([view.as_json() for view in views]) + "\n"
+    text = json_text([view.as_json() for view in views]) + "\n"
     directory = None if figure_files.suffix(options.out) else options.out
     if directory is not None:
         directory.mkdir(parents=True, exist_ok=True)
@@ -165,7 +164,7 @@ def _by_token(options: argparse.Namespace) -> int:
 
 
 def _show_tokens(name: str, found: dict[str, Any], options: argparse.Namespace) -> None:
-    text = json.dumps(found) + "\n"
+    text = json_text(found) + "\n"
     for number, one in enumerate(found["texts"], 1):
         if one["cut"]:
             what = f"its last {one['cut']} tokens are left out: the model's context is full"

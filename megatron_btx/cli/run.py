@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import shlex
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from megatron_btx.cli.common import open_recipe, recipe_command, renamed
 from megatron_btx.cli.report import print_results
 from megatron_btx.errors import EXIT_INTERRUPTED, UserError, coloured
+from megatron_btx.files import json_text
 from megatron_btx.pipeline import graph, run_checks, state
 from megatron_btx.pipeline.graph import Stage
 from megatron_btx.recipe import load
@@ -130,7 +130,7 @@ def _print_stages(
             "stages": rows,
             "results": state.find_json(run_dir / "results.json"),
         }
-        sys.stdout.write(json.dumps(outcome, indent=1) + "\n")
+        sys.stdout.write(json_text(outcome, indent=1) + "\n")
         return
     width, wide = (max(len(row[key]) for row in rows) for key in ("name", "state"))
     for stage, row in zip(stages, rows, strict=True):

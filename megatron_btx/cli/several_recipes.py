@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from typing import Any
 
 from megatron_btx.cli.common import recipe_files
 from megatron_btx.errors import UserError
-from megatron_btx.files import check_directory
+from megatron_btx.files import check_directory, json_text
 from megatron_btx.pipeline import graph, run_checks, state
 from megatron_btx.report import comparison_runs
 
@@ -138,7 +137,7 @@ def standing(options: argparse.Namespace) -> tuple[str, bool]:
         texts.append(f"comparison, in {out}\n{status_table.table([last])}")
     active = any(row.active for found in rows.values() for row in found)
     active = active or (last is not None and last.active)
-    return (json.dumps(content, indent=1) + "\n" if options.json else "\n".join(texts)), active
+    return (json_text(content, indent=1) + "\n" if options.json else "\n".join(texts)), active
 
 
 def cancel(options: argparse.Namespace) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import shlex
 import sys
 import time
@@ -15,6 +14,7 @@ from typing import Any
 from megatron_btx.cli import several_recipes
 from megatron_btx.cli.common import command, open_recipe, recipe_command, renamed
 from megatron_btx.errors import UserError, UserErrors
+from megatron_btx.files import json_text
 from megatron_btx.pipeline import graph, prepare_array, state
 from megatron_btx.pipeline.graph import Stage
 from megatron_btx.recipe.messages import number
@@ -181,7 +181,7 @@ def _standing(options: argparse.Namespace) -> tuple[str, bool]:
     recipe, run_dir, stages = open_recipe(options.recipe)
     rows = status.rows(run_dir.absolute(), stages, recipe.share)
     if options.json:
-        text = json.dumps([dataclasses.asdict(row) for row in rows], indent=1) + "\n"
+        text = json_text([dataclasses.asdict(row) for row in rows], indent=1) + "\n"
     else:
         text = status_table.table(rows)
         if options.numbers and (more := status_table.numbers_text(rows)):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from megatron_btx.files import json_text
 from megatron_btx.recipe import check, count, memory, systems
 from megatron_btx.recipe import stages as of_recipe
 from megatron_btx.recipe.architecture import Architecture
@@ -262,4 +262,4 @@ def as_json(plan: RunPlan, **more: Any) -> str:
     for entry, stage in zip(content["stages"], plan.stages, strict=True):
         used = stage.memory_per_rank
         entry["memory_per_rank"] |= {"allocated": used.allocated, "resident": used.resident}
-    return json.dumps(content | more, indent=1)
+    return json_text(content | more, indent=1)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_btx.evaluate.results import MEAN
 from megatron_btx.evaluate.routing_stats import choice_in_words
+from megatron_btx.files import json_text
 from megatron_btx.pipeline.local.progress import amount, clock
 from megatron_btx.recipe.messages import aligned
 from megatron_btx.recipe.stages import expert_stage
@@ -247,8 +246,8 @@ def _system(comparison: Comparison, system: System) -> dict[str, Any]:
         "train_flops": result.train_flops,
         "train_flops_by_stage": dict(system.train_flops_by_stage),
         "moe_share": result.moe_share,
-        "train_seconds": _finite(system.train_seconds),
-        "train_seconds_by_seed": {str(seed): _finite(s) for seed, s in system.seconds.items()},
+        "train_seconds": system.train_seconds,
+        "train_seconds_by_seed": {str(seed): s for seed, s in system.seconds.items()},
         "params_total": result.params_total,
         "params_active": result.params_active,
         "inference_flops_per_token": result.inference_flops_per_token,
@@ -277,10 +276,6 @@ def _paired(found: Paired) -> dict[str, Any]:
 def json_lines(value: Any, depth: int) -> str:
     """JSON with a line for each key of the outer ``depth`` mappings."""
     if depth == 0 or not isinstance(value, dict) or not value:
-        return json.dumps(value)
-    lines = [f"{json.dumps(key)}: {json_lines(part, depth - 1)}" for key, part in value.items()]
+        return json_text(value)
+    lines = [f"{json_text(key)}: {json_lines(part, depth - 1)}" for key, part in value.items()]
     return "{\n" + ",\n".join(lines) + "\n}"
-
-
-def _finite(number: float | None) -> float | None:
-    return number if number is None or math.isfinite(number) else None
