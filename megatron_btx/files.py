@@ -28,6 +28,22 @@ JOURNAL_LIMIT = 4 << 30
 _DEPTH = 64
 """Levels of lists and objects in such a file, far more than any of them has."""
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+WRITE_FIXES = {
+    **dict.fromkeys(FULL, "free some space"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM), "change its permissions"),
+    errno.EROFS: "make it writable",
+    errno.EIO: "see the disk and the system's log",
+}
+"""What a person can do about a place that cannot be written, by the system's number."""
+
+
+def not_written(path: Path, error: OSError) -> UserError:
+    """For what could not be written at ``path``, with what to do about it."""
+    fixes = [WRITE_FIXES.get(error.errno or 0), "give another directory"]
+    what = f"cannot be written: {error.strerror or error}"
+    return UserError(str(path), what, " or ".join(filter(None, fixes)))
+
 
 def unfinished(path: Path, process: int | None = None) -> Path:
     """The name under which a process (this one) makes what is to be at ``path``:
@@ -425,7 +441,18 @@ def named_path(word: str) -> tuple[str, Path]:
     A name holds no ``/``, so that an ``=`` in a directory's name (``runs/lr=1e-4``) is no label;
     what exists as it stands is a path.
     """
-    name, equals, path = word.partition("=")
-    if not equals or "/" in name or os.path.lexists(word):
-        return "", Path(word)
+    name, path = named_word(word)
     return name, Path(path)
+
+
+def named_word(word: str) -> tuple[str, str]:
+    """:func:`named_path` with the path as it is written: ``./`` is none of a path's parts."""
+    name, _, path = word.partition("=")
+    if not path or "/" in name or os.path.lexists(word):
+        return "", word
+    return name, path
+
+
+def listed_paths(words: str) -> list[str]:
+    """``PATH,PATH,...`` of the command line; what exists as it stands is one path."""
+    return [words] if os.path.lexists(words) else words.split(",")

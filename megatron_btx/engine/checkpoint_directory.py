@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from megatron_btx.engine.distributed import is_first_rank
 from megatron_btx.errors import UserError
+from megatron_btx.files import not_written
 
 _PARTIAL, _OLD, _LAST = ".partial", ".old", ".last"
 _SAVED = re.compile(
@@ -98,6 +99,4 @@ def disk_errors(directory: Path) -> Iterator[None]:
     except OSError as error:
         if is_first_rank():
             shutil.rmtree(partial_of(directory), ignore_errors=True)
-        raise UserError(
-            str(directory), f"cannot be written: {error.strerror or error}", "free some space"
-        ) from error
+        raise not_written(directory, error) from error

@@ -10,10 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_btx.errors import UserError
-from megatron_btx.files import unfinished, write_json
+from megatron_btx.files import FULL, WRITE_FIXES, unfinished, write_json
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_SAYS_FULL = re.compile(r"No space left on device|Disk quota exceeded|File too large")
+_SAYSFULL = re.compile(r"No space left on device|Disk quota exceeded|File too large")
 """An error that came from another process, or from another language, is text."""
 _SAYS_UNWRITTEN = re.compile(r"iostream error|PytorchStreamWriter failed|unexpected pos \d+ vs \d+")
 """What torch says when a file could not be written: it does not say why."""
@@ -42,9 +41,9 @@ def as_seen(directory: Path, error: Exception) -> Exception:
     """The error of a full or failing disk that caused ``error``, else ``error``."""
     chain = list(_chain(error))
     texts = [str(link) for link in chain if not isinstance(link, UserError)]
-    full = any(isinstance(link, OSError) and link.errno in _FULL for link in chain)
+    full = any(isinstance(link, OSError) and link.errno in FULL for link in chain)
     unwritten = next((found for text in texts if (found := _SAYS_UNWRITTEN.search(text))), None)
-    if full or any(map(_SAYS_FULL.search, texts)) or (unwritten and not has_space(directory)):
+    if full or any(map(_SAYSFULL.search, texts)) or (unwritten and not has_space(directory)):
         return UserError(str(directory), "no space left on its disk", "free some and run again")
     if unwritten:
         what = f"a file could not be written (torch: {unwritten[0]}): the disk is full or failing"
@@ -55,9 +54,7 @@ def as_seen(directory: Path, error: Exception) -> Exception:
 _PLACE = "or give another place (a recipe's `run_dir:`)"
 _WHILE_READ = "leave the files alone while they are used, and start again"
 _FIXES = {
-    **dict.fromkeys(_FULL, f"free some space, {_PLACE}"),
-    **dict.fromkeys((errno.EACCES, errno.EPERM), f"change its permissions, {_PLACE}"),
-    errno.EROFS: f"make it writable, {_PLACE}",
+    **{number: f"{fix}, {_PLACE}" for number, fix in WRITE_FIXES.items()},
     **dict.fromkeys((errno.ENAMETOOLONG, errno.ELOOP), "correct the path"),
     **dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ESTALE), _WHILE_READ),
     errno.EEXIST: f"move it away, {_PLACE}",
@@ -71,7 +68,7 @@ def of_system(error: OSError) -> UserError | None:
     """What the system says of a file as a user's error; ``None``: it is about no file, or nothing
     that a person can put right."""
     fix = _FIXES.get(error.errno or 0)
-    named = error.filename is not None or error.errno in _FULL
+    named = error.filename is not None or error.errno in FULL
     if fix is None or not named:
         return None
     if error.errno in (errno.ENOTDIR, errno.EEXIST):

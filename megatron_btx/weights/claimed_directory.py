@@ -21,7 +21,14 @@ from pathlib import Path
 from typing import IO
 
 from megatron_btx.errors import UserError, shown
-from megatron_btx.files import remove_tree, sync_directory, try_lock, undisturbed, unfinished
+from megatron_btx.files import (
+    not_written,
+    remove_tree,
+    sync_directory,
+    try_lock,
+    undisturbed,
+    unfinished,
+)
 
 MARK = ".btx-lock"
 _IDENTITY = ".btx-identity"
@@ -90,8 +97,7 @@ def unwritable(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        what = f"cannot be written: {error.strerror or error}"
-        raise UserError(str(out), what, "free some space or give another directory") from error
+        raise not_written(out, error) from error
 
 
 def _claim(partial: Partial) -> IO[str]:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from megatron_btx.errors import UserError
+from megatron_btx.files import not_written
 from megatron_btx.pipeline import failure
 from tests.bad import fill
 
@@ -68,6 +69,9 @@ def test_what_the_system_says_of_a_file_is_the_user_s_error() -> None:
         assert found is not None
         assert found.where == "there"
         assert words in found.fix
+        if number != errno.ENOENT:  # as where a result is written at once
+            said = not_written(Path("there"), OSError(number, os.strerror(number)))
+            assert said.fix == f"{found.fix.partition(',')[0]} or give another directory"
     assert failure.of_system(OSError(errno.ENOENT, "none")) is None
     assert failure.of_system(OSError(errno.ECONNRESET, "reset", "there")) is None
 
