@@ -42,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(words: list[str]) -> int:
     try:
         _check_command(words)
+        _check_here(words)
         options, unknown = _parser(*words[:1]).parse_known_args(words)
         if unknown:
             raise _unknown(options.parser, unknown)
@@ -76,6 +77,18 @@ def _check_command(words: list[str]) -> None:
         near = difflib.get_close_matches(words[0], names, n=1)
         hint = f"did you mean `btx {near[0]}`? " if near else ""
         raise UserError(shown(words[0]), "is not a command of btx", f"{hint}see btx --help")
+
+
+def _check_here(words: list[str]) -> None:
+    """That the current directory is there. Without one libraries end the process in their own
+    words, and no relative path means anything."""
+    if {"-h", "--help", "--version"} & set(words):
+        return
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        what = "no longer exists: it was removed after the shell had gone there"
+        raise UserError("the current directory", what, "cd to another one") from None
 
 
 def _unknown(parser: argparse.ArgumentParser, words: Sequence[str]) -> UserError:

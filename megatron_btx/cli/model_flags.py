@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_btx.cli.common import renamed
 from megatron_btx.errors import UserError, UserErrors, shown
+from megatron_btx.files import listed_paths
 from megatron_btx.pipeline import eval_ranks
 from megatron_btx.recipe.messages import flag_of, number
 from megatron_btx.recipe.schema import Layout
@@ -198,7 +199,7 @@ def data_of(words: Sequence[str]) -> dict[str, list[str]]:
             fix = f"write NAME={word}"
             errors.append(UserError("--data", f"{word} has no name", fix))
             continue
-        for file in files.split(","):
+        for file in listed_paths(files):
             if not file:  # it would be the current directory
                 fix = f"write {name}=FILE,FILE"
                 errors.append(UserError(f"--data {name}", f"{word} has an empty file name", fix))
@@ -218,7 +219,7 @@ def tasks_of(options: argparse.Namespace) -> list[dict[str, Any]]:
         name, _, rest = word.partition("=")
         files: list[str] = []
         shots: list[str] = []
-        for file in filter(None, rest.split(",")):
+        for file in filter(None, listed_paths(rest)):
             (shots if file.startswith("shots=") else files).append(file.removeprefix("shots="))
         for file in (*files, *shots):
             if not Path(file).is_file():

@@ -7,15 +7,13 @@ each may stand ``NAME=``.
 
 from __future__ import annotations
 
-import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from megatron_btx.errors import UserError, UserErrors
-from megatron_btx.files import named_path
+from megatron_btx.files import named_word
 from megatron_btx.recipe.fields import PATH, within
 from megatron_btx.recipe.typed import BAD, Reader
 from megatron_btx.recipe.yaml_tree import read_tree
@@ -109,9 +107,7 @@ _SUFFIXES = (".yaml", ".yml")
 
 def _named(word: str) -> tuple[str, str]:
     """The name in front, if any, and the rest."""
-    is_path = os.path.lexists(word)  # an `=` in a directory's name is no label
-    named = None if is_path else re.fullmatch(r"([\w.+-]+)=(.+)", word)
-    return (named[1], named[2]) if named else ("", word)
+    return ("", word) if word.startswith("btm:") else named_word(word)
 
 
 def _parse(word: str) -> Subject:
@@ -125,13 +121,13 @@ def _parse(word: str) -> Subject:
 
 
 def _listed(name: str, rest: str) -> Subject:
-    if "," not in rest and (Path(rest) / "recipe.yaml").is_file():
+    if (Path(rest) / "recipe.yaml").is_file():
         return _of_run(name, Path(rest))
     labels, checkpoints = [], []
     for word in rest.split(","):
-        label, _ = named_path(word)
+        label, path = named_word(word)
         labels.append(label)
-        checkpoints.append(find_checkpoint(word.partition("=")[2] if label else word))
+        checkpoints.append(find_checkpoint(path))
     if len(set(checkpoints)) < 2:
         raise UserError(f"btm:{rest}", "names fewer than two different models", "give two or more")
     return Subject(name=name, models=_members(labels, checkpoints), method="posterior")

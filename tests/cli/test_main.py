@@ -208,6 +208,35 @@ def test_no_file_is_not_the_current_directory(entry: str, tmp_path: Path) -> Non
         data_of([entry.format(here=tmp_path)])
 
 
+def test_a_file_that_is_there_is_one_whatever_its_name(tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("a,b.jsonl", "a", "b.jsonl")]
+    for file in files:
+        file.touch()
+    assert data_of([f"x={files[0]}"]) == {"x": [str(files[0])]}
+    assert data_of([f"x={files[1]},{files[2]}"]) == {"x": [str(files[1]), str(files[2])]}
+
+
+@pytest.mark.parametrize("words", [["evaluate", "a", "--data", "x=y"], ["plan", "x"], ["--help"]])
+def test_a_current_directory_that_is_gone(
+    words: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Libraries would end the process in words of their own. Help is given all the same."""
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    if words == ["--help"]:
+        with pytest.raises(SystemExit, match="0"):
+            main(words)
+        return
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: the current directory: no longer exists")
+    assert "fix: cd to another one" in said
+
+
 @pytest.mark.parametrize(
     ("word", "words"),
     [
