@@ -33,6 +33,11 @@ def zstd(content: bytes) -> bytes:
     return bytes(pyarrow.compress(content, codec="zstd", asbytes=True))
 
 
+def skipped(kind: int) -> bytes:
+    """A frame of Zstandard that holds no data: what some writers keep about the file."""
+    return bytes((kind, 0x2A, 0x4D, 0x18)) + (9).to_bytes(4, "little") + b"\n(a note)"
+
+
 def table(texts: list[str], kind: Any = None) -> Any:
     return pyarrow.table({"id": list(range(len(texts))), "text": pyarrow.array(texts, kind)})
 
@@ -66,6 +71,12 @@ WRITERS: dict[str, Callable[[Path], Any]] = {
         gzip.compress(lines(TEXTS[:300])) + gzip.compress(lines(TEXTS[300:]))
     ),
     "a.jsonl.zst": lambda path: path.write_bytes(zstd(lines(TEXTS[:9])) + zstd(lines(TEXTS[9:]))),
+    "b.jsonl.zst": lambda path: path.write_bytes(
+        skipped(0x50) + zstd(lines(TEXTS[:9])) + skipped(0x5F) * 2 + zstd(lines(TEXTS[9:]))
+    ),
+    "c.jsonl.zst": lambda path: path.write_bytes(
+        skipped(0x5A) + zstd(lines(TEXTS)) + skipped(0x5A)
+    ),
     "a.jsonl.bz2": lambda path: path.write_bytes(bz2.compress(lines(TEXTS))),
     "b.jsonl.bz2": lambda path: path.write_bytes(joined(bz2.compress, b"")),
     "a.JSON.XZ": lambda path: path.write_bytes(lzma.compress(lines(TEXTS))),

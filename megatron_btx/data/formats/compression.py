@@ -72,6 +72,8 @@ def _zstd(file: Path) -> Any:
 
 
 _BLOCK = 1 << 16
+_ZSTD = (b"\x28\xb5\x2f\xfd", *(bytes((low, 0x2A, 0x4D, 0x18)) for low in range(0x50, 0x60)))
+"""Of a frame, and of the sixteen kinds of frames that are skipped (RFC 8878)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,16 +82,16 @@ class Compression:
 
     name: str
     suffixes: tuple[str, ...]
-    mark: bytes
-    """First bytes."""
+    marks: tuple[bytes, ...]
+    """First bytes, one of them."""
     open: Callable[[Path], Any]
 
 
 COMPRESSIONS = (
-    Compression("gzip", (".gz",), b"\x1f\x8b", gzip.GzipFile),
-    Compression("Zstandard", (".zst", ".zstd"), b"\x28\xb5\x2f\xfd", _zstd),
-    Compression("bzip2", (".bz2",), b"BZh", _streams(bz2.BZ2Decompressor)),
-    Compression("xz", (".xz",), b"\xfd7zXZ\x00", _streams(lzma.LZMADecompressor)),
+    Compression("gzip", (".gz",), (b"\x1f\x8b",), gzip.GzipFile),
+    Compression("Zstandard", (".zst", ".zstd"), _ZSTD, _zstd),
+    Compression("bzip2", (".bz2",), (b"BZh",), _streams(bz2.BZ2Decompressor)),
+    Compression("xz", (".xz",), (b"\xfd7zXZ\x00",), _streams(lzma.LZMADecompressor)),
 )
 
 _DAMAGED = (gzip.BadGzipFile, zlib.error, lzma.LZMAError, EOFError, OSError, ValueError)
@@ -99,7 +101,7 @@ def compression_of(file: Path) -> Compression | None:
     """How ``file`` is compressed; ``None``: not at all, or in an unknown way."""
     with file.open("rb") as stream:
         head = stream.read(8)
-    return next((c for c in COMPRESSIONS if head.startswith(c.mark)), None)
+    return next((c for c in COMPRESSIONS if head.startswith(c.marks)), None)
 
 
 @contextmanager
