@@ -13,6 +13,7 @@ import torch
 
 from megatron_btx.data.documents import read_documents
 from megatron_btx.data.formats import format_of, token_pair
+from megatron_btx.data.formats.part import TEXT_KEY
 from megatron_btx.data.heldout_sequences import Sample
 from megatron_btx.data.tokenizer import Tokenizer
 from megatron_btx.errors import UserError
@@ -118,7 +119,11 @@ def read(files: Sequence[Path], text_key: str, tokenizer: Tokenizer) -> Iterator
             pair.check_ids(tokenizer.eos_id, tokenizer.vocab_size)
             yield from (ids[:-1].astype(np.int32) for ids in pair.documents())
         else:
-            yield from read_documents([file], text_key)
+            try:
+                yield from read_documents([file], text_key)
+            except UserError as error:  # there is no recipe here
+                fix = error.fix.replace(TEXT_KEY, "--text-key")
+                raise UserError(error.where, error.what, fix) from error
 
 
 def _encoded(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from megatron_btx.data.formats.compression import compression_of, opened
-from megatron_btx.data.formats.part import MAX_RECORD, Document, Part, checked, too_long
+from megatron_btx.data.formats.part import MAX_RECORD, TEXT_KEY, Document, Part, checked, too_long
 from megatron_btx.errors import UserError
 
 _BLOCK = 1 << 20
@@ -86,7 +86,7 @@ def _text(record: Any, text_key: str) -> str:
             "",
             f"has no text under {text_key!r} (it is missing; its keys: "
             f"{', '.join(map(str, list(record)[:20])) or 'none'})",
-            "set the domain's text_key to the key that holds the text",
+            f"set {TEXT_KEY} to the key that holds the text",
         )
     return checked(record[text_key], text_key)
 

@@ -31,6 +31,10 @@ class Part:
     row groups of Parquet, documents of a Megatron pair. ``None``: to the end of the file."""
 
 
+TEXT_KEY = "the domain's text_key"
+"""What errors call the key of the text: a recipe's. On the command line it is a flag."""
+
+
 def checked(text: object, text_key: str) -> str:
     """Check a document's text and return it.
 
@@ -42,7 +46,7 @@ def checked(text: object, text_key: str) -> str:
         raise UserError(
             "",
             f"has no text under {text_key!r} (its type is {type(text).__name__})",
-            "set the domain's text_key to the key that holds the text",
+            f"set {TEXT_KEY} to the key that holds the text",
         )
     size = len(text)
     if not text.isascii():
@@ -124,7 +128,7 @@ def check_column(file: Path, schema: Any, text_key: str) -> None:
         raise UserError(
             str(file),
             f"has no text under {text_key!r} ({has}; its columns: {', '.join(schema.names[:20])})",
-            "set the domain's text_key to the column that holds the text",
+            f"set {TEXT_KEY} to the column that holds the text",
         )
 
 
