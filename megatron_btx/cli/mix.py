@@ -181,8 +181,7 @@ def _read(config: Path) -> Node:
     """The options in a file, their paths from the directory that it stands in."""
     tree = read_tree(config, "options")
     entries = {
-        name: _anchored(node) if name in ("sources", "out", "centroids") else node
-        for name, node in tree.value.items()
+        name: _PATHS[name](node) if name in _PATHS else node for name, node in tree.value.items()
     }
     for name in ("average", "average_groups"):
         if name in entries:
@@ -213,6 +212,23 @@ def _anchored(node: Node) -> Node:
         name, path = "", Path(node.value)
     anchored = beside(str(path), node.file, node.key)
     return replace(node, value=f"{name}={anchored}" if name else anchored)
+
+
+def _sources(node: Node) -> Node:
+    """A mapping ``NAME: DIR`` in the words of the flag, ``NAME=DIR``."""
+    if not isinstance(node.value, dict):
+        return _anchored(node)
+    words = [
+        replace(one, value=f"{name}={beside(one.value, one.file, one.key)}")
+        if isinstance(one.value, str)
+        else one
+        for name, one in node.value.items()
+    ]
+    return replace(node, value=words)
+
+
+_PATHS = {"sources": _sources, "out": _anchored, "centroids": _anchored}
+"""Options that hold paths."""
 
 
 def _add_flags(parser: argparse.ArgumentParser, names: Sequence[str] = ()) -> None:

@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -15,7 +16,7 @@ from safetensors import safe_open
 
 from megatron_btx.errors import UserError, UserErrors, collect_errors
 from megatron_btx.families.open_checkpoint import open_checkpoint
-from megatron_btx.files import named_path
+from megatron_btx.files import named_word
 from megatron_btx.mix.align_vocab import align_vocab
 from megatron_btx.mix.anchored import own_expert
 from megatron_btx.mix.average import Averaging, Dare, average
@@ -143,11 +144,10 @@ def open_sources(request: MixRequest) -> tuple[MixRequest, list[Checkpoint]]:
     models: list[Checkpoint] = []
     errors: list[UserError] = []
     for at, source in enumerate(request.sources):
-        label, path = named_path(source)
+        label, given = named_word(source)
         dense = at > 0 or request.method not in _FIRST_MAY_BE_MOE
         with collect_errors(errors):
-            given = source.partition("=")[2] if label else source  # `./` is none of a path's parts
-            label = label or name_of(path)
+            label = label or name_of(Path(given))
             models.append(open_checkpoint(given, label, request.model, dense=dense))
     if not errors and request.align_vocab:
         aligned, most = align_vocab(models, request.seed_model)
@@ -171,6 +171,10 @@ def misfits(request: MixRequest) -> list[UserError]:
     if wanted is not None and given != wanted:
         what = f"{request.method} takes {wanted} source{'s'[: wanted - 1]}, not {given}"
         errors.append(UserError("--sources", what, "see btx mix --help"))
+    if request.method in ("btx", "blend") and given - bool(request.base) == 1:
+        what = f"{request.method} makes experts of several models, and there is one"
+        fix = "give two or more sources, or --method upcycle"
+        errors.append(UserError("--sources", what, fix))
     if request.align_vocab and request.tokenizer:
         what = (
             "cannot be combined with --align-vocab, which takes the tokenizer with the most tokens"

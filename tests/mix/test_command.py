@@ -229,6 +229,17 @@ def test_options_from_a_file(sources, tmp_path):
         plan = btx("mix", "--config", config, "--out", tmp_path / "x", "--dry-run")[1]
         said[str(form)] = plan.partition("memory:")[0]
     assert len(set(said.values())) == 1, "as a recipe has weights, and as the flags"
+    models = {"seed": str(sources / "hf" / "seed"), "math": "math"}
+    (tmp_path / "math").symlink_to(sources / "hf" / "math")
+    for form in (models, [f"{name}={place}" for name, place in models.items()]):
+        text = {"sources": form, "method": "average"}
+        config.write_text(yaml.safe_dump(text, sort_keys=False))  # the order of the experts
+        plan = btx("mix", "--config", config, "--out", tmp_path / "x", "--dry-run")[1]
+        said[str(form)] = plan.partition("memory:")[0]
+    assert said[str(models)] == said[str(form)], "by name, as a recipe has its experts"
+    config.write_text("sources: {code: 5, math: math}\n")
+    with pytest.raises(UserError, match=r"1: sources.code: is 5, not text"):
+        btx("mix", "--config", config, "--out", tmp_path / "x")
     config.write_text("method: copy\nmethod: drop\n")
     with pytest.raises(UserError, match="2: method: is set twice"):
         btx("mix", "--config", config, "--out", tmp_path / "x")

@@ -201,6 +201,18 @@ def test_an_option_that_nothing_looks_at_is_refused(words, found):
     assert found in "\n".join(map(str, misfits(request)))
 
 
+@pytest.mark.parametrize(
+    "words", ["a", "a --moe-router-topk 1", "a b --base b", "a --method blend"]
+)
+def test_an_expert_alone_is_told_what_to_do(words):
+    """Not how many experts a token may take: no number of them would do."""
+    request = mix.request_of(
+        parsed("mix", "--out", "o", "--sources", *words.split()), "btx mix", ("sources", "out")
+    )
+    assert "--sources" in (said := "\n".join(map(str, misfits(request))))
+    assert "give two or more sources, or --method upcycle" in said
+
+
 RANGES = {
     "--moe-router-topk 0": "is 0, out of range\n  fix: give at least 1",
     "--dare 2": "is 2.0, out of range\n  fix: give 0 to 0.999",
