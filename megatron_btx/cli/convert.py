@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_btx.cli.common import command
+from megatron_btx.errors import UserError
 from megatron_btx.mix.request import MixRequest
 from megatron_btx.provenance import code_revision
 
@@ -104,7 +105,16 @@ def run_to_megatron(options: argparse.Namespace) -> int:
 
 
 def run_to_hf(options: argparse.Namespace) -> int:
-    """``btx convert megatron-to-hf``."""
+    """``btx convert megatron-to-hf``.
+
+    Raises:
+        UserError: the source is a Hugging Face directory.
+    """
+    from megatron_btx.weights.find_checkpoint import find_checkpoint, is_hugging_face
+
+    if is_hugging_face(find_checkpoint(options.source)):
+        fix = "give a Megatron step directory; btx mix --method copy writes a model anew"
+        raise UserError(options.source, "is a Hugging Face directory already", fix)
     _convert(options, "hf", family=options.format, fused=options.fused)
     return 0
 

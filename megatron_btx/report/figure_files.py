@@ -24,7 +24,10 @@ from megatron_btx.report.run_data import RunData
 from megatron_btx.svg import document, element
 
 FORMATS = ("svg", "png", "csv")
-_OTHERS = (".pdf", ".jpg", ".jpeg", ".eps", ".ps", ".tif", ".tiff", ".gif", ".webp")
+_OTHERS = (
+    *(".pdf", ".jpg", ".jpeg", ".eps", ".ps", ".tif", ".tiff", ".gif", ".webp"),
+    *(".txt", ".md", ".json", ".yaml", ".html", ".htm", ".tsv"),
+)
 ZOOM = 3
 """Pixels of a PNG to one of the SVG: about 290 dots an inch at the SVG's natural size."""
 
@@ -92,7 +95,7 @@ def check_formats(formats: Sequence[str], out: Path | None) -> list[str]:
         UserError: the file is of another format than is named, or cannot be written.
     """
     own = suffix(out)
-    if out is not None and own is None and out.suffix.lower() in _OTHERS:
+    if out is not None and own is None and out.suffix.lower() in _OTHERS and not out.is_dir():
         fix = f"end its name in .{', .'.join(FORMATS)}, or give a directory"
         raise UserError(f"--out {out}", "is a file of a format that is not written", fix)
     if own is not None and set(formats) - {own}:

@@ -165,6 +165,9 @@ def test_help_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> 
         ("generate {here}/a --prompt x\udcff", "--prompt: is not UTF-8"),
         ("routing {here}/a", "give text to measure it on"),
         ("routing nope", "nope: does not exist"),
+        ("routing nope --out {here}/r.txt", "is a file of a format that is not written"),
+        ("routing nope --out {here}/r.json --text x", "is a file of a format that is not written"),
+        ("convert megatron-to-hf {here}/a out", "is a Hugging Face directory already"),
         ("routing {here}/moe --data x={here}/x.jsonl --out {here}/x.jsonl", "is not a directory"),
         (
             "routing {here}/moe --data x={here}/x.jsonl --out {here}/x.jsonl/deep",
@@ -218,6 +221,20 @@ def test_a_result_replaces_nothing_that_is_read(
         assert main(words) == 0
 
 
+def test_a_name_of_a_model_is_whatever_stands_before_the_sign(tmp_path: Path) -> None:
+    """As ``btx mix`` has it: only a ``/`` makes it a path, and what is there as it stands."""
+    for name in ("a\nb", "c=d", "e,f"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").touch()
+        for label in ("my model", "x", "a:b"):
+            (subject,) = parse([f"{label}={tmp_path / name}"])
+            assert (subject.name, subject.first) == (label, tmp_path / name)
+        (subject,) = parse([str(tmp_path / name)])
+        assert (subject.name, subject.first) == (name, tmp_path / name)
+    (subject,) = parse([f"my set=btm:one model={tmp_path}/a\nb,{tmp_path}/c=d"])
+    assert (subject.name, list(subject.models)) == ("my set", ["one model", "c=d"])
+
+
 def test_models_of_one_name_are_told_apart_by_their_parents(tmp_path: Path) -> None:
     for name in ("x/hf", "y/hf", "z/final"):
         (tmp_path / name).mkdir(parents=True)
@@ -253,6 +270,7 @@ def test_a_mistake_that_a_rank_finds(here: Path, tmp_path: Path) -> None:
     assert done.stdout == ""
     assert done.stderr.startswith("error: ")
     assert "bad.jsonl:1: has no text under 'text'" in done.stderr
+    assert "fix: set --text-key to the key" in done.stderr
     assert "Traceback" not in done.stderr
     room = ("--prompt", "x", "--max-new-tokens", "100000")
     done = btx("generate", here / "a", *room, cwd=tmp_path)
