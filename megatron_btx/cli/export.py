@@ -13,6 +13,7 @@ from megatron_btx.cli.common import command, run_directory
 from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.files import no_directory
 from megatron_btx.pipeline import eval_ranks, graph, state
+from megatron_btx.recipe import check_paths
 from megatron_btx.recipe.load import load_recipe
 from megatron_btx.recipe.read_architecture import from_manifest
 from megatron_btx.recipe.schema import Layout, Recipe
@@ -85,21 +86,16 @@ def _check_finished(recipe: Recipe, run_dir: Path, row: TableRow) -> None:
     errors = []
     for name in row.models:
         word, why = standing[name]
-        # Of a run that was moved away from its text, whose content is in every key.
-        kept = (directory(run_dir, name) / "done.json").exists() and not _has_text(recipe)
-        if word != "done" and not kept:
-            what = f"is {word}: {why}" if why else f"is {word}"
-            errors.append(UserError(name, what, f"finish it first: btx run {run_dir}"))
+        finished = (directory(run_dir, name) / "done.json").exists()
+        # Its key is of what is read by content too, which a run that was moved may be without.
+        if word == "done" or (finished and check_paths.bad_paths(recipe)):
+            continue
+        fix = f"finish it first: btx run {run_dir}"
+        if finished:
+            fix = "put back what has changed; or `btx run` makes it anew"
+        errors.append(UserError(name, f"is {word}: {why}" if why else f"is {word}", fix))
     if errors:
         raise UserErrors(errors)
-
-
-def _has_text(recipe: Recipe) -> bool:
-    return all(
-        os.path.exists(path)
-        for domain in recipe.domains.values()
-        for path in domain.train + domain.valid
-    )
 
 
 def _exported(options: argparse.Namespace) -> dict[str, Any]:

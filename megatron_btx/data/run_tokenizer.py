@@ -128,8 +128,12 @@ def _seeds_tokenizer(seed: Path, given: Tokenizer | None, path: str | None) -> T
             f"{checkpoint} comes without its tokenizer",
             "give the tokenizer it was trained with as tokenizer.path",
         )
-    if theirs and path:
-        check_given(checkpoint, Path(path))
+    if theirs and path and (unlike := unlike_given(checkpoint, Path(path))):
+        raise UserError(
+            "tokenizer.path",
+            f"is not the tokenizer that the seed was trained with (seed.from): {unlike}",
+            DROP,
+        )
     manifest = (
         find_json(checkpoint / "manifest.json") or find_json(checkpoint / "config.json") or {}
     )
@@ -139,20 +143,18 @@ def _seeds_tokenizer(seed: Path, given: Tokenizer | None, path: str | None) -> T
     return tokenizer
 
 
-def check_given(seed: Path, path: Path) -> None:
-    """That the tokenizer at ``path`` is that of the seed's checkpoint, where it has one.
+DROP = "remove tokenizer.path: then the seed's own tokenizer is used"
+
+
+def unlike_given(checkpoint: Path, path: Path) -> str:
+    """In what the tokenizer at ``path`` is not that of a checkpoint; empty where it is, or where
+    the checkpoint comes without.
 
     Raises:
-        UserError: it is another.
+        UserError: at ``path`` is none.
     """
-    place = place_of(seed)
-    unlike = differences(place, path) if describe_tokenizer(place) is not None else []
-    if unlike:
-        raise UserError(
-            "tokenizer.path",
-            "is not the tokenizer that the seed was trained with (seed.from): " + "; ".join(unlike),
-            "remove tokenizer.path: then the seed's own tokenizer is used",
-        )
+    place = place_of(checkpoint)
+    return "; ".join(differences(place, path)) if describe_tokenizer(place) is not None else ""
 
 
 def _sample(texts: dict[str, DomainText], size: int) -> Iterator[str]:

@@ -152,7 +152,8 @@ def build_model(
 
     Args:
         architecture: shapes and experts.
-        layout: the job's; ``distributed.initialize(layout, ...)`` has been called.
+        layout: the job's; ``distributed.initialize(layout, ...)`` has been called. A dense model
+            has no use for its groups of experts.
         precision: dtype of weights and activations (bf16: wrapped in Megatron's Float16Module).
         random_seed: seeds the routing's noise.
         options: the recipe's ``megatron:`` block.

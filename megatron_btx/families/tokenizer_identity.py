@@ -45,9 +45,13 @@ def differences(one: Path, other: Path) -> list[str]:
         other: likewise.
 
     Raises:
-        UserError: a file is damaged.
+        UserError: a file is damaged, or a directory holds none of them.
     """
     found = [_files(place) for place in (one, other)]
+    for place, files in zip((one, other), found, strict=True):
+        if not files:
+            what, fix = f"holds no {FAST} and no {SLOW}", "give the directory that has one of them"
+            raise UserError(str(place), what, fix)
     common = [name for name in (FAST, SLOW) if all(name in files for files in found)]
     pair = [files[common[0]] if common else next(iter(files.values())) for files in found]
     if common and pair[0].read_bytes() == pair[1].read_bytes():

@@ -12,7 +12,7 @@ from pathlib import Path
 from megatron_btx.errors import UserError
 from megatron_btx.files import FULL, WRITE_FIXES, unfinished, write_json
 
-_SAYSFULL = re.compile(r"No space left on device|Disk quota exceeded|File too large")
+_SAYS_FULL = re.compile(r"No space left on device|Disk quota exceeded|File too large")
 """An error that came from another process, or from another language, is text."""
 _SAYS_UNWRITTEN = re.compile(r"iostream error|PytorchStreamWriter failed|unexpected pos \d+ vs \d+")
 """What torch says when a file could not be written: it does not say why."""
@@ -43,7 +43,7 @@ def as_seen(directory: Path, error: Exception) -> Exception:
     texts = [str(link) for link in chain if not isinstance(link, UserError)]
     full = any(isinstance(link, OSError) and link.errno in FULL for link in chain)
     unwritten = next((found for text in texts if (found := _SAYS_UNWRITTEN.search(text))), None)
-    if full or any(map(_SAYSFULL.search, texts)) or (unwritten and not has_space(directory)):
+    if full or any(map(_SAYS_FULL.search, texts)) or (unwritten and not has_space(directory)):
         return UserError(str(directory), "no space left on its disk", "free some and run again")
     if unwritten:
         what = f"a file could not be written (torch: {unwritten[0]}): the disk is full or failing"

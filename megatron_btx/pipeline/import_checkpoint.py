@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import os
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +46,7 @@ def check(recipe: Recipe, name: str) -> None:
         _read(recipe, name, Path(source))
 
 
-def check_all(recipe: Recipe, stages: Iterable[Stage]) -> None:
+def check_all(recipe: Recipe, stages: Sequence[Stage]) -> None:
     """``check`` for every checkpoint that these stages take, and that they go together: a model's
     rows are its tokenizer's pieces, so all of a mix have one tokenizer, which is the recipe's. And
     where they are to leave as one model for Hugging Face, that there is one which computes it.
@@ -67,11 +67,12 @@ def check_all(recipe: Recipe, stages: Iterable[Stage]) -> None:
             errors.append(error)
             continue
         tokenizers[where] = directory
-        if stage.name == "seed" and recipe.tokenizer.path is not None:
+        if recipe.tokenizer.path is not None:
             with collect_errors(errors):
-                _check_given(directory, recipe.tokenizer.path)
+                _check_given(directory, Path(recipe.tokenizer.path), where)
+            continue
         lacking = stage.name == "seed" and manifest.get("tokenizer", "") is None
-        if recipe.tokenizer.path is None and lacking:
+        if lacking:
             errors.append(
                 UserError(
                     where,
@@ -79,7 +80,7 @@ def check_all(recipe: Recipe, stages: Iterable[Stage]) -> None:
                     "give the tokenizer it was trained with as tokenizer.path",
                 )
             )
-        elif recipe.seed.from_ is None and recipe.tokenizer.path is None:
+        elif recipe.seed.from_ is None:
             errors.append(
                 UserError(
                     where,
@@ -96,7 +97,7 @@ def check_all(recipe: Recipe, stages: Iterable[Stage]) -> None:
             errors.append(UserError(where, what, _align(first, directory) or fix))
     if recipe.mix.align_vocab and tokenizers and not errors:
         aligned(recipe)
-    if tokenizers and not errors:
+    if tokenizers and not errors and any(stage.kind == "export" for stage in stages):
         check_export(recipe)
     if errors:
         raise UserErrors(errors)
@@ -119,10 +120,16 @@ def check_export(recipe: Recipe) -> None:
             raise UserError("export.format", error.what, fix) from None
 
 
-def _check_given(seed: Path, tokenizer: str) -> None:
-    from megatron_btx.data.run_tokenizer import check_given
+def _check_given(checkpoint: Path, tokenizer: Path, where: str) -> None:
+    """That a checkpoint was trained with the tokenizer that is given, if it says with which."""
+    from megatron_btx.data.run_tokenizer import DROP, unlike_given
 
-    check_given(seed, Path(tokenizer))
+    with errors_of("tokenizer.path"):
+        unlike = unlike_given(checkpoint, tokenizer)
+    if unlike:
+        what = f"{checkpoint} was trained with another tokenizer than tokenizer.path: {unlike}"
+        fix = DROP if where == "seed.from" else "take models that were trained with one tokenizer"
+        raise UserError(where, what, fix)
 
 
 def _align(one: Path, other: Path) -> str:
@@ -276,7 +283,7 @@ def _read(recipe: Recipe, name: str, path: Path) -> tuple[Path, dict[str, Any]]:
     ]
     if different:
         fix = "change `model:` to the checkpoint's, or take another checkpoint"
-        if name != "seed" and recipe.seed.from_ is not None:
+        if name.startswith("expert:") and recipe.seed.from_ is not None:
             fix = "give an expert that was branched from the seed"
         elif there:
             fix = f"write what `btx convert hf-to-megatron {directory}` prints"

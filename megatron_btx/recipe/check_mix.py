@@ -72,9 +72,6 @@ def misplaced(mix: Mix, method: str) -> Iterator[tuple[str, str, str]]:
         if method not in methods and getattr(mix, name) != getattr(default, name):
             what = f"has no meaning for method {method}"
             yield name, what, f"leave it out, or use method {' or '.join(methods)}"
-    if method == "split" and mix.num_chunks == 1:
-        what = "is 1, and split cuts each feed-forward layer into that many experts"
-        yield "num_chunks", what, "give 2 or more, or use method btx"
     if mix.dare is not None and mix.ties is not None and method in _AVERAGING:
         yield "ties", BOTH, "choose one"
 

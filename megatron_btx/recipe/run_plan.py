@@ -84,8 +84,10 @@ def plan(recipe: Recipe) -> RunPlan:
 
 def warnings(recipe: Recipe) -> Iterator[str]:
     """Warnings of what is allowed but probably not meant: a stage that ends before its warm-up, or
-    saves less often than it averages."""
+    saves less often than it averages, or a split into one."""
     taking_part = systems.kinds(recipe)
+    if recipe.mix.method == "split" and recipe.mix.num_chunks == 1:
+        yield "mix.num_chunks: is 1: split cuts each feed-forward layer into 1 expert, as btx does"
     for key in check.stages(recipe):
         name = stage_of_key(key)
         if name.partition(":")[0] not in taking_part:

@@ -125,7 +125,6 @@ BAD = [
     ),
     ("dense: {}", "mix: {noise: 0.1}", "mix.noise", "use method upcycle"),
     ("dense: {}", "mix: {num_chunks: 2}", "mix.num_chunks", "use method split or upcycle"),
-    ("dense: {}", "mix: {method: split}", "mix.num_chunks", "2 or more, or use method btx"),
     ("dense: {}", "mix: {method: split, num_chunks: 7}", "mix.num_chunks", "into 7 parts"),
     ("dense: {}", "mix: {dare: 0.5, include_seed: false}", "mix.dare", "set include_seed"),
     ("dense: {}", "mix: {dare: 1.0}", "mix.dare", "out of range"),

@@ -389,8 +389,8 @@ def _group(name: str) -> str:
 
 
 def nearest(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """The nearest number of ``dtype``, ties to even, of fp64: torch's own goes through fp32 to 16
-    bits, and rounds twice. Here: to whole multiples of the last digit, in fp64, which is exact."""
+    """The nearest number of a floating ``dtype``, ties to even, of fp64; torch goes through fp32 to
+    16 bits, and rounds twice. In fp64 multiples of the last digit are exact."""
     if values.dtype != torch.float64 or dtype == torch.float64:
         return values.to(dtype)
     kind, exact = torch.finfo(dtype), values.numpy()

@@ -83,7 +83,7 @@ class StageProgress:
         if kind is not None:
             self.summary.add(record)
         if kind == "start":
-            self.total = float(record.get("total_steps", 0))
+            self.total, self.text = float(record.get("total_steps", 0)), ""
             self._recorded = float(record.get("time", math.inf))
             self._times.clear()  # the pause before a resume does not count
         elif kind == "train":

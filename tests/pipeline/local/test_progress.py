@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_btx.files import append_line
+from megatron_btx.files import ProgressFile, append_line
 from megatron_btx.pipeline.local.progress import StageProgress, amount, clock
 from tests.pipeline.conftest import ROOT, Run
 
@@ -30,6 +30,16 @@ def _steps(first: int, last: int) -> list[dict[str, object]]:
         {"kind": "train", "step": s, "loss": 3.0, "tokens_per_second": 12345.6, "time": 100.0 + s}
         for s in range(first, last + 1)
     ]
+
+
+def test_steps_follow_what_came_before_them(tmp_path: Path) -> None:
+    """One that is kept, as a run's display keeps it: routers are computed, then trained."""
+    progress, seen = ProgressFile(tmp_path / "progress.json"), StageProgress(tmp_path)
+    progress("centroids of the routers,", 0.4)
+    assert seen.read().words == "centroids of the routers, 40%"
+    progress.forget()
+    _write(tmp_path / "metrics.jsonl", [{"kind": "start", "total_steps": 100}, *_steps(1, 40)])
+    assert seen.read().words.startswith("step 40/100")
 
 
 def test_standing_follows_the_metrics(tmp_path: Path) -> None:
