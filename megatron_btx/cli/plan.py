@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from megatron_btx.cli.common import recipe_command
 from megatron_btx.errors import UserError, collect_errors
-from megatron_btx.pipeline import graph, import_checkpoint
+from megatron_btx.pipeline import graph, import_checkpoint, run_checks
 from megatron_btx.recipe import check_paths, chips, epochs, run_plan
 from megatron_btx.recipe.check_paths import BadPath
 from megatron_btx.recipe.load import load_recipe
@@ -116,11 +116,14 @@ def _of_files(bad: Sequence[BadPath]) -> Iterator[str]:
 
 
 def _of_checkpoints(recipe: Recipe, bad: Sequence[BadPath]) -> Iterator[str]:
-    """What a run will refuse of the checkpoints that it takes, if they are there."""
+    """What a run will refuse of the checkpoints and router rows that it takes, where they are."""
     errors: list[UserError] = []
     if not any(one.key.endswith(".from") for one in bad):
         with collect_errors(errors):
             import_checkpoint.check_all(recipe, graph.outline(recipe))
+    if not any(one.key == "mix.centroids" for one in bad):
+        with collect_errors(errors):
+            run_checks.check_centroids(recipe)
     yield from map(str, errors)
 
 

@@ -25,12 +25,12 @@ from megatron_btx.mix.compatibility import disagreements, labels_of, with_tokeni
 from megatron_btx.mix.edit_experts import append, drop, replace_expert
 from megatron_btx.mix.one_model import copy
 from megatron_btx.mix.request import MixRequest
-from megatron_btx.mix.router_init import RouterInit
+from megatron_btx.mix.router_init import RouterInit, check_rows
 from megatron_btx.mix.split import blend, split
 from megatron_btx.mix.upcycle import upcycle
 from megatron_btx.recipe.check_mix import FROM_FILE, cut_groups, misplaced, weights
 from megatron_btx.recipe.messages import flag_of
-from megatron_btx.recipe.schema import Mix, Routing
+from megatron_btx.recipe.schema import Mix, Model, Routing
 from megatron_btx.weights.find_checkpoint import name_of
 from megatron_btx.weights.plan import Checkpoint, Plan
 from megatron_btx.weights.safetensors import SafetensorsSource
@@ -72,7 +72,8 @@ def mix_plan(
     new: dict[str, Any] = {
         "routing": routing,
         "dtype": dtype,
-        "router": router or router_of(mix, random_seed, seed_model),
+        "router": router
+        or router_of(mix, random_seed, seed_model, experts, models[0].architecture.model),
     }
     if mix.method == "upcycle":
         if len(models) != 1:
@@ -90,17 +91,21 @@ def mix_plan(
     return btx(models, fold_norms=mix.fold_norms, **new)
 
 
-def router_of(mix: Mix, random_seed: int, seed_model: str = SEED) -> RouterInit:
-    """How ``mix`` makes routers.
+def router_of(
+    mix: Mix, random_seed: int, seed_model: str, experts: Sequence[str], model: Model
+) -> RouterInit:
+    """How ``mix`` makes the routers of these experts of a model.
 
     Raises:
-        UserErrors: the file of centroids is missing or damaged, or of another kind.
+        UserErrors: the file of centroids is missing or damaged, or of another kind, or of other
+            experts or another model.
     """
     _check_router_file(mix)
     if mix.centroids is None:
         init = RouterInit(mix.router_init, mix.router_init_std, random_seed)
         return replace(init, seed_model=seed_model)
     rows = SafetensorsSource(mix.centroids)
+    check_rows(rows, mix.centroids, experts, model)
     with safe_open(mix.centroids, "pt") as file:
         kind = (file.metadata() or {}).get("router_init", "centroids")
     if kind != mix.router_init:
@@ -249,7 +254,8 @@ def plan_of(request: MixRequest, models: list[Checkpoint], rows: Source | None =
             averaging = averaging_of(mix, request.random_seed, request.seed_model)
             return average(models, dtype=dtype, averaging=averaging)
         case "append":
-            return append(*models, dtype=dtype, router=router_of(mix, request.random_seed))
+            router = router_of(mix, request.random_seed, SEED, (), models[0].architecture.model)
+            return append(*models, dtype=dtype, router=router)
         case "drop":
             return drop(models[0], request.expert, dtype=dtype)
         case "replace":
@@ -288,7 +294,8 @@ def _of_base(
         what = f"a token cannot take {k} of {len(experts)} experts"
         raise UserError("--moe-router-topk", what, f"choose at most {len(experts)}")
     routing = Routing(type="topk", moe_router_topk=k)
-    router = router_of(mix, request.random_seed, request.seed_model)
+    names, model = labels_of(experts), base.architecture.model
+    router = router_of(mix, request.random_seed, request.seed_model, names, model)
     if rows is not None:
         router = RouterInit("centroids", centroids=rows)
     return btx(experts, routing=routing, dtype=dtype, router=router, base=base)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
-from megatron_btx.errors import UserError
+from megatron_btx.errors import UserError, shown
 from megatron_btx.recipe.check_mix import FROM_FILE
+from megatron_btx.recipe.names import ROUTER
+from megatron_btx.recipe.schema import Model
 from megatron_btx.weights.arrange import Take
 from megatron_btx.weights.box import Shape
 from megatron_btx.weights.expression import Expression
@@ -67,6 +70,42 @@ class RouterInit:
         """What a plan with these routers reads besides its models."""
         return {} if self.centroids is None else {CENTROIDS: self.centroids}
 
+
+def check_rows(rows: Source, where: str, experts: Sequence[str], model: Model) -> None:
+    """That a file of ``btx centroids`` has a row of every expert in every layer, and no other.
+
+    Args:
+        rows: the file, opened.
+        where: its path.
+        experts: of the mixture.
+        model: what the mixture is of.
+
+    Raises:
+        UserError: it is another file, or one of other experts or of a model of another shape.
+    """
+    fix = "give the file that `btx centroids` wrote of a mixture of these models"
+    found = {re.fullmatch(_ROW, name): shape for name, (shape, _) in rows.tensors.items()}
+    if None in found or not found:
+        raise UserError(where, "holds no router rows: `btx centroids` did not write it", fix)
+    matches = [match for match in found if match is not None]
+    named = sorted({match["expert"] for match in matches})
+    if set(named) != set(experts):
+        what = f"holds router rows of the experts {shown(', '.join(named))}"
+        raise UserError(where, f"{what}, and those mixed are {', '.join(experts)}", fix)
+    layers, shapes = model.num_layers, set(found.values())
+    each = {(int(match["layer"]), match["expert"]) for match in matches}
+    if each != {(layer, expert) for layer in range(layers) for expert in experts}:
+        layer_count = len({layer for layer, _ in each})
+        what = f"holds router rows of {layer_count} layers, and the model has {layers}"
+        if layer_count == layers:
+            what = "lacks the router rows of some layers"
+        raise UserError(where, what, fix)
+    if shapes != {(model.hidden_size,)}:
+        what = f"holds router rows of shape {shown(sorted(shapes))}"
+        raise UserError(where, f"{what}, and hidden_size is {model.hidden_size}", fix)
+
+
+_ROW = rf"decoder\.layers\.(?P<layer>\d{{1,6}})\.{re.escape(ROUTER)}/(?P<expert>[^/]+)"
 
 NORMAL = RouterInit()
 """Normal with Megatron's ``init_method_std``."""

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from megatron_btx.errors import UserError, UserErrors, collect_errors
+from megatron_btx.errors import UserError, UserErrors, collect_errors, errors_of
 from megatron_btx.pipeline import graph, import_checkpoint
 from megatron_btx.pipeline.graph import Stage
 from megatron_btx.pipeline.local import run_stages
@@ -73,8 +73,25 @@ def check_inputs(*runs: tuple[Recipe, Path, tuple[Stage, ...]]) -> None:
             import_checkpoint.check_all(recipe, left)
         with collect_errors(errors):
             _sources(run_dir, left)
+        if any(stage.kind in ("mix", "finetune") for stage in left):
+            with collect_errors(errors):
+                check_centroids(recipe)
     if errors:
         raise UserErrors(list({str(error): error for error in errors}.values()))
+
+
+def check_centroids(recipe: Recipe) -> None:
+    """That the file of centroids that the recipe names, if it does, is of its experts and model.
+
+    Raises:
+        UserErrors: it is not, or is no such file.
+    """
+    if recipe.mix.centroids is None:
+        return
+    from megatron_btx.mix.plans import router_of
+
+    with errors_of("mix.centroids"):
+        router_of(recipe.mix, recipe.random_seed, "seed", recipe.expert_names, recipe.model)
 
 
 def warnings(recipe: Recipe) -> Iterator[str]:

@@ -9,13 +9,16 @@ import multiprocessing
 import os
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 
+from megatron_btx.cli.main import main
 from megatron_btx.errors import UserError
+from megatron_btx.evaluate.centroids import as_file
 from megatron_btx.evaluate.model_spec import parse
 from megatron_btx.evaluate.packed_text import PackedText
 from megatron_btx.evaluate.router_init_rows import (
@@ -40,6 +43,7 @@ DP2 = Layout(data_parallel_size=2)
 NAMES = ("a", "b", "c", "d")
 DATA = {"a": "x", "b": "y", "c": "x", "d": "y"}
 LENGTH = 16
+TINY = Path(__file__).resolve().parents[2] / "examples" / "tiny" / "recipe.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -285,7 +289,7 @@ def test_a_mix_takes_them_and_is_verified(ranks, made, tmp_path):
     btx(*words[:-1], "ridge", "--centroids", ridge, "--out", tmp_path / "by_ridge")
     assert btx("verify", tmp_path / "by_ridge")[0] == 0
     three = ["mix", "--sources", *(made / name for name in "abc"), "--router-init", "centroids"]
-    with pytest.raises(UserError, match="router.weight/d is used by nothing"):
+    with pytest.raises(UserError, match="experts a, b, c, d, and those mixed are a, b, c"):
         btx(*three, "--centroids", out, "--out", tmp_path / "no")
     with pytest.raises(UserError, match="needs the file that `btx centroids` writes"):
         btx(*words, "--out", tmp_path / "no")
@@ -311,3 +315,52 @@ def test_an_expert_alone_is_a_dense_model():
     assert plan.architecture == replace(model.architecture, experts=(), routing=None)
     name = "decoder.layers.1.mlp.linear_fc1.weight"
     assert torch.equal(plan.evaluate(name), copy(model, dtype=torch.float32).evaluate(name))
+
+
+def _rows(experts="code math prose seed", layers=2, width=32, kind="centroids"):
+    """As ``btx centroids`` writes them, of the tiny recipe's mixture by default."""
+    return as_file(torch.zeros(layers, len(experts.split()), width), experts.split(), kind)
+
+
+def _other(content):
+    return save({"lm_head.weight": torch.zeros(4, 4), **content})
+
+
+WRONG = {
+    "no safetensors": (b"text, and no tensors", "not a safetensors file"),
+    "a model": (_other({}), "holds no router rows: `btx centroids` did not write it"),
+    "more than rows": (_other({"decoder.layers.0.mlp.router.weight/code": torch.zeros(32)}),
+                       "holds no router rows"),
+    "another expert": (_rows("code web prose seed"),
+                       "experts code, prose, seed, web, and those mixed are code, math, prose"),
+    "an expert less": (_rows("code prose seed"), "experts code, prose, seed, and those mixed"),
+    "another depth": (_rows(layers=3), "of 3 layers, and the model has 2"),
+    "another width": (_rows(width=64), "of shape [(64,)], and hidden_size is 32"),
+    "another kind": (_rows(kind="ridge"), "rows of ridge, and router_init is centroids"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_file_of_other_rows_is_refused_before_anything_trains(name, tmp_path, capsys):
+    """One error by the recipe's key, in a dry run; a plan warns of it."""
+    content, words = WRONG[name]
+    (tmp_path / "c.safetensors").write_bytes(content)
+    recipe = tmp_path / "recipe.yaml"
+    block = "mix: {router_init: centroids, centroids: c.safetensors}\nrun_dir: run\n"
+    recipe.write_text(f"base: {TINY}\n{block}")
+    assert main(["run", str(recipe), "--dry-run"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("error: ") + said.count("fix: ") == 2
+    assert "mix.centroids: " in said
+    assert words in said
+    assert main(["plan", str(recipe)]) == 0
+    assert words in capsys.readouterr().err
+
+
+def test_the_right_file_of_rows_passes(tmp_path, capsys):
+    (tmp_path / "c.safetensors").write_bytes(_rows())
+    recipe = tmp_path / "recipe.yaml"
+    block = "mix: {router_init: centroids, centroids: c.safetensors}\nrun_dir: run\n"
+    recipe.write_text(f"base: {TINY}\n{block}")
+    assert main(["run", str(recipe), "--dry-run"]) == 0
+    assert "mix.centroids" not in capsys.readouterr().err
