@@ -38,7 +38,8 @@ def test_steps_follow_what_came_before_them(tmp_path: Path) -> None:
     progress("centroids of the routers,", 0.4)
     assert seen.read().words == "centroids of the routers, 40%"
     progress.forget()
-    _write(tmp_path / "metrics.jsonl", [{"kind": "start", "total_steps": 100}, *_steps(1, 40)])
+    start = {"kind": "start", "step": 0, "total_steps": 100, "time": 100.0}
+    _write(tmp_path / "metrics.jsonl", [start, *_steps(1, 40)])
     assert seen.read().words.startswith("step 40/100")
 
 
@@ -62,6 +63,7 @@ def test_a_second_attempt_is_starting_until_it_says_more(tmp_path: Path) -> None
     start = {"kind": "start", "step": 0, "total_steps": 100, "time": 60.0}
     append_line(tmp_path / "attempts.jsonl", {"attempt": 1, "time": 50.0})
     assert standing.read().words == "starting"
+    start = {"kind": "start", "step": 0, "total_steps": 100, "time": 100.0}
     _write(tmp_path / "metrics.jsonl", [start, *_steps(1, 40)])
     assert standing.read().words.startswith("step 40/100")
     append_line(tmp_path / "attempts.jsonl", {"attempt": 2, "time": 500.0})
