@@ -79,9 +79,9 @@ class AccountedCluster(Cluster):
         command += [f"--port={self.database}", "--bind-address=127.0.0.1", "--skip-name-resolve"]
         command += ["--innodb-lock-wait-timeout=900", "--innodb-flush-log-at-trx-commit=0"]
         self.launch("mariadbd", [*command, f"--init-file={self.top}/init.sql"])
-        wait(lambda: _listens(int(self.database)), 60, "MariaDB")
+        wait(lambda: _listens(int(self.database)), "MariaDB")
         self._start("slurmdbd", "slurmdbd", "-D", host="controller")
-        wait(lambda: self._succeeds("sacctmgr", "-n", "show", "cluster"), 60, "slurmdbd")
+        wait(lambda: self._succeeds("sacctmgr", "-n", "show", "cluster"), "slurmdbd")
         self("sacctmgr", "-iQ", "add", "cluster", "btxtest")
         self("sacctmgr", "-iQ", "add", "account", "lab")
         limit = f"MaxSubmitJobs={LIMIT}"

@@ -136,7 +136,7 @@ class Cluster:
             for node in self.nodes:
                 (self.top / "spool" / node).mkdir()
                 self.start_node(node)
-            wait(self.ready, 60, "the nodes to come up")
+            wait(self.ready, "the nodes to come up")
         except BaseException:
             self.__exit__()
             raise
@@ -182,18 +182,18 @@ class Cluster:
         command = ["munged", "--foreground", "--force", f"--key-file={key}", f"--socket={munge}"]
         command += [f"--pid-file={self.top}/munged.pid", f"--seed-file={self.top}/munged.seed"]
         self.launch("munged", [*command, f"--log-file={self.top}/log/munged.log"])
-        wait(munge.exists, 20, "munged")
+        wait(munge.exists, "munged")
 
     def start_controller(self, *options: str) -> None:
         """slurmctld; ``-c``: it has forgotten every job. It answers when this returns."""
         self._start("controller", "slurmctld", "-D", *options)
-        wait(self._answers, 600, "the controller to answer")
+        wait(self._answers, "the controller to answer")
 
     def _answers(self) -> bool:
         self.check_alive()
         command = ["scontrol", "ping"]
         done = subprocess.run(
-            command, env=self.environment, capture_output=True, text=True, timeout=60, check=False
+            command, env=self.environment, capture_output=True, text=True, timeout=600, check=False
         )
         return " is UP" in done.stdout
 
@@ -244,7 +244,7 @@ class Cluster:
     def __call__(self, *command: str, text: str | None = None) -> str:
         """Output of a Slurm command."""
         done = subprocess.run(
-            command, env=self.environment, input=text, capture_output=True, text=True, timeout=60
+            command, env=self.environment, input=text, capture_output=True, text=True, timeout=600
         )
         assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
         return done.stdout
@@ -260,7 +260,7 @@ class Cluster:
         self.check_alive()
         command = ["sinfo", "-h", "-N", "-p", "test", "-o", "%T"]
         done = subprocess.run(
-            command, env=self.environment, capture_output=True, text=True, timeout=60, check=False
+            command, env=self.environment, capture_output=True, text=True, timeout=600, check=False
         )
         return done.stdout.split() == ["idle"] * len(self.nodes)
 
@@ -281,7 +281,7 @@ class Cluster:
         jobs = [line.split()[0] for line in self.queue()]
         if jobs:
             self("scancel", *jobs)
-            wait(lambda: not self.queue(), 60, "the queue to be empty")
+            wait(lambda: not self.queue(), "the queue to be empty")
 
     def processes(self) -> list[int]:
         """Everything alive that a job of this cluster has started."""
@@ -299,7 +299,7 @@ class Cluster:
         return found
 
 
-def wait(condition: Callable[[], object], timeout: float, what: str = "it") -> None:
+def wait(condition: Callable[[], object], what: str = "it", timeout: float = 600) -> None:
     """Until a condition holds."""
     deadline = time.monotonic() + timeout
     while not condition():

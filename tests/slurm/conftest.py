@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -56,7 +57,7 @@ def nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
         queue = [line for line in cluster.queue() if not line.endswith("COMPLETING")]
         cluster.clear()
         assert not queue
-        wait(lambda: not cluster.processes(), 20, "the last process to end")
+        wait(lambda: not cluster.processes(), "the last process to end")
 
 
 class Run:
@@ -91,7 +92,7 @@ class Run:
             cwd=self.directory,
             capture_output=True,
             text=True,
-            timeout=240,
+            timeout=600,
             check=False,
         )
 
@@ -125,9 +126,9 @@ class Run:
         places = (str(self.run_dir), str(self.directory))  # submitted, or by hand
         return [number for number, place in jobs if place in places]
 
-    def finished(self, timeout: float = 400) -> None:
+    def finished(self) -> None:
         """Wait until no job of this run is left."""
-        wait(lambda: not self.queue(), timeout, f"the queue to empty: {self.out()}")
+        wait(lambda: not self.queue(), f"the queue to empty: {self.out()}")
 
     def steps(self, stage: str) -> list[tuple[int, float, float]]:
         """Step, loss and gradient norm of every training step so far."""
@@ -142,7 +143,7 @@ class Run:
             assert job in self.queue(), self.out()
             return len(self.steps(stage)) >= after
 
-        wait(there, 120, f"{stage} to train")
+        wait(there, f"{stage} to train")
 
     def out(self) -> str:
         """What the batch scripts and the ranks have said."""
@@ -152,10 +153,12 @@ class Run:
     def batch_script(self, job: str) -> int:
         """Process of a job's script."""
         for pid in self.cluster.processes():
-            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-            if any(word.endswith(b"/slurm_script") for word in words):
+            with contextlib.suppress(OSError):  # it has ended meanwhile
+                words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
                 environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-                if f"SLURM_JOB_ID={job}".encode() in environment:
+                if f"SLURM_JOB_ID={job}".encode() in environment and any(
+                    word.endswith(b"/slurm_script") for word in words
+                ):
                     return pid
         raise AssertionError(f"job {job} has no script")
 
@@ -183,12 +186,11 @@ def sums(path: Path, most: int = 99) -> Path:
 
 
 def _is_rank(pid: int, expected: set[bytes]) -> bool:
-    try:
+    with contextlib.suppress(OSError, psutil.Error):  # it has ended meanwhile
         words = set(Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0"))
-    except OSError:
-        return False
-    parent = psutil.Process(pid).parent()
-    return expected <= words and parent is not None and parent.name() == "slurmstepd"
+        parent = psutil.Process(pid).parent()
+        return expected <= words and parent is not None and parent.name() == "slurmstepd"
+    return False
 
 
 WAITS = """#!/bin/sh

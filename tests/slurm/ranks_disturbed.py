@@ -29,7 +29,7 @@ def a_rank_hangs(around: Around) -> None:
     job = run.submit("--only", "finetune")["finetune"]
     run.training("finetune", job)
     os.kill(run.ranks("finetune")[-1], signal.SIGSTOP)
-    wait(lambda: "requeued: a rank hangs: rank " in run.out(), 240 + 60 * minutes, "the requeue")
+    wait(lambda: "requeued: a rank hangs: rank " in run.out(), "the requeue", 600 + 60 * minutes)
     run.finished()
     row = run.status()["finetune"]
     assert (row["state"], row["restarts"] > 0) == ("done", True), run.out()
@@ -58,9 +58,9 @@ def a_rank_hangs_as_it_evaluates(around: Around) -> None:
     def in_the_text() -> bool:
         return (float((find_json(progress) or {}).get("done", 0)) * models) % 1 > 0
 
-    wait(in_the_text, 600, "the evaluation to begin")
+    wait(in_the_text, "the evaluation to begin")
     os.kill(run.ranks("evaluate")[-1], signal.SIGSTOP)
-    wait(lambda: "requeued: a rank hangs: rank " in run.out(), 240 + 60 * minutes, "the requeue")
+    wait(lambda: "requeued: a rank hangs: rank " in run.out(), "the requeue", 600 + 60 * minutes)
     run.finished()
     row = run.status()["evaluate"]
     assert (row["state"], row["restarts"] > 0) == ("done", True), run.out()
@@ -86,7 +86,7 @@ def a_slow_rank(around: Around) -> None:
     slow = run.ranks("finetune")[-1]
     named = f"rank {os.fsdecode(_environment(slow)[b'SLURM_PROCID'])} on n"
     with _slowed(slow):
-        wait(lambda: named in run.status()["finetune"]["note"], 180, "the rank to be named")
+        wait(lambda: named in run.status()["finetune"]["note"], "the rank to be named")
     run.finished()
     log = (run.run_dir / "finetune" / "log" / "attempt-1.log").read_text()
     assert named in log

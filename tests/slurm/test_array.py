@@ -19,7 +19,7 @@ case "$*" in
 *slurm.attempt*) ;;
 *prepare:shards/[12])
   mark={marks}/$SLURM_ARRAY_TASK_ID
-  if [ ! -e "$mark" ]; then echo $$ >"$mark"; exec sleep 300; fi ;;
+  if [ ! -e "$mark" ]; then echo $$ >"$mark"; exec sleep 3600; fi ;;
 esac
 exec "$@"
 """
@@ -37,8 +37,8 @@ def test_one_job_of_the_array_requeued_and_one_killed(cluster: Cluster, tmp_path
     jobs = run.submit("--only", "prepare", "--no-probe")
     assert list(jobs) == list(JOBS)
     array = jobs["prepare:shards"]
-    wait(lambda: {path.name for path in marks.iterdir()} == {"1", "2"}, 120, run.out())
-    wait(lambda: (run.run_dir / "prepare/shards/0/done.json").exists(), 60, run.out())
+    wait(lambda: {path.name for path in marks.iterdir()} == {"1", "2"}, run.out())
+    wait(lambda: (run.run_dir / "prepare/shards/0/done.json").exists(), run.out())
 
     rows = run.status()
     assert rows["prepare:begin"]["state"] == "done"
@@ -48,9 +48,9 @@ def test_one_job_of_the_array_requeued_and_one_killed(cluster: Cluster, tmp_path
     assert run.btx("submit", "--only", "prepare").returncode == 2
 
     cluster("scontrol", "requeue", f"{array}_1")
-    wait(lambda: (run.run_dir / "prepare/shards/1/done.json").exists(), 120, run.out())
+    wait(lambda: (run.run_dir / "prepare/shards/1/done.json").exists(), run.out())
     psutil.Process(int((marks / "2").read_text())).send_signal(signal.SIGKILL)
-    run.finished(120)
+    run.finished()
     rows = run.status()
     assert (rows["prepare:shards"]["state"], rows["prepare:shards"]["restarts"]) == ("failed", 1)
     assert "prepare:shards/2: " in rows["prepare:shards"]["note"], rows
@@ -59,7 +59,7 @@ def test_one_job_of_the_array_requeued_and_one_killed(cluster: Cluster, tmp_path
     assert kept
 
     run.submit("--only", "prepare", "--no-probe")
-    run.finished(180)
+    run.finished()
     assert run.status()["prepare"]["state"] == "done", run.out()
     assert not shards(run)
     local = tmp_path / "local"

@@ -80,7 +80,7 @@ def usr1_over_two_hosts(around: Around) -> None:
     watch = Watch(run)
     run.training("finetune", job)
     run.cluster("scancel", "--batch", "--signal=USR1", job)
-    wait(lambda: (run.run_dir / "finetune" / "stopped.json").exists(), 60, run.out())
+    wait(lambda: (run.run_dir / "finetune" / "stopped.json").exists(), run.out())
     stopped = json.loads((run.run_dir / "finetune" / "stopped.json").read_text())
     assert (run.run_dir / stopped["checkpoint"] / "manifest.json").exists()
     assert 60 <= stopped["step"] < 200
@@ -89,7 +89,7 @@ def usr1_over_two_hosts(around: Around) -> None:
     row = run.status()["finetune"]
     assert (row["state"], row["restarts"]) == ("done", 1), run.out()
     assert "requeued: the ranks have saved" in run.out()
-    output, _ = logs.communicate(timeout=120)
+    output, _ = logs.communicate(timeout=600)
     assert logs.returncode == 0, output
     seen = watch.end()
     screens = seen.split("\x1b[H\x1b[J")
@@ -119,9 +119,9 @@ class Watch:
         """All that it showed; it ends with the run's last job."""
         seen = b""
         with contextlib.suppress(OSError):  # the terminal's other end is closed
-            while select.select([self.terminal], [], [], 120)[0]:
+            while select.select([self.terminal], [], [], 600)[0]:
                 seen += os.read(self.terminal, 65536)
-        assert self.process.wait(60) == 0, seen
+        assert self.process.wait(600) == 0, seen
         os.close(self.terminal)
         return seen.decode().replace("\r\n", "\n")
 
@@ -169,7 +169,7 @@ def requeued_preempted_and_its_node_lost(around: Around) -> None:
         return run.cluster.state(run.job)["NodeList"]
 
     def restarted(times: int) -> None:
-        wait(lambda: run.cluster.state(run.job)["Restarts"] == str(times), 60, run.out())
+        wait(lambda: run.cluster.state(run.job)["Restarts"] == str(times), run.out())
 
     trained()
     run.cluster("scontrol", "requeue", run.job)
@@ -193,7 +193,7 @@ def a_rank_killed_and_a_job_cancelled(around: Around) -> None:
     job = run.submit("--only", "finetune")["finetune"]
     run.training("finetune", job, after=70)  # a checkpoint after 50
     run.kill_rank("finetune")
-    run.finished(60)
+    run.finished()
     row = run.status()["finetune"]
     assert row["state"] == "failed"
     assert row["note"]
@@ -207,7 +207,7 @@ def a_rank_killed_and_a_job_cancelled(around: Around) -> None:
     done = run.btx("cancel")
     os.kill(rank, signal.SIGCONT)
     assert f"cancelled {job} (finetune)" in done.stdout, done.stderr
-    run.finished(60)
+    run.finished()
     assert run.status()["finetune"]["state"] in ("cancelled", "stopped")
     run.submit("--only", "finetune")
     run.finished()
@@ -228,15 +228,15 @@ def restarts_without_progress(around: Around) -> None:
     run = slow_seed(around, "loop", ELSEWHERE % f", launch_prefix: '{waits}'")
     attempts = run.run_dir / "seed" / "attempts.jsonl"
     for start in (1, 2, 3, 4):
-        wait(lambda: _lines(attempts) == start, 60, run.out())  # noqa: B023
+        wait(lambda: _lines(attempts) == start, run.out())  # noqa: B023
         heard = run.out().count(ASKED)
         for _ in range(10):  # one was seen to be lost while a step began
             run.cluster("scancel", "--batch", "--signal=USR1", run.job)
             time.sleep(4)
             if run.out().count(ASKED) > heard:
                 break
-        wait(lambda: run.cluster.state(run.job)["Restarts"] == str(start), 60, run.out())  # noqa: B023
-    run.finished(60)
+        wait(lambda: run.cluster.state(run.job)["Restarts"] == str(start), run.out())  # noqa: B023
+    run.finished()
     row = run.status()["seed"]
     assert row["state"] == "failed", run.out()
     assert "has been restarted 3 times without progress" in row["note"]
@@ -255,11 +255,11 @@ def a_time_limit(around: Around) -> None:
     seed = SLOW.replace("204_800", "20_480_000")
     run = branch(around.whole, around.place("limit"), f"{text}seed: {seed}\n", "prepare")
     job = run.submit("--only", "seed")["seed"]
-    wait(lambda: run.cluster.state(job)["Restarts"] == "1", 120, run.out())
+    wait(lambda: run.cluster.state(job)["Restarts"] == "1", run.out())
     assert "asked to stop (USR1)" in run.out()
     assert "requeued: " in run.out()
     run.btx("cancel")
-    run.finished(60)
+    run.finished()
 
 
 def the_controller_killed_while_a_requeue_is_asked_for(around: Around) -> None:
@@ -272,7 +272,7 @@ def the_controller_killed_while_a_requeue_is_asked_for(around: Around) -> None:
         logs = run.start("logs", "seed", "-f")
         cluster.kill("controller")
         os.kill(run.batch_script(job), signal.SIGUSR1)
-        wait(lambda: "the controller does not answer; it is asked again" in run.out(), 600)
+        wait(lambda: "the controller does not answer; it is asked again" in run.out())
         assert logs.poll() is None
         assert run.btx("status").returncode == 2
         cluster.start_controller()
@@ -280,7 +280,7 @@ def the_controller_killed_while_a_requeue_is_asked_for(around: Around) -> None:
         row = run.status()["seed"]
         assert (row["state"], row["restarts"]) == ("done", 1), run.out()
         assert "refuses" not in run.out()
-        output, _ = logs.communicate(timeout=120)
+        output, _ = logs.communicate(timeout=600)
         assert logs.returncode == 0, output
         assert "requeued: the ranks have saved" in run.out()
         assert run.steps("seed") == around.undisturbed(a_seed)
@@ -298,7 +298,7 @@ def a_lost_node_whose_ranks_live_on(around: Around) -> None:
         os.kill(rank, signal.SIGSTOP)  # else it would be through before it is missed
         cluster.kill(node)
         cluster("scontrol", "update", f"nodename={node}", "state=down", "reason=test")
-        wait(lambda: "they are asked to end" in run.out(), 120)
+        wait(lambda: "they are asked to end" in run.out())
         os.kill(rank, signal.SIGCONT)
         run.finished()
         row = run.status()["seed"]
@@ -435,7 +435,7 @@ def side_by_side(
     queue = whole.cluster.queue()
     whole.cluster.clear()
     assert not queue
-    wait(lambda: not whole.cluster.processes(), 20, "the last process to end")
+    wait(lambda: not whole.cluster.processes(), "the last process to end")
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.__name__)

@@ -56,7 +56,7 @@ def test_a_second_user_is_told_whose_the_jobs_are(cluster: Cluster, tmp_path: Pa
     seen = run.btx("status", user=NOBODY)
     assert f"prepare       {jobs['prepare']}" in seen.stdout, seen.stderr
     assert run.btx("cancel").returncode == 0
-    wait(lambda: not run.queue(), 20)
+    wait(lambda: not run.queue())
     share(run)
     done = run.btx("submit", "--no-probe", "--only", "prepare", user=NOBODY)  # now it may
     assert done.returncode == 0, done.stderr
@@ -93,7 +93,7 @@ def test_a_job_by_hand_is_known_while_it_waits(cluster: Cluster, tmp_path: Path)
     assert not (run.run_dir / "recipe.yaml").exists()
     assert "no jobs in the queue" in other.btx("cancel").stdout
     assert f"cancelled {job} (expert:math)" in run.btx("cancel").stdout
-    wait(lambda: not run.queue(), 20)
+    wait(lambda: not run.queue())
 
 
 def test_one_by_hand_under_another_name_is_known_once_it_has_begun(
@@ -111,7 +111,7 @@ def test_one_by_hand_under_another_name_is_known_once_it_has_begun(
         command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True
     ).stdout
     job = output.strip()
-    wait((run.run_dir / "prepare" / "attempts.jsonl").exists, 120, "it to begin")
+    wait((run.run_dir / "prepare" / "attempts.jsonl").exists, "it to begin")
     row = run.status()["prepare"]
     assert (row["job"], row["state"], row["nodes"]) == (job, "running", "n1")
     for command_of_ours in ("submit", "run"):
@@ -123,7 +123,7 @@ def test_one_by_hand_under_another_name_is_known_once_it_has_begun(
     assert "no jobs in the queue" in run.btx("cancel").stdout
     error.unlink()
     assert f"cancelled {job} (prepare)" in run.btx("cancel").stdout
-    run.finished(60)
+    run.finished()
     assert run.status()["prepare"]["state"] == "cancelled"
 
 
@@ -136,7 +136,7 @@ def resumed(cluster: Cluster) -> Iterator[None]:
     for node in cluster.nodes:
         if cluster("sinfo", "-h", "-n", node, "-p", "test", "-o", "%T").strip() != "idle":
             cluster("scontrol", "update", f"nodename={node}", "state=resume")
-    wait(cluster.ready, 60, "the nodes to come back")
+    wait(cluster.ready, "the nodes to come back")
 
 
 @pytest.mark.usefixtures("resumed")
@@ -148,11 +148,11 @@ def test_nodes_that_are_drained_only_delay(cluster: Cluster, tmp_path: Path) -> 
     assert done.returncode == 0, done.stderr
     assert "warning: prepare: Slurm lets it wait" in done.stderr
     assert len(cluster.queue()) == 1  # and not the one that was tried
-    wait(lambda: "DOWN" in run.status()["prepare"]["note"], 30, "a reason")
+    wait(lambda: "DOWN" in run.status()["prepare"]["note"], "a reason")
     assert run.status()["prepare"]["state"] == "pending"
     run.write("slurm: {constraint: nosuch}\n")
     run.btx("cancel")
-    wait(lambda: not run.queue(), 20)
+    wait(lambda: not run.queue())
     refused = run.btx("submit", "--no-probe", "--only", "prepare")
     assert refused.returncode == 2
     assert "Invalid feature specification" in refused.stderr
@@ -164,7 +164,7 @@ def test_a_held_job_is_shown_as_held_and_goes_on(whole: Run, tmp_path: Path) -> 
     run = branch(whole, tmp_path / "held", "", "prepare")
     (cluster.top / "prolog-fails").touch()
     job = run.submit("--no-probe", "--only", "seed")["seed"]
-    wait(lambda: run.status()["seed"]["state"] == "held", 60, "Slurm to hold it")
+    wait(lambda: run.status()["seed"]["state"] == "held", "Slurm to hold it")
     row = run.status()["seed"]
     assert row["active"]
     assert "launch failed requeued held" in row["note"]
@@ -186,7 +186,7 @@ def test_the_probe_goes_where_the_job_would(cluster: Cluster, tmp_path: Path) ->
     words = ["squeue", "-h", "-t", "all", "-S", "-i", "-n", "probe@tiny", "-o", "%N"]
     assert cluster(*words).split()[0] == "n4"
     run.btx("cancel")
-    wait(lambda: not run.queue(), 20)
+    wait(lambda: not run.queue())
 
 
 def test_a_full_disk_is_said_where_no_file_can_be_written(tmp_path: Path) -> None:
@@ -205,7 +205,7 @@ def _fill_and_mend(run: Run, place: Path) -> None:
     job = run.submit("--no-probe", "--only", "prepare")["prepare"]
     fill(place)
     run.cluster("scontrol", "update", f"job={job}", "starttime=now")
-    run.finished(120)
+    run.finished()
     row = run.status()["prepare"]
     assert row["state"] == "failed"
     assert "no space left on its disk" in row["note"]
@@ -219,5 +219,5 @@ def _fill_and_mend(run: Run, place: Path) -> None:
     assert run.status()["prepare"]["note"] == row["note"]  # known also when there is room again
     job = run.submit("--no-probe", "--only", "prepare")["prepare"]
     run.cluster("scontrol", "update", f"job={job}", "starttime=now")
-    run.finished(120)
+    run.finished()
     assert run.status()["prepare"]["state"] == "done", run.out()

@@ -42,7 +42,7 @@ def test_what_cannot_run_is_refused_whole(
     assert words in done.stderr
     assert "fix: " in done.stderr
     assert "Traceback" not in done.stderr
-    wait(lambda: not cluster.queue(), 10, "the probe to be gone")
+    wait(lambda: not cluster.queue(), "the probe to be gone")
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -59,13 +59,13 @@ def test_two_submits_at_once_and_one_that_was_killed(cluster: Cluster, tmp_path:
         )
         for _ in range(2)
     ]
-    errors = [process.communicate(timeout=60)[1] for process in both]
+    errors = [process.communicate(timeout=600)[1] for process in both]
     assert sorted(process.returncode for process in both) == [0, 2], errors
     assert len(cluster.queue()) == 11
     assert run.btx("cancel").returncode == 0
-    wait(lambda: not cluster.queue(), 20)
+    wait(lambda: not cluster.queue())
     process = subprocess.Popen(command, env=cluster.environment, stdout=subprocess.DEVNULL)
-    wait(lambda: len(cluster.queue()) >= 2, 30)
+    wait(lambda: len(cluster.queue()) >= 2)
     process.kill()
     process.wait()
     assert len(cluster.queue()) >= 2
@@ -74,7 +74,7 @@ def test_two_submits_at_once_and_one_that_was_killed(cluster: Cluster, tmp_path:
     assert "jobs of this run are in the queue" in refused.stderr
     assert run.status()["prepare"]["state"] == "pending"
     assert run.btx("cancel").returncode == 0
-    wait(lambda: not cluster.queue(), 20)
+    wait(lambda: not cluster.queue())
 
 
 def test_a_directory_that_nodes_do_not_share(tmp_path: Path) -> None:
@@ -87,11 +87,11 @@ def test_a_directory_that_nodes_do_not_share(tmp_path: Path) -> None:
         done = run.btx("submit")
         assert done.returncode == 2
         assert "the node n1 does not share this directory" in done.stderr
-        wait(lambda: not cluster.queue(), 10, "the probe to be gone")
+        wait(lambda: not cluster.queue(), "the probe to be gone")
         assert list(shared.iterdir()) == []
         # Not probed, a job says so itself where it can, and status where it cannot.
         run.submit("--no-probe", "--only", "prepare")
-        run.finished(60)
+        run.finished()
         row = run.status()["prepare"]
         assert row["state"] == "failed"
         assert "do the nodes share the run's directory?" in row["note"]
@@ -113,15 +113,15 @@ def test_a_watch_outlives_the_controller(cluster: Cluster, tmp_path: Path) -> No
     assert watch.stdout is not None
     assert watch.stdout.readline() == "[\n"
     cluster.stop("controller")
-    wait(lambda: "squeue: " in watch.stdout.readline(), 60, "the watch to notice")  # type: ignore
+    wait(lambda: "squeue: " in watch.stdout.readline(), "the watch to notice")  # type: ignore
     cluster.start_controller()
-    wait(lambda: watch.stdout.readline() == "[\n", 60, "the watch to go on")  # type: ignore
+    wait(lambda: watch.stdout.readline() == "[\n", "the watch to go on")  # type: ignore
     assert run.btx("cancel").returncode == 0
     seen = watch.stdout.read()
-    assert watch.wait(60) == 0
+    assert watch.wait(600) == 0
     last = json.loads("[\n" + seen.rpartition("\n[\n")[2])
     assert last[0]["state"] == "cancelled"
-    wait(cluster.ready, 60, "the nodes to come back")
+    wait(cluster.ready, "the nodes to come back")
 
 
 def test_an_accounting_database_and_a_limit(tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_an_accounting_database_and_a_limit(tmp_path: Path) -> None:
         assert done.returncode == 2
         assert "AssocMaxSubmitJobLimit" in done.stderr
         assert "nothing was submitted" in done.stderr
-        wait(lambda: not cluster.queue(), 20)
+        wait(lambda: not cluster.queue())
         assert not run.run_dir.exists()
         first, failed = (
             run.submit("--no-probe", "--only", "prepare"),
@@ -141,22 +141,22 @@ def test_an_accounting_database_and_a_limit(tmp_path: Path) -> None:
         )
         before = _content(run.run_dir)
         assert run.btx("cancel").returncode == 0
-        wait(lambda: not cluster.queue(), 20)
+        wait(lambda: not cluster.queue())
         assert run.btx("submit", "--no-probe").returncode == 2  # as it was before
         assert _content(run.run_dir) == before
         failed.write("slurm: {account: lab, python: /bin/false}\n")
         second = failed.submit("--no-probe", "--only", "prepare")
-        failed.finished(60)
+        failed.finished()
 
         def accounted() -> bool:
             jobs = f"{first['prepare']},{second['prepare']}"
             lines = cluster("sacct", "-nXP", "-j", jobs, "-o", "JobName,State").splitlines()
             return lines == ["prepare@tiny|CANCELLED by 0", "prepare@tiny|FAILED"]
 
-        wait(accounted, 30, "slurmdbd to write it down")
+        wait(accounted, "slurmdbd to write it down")
         cluster.stop("controller")
         cluster.start_controller("-c")
-        wait(cluster.ready, 60, "the nodes to come back")
+        wait(cluster.ready, "the nodes to come back")
         for one, jobs, state, nodes in (
             (run, first, "cancelled", ""),
             (failed, second, "failed", "n1"),

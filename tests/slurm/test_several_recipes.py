@@ -44,7 +44,7 @@ def test_what_three_systems_share_is_made_once(cluster: Cluster, tmp_path: Path)
             cwd=tmp_path,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=600,
             check=False,
         )
         assert done.returncode == 0, done.stderr
@@ -63,11 +63,11 @@ def test_what_three_systems_share_is_made_once(cluster: Cluster, tmp_path: Path)
     said = btx("cancel", *these)
     for what in ("(compare)", "(report of dense)", "(finetune of mixture)"):
         assert what in said
-    wait(lambda: not cluster.queue(), 600, "the jobs to be cancelled")
+    wait(lambda: not cluster.queue(), "the jobs to be cancelled")
     assert btx("cancel", *these) == "no jobs in the queue\n"
 
     btx("submit", *these)
-    wait(lambda: not cluster.queue(), 1200, "the comparison to end")
+    wait(lambda: not cluster.queue(), "the comparison to end", 1200)
     runs = tmp_path / "runs"
     out = [f"{path}:\n{path.read_text()}" for path in runs.rglob("*.out")]
     assert (runs / "compare.json").exists(), "\n".join(out)
