@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import resource
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -97,6 +98,10 @@ class Commands:
         assert not re.search(r"\x1b", done.stderr)
         assert done.stdout == ""
         assert tree_hash(self.directory) == before
+
+
+PAGE = resource.getpagesize()
+"""What a disk of memory is counted in: 4 KiB, or 64."""
 
 
 def fill(place: Path) -> None:

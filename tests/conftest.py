@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import gc
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,8 +21,15 @@ from tests.budget import Rooms
 from tests.ranks import Ranks
 from tests.small import FAKE_KEY, Exported, btx, export, write_small
 
-# Before torch is imported: two workers use two cores, and more threads would only spin.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Before torch is imported. Ranks would take what a job or a launcher has set in which the tests run
+# for their own.
+JOBS = r"(SLURM|SBATCH|SRUN|TORCHELASTIC)_|(LOCAL_)?(RANK|WORLD_SIZE)$|MASTER_(ADDR|PORT)$"
+for variable in [name for name in os.environ if re.match(JOBS, name)]:
+    del os.environ[variable]
+# Two workers use two cores, and more threads would only spin.
+os.environ["OMP_NUM_THREADS"] = "1"
+if not os.environ.get("BTX_TEST_GPU"):  # where there is one, gloo ranks would not be what is tried
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 # Until the tests are collected: half a million objects are imported, and none of them is garbage.
 gc.disable()
 

@@ -141,6 +141,7 @@ def _begun(wandb: Any, recipe: Recipe, stage: str, directory: Path, config: dict
         except (wandb.errors.Error, OSError) as error:
             logger.warning("W&B cannot be reached (%s): logging offline", error)
             wandb.teardown()  # its service still has the id
+            settings.init_timeout = max(60.0, settings.init_timeout)  # nobody is waited for now
             return wandb.init(mode="offline", **arguments)
 
 

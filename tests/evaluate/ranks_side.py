@@ -218,6 +218,18 @@ def grown(
     settings = [room.Decoding(**decoding) for decoding in decodings]
     counted = [0, 0]
     read, step, remembers = KeyValueCache.read, KeyValueCache.step, room.remembers
+    pick, picked = room.pick, []
+
+    def picking(log_probs, decoding, draw):
+        picked.append(pick(log_probs, decoding, draw))
+        return picked[-1]
+
+    def picking_again(log_probs, decoding, draw):
+        """Of two that are equally likely, to rounding, the same one: another order of sums."""
+        own = pick(log_probs, decoding, draw)
+        former = picked.pop(0) if picked else own
+        tie = decoding.temperature == 0 and log_probs[own] - log_probs[former] < 1e-4
+        return former if tie else own
 
     def reading(self, tokens, lengths):
         counted[0] += int(lengths.sum())
@@ -228,14 +240,15 @@ def grown(
         return step(self, tokens)
 
     KeyValueCache.read, KeyValueCache.step = reading, stepping  # type: ignore[method-assign]
+    room.pick = picking
     try:
         kept = [asdict(one) for one in room.generate(predictor, prompts, settings)]
     finally:
         KeyValueCache.read, KeyValueCache.step = read, step  # type: ignore[method-assign]
     remembered = remembers(predictor)
-    room.remembers = lambda _predictor: False
+    room.remembers, room.pick = lambda _predictor: False, picking_again
     try:
         whole = [asdict(one) for one in room.generate(predictor, prompts, settings)]
     finally:
-        room.remembers = remembers
+        room.remembers, room.pick = remembers, pick
     return remembered, kept, whole, counted

@@ -33,7 +33,7 @@ from megatron_btx.families import open_hf
 from megatron_btx.families.export import write_hf
 from megatron_btx.mix.one_model import copy, forced
 from megatron_btx.recipe.schema import Layout
-from tests.bad import fill
+from tests.bad import PAGE, fill
 from tests.engine.test_layouts import PP2, TP2
 from tests.evaluate.made import TEXTS, moe, random_model, tokenizer, with_nan, write
 from tests.mix.commands import btx
@@ -160,12 +160,12 @@ def test_sums_and_rows_are_written_together_or_not_at_all(tmp_path, disk):
     """On a full disk, and where another process has added a domain or written the rows meanwhile:
     what it wrote stays."""
     sums = no_sums(("a", "b"), 2, 24, gram=True, device=torch.device("cpu"))
-    place = disk("size=64k")
+    place = disk("nr_blocks=16")
     fill(place)
-    for left, name in ((0, "sums"), (16384, "out")):  # the sums are of 10 kB
+    for left, name in ((0, "sums"), (4 * PAGE, "out")):  # the sums are of 10 kB
         os.truncate(place / "filler", (place / "filler").stat().st_size - left)
         with pytest.raises(OSError, match=f"No space.*{name}"):
-            write_results(place / "out", bytes(40_000), place / "sums", sums, None)
+            write_results(place / "out", bytes(10 * PAGE), place / "sums", sums, None)
         assert os.listdir(place) == ["filler"]
     out, kept = tmp_path / "out", tmp_path / "sums"
     write_results(out, b"rows", kept, sums, version_of(kept))

@@ -98,7 +98,7 @@ def test_folded_norms_give_each_expert_its_own_input():
         }
     )
     dead = [replace(models[0], label=label, source=zero) for label in "ab"]
-    with pytest.raises(UserError, match="a averaged gain is zero|averaged gain is zero"):
+    with pytest.raises(UserError, match="an averaged gain is zero"):
         btx(dead, routing=TOP2, dtype=F64, fold_norms=True)
 
 

@@ -88,19 +88,25 @@ def test_another_users_run_is_named_as_such(tmp_path: Path) -> None:
     """A directory that both may write in, and its owner's lock."""
     (tmp_path / "lock").touch(mode=0o644)
     tmp_path.chmod(0o777)
-    assert _lock_as_nobody(tmp_path) == 3
+    code = _lock_as_nobody(tmp_path)
+    if code == 4:
+        pytest.skip("there is no second user in this namespace")
+    assert code == 3
 
 
 def _lock_as_nobody(place: Path) -> int:
-    """Exit code of a child that tries as a user without rights: 3 where it was told the owner."""
+    """Exit code of a child that tries as a user without rights: 3 where it was told the owner, 4
+    where there is no such user."""
     directory = os.open(place, os.O_RDONLY)
     child = os.fork()
     if child == 0:
         code = 1
         try:
             os.fchdir(directory)
+            code = 4
             os.setresgid(65534, 65534, 65534)
             os.setresuid(65534, 65534, 65534)
+            code = 1
             try:
                 with locks.run_lock(Path()):
                     code = 0

@@ -40,6 +40,7 @@ def main() -> None:
     from megatron_btx.engine.optimizer import build_optimizer, build_schedule
     from megatron_btx.train.step import train_step
 
+    runtime = peak()
     model = build_model(
         architecture, training.layout, training.precision, options=training.megatron
     )
@@ -79,8 +80,8 @@ def main() -> None:
     directory = Path(sys.argv[3]) / "step_00000002"
     checkpoint.save(directory, state, checkpoint.manifest_of(architecture))
     disk = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
-    found = {"parameters": parameters, "started": started, "peak": trained, "disk": disk}
-    sys.stdout.write(json.dumps(found | {"saved": peak()}) + "\n")
+    found = {"parameters": parameters, "runtime": runtime, "started": started, "peak": trained}
+    sys.stdout.write(json.dumps(found | {"saved": peak(), "disk": disk}) + "\n")
     distributed.shutdown()
 
 

@@ -87,7 +87,9 @@ def test_boundaries_of_documents(good: str, tmp_path: Path) -> None:
                                          "does not look at position ids"):  # fmt: skip
         read("finetune: {reset_position_ids: true}")
     for name in BOUNDARIES[1:]:
-        with pytest.raises(UserErrors, match=rf"finetune|seed.{name}: is .*set it under `training"):
+        with pytest.raises(
+            UserErrors, match=rf"seed\.{name}: is .*\n  fix: set it under `training"
+        ):
             read(f"finetune: {{{name}: true}}")
         assert keys(read(f"training: {{{name}: true}}")).isdisjoint(keys(plain))
     with_mask = read("training: {reset_attention_mask: true}")

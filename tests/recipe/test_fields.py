@@ -52,6 +52,7 @@ FIELDS = {
     for field in dataclasses.fields(cls)
 }
 NUMBERS = {key: one for key, one in FIELDS.items() if holds_numbers(one[1])}
+RANGED = [key for key, (field, _) in NUMBERS.items() if "range" in field.metadata]
 
 
 def test_every_number_has_a_range() -> None:
@@ -71,14 +72,12 @@ def test_a_default_is_in_its_range() -> None:
             assert limits.problem(field.default) is None, (cls, name)
 
 
-@pytest.mark.parametrize("key", NUMBERS, ids=lambda key: f"{key[0].__name__}.{key[1]}")
+@pytest.mark.parametrize("key", RANGED, ids=lambda key: f"{key[0].__name__}.{key[1]}")
 def test_both_ends_are_held(key: tuple[type, str]) -> None:
     """The reader takes the ends and refuses what is beyond either, NaN, infinity and booleans."""
     cls, name = key
     field, hint = NUMBERS[key]
-    limits = field.metadata.get("range")
-    if limits is None:
-        return
+    limits = field.metadata["range"]
     low, high = limits.low, limits.high
     whole = int in options(hint) or typing.get_origin(options(hint)[0]) is tuple
     beyond = (low - 1, high + 1) if whole else (low - abs(low) * 1e-9 - 1e-30, high * (1 + 1e-9))

@@ -53,8 +53,12 @@ def test_a_stage(case: str, tmp_path: Path) -> None:
     held = sum(one["parameters"] for one in measured)
     shards = [memory.rank_parameters(architecture, training.layout, 0)] * len(measured)
     assert held == sum(map(sum, shards))
-    planned = memory.training_memory(architecture, training).resident
-    assert planned == pytest.approx(max(one["peak"] for one in measured), rel=0.10)
+    largest = max(measured, key=lambda one: one["peak"])
+    # Apart from the interpreter, of which 13 MiB come and go with cached bytecode.
+    planned = memory.training_memory(architecture, training).resident - memory.runtime()
+    trained = largest["peak"] - largest["runtime"]
+    assert planned == pytest.approx(trained, abs=0.10 * largest["peak"])
+    assert memory.runtime() == pytest.approx(largest["runtime"], rel=0.25)
     disk = memory.checkpoint_bytes(architecture, training)
     assert disk == pytest.approx(measured[0]["disk"], rel=0.05)
 

@@ -59,7 +59,7 @@ def test_noise_does_not_see_slices_batches_or_order() -> None:
     assert torch.equal(gumbel([10, 11, 12], [3, 14, 0]), whole[[3, 14, 0]])
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU and BTX_TEST_GPU=1")
 def test_noise_does_not_see_the_device() -> None:
     positions, key = torch.arange(512), noise.layer_key(1, 2)
     here = noise.gumbel(key, context(5, 10, 2**40), positions, 8)
