@@ -43,7 +43,7 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="the new directory")
     parser.add_argument(
-        "--stage", default="", metavar="NAME", help="seed, expert:NAME, dense, finetune, btm"
+        "--stage", default="", metavar="NAME", help="seed, expert:NAME, dense, btm or btx"
     )
     parser.add_argument(
         "--check",

@@ -13,6 +13,8 @@ from typing import Any
 from megatron_btx.cli.common import command
 from megatron_btx.errors import UserError, UserErrors
 from megatron_btx.files import written
+from megatron_btx.recipe import check_paths
+from megatron_btx.recipe.load import load_recipe
 from megatron_btx.recipe.messages import near_key
 from megatron_btx.recipe.yaml_tree import read_tree
 
@@ -111,7 +113,10 @@ def _examples(options: argparse.Namespace) -> int:
     for path in written:
         sys.stdout.write(f"{path}\n")
     recipes = [path for path in written if path.name == "recipe.yaml"]
-    if recipes:
+    if recipes and check_paths.bad_paths(load_recipe(recipes[-1])):
+        what = "names files that are not there yet: see the comments in it"
+        sys.stdout.write(f"\n{recipes[-1]} {what}; then: btx plan {recipes[-1]}\n")
+    elif recipes:
         sys.stdout.write(f"\nnext: btx plan {recipes[-1]}\n")
     return 0
 

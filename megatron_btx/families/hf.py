@@ -109,7 +109,7 @@ def family_of(architecture: Architecture, preferred: str | None = None) -> Famil
         if bool(architecture.experts) == (family.fused is not None):
             why.append(f"as {family.model_type} {', '.join(lacking)}")
     what = f"no Hugging Face family computes this model: {'; '.join(dict.fromkeys(why))}"
-    raise UserError("export", what, "keep it in Megatron's format")
+    raise UserError("export", what, "keep it in Megatron's format: btx mix --format megatron")
 
 
 def wanted(architecture: Architecture, model_type: str) -> Family:

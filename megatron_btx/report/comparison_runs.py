@@ -30,11 +30,16 @@ def runs_of(files: Sequence[Path], base: str | None, seeds: int) -> list[Finishe
     share is so trained by the simplest of them.
 
     Raises:
-        UserError: two would run in one directory or be one row of the tables; or under another
-            random seed the held-out text would be another.
+        UserError: two would run in one directory or be one row of the tables; their domains are
+            not the same; or under another random seed the held-out text would be another.
     """
     recipes = [load_recipe(file, base) for file in files]
     _check_names(files, recipes)
+    for file, recipe in zip(files, recipes, strict=True):
+        if list(recipe.domains) != list(recipes[0].domains):
+            here, there = ", ".join(recipe.domains), ", ".join(recipes[0].domains)
+            what = f"are {here}, those of {files[0]} {there}"
+            raise UserError(f"{file}: domains", what, "compare recipes with the same domains")
     if seeds > 1:
         for recipe in recipes:
             _same_text(recipe)
@@ -123,7 +128,7 @@ def run_one(one: FinishedRun, runs: Sequence[FinishedRun], place: str) -> int:
     if outcome.problem:
         sys.stderr.write(f"error: {outcome.problem}\n")
     elif outcome.code:
-        sys.stderr.write("stopped; run again to continue\n")
+        sys.stderr.write("stopped; give the same command again to continue\n")
     return outcome.code
 
 

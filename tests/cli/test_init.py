@@ -44,6 +44,17 @@ def test_nothing_of_a_user_s_is_touched(
     assert load_recipe(recipe).run_dir == str(tmp_path / "new" / "runs" / "demo")
 
 
+def test_what_comes_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of an example on files: first its files."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["init", "--example", "tiny"]) == 0
+    assert "next: btx plan examples/tiny/recipe.yaml" in capsys.readouterr().out
+    assert main(["init", "--example", "tiny_files"]) == 0
+    assert "recipe.yaml names files that are not there yet: see the com" in capsys.readouterr().out
+
+
 def test_mistakes(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["init", "--example", "dmo"]) == 2
     said = capsys.readouterr().err

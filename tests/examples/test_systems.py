@@ -428,6 +428,7 @@ def test_scores_on_tasks(
     [
         (["{tmp}"], "has no recipe in it"),
         (["{recipe}", "{recipe}"], "is named twice"),
+        (["{recipe}", "{hf}", "--dry-run"], "fix: compare recipes with the same domains"),
         (["{recipe}", "--seeds", "0"], "give at least 1"),
         (["{recipe}", "--seeds", "2"], "is made anew for each random seed"),
         (["{recipe}", "--tasks", "arc_easy={tmp}/none.jsonl"], "none.jsonl does not exist"),
@@ -441,7 +442,8 @@ def test_bad_comparisons(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
 ) -> None:
     recipe = EXAMPLES / "systems" / "dense.yaml"
-    given = [text.format(tmp=tmp_path, recipe=recipe) for text in arguments]
+    other = EXAMPLES / "from_huggingface" / "recipe.yaml"
+    given = [text.format(tmp=tmp_path, recipe=recipe, hf=other) for text in arguments]
     assert main(["compare", *given]) == 2
     assert words in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

@@ -75,7 +75,7 @@ def _text(record: Any, text_key: str) -> str:
         raise UserError(
             "",
             f"is not UTF-8 (byte {error.start + 1} of the line)",
-            "convert it, for example with iconv -t UTF-8",
+            "if it is text at all, convert it, for example with iconv -t UTF-8",
         ) from error
     except (ValueError, RecursionError) as error:
         raise _not_an_object(f"not a JSON object ({error})", text_key) from error
