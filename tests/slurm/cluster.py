@@ -242,12 +242,16 @@ class Cluster:
             daemon.wait()
 
     def __call__(self, *command: str, text: str | None = None) -> str:
-        """Output of a Slurm command."""
-        done = subprocess.run(
-            command, env=self.environment, input=text, capture_output=True, text=True, timeout=600
-        )
-        assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
-        return done.stdout
+        """Output of a Slurm command. One that only asks may ask again: on a crowded machine squeue
+        has ended without a word."""
+        for _ in range(3 if command[0] in ("squeue", "sinfo") else 1):
+            done = subprocess.run(
+                command, env=self.environment, input=text, capture_output=True, text=True,
+                timeout=600, check=False,
+            )  # fmt: skip
+            if done.returncode == 0:
+                return done.stdout
+        raise AssertionError(f"{' '.join(command)}: exit {done.returncode}: {done.stderr}")
 
     def check_alive(self) -> None:
         """That no daemon has ended."""
