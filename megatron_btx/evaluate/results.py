@@ -219,7 +219,7 @@ class _Reader:
         found = self.content.get(key)
         if found is None:
             return None
-        _share(found, f"{self.where}.{key}")
+        _not_negative(found, f"{self.where}.{key}")
         return int(found)
 
     def mapping(
@@ -242,7 +242,7 @@ def _number(value: Any, where: str) -> float:
     return float(value)
 
 
-def _share(value: Any, where: str) -> float:
+def _not_negative(value: Any, where: str) -> float:
     if (number := _number(value, where)) < 0:
         raise damaged(where, f"it is {_shown(value)}, which is negative")
     return number
@@ -264,7 +264,7 @@ def _text(value: Any, where: str) -> dict[str, Any]:
 def _matrix(value: Any, where: str) -> Matrix:
     if not isinstance(value, list) or not all(isinstance(row, list) for row in value):
         raise damaged(where, f"it is {_shown(value)}, no matrix")
-    rows = [[_share(each, where) for each in row] for row in value]
+    rows = [[_not_negative(each, where) for each in row] for row in value]
     if not rows or len({len(row) for row in rows}) > 1 or not all(rows):
         raise damaged(where, "its rows are not equally long")
     return rows

@@ -176,6 +176,9 @@ def misfits(request: MixRequest) -> list[UserError]:
     if wanted is not None and given != wanted:
         what = f"{request.method} takes {wanted} source{'s'[: wanted - 1]}, not {given}"
         errors.append(UserError("--sources", what, "see btx mix --help"))
+    if request.method == "split" and request.num_chunks == 1:
+        what = "is 1, and split cuts each feed-forward layer into that many experts"
+        errors.append(UserError("--num-chunks", what, "give 2 or more, or use method btx"))
     if request.method in ("btx", "blend") and given - bool(request.base) == 1:
         what = f"{request.method} makes experts of several models, and there is one"
         fix = "give two or more sources, or --method upcycle"

@@ -135,6 +135,7 @@ def test_what_is_wrong_with_every_source_is_told_at_once(sources, tmp_path):
             ["--method", "split", "--sources", *named(sources), "--num-chunks", 5],
             "^--num-chunks: an",
         ),
+        (["--method", "split", "--sources", *named(sources)], "^--num-chunks: is 1, and split"),
         (
             ["--method", "split", "--num-chunks", 2, "--scale", "cube_root"]
             + ["--sources", *named(sources)],
