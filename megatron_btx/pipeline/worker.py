@@ -203,11 +203,16 @@ def _place(stage: Stage) -> int:
         _check_port(rank)
     for name in _THREADS:
         os.environ[name] = str(stage.num_threads)
-    # oneDNN keeps a compiled primitive for every new shape, 1024 of them by default. The number of
-    # tokens that an expert gets is a new shape in every layer of every step (bf16, hidden 256: from
-    # step 90 to 120 a rank grew by 125 MB with the default, by 17 MB with this).
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+    limit_caches()
     return rank
+
+
+def limit_caches() -> None:
+    """Before torch computes anything: oneDNN keeps a compiled primitive for every new shape, 1024
+    of them by default. The number of tokens that an expert gets is a new shape in every layer of
+    every step (bf16, hidden 256: from step 90 to 120 a rank grew by 125 MB with the default, by
+    17 MB with this)."""
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 
 def _can_meet() -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Literal
 from megatron_btx.pipeline import state
 from megatron_btx.pipeline.graph import Stage
 from megatron_btx.pipeline.local import reaper
+from megatron_btx.pipeline.local.launch import Launcher, Rank
 
 Verdict = Literal["done", "stopped", "failed"]
 
@@ -29,8 +29,8 @@ class RunSetting:
     recipe: Path
     """The recipe that the ranks read: the copy in the run's directory."""
     run_dir: Path
-    worker: tuple[str, ...]
-    """Command of a rank; recipe and stage follow."""
+    launcher: Launcher
+    """What starts the ranks."""
     token: str
     """The run's mark (reaper.py)."""
     scratch: Path
@@ -57,7 +57,7 @@ class StageJob:
         self._failed_at: float | None = None
         self._asked_at: float | None = None
         state.begin(self.directory, self.attempt, stage.world_size)
-        command = [*setting.worker, str(setting.recipe), stage.name]
+        arguments = (str(setting.recipe), stage.name)
         # A file instead of a port: a free port found now may be taken when rank 0 binds it.
         rendezvous = setting.scratch / f"{stage.directory}-{self.attempt}"
         shared = {
@@ -80,20 +80,10 @@ class StageJob:
         }
         if self.gpus:
             shared["CUDA_VISIBLE_DEVICES"] = ",".join(self.gpus)
-        self.ranks: list[subprocess.Popen[bytes]] = []
-        with self.log.open("ab") as log:
-            for rank in range(stage.world_size):
-                place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                self.ranks.append(
-                    subprocess.Popen(
-                        command,
-                        env=shared | place,
-                        stdin=subprocess.DEVNULL,
-                        stdout=log,
-                        stderr=subprocess.STDOUT,
-                        start_new_session=True,
-                    )
-                )
+        self.ranks: list[Rank] = []
+        for rank in range(stage.world_size):
+            environment = shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            self.ranks.append(setting.launcher.start(arguments, environment, self.log))
 
     @property
     def seconds(self) -> float:
@@ -141,14 +131,14 @@ class StageJob:
         if shutil.disk_usage(self.directory).free < 1 << 20:  # not even for error.json
             return f"{self.directory}: no space left on its disk\n  fix: free some, run again", True
         codes = [rank.returncode for rank in self.ranks]
-        bad = next((rank for rank, code in enumerate(codes) if code), 0)
-        if codes[bad] == 0:
+        bad, code = next(((rank, code) for rank, code in enumerate(codes) if code), (0, 0))
+        if code == 0:
             return "its ranks ended without finishing it", False
-        if codes[bad] < 0:
-            name = signal.Signals(-codes[bad]).name
+        if code < 0:
+            name = signal.Signals(-code).name
             hint = " (out of memory?)" if name == "SIGKILL" else ""
             return f"rank {bad} was ended by {name}{hint}", False
-        return f"rank {bad} ended with exit code {codes[bad]}", False
+        return f"rank {bad} ended with exit code {code}", False
 
     def last_lines(self, count: int = 20) -> list[str]:
         """The end of the log."""

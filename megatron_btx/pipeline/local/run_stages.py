@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import signal
-import sys
 import tempfile
 import time
 import uuid
@@ -22,10 +21,10 @@ from megatron_btx.pipeline import locks, state
 from megatron_btx.pipeline.graph import Stage
 from megatron_btx.pipeline.local import reaper
 from megatron_btx.pipeline.local.job import RunSetting, StageJob
+from megatron_btx.pipeline.local.launch import launcher_here
 from megatron_btx.pipeline.local.progress import ProgressView
 from megatron_btx.pipeline.local.rollback import Rollback
 
-WORKER = (sys.executable, "-m", "megatron_btx.pipeline.worker")
 GRACE = 600.0
 """Seconds that a stopped stage gets to save; a second Ctrl-C ends the wait."""
 
@@ -51,7 +50,6 @@ def run(
     *,
     view: ProgressView,
     max_parallel: int | None = None,
-    worker: tuple[str, ...] | None = None,
     inline: Mapping[str, Callable[[], object]] | None = None,
     grace: float = GRACE,
     share: Sequence[str] = (),
@@ -64,7 +62,6 @@ def run(
         recipe_text: the resolved recipe, kept as ``recipe.yaml``; the ranks read this copy, so that
             an edit of the original during the run changes nothing.
         max_parallel: at most this many stages at once; by default what the cores hold.
-        worker: command of a rank; ``WORKER`` by default.
         inline: kinds that are a function of this process instead of ranks.
         grace: seconds that a stopped stage gets to save.
         share: other runs' directories, ``*`` allowed; what is finished there is linked here.
@@ -84,10 +81,11 @@ def run(
         rollback.wanted = True  # until the first stage begins
         with written(run_dir / "recipe.yaml") as file:
             file.write(recipe_text)
+        launcher = stack.enter_context(contextlib.closing(launcher_here(gpus())))
         setting = RunSetting(
             recipe=run_dir / "recipe.yaml",
             run_dir=run_dir,
-            worker=worker or WORKER,
+            launcher=launcher,
             token=token,
             scratch=scratch,
         )

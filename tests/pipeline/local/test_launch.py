@@ -1,0 +1,163 @@
+"""Ranks that are forked, seen from outside: they must be what a process of their own would be."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from megatron_btx.pipeline.local import launch, reaper
+from megatron_btx.pipeline.local.launch import ForkServer, Launcher, Processes, Rank
+from tests.pipeline.conftest import TINY
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux")
+MARK = "0123456789abcdef/finetune/1"
+
+
+@pytest.fixture(params=[ForkServer, lambda: Processes(launch.WORKER)], ids=["forked", "process"])
+def launcher(request: pytest.FixtureRequest) -> Iterator[Launcher]:
+    made: Launcher = request.param()
+    yield made
+    made.close()
+    reaper.kill_marked(MARK)
+
+
+@pytest.fixture
+def server() -> Iterator[ForkServer]:
+    made = ForkServer()
+    yield made
+    made.close()
+    reaper.kill_marked(MARK)
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Callable[[Launcher], Rank]:
+    """Start the second rank of a stage whose first one never comes: it waits, with nothing done."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"base: {TINY}\nrun_dir: {tmp_path / 'run'}\n")
+
+    def begin(launcher: Launcher) -> Rank:
+        environment = {
+            **{name: value for name, value in os.environ.items() if name != "BTX_ATTEMPT"},
+            reaper.MARK: MARK,
+            "BTX_PARENT": str(os.getpid()),
+            "BTX_INIT_METHOD": f"file://{tmp_path / 'ranks'}",
+            "RANK": "1",
+            "LOCAL_RANK": "1",
+            "WORLD_SIZE": "2",
+            "OMP_NUM_THREADS": "2",
+        }
+        return launcher.start((str(recipe), "finetune"), environment, tmp_path / "log")
+
+    return begin
+
+
+def words(process: psutil.Process) -> list[str]:
+    """Of its command line; one that has ended has none."""
+    with contextlib.suppress(psutil.Error):
+        return process.cmdline()
+    return []
+
+
+def found(rank: Rank) -> psutil.Process:
+    """The process of a rank, once it is there."""
+    deadline = time.monotonic() + 600
+    while rank.poll() is None and time.monotonic() < deadline:
+        if getattr(rank, "pid", None) is not None:
+            process = psutil.Process(rank.pid)  # type: ignore[attr-defined]
+            shown = any("finetune" in word for word in words(process))
+            if shown and reaper.marked(MARK) == [process.pid]:
+                return process
+        time.sleep(0.02)
+    raise AssertionError(f"no rank: {rank.returncode}")
+
+
+def server_beside(rank: psutil.Process) -> psutil.Process:
+    """The process that has forked a rank."""
+    (server,) = (
+        child
+        for child in psutil.Process().children()
+        if child != rank and any("fork_server" in word for word in words(child))
+    )
+    return server
+
+
+def ended(rank: Rank) -> int:
+    """Its exit code."""
+    deadline = time.monotonic() + 600
+    while rank.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    assert rank.returncode is not None
+    return rank.returncode
+
+
+def test_a_rank_is_a_process_of_this_one(
+    launcher: Launcher, start: Callable[[Launcher], Rank], tmp_path: Path
+) -> None:
+    rank = start(launcher)
+    process = found(rank)
+    assert process.ppid() == os.getpid()
+    assert os.getsid(process.pid) == process.pid
+    assert os.readlink(f"/proc/{process.pid}/fd/0") == os.devnull
+    assert os.readlink(f"/proc/{process.pid}/fd/1") == str(tmp_path / "log")
+    assert os.readlink(f"/proc/{process.pid}/fd/2") == str(tmp_path / "log")
+    assert "recipe.yaml" in " ".join(process.cmdline())
+    assert process.environ()["PATH"] == os.environ["PATH"]  # the environment is still readable
+    assert rank.poll() is None
+    rank.send_signal(signal.SIGTERM)
+    assert ended(rank) == -signal.SIGTERM
+    assert not reaper.marked(MARK)
+    rank.send_signal(signal.SIGTERM)  # is for nobody now
+
+
+def test_its_exit_code_and_its_words(
+    launcher: Launcher, start: Callable[[Launcher], Rank], tmp_path: Path
+) -> None:
+    (tmp_path / "recipe.yaml").write_text("name: [")
+    assert ended(start(launcher)) == 2
+    assert "recipe.yaml" in (tmp_path / "log").read_text()
+
+
+def test_one_that_is_not_forked_yet(server: ForkServer, start: Callable[[Launcher], Rank]) -> None:
+    first, second = start(server), start(server)
+    first.send_signal(signal.SIGTERM)  # while the server imports torch
+    assert ended(first) == ended(second) == -signal.SIGTERM
+    third = start(server)
+    found(third).kill()
+    assert ended(third) == -signal.SIGKILL
+
+
+def test_a_server_that_has_died(server: ForkServer, start: Callable[[Launcher], Rank]) -> None:
+    first = start(server)
+    process = found(first)
+    parent = server_beside(process)
+    parent.kill()
+    assert not psutil.wait_procs([parent], timeout=600)[1]
+    assert first.poll() is None  # its ranks are not its children
+    process.terminate()
+    assert ended(first) == -signal.SIGTERM
+    assert found(start(server)) != process
+
+
+def test_one_thread_where_ranks_are_forked(
+    server: ForkServer, start: Callable[[Launcher], Rank]
+) -> None:
+    """A pool of threads, and whatever lock one of them holds, would not live on in a fork."""
+    process = found(start(server))
+    parent = server_beside(process)
+    assert parent.num_threads() == 1
+
+
+def test_with_gpus_each_is_a_process() -> None:
+    assert isinstance(launch.launcher_here(["0"]), Processes)
+    made = launch.launcher_here([])
+    assert isinstance(made, ForkServer)
+    made.close()
