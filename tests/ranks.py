@@ -1,7 +1,7 @@
 """A pool of gloo ranks kept for the whole test session.
 
-Importing torch and Megatron costs seconds; the pool pays it once. Every case lays fresh process
-groups over as many of the ranks as it needs.
+Importing torch and Megatron costs seconds; the process from which the ranks are forked pays it
+once. Every case lays fresh process groups over as many of the ranks as it needs.
 """
 
 from __future__ import annotations
@@ -21,10 +21,9 @@ from typing import Any
 
 import psutil
 
-from megatron_btx import engine
-
 _PR_SET_PDEATHSIG = 1
-_context = multiprocessing.get_context("spawn")
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["tests.preloaded"])
 
 
 class RankError(AssertionError):
@@ -83,7 +82,7 @@ class Ranks:
     def _start(self, count: int) -> None:
         while len(self._workers) < count:
             ours, theirs = _context.Pipe()
-            process = _context.Process(target=_serve, args=(theirs, os.getpid()), daemon=False)
+            process = _context.Process(target=_serve, args=(theirs,), daemon=False)
             process.start()
             theirs.close()
             self._workers.append((process, ours))
@@ -104,13 +103,10 @@ class Ranks:
         self.close()
 
 
-def _serve(pipe: Connection, parent: int) -> None:
+def _serve(pipe: Connection) -> None:
+    # What it is forked from ends with the tests.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        return
-    os.environ["OMP_NUM_THREADS"] = "1"
-    with engine.importing():
-        import torch
+    import torch
 
     torch.set_num_threads(1)
     while True:
