@@ -89,16 +89,18 @@ class Processes:
 
 
 class ForkServer:
-    """Each rank is forked from one process, which begins with the first of them."""
+    """Each rank is forked from one process, which begins with the first of them. This process must
+    be a subreaper (``launcher_here``)."""
 
     def __init__(self) -> None:
         self._server: _Server | None = None
 
     def start(self, arguments: Sequence[str], environment: Mapping[str, str], log: Path) -> Rank:
         """As every launcher does."""
-        if self._server is None or self._server.process.poll() is not None:
-            self.close()
-            _adopt(True)
+        if self._server is not None and self._server.process.poll() is not None:
+            self._server.close()  # it was killed; its ranks were not
+            self._server = None
+        if self._server is None:
             self._server = _Server(environment, log)
         return self._server.fork(arguments, environment, log)
 
@@ -106,7 +108,6 @@ class ForkServer:
         """End the server; ranks go on."""
         if self._server is not None:
             self._server.close()
-            self._server = None
         _adopt(False)
 
 
@@ -161,6 +162,7 @@ class _Server:
     def close(self) -> None:
         self.process.kill()
         self.process.wait()
+        self.listen()
         self._channel.close()
 
 

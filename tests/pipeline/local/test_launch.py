@@ -21,17 +21,20 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ne
 MARK = "0123456789abcdef/finetune/1"
 
 
-@pytest.fixture(params=[ForkServer, lambda: Processes(launch.WORKER)], ids=["forked", "process"])
+@pytest.fixture(params=[[], ["0"]], ids=["forked", "process"])
 def launcher(request: pytest.FixtureRequest) -> Iterator[Launcher]:
-    made: Launcher = request.param()
+    gpus = request.param
+    made = launch.launcher_here(gpus)
+    assert isinstance(made, Processes if gpus else ForkServer)
     yield made
     made.close()
     reaper.kill_marked(MARK)
 
 
 @pytest.fixture
-def server() -> Iterator[ForkServer]:
-    made = ForkServer()
+def server() -> Iterator[Launcher]:
+    made = launch.launcher_here([])
+    assert isinstance(made, ForkServer)
     yield made
     made.close()
     reaper.kill_marked(MARK)
@@ -126,7 +129,7 @@ def test_its_exit_code_and_its_words(
     assert "recipe.yaml" in (tmp_path / "log").read_text()
 
 
-def test_one_that_is_not_forked_yet(server: ForkServer, start: Callable[[Launcher], Rank]) -> None:
+def test_one_that_is_not_forked_yet(server: Launcher, start: Callable[[Launcher], Rank]) -> None:
     first, second = start(server), start(server)
     first.send_signal(signal.SIGTERM)  # while the server imports torch
     assert ended(first) == ended(second) == -signal.SIGTERM
@@ -135,7 +138,7 @@ def test_one_that_is_not_forked_yet(server: ForkServer, start: Callable[[Launche
     assert ended(third) == -signal.SIGKILL
 
 
-def test_a_server_that_has_died(server: ForkServer, start: Callable[[Launcher], Rank]) -> None:
+def test_a_server_that_has_died(server: Launcher, start: Callable[[Launcher], Rank]) -> None:
     first = start(server)
     process = found(first)
     parent = server_beside(process)
@@ -148,16 +151,9 @@ def test_a_server_that_has_died(server: ForkServer, start: Callable[[Launcher], 
 
 
 def test_one_thread_where_ranks_are_forked(
-    server: ForkServer, start: Callable[[Launcher], Rank]
+    server: Launcher, start: Callable[[Launcher], Rank]
 ) -> None:
     """A pool of threads, and whatever lock one of them holds, would not live on in a fork."""
     process = found(start(server))
     parent = server_beside(process)
     assert parent.num_threads() == 1
-
-
-def test_with_gpus_each_is_a_process() -> None:
-    assert isinstance(launch.launcher_here(["0"]), Processes)
-    made = launch.launcher_here([])
-    assert isinstance(made, ForkServer)
-    made.close()
