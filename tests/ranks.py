@@ -67,7 +67,7 @@ class Ranks:
                 continue
             try:
                 good, value = pipe.recv()
-            except EOFError:
+            except (EOFError, ConnectionResetError):
                 failures.append(f"rank {rank} died")
                 continue
             if good:
