@@ -71,11 +71,12 @@ def a_rank_hangs_as_it_evaluates(around: Around) -> None:
 
 
 def _patience(whole: Run, stage: str) -> int:
-    """Minutes after which a rank hangs: one, or more where this machine is so busy that four ranks
-    need as long to start as the whole stage of two took."""
+    """Minutes after which a rank hangs: one, or more where this machine was so busy that four ranks
+    need as long to start as the whole stage of two took, or has become so since."""
     done = find_json(whole.run_dir / stage / "done.json")
     assert done is not None
-    return max(1, math.ceil(2 * done["seconds"] / 60))
+    waiting_for_a_core = os.getloadavg()[0] / len(os.sched_getaffinity(0))
+    return max(1, math.ceil(max(2, waiting_for_a_core) * done["seconds"] / 60))
 
 
 def a_slow_rank(around: Around) -> None:
