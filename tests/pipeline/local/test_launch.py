@@ -21,20 +21,11 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="ne
 MARK = "0123456789abcdef/finetune/1"
 
 
-@pytest.fixture(params=[[], ["0"]], ids=["forked", "process"])
+@pytest.fixture(scope="module", params=[[], ["0"]], ids=["forked", "process"])
 def launcher(request: pytest.FixtureRequest) -> Iterator[Launcher]:
     gpus = request.param
     made = launch.launcher_here(gpus)
     assert isinstance(made, Processes if gpus else ForkServer)
-    yield made
-    made.close()
-    reaper.kill_marked(MARK)
-
-
-@pytest.fixture
-def server() -> Iterator[Launcher]:
-    made = launch.launcher_here([])
-    assert isinstance(made, ForkServer)
     yield made
     made.close()
     reaper.kill_marked(MARK)
@@ -129,31 +120,29 @@ def test_its_exit_code_and_its_words(
     assert "recipe.yaml" in (tmp_path / "log").read_text()
 
 
-def test_one_that_is_not_forked_yet(server: Launcher, start: Callable[[Launcher], Rank]) -> None:
-    first, second = start(server), start(server)
-    first.send_signal(signal.SIGTERM)  # while the server imports torch
-    assert ended(first) == ended(second) == -signal.SIGTERM
-    third = start(server)
-    found(third).kill()
-    assert ended(third) == -signal.SIGKILL
-
-
-def test_a_server_that_has_died(server: Launcher, start: Callable[[Launcher], Rank]) -> None:
-    first = start(server)
-    process = found(first)
-    parent = server_beside(process)
-    parent.kill()
-    assert not psutil.wait_procs([parent], timeout=600)[1]
-    assert first.poll() is None  # its ranks are not its children
-    process.terminate()
-    assert ended(first) == -signal.SIGTERM
-    assert found(start(server)) != process
-
-
 def test_one_thread_where_ranks_are_forked(
-    server: Launcher, start: Callable[[Launcher], Rank]
+    launcher: Launcher, start: Callable[[Launcher], Rank]
 ) -> None:
     """A pool of threads, and whatever lock one of them holds, would not live on in a fork."""
-    process = found(start(server))
-    parent = server_beside(process)
-    assert parent.num_threads() == 1
+    rank = start(launcher)
+    process = found(rank)
+    if isinstance(launcher, ForkServer):
+        assert server_beside(process).num_threads() == 1
+    process.kill()
+    assert ended(rank) == -signal.SIGKILL
+
+
+def test_a_server_that_has_died(start: Callable[[Launcher], Rank]) -> None:
+    with contextlib.closing(launch.launcher_here([])) as launcher:
+        first = start(launcher)
+        process = found(first)
+        server = server_beside(process)
+        server.kill()
+        assert not psutil.wait_procs([server], timeout=600)[1]
+        assert first.poll() is None  # its ranks are not its children
+        # The next ones begin another, and are ended before it has imported torch and forked them.
+        second, third = start(launcher), start(launcher)
+        second.send_signal(signal.SIGTERM)
+        assert ended(second) == ended(third) == -signal.SIGTERM
+        process.terminate()
+        assert ended(first) == -signal.SIGTERM
