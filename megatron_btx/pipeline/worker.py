@@ -1,6 +1,7 @@
 """One rank of one stage: ``python -m megatron_btx.pipeline.worker RECIPE STAGE``.
 
-The same under the local runner and under ``srun``: what a rank needs to know is in its environment
+The same under the local runner, which forks it on CPUs (local/fork_server.py), and under ``srun``:
+what a rank needs to know is in its environment
 (``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, or Slurm's names for them). How a stage ended is decided
 by the file it leaves (``done.json``, ``stopped.json``, ``error.json``), never by an exit code.
 """
@@ -38,7 +39,7 @@ from megatron_btx.recipe.load import load_recipe
 from megatron_btx.recipe.schema import Recipe
 from megatron_btx.train import tracking
 
-_THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+THREADS = ("OMP_NUMTHREADS", "MKL_NUMTHREADS", "OPENBLAS_NUMTHREADS")
 _SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
 _ALONE = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 
@@ -201,7 +202,7 @@ def _place(stage: Stage) -> int:
         )
     if world_size > 1 and "BTX_INIT_METHOD" not in os.environ:
         _check_port(rank)
-    for name in _THREADS:
+    for name in THREADS:
         os.environ[name] = str(stage.num_threads)
     limit_caches()
     return rank

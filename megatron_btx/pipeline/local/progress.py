@@ -212,7 +212,7 @@ class Bars(ProgressView):
         from rich.console import Console
         from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-        # auto_refresh would start a thread, and ranks are forked from this process.
+        # auto_refresh would start a thread, and processes are started from this one.
         self._bars = Progress(
             SpinnerColumn(),
             TextColumn("[bold]{task.description}"),

@@ -20,7 +20,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 MARK = "BTX_JOB"
-"""Environment variable of everything that a run starts: ``<token>/<stage>/<attempt>``."""
+"""Environment variable of everything that a run starts: ``<token>/<stage>/<attempt>``. In /proc a
+forked rank's goes on with a slash and dots (fork_server.py)."""
 
 _PR_SET_PDEATHSIG = 1
 

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -64,8 +65,9 @@ def found(rank: Rank) -> psutil.Process:
     """The process of a rank, once it is there."""
     deadline = time.monotonic() + 600
     while rank.poll() is None and time.monotonic() < deadline:
-        if getattr(rank, "pid", None) is not None:
-            process = psutil.Process(rank.pid)  # type: ignore[attr-defined]
+        began: Any = getattr(rank, "process", rank)
+        if began is not None:
+            process = psutil.Process(began.pid)
             shown = any("finetune" in word for word in words(process))
             if shown and reaper.marked(MARK) == [process.pid]:
                 return process
@@ -137,12 +139,45 @@ def test_a_server_that_has_died(start: Callable[[Launcher], Rank]) -> None:
         first = start(launcher)
         process = found(first)
         server = server_beside(process)
-        server.kill()
+        second = start(launcher)
+        second.send_signal(signal.SIGTERM)  # before, while or after it is forked
+        assert ended(second) == -signal.SIGTERM
+        with contextlib.suppress(psutil.NoSuchProcess):  # that was its end
+            server.kill()
         assert not psutil.wait_procs([server], timeout=600)[1]
         assert first.poll() is None  # its ranks are not its children
-        # The next ones begin another, and are ended before it has imported torch and forked them.
-        second, third = start(launcher), start(launcher)
-        second.send_signal(signal.SIGTERM)
-        assert ended(second) == ended(third) == -signal.SIGTERM
+        assert reaper.marked(MARK) == [process.pid]
+        # The next ones begin another, and are ended before it has imported torch and forked them:
+        # more requests than a socket takes.
+        more = [start(launcher) for _ in range(1000)]
+        more[0].send_signal(signal.SIGTERM)
+        assert {ended(one) for one in more} == {-signal.SIGTERM}
         process.terminate()
         assert ended(first) == -signal.SIGTERM
+
+
+def test_where_torch_cannot_be_imported(
+    start: Callable[[Launcher], Rank], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What goes wrong is each rank's own to find and to say."""
+    (tmp_path / "torch.py").write_text("raise ImportError('no torch')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    with contextlib.closing(launch.launcher_here([])) as launcher:
+        for _ in range(2):
+            rank = start(launcher)
+            process = found(rank)
+            assert "megatron_btx.pipeline.worker" in process.cmdline()
+            rank.send_signal(signal.SIGTERM)
+            assert ended(rank) == -signal.SIGTERM
+
+
+def test_where_the_ends_of_children_are_ignored(start: Callable[[Launcher], Rank]) -> None:
+    """As a shell's ``trap '' CHLD`` hands it on."""
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        with contextlib.closing(launch.launcher_here([])) as launcher:
+            rank = start(launcher)
+            found(rank).terminate()
+            assert ended(rank) == 0  # how it ended is lost; that it has is not
+    finally:
+        signal.signal(signal.SIGCHLD, before)
