@@ -21,7 +21,7 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -63,8 +63,12 @@ def _experts() -> None:
     from megatron.core.transformer.moe.experts import SequentialMLP
     from megatron.core.transformer.spec_utils import ModuleSpec
 
-    from megatron_btx.engine import spec
+    from megatron_btx.engine import freezing, spec
 
+    def names(_mlp: Any, prefix: str, rest: str) -> Iterator[str]:
+        yield prefix + rest.replace("local_experts.", "")
+
+    freezing._experts = names
     linears = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
     spec.GroupedExperts = ModuleSpec(module=SequentialMLP, submodules=linears)
 

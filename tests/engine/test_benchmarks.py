@@ -121,3 +121,11 @@ def test_a_step_against_transformers() -> None:
     )
     assert found["ratio"] > 0
     assert found["parameters"] == 80_112
+
+
+def test_a_step_without_one_of_our_operations() -> None:
+    """The one of which most of the rest has to know."""
+    chosen = ("--case", "moe-demo", "--without", "experts", "--rounds", "1", "--threads", "1")
+    found = only_line(run("cpu_kernels.py", *chosen))
+    assert (found["case"], found["without"]) == ("moe-demo", "experts")
+    assert found["ratio"] > 0
