@@ -22,7 +22,8 @@ from typing import Any
 import psutil
 
 _PR_SET_PDEATHSIG = 1
-_context = multiprocessing.get_context("forkserver")
+# CUDA does not live on in a fork.
+_context = multiprocessing.get_context("spawn" if os.environ.get("BTX_TEST_GPU") else "forkserver")
 _context.set_forkserver_preload(["tests.preloaded"])
 
 

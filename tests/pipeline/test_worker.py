@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import socket
 import tempfile
@@ -49,6 +50,16 @@ def test_a_port_in_use(two_ranks: pytest.MonkeyPatch) -> None:
         assert worker._place(STAGE) == 0
     two_ranks.delenv("TORCHELASTIC_USE_AGENT_STORE")
     assert worker._place(STAGE) == 0
+
+
+def test_a_rank_has_the_threads_of_its_stage(two_ranks: pytest.MonkeyPatch) -> None:
+    """Whatever its environment has said."""
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+    for name in names:
+        two_ranks.setenv(name, "1")
+    two_ranks.setenv("BTX_INIT_METHOD", "env://")
+    worker._place(dataclasses.replace(STAGE, num_threads=3))
+    assert [os.environ[name] for name in names] == ["3", "3", "3"]
 
 
 def test_a_rank_alone_has_nothing_that_would_stay_behind_it(

@@ -2,10 +2,10 @@
 ``python -m megatron_btx.pipeline.local.fork_server DESCRIPTOR ROOM``.
 
 It imports torch and Megatron once, then waits for requests on the socket of that number and answers
-each with the process id of a rank. It computes nothing: a pool of threads would not live on in a
-fork. Each rank sets anew what is its own: session, environment, command line, random numbers and
-torch's threads (numpy's BLAS keeps to one). What goes wrong in forking a rank is printed where that
-rank would print.
+each with the process id of a rank. It computes next to nothing (cpu_tuning.py's trial), on one
+thread: a pool of them would not live on in a fork. Each rank sets anew what is its own: session,
+environment, command line, random numbers and torch's threads (numpy's BLAS keeps to one). What goes
+wrong in forking a rank is printed where that rank would print.
 """
 
 from __future__ import annotations
@@ -32,16 +32,17 @@ def serve(descriptor: int) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a parent that ignores it hands that on
     environment = dict(os.environ)
     with socket.socket(fileno=descriptor) as channel, channel.makefile() as requests:
-        if not _import():
+        if not preload():
             channel.sendall(DECLINED + b"\n")
             return
         for line in requests:
             _fork(json.loads(line), environment, channel)
 
 
-def _import() -> bool:
-    """Import what ranks do. Not if that fails: they are to say so themselves, and what is imported
-    by halves may not be imported again. Nor for CUDA: it does not live on in a fork either."""
+def preload() -> bool:
+    """Import what ranks do; whether they can be forked then. Not if that fails: they are to say so
+    themselves, and what is imported by halves may not be imported again. Nor with CUDA: it does not
+    live on in a fork either."""
     worker.limit_caches()
     os.environ.update(dict.fromkeys(worker.THREADS, "1"))
     try:
