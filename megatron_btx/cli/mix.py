@@ -52,12 +52,7 @@ exit codes: 0 all tensors agree, 1 some differ, 2 not a result of btx mix"""
 
 def add_parser(commands: Any) -> None:
     """Add ``mix``, ``verify`` and ``drift`` to the command line."""
-    parser = command(
-        commands,
-        "mix",
-        "mix several checkpoints into one, offline",
-        _EPILOG,
-    )
+    parser = command(commands, "mix", "mix several checkpoints into one, offline", _EPILOG)
     _add_flags(parser)
     parser.add_argument("--report", action="store_true", help=argparse.SUPPRESS)
     parser.set_defaults(run=run)

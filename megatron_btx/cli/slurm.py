@@ -191,17 +191,17 @@ def _standing(options: argparse.Namespace) -> tuple[str, bool]:
 
 def logs(options: argparse.Namespace) -> int:
     """``btx logs``."""
-    from megatron_btx.pipeline.slurm import status
+    from megatron_btx.pipeline.slurm import run_jobs
 
     _, run_dir, stages = open_recipe(options.recipe)
     run_dir = run_dir.absolute()
     stage = prepare_array.find(stages, options.stage)
-    path = status.log_file(run_dir, stage)
+    path = run_jobs.log_file(run_dir, stage)
     if path is None and not options.follow:
         return _no_log(run_dir, stage, options.recipe)
     offset = 0
     while True:
-        latest = status.log_file(run_dir, stage)
+        latest = run_jobs.log_file(run_dir, stage)
         if latest != path:  # another attempt has begun
             path, offset = latest, 0
         if path is not None:

@@ -27,7 +27,6 @@ _BATCH = 1_000_000
 """Characters that are tokenized at once."""
 HELD_OUT = 50
 """One document in this many is held out of a domain without ``valid:``."""
-
 _tokenizer: Tokenizer | None = None
 
 
@@ -40,8 +39,7 @@ class Shard:
     splits: tuple[str, ...]
     """Its split; ``train`` and ``valid`` if held-out text is to be separated."""
     in_place: bool
-    """Whether it is of a Megatron pair that is used in place: its ids are only checked and
-    counted."""
+    """Whether its ids, those of a Megatron pair, are used where they are: checked and counted."""
     count_bytes: bool
     """Whether such a pair is decoded to count its bytes of text."""
     place: Path
@@ -219,9 +217,8 @@ def _texts(shard: Shard) -> Iterator[str]:
         if form is token_pair:
             continue
         count = 0
-        for _, text in form.read(part, shard.text_key):
+        for count, (_, text) in enumerate(form.read(part, shard.text_key), 1):  # noqa: B007
             yield text
-            count += 1
         if not count and part == Part(part.file):
             raise no_document(part.file)
 
@@ -272,12 +269,8 @@ def _check(shard: Shard, tokenizer: Tokenizer) -> Counts:
         if shard.count_bytes:
             size += _text_bytes(ids[:-1].astype(np.int32), tokenizer)
     advance(tokens * pair.dtype.itemsize)
-    return Counts(
-        documents=documents,
-        tokens=tokens,
-        bytes=size if shard.count_bytes else None,
-        sha256=digest.hexdigest(),
-    )
+    counted = size if shard.count_bytes else None
+    return Counts(documents=documents, tokens=tokens, bytes=counted, sha256=digest.hexdigest())
 
 
 def split_of(document: bytes) -> str:

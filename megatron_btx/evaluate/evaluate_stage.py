@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from megatron_btx.evaluate.heldout_loss import (
     evaluate,
     text_of,
 )
-from megatron_btx.evaluate.results import Results, StageCost, SystemResult, total
+from megatron_btx.evaluate.results import Results, StageCost, SystemResult
 from megatron_btx.evaluate.routing_stats import expert_choice
 from megatron_btx.files import ProgressFile, find_json, write_json
 from megatron_btx.mix.average import average
@@ -219,8 +219,8 @@ def _with_training(
     return replace(
         measured,
         stages=stages,
-        train_tokens=total(stage.tokens for stage in stages.values()),
-        train_flops=total(stage.flops for stage in stages.values()),
+        train_tokens=_total(stage.tokens for stage in stages.values()),
+        train_flops=_total(stage.flops for stage in stages.values()),
         checkpoint=tuple(str(path.relative_to(run_dir)) for path in checkpoints),
     )
 
@@ -239,3 +239,10 @@ def _cost(recipe: Recipe, run_dir: Path, stage: str) -> StageCost:
     if tokens is None:
         return StageCost()
     return StageCost(tokens=tokens, flops=tokens * count.training_flops_per_token(architecture))
+
+
+def _total(parts: Iterable[int | None]) -> int | None:
+    """The sum, if every part is known."""
+    found = list(parts)
+    known = [part for part in found if part is not None]
+    return sum(known) if len(known) == len(found) else None

@@ -24,14 +24,12 @@ from megatron_btx.engine.moe.router import dropless
 from megatron_btx.errors import UserError
 from megatron_btx.evaluate.evaluate_stage import evaluate_plan
 from megatron_btx.families.export import carried, export_hf, write_hf
-from megatron_btx.families.hf import open_hf, read_config
-from megatron_btx.families.hf_routing import HFRouting
-from megatron_btx.families.llama_cpp import unlike
-from megatron_btx.families.tokenizer_files import tokenizer_files
+from megatron_btx.families.hf import open_hf
+from megatron_btx.families.hf_routing import as_exported
+from megatron_btx.families.llama_cpp import unlike_written
 from megatron_btx.families.tokenizer_identity import differences
 from megatron_btx.mix.average import average
 from megatron_btx.mix.one_model import copy
-from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.load import load_recipe
 from megatron_btx.recipe.schema import Layout, Recipe
 from megatron_btx.recipe.stages import directory
@@ -47,11 +45,9 @@ logger = logging.getLogger(__name__)
 
 SEQUENCES = 16
 """Held-out sequences a domain on which the two are compared."""
-
 TOLERANCE = 1e-4
 """Nats per token. Both compute in fp32, in another order of sums: about 1e-6 is seen; the first
 wrong constant (a RoPE base, an epsilon, a gate's normalisation) shows at 1e-2."""
-
 LOGITS = 1e-3
 """Of either side, fp32, over their standard deviation: sums in another order; 1e-6 is usual."""
 
@@ -72,7 +68,7 @@ def run(recipe: Recipe, run_dir: Path) -> dict[str, Any]:
     if not out.exists():
         _write(checkpoint, out, load_tokenizer(run_dir / "prepare" / "tokenizer"))
     outputs: dict[str, Any] = {"hf": str(out.relative_to(run_dir))}
-    if told := llama_cpp(read_manifest(checkpoint)[0], out):
+    if told := unlike_written(read_manifest(checkpoint)[0], out):
         logger.warning("llama.cpp does not compute this model: %s", "; ".join(told))
         outputs["llama_cpp"] = told
     if recipe.export.check and importlib.util.find_spec("transformers") is None:
@@ -97,13 +93,6 @@ def saved_files(tokenizer: Tokenizer) -> dict[str, bytes]:
     with tempfile.TemporaryDirectory() as made:
         tokenizer.save_huggingface(made)
         return {path.name: path.read_bytes() for path in sorted(Path(made).iterdir())}
-
-
-def llama_cpp(architecture: Architecture, exported: Path) -> list[str]:
-    """Why llama.cpp does not compute a model as it was exported (families/llama_cpp.py)."""
-    family, _, _ = read_config(exported)
-    tokenizer = tokenizer_files(exported, megatron=False)
-    return unlike(architecture, family.model_type, tokenizer)
 
 
 def compare(recipe: Recipe, run_dir: Path, plan: Plan, exported: Path) -> dict[str, float]:
@@ -153,14 +142,6 @@ def check_ids(tokenizer: Tokenizer, sequences: Iterable[Tensor], exported: Path)
                     "train with the tokenizer of the family's released models, or a model that "
                     "goes out as another family; `export: {check: false}` writes it nevertheless",
                 )
-
-
-def as_exported(plan: Plan) -> Plan:
-    """A plan whose routing is that of the exported model: no capacity, no draws."""
-    if plan.architecture.routing is None:
-        return plan
-    gates = HFRouting.of(plan.architecture).routing()
-    return replace(plan, architecture=replace(plan.architecture, routing=gates))
 
 
 def transformers_model(directory: Path) -> Any:
@@ -223,7 +204,7 @@ def export_model(run_dir: Path, name: str, out: Path, *, check: bool) -> dict[st
     return {
         "architecture": plan.architecture.to_json(),
         "claims": [{"claim": c.claim, "figure": c.figure, "command": c.command} for c in claims],
-        "llama_cpp": llama_cpp(plan.architecture, out),
+        "llama_cpp": unlike_written(plan.architecture, out),
     }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -279,10 +279,3 @@ def _check_routing(where: str, load: Any, gate: Any, experts: int) -> None:
 
 def _shown(value: Any) -> str:
     return repr(value)[:60]
-
-
-def total(parts: Iterable[int | None]) -> int | None:
-    """The sum, if every part is known."""
-    found = list(parts)
-    known = [part for part in found if part is not None]
-    return sum(known) if len(known) == len(found) else None

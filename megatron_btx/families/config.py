@@ -165,25 +165,6 @@ class Field:
 
 
 @dataclass(frozen=True)
-class HeadDim:
-    """``head_dim`` in a family whose configuration does not have it: some makers write the one that
-    is computed without. Another is refused, as not every loader of the family reads the key."""
-
-    def read(self, reading: ConfigReading) -> None:
-        """Nothing else than ``hidden_size / num_attention_heads``."""
-        given = reading.typed(int, "head_dim", None)
-        width = reading.typed(int, "hidden_size", 0)
-        heads = reading.typed(int, "num_attention_heads", 0)
-        if given is not None and given * heads != width:
-            what = f"head_dim is {given}, for {heads} heads and hidden_size {width}"
-            reading.refuse(f"{what}; only hidden_size / num_attention_heads is supported")
-
-    def write(self, architecture: Architecture) -> dict[str, Any]:
-        """Nothing."""
-        return {}
-
-
-@dataclass(frozen=True)
 class Fixed:
     """A key of one value, the only one that Megatron computes."""
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_btx.errors import UserError
 from megatron_btx.recipe.architecture import Architecture
 from megatron_btx.recipe.schema import Routing
+from megatron_btx.weights.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -57,3 +58,11 @@ class HFRouting:
         return Routing(
             type="topk", moe_router_topk=self.k, moe_router_pre_softmax=not self.normalised
         )
+
+
+def as_exported(plan: Plan) -> Plan:
+    """A plan whose routing is that of the exported model: no capacity, no draws."""
+    if plan.architecture.routing is None:
+        return plan
+    gates = HFRouting.of(plan.architecture).routing()
+    return replace(plan, architecture=replace(plan.architecture, routing=gates))

@@ -3,12 +3,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 from megatron_btx.families.config import (
     Always,
     ConfigPart,
+    ConfigReading,
     Field,
     Fixed,
-    HeadDim,
     OwnCode,
     Stated,
     Tied,
@@ -17,6 +20,7 @@ from megatron_btx.families.config import (
 from megatron_btx.families.family import Family
 from megatron_btx.families.positions import LayerWindows, NoRope, Positions, Rope, Window
 from megatron_btx.families.table import Row, Table, fused_qkv, gate_up, qkv
+from megatron_btx.recipe.architecture import Architecture
 
 # fmt: off
 LAYER, HF = "decoder.layers.{layer}.", "model.layers.{layer}."
@@ -65,6 +69,25 @@ HEAD: tuple[Row, ...] = (
     ("output_layer.weight", ("lm_head.weight",), None),
 )
 # fmt: on
+
+
+@dataclass(frozen=True)
+class HeadDim:
+    """``head_dim`` in a family whose configuration does not have it: some makers write the one that
+    is computed without. Another is refused, as not every loader of the family reads the key."""
+
+    def read(self, reading: ConfigReading) -> None:
+        """Nothing else than ``hidden_size / num_attention_heads``."""
+        given = reading.typed(int, "head_dim", None)
+        width = reading.typed(int, "hidden_size", 0)
+        heads = reading.typed(int, "num_attention_heads", 0)
+        if given is not None and given * heads != width:
+            what = f"head_dim is {given}, for {heads} heads and hidden_size {width}"
+            reading.refuse(f"{what}; only hidden_size / num_attention_heads is supported")
+
+    def write(self, architecture: Architecture) -> dict[str, Any]:
+        """Nothing."""
+        return {}
 
 
 _FIELDS: tuple[ConfigPart, ...] = (

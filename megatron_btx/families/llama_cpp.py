@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from megatron_btx.families.hf import read_config
 from megatron_btx.families.hf_routing import HFRouting
+from megatron_btx.families.tokenizer_files import tokenizer_files
 from megatron_btx.families.tokenizer_identity import FAST, SLOW
 from megatron_btx.families.tokenizer_settings import CONFIG
 from megatron_btx.recipe.architecture import Architecture
@@ -61,6 +64,13 @@ def unlike(
     if fixed and not gates.normalised:
         found.append(f"it makes the gates of a {model_type} sum to one, which here they do not")
     return found
+
+
+def unlike_written(architecture: Architecture, exported: Path) -> list[str]:
+    """:func:`unlike`, of a Hugging Face directory that was written of the model."""
+    family, _, _ = read_config(exported)
+    tokenizer = tokenizer_files(exported, megatron=False)
+    return unlike(architecture, family.model_type, tokenizer)
 
 
 def without_misread(files: Mapping[str, bytes], model_type: str) -> dict[str, bytes]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megatron_btx.families.config import Always, ConfigReading, Field, Fixed, HeadDim, Unread
+from megatron_btx.families.config import Always, ConfigReading, Field, Fixed, Unread
 from megatron_btx.families.family import Family
 from megatron_btx.families.hf_routing import HFRouting
 from megatron_btx.families.llama import (
@@ -21,6 +21,7 @@ from megatron_btx.families.llama import (
     MULTIPLIERS,
     QKV_BIAS,
     WIDTH,
+    HeadDim,
 )
 from megatron_btx.families.positions import LayerWindows, Rope, Window
 from megatron_btx.families.table import Row, Table, expert_gate_up, shared_gate_up

@@ -5,8 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from megatron_btx.pipeline.local.progress import amount, clock
-from megatron_btx.recipe.messages import aligned
+from megatron_btx.recipe.messages import aligned, amount, clock
 from megatron_btx.train import goodput
 from megatron_btx.train.summary import P50, P95
 

@@ -23,51 +23,38 @@ SOURCES = {
 }
 """Block of ``megatron:`` -> file under megatron/core and class, bases first."""
 
+
+def _under(block: str, names: str) -> dict[str, str]:
+    """Each of the names to its dotted key in a block of the recipe."""
+    return {name: f"{block}.{name}" for name in names.split()}
+
+
 OWNED = {
     "transformer": {
-        **{
-            name: f"model.{name}"
-            for name in (
-                "num_layers",
-                "hidden_size",
-                "ffn_hidden_size",
-                "num_attention_heads",
-                "num_query_groups",
-                "kv_channels",
-                "layernorm_epsilon",
-                "init_method_std",
-                "add_qkv_bias",
-                "qk_layernorm",
-                "softmax_scale",
-                "no_rope_freq",
-                "window_size",
-                "window_attn_skip_freq",
-            )
-        },
+        **_under(
+            "model",
+            """
+            num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups
+            kv_channels layernorm_epsilon init_method_std add_qkv_bias qk_layernorm
+            softmax_scale no_rope_freq window_size window_attn_skip_freq
+            """,
+        ),
         "moe_ffn_hidden_size": "model.ffn_hidden_size",
-        **{
-            name: f"layout.{name}"
-            for name in (
-                "tensor_model_parallel_size",
-                "pipeline_model_parallel_size",
-                "virtual_pipeline_model_parallel_size",
-                "context_parallel_size",
-                "expert_model_parallel_size",
-                "expert_tensor_parallel_size",
-                "sequence_parallel",
-            )
-        },
-        **{
-            name: f"routing.{name}"
-            for name in (
-                "moe_router_topk",
-                "moe_router_pre_softmax",
-                "moe_router_load_balancing_type",
-                "moe_aux_loss_coeff",
-                "moe_z_loss_coeff",
-                "moe_expert_capacity_factor",
-            )
-        },
+        **_under(
+            "layout",
+            """
+            tensor_model_parallel_size pipeline_model_parallel_size
+            virtual_pipeline_model_parallel_size context_parallel_size
+            expert_model_parallel_size expert_tensor_parallel_size sequence_parallel
+            """,
+        ),
+        **_under(
+            "routing",
+            """
+            moe_router_topk moe_router_pre_softmax moe_router_load_balancing_type
+            moe_aux_loss_coeff moe_z_loss_coeff moe_expert_capacity_factor
+            """,
+        ),
         "num_moe_experts": "experts (one for each, and mix.include_seed)",
         "moe_router_score_function": "routing.type",
         "moe_token_drop_policy": "routing.type",

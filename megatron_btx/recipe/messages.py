@@ -198,6 +198,25 @@ def nearest(
     return f"the keys {'of ' + key if key else 'here'} are: {', '.join(here[:100])}"
 
 
+def block_of(cls: Any, value: Any, key: str) -> str:
+    """What to write instead of a value that stands where a block should, of the dataclass."""
+    fields = dataclasses.fields(cls)
+    names = ", ".join(yaml_name(one.name) for one in fields[:4])
+    fix = f"give keys under it: {names}, ..."
+    if value is True and not any(required(one) for one in fields):
+        return f"`{key.rpartition('.')[2]}: {{}}` has its defaults; or {fix}"
+    if value is False:
+        return f"`{key.rpartition('.')[2]}: null` is as if it were not there; or {fix}"
+    if (meant := MEANT.get((key, type(value)))) is not None:
+        return f"did you mean `{meant}`? Else {fix}"
+    return fix
+
+
+def required(field: dataclasses.Field[Any]) -> bool:
+    """Whether a field has no default."""
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
 def homes(cls: Any, key: str = "") -> list[str]:
     """Every dotted key of a block, names of a mapping's entries written ``*``."""
     found: list[str] = []
@@ -225,3 +244,18 @@ def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
         ]
         lines.append("  ".join(cells).rstrip())
     return lines
+
+
+def clock(seconds: float) -> str:
+    """``0:07``, ``12:30``, ``3:05:10``."""
+    minutes, second = divmod(round(max(0.0, seconds)), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
+
+
+def amount(number: float) -> str:
+    """``950``, ``12.3k``, ``4.56M``, ``533B``: three digits that matter."""
+    for limit, sign in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= limit:
+            return f"{number / limit:.3g}{sign}"
+    return f"{number:.3g}"

@@ -42,8 +42,7 @@ class Model:
     """The vocabulary is padded to a multiple of this only, so that the shapes in a checkpoint do
     not depend on the layout. Tensor parallelism must divide the padded size."""
     max_position_embeddings: int | None = within(1, 10**9, default=None)
-    """The longest sequence that the model was made for, written to its export; ``None``:
-    ``seq_length``."""
+    """The longest sequence it was made for, written to its export; ``None``: ``seq_length``."""
     add_qkv_bias: bool = False
     """Biases on queries, keys and values (Qwen2)."""
     qk_layernorm: bool = False

@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeVar
 
 from megatron_btx.errors import UserError, UserErrors, notice
 from megatron_btx.recipe.messages import (
-    MEANT,
+    block_of,
     describe,
     guess,
     homes,
@@ -26,6 +26,7 @@ from megatron_btx.recipe.messages import (
     number,
     options,
     path_problem,
+    required,
     show,
     yaml_name,
 )
@@ -37,25 +38,6 @@ BAD: Any = object()
 """Stands for a value whose error has been noted."""
 _MOST, _MOST_KEYS = 50, 20
 """Errors that are told, and unknown keys of a block among them."""
-
-
-def _block_of(cls: Any, node: Node, key: str) -> str:
-    """What to write instead of a value that stands where a block should."""
-    fields = dataclasses.fields(cls)
-    names = ", ".join(yaml_name(one.name) for one in fields[:4])
-    fix = f"give keys under it: {names}, ..."
-    if node.value is True and all(_may_be_left_out(one) for one in fields):
-        return f"`{key.rpartition('.')[2]}: {{}}` has its defaults; or {fix}"
-    if node.value is False:
-        return f"`{key.rpartition('.')[2]}: null` is as if it were not there; or {fix}"
-    if (meant := MEANT.get((key, type(node.value)))) is not None:
-        return f"did you mean `{meant}`? Else {fix}"
-    return fix
-
-
-def _may_be_left_out(one: dataclasses.Field[Any]) -> bool:
-    missing = dataclasses.MISSING
-    return one.default is not missing or one.default_factory is not missing
 
 
 @dataclass
@@ -109,16 +91,16 @@ class Reader:
         for name, one in fields.items():
             given = [layer.value[name] for layer in layers if name in layer.value]
             dotted = f"{key}.{name}".lstrip(".")
-            if not given and _required(one):
+            if not given and required(one):
                 where = Node(None, layers[-1].file, layers[-1].line, dotted)
                 self.error(where, "is missing", f"add `{name}:` ({describe(hints[one.name])})")
-            if not given or (self._empty(given[-1], hints[one.name]) and not _required(one)):
+            if not given or (self._empty(given[-1], hints[one.name]) and not required(one)):
                 continue
             value = self.value(hints[one.name], given, dotted)
             value = value if value is BAD else self._allowed(one, value, given[-1])
             if value is not BAD:
                 values[one.name] = value
-        missing = any(_required(one) and one.name not in values for one in fields.values())
+        missing = any(required(one) and one.name not in values for one in fields.values())
         return BAD if missing else cls(**values)
 
     def _empty(self, node: Node, hint: Any) -> bool:
@@ -147,7 +129,7 @@ class Reader:
         wrong = [layer for layer in layers if not isinstance(layer.value, dict)]
         if wrong:
             return self.error(
-                wrong[0], f"is {wrong[0].kind}, not a block", _block_of(cls, wrong[0], key)
+                wrong[0], f"is {wrong[0].kind}, not a block", block_of(cls, wrong[0].value, key)
             )
         if not layers:  # an empty block, nothing to inherit
             layers = [dataclasses.replace(self.marks[key], value={})]
@@ -297,7 +279,3 @@ def _meant_by_null(hint: Any) -> bool:
     return type(None) in kinds or all(
         dataclasses.is_dataclass(kind) or typing.get_origin(kind) is dict for kind in kinds
     )
-
-
-def _required(field: Any) -> bool:
-    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING

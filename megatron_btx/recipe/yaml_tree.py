@@ -112,9 +112,8 @@ def read_tree(path: Path, wanted: str = "a recipe") -> Node:
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(
-            str(path), f"is not UTF-8 text (byte {error.start})", "save the file as UTF-8"
-        ) from None
+        what = f"is not UTF-8 text (byte {error.start})"
+        raise UserError(str(path), what, "save the file as UTF-8") from None
     return parse_tree(text, path, wanted)
 
 
@@ -263,9 +262,8 @@ class _Reader:
                 )
             if name in lines:
                 where = locate(self.path, line, f"{key}.{name}".lstrip("."))
-                raise UserError(
-                    where, f"is set twice (also in line {lines[name]})", "remove one of them"
-                )
+                what = f"is set twice (also in line {lines[name]})"
+                raise UserError(where, what, "remove one of them")
             lines[name] = line
             if name_node.tag == _MERGE:
                 for part in self._parts(value, key, line):

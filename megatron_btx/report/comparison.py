@@ -131,10 +131,8 @@ class Comparison:
         if seed is None or expert is None:
             return None
         gained = self.difference(seed, expert, domain)
-        kept, behind = (
-            self.difference(seed, system, domain),
-            self.difference(system, expert, domain),
-        )
+        kept = self.difference(seed, system, domain)
+        behind = self.difference(system, expert, domain)
         if gained is None or kept is None or behind is None or min(gained.values) < LEAST_GAIN:
             return None
         shares = [a / b for a, b in zip(kept.values, gained.values, strict=True)]
@@ -258,11 +256,9 @@ def _system(
 
 def _kind(name: str, recipe: Recipe) -> str:
     """Which of the systems a row is of."""
-    if name == "seed":
-        return "seed"
     if "expert:" in name:
         return "experts"
-    return "dense" if name == "dense" else recipe.system
+    return name if name in ("seed", "dense") else recipe.system
 
 
 def _place(system: System) -> int:

@@ -8,8 +8,7 @@ from typing import Any
 from megatron_btx.evaluate.results import MEAN
 from megatron_btx.evaluate.routing_stats import choice_in_words
 from megatron_btx.files import json_text
-from megatron_btx.pipeline.local.progress import amount, clock
-from megatron_btx.recipe.messages import aligned
+from megatron_btx.recipe.messages import aligned, amount, clock
 from megatron_btx.recipe.stages import expert_stage
 from megatron_btx.report.comparison import LEAST_GAIN, Comparison, System
 from megatron_btx.report.paired_differences import Paired

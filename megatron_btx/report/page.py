@@ -14,9 +14,9 @@ from megatron_btx.evaluate.results import MEAN, Results
 from megatron_btx.files import written
 from megatron_btx.pipeline import stage_tables, state
 from megatron_btx.pipeline.graph import TRAINED, Stage
-from megatron_btx.pipeline.local.progress import amount, clock
 from megatron_btx.recipe import epochs
 from megatron_btx.recipe.load import dump
+from megatron_btx.recipe.messages import amount, clock
 from megatron_btx.recipe.schema import Recipe
 from megatron_btx.report import html, run_figures, table
 from megatron_btx.report.html import Cell

@@ -9,9 +9,8 @@ from typing import IO, Any
 
 from megatron_btx.evaluate.results import MEAN, Results, SystemResult
 from megatron_btx.evaluate.routing_stats import choice_in_words
-from megatron_btx.pipeline.local.progress import amount
 from megatron_btx.pipeline.stage_tables import columns
-from megatron_btx.recipe.messages import aligned
+from megatron_btx.recipe.messages import aligned, amount
 
 TITLES = {
     "seed": "seed",

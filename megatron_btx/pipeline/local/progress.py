@@ -15,6 +15,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from megatron_btx.errors import shown
 from megatron_btx.pipeline import state
+from megatron_btx.recipe.messages import amount, clock
 from megatron_btx.train.goodput import read_attempts
 from megatron_btx.train.metrics import record_of
 from megatron_btx.train.summary import Summary
@@ -273,18 +274,3 @@ def view(stream: IO[str] | None = None) -> ProgressView:
     """Bars where ``stream`` (by default the standard error) is a terminal, else plain lines."""
     stream = stream or sys.stderr
     return Bars(stream) if stream.isatty() else ProgressView(stream)
-
-
-def clock(seconds: float) -> str:
-    """``0:07``, ``12:30``, ``3:05:10``."""
-    minutes, second = divmod(round(max(0.0, seconds)), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
-
-
-def amount(number: float) -> str:
-    """``950``, ``12.3k``, ``4.56M``, ``533B``: three digits that matter."""
-    for limit, sign in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(number) >= limit:
-            return f"{number / limit:.3g}{sign}"
-    return f"{number:.3g}"

@@ -1,4 +1,4 @@
-"""Why a stage ended without being done. Imports no torch."""
+"""Why a stage ended without being done, or waits. Imports no torch."""
 
 from __future__ import annotations
 
@@ -78,3 +78,17 @@ def tail(path: Path, count: int) -> list[str]:
         file.seek(max(0, size - 300 * count))
         return file.read().decode(errors="replace").splitlines()[-count:]
     return []
+
+
+_HELD = """\
+Slurm holds it (%s) until it is told otherwise.
+fix: remove the cause (of a failed launch it is in slurmd's log on the node: ask the \
+administrators), then `scontrol release %s`; or `btx cancel`"""
+
+
+def waits(job: SlurmJob, done: bool) -> str:
+    """Why a job that is in the queue does not run."""
+    if job.held:
+        text = _HELD % (job.reason.replace("_", " ") or job.state.lower(), job.number)
+        return text if not done else f"the stage is done, its job is not. {text}"
+    return job.reason if job.state == "PENDING" else ""

@@ -18,8 +18,9 @@ from typing import Any
 
 from megatron_btx.errors import UserError
 from megatron_btx.files import find_json
+from megatron_btx.pipeline import state
 from megatron_btx.pipeline.graph import Stage
-from megatron_btx.pipeline.slurm import commands
+from megatron_btx.pipeline.slurm import commands, script
 from megatron_btx.pipeline.slurm.commands import SlurmJob
 from megatron_btx.recipe import slurm
 from megatron_btx.recipe.load import load_recipe
@@ -162,3 +163,17 @@ def _submitters(run_dir: Path) -> list[str]:
         find_json(run_dir / "slurm" / name / "environment.json") for name in sorted(submissions)
     ]
     return [str(record["user"]) for record in records if record and record.get("user")]
+
+
+def log_file(run_dir: Path, stage: Stage) -> Path | None:
+    """Where to read what a stage says: its latest attempt, or the batch script's own words where
+    these are newer or no rank has started."""
+    attempt = state.next_attempt(run_dir / stage.directory) - 1
+    ranks = state.log_file(run_dir / stage.directory, attempt)
+    known = submitted(run_dir)
+    record = known.get(stage.name) or known.get(stage.name.partition("/")[0])
+    batch = (
+        run_dir / "slurm" / str((record or {}).get("submission")) / f"{script.stem(stage.name)}.out"
+    )
+    found = [path for path in (ranks, batch) if path.is_file() and path.stat().st_size]
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)

@@ -13,10 +13,11 @@ from megatron_btx.errors import UserError
 from megatron_btx.files import find_json
 from megatron_btx.pipeline import locks, prepare_array, state
 from megatron_btx.pipeline.graph import Stage
-from megatron_btx.pipeline.local.progress import StageProgress, clock
-from megatron_btx.pipeline.slurm import commands, run_jobs, script
-from megatron_btx.pipeline.slurm.cause import cause
+from megatron_btx.pipeline.local.progress import StageProgress
+from megatron_btx.pipeline.slurm import commands, run_jobs
+from megatron_btx.pipeline.slurm.cause import cause, waits
 from megatron_btx.pipeline.slurm.status_table import StageStatus
+from megatron_btx.recipe.messages import clock
 from megatron_btx.train.goodput import read_attempts
 from megatron_btx.train.summary import slow_in_words
 
@@ -94,7 +95,7 @@ def _row(
     if job is not None and forgotten:
         note = _FORGOTTEN % job.number
     elif job is not None and active:
-        note = _waits(job, done) or slow_in_words(seen.summary.slow_ranks)
+        note = waits(job, done) or slow_in_words(seen.summary.slow_ranks)
     elif word == "not started" and number:  # its controller was killed before it had noted it
         note = f"Slurm no longer knows its job {number}: submit again"
     elif word == "not started" and directory.is_symlink():
@@ -169,7 +170,7 @@ def _last_words(run_dir: Path, stage: Stage, word: str, job: commands.SlurmJob |
     directory = run_dir / stage.directory
     if word == "cancelled" and job is not None and job.reason.startswith("Depend"):
         return "a stage that it waits for was not done, or Slurm has lost its job: submit again"
-    found = cause(directory, job, log_file(run_dir, stage))
+    found = cause(directory, job, run_jobs.log_file(run_dir, stage))
     if not found and word == "failed":
         return "no log: do the nodes share the run's directory?"
     return found
@@ -193,34 +194,6 @@ def _finished(record: dict[str, Any] | None) -> float | None:
     """When a stage was done, by its ``done.json``."""
     finished = (record or {}).get("finished")
     return finished if isinstance(finished, int | float) else None
-
-
-_HELD = """\
-Slurm holds it (%s) until it is told otherwise.
-fix: remove the cause (of a failed launch it is in slurmd's log on the node: ask the \
-administrators), then `scontrol release %s`; or `btx cancel`"""
-
-
-def _waits(job: commands.SlurmJob, done: bool) -> str:
-    """Why a job that is in the queue does not run."""
-    if job.held:
-        text = _HELD % (job.reason.replace("_", " ") or job.state.lower(), job.number)
-        return text if not done else f"the stage is done, its job is not. {text}"
-    return job.reason if job.state == "PENDING" else ""
-
-
-def log_file(run_dir: Path, stage: Stage) -> Path | None:
-    """Where to read what a stage says: its latest attempt, or the batch script's own words where
-    these are newer or no rank has started."""
-    attempt = state.next_attempt(run_dir / stage.directory) - 1
-    ranks = state.log_file(run_dir / stage.directory, attempt)
-    known = run_jobs.submitted(run_dir)
-    record = known.get(stage.name) or known.get(stage.name.partition("/")[0])
-    batch = (
-        run_dir / "slurm" / str((record or {}).get("submission")) / f"{script.stem(stage.name)}.out"
-    )
-    found = [path for path in (ranks, batch) if path.is_file() and path.stat().st_size]
-    return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
 _NODES = 4

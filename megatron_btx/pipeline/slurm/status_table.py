@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from megatron_btx.pipeline import stage_tables
-from megatron_btx.pipeline.local.progress import amount
-from megatron_btx.recipe.messages import aligned
+from megatron_btx.recipe.messages import aligned, amount
 
 COLUMNS = ("stage", "job", "state", "nodes", "step", "loss", "tokens/s", "MFU", "goodput", "left",
            "restarts")  # fmt: skip

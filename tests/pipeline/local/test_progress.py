@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from megatron_btx.files import ProgressFile, append_line
-from megatron_btx.pipeline.local.progress import StageProgress, amount, clock
+from megatron_btx.pipeline.local.progress import StageProgress
+from megatron_btx.recipe.messages import amount, clock
 from tests.pipeline.conftest import ROOT, Run
 
 
