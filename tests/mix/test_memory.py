@@ -66,8 +66,8 @@ def test_resident_memory_stays_below_the_cap(sources, tmp_path, cap, method):
     out = tmp_path / "out"
     words = [sys.executable, "-c", RUN, "mix", "--out", out]
     words += ["--sources", sources / "a", sources / "b", "--memory", f"{cap}MiB"]
-    process = psutil.Popen([*map(str, words), "--method", *method])
-    peak, own = 0, process.cmdline()
+    own = [*map(str, words), "--method", *method]
+    process, peak = psutil.Popen(own), 0
     # Until the result is there. As Python ends, the libraries of a torch that is built for CUDA map
     # as much of themselves as is in the page cache: 100 MiB were seen.
     while process.poll() is None and not out.exists():

@@ -77,13 +77,14 @@ def found(rank: Rank) -> psutil.Process:
 
 
 def server_beside(rank: psutil.Process) -> psutil.Process:
-    """The process that has forked a rank."""
-    (server,) = (
-        child
-        for child in psutil.Process().children()
-        if child != rank and any("fork_server" in word for word in words(child))
-    )
-    return server
+    """The process that has forked a rank, or is to: one that has just begun shows no words yet."""
+    deadline = time.monotonic() + 600
+    while time.monotonic() < deadline:
+        for child in psutil.Process().children():
+            if child != rank and any("fork_server" in word for word in words(child)):
+                return child
+        time.sleep(0.001)
+    raise AssertionError("no server")
 
 
 def ended(rank: Rank) -> int:
