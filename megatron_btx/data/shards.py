@@ -83,8 +83,8 @@ def weigh(file: Path) -> int:
     """Approximate bytes of text in a file."""
     if format_of(file) is token_pair:
         return file.with_suffix(".bin").stat().st_size
-    factor = 4 if compression_of(file) is not None else 1  # a guess of the compression ratio
-    return file.stat().st_size * factor
+    ratio = 4 if compression_of(file) is not None else 1  # a guess
+    return file.stat().st_size * ratio
 
 
 def set_up(directory: Path, threads: int) -> None:
@@ -217,8 +217,9 @@ def _texts(shard: Shard) -> Iterator[str]:
         if form is token_pair:
             continue
         count = 0
-        for count, (_, text) in enumerate(form.read(part, shard.text_key), 1):  # noqa: B007
+        for _, text in form.read(part, shard.text_key):
             yield text
+            count += 1
         if not count and part == Part(part.file):
             raise no_document(part.file)
 

@@ -61,7 +61,11 @@ class HFRouting:
 
 
 def as_exported(plan: Plan) -> Plan:
-    """A plan whose routing is that of the exported model: no capacity, no draws."""
+    """A plan whose routing is that of the exported model: no capacity, no draws.
+
+    Raises:
+        UserError: its routing is none that a Hugging Face family has (:meth:`HFRouting.of`).
+    """
     if plan.architecture.routing is None:
         return plan
     gates = HFRouting.of(plan.architecture).routing()

@@ -67,7 +67,11 @@ def unlike(
 
 
 def unlike_written(architecture: Architecture, exported: Path) -> list[str]:
-    """:func:`unlike`, of a Hugging Face directory that was written of the model."""
+    """:func:`unlike`, of the Hugging Face directory that a model was exported to.
+
+    Raises:
+        UserError: the directory's ``config.json`` or tokenizer cannot be read.
+    """
     family, _, _ = read_config(exported)
     tokenizer = tokenizer_files(exported, megatron=False)
     return unlike(architecture, family.model_type, tokenizer)

@@ -86,8 +86,8 @@ fix: remove the cause (of a failed launch it is in slurmd's log on the node: ask
 administrators), then `scontrol release %s`; or `btx cancel`"""
 
 
-def waits(job: SlurmJob, done: bool) -> str:
-    """Why a job that is in the queue does not run."""
+def why_waiting(job: SlurmJob, done: bool) -> str:
+    """Why a job that is in the queue does not run; empty if it does."""
     if job.held:
         text = _HELD % (job.reason.replace("_", " ") or job.state.lower(), job.number)
         return text if not done else f"the stage is done, its job is not. {text}"

@@ -167,7 +167,7 @@ def _submitters(run_dir: Path) -> list[str]:
 
 def log_file(run_dir: Path, stage: Stage) -> Path | None:
     """Where to read what a stage says: its latest attempt, or the batch script's own words where
-    these are newer or no rank has started."""
+    these are newer or no rank has started; ``None`` before either has said anything."""
     attempt = state.next_attempt(run_dir / stage.directory) - 1
     ranks = state.log_file(run_dir / stage.directory, attempt)
     known = submitted(run_dir)

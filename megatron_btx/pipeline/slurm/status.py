@@ -15,7 +15,7 @@ from megatron_btx.pipeline import locks, prepare_array, state
 from megatron_btx.pipeline.graph import Stage
 from megatron_btx.pipeline.local.progress import StageProgress
 from megatron_btx.pipeline.slurm import commands, run_jobs
-from megatron_btx.pipeline.slurm.cause import cause, waits
+from megatron_btx.pipeline.slurm.cause import cause, why_waiting
 from megatron_btx.pipeline.slurm.status_table import StageStatus
 from megatron_btx.recipe.messages import clock
 from megatron_btx.train.goodput import read_attempts
@@ -95,7 +95,7 @@ def _row(
     if job is not None and forgotten:
         note = _FORGOTTEN % job.number
     elif job is not None and active:
-        note = waits(job, done) or slow_in_words(seen.summary.slow_ranks)
+        note = why_waiting(job, done) or slow_in_words(seen.summary.slow_ranks)
     elif word == "not started" and number:  # its controller was killed before it had noted it
         note = f"Slurm no longer knows its job {number}: submit again"
     elif word == "not started" and directory.is_symlink():

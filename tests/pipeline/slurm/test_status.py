@@ -12,7 +12,7 @@ from megatron_btx.files import ProgressFile, write_json
 from megatron_btx.pipeline import locks, state
 from megatron_btx.pipeline.graph import Stage
 from megatron_btx.pipeline.slurm import commands, run_jobs, status, status_table
-from megatron_btx.pipeline.slurm.cause import waits
+from megatron_btx.pipeline.slurm.cause import why_waiting
 from megatron_btx.pipeline.slurm.commands import SlurmJob
 
 
@@ -43,7 +43,7 @@ def test_a_job_that_slurm_takes_for_running_though_it_has_ended(
 def test_what_waits_for_a_person(state: str, reason: str, held: bool) -> None:
     job = SlurmJob(number="5", name="seed@x", state=state, reason=reason)
     assert job.held is held
-    assert ("scontrol release 5" in waits(job, done=False)) is held
+    assert ("scontrol release 5" in why_waiting(job, done=False)) is held
 
 
 def test_a_local_preparation_on_its_way(tmp_path: Path) -> None:
